@@ -1,0 +1,51 @@
+"""Ratios from a record's raw sums, so that a definition can be mended without running again.
+
+Every function returns None where the record has no reading.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from bench.measure.quantity import is_measured
+from bench.records.schema import Record
+
+
+def perplexity(record: Record, split: str = "validation") -> float | None:
+    """Return exp(Σ nll / N) over the tokens of ``split`` that were scored."""
+    return _perplexity(record, split, "nll_sum")
+
+
+def unigram_perplexity(record: Record, split: str = "validation") -> float | None:
+    """Return the perplexity of the training split's unigram on exactly the same tokens."""
+    return _perplexity(record, split, "unigram_nll_sum")
+
+
+def _perplexity(record: Record, split: str, key: str) -> float | None:
+    quality = record["quality"]
+    if not is_measured(quality) or not is_measured(quality[split]):
+        return None
+    return math.exp(quality[split][key] / quality[split]["tokens"])
+
+
+def tokens_per_second(record: Record) -> float | None:
+    """Return the tokens of all timed steps over the seconds of all timed steps."""
+    speed = record["speed"]
+    if not is_measured(speed):
+        return None
+    return sum(speed["step_tokens"]) / sum(speed["step_seconds"])
+
+
+def median_step_seconds(record: Record) -> float | None:
+    """Return the median time of a training step in seconds."""
+    speed = record["speed"]
+    return statistics.median(speed["step_seconds"]) if is_measured(speed) else None
+
+
+def peak_memory_bytes(record: Record) -> int | None:
+    """Return the peak of allocated memory in a training step, in bytes."""
+    memory = record["memory"]
+    if not is_measured(memory) or not is_measured(memory["peak_allocated_bytes"]):
+        return None
+    return memory["peak_allocated_bytes"]

@@ -1,0 +1,108 @@
+"""The table at the end of a run: what was reached, what it cost, and whether it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.analysis import quantities
+from bench.measure.quantity import is_measured
+from bench.records.schema import Record
+
+
+def print_summary(record: Record, folder: Path, console: Console) -> None:
+    """Print the record as a table of at most 80 columns, and where it lies."""
+    table = Table(title=_title(record), title_justify="left", show_header=False, box=None, width=80, padding=(0, 1, 0, 0))
+    table.add_column(style="bold", no_wrap=True, width=12)
+    table.add_column(overflow="fold")
+    for label, text in _rows(record):
+        table.add_row(label, Text(text))
+    console.print()
+    console.print(table)
+    console.print(f"record: {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _title(record: Record) -> Text:
+    model = record["config"]["model"]
+    name = record["run_name"] or record["run_id"]
+    parts = [model["coupler_type"]]
+    if model["coupler_type"] == "HGNN":
+        parts += [model["hgnn_conv_type"], model["static_hyperedge_strategy"]]
+    return Text(" · ".join([*parts, f"E {model['num_experts']}", f"seed {record['seed']}", name]))
+
+
+def _rows(record: Record) -> list[tuple[str, str]]:
+    rows = [("status", record["status"] + (f": {record['error']}" if record["error"] else ""))]
+    rows.append(("data", _data(record["data"])))
+    for split in ("validation", "test"):
+        value, unigram = quantities.perplexity(record, split), quantities.unigram_perplexity(record, split)
+        if value is not None and unigram is not None:
+            scored = record["quality"][split]
+            rows.append((split, f"perplexity {value:,.1f} (unigram {unigram:,.1f}) on {scored['tokens']:,} tokens"
+                                f", length {scored['length']}, stride {scored['stride']}"))  # fmt: skip
+    for label, text in (("speed", _speed(record)), ("memory", _memory(record)),
+                        ("parameters", _parameters(record))):  # fmt: skip
+        if text:
+            rows.append((label, text))
+    rows += _communication(record["communication"])
+    if is_measured(record["gate"]):
+        rows.append(("gate", _gate(record["gate"])))
+    rows.append(("time", _time(record["time"]["seconds"])))
+    return rows
+
+
+def _data(data: dict[str, Any]) -> str:
+    if data["warning"]:
+        return data["warning"]
+    return f"{data['name']} {data['config_name']} from {data['source']} ({data['verdict']})"
+
+
+def _speed(record: Record) -> str:
+    rate, median = quantities.tokens_per_second(record), quantities.median_step_seconds(record)
+    if rate is None or median is None:
+        return ""
+    speed = record["speed"]
+    steady = "" if speed["steady"] else ", not steady"
+    return f"{rate:,.0f} tokens/s, median step {median * 1e3:,.0f} ms ({len(speed['step_seconds'])} steps{steady})"
+
+
+def _memory(record: Record) -> str:
+    peak = quantities.peak_memory_bytes(record)
+    if peak is None:
+        return ""
+    return f"peak {peak / 2**20:,.0f} MiB in a training step ({record['memory']['meter'].replace('_', ' ')})"
+
+
+def _parameters(record: Record) -> str:
+    counts = record["parameters"]
+    if not is_measured(counts):
+        return ""
+    return (f"{counts['total']:,} = experts {counts['expert']:,} + couplers {counts['coupler']:,}"
+            f" + embeddings and norms {counts['other']:,}")  # fmt: skip
+
+
+def _communication(communication: dict[str, Any]) -> list[tuple[str, str]]:
+    if not is_measured(communication):
+        return []
+    rows = []
+    for layer, parts in communication.items():
+        shown = {name: value for name, value in parts.items() if isinstance(value, dict)}
+        for name, value in shown.items():
+            label = {"hyperedge_weights": "w", "mixing": "share of expert"}.get(name, name)
+            values = "  ".join(f"{member} {number:.3f}" for member, number in value.items())
+            rows.append((layer.replace("_", " "), f"{label}: {values}"))
+    return rows
+
+
+def _gate(gate: dict[str, Any]) -> str:
+    marks = [f"{'✓' if check['passed'] else '✗'} {name.replace('_', ' ')}" for name, check in gate["checks"].items()]
+    return ", ".join(marks)
+
+
+def _time(seconds: dict[str, float]) -> str:
+    phases = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
+    return f"{seconds['total']:.0f} s ({phases})" if "total" in seconds else phases

@@ -1,0 +1,170 @@
+"""Every flag of the harness: plain dataclasses, grouped by what they decide.
+
+Imports no torch, so that ``--help`` stays quick. Flags are flat, so field names are unique over
+all groups. ``Places`` holds what cannot change a number; everything else is part of a run's
+identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gnnmoe.config import GNNMoEConfig
+
+DEFAULT_MAX_STEPS = 120
+
+
+@dataclass(kw_only=True)
+class ModelConfig(GNNMoEConfig):
+    """The model's own config as flags; the vocabulary's size comes from the data."""
+
+    coupler_type: Annotated[str, tyro.conf.arg(name="coupler", aliases=("--coupler-type",))] = "HGNN"
+    """Coupler: a registered name (an unknown one lists them all) or package.module:Class."""
+    coupler_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
+    coupler_option: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
+    ] = ()
+    """An option of the coupler's own, such as backend=loop; may be given several times."""
+    vocab_size: tyro.conf.Suppress[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in self.coupler_option:
+            if "=" not in option:
+                raise ValueError(f"coupler option {option!r} has no value; write NAME=VALUE.")
+
+    def resolved(self, vocab_size: int) -> GNNMoEConfig:
+        """Return the plain model config for a vocabulary of this many words."""
+        values = {f.name: getattr(self, f.name) for f in fields(GNNMoEConfig)}
+        options = dict(option.split("=", 1) for option in self.coupler_option)
+        values.update(vocab_size=vocab_size, coupler_options={**self.coupler_options, **options})
+        return GNNMoEConfig(**values)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which text, and how much of it."""
+
+    dataset_name: str | None = None
+    """Text data set on the hub; wikitext is WikiText-2. Named, it must be had; unnamed, an
+    embedded text serves where neither a folder nor the hub can be reached."""
+    dataset_config_name: str = "wikitext-2-v1"
+    """Configuration of the data set."""
+    num_train_samples: int | None = None
+    """Train on this many blocks of max_seq_length tokens (None: all)."""
+    num_eval_samples: int | None = 512
+    """Evaluate on the first blocks of max_seq_length tokens, this many (None: all)."""
+    evaluate_test: bool = False
+    """Score the test split once, at the end."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "num_train_samples", "num_eval_samples")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Optimizer, schedule and length of the training."""
+
+    batch_size: int = 16
+    """Sequences in a batch."""
+    max_steps: int | None = None
+    """Optimizer steps in all (default: 120 where epochs is not given)."""
+    epochs: int | None = None
+    """Passes over the training data; with max_steps, whichever ends first."""
+    max_batches_per_epoch: int | None = None
+    """End an epoch after this many batches."""
+    learning_rate: float = 8e-3
+    """Peak learning rate of AdamW."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.1
+    """AdamW's weight decay, on matrices only."""
+    warmup_steps: int = 15
+    """Steps of linear warm-up; then a cosine to min_lr_ratio."""
+    min_lr_ratio: float = 0.05
+    """Last learning rate as a share of the peak."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm."""
+    eval_every: int = 40
+    """Evaluate on validation every so many steps; the best state is kept."""
+    seed: int = 0
+    """Seed of all random streams."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "max_steps", "epochs", "max_batches_per_epoch",
+                       "learning_rate", "eval_every", "max_grad_norm")  # fmt: skip
+        if not 0.0 <= self.min_lr_ratio <= 1.0:
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1].")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("warmup_steps and weight_decay must not be negative.")
+        if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas are {self.adam_betas}; each must lie in [0, 1).")
+
+
+@dataclass(kw_only=True)
+class MeasureConfig:
+    """The speed pass, and what to do about a coupler that fails the gate."""
+
+    speed_warmup_steps: int = 3
+    """Steps before the clock starts."""
+    speed_steps: int = 10
+    """Steps on the clock."""
+    allow_failed_gate: bool = False
+    """Train a coupler that fails the gate all the same; the record says gate_failed."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "speed_warmup_steps", "speed_steps")
+
+
+@dataclass(kw_only=True)
+class PlacesConfig:
+    """Where things are and what they are called: nothing here changes a number."""
+
+    data_dir: Path | None = None
+    """Folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or parquet files
+    (default: the environment variable GNNMOE_DATA_DIR)."""
+    data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
+    """auto: a folder, else the local cache, else the hub, else the embedded text."""
+    results_dir: Path = Path("results")
+    """Folder of all results; a run's record lies in results_dir/study/run_id."""
+    study: str = "default"
+    """Runs that belong together."""
+    run_name: str | None = None
+    """A name for people to read."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA where there is one, else the CPU."""
+    force: bool = False
+    """Run again what is finished; the earlier record is kept as run_id.1."""
+    quiet: bool = False
+    """Print the final table only."""
+
+    def __post_init__(self) -> None:
+        if not self.study or Path(self.study).name != self.study:
+            raise ValueError(f"study is {self.study!r}; it must be a plain folder name.")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Train and measure one model on one text."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    places: PlacesConfig = field(default_factory=PlacesConfig)
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse a field that is 0 or negative; None passes.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; it must be greater than 0.")

@@ -1,0 +1,138 @@
+"""Fixed-length samples of a token stream in memory, as torch data sets that hand out batches.
+
+Shape suffixes: B samples, L length, S stride, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bench.data.split import Split
+from gnnmoe.seeds import stream_seed
+
+IGNORED = -100  # a target that is not scored: torch's default ``ignore_index``
+
+
+class TrainBlocks(Dataset[dict[str, Tensor]]):
+    """Full, disjoint blocks: block i has inputs ``stream[i·L : i·L + L]`` and the targets one later.
+
+    ``indices`` selects blocks (all of them by default). ``note`` says, once, when fewer blocks are
+    served than were asked for.
+    """
+
+    def __init__(self, split: Split, length: int, indices: Sequence[int] | None = None) -> None:
+        _require_one_block(split, length)
+        self.length = length
+        self.note: str | None = None
+        self._windows = torch.from_numpy(split.stream).unfold(0, length + 1, length)  # (blocks, L + 1) view
+        blocks = len(self._windows)
+        chosen = torch.arange(blocks) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        if not len(chosen) or chosen.min() < 0 or chosen.max() >= blocks:
+            raise ValueError(f"block indices must lie in 0..{blocks - 1}, with one at least; got {indices}")
+        self.indices = chosen
+
+    @classmethod
+    def subset(cls, split: Split, length: int, num_samples: int, seed: int) -> TrainBlocks:
+        """Return ``num_samples`` random blocks: the first ones of one permutation for each seed.
+
+        So a smaller subset lies within a larger one, and a subset is the same in every epoch.
+        """
+        _require_positive("num_samples", num_samples)
+        blocks = cls(split, length)
+        if num_samples >= len(blocks):
+            blocks.note = _shortage(split, num_samples, len(blocks), length)
+            return blocks
+        order = np.random.default_rng(stream_seed(seed, "data.subset")).permutation(len(blocks))
+        blocks.indices = torch.from_numpy(order[:num_samples])
+        return blocks
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one sample: ``input_ids`` and ``targets``, each (L,) int64."""
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return a batch: ``input_ids`` and ``targets``, each (B, L) int64."""
+        tokens = self._windows[self.indices[torch.as_tensor(indices)]]
+        return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+
+class EvalWindows(Dataset[dict[str, Tensor]]):
+    """Windows that score each of the first ``num_scored`` targets exactly once.
+
+    Window k starts at k·S. The first scores its L targets, each later one its last S, with L − S
+    tokens of context. Targets not scored are −100; inputs past the end are ``<eos>``.
+    ``num_blocks`` keeps the first ``num_blocks`` · L targets (all by default); ``note`` says, once,
+    when there are fewer.
+    """
+
+    def __init__(self, split: Split, length: int, stride: int, num_blocks: int | None = None) -> None:
+        _require_one_block(split, length)
+        if not 1 <= stride <= length:
+            raise ValueError(f"stride must lie in 1..{length} (max_seq_length); got {stride}")
+        self.split, self.length, self.stride = split, length, stride
+        self.note: str | None = None
+        self.num_scored = split.num_tokens
+        if num_blocks is not None:
+            _require_positive("the number of evaluation blocks", num_blocks)
+            self.num_scored = min(num_blocks * length, split.num_tokens)
+            self.note = _shortage(split, num_blocks, -(-split.num_tokens // length), length)
+        self._windows = 1 - (length - self.num_scored) // stride  # 1 + ceil((N − L) / S)
+        # Both padded to the end of the last window; <eos> is the token in front of every stream.
+        padded = (self._windows - 1) * stride + length
+        inputs = np.full(padded, split.stream[0])
+        targets = np.full(padded, IGNORED, dtype=np.int64)
+        inputs[: self.num_scored] = split.stream[: self.num_scored]
+        targets[: self.num_scored] = self.scored_targets()
+        self._inputs = torch.from_numpy(inputs).unfold(0, length, stride)  # (windows, L) view
+        self._targets = torch.from_numpy(targets).unfold(0, length, stride)
+
+    def __len__(self) -> int:
+        return self._windows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one window: ``input_ids`` and ``targets``, each (L,) int64."""
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return a batch: ``input_ids`` and ``targets``, each (B, L) int64."""
+        chosen = torch.as_tensor(indices)
+        targets = self._targets[chosen]
+        context = torch.arange(self.length) < self.length - self.stride
+        targets[(chosen % self._windows > 0)[:, None] & context] = IGNORED
+        return {"input_ids": self._inputs[chosen], "targets": targets}
+
+    def scored_targets(self) -> np.ndarray:
+        """Return the ids scored, in order, (num_scored,) int64."""
+        return self.split.stream[1 : 1 + self.num_scored]
+
+    def document_ids(self) -> np.ndarray:
+        """Return the document number of each target scored, (num_scored,) int64."""
+        return self.split.document_ids()[: self.num_scored]
+
+
+def _require_one_block(split: Split, length: int) -> None:
+    _require_positive("max_seq_length", length)
+    if split.num_tokens < length:
+        raise ValueError(
+            f"the {split.name} split has {split.num_tokens} tokens, one block needs {length}; "
+            "use a smaller max_seq_length or a larger corpus"
+        )
+
+
+def _require_positive(what: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{what} must be 1 or more; got {value}")
+
+
+def _shortage(split: Split, asked: int, available: int, length: int) -> str | None:
+    if asked <= available:
+        return None
+    return f"{asked:,} {split.name} blocks of {length} asked for; all {available:,} there are serve"

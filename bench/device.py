@@ -1,0 +1,37 @@
+"""Which device a run uses, and what running out of its memory looks like."""
+
+from __future__ import annotations
+
+import torch
+
+OUT_OF_MEMORY_TEXTS = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "MPS backend out of memory",
+)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``mps``; auto takes CUDA where there is one.
+
+    Raises:
+        ValueError: the machine has no such device.
+    """
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if name == "auto":
+        return torch.device("cuda" if "cuda" in available else "cpu")
+    if name not in available:
+        raise ValueError(f"device {name!r} is not available on this machine; available: {', '.join(available)}.")
+    return torch.device(name)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether ``error`` means that memory ran out, and nothing else."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+    )

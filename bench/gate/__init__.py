@@ -1,0 +1,12 @@
+"""The leak gate: a coupler's perplexity counts only if every check here passes.
+
+Read in this order: ``report`` (what a check gives), ``subject`` (what is checked, on which
+numbers), ``isolation`` and ``dependence`` (no token sees another), ``behaviour`` and
+``agreement`` (the other checks of a coupler), ``causality`` (the whole model), ``gate``.
+"""
+
+from bench.gate.gate import CHECKS, run_gate
+from bench.gate.report import Check, GateReport
+from bench.gate.trained import check_trained_isolation
+
+__all__ = ["CHECKS", "Check", "GateReport", "check_trained_isolation", "run_gate"]

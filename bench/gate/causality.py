@@ -1,0 +1,85 @@
+"""Causality of the whole model: the future and the padding change nothing.
+
+Shapes: B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bench.gate.report import CheckFailed
+from bench.gate.subject import (
+    TOLERANCE,
+    Subject,
+    draws_random_numbers,
+    modes,
+    relative_difference,
+    without_dropout,
+)
+from gnnmoe.model import GNNMoEModel
+
+LENGTH, LAYERS, VOCABULARY = 16, 2, 64
+
+
+def causality(subject: Subject) -> str:
+    """A small model with the run's own experts, width, coupler and options, in float64."""
+    config = subject.config
+    length = min(config.max_seq_length, LENGTH)
+    small = replace(
+        config, num_layers=min(config.num_layers, LAYERS), vocab_size=VOCABULARY, max_seq_length=length
+    )
+    model = GNNMoEModel(small, seed=subject.seed)
+    without_dropout(model)
+    model = subject.perturb(model.to(subject.device, torch.float64))
+    tokens, others = (
+        torch.randint(VOCABULARY, (length,), generator=subject.generator).to(subject.device) for _ in range(2)
+    )
+    others = torch.where(others == tokens, (others + 1) % VOCABULARY, others)
+    for mode in modes(model):
+        if draws_random_numbers(lambda: model(tokens[None]), subject.device):
+            continue
+        with torch.no_grad():
+            _future_changes_nothing(model, tokens, others, mode)
+            if length >= 4:
+                _padding_changes_nothing(model, tokens, others, mode)
+    return f"logits before t do not move with tokens from t on, at {length} cuts; right padding is inert"
+
+
+def _future_changes_nothing(model: GNNMoEModel, tokens_L: Tensor, others_L: Tensor, mode: str) -> None:
+    """Change the tokens from t on, in row t of one batch, and compare with the last row."""
+    L = tokens_L.numel()
+    position = torch.arange(L, device=tokens_L.device)
+    changed = position >= torch.arange(L + 1, device=tokens_L.device)[:, None]
+    logits_BLV = _finite_logits(model, torch.where(changed, others_L, tokens_L))
+    difference = (logits_BLV - logits_BLV[-1]).abs().amax(-1) / logits_BLV.abs().max()
+    seen = (difference > TOLERANCE) & ~changed
+    if seen.any():
+        cut, before = seen.nonzero()[0].tolist()
+        raise CheckFailed(f"the logits at position {before} move when tokens from {cut} on change, in {mode} mode")
+
+
+def _padding_changes_nothing(model: GNNMoEModel, tokens_L: Tensor, others_L: Tensor, mode: str) -> None:
+    """Pad one sequence with two different fillings, beside a full sequence, and compare."""
+    L, real = tokens_L.numel(), tokens_L.numel() // 2
+    kept = torch.arange(L, device=tokens_L.device) < real
+    mask = torch.stack([kept, torch.ones_like(kept)])
+    logits, losses = [], []
+    for filling in (tokens_L, others_L):
+        batch = torch.stack([torch.where(kept, tokens_L, filling), tokens_L])
+        out = model(batch, attention_mask=mask.long(), labels=batch)
+        logits.append(out["logits"][0, :real])
+        losses.append(out["loss"])
+    short = _finite_logits(model, tokens_L[None, :real])[0]
+    for what, pair in (("logits", logits), ("loss", losses), ("logits", (logits[0], short))):
+        if not relative_difference(*pair) <= TOLERANCE:
+            raise CheckFailed(f"right padding moves the {what} of the real tokens, in {mode} mode")
+
+
+def _finite_logits(model: GNNMoEModel, input_ids: Tensor) -> Tensor:
+    logits = model(input_ids)["logits"]
+    if not logits.isfinite().all():
+        raise CheckFailed("the logits are not finite")
+    return logits

@@ -1,0 +1,39 @@
+"""Every check of one configuration, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from bench.gate.agreement import agrees_with_reference
+from bench.gate.behaviour import batch_isolation, bf16, gradients, no_memory
+from bench.gate.causality import causality
+from bench.gate.isolation import token_isolation
+from bench.gate.report import GateReport, run_check
+from bench.gate.subject import Subject, global_random_state_kept
+from gnnmoe.config import GNNMoEConfig
+
+CHECKS: dict[str, Callable[[Subject], str]] = {
+    "token_isolation": token_isolation,
+    "batch_isolation": batch_isolation,
+    "no_memory": no_memory,
+    "causality": causality,
+    "reference": agrees_with_reference,
+    "gradients": gradients,
+    "bf16": bf16,
+}
+
+
+def run_gate(config: GNNMoEConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> GateReport:
+    """Check the coupler that ``config`` names, on small tensors, and return every verdict.
+
+    Each check draws from a generator of its own, seeded by the stream "gate" of ``seed``; torch's
+    global random state is left as it was. Whatever the coupler raises is a failed check.
+    """
+    where = torch.device(device)
+    with global_random_state_kept(where):
+        return GateReport(
+            [run_check(name, lambda check=check: check(Subject(config, seed, where)))
+             for name, check in CHECKS.items()]
+        )  # fmt: skip

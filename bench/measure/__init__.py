@@ -1,0 +1,1 @@
+"""Measurements: each in a pass of its own, with its unit in its name."""

@@ -1,0 +1,79 @@
+"""Where a run ran: versions, device, threads, and the exact code. No path and no host name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return versions, device, threads and code state, ready for JSON."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device_type": device.type,
+        "device_name": device_name(device),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "driver": _driver() if device.type == "cuda" else None,
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **code_state(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def code_state() -> dict[str, str | None]:
+    """Return the git commit, and a hash of uncommitted changes to it (None where there are none)."""
+    tracked = _git("ls-files", Path(__file__).name)  # an installed copy may lie inside another project
+    commit = _git("rev-parse", "HEAD") if tracked else None
+    if commit is None:
+        return {"git_commit": None, "git_changes_sha256": None}
+    changes = (_git("diff", "HEAD") or "") + (_git("status", "--porcelain") or "")
+    digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
+    return {"git_commit": commit.strip(), "git_changes_sha256": digest}
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None

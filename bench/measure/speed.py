@@ -1,0 +1,68 @@
+"""Speed and memory, in a pass of their own on a copy of the model.
+
+Nothing inside a timed step reads a number back, logs or evaluates.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench.config import MeasureConfig, TrainingConfig
+from bench.data.blocks import IGNORED
+from bench.measure.memory import measure_memory
+from bench.training.step import Batch, make_optimizer, to_device, training_step
+from gnnmoe.model import GNNMoEModel
+
+
+def measure_speed(
+    model: GNNMoEModel, batches: Sequence[Batch], training: TrainingConfig, measure: MeasureConfig, device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Time full training steps on a copy of ``model``; return the record's ``speed`` and ``memory``.
+
+    The batches are used in turn. All step times are kept; tokens are the targets that count.
+    """
+    copied = copy.deepcopy(model).train()
+    optimizer = make_optimizer(copied, training)
+    on_device = [to_device(batch, device) for batch in batches]
+    tokens = [int((batch["targets"] != IGNORED).sum()) for batch in batches]
+
+    def step(number: int) -> None:
+        training_step(copied, on_device[number % len(batches)], optimizer, training.max_grad_norm)
+
+    for number in range(measure.speed_warmup_steps):
+        step(number)
+    numbers = [measure.speed_warmup_steps + k for k in range(measure.speed_steps)]
+    seconds = _time_steps(step, numbers, device)
+    speed = {
+        "step_seconds": seconds,
+        "step_tokens": [tokens[number % len(batches)] for number in numbers],
+        "warmup_steps": measure.speed_warmup_steps,
+        "steady": False,
+        "remark": "not steady: a fixed, short warm-up",
+    }
+    memory = measure_memory(lambda: step(0), (copied, optimizer, on_device), device)
+    return speed, memory
+
+
+def _time_steps(step: Any, numbers: Sequence[int], device: torch.device) -> list[float]:
+    """Return the seconds of each step: events on CUDA with one wait at the end, else a clock."""
+    if device.type != "cuda":
+        seconds = []
+        for number in numbers:
+            start = time.perf_counter()
+            step(number)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(numbers) + 1)]
+    torch.cuda.synchronize(device)
+    events[0].record()
+    for number, event in zip(numbers, events[1:], strict=True):
+        step(number)
+        event.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1000.0 for before, after in zip(events[:-1], events[1:], strict=True)]

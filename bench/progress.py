@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Prints phases, training progress and evaluations to ``console``; nothing where ``quiet``."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self._bar: Progress | None = None
+        self._total, self._tokens, self._started = 0, 0, 0.0
+        self._validation = ""
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        if not self.quiet:
+            self.console.print(text, markup=False, highlight=False)
+
+    @contextmanager
+    def phase(self, description: str) -> Iterator[None]:
+        """Announce a phase; the training bar, if it has one, lasts as long as the phase."""
+        self.line(f"{description} …")
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def training_begins(self, total_steps: int) -> None:
+        """Start counting steps; on a terminal, show the bar."""
+        self._total, self._tokens, self._started = total_steps, 0, time.perf_counter()
+        if self.console.is_terminal and not self.quiet:
+            self._bar = Progress(
+                BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True), console=self.console, transient=True,
+            )  # fmt: skip
+            self._bar.add_task("", total=total_steps)
+            self._bar.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show one training step."""
+        self._tokens += row["tokens"]
+        if self._bar is not None:
+            rate = self._tokens / (time.perf_counter() - self._started)
+            text = f"loss {row['loss']:.3f}{self._validation} · {rate:,.0f} tokens/s"
+            self._bar.update(self._bar.task_ids[0], completed=row["step"], description=text)
+
+    def evaluated(self, row: dict[str, Any]) -> None:
+        """Show one evaluation."""
+        perplexity = math.exp(min(row["nll_sum"] / row["tokens"], 700.0))
+        self._validation = f" · val ppl {perplexity:,.1f}"
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / row["step"] * (self._total - row["step"])
+        self.line(f"  step {row['step']}/{self._total}: validation perplexity {perplexity:,.1f}, "
+                  f"{elapsed:.0f} s, about {left:.0f} s left")  # fmt: skip

@@ -1,0 +1,1 @@
+"""Records: one folder a run, written whole or not at all."""

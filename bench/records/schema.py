@@ -1,0 +1,64 @@
+"""What a record holds. Units are in the names; a quantity that was not measured is null with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.config import RunConfig
+from bench.measure.quantity import not_measured
+
+SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning
+STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "gate_failed", "interrupted")
+KEYS = (
+    "schema_version", "run_id", "study", "run_name", "status", "error", "command", "config", "seed",
+    "environment", "data", "time", "parameters", "flops", "requested", "tuned", "used", "quality",
+    "speed", "memory", "gate", "communication",
+)  # fmt: skip
+
+Record = dict[str, Any]
+
+
+def new_record(**known: Any) -> Record:
+    """Return a record with every key: what is ``known``, and "not reached" for the rest.
+
+    Raises:
+        KeyError: a name that is no key of a record.
+    """
+    unknown = set(known) - set(KEYS)
+    if unknown:
+        raise KeyError(f"no keys of a record: {sorted(unknown)}")
+    record: Record = {key: not_measured("the run did not get this far") for key in KEYS}
+    return {**record, "schema_version": SCHEMA_VERSION, "run_name": None, "error": None, **known}
+
+
+def config_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the config by groups, ready for JSON; paths as they were given."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def run_id(config: RunConfig, data_sha256: str, device_type: str, world_size: int = 1) -> str:
+    """Return 12 hex digits that name a run by everything that can change one of its numbers.
+
+    The group ``places`` (names, folders, verbosity) is left out; the data count by their content.
+    """
+    identity = config_dict(config)
+    del identity["places"]
+    model = identity["model"]
+    del model["coupler_option"]
+    model["coupler_options"] = config.model.resolved(1).coupler_options
+    identity["data"] = {**identity["data"], "dataset_name": None, "sha256": data_sha256}
+    identity.update(device_type=device_type, world_size=world_size, schema=SCHEMA_VERSION.split(".")[0])
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,99 @@
+"""The folder of one run: every file is written under a temporary name and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from bench.records.schema import Record
+
+
+class RunFolder:
+    """``results_dir/study/run_id``: record.json, history.jsonl, the npz files and log.txt."""
+
+    def __init__(self, results_dir: Path, study: str, run_id: str) -> None:
+        self.path = results_dir / study / run_id
+
+    def create(self) -> None:
+        """Make the folder and start an empty history and log.
+
+        Raises:
+            ValueError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in ("history.jsonl", "log.txt"):
+                (self.path / name).write_text("")
+        except OSError as error:
+            raise ValueError(cannot_write(self.path, error)) from error
+
+    def read_record(self) -> Record | None:
+        """Return the record, or None where there is none."""
+        path = self.path / "record.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def set_aside(self) -> Path:
+        """Rename the folder to the first free ``run_id.1``, ``run_id.2``, … and return its new path."""
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        return self.path.rename(target)
+
+    def write_record(self, record: Record) -> None:
+        """Write record.json; NaN and infinity are refused, since JSON has neither."""
+        text = json.dumps(record, indent=2, allow_nan=False)
+        self._write("record.json", lambda file: file.write(text.encode()))
+
+    def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write ``name`` (an npz file) with the arrays."""
+        self._write(name, lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
+
+    def append_history(self, row: dict[str, Any]) -> None:
+        """Add one line to history.jsonl."""
+        with (self.path / "history.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def log(self, line: str) -> None:
+        """Add one line, with the time in UTC, to log.txt."""
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        with (self.path / "log.txt").open("a") as file:
+            file.write(f"{stamp} {line}\n")
+
+    def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(self.path / name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def check_writable(results_dir: Path) -> None:
+    """Make sure that ``results_dir`` can be written, and leave nothing behind.
+
+    Raises:
+        ValueError: it, or the nearest folder above it that exists, is no folder or refuses.
+    """
+    nearest = results_dir.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(cannot_write(results_dir, error)) from error
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """Return the message that ``path`` cannot be written, why, and what to do."""
+    return f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."

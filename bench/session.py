@@ -1,0 +1,258 @@
+"""One run from its config to its record: check, train, evaluate, measure, write."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from bench.config import RunConfig
+from bench.data.corpus import Corpus, load_corpus
+from bench.data.loader import create_loader
+from bench.data.vocabulary import unigram_nll
+from bench.device import is_out_of_memory, resolve_device
+from bench.gate import GateReport, check_trained_isolation, run_gate
+from bench.measure.environment import describe_environment
+from bench.measure.flops import training_flops_per_token
+from bench.measure.quantity import not_measured
+from bench.measure.speed import measure_speed
+from bench.progress import Reporter
+from bench.records.schema import Record, config_dict, new_record, run_id
+from bench.records.store import RunFolder, check_writable
+from bench.training.communication import CommunicationTrace, summarize_communication
+from bench.training.evaluation import evaluate
+from bench.training.loop import Diverged, Trained, Trainer
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import build_coupler
+from gnnmoe.model import GNNMoEModel
+
+MIXING_TOKENS = 512  # the content-dependent mixing is averaged over so many validation tokens
+
+
+class GateFailed(Exception):
+    """The coupler failed the gate: its perplexity would not count."""
+
+
+@dataclass
+class Prepared:
+    """What a run needs before its first number; making it writes nothing."""
+
+    config: RunConfig
+    model_config: GNNMoEConfig
+    device: torch.device
+    corpus: Corpus
+    loaders: dict[str, DataLoader[Any]]
+    """train; val as used while training; val_final and, where asked for, test, at half the stride."""
+    folder: RunFolder
+    run_id: str
+    seconds: dict[str, float]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check everything that a user can get wrong, and load the data.
+
+    Raises:
+        ValueError: saying what was wrong, what is allowed and what to do.
+    """
+    start = time.perf_counter()
+    check_writable(config.places.results_dir)
+    device = resolve_device(config.places.device)
+    with torch.random.fork_rng(devices=[]):
+        build_coupler(config.model.resolved(1))  # refuses unknown names before the data are read
+    corpus = load_corpus(**_corpus_arguments(config))
+    model_config = config.model.resolved(corpus.vocabulary.size)
+    loaders = _loaders(config, corpus)
+    identity = run_id(config, corpus.sha256, device.type)
+    folder = RunFolder(config.places.results_dir, config.places.study, identity)
+    seconds = {"prepare": time.perf_counter() - start}
+    return Prepared(config, model_config, device, corpus, loaders, folder, identity, seconds)
+
+
+def _corpus_arguments(config: RunConfig) -> dict[str, Any]:
+    import os
+
+    source, named = config.places.data_source, config.data.dataset_name is not None
+    if source == "auto" and named:  # asked for by name: no embedded text in its place
+        has_folder = config.places.data_dir is not None or os.environ.get("GNNMOE_DATA_DIR")
+        source = "folder" if has_folder else "hub"
+    return {
+        "data_dir": config.places.data_dir,
+        "source": source,
+        "dataset_name": config.data.dataset_name or "wikitext",
+        "dataset_config_name": config.data.dataset_config_name,
+    }
+
+
+def _loaders(config: RunConfig, corpus: Corpus) -> dict[str, DataLoader[Any]]:
+    size, length, seed = config.training.batch_size, config.model.max_seq_length, config.training.seed
+    shared: dict[str, Any] = {"max_seq_length": length, "seed": seed}
+    evaluated = {**shared, "num_samples": config.data.num_eval_samples}
+    half = max(1, length // 2)
+    loaders = {
+        "train": create_loader(corpus, "train", size, num_samples=config.data.num_train_samples, **shared),
+        "val": create_loader(corpus, "val", size, **evaluated),
+        "val_final": create_loader(corpus, "val", size, stride=half, **evaluated),
+    }
+    if config.data.evaluate_test:
+        loaders["test"] = create_loader(corpus, "test", size, stride=half, max_seq_length=length)
+    return loaders
+
+
+class Session:
+    """Runs what was prepared and keeps its record; whatever happens, the record is written."""
+
+    def __init__(self, prepared: Prepared, command: str, reporter: Reporter) -> None:
+        self.prepared, self.reporter = prepared, reporter
+        config = prepared.config
+        self.seconds = dict(prepared.seconds)
+        self.started = time.perf_counter()
+        self.record: Record = new_record(
+            run_id=prepared.run_id, study=config.places.study, run_name=config.places.run_name,
+            status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
+            environment=describe_environment(prepared.device), data=prepared.corpus.to_record(),
+            tuned=not_measured("no batch-size search was asked for"),
+            requested={"batch_size": config.training.batch_size, "max_seq_length": config.model.max_seq_length},
+        )  # fmt: skip
+        self.record["time"] = {"start": _now(), "end": None, "seconds": self.seconds}
+
+    def run(self) -> Record:
+        """Run all phases; end with the record written and its status set.
+
+        Only KeyboardInterrupt comes out again, after the record is written.
+        """
+        folder = self.prepared.folder
+        folder.create()
+        folder.write_record(self.record)
+        try:
+            self._phases()
+        except GateFailed as error:
+            self._end("gate_failed", str(error))
+        except Diverged as error:
+            self._end("diverged", str(error))
+        except KeyboardInterrupt:
+            self._end("interrupted", "stopped by the user")
+            raise
+        except Exception as error:
+            folder.log(traceback.format_exc())
+            self._end("oom" if is_out_of_memory(error) else "crashed", f"{type(error).__name__}: {error}")
+        else:
+            passed = self.record["gate"]["passed"]
+            self._end("ok" if passed else "gate_failed", None if passed else "trained by --allow-failed-gate")
+        return self.record
+
+    def _end(self, status: str, error: str | None) -> None:
+        self.record.update(status=status, error=error)
+        self.record["time"]["end"] = _now()
+        self.seconds["total"] = self.prepared.seconds["prepare"] + time.perf_counter() - self.started
+        self.prepared.folder.log(f"status {status}" + (f": {error}" if error else ""))
+        self.prepared.folder.write_record(self.record)
+
+    def _phases(self) -> None:
+        config, device = self.prepared.config, self.prepared.device
+        with self._phase("gate", "checking the coupler"):
+            report = run_gate(self.prepared.model_config, seed=config.training.seed)
+        self._gate(report)
+        with self._phase("build", "building the model"):
+            model = self._build()
+        with self._phase("train", "training"):
+            trained = self._train(model)
+        with self._phase("evaluate", "evaluating"):
+            self._trained_gate(model)
+            self._evaluate(model, trained)
+        with self._phase("speed", "measuring speed and memory"):
+            batches = list(islice(iter(self.prepared.loaders["train"]), config.measure.speed_steps))
+            self.record["speed"], self.record["memory"] = measure_speed(
+                model, batches, config.training, config.measure, device
+            )
+
+    @contextmanager
+    def _phase(self, name: str, description: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self.prepared.folder.log(description)
+        with self.reporter.phase(description):
+            try:
+                yield
+            finally:
+                self.seconds[name] = time.perf_counter() - start
+
+    def _gate(self, report: GateReport) -> None:
+        self.record["gate"] = report.to_record()
+        if not report.passed and not self.prepared.config.measure.allow_failed_gate:
+            raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
+
+    def _build(self) -> GNNMoEModel:
+        model = GNNMoEModel(self.prepared.model_config, seed=self.prepared.config.training.seed)
+        model.set_output_bias(torch.from_numpy(self.prepared.corpus.vocabulary.log_unigram()))
+        self.record["parameters"] = model.parameter_counts()
+        self.record["flops"] = {"training_flops_per_token": training_flops_per_token(model)}
+        return model.to(self.prepared.device)
+
+    def _train(self, model: GNNMoEModel) -> Trained:
+        folder, trace = self.prepared.folder, CommunicationTrace()
+        trace.sample(0, model)
+
+        def on_evaluation(row: dict[str, Any]) -> None:
+            trace.sample(row["step"], model)
+            folder.append_history(row)
+            self.reporter.evaluated(row)
+
+        def on_step(row: dict[str, Any]) -> None:
+            folder.append_history(row)
+            self.reporter.step(row)
+
+        loaders, config = self.prepared.loaders, self.prepared.config.training
+        trainer = Trainer(model, loaders["train"], loaders["val"], config, self.prepared.device, on_step, on_evaluation)
+        self.reporter.training_begins(trainer.total_steps)
+        try:
+            return trainer.run()
+        finally:
+            done = trainer.done
+            self.record["used"] = {
+                "batch_shapes": done.batch_shapes, "steps": done.steps, "epochs": done.epochs,
+                "tokens": done.tokens, "precision": "fp32", "world_size": 1,
+            }  # fmt: skip
+            folder.write_arrays("communication.npz", trace.arrays())
+
+    def _trained_gate(self, model: GNNMoEModel) -> None:
+        """Check isolation on the trained weights, before any perplexity is written."""
+        batch = next(iter(self.prepared.loaders["val"]))
+        check = check_trained_isolation(model, batch["input_ids"].to(self.prepared.device))
+        gate = self.record["gate"]
+        gate["checks"][check.name] = {"passed": check.passed, "detail": check.detail, "seconds": check.seconds}
+        gate["passed"] = gate["passed"] and check.passed
+        if not check.passed and not self.prepared.config.measure.allow_failed_gate:
+            raise GateFailed(f"{check.name}: {check.detail}")
+
+    def _evaluate(self, model: GNNMoEModel, trained: Trained) -> None:
+        device, loaders = self.prepared.device, self.prepared.loaders
+        quality: dict[str, Any] = {"test": not_measured("not asked for; --evaluate-test scores it")}
+        arrays: dict[str, np.ndarray] = {}
+        for split, loader in (("validation", loaders["val_final"]), ("test", loaders.get("test"))):
+            if loader is None:
+                continue
+            result, windows = evaluate(model, loader, device), loader.dataset
+            quality[split] = {
+                "nll_sum": result.nll_sum, "tokens": result.tokens,
+                "unigram_nll_sum": unigram_nll(self.prepared.corpus.vocabulary, windows.scored_targets()),
+                "length": windows.length, "stride": windows.stride,
+            }  # fmt: skip
+            arrays |= {f"{split}_nll": result.nll, f"{split}_document": windows.document_ids().astype(np.int32)}
+        quality["best_step"] = trained.best_step
+        self.record["quality"] = quality
+        self.prepared.folder.write_arrays("nll.npz", arrays)
+        tokens = next(iter(loaders["val"]))["input_ids"]
+        rows = max(1, MIXING_TOKENS // tokens.shape[1])
+        self.record["communication"] = summarize_communication(model, tokens[:rows].to(device))
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

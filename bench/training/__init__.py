@@ -1,0 +1,1 @@
+"""Training and evaluation: the quality pass, in which nothing is timed."""

@@ -1,0 +1,59 @@
+"""Who talks to whom, while it is learned: the couplers' weights over steps, and at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnnmoe.layer import GNNMoELayer
+from gnnmoe.model import GNNMoEModel
+
+
+class CommunicationTrace:
+    """The static parts of every layer's ``communication``, sampled now and then."""
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._samples: dict[str, list[np.ndarray]] = {}
+
+    def sample(self, step: int, model: GNNMoEModel) -> None:
+        """Keep a copy of what the model says after ``step`` steps."""
+        self._steps.append(step)
+        for layer, parts in model.analyze_expert_communication().items():
+            for name, value in parts.items():
+                self._samples.setdefault(f"{layer}.{name}", []).append(value.float().cpu().numpy().copy())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return ``step`` (T,) and, by ``layer_0.name``, the values with time as first axis."""
+        stacked = {name: np.stack(values) for name, values in self._samples.items()}
+        return {"step": np.array(self._steps, dtype=np.int64), **stacked}
+
+
+def summarize_communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, Any]:
+    """Return what every layer's coupler says of itself, vectors by member names, ready for JSON.
+
+    The mixing, which depends on content, is averaged over the tokens of ``input_ids`` (B, L).
+    """
+    was_training = model.training
+    model.eval()
+    found = model.analyze_expert_communication(input_ids)
+    model.train(was_training)
+    summary: dict[str, Any] = {}
+    for number, parts in enumerate(found.values()):
+        layer = model.layers[number]
+        assert isinstance(layer, GNNMoELayer)
+        names = layer.coupler.member_names()
+        summary[f"layer_{number}"] = {
+            name: _readable(value.double().cpu(), names.get(name)) for name, value in parts.items()
+        }
+    return summary
+
+
+def _readable(value: Tensor, names: list[str] | None) -> Any:
+    if value.ndim != 1:
+        return torch.round(value, decimals=6).tolist()
+    keys = names or [str(expert) for expert in range(len(value))]
+    return dict(zip(keys, torch.round(value, decimals=6).tolist(), strict=True))

@@ -1,0 +1,38 @@
+"""Evaluation: the nll of every target once, summed in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from bench.data.blocks import IGNORED
+from bench.training.step import to_device
+from gnnmoe.model import GNNMoEModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the targets scored; perplexity is exp(nll_sum / tokens)."""
+
+    nll_sum: float
+    tokens: int
+    nll: np.ndarray
+    """The nll in nats of each target, float32, in the order of the text."""
+
+
+@torch.no_grad()
+def evaluate(model: GNNMoEModel, loader: DataLoader, device: torch.device) -> Evaluation:
+    """Score every target of ``loader`` that is not ignored; the model's mode is put back after."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for batch in loader:
+        batch = to_device(batch, device)
+        nll = model.token_nll(batch["input_ids"], batch["targets"])
+        parts.append(nll[batch["targets"] != IGNORED].float().cpu().numpy())
+    model.train(was_training)
+    nll = np.concatenate(parts)
+    return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)

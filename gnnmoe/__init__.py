@@ -1,0 +1,57 @@
+"""GNN-MoE language models: experts on every token, and a coupler that mixes their outputs.
+
+Names are imported on first use, so that a command's ``--help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+    from gnnmoe.couplers import Coupler, build_coupler, coupler_names, register_coupler
+    from gnnmoe.couplers.gnn import GNNExpertCoupler
+    from gnnmoe.couplers.hgnn import HGNNExpertCoupler
+    from gnnmoe.experts import ExpertBlock
+    from gnnmoe.hypergraph_backends import PyGHypergraphConvWrapper
+    from gnnmoe.layer import GNNMoELayer
+    from gnnmoe.model import GNNMoEModel
+
+_HOME = {
+    "GNNMoEConfig": "gnnmoe.config",
+    "Coupler": "gnnmoe.couplers",
+    "build_coupler": "gnnmoe.couplers",
+    "coupler_names": "gnnmoe.couplers",
+    "register_coupler": "gnnmoe.couplers",
+    "GNNExpertCoupler": "gnnmoe.couplers.gnn",
+    "HGNNExpertCoupler": "gnnmoe.couplers.hgnn",
+    "ExpertBlock": "gnnmoe.experts",
+    "PyGHypergraphConvWrapper": "gnnmoe.hypergraph_backends",
+    "GNNMoELayer": "gnnmoe.layer",
+    "GNNMoEModel": "gnnmoe.model",
+}
+
+__all__ = [
+    "Coupler",
+    "ExpertBlock",
+    "GNNExpertCoupler",
+    "GNNMoEConfig",
+    "GNNMoELayer",
+    "GNNMoEModel",
+    "HGNNExpertCoupler",
+    "PyGHypergraphConvWrapper",
+    "build_coupler",
+    "coupler_names",
+    "register_coupler",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gnnmoe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

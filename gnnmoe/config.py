@@ -1,0 +1,69 @@
+"""The shape of a GNN-MoE language model. Imports no torch, so that ``--help`` stays quick."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+VOCABULARY_MULTIPLE = 64  # rows of the embedding and of the head; aligned matrix products are faster
+
+
+@dataclass(kw_only=True)
+class GNNMoEConfig:
+    """A model: ``num_layers`` layers of ``num_experts`` transformer experts and one coupler.
+
+    Raises:
+        ValueError: a size that is not positive, a dropout outside [0, 1), or heads that do not
+            divide the width. Names (coupler, strategy) are checked where they are looked up.
+    """
+
+    coupler_type: str = "HGNN"
+    """Coupler: a registered name (an unknown one lists them all) or package.module:Class."""
+    hgnn_conv_type: str = "HypergraphConv"
+    """HGNN: the hypergraph layer; HypergraphConv (the documented formula) or PyGHypergraphConv."""
+    static_hyperedge_strategy: str = "all_pairs"
+    """HGNN: which experts share a hyperedge; all_pairs, all_triplets or all."""
+    hgnn_learnable_edge_weights: bool = True
+    """HGNN: learn a positive weight for each hyperedge (1 at the start)."""
+    gnn_layers: int = 2
+    """Message-passing layers inside the coupler."""
+    coupler_options: dict[str, Any] = field(default_factory=dict)
+    """The coupler's own options by name."""
+    num_experts: int = 4
+    """Experts in each layer; all of them see every token."""
+    embed_dim: int = 64
+    """Width of the embeddings and of every expert."""
+    num_layers: int = 2
+    """Layers of experts, each with a coupler of its own."""
+    num_heads: int = 2
+    """Attention heads of an expert."""
+    max_seq_length: int = 128
+    """Tokens in a training sequence, and the longest input."""
+    dropout_rate: float = 0.0
+    """Dropout in the experts."""
+    vocab_size: int = 33_278
+    """Words in the vocabulary (the published figure of WikiText-2)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "embed_dim", "num_layers", "num_heads", "gnn_layers",
+                     "max_seq_length", "vocab_size"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if not 0.0 <= self.dropout_rate < 1.0:
+            raise ValueError(f"dropout_rate is {self.dropout_rate!r}; it must lie in [0, 1).")
+        if self.embed_dim % self.num_heads:
+            divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+            raise ValueError(
+                f"num_heads is {self.num_heads} and does not divide embed_dim {self.embed_dim}; "
+                f"heads that do: {', '.join(map(str, divisors[:12]))}."
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """``vocab_size`` rounded up to a multiple of 64."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field by name, ready for JSON."""
+        return asdict(self)

@@ -1,0 +1,106 @@
+"""The contract of a coupler: what it takes, what it gives, and what it tells about itself.
+
+Shapes: B batch, L length, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+
+class Coupler(nn.Module, ABC):
+    """Mixes the outputs of E experts, token by token: (B, L, E, D) → (B, L, D).
+
+    A subclass takes the config and its own options with defaults, keyword-only:
+    ``def __init__(self, config, *, k: int = 2)``. It keeps no state between calls, and it never
+    mixes tokens: the gate (``python -m bench.check``) proves that before every run.
+    """
+
+    name: ClassVar[str] = ""
+    """Set by ``@register_coupler``."""
+
+    def __init__(self, config: GNNMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.combiner = combiner(config.embed_dim)
+
+    @abstractmethod
+    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Mix ``expert_outputs`` (B, L, E, D), of any stride, into (B, L, D).
+
+        ``layer_input`` (B, L, D) is what the experts read; couplers that route by it need it.
+        """
+
+    @abstractmethod
+    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Compute the same as ``forward``, naively: written from the formula, loops allowed."""
+
+    def auxiliary_losses(
+        self, expert_outputs: Tensor, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return scalar losses to add while training, by name; pure, and empty for most."""
+        del expert_outputs, layer_input
+        return {}
+
+    def static_communication(self) -> dict[str, Tensor]:
+        """Return what is the same for every token (hyperedge weights, adjacency), by name."""
+        return {}
+
+    def communication(
+        self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return who talks to whom: small, detached tensors by name.
+
+        The static parts always; with ``expert_outputs`` (B, L, E, D) also ``mixing`` (E), the
+        share of each expert in the output, averaged over the tokens given.
+        """
+        parts = {name: value.detach() for name, value in self.static_communication().items()}
+        if expert_outputs is not None:
+            parts["mixing"] = effective_mixing(self, expert_outputs, layer_input)
+        return parts
+
+    def get_expert_communication_matrices(self) -> list[Tensor]:
+        """Return the static parts of ``communication`` as a list, as the original experiments did."""
+        return list(self.communication().values())
+
+    def inert_parameters(self) -> dict[str, str]:
+        """Return parameters that can have no gradient by construction: name → the reason."""
+        return {}
+
+    def member_names(self) -> dict[str, list[str]]:
+        """Return, for an entry of ``communication``, a name for each position of its first axis.
+
+        Entries that are missing here are read as one value (or row) an expert.
+        """
+        return {}
+
+
+def combiner(embed_dim: int) -> nn.Sequential:
+    """Return Linear–GELU–LayerNorm, which follows the readout of every coupler."""
+    return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim))
+
+
+def effective_mixing(
+    coupler: Coupler, expert_outputs: Tensor, layer_input: Tensor | None = None
+) -> Tensor:
+    """Return the mean over tokens of ‖∂y/∂x_e‖ (Frobenius), normalised to sum 1: shape (E,).
+
+    For a coupler that is a weighted sum of the experts and one map for all of them, these are
+    the weights themselves. Costs one backward pass for each of the D outputs.
+    """
+    inputs = expert_outputs.detach().clone().requires_grad_(True)
+    with torch.enable_grad():
+        output = coupler(inputs, None if layer_input is None else layer_input.detach())
+        squared = torch.zeros(inputs.shape[:3], device=inputs.device, dtype=torch.float64)
+        for column in output.flatten(0, 1).sum(0).unbind():
+            (gradient,) = torch.autograd.grad(column, inputs, retain_graph=True)
+            squared += gradient.double().square().sum(-1)
+    share = squared.sqrt().mean((0, 1))
+    return (share / share.sum()).to(expert_outputs.dtype)

@@ -1,0 +1,131 @@
+"""Which couplers there are: a file in this folder, an entry point, or ``package.module:Class``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gnnmoe.couplers._base import Coupler
+from gnnmoe.naming import unknown_name
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+_COUPLERS: dict[str, type[Coupler]] = {}
+CouplerClass = TypeVar("CouplerClass", bound=type[Coupler])
+
+
+def register_coupler(name: str) -> Callable[[CouplerClass], CouplerClass]:
+    """Return a decorator that makes a class available as ``--coupler name``.
+
+    Raises:
+        ValueError: another class has the name, or the class has no docstring.
+    """
+
+    def register(cls: CouplerClass) -> CouplerClass:
+        known = _COUPLERS.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"coupler {name!r} is registered already, by {known.__module__}.{known.__name__}.")
+        if not (cls.__doc__ or "").strip():
+            raise ValueError(f"coupler {name!r} needs a docstring with its formula, shapes and source.")
+        cls.name = name
+        _COUPLERS[name] = cls
+        return cls
+
+    return register
+
+
+@cache
+def _discover() -> None:
+    """Import every coupler file of this folder and every installed entry point, once."""
+    package = importlib.import_module("gnnmoe.couplers")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"gnnmoe.couplers.{module.name}")
+    for point in entry_points(group="gnnmoe.couplers"):
+        register_coupler(point.name)(point.load())
+
+
+def coupler_names() -> list[str]:
+    """Return the names of all couplers that discovery finds, sorted."""
+    _discover()
+    return sorted(_COUPLERS, key=str.lower)
+
+
+def coupler_class(name: str) -> type[Coupler]:
+    """Return the class behind a registered name or ``package.module:Class``.
+
+    Raises:
+        ValueError: there is no such name, module or class, or the class is no ``Coupler``.
+    """
+    _discover()
+    if ":" in name:
+        return _imported_class(name)
+    if name not in _COUPLERS:
+        raise ValueError(unknown_name("coupler", name, _COUPLERS) + " Your own: package.module:Class.")
+    return _COUPLERS[name]
+
+
+def _imported_class(path: str) -> type[Coupler]:
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise ValueError(
+            f"coupler {path!r}: there is no module {error.name!r} in the working folder or installed."
+        ) from error
+    cls = getattr(module, class_name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, Coupler)):
+        classes = [n for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, Coupler)
+                   and c is not Coupler]  # fmt: skip
+        if cls is None:
+            raise ValueError(unknown_name(f"coupler class in {module_name}", class_name, classes))
+        raise ValueError(f"coupler {path!r}: {class_name} is not a subclass of gnnmoe.Coupler.")
+    if not cls.name:
+        cls.name = path
+    return cls
+
+
+def coupler_option_defaults(cls: type[Coupler]) -> dict[str, Any]:
+    """Return the coupler's own options with their defaults: its keyword-only parameters."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def build_coupler(config: GNNMoEConfig) -> Coupler:
+    """Build the coupler that ``config`` names, with ``config.coupler_options``.
+
+    Option values that are strings are read as the type of the option's default.
+
+    Raises:
+        ValueError: an unknown coupler or option, or a value that an option cannot have.
+    """
+    cls = coupler_class(config.coupler_type)
+    defaults = coupler_option_defaults(cls)
+    options = {}
+    for name, value in config.coupler_options.items():
+        if name not in defaults:
+            raise ValueError(unknown_name(f"option of coupler {cls.name}", name, defaults))
+        options[name] = _as_type_of(defaults[name], value, f"option {name} of coupler {cls.name}")
+    return cls(config, **options)
+
+
+def _as_type_of(default: Any, value: Any, what: str) -> Any:
+    if not isinstance(value, str) or isinstance(default, str) or default is None:
+        return value
+    if isinstance(default, bool):
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if value.lower() not in words:
+            raise ValueError(f"{what} is {value!r}; allowed: true, false.")
+        return words[value.lower()]
+    try:
+        return type(default)(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is {value!r}; it must be a {type(default).__name__}.") from error

@@ -1,0 +1,35 @@
+"""The mean over experts: the floor that every other coupler must beat."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gnnmoe.couplers._base import Coupler
+from gnnmoe.couplers._registry import register_coupler
+
+
+@register_coupler("mean")
+class MeanCoupler(Coupler):
+    r"""The mean over experts, then the combiner that all couplers share.
+
+    .. math:: y = \mathrm{LayerNorm}(\mathrm{GELU}(W \tfrac{1}{E} \sum_e x_e + b))
+
+    Shapes:
+        - **expert_outputs:** :math:`(B, L, E, D)`
+        - **output:** :math:`(B, L, D)`
+
+    Source: the ensemble mean; no parameters beside the combiner's.
+    """
+
+    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
+        del layer_input
+        return self.combiner(expert_outputs.mean(2))
+
+    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Add the experts up one by one."""
+        del layer_input
+        total = expert_outputs[:, :, 0]
+        for expert in range(1, expert_outputs.shape[2]):
+            total = total + expert_outputs[:, :, expert]
+        return self.combiner(total / expert_outputs.shape[2])

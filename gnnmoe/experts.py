@@ -1,0 +1,45 @@
+"""One expert: a pre-norm transformer block that sees every token.
+
+Shapes: B batch, L length, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+
+class ExpertBlock(nn.Module):
+    """Causal self-attention and a feed-forward net of width 4 D, each with its residual.
+
+    Attention is causal without a mask tensor, so padding on the right is inert by itself.
+    """
+
+    def __init__(self, config: GNNMoEConfig) -> None:
+        super().__init__()
+        D = config.embed_dim
+        self.num_heads, self.dropout_rate = config.num_heads, config.dropout_rate
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return (B, L, D) for an input of the same shape."""
+        x_BLD = x_BLD + self._dropout(self._attention(self.norm1(x_BLD)))
+        hidden = self._dropout(F.gelu(self.up(self.norm2(x_BLD))))
+        return x_BLD + self._dropout(self.down(hidden))
+
+    def _attention(self, x_BLD: Tensor) -> Tensor:
+        B, L, D = x_BLD.shape
+        q, k, v = self.qkv(x_BLD).view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout_rate if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return self.proj(mixed.transpose(1, 2).reshape(B, L, D))
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout_rate, self.training) if self.dropout_rate else x

@@ -1,0 +1,50 @@
+"""One layer: all experts on every token, one coupler, one residual."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gnnmoe.couplers import build_coupler
+from gnnmoe.experts import ExpertBlock
+from gnnmoe.seeds import RandomStreams
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+
+class GNNMoELayer(nn.Module):
+    """``x + coupler(experts(x), x)``; experts and coupler draw from streams of their own."""
+
+    def __init__(self, config: GNNMoEConfig, streams: RandomStreams | None = None) -> None:
+        super().__init__()
+        streams = streams or RandomStreams(int(torch.randint(2**31, ())))
+        with streams("init.experts"):
+            self.experts = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_experts))
+            self.experts.apply(init_weights)
+        with streams("init.coupler"):
+            self.coupler = build_coupler(config)
+
+    def expert_outputs(self, x_BLD: Tensor) -> Tensor:
+        """Return what each expert makes of ``x`` (B, L, D): (B, L, E, D)."""
+        return torch.stack([expert(x_BLD) for expert in self.experts], dim=2)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return (B, L, D) for an input of the same shape."""
+        return self.forward_with_auxiliary(x_BLD)[0]
+
+    def forward_with_auxiliary(self, x_BLD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (B, L, D) and the coupler's auxiliary losses by name."""
+        expert_outputs_BLED = self.expert_outputs(x_BLD)
+        auxiliary = self.coupler.auxiliary_losses(expert_outputs_BLED, x_BLD)
+        return x_BLD + self.coupler(expert_outputs_BLED, x_BLD), auxiliary
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw matrices of the trunk and of the experts from N(0, 0.02²), with zero biases."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

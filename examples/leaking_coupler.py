@@ -1,9 +1,9 @@
-"""A coupler that leaks, to see the gate catch it:
+"""A coupler that leaks, to see the gate catch it.
 
-``python -m bench.check --coupler examples.leaking_coupler:LeakingCoupler --num-experts 4``.
+``python -m bench.check --coupler examples.leaking_coupler:LeakingCoupler --num-experts 4``
 
 It is not registered, and nothing may be concluded from what it scores: it reads its own labels.
-"""  # noqa: D400
+"""
 
 from __future__ import annotations
 

@@ -12,9 +12,8 @@ from bench.data.split import SPLITS
 
 MIN_COUNT = 2  # words seen once in training become <unk>
 _SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
-_TOKEN = re.compile(
-    r"[A-Za-z]+(?:'[A-Za-z]+)?|[.,;:!?]"
-)  # words and the marks of prose; no digits, no operators
+# Words, numbers and the marks of prose; no operators, brackets or quotes.
+_TOKEN = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)?|[0-9]+(?:[.][0-9]+)*|[.,;:!?]")
 
 
 def embedded_texts() -> dict[str, tuple[list[str], list[int]]]:

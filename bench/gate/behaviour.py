@@ -101,7 +101,7 @@ def bf16(subject: Subject) -> str:
     """Forward and backward under bf16 autocast stay finite, at the real start."""
     coupler = subject.coupler().float().train()
     inputs = subject.inputs(BATCH, min(subject.config.max_seq_length, LENGTH))
-    leaves = tuple(x.float().requires_grad_(True) for x in inputs)
+    leaves = inputs[0].float().requires_grad_(True), inputs[1].float().requires_grad_(True)
     with torch.autocast(subject.device.type, torch.bfloat16):
         output = call(coupler, leaves)
     output.float().square().sum().backward()

@@ -58,7 +58,9 @@ def _future_changes_nothing(model: GNNMoEModel, tokens_L: Tensor, others_L: Tens
     seen = (difference > TOLERANCE) & ~changed
     if seen.any():
         cut, before = seen.nonzero()[0].tolist()
-        raise CheckFailed(f"the logits at position {before} move when tokens from {cut} on change, in {mode} mode")
+        raise CheckFailed(
+            f"the logits at position {before} move when tokens from {cut} on change, in {mode} mode"
+        )
 
 
 def _padding_changes_nothing(model: GNNMoEModel, tokens_L: Tensor, others_L: Tensor, mode: str) -> None:

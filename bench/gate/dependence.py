@@ -21,11 +21,15 @@ def explain(coupler: Coupler, inputs: Inputs, moved: Inputs) -> str:
     """Name one token that sees another, the worst kind found, and say what kind of leak it is."""
     length = inputs[1].shape[1]
     for part in sorted({min(length, size) for size in (*LENGTHS, length)})[:2]:
-        few, few_moved = (tuple(x[:SEQUENCES, :part] for x in both) for both in (inputs, moved))
+        few, few_moved = _part(inputs, part), _part(moved, part)
         found = [dependence(coupler, few, few_moved, which) for which in range(len(SOURCES))]
         if any(bool(sees.any()) for sees in found):
             return describe(found, part)
     return "outputs move with the inputs of other tokens, in a pattern that no single pair shows"
+
+
+def _part(inputs: Inputs, length: int) -> Inputs:
+    return inputs[0][:SEQUENCES, :length], inputs[1][:SEQUENCES, :length]
 
 
 def dependence(coupler: Coupler, inputs: Inputs, moved: Inputs, which: int) -> Tensor:
@@ -64,11 +68,17 @@ def describe(found: list[Tensor], length: int) -> str:
     kinds: dict[str, str] = {}
     for source, sees in zip(SOURCES, found, strict=True):
         for s, t in sees.nonzero().tolist():
-            (sequence, position), (other, place) = divmod(s, length), divmod(t, length)
-            where = "another sequence" if sequence != other else "its future" if place > position else "its past"
-            text = f"token {position} of sequence {sequence} sees the {source} of token {place} of sequence {other}"
-            kinds.setdefault(where, f"{text} ({where})")
+            kind = _kind(s, t, length)
+            seer, seen = (f"of sequence {token // length}" for token in (s, t))
+            text = f"token {s % length} {seer} sees the {source} of token {t % length} {seen} ({kind})"
+            kinds.setdefault(kind, text)
     for worst in ("its future", "another sequence"):
         if worst in kinds:
             return kinds[worst]
     return f"causal but not token-isolated: it mixes a token's own past; refused. {kinds['its past']}"
+
+
+def _kind(s: int, t: int, length: int) -> str:
+    if s // length != t // length:
+        return "another sequence"
+    return "its future" if t > s else "its past"

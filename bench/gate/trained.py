@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ def check_trained_isolation(
     """Check that no layer's coupler lets a token see another, at the run's own B, L and precision.
 
     The model runs once on ``input_ids`` (B, L) in eval mode; each coupler is then tried in place
-    on the inputs it got, 2·⌈log₂ B·L⌉ + 3 forwards a layer without gradients. Weights, gradients, training
-    flags and torch's global random state are left as they were.
+    on the inputs it got, with 2·⌈log₂ B·L⌉ + 3 forwards a layer and no gradients. Weights, gradients,
+    training flags and torch's global random state are left as they were.
     """
     device = input_ids.device
     with ExitStack() as stack:
@@ -43,12 +44,14 @@ def _every_layer(model: GNNMoEModel, input_ids: Tensor) -> str:
         for x in moved:
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             x += (noise * x.float().std()).to(x.dtype)
-        with nullcontext() if repeats(coupler, inputs) else _deterministic():
+        with ExitStack() as stack:
             if not repeats(coupler, inputs):
-                raise CheckFailed(f"layer {number}: the same input gives different outputs")
+                stack.enter_context(_deterministic())
+                if not repeats(coupler, inputs):
+                    raise CheckFailed(f"layer {number}: the same input gives different outputs")
             if value_leak(coupler, inputs, moved, [0, 1]):
                 raise CheckFailed(f"layer {number}: {explain(coupler, inputs, moved)}")
-    return f"{len(captured)} layers on the trained weights, {tuple(input_ids.shape)} tokens: no token sees another"
+    return f"{len(captured)} layers at (B, L) = {tuple(input_ids.shape)}, on the trained weights: no token sees another"
 
 
 @torch.no_grad()
@@ -60,8 +63,9 @@ def _coupler_inputs(model: GNNMoEModel, input_ids: Tensor) -> list[tuple[Coupler
         assert isinstance(coupler, Coupler)
         captured.append((coupler, (args[0].detach(), args[1].detach())))
 
-    plain = getattr(model, "_orig_mod", model)
-    handles = [layer.coupler.register_forward_pre_hook(capture) for layer in plain.layers]
+    plain: GNNMoEModel = getattr(model, "_orig_mod", model)
+    couplers = [cast(Coupler, layer.coupler) for layer in plain.layers]
+    handles = [coupler.register_forward_pre_hook(capture) for coupler in couplers]
     compiler_loaded = "torch._dynamo" in sys.modules
     try:
         with torch.compiler.set_stance("force_eager") if compiler_loaded else nullcontext():
@@ -69,7 +73,7 @@ def _coupler_inputs(model: GNNMoEModel, input_ids: Tensor) -> list[tuple[Coupler
     finally:
         for handle in handles:
             handle.remove()
-    assert len(captured) == len(plain.layers), "a layer did not call its coupler exactly once"
+    assert len(captured) == len(couplers), "a layer did not call its coupler exactly once"
     return captured
 
 
@@ -87,7 +91,10 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Use deterministic kernels, for couplers whose scatter adds in any order on a GPU."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

@@ -50,7 +50,7 @@ class InputLeak(Wrong):
     """Leaks through the layer input only, and only to a token's future."""
 
     def forward(self, expert_outputs, layer_input=None):
-        return self.combiner(expert_outputs.mean(2) + layer_input.flip(1))
+        return self.combiner(expert_outputs.mean(2) + layer_input.flip(1))  # pyright: ignore
 
 
 class AcrossBatch(Wrong):

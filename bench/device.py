@@ -26,7 +26,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if "cuda" in available else "cpu")
     if name not in available:
-        raise ValueError(f"device {name!r} is not available on this machine; available: {', '.join(available)}.")
+        raise ValueError(
+            f"device {name!r} is not available on this machine; available: {', '.join(available)}."
+        )
     return torch.device(name)
 
 

@@ -22,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from bench.analysis.summary import print_summary
+    from bench.prepare import prepare
     from bench.progress import Reporter
-    from bench.session import Session, prepare
+    from bench.session import Session
 
     console = Console(highlight=False)
     reporter = Reporter(console, quiet=config.places.quiet)
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_summary(finished, prepared.folder.path, console)
             return 0
         if finished is not None:
-            reporter.line(f"an earlier record ({finished['status']}) is kept at {prepared.folder.set_aside()}")
+            reporter.line(
+                f"an earlier record ({finished['status']}) is kept at {prepared.folder.set_aside()}"
+            )
         session = Session(prepared, shlex.join([*PROG.split(), *arguments]), reporter)
         _announce(prepared, reporter)
     except ValueError as error:

@@ -6,33 +6,27 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from bench.config import RunConfig
-from bench.data.corpus import Corpus, load_corpus
-from bench.data.loader import create_loader
+from bench.data.blocks import EvalWindows
 from bench.data.vocabulary import unigram_nll
-from bench.device import is_out_of_memory, resolve_device
+from bench.device import is_out_of_memory
 from bench.gate import GateReport, check_trained_isolation, run_gate
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.quantity import not_measured
 from bench.measure.speed import measure_speed
+from bench.prepare import Prepared
 from bench.progress import Reporter
-from bench.records.schema import Record, config_dict, new_record, run_id
-from bench.records.store import RunFolder, check_writable
+from bench.records.schema import Record, config_dict, new_record
 from bench.training.communication import CommunicationTrace, summarize_communication
 from bench.training.evaluation import evaluate
 from bench.training.loop import Diverged, Trained, Trainer
-from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import build_coupler
 from gnnmoe.model import GNNMoEModel
 
 MIXING_TOKENS = 512  # the content-dependent mixing is averaged over so many validation tokens
@@ -40,71 +34,6 @@ MIXING_TOKENS = 512  # the content-dependent mixing is averaged over so many val
 
 class GateFailed(Exception):
     """The coupler failed the gate: its perplexity would not count."""
-
-
-@dataclass
-class Prepared:
-    """What a run needs before its first number; making it writes nothing."""
-
-    config: RunConfig
-    model_config: GNNMoEConfig
-    device: torch.device
-    corpus: Corpus
-    loaders: dict[str, DataLoader[Any]]
-    """train; val as used while training; val_final and, where asked for, test, at half the stride."""
-    folder: RunFolder
-    run_id: str
-    seconds: dict[str, float]
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Check everything that a user can get wrong, and load the data.
-
-    Raises:
-        ValueError: saying what was wrong, what is allowed and what to do.
-    """
-    start = time.perf_counter()
-    check_writable(config.places.results_dir)
-    device = resolve_device(config.places.device)
-    with torch.random.fork_rng(devices=[]):
-        build_coupler(config.model.resolved(1))  # refuses unknown names before the data are read
-    corpus = load_corpus(**_corpus_arguments(config))
-    model_config = config.model.resolved(corpus.vocabulary.size)
-    loaders = _loaders(config, corpus)
-    identity = run_id(config, corpus.sha256, device.type)
-    folder = RunFolder(config.places.results_dir, config.places.study, identity)
-    seconds = {"prepare": time.perf_counter() - start}
-    return Prepared(config, model_config, device, corpus, loaders, folder, identity, seconds)
-
-
-def _corpus_arguments(config: RunConfig) -> dict[str, Any]:
-    import os
-
-    source, named = config.places.data_source, config.data.dataset_name is not None
-    if source == "auto" and named:  # asked for by name: no embedded text in its place
-        has_folder = config.places.data_dir is not None or os.environ.get("GNNMOE_DATA_DIR")
-        source = "folder" if has_folder else "hub"
-    return {
-        "data_dir": config.places.data_dir,
-        "source": source,
-        "dataset_name": config.data.dataset_name or "wikitext",
-        "dataset_config_name": config.data.dataset_config_name,
-    }
-
-
-def _loaders(config: RunConfig, corpus: Corpus) -> dict[str, DataLoader[Any]]:
-    size, length, seed = config.training.batch_size, config.model.max_seq_length, config.training.seed
-    shared: dict[str, Any] = {"max_seq_length": length, "seed": seed}
-    evaluated = {**shared, "num_samples": config.data.num_eval_samples}
-    half = max(1, length // 2)
-    loaders = {
-        "train": create_loader(corpus, "train", size, num_samples=config.data.num_train_samples, **shared),
-        "val": create_loader(corpus, "val", size, **evaluated),
-        "val_final": create_loader(corpus, "val", size, stride=half, **evaluated),
-    }
-    if config.data.evaluate_test:
-        loaders["test"] = create_loader(corpus, "test", size, stride=half, max_seq_length=length)
-    return loaders
 
 
 class Session:
@@ -120,7 +49,8 @@ class Session:
             status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
             environment=describe_environment(prepared.device), data=prepared.corpus.to_record(),
             tuned=not_measured("no batch-size search was asked for"),
-            requested={"batch_size": config.training.batch_size, "max_seq_length": config.model.max_seq_length},
+            requested={"batch_size": config.training.batch_size,
+                       "max_seq_length": config.model.max_seq_length},
         )  # fmt: skip
         self.record["time"] = {"start": _now(), "end": None, "seconds": self.seconds}
 
@@ -159,14 +89,16 @@ class Session:
     def _phases(self) -> None:
         config, device = self.prepared.config, self.prepared.device
         with self._phase("gate", "checking the coupler"):
-            report = run_gate(self.prepared.model_config, seed=config.training.seed)
-        self._gate(report)
+            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=device)
+            self._judge(report)
         with self._phase("build", "building the model"):
             model = self._build()
         with self._phase("train", "training"):
             trained = self._train(model)
         with self._phase("evaluate", "evaluating"):
-            self._trained_gate(model)
+            batch = next(iter(self.prepared.loaders["val"]))
+            again = check_trained_isolation(model, batch["input_ids"].to(device))
+            self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
             self._evaluate(model, trained)
         with self._phase("speed", "measuring speed and memory"):
             batches = list(islice(iter(self.prepared.loaders["train"]), config.measure.speed_steps))
@@ -184,7 +116,7 @@ class Session:
             finally:
                 self.seconds[name] = time.perf_counter() - start
 
-    def _gate(self, report: GateReport) -> None:
+    def _judge(self, report: GateReport) -> None:
         self.record["gate"] = report.to_record()
         if not report.passed and not self.prepared.config.measure.allow_failed_gate:
             raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
@@ -210,7 +142,9 @@ class Session:
             self.reporter.step(row)
 
         loaders, config = self.prepared.loaders, self.prepared.config.training
-        trainer = Trainer(model, loaders["train"], loaders["val"], config, self.prepared.device, on_step, on_evaluation)
+        trainer = Trainer(
+            model, loaders["train"], loaders["val"], config, self.prepared.device, on_step, on_evaluation
+        )
         self.reporter.training_begins(trainer.total_steps)
         try:
             return trainer.run()
@@ -222,16 +156,6 @@ class Session:
             }  # fmt: skip
             folder.write_arrays("communication.npz", trace.arrays())
 
-    def _trained_gate(self, model: GNNMoEModel) -> None:
-        """Check isolation on the trained weights, before any perplexity is written."""
-        batch = next(iter(self.prepared.loaders["val"]))
-        check = check_trained_isolation(model, batch["input_ids"].to(self.prepared.device))
-        gate = self.record["gate"]
-        gate["checks"][check.name] = {"passed": check.passed, "detail": check.detail, "seconds": check.seconds}
-        gate["passed"] = gate["passed"] and check.passed
-        if not check.passed and not self.prepared.config.measure.allow_failed_gate:
-            raise GateFailed(f"{check.name}: {check.detail}")
-
     def _evaluate(self, model: GNNMoEModel, trained: Trained) -> None:
         device, loaders = self.prepared.device, self.prepared.loaders
         quality: dict[str, Any] = {"test": not_measured("not asked for; --evaluate-test scores it")}
@@ -240,12 +164,16 @@ class Session:
             if loader is None:
                 continue
             result, windows = evaluate(model, loader, device), loader.dataset
+            assert isinstance(windows, EvalWindows)
             quality[split] = {
                 "nll_sum": result.nll_sum, "tokens": result.tokens,
                 "unigram_nll_sum": unigram_nll(self.prepared.corpus.vocabulary, windows.scored_targets()),
                 "length": windows.length, "stride": windows.stride,
             }  # fmt: skip
-            arrays |= {f"{split}_nll": result.nll, f"{split}_document": windows.document_ids().astype(np.int32)}
+            arrays |= {
+                f"{split}_nll": result.nll,
+                f"{split}_document": windows.document_ids().astype(np.int32),
+            }
         quality["best_step"] = trained.best_step
         self.record["quality"] = quality
         self.prepared.folder.write_arrays("nll.npz", arrays)

@@ -35,7 +35,9 @@ def pyg(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
     N, E, D = x_NED.shape
     M = weights_M.shape[0]
     index = layer.index
-    shift = torch.arange(N, device=index.device)[:, None] * torch.tensor([[E], [M]], device=index.device)[:, None]
+    shift = (
+        torch.arange(N, device=index.device)[:, None] * torch.tensor([[E], [M]], device=index.device)[:, None]
+    )
     batched = (index[:, None, :] + shift).reshape(2, -1)
     conv = _shared_conv(layer)
     return conv(x_NED.reshape(N * E, D), batched, weights_M.repeat(N), num_edges=N * M).view(N, E, -1)

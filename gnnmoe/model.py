@@ -92,7 +92,7 @@ class GNNMoEModel(nn.Module):
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         L = input_ids.shape[1]
-        if L > self.config.max_seq_length:
+        if self.config.max_seq_length < L:
             raise ValueError(f"input_ids has length {L}; max_seq_length is {self.config.max_seq_length}.")
         positions_LD = self.position_embedding.weight[:L]
         return self.dropout(self.token_embedding(input_ids) + positions_LD)
@@ -137,7 +137,9 @@ def _shifted_targets(
     if attention_mask is not None:
         kept = attention_mask.bool()
         if bool((kept[:, 1:] & ~kept[:, :-1]).any()):
-            raise ValueError("attention_mask has padding before a token; only padding on the right is supported.")
+            raise ValueError(
+                "attention_mask has padding before a token; only padding on the right is supported."
+            )
         if labels is not None:
             labels = labels.masked_fill(~kept, IGNORED)
         if targets is not None:

@@ -16,7 +16,14 @@ from bench.records.schema import Record
 
 def print_summary(record: Record, folder: Path, console: Console) -> None:
     """Print the record as a table of at most 80 columns, and where it lies."""
-    table = Table(title=_title(record), title_justify="left", show_header=False, box=None, width=80, padding=(0, 1, 0, 0))
+    table = Table(
+        title=_title(record),
+        title_justify="left",
+        show_header=False,
+        box=None,
+        width=80,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column(style="bold", no_wrap=True, width=12)
     table.add_column(overflow="fold")
     for label, text in _rows(record):
@@ -38,21 +45,24 @@ def _title(record: Record) -> Text:
 def _rows(record: Record) -> list[tuple[str, str]]:
     rows = [("status", record["status"] + (f": {record['error']}" if record["error"] else ""))]
     rows.append(("data", _data(record["data"])))
-    for split in ("validation", "test"):
-        value, unigram = quantities.perplexity(record, split), quantities.unigram_perplexity(record, split)
-        if value is not None and unigram is not None:
-            scored = record["quality"][split]
-            rows.append((split, f"perplexity {value:,.1f} (unigram {unigram:,.1f}) on {scored['tokens']:,} tokens"
-                                f", length {scored['length']}, stride {scored['stride']}"))  # fmt: skip
-    for label, text in (("speed", _speed(record)), ("memory", _memory(record)),
-                        ("parameters", _parameters(record))):  # fmt: skip
-        if text:
-            rows.append((label, text))
+    rows += [(split, _quality(record, split)) for split in ("validation", "test")]
+    rows += [("speed", _speed(record)), ("memory", _memory(record)), ("parameters", _parameters(record))]
     rows += _communication(record["communication"])
     if is_measured(record["gate"]):
         rows.append(("gate", _gate(record["gate"])))
     rows.append(("time", _time(record["time"]["seconds"])))
-    return rows
+    return [(label, text) for label, text in rows if text]
+
+
+def _quality(record: Record, split: str) -> str:
+    value, unigram = quantities.perplexity(record, split), quantities.unigram_perplexity(record, split)
+    if value is None or unigram is None:
+        return ""
+    scored = record["quality"][split]
+    return (
+        f"perplexity {value:,.1f} (unigram {unigram:,.1f}) on {scored['tokens']:,} tokens, "
+        f"length {scored['length']}, stride {scored['stride']}"
+    )
 
 
 def _data(data: dict[str, Any]) -> str:
@@ -66,8 +76,8 @@ def _speed(record: Record) -> str:
     if rate is None or median is None:
         return ""
     speed = record["speed"]
-    steady = "" if speed["steady"] else ", not steady"
-    return f"{rate:,.0f} tokens/s, median step {median * 1e3:,.0f} ms ({len(speed['step_seconds'])} steps{steady})"
+    steps = f"{len(speed['step_seconds'])} steps" + ("" if speed["steady"] else ", not steady")
+    return f"{rate:,.0f} tokens/s, median step {median * 1e3:,.0f} ms ({steps})"
 
 
 def _memory(record: Record) -> str:
@@ -99,7 +109,10 @@ def _communication(communication: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _gate(gate: dict[str, Any]) -> str:
-    marks = [f"{'✓' if check['passed'] else '✗'} {name.replace('_', ' ')}" for name, check in gate["checks"].items()]
+    marks = [
+        f"{'✓' if check['passed'] else '✗'} {name.replace('_', ' ')}"
+        for name, check in gate["checks"].items()
+    ]
     return ", ".join(marks)
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bench.data.split import Split
+from gnnmoe.head import IGNORED
 from gnnmoe.seeds import stream_seed
-
-IGNORED = -100  # a target that is not scored: torch's default ``ignore_index``
 
 
 class TrainBlocks(Dataset[dict[str, Tensor]]):

@@ -43,7 +43,7 @@ class Subject:
 
     def coupler(self, num_experts: int | None = None) -> Coupler:
         """Build the coupler in float64 as a run would start it, in train mode."""
-        torch.manual_seed(self.seed)
+        seed_global_generator(self.seed, self.device)
         coupler = build_coupler(replace(self.config, num_experts=num_experts or self.config.num_experts))
         without_dropout(coupler)
         return coupler.to(self.device, torch.float64)
@@ -74,7 +74,7 @@ def call(coupler: Coupler, inputs: Inputs, *, reference: bool = False) -> Tensor
     Raises:
         CheckFailed: the output is not a finite tensor of the shape of the layer input.
     """
-    torch.manual_seed(0)
+    seed_global_generator(0, inputs[1].device)
     output = (coupler.reference if reference else coupler)(*inputs)
     if not isinstance(output, Tensor) or output.shape != inputs[1].shape:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -94,7 +94,7 @@ def modes(module: nn.Module) -> Iterator[str]:
 def draws_random_numbers(run: Callable[[], object], device: torch.device) -> bool:
     """Return whether ``run`` uses torch's global generator, so that no two batch shapes compare."""
     state = torch.cuda.get_rng_state if device.type == "cuda" else torch.get_rng_state
-    torch.manual_seed(0)
+    seed_global_generator(0, device)
     before = state()
     run()
     return not torch.equal(state(), before)
@@ -103,6 +103,13 @@ def draws_random_numbers(run: Callable[[], object], device: torch.device) -> boo
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """Return the largest absolute difference over the largest absolute value of ``b``."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
+
+
+def seed_global_generator(seed: int, device: torch.device) -> None:
+    """Seed the generators that ``global_random_state_kept`` restores, and no others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 @contextmanager

@@ -51,7 +51,8 @@ def _every_layer(model: GNNMoEModel, input_ids: Tensor) -> str:
                     raise CheckFailed(f"layer {number}: the same input gives different outputs")
             if value_leak(coupler, inputs, moved, [0, 1]):
                 raise CheckFailed(f"layer {number}: {explain(coupler, inputs, moved)}")
-    return f"{len(captured)} layers at (B, L) = {tuple(input_ids.shape)}, on the trained weights: no token sees another"
+    shape = tuple(input_ids.shape)
+    return f"{len(captured)} layers on the trained weights, (B, L) = {shape}: no token sees another"
 
 
 @torch.no_grad()

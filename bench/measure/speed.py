@@ -8,19 +8,24 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from bench.config import MeasureConfig, TrainingConfig
-from bench.data.blocks import IGNORED
 from bench.measure.memory import measure_memory
 from bench.training.step import Batch, make_optimizer, to_device, training_step
+from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 
 
 def measure_speed(
-    model: GNNMoEModel, batches: Sequence[Batch], training: TrainingConfig, measure: MeasureConfig, device: torch.device
+    model: GNNMoEModel,
+    batches: Sequence[Batch],
+    training: TrainingConfig,
+    measure: MeasureConfig,
+    device: torch.device,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Time full training steps on a copy of ``model``; return the record's ``speed`` and ``memory``.
 
@@ -65,4 +70,4 @@ def _time_steps(step: Any, numbers: Sequence[int], device: torch.device) -> list
         step(number)
         event.record()
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1000.0 for before, after in zip(events[:-1], events[1:], strict=True)]
+    return [before.elapsed_time(after) / 1000.0 for before, after in pairwise(events)]

@@ -96,4 +96,6 @@ def check_writable(results_dir: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> str:
     """Return the message that ``path`` cannot be written, why, and what to do."""
-    return f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
+    return (
+        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
+    )

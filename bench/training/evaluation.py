@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from bench.data.blocks import IGNORED
 from bench.training.step import to_device
+from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 
 

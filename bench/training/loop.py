@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bench.config import DEFAULT_MAX_STEPS, TrainingConfig
-from bench.data.blocks import IGNORED
 from bench.data.loader import set_epoch
 from bench.training.evaluation import Evaluation, evaluate
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
+from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
 
@@ -115,8 +115,9 @@ class Trainer:
         self.done.tokens += tokens
         self.done.batch_shapes[shape] = self.done.batch_shapes.get(shape, 0) + 1
         self._check(float(loss), "training loss")
-        self.on_step({"kind": "train", "step": self.done.steps, "epoch": self.done.epochs, "loss": float(loss),
-                      "learning_rate": rate, "gradient_norm": float(norm), "tokens": tokens})  # fmt: skip
+        self.on_step({"kind": "train", "step": self.done.steps, "epoch": self.done.epochs,
+                      "loss": float(loss), "learning_rate": rate, "gradient_norm": float(norm),
+                      "tokens": tokens})  # fmt: skip
 
     def _evaluate(self) -> None:
         result = evaluate(self.model, self.val_loader, self.device)

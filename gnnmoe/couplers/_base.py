@@ -87,9 +87,7 @@ def combiner(embed_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim))
 
 
-def effective_mixing(
-    coupler: Coupler, expert_outputs: Tensor, layer_input: Tensor | None = None
-) -> Tensor:
+def effective_mixing(coupler: Coupler, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
     """Return the mean over tokens of ‖∂y/∂x_e‖ (Frobenius), normalised to sum 1: shape (E,).
 
     For a coupler that is a weighted sum of the experts and one map for all of them, these are

@@ -30,7 +30,9 @@ def register_coupler(name: str) -> Callable[[CouplerClass], CouplerClass]:
     def register(cls: CouplerClass) -> CouplerClass:
         known = _COUPLERS.get(name)
         if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"coupler {name!r} is registered already, by {known.__module__}.{known.__name__}.")
+            raise ValueError(
+                f"coupler {name!r} is registered already, by {known.__module__}.{known.__name__}."
+            )
         if not (cls.__doc__ or "").strip():
             raise ValueError(f"coupler {name!r} needs a docstring with its formula, shapes and source.")
         cls.name = name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,9 @@ class HypergraphLayer(nn.Module):
     incidence_EM: Tensor
     index: Tensor
 
-    def __init__(self, embed_dim: int, index: Tensor, incidence_EM: Tensor, formula: str, backend: str) -> None:
+    def __init__(
+        self, embed_dim: int, index: Tensor, incidence_EM: Tensor, formula: str, backend: str
+    ) -> None:
         super().__init__()
         self.formula, self.backend = formula, backend
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim))  # Θ, as nn.Linear stores it
@@ -73,14 +76,23 @@ class HGNNExpertCoupler(Coupler):
     hyperedge_weights: nn.Parameter | None
 
     def __init__(
-        self, config: GNNMoEConfig, *, activation: str = "gelu", residual: bool = True, backend: str = "vectorized"
+        self,
+        config: GNNMoEConfig,
+        *,
+        activation: str = "gelu",
+        residual: bool = True,
+        backend: str = "vectorized",
     ) -> None:
         super().__init__(config)
-        for kind, name, allowed in (("hgnn_conv_type", config.hgnn_conv_type, CONV_TYPES),
-                                    ("activation", activation, ACTIVATIONS), ("backend", backend, BACKENDS)):  # fmt: skip
+        for kind, name, allowed in (
+            ("hgnn_conv_type", config.hgnn_conv_type, CONV_TYPES),
+            ("activation", activation, ACTIVATIONS),
+            ("backend", backend, BACKENDS),
+        ):
             if name not in allowed:
                 raise ValueError(unknown_name(kind, name, allowed))
         self.activation, self.residual = ACTIVATIONS[activation], residual
+        self._weight_in_message = config.hgnn_conv_type == "HypergraphConv"
         self._members = static_hyperedges(config.num_experts, config.static_hyperedge_strategy)
         self._num_hyperedges = len(self._members)
         self._hyperedge_index = hyperedge_index(self._members)
@@ -95,7 +107,9 @@ class HGNNExpertCoupler(Coupler):
             return
         incidence_EM = incidence(self._hyperedge_index, config.num_experts, self._num_hyperedges)
         self.layers.extend(
-            HypergraphLayer(config.embed_dim, self._hyperedge_index, incidence_EM, config.hgnn_conv_type, backend)
+            HypergraphLayer(
+                config.embed_dim, self._hyperedge_index, incidence_EM, config.hgnn_conv_type, backend
+            )
             for _ in range(config.gnn_layers)
         )
         self.register_buffer("_ones_M", torch.ones(self._num_hyperedges), persistent=False)
@@ -135,22 +149,24 @@ class HGNNExpertCoupler(Coupler):
         del layer_input
         features = list(expert_outputs.unbind(2))
         weights = self.effective_hyperedge_weights() if self._members else ()
-        weight_in_message = self.config.hgnn_conv_type == "HypergraphConv"
         for layer in self.layers:
-            mapped = [F.linear(x, layer.weight) for x in features]  # pyright: ignore[reportArgumentType]
-            messages = [torch.zeros_like(x) for x in features]
-            degrees = [torch.zeros_like(mapped[0][0, 0, 0]) for _ in features]
-            for weight, members in zip(weights, self._members, strict=True):
-                average = sum(mapped[e] for e in members) / len(members)
-                for expert in members:
-                    messages[expert] = messages[expert] + (weight * average if weight_in_message else average)
-                    degrees[expert] = degrees[expert] + weight
-            isolated = [not any(expert in members for members in self._members) for expert in range(len(features))]
-            features = [
-                self._update(x, (m if alone else m / d) + layer.bias)
-                for x, m, d, alone in zip(features, messages, degrees, isolated, strict=True)
+            assert isinstance(layer, HypergraphLayer)
+            mapped = [F.linear(x, layer.weight) for x in features]
+            messages = [
+                self._message(expert, mapped, weights) + layer.bias for expert in range(len(features))
             ]
-        return self.combiner(sum(features) / len(features))  # pyright: ignore[reportArgumentType]
+            features = [self._update(x, message) for x, message in zip(features, messages, strict=True)]
+        return self.combiner(torch.stack(features).mean(0))
+
+    def _message(self, expert: int, mapped: list[Tensor], weights: Sequence[Tensor] | Tensor) -> Tensor:
+        """Return what one expert hears: the mean of each of its hyperedges, weighed and summed."""
+        total, degree = torch.zeros_like(mapped[expert]), torch.zeros_like(mapped[expert][0, 0, 0])
+        for weight, members in zip(weights, self._members, strict=True):
+            if expert in members:
+                average = torch.stack([mapped[member] for member in members]).mean(0)
+                total = total + (weight * average if self._weight_in_message else average)
+                degree = degree + weight
+        return total / degree if any(expert in members for members in self._members) else total
 
     def static_communication(self) -> dict[str, Tensor]:
         """Return the effective hyperedge weights (M), where there are hyperedges."""
@@ -162,7 +178,6 @@ class HGNNExpertCoupler(Coupler):
 
     def inert_parameters(self) -> dict[str, str]:
         """Declare the weight of a single hyperedge, which the degree divides out again."""
-        documented = self.config.hgnn_conv_type == "HypergraphConv"
-        if self.hyperedge_weights is not None and self._num_hyperedges == 1 and documented:
+        if self.hyperedge_weights is not None and self._num_hyperedges == 1 and self._weight_in_message:
             return {"hyperedge_weights": "the weight of a single hyperedge cancels out in D⁻¹ H W"}
         return {}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,20 +15,6 @@ TINY = {
     "valid": " \n = Three = \n \n a d \n",
     "test": " \n = Four = \n \n c c b \n",
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_data_folder_from_outside(monkeypatch):
-    monkeypatch.delenv("GNNMOE_DATA_DIR", raising=False)
-
-
-@pytest.fixture(scope="session")
-def wikitext_dir() -> Path:
-    default = Path(__file__).parents[2].parent / "shared" / "wikitext-2"
-    folder = Path(os.environ.get("GNNMOE_TEST_WIKITEXT") or default)
-    if not (folder / "wiki.train.tokens").is_file():
-        pytest.skip(f"WikiText-2 is not in {folder}; set GNNMOE_TEST_WIKITEXT to its folder")
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,16 @@ class DetachedLeak(Wrong):
         return self.combiner(mean + mean.detach().amax(1, keepdim=True))
 
 
+class ExpertChoice(Wrong):
+    """Keeps the strongest half of the tokens, so that each token's fate depends on the others."""
+
+    def forward(self, expert_outputs, layer_input=None):
+        mean = expert_outputs.mean(2)
+        scores = mean[..., :1]
+        chosen = scores >= scores.median(1, keepdim=True).values
+        return self.combiner(mean * chosen)
+
+
 class Memory(Wrong):
     """Adds what the call before left behind, as long as it is in train mode that it was left."""
 
@@ -160,3 +170,11 @@ class NoisyInTraining(Wrong):
     def forward(self, expert_outputs, layer_input=None):
         mean = self.dropout(expert_outputs.mean(2))
         return self.combiner(mean + torch.randn_like(mean) if self.training else mean)
+
+
+class Unbuildable(MeanCoupler):
+    """Fails when it is built."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.share = 1 / (config.num_experts - config.num_experts)

@@ -43,6 +43,17 @@ def test_passes_at_the_quick_shape():
     assert not failures(gate("mean", embed_dim=64, max_seq_length=128))
 
 
+@pytest.mark.parametrize("options", [{"backend": "pyg"}, {"activation": "none", "residual": False}])
+def test_options_and_formulas_of_the_coupler_are_the_ones_checked(options):
+    assert not failures(gate("HGNN", hgnn_conv_type="PyGHypergraphConv", coupler_options=options))
+    (detail,) = set(failures(gate("HGNN", coupler_options={"backend": "no such"})).values())
+    assert detail.startswith("it raised ValueError: unknown backend")
+
+
+def test_many_experts():
+    assert not failures(gate("HGNN", num_experts=10, embed_dim=8))
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 17])
 def test_any_length(length):
     assert not failures(gate("mean", max_seq_length=length))
@@ -79,6 +90,7 @@ WRONG = [
     ("AcrossBatch", "batch_isolation", "a sequence alone gives another result than in the batch"),
     ("GradientLeak", "token_isolation", "token 0 of sequence 0 sees the expert outputs of token 1"),
     ("DetachedLeak", "token_isolation", "(its future)"),
+    ("ExpertChoice", "token_isolation", "(its future)"),
     ("Memory", "token_isolation", "the same input gives different outputs in train mode"),
     ("Memory", "no_memory", "the output depends on earlier calls"),
     ("OtherReference", "reference", "forward and reference() differ in the output by 1.0e-06"),

@@ -1,0 +1,88 @@
+"""Forward + backward of one coupler in each of its forms, in turn, in one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import Coupler, build_coupler, coupler_class, coupler_option_defaults
+from gnnmoe.hypergraph_backends import BACKENDS
+from gnnmoe.seeds import RandomStreams
+
+REFERENCE = "reference()"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One form of the coupler: how far it is from the default form, and how long it takes."""
+
+    form: str
+    seconds: list[float]
+    largest_difference: float
+    """Largest difference of the output from the default form's, over its largest value."""
+
+    @property
+    def median_seconds(self) -> float:
+        """Return the median of the measured rounds."""
+        return statistics.median(self.seconds)
+
+
+def time_forms(config: GNNMoEConfig, batch_size: int, rounds: int, device: torch.device) -> Iterator[Timing]:
+    """Yield a timing for each form: the default first, then the other backends and ``reference()``.
+
+    Inputs are random, (batch_size, max_seq_length, E, D) in float32. Each form warms up once and
+    is then timed ``rounds`` times; one whose warm-up takes over two seconds is timed once.
+    """
+    with RandomStreams(0)("speed.inputs"):
+        shape = (batch_size, config.max_seq_length, config.num_experts, config.embed_dim)
+        inputs = torch.randn(shape).to(device)
+        cotangent = torch.randn(shape[:2] + shape[3:]).to(device)
+    expected: Tensor | None = None
+    for form, call in _forms(config, device):
+        leaf = inputs.clone().requires_grad_(True)
+        warmup, output = _timed(call, leaf, cotangent, device)
+        seconds = [_timed(call, leaf, cotangent, device)[0] for _ in range(rounds if warmup < 2.0 else 1)]
+        expected = output if expected is None else expected
+        difference = float((output - expected).abs().max() / expected.abs().max())
+        yield Timing(form, seconds, difference)
+
+
+def _forms(config: GNNMoEConfig, device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    has_backends = "backend" in coupler_option_defaults(coupler_class(config.coupler_type))
+    default = config.coupler_options.get("backend", "vectorized")
+    backends = [default, *(name for name in BACKENDS if name != default)] if has_backends else []
+    for backend in backends:
+        yield backend, _build(config, {"backend": backend}, device)
+    plain = _build(config, {}, device)
+    if not backends:
+        yield "vectorized", plain
+    yield REFERENCE, plain.reference
+
+
+def _build(config: GNNMoEConfig, options: dict[str, str], device: torch.device) -> Coupler:
+    options = {**config.coupler_options, **options}
+    with RandomStreams(0)("init.coupler"):
+        return build_coupler(dataclasses.replace(config, coupler_options=options)).to(device)
+
+
+def _timed(
+    call: Callable[[Tensor], Tensor], inputs: Tensor, cotangent: Tensor, device: torch.device
+) -> tuple[float, Tensor]:
+    inputs.grad = None
+    _synchronize(device)
+    start = time.perf_counter()
+    output = call(inputs)
+    output.backward(cotangent)
+    _synchronize(device)
+    return time.perf_counter() - start, output.detach()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

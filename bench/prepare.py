@@ -1,0 +1,83 @@
+"""Everything before a run's first number: what a user can get wrong is refused here, unwritten."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from bench.config import RunConfig
+from bench.data.corpus import Corpus, load_corpus
+from bench.data.loader import create_loader
+from bench.device import resolve_device
+from bench.records.schema import run_id
+from bench.records.store import RunFolder, check_writable
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import build_coupler
+
+
+@dataclass
+class Prepared:
+    """What a run needs before its first number; making it writes nothing."""
+
+    config: RunConfig
+    model_config: GNNMoEConfig
+    device: torch.device
+    corpus: Corpus
+    loaders: dict[str, DataLoader[Any]]
+    """train; val as used while training; val_final and, where asked for, test, at half the stride."""
+    folder: RunFolder
+    run_id: str
+    seconds: dict[str, float]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check everything that a user can get wrong, and load the data.
+
+    Raises:
+        ValueError: saying what was wrong, what is allowed and what to do.
+    """
+    start = time.perf_counter()
+    check_writable(config.places.results_dir)
+    device = resolve_device(config.places.device)
+    with torch.random.fork_rng(devices=[]):
+        build_coupler(config.model.resolved(1))  # refuses unknown names before the data are read
+    corpus = load_corpus(**_corpus_arguments(config))
+    model_config = config.model.resolved(corpus.vocabulary.size)
+    loaders = _loaders(config, corpus)
+    identity = run_id(config, corpus.sha256, device.type)
+    folder = RunFolder(config.places.results_dir, config.places.study, identity)
+    seconds = {"prepare": time.perf_counter() - start}
+    return Prepared(config, model_config, device, corpus, loaders, folder, identity, seconds)
+
+
+def _corpus_arguments(config: RunConfig) -> dict[str, Any]:
+    source, named = config.places.data_source, config.data.dataset_name is not None
+    if source == "auto" and named:  # asked for by name: no embedded text in its place
+        has_folder = config.places.data_dir is not None or os.environ.get("GNNMOE_DATA_DIR")
+        source = "folder" if has_folder else "hub"
+    return {
+        "data_dir": config.places.data_dir,
+        "source": source,
+        "dataset_name": config.data.dataset_name or "wikitext",
+        "dataset_config_name": config.data.dataset_config_name,
+    }
+
+
+def _loaders(config: RunConfig, corpus: Corpus) -> dict[str, DataLoader[Any]]:
+    size, length, seed = config.training.batch_size, config.model.max_seq_length, config.training.seed
+    shared: dict[str, Any] = {"max_seq_length": length, "seed": seed}
+    evaluated = {**shared, "num_samples": config.data.num_eval_samples}
+    half = max(1, length // 2)
+    loaders = {
+        "train": create_loader(corpus, "train", size, num_samples=config.data.num_train_samples, **shared),
+        "val": create_loader(corpus, "val", size, **evaluated),
+        "val_final": create_loader(corpus, "val", size, stride=half, **evaluated),
+    }
+    if config.data.evaluate_test:
+        loaders["test"] = create_loader(corpus, "test", size, stride=half, max_seq_length=length)
+    return loaders

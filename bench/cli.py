@@ -41,11 +41,14 @@ def fail(message: str) -> NoReturn:
 
 
 def show_warnings_plainly() -> None:
-    """Print warnings as one line without file and source: they speak to the user."""
+    """Print each warning once, as one line without file and source: they speak to the user."""
+    shown: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        word = "note" if issubclass(category, UserWarning) else "warning"
-        print(f"{word}: {message}", file=sys.stderr)
+        if str(message) not in shown:
+            shown.add(str(message))
+            word = "note" if issubclass(category, UserWarning) else "warning"
+            print(f"{word}: {message}", file=sys.stderr)
 
     warnings.showwarning = show
 

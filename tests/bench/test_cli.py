@@ -1,0 +1,154 @@
+"""Flags, presets and what wrong input gets: one message, exit status 2, nothing written."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.cli import as_flags, parse, preset_names, with_preset
+from bench.config import RunConfig
+from bench.run import main
+
+
+def test_the_defaults_are_the_quick_preset_of_the_design():
+    config = parse(RunConfig, [])
+    model, training, data = config.model, config.training, config.data
+    assert (model.num_experts, model.embed_dim, model.num_heads, model.num_layers) == (4, 64, 2, 2)
+    assert (model.max_seq_length, model.dropout_rate, training.batch_size) == (128, 0.0, 16)
+    assert (training.learning_rate, training.adam_betas, training.weight_decay) == (8e-3, (0.9, 0.95), 0.1)
+    assert (training.warmup_steps, training.min_lr_ratio, training.max_grad_norm) == (15, 0.05, 1.0)
+    assert (data.num_eval_samples, data.evaluate_test) == (512, False)
+    assert parse(RunConfig, ["--preset", "quick"]) == config
+
+
+def test_underscores_and_the_flag_names_of_the_original_work():
+    flags = [
+        "--coupler_type",
+        "GNN",
+        "--static_hyperedge_strategy",
+        "all",
+        "--no_hgnn_learnable_edge_weights",
+    ]
+    config = parse(RunConfig, [*flags, "--hgnn_conv_type=PyGHypergraphConv", "--num_experts", "3"])
+    assert config.model.coupler_type == "GNN"
+    assert config.model.static_hyperedge_strategy == "all"
+    assert config.model.hgnn_learnable_edge_weights is False
+    assert (config.model.hgnn_conv_type, config.model.num_experts) == ("PyGHypergraphConv", 3)
+
+
+def test_a_flag_given_later_wins():
+    assert parse(RunConfig, ["--coupler", "HGNN", "--coupler", "mean"]).model.coupler_type == "mean"
+
+
+def test_coupler_options_reach_the_model_config():
+    config = parse(RunConfig, ["--coupler-option", "backend=loop", "--coupler-option", "residual=false"])
+    resolved = config.model.resolved(100)
+    assert resolved.coupler_options == {"backend": "loop", "residual": "false"}
+    assert resolved.vocab_size == 100
+
+
+def test_a_preset_becomes_flags_in_front():
+    assert with_preset(["--preset", "quick", "--seed", "3"]) == ["--seed", "3"]
+    assert with_preset(["--preset=quick"]) == []
+    assert as_flags({"embed_dim": 8, "quiet": True, "force": False, "adam_betas": [0.9, 0.99]}) == [
+        "--embed-dim", "8", "--quiet", "--no-force", "--adam-betas", "0.9", "0.99",
+    ]  # fmt: skip
+    assert "quick" in preset_names()
+
+
+def test_help_is_quick_because_it_imports_no_torch(run_command):
+    """Speed row of the main job: ``--help`` in under three seconds; torch alone takes two."""
+    script = "import sys, bench.run\ntry: bench.run.main(['--help'])\nexcept SystemExit: pass\n"
+    done = run_command("timeit", "-n1", "-r1", script + "print('torch' in sys.modules)")
+    assert "--coupler" in done.stdout
+    assert "False" in done.stdout.splitlines()
+
+
+def refusal(capsys, results, *flags: str) -> str:
+    """Return what is printed for wrong ``flags``; the status is 2 and nothing was written."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["--results-dir", str(results), *flags])
+    assert stopped.value.code == 2
+    assert not results.exists()
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err + printed.out
+    return " ".join((printed.err + printed.out).replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--coupler", "HGN"], ["unknown coupler 'HGN'", "GNN, HGNN, mean", "Did you mean 'HGNN'"]),
+        (["--coupler", "nowhere:Class"], ["there is no module 'nowhere'"]),
+        (["--static-hyperedge-strategy", "all_pair"], ["unknown static_hyperedge_strategy", "'all_pairs'?"]),
+        (["--hgnn-conv-type", "HyperConv"], ["unknown hgnn_conv_type", "Did you mean 'HypergraphConv'"]),
+        (["--coupler-option", "bakend=loop"], ["unknown option", "Did you mean 'backend'"]),
+        (["--coupler-option", "backend"], ["NAME=VALUE"]),
+        (["--preset", "quik"], ["unknown preset 'quik'", "Did you mean 'quick'"]),
+        (["--preset"], ["unknown preset ''"]),
+        (["--num-expert", "4"], ["--num-expert", "--num-experts"]),
+        (["--num-heads", "3"], ["num_heads is 3", "does not divide embed_dim 64", "1, 2, 4"]),
+        (["--num-experts", "0"], ["num_experts is 0", "at least 1"]),
+        (["--num-experts", "-2"], ["num_experts is -2"]),
+        (["--batch-size", "0"], ["batch_size is 0"]),
+        (["--learning-rate", "-1"], ["learning_rate is -1"]),
+        (["--max-steps", "many"], ["--max-steps", "many"]),
+        (["--num-eval-samples", "0"], ["num_eval_samples is 0"]),
+        (["--device", "tpu"], ["tpu", "cuda"]),
+        (["--study", "a/b"], ["study", "plain folder name"]),
+        (["--data-source", "folder"], ["needs a folder", "--data-dir"]),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, flags, said):
+    message = refusal(capsys, tmp_path / "results", *flags)
+    for part in said:
+        assert part in message
+
+
+def test_cuda_without_a_gpu_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = refusal(capsys, tmp_path / "results", "--device", "cuda")
+    assert "'cuda' is not available" in message
+    assert "available: cpu" in message
+
+
+def test_a_data_folder_without_the_files_names_what_is_missing_and_what_is_there(capsys, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "wiki.train.tokens").write_text(" a \n")
+    (folder / "notes.txt").write_text("")
+    message = refusal(capsys, tmp_path / "results", "--data-dir", str(folder))
+    for part in ("wiki.valid.tokens", "wiki.test.tokens", "notes.txt"):
+        assert part in message
+
+
+def test_a_split_too_small_for_one_block_is_refused(capsys, tmp_path, small_data_dir):
+    flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "5000"]
+    message = refusal(capsys, tmp_path / "results", *flags)
+    assert "one block needs 5000" in message
+
+
+def test_a_batch_larger_than_the_data_is_refused(capsys, tmp_path, small_data_dir):
+    """A6: with drop_last a batch larger than the data is an error, not zero batches."""
+    flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "16", "--batch-size", "9999"]
+    assert "batch_size 9999" in refusal(capsys, tmp_path / "results", *flags)
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    message = refusal(capsys, blocker / "results")
+    assert "cannot be written" in message
+    assert "--results-dir" in message
+    assert blocker.read_text() == ""
+
+
+def test_named_wikitext_is_not_replaced_by_the_embedded_text(capsys, tmp_path, monkeypatch):
+    """Data: asked for WikiText-2 by name, it fails with what to do."""
+
+    def nothing_cached(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr("bench.data.sources.hub_reachable", lambda *_: False)
+    monkeypatch.setattr("bench.data.sources.read_cache", nothing_cached)
+    message = refusal(capsys, tmp_path / "results", "--dataset-name", "wikitext")
+    assert "--data-dir" in message

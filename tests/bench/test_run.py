@@ -1,0 +1,237 @@
+"""The main job from its command line to its record, and every way in which a run can end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench.session
+from bench.analysis import quantities
+from bench.records.schema import KEYS
+from bench.run import main
+from gnnmoe.couplers import coupler_names
+
+COUPLERS = [pytest.param(name, marks=pytest.mark.core(f"coupler:{name}")) for name in coupler_names()]
+
+
+def only_run(results: Path) -> tuple[Path, dict]:
+    """Return the one run folder below ``results``, and its record."""
+    (path,) = results.glob("*/*/record.json")
+    return path.parent, json.loads(path.read_text())
+
+
+def results_of(flags: list[str]) -> Path:
+    return Path(flags[flags.index("--results-dir") + 1])
+
+
+@pytest.mark.core("record")
+@pytest.mark.parametrize("coupler", COUPLERS)
+def test_a_run_leaves_a_whole_record(tiny, coupler, capsys):
+    assert main([*tiny, "--coupler", coupler, "--evaluate-test", "--run-name", "first"]) == 0
+    folder, record = only_run(results_of(tiny))
+    assert tuple(record) == KEYS
+    assert (record["status"], record["error"], record["run_name"]) == ("ok", None, "first")
+    assert folder.name == record["run_id"]
+    assert folder.parent.name == record["study"] == "default"
+    files = {"record.json", "history.jsonl", "communication.npz", "nll.npz", "log.txt"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert record["command"].startswith("python -m bench.run --embed-dim 8")
+    assert record["gate"]["passed"] is True
+    assert "trained_isolation" in record["gate"]["checks"]
+    assert "status ok" in (folder / "log.txt").read_text()
+    assert str(folder) in capsys.readouterr().out.replace("\n", "")
+
+
+def test_what_is_reported_is_what_was_used(tiny):
+    """A3 and D1 in small: shapes, steps and tokens are counted from the tensors."""
+    assert main(tiny) == 0
+    _, record = only_run(results_of(tiny))
+    assert record["requested"] == {"batch_size": 4, "max_seq_length": 16}
+    used = record["used"]
+    assert used["batch_shapes"] == {"4x16": 4}
+    assert (used["steps"], used["tokens"], used["epochs"]) == (4, 4 * 4 * 16, 1)
+    assert record["speed"]["step_tokens"] == [64, 64]
+    assert len(record["speed"]["step_seconds"]) == 2
+    quality = record["quality"]["validation"]
+    assert (quality["tokens"], quality["length"], quality["stride"]) == (8 * 16, 16, 8)
+    assert record["quality"]["test"]["value"] is None
+    assert "--evaluate-test" in record["quality"]["test"]["reason"]
+
+
+def test_the_sums_of_the_record_are_those_of_the_stored_losses(tiny):
+    assert main(tiny) == 0
+    folder, record = only_run(results_of(tiny))
+    stored = np.load(folder / "nll.npz")
+    total = stored["validation_nll"].astype(np.float64).sum()
+    assert record["quality"]["validation"]["nll_sum"] == pytest.approx(total, rel=1e-6)
+    assert stored["validation_document"].shape == stored["validation_nll"].shape == (128,)
+    assert quantities.perplexity(record) == pytest.approx(math.exp(total / 128), rel=1e-6)
+
+
+def test_history_and_communication_over_steps(tiny):
+    assert main(tiny) == 0
+    folder, record = only_run(results_of(tiny))
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["kind"] == "validation"] == [2, 4]
+    rates = [row["learning_rate"] for row in rows if row["kind"] == "train"]
+    assert rates[0] == pytest.approx(8e-3)
+    assert rates[-1] == pytest.approx(8e-3 * 0.05)
+    trace = np.load(folder / "communication.npz")
+    assert trace["step"].tolist() == [0, 2, 4]
+    weights = trace["layer_0.hyperedge_weights"]
+    assert weights.shape == (3, 6)
+    assert np.allclose(weights[0], 1.0)
+    assert not np.allclose(weights[-1], 1.0, atol=1e-4)
+    summary = record["communication"]["layer_0"]
+    assert list(summary["hyperedge_weights"]) == ["{0,1}", "{0,2}", "{0,3}", "{1,2}", "{1,3}", "{2,3}"]
+    assert sum(summary["mixing"].values()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_same_run_twice_gives_the_same_numbers(tiny):
+    assert main(tiny) == 0
+    folder, first = only_run(results_of(tiny))
+    losses = (folder / "nll.npz").read_bytes()
+    assert main([*tiny, "--force"]) == 0
+    second = json.loads((folder / "record.json").read_text())
+    assert second["quality"] == first["quality"]
+    assert (folder / "nll.npz").read_bytes() == losses
+    assert (folder.with_name(folder.name + ".1") / "record.json").exists()
+
+
+def test_a_finished_run_shows_its_record(tiny, capsys):
+    assert main(tiny) == 0
+    folder, _ = only_run(results_of(tiny))
+    before = (folder / "record.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([*tiny, "--run-name", "another name", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "is finished" in printed
+    assert "perplexity" in printed
+    assert (folder / "record.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("coupler", ["GNN", "mean"])
+def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, coupler):
+    """Seeds: the first loss differs by the coupler only a little, the batches not at all."""
+    assert main([*tiny, "--coupler", "HGNN"]) == 0
+    assert main([*tiny, "--coupler", coupler]) == 0
+    runs = [json.loads(path.read_text()) for path in results_of(tiny).glob("*/*/record.json")]
+    assert runs[0]["used"] == runs[1]["used"]
+    assert runs[0]["parameters"]["expert"] == runs[1]["parameters"]["expert"]
+    assert runs[0]["parameters"]["coupler"] != runs[1]["parameters"]["coupler"]
+
+
+def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys):
+    real = bench.session.Trainer._step
+
+    def poisoned(self, batch):
+        if self.done.steps == 2:
+            with torch.no_grad():
+                self.model.token_embedding.weight.fill_(math.nan)
+        real(self, batch)
+
+    monkeypatch.setattr(bench.session.Trainer, "_step", poisoned)
+    assert main(tiny) == 1
+    folder, record = only_run(results_of(tiny))
+    assert record["status"] == "diverged"
+    assert "training loss is nan at step 3" in record["error"]
+    assert record["used"]["steps"] == 3
+    assert record["quality"]["value"] is None
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 3
+    assert "diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "exit_status"),
+    [
+        (torch.OutOfMemoryError("no memory"), "oom", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom", 1),
+        (RuntimeError("shape mismatch"), "crashed", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+    ],
+)
+def test_whatever_happens_the_record_is_written(tiny, monkeypatch, error, status, exit_status):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr("bench.training.loop.training_step", failing)
+    assert main(tiny) == exit_status
+    folder, record = only_run(results_of(tiny))
+    assert record["status"] == status
+    assert record["time"]["end"] is not None
+    assert not list(folder.glob(".*")), "no half-written file stays"
+
+
+def test_a_leaking_coupler_is_stopped_by_the_gate(tiny, capsys):
+    """Fact 1: the leak is caught at E = 4 pairs; ``--allow-failed-gate`` trains, the status stays."""
+    leak = ["--coupler", "examples.leaking_coupler:LeakingCoupler"]
+    assert main([*tiny, *leak]) == 1
+    folder, record = only_run(results_of(tiny))
+    assert record["status"] == "gate_failed"
+    assert "sees" in record["error"]
+    assert record["quality"]["value"] is None
+    assert main([*tiny, *leak, "--allow-failed-gate"]) == 1
+    trained = [json.loads(path.read_text()) for path in results_of(tiny).glob("*/*/record.json")]
+    (allowed,) = [run for run in trained if run["run_id"] != folder.name]
+    assert allowed["status"] == "gate_failed"
+    assert allowed["quality"]["validation"]["tokens"] == 128
+
+
+def test_a_single_expert_trains_and_says_once_that_it_is_the_mean(tiny, run_command):
+    """Bad input: num_experts 1 is fine; no hyperedges, mean readout, said once."""
+    done = run_command("bench.run", *tiny, "--num-experts", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("has no hyperedges") == 1
+    assert "note: HGNN: all_pairs has no hyperedges at num_experts 1" in done.stderr
+
+
+def test_the_embedded_text_is_announced_loudly(tiny, capsys):
+    """Data: the warning is on screen, in the record and in the final table."""
+    flags = tiny[: tiny.index("--data-dir")] + tiny[tiny.index("--results-dir") :]
+    assert main([*flags, "--data-source", "embedded"]) == 0
+    printed = capsys.readouterr().out
+    assert "WARNING: NOT WIKITEXT-2" in printed
+    assert printed.count("NOT WIKITEXT-2") == 2
+    _, record = only_run(results_of(tiny))
+    assert "NOT WIKITEXT-2" in record["data"]["warning"]
+
+
+def test_the_table_fits_80_columns_and_says_what_counts(tiny, run_command):
+    done = run_command("bench.run", *tiny)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("HGNN ·") :].splitlines()
+    assert max(map(len, table[:-1])) <= 80
+    text = " ".join(" ".join(table).split())
+    for part in (
+        "perplexity",
+        "(unigram",
+        "tokens/s",
+        "MiB",
+        "experts 3,",
+        "{0,1}",
+        "✓ token isolation",
+        "record:",
+    ):
+        assert part in text
+
+
+def test_on_real_wikitext_a_few_steps_beat_the_start(tmp_path, wikitext_dir, monkeypatch):
+    monkeypatch.setenv("GNNMOE_DATA_DIR", str(wikitext_dir))
+    flags = "--embed-dim 8 --num-layers 1 --max-seq-length 32 --batch-size 8 --max-steps 12 --eval-every 6"
+    flags += " --num-eval-samples 16 --speed-steps 1"
+    assert main([*flags.split(), "--results-dir", str(tmp_path)]) == 0
+    folder, record = only_run(tmp_path)
+    assert record["data"]["vocabulary"]["size"] == 33278
+    assert record["data"]["splits"]["train"]["tokens"] == 2_088_628
+    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    losses = [row["nll_sum"] / row["tokens"] for row in rows if row["kind"] == "validation"]
+    assert losses[1] < losses[0]
+    unigram = quantities.unigram_perplexity(record)
+    assert unigram is not None
+    assert 500 < unigram < 2000

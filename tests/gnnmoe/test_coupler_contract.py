@@ -1,0 +1,222 @@
+"""The contract (DESIGN, "Coupler"), over every coupler that discovery finds.
+
+A new coupler file is tested here by being there.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from gnnmoe.couplers import coupler_class
+from tests.gnnmoe._support import (
+    NO_HYPEREDGES,
+    assert_near,
+    assert_same_function,
+    every_coupler,
+    gradients,
+    make_coupler,
+    normal,
+    perturbed,
+)
+
+pytestmark = pytest.mark.filterwarnings(NO_HYPEREDGES)
+B, L, D = 2, 3, 6
+
+
+def inputs(E: int = 4, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return normal(B, L, E, D, seed=seed, dtype=dtype), normal(B, L, D, seed=seed + 50, dtype=dtype)
+
+
+@pytest.mark.parametrize("E", [1, 2, 3, 4, 5, 8])
+@every_coupler
+def test_forward_is_the_reference_with_all_gradients(fields, E):
+    coupler = make_coupler(num_experts=E, **fields)
+    parameters = dict(coupler.named_parameters())
+    assert_same_function(coupler, coupler.reference, inputs(E), parameters)
+
+
+@every_coupler
+def test_output_has_one_feature_vector_per_token_and_depends_on_every_expert(fields):
+    coupler = make_coupler(**fields)
+    x, layer_input = inputs()
+    x.requires_grad_(True)
+    output = coupler(x, layer_input)
+    assert output.shape == (B, L, D)
+    (gradient,) = gradients(output, [x])
+    assert (gradient.abs().amax(-1) > 1e-8).all()
+
+
+@every_coupler
+def test_any_stride_gives_the_same(fields):
+    """The batched experts write expert-major; the coupler sees a view (B, L, E, D) of that."""
+    coupler = make_coupler(**fields)
+    x, layer_input = inputs()
+    expert_major = x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    assert not expert_major.is_contiguous()
+    assert_same_function(
+        lambda x, y: coupler(x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), y),
+        coupler, (x, layer_input), dict(coupler.named_parameters()),
+    )  # fmt: skip
+    assert_near(coupler(expert_major, layer_input), coupler(x, layer_input))
+
+
+@every_coupler
+def test_no_state_between_calls(fields):
+    for mode in (True, False):
+        coupler = make_coupler(**fields).train(mode)
+        state = {name: value.clone() for name, value in coupler.state_dict().items()}
+        before = coupler(*inputs())
+        other = coupler(*inputs(seed=7))
+        assert not torch.equal(before, other)
+        assert torch.equal(before, coupler(*inputs()))
+        assert all(torch.equal(value, coupler.state_dict()[name]) for name, value in state.items())
+
+
+@every_coupler
+def test_tokens_do_not_mix(fields):
+    """Fact 1: neither values nor gradients of one token reach another."""
+    coupler = make_coupler(**fields)
+    x, layer_input = inputs()
+    x.requires_grad_(True)
+    output = coupler(x, layer_input)
+    (gradient,) = torch.autograd.grad(output[1, 1].square().sum(), x)
+    assert gradient[1, 1].abs().max() > 0
+    gradient[1, 1] = 0
+    assert torch.count_nonzero(gradient) == 0
+    changed = x.detach().clone()
+    changed[0, 2] += 3.0
+    same = (coupler(changed, layer_input) == output).all(-1)
+    assert same.tolist() == [[True, True, False], [True, True, True]]
+
+
+@every_coupler
+def test_the_same_seed_builds_the_same_coupler(fields):
+    one, two = (make_coupler(seed=3, **fields) for _ in range(2))
+    other = make_coupler(seed=4, **fields)
+    assert torch.equal(one(*inputs()), two(*inputs()))
+    assert not torch.equal(one(*inputs()), other(*inputs()))
+
+
+@every_coupler
+def test_state_dict_holds_all_that_matters(fields):
+    source, target = make_coupler(seed=0, **fields), make_coupler(seed=1, **fields)
+    assert not torch.equal(source(*inputs()), target(*inputs()))
+    target.load_state_dict(source.state_dict(), strict=True)
+    assert torch.equal(source(*inputs()), target(*inputs()))
+
+
+@every_coupler
+def test_deepcopy_is_equal_and_independent(fields):
+    coupler = make_coupler(**fields)
+    before = coupler(*inputs())
+    copied = copy.deepcopy(coupler)
+    assert torch.equal(copied(*inputs()), before)
+    perturbed(copied)
+    assert not torch.equal(copied(*inputs()), before)
+    assert torch.equal(coupler(*inputs()), before)
+
+
+@every_coupler
+def test_float32_and_bf16_follow_float64(fields):
+    expected = make_coupler(**fields)(*inputs())
+    coupler = make_coupler(**fields).float()
+    assert_near(coupler(*inputs(dtype=torch.float32)), expected, torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):  # what the experts give, without and with autocast
+        with torch.autocast("cpu", torch.bfloat16):
+            low = coupler(*inputs(dtype=dtype))
+        assert_near(low, expected, torch.bfloat16)
+
+
+@every_coupler
+def test_works_under_vmap(fields):
+    coupler = make_coupler(**fields)
+    calls = [inputs(seed=seed) for seed in (1, 2, 3)]
+    stacked = [torch.stack(values) for values in zip(*calls, strict=True)]
+    expected = torch.stack([coupler(*call) for call in calls])
+    assert_near(torch.func.vmap(coupler)(*stacked), expected)
+
+
+@every_coupler
+def test_auxiliary_losses_are_scalars_and_pure(fields):
+    coupler = make_coupler(**fields)
+    losses = coupler.auxiliary_losses(*inputs())
+    again = coupler.auxiliary_losses(*inputs())
+    assert all(value.shape == () and value.isfinite() for value in losses.values())
+    assert losses.keys() == again.keys()
+    assert all(torch.equal(losses[name], again[name]) for name in losses)
+    if coupler.name in ("mean", "GNN", "HGNN"):
+        assert losses == {}
+
+
+@every_coupler
+def test_communication_is_small_detached_and_static_where_it_says_so(fields):
+    coupler = make_coupler(num_experts=5, **fields)
+    static = coupler.communication()
+    full = coupler.communication(*inputs(5))
+    longer = coupler.communication(normal(4, 6, 5, D), normal(4, 6, D))
+    assert "mixing" not in static
+    assert "mixing" in full
+    for name, value in static.items():
+        assert torch.equal(value, full[name])
+    for name, value in full.items():
+        assert not value.requires_grad
+        assert value.numel() <= 5 * 5
+        assert value.shape == longer[name].shape
+    assert all(parameter.grad is None for parameter in coupler.parameters())
+    matrices = coupler.get_expert_communication_matrices()
+    assert isinstance(matrices, list)
+    assert [m.tolist() for m in matrices] == [value.tolist() for value in static.values()]
+    for name, members in coupler.member_names().items():
+        assert name not in full or len(members) == full[name].shape[0]
+
+
+@every_coupler
+def test_mixing_is_the_share_of_each_expert_in_the_output(fields):
+    """Mean over tokens of ‖∂y/∂x_e‖, normalised: recomputed from one Jacobian per token."""
+    coupler = make_coupler(**fields)
+    x, layer_input = inputs()
+    mixing = coupler.communication(x, layer_input)["mixing"]
+    assert_near(mixing.sum(), 1.0)
+    norms = []
+    for x_ED, input_D in zip(x.flatten(0, 1), layer_input.flatten(0, 1), strict=True):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, y=input_D: coupler(x[None, None], y[None, None])[0, 0], x_ED
+        )
+        assert isinstance(jacobian, Tensor)
+        norms.append(jacobian.square().sum((0, 2)).sqrt())  # (D, E, D) → (E)
+    expected = torch.stack(norms).mean(0)
+    assert_near(mixing, expected / expected.sum())
+
+
+@every_coupler
+def test_inert_parameters_are_named_and_have_no_gradient(fields):
+    for E in (1, 2, 3, 4):
+        coupler = make_coupler(num_experts=E, **fields)
+        parameters = dict(coupler.named_parameters())
+        inert = coupler.inert_parameters()
+        assert inert.keys() <= parameters.keys()
+        found = dict(zip(parameters, gradients(coupler(*inputs(E)), parameters.values()), strict=True))
+        for name, gradient in found.items():
+            assert (gradient.abs().max() > 1e-9) == (name not in inert), (E, name)
+
+
+@every_coupler
+def test_docstring_has_formula_shapes_and_source(fields):
+    documented = coupler_class(fields.get("coupler_type", "HGNN")).__doc__ or ""
+    for part in (".. math::", "Shapes:", "Source:", "(B, L, E, D)"):
+        assert part in documented
+
+
+def test_mean_is_the_mean():
+    coupler = make_coupler(coupler_type="mean")
+    x, _ = inputs()
+    total = (x[:, :, 0] + x[:, :, 1] + x[:, :, 2] + x[:, :, 3]) / 4
+    linear, _, norm = coupler.combiner
+    hidden = total @ linear.weight.T + linear.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_near(coupler(x), scaled * norm.weight + norm.bias)
+    assert_near(coupler.communication(x)["mixing"], torch.full((4,), 0.25))

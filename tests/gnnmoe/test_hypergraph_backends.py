@@ -1,0 +1,143 @@
+"""Backends of the static propagation: loop, pyg and vectorized compute one thing (fact 1)."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch_geometric.data import Batch, Data
+
+from gnnmoe.hypergraph import STRATEGIES, static_hyperedges
+from gnnmoe.hypergraph_backends import BACKENDS
+from tests.gnnmoe._support import (
+    FORMULAS,
+    assert_near,
+    assert_same_function,
+    every_formula,
+    make_coupler,
+    make_layer,
+    normal,
+)
+
+PYG_BACKENDS = ("pyg", "loop")
+every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
+HYPERGRAPHS = {  # every strategy, M below, at and above E; then graphs with isolated experts
+    **{
+        f"{strategy} E={E}": (E, static_hyperedges(E, strategy))
+        for strategy, E in itertools.product(STRATEGIES, range(9))
+    },
+    "isolated last": (4, [(0, 1), (1, 2)]),
+    "isolated first": (4, [(1, 3)]),
+    "as many nodes as hyperedges, one isolated": (3, [(0, 1), (0, 1), (0,)]),
+    "more hyperedges than experts, isolated": (3, [(0, 2), (0,), (2,), (0, 2), (0, 2)]),
+}
+
+
+@pytest.mark.parametrize("backend", PYG_BACKENDS)
+@every_formula
+@pytest.mark.parametrize("name", HYPERGRAPHS)
+def test_backends_agree_in_output_and_all_gradients(name, formula, backend):
+    E, members = HYPERGRAPHS[name]
+    expected = make_layer(members, E, formula)
+    layer = make_layer(members, E, formula, backend)
+    weights = normal(len(members), seed=3).exp()
+    assert_same_function(layer, expected, [normal(3, E, 3), weights])
+    if E:
+        gradients = []
+        for module in (layer, expected):
+            loss = (module(normal(3, E, 3), weights) ** 2).sum()
+            gradients.append(torch.autograd.grad(loss, list(module.parameters())))
+        for one, other in zip(*gradients, strict=True):
+            assert_near(one, other)
+
+
+@every_formula
+@every_backend
+def test_gradcheck_of_the_layer(backend, formula):
+    layer = make_layer([(0, 1), (1, 2), (0, 1, 2), (2,)], 4, formula, backend, D=2)
+    x, w = normal(2, 4, 2).requires_grad_(True), normal(4).exp().requires_grad_(True)
+    assert torch.autograd.gradcheck(layer, (x, w))
+
+
+@pytest.mark.parametrize(("E", "merges"), [(3, False), (4, True), (5, True)])
+@every_formula
+def test_fact_1_hyperedge_ids_are_shifted_by_M_and_not_by_E(formula, E, merges):
+    """PyG's ``Batch`` of ``Data`` shifts both by E and so merges tokens where M > E."""
+    members = static_hyperedges(E, "all_pairs")
+    layer = make_layer(members, E, formula, "pyg")
+    x, w = normal(2, E, 3), normal(len(members)).exp()
+    alone = torch.cat([layer(token[None], w) for token in x])
+    assert_near(layer(x, w), alone)
+    if formula == "PyGHypergraphConv":  # PyG's own layer on PyG's own batch
+        data = [Data(x=token, edge_index=layer.index) for token in x]
+        batched = Batch.from_data_list(data).edge_index  # pyright: ignore[reportAttributeAccessIssue]
+        leaking = layer.pyg_conv[0](x.flatten(0, 1), batched, w.repeat(2), num_edges=2 * len(members))
+        assert ((leaking.view_as(x) - alone).abs().max() > 1e-3) == merges
+
+
+@every_backend
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_fact_1_no_backend_lets_tokens_see_each_other(strategy, backend):
+    members = static_hyperedges(5, strategy)
+    layer = make_layer(members, 5, "HypergraphConv", backend)
+    x = normal(3, 5, 3).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(layer(x, normal(len(members)).exp())[1].square().sum(), x)
+    assert torch.count_nonzero(gradient[[0, 2]]) == 0
+    assert (gradient[1].abs().amax(-1) > 0).all()
+
+
+def coupler(backend: str, formula: str = "HypergraphConv", seed: int = 0):
+    return make_coupler(seed, hgnn_conv_type=formula, coupler_options={"backend": backend})
+
+
+@pytest.mark.parametrize("backend", PYG_BACKENDS)
+@every_formula
+def test_backends_agree_through_the_coupler_and_share_one_state_dict(formula, backend):
+    one, other = coupler(backend, formula), coupler("vectorized", formula)
+    x = normal(2, 3, 4, 6)
+    for _ in range(2):  # before and after the PyG layer has been made
+        assert list(one.state_dict()) == list(other.state_dict())
+        assert [n for n, _ in one.named_parameters()] == [n for n, _ in other.named_parameters()]
+        assert_near(one(x), other(x))
+    for module in (one, other):
+        (module(x) * normal(2, 3, 6)).sum().backward()
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert_near(p.grad, q.grad, what=name)
+
+
+@pytest.mark.parametrize("backend", PYG_BACKENDS)
+@every_formula
+def test_pyg_reads_the_layers_own_parameters_whatever_happens_to_them(formula, backend):
+    """After deepcopy, load_state_dict, a change of type and a step of training."""
+    x = normal(2, 3, 4, 6)
+    original = coupler(backend, formula)
+    before = original(x)
+
+    def vectorized_with_the_state_of(module):
+        twin = coupler("vectorized", formula, seed=9)
+        twin.load_state_dict(module.state_dict())
+        return twin(x)
+
+    copied = copy.deepcopy(original)
+    copied.load_state_dict(coupler("vectorized", formula, seed=1).state_dict())
+    assert (copied(x) - before).abs().max() > 1e-3
+    assert_near(copied(x), vectorized_with_the_state_of(copied))
+    assert torch.equal(original(x), before)
+    copied.float()(x.float())
+    assert_near(copied.double()(x), vectorized_with_the_state_of(copied))
+    optimizer = torch.optim.SGD(original.parameters(), lr=0.1)
+    (original(x) * x.mean(2)).sum().backward()
+    optimizer.step()
+    assert (original(x) - before).abs().max() > 1e-3
+    assert_near(original(x), vectorized_with_the_state_of(original))
+
+
+@pytest.mark.parametrize("backend", PYG_BACKENDS)
+def test_making_the_pyg_layer_draws_no_random_numbers(backend):
+    layers = [make_layer([(0, 1)], 2, formula, backend) for formula in FORMULAS]
+    before = torch.get_rng_state()
+    for layer in layers:
+        layer(normal(1, 2, 3), normal(1).exp())
+    assert torch.equal(torch.get_rng_state(), before)

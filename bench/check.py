@@ -33,32 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the coupler that the flags name, print the verdicts and return the exit status."""
     config = parse(CheckConfig, argv, prog="python -m bench.check")
     show_warnings_plainly()
+    from bench.gate import refuse_wrong_names, run_gate
+
+    model = config.model.resolved(ANY_VOCABULARY)
     try:
-        model = config.model.resolved(ANY_VOCABULARY)
         refuse_wrong_names(model)
     except ValueError as error:
         fail(str(error))
-    from bench.gate import run_gate
-
     report = run_gate(model, seed=config.seed)
     show(report, model)
     return 0 if report.passed else 1
-
-
-def refuse_wrong_names(config: GNNMoEConfig) -> None:
-    """Build the coupler once, for the messages about its name and options.
-
-    Raises:
-        ValueError: there is no such coupler, strategy or option.
-    """
-    from gnnmoe.couplers import build_coupler
-
-    try:
-        build_coupler(config)
-    except ValueError:
-        raise
-    except Exception:  # the coupler's own fault: the gate reports it
-        return
 
 
 def show(report: GateReport, config: GNNMoEConfig) -> None:

@@ -14,10 +14,10 @@ from bench.config import RunConfig
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import create_loader
 from bench.device import resolve_device
+from bench.gate import refuse_wrong_names
 from bench.records.schema import run_id
 from bench.records.store import RunFolder, check_writable
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import build_coupler
 
 
 @dataclass
@@ -44,8 +44,7 @@ def prepare(config: RunConfig) -> Prepared:
     start = time.perf_counter()
     check_writable(config.places.results_dir)
     device = resolve_device(config.places.device)
-    with torch.random.fork_rng(devices=[]):
-        build_coupler(config.model.resolved(1))  # refuses unknown names before the data are read
+    refuse_wrong_names(config.model.resolved(1))  # before the data are read
     corpus = load_corpus(**_corpus_arguments(config))
     model_config = config.model.resolved(corpus.vocabulary.size)
     loaders = _loaders(config, corpus)

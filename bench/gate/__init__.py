@@ -5,8 +5,8 @@ numbers), ``isolation`` and ``dependence`` (no token sees another), ``behaviour`
 ``agreement`` (the other checks of a coupler), ``causality`` (the whole model), ``gate``.
 """
 
-from bench.gate.gate import CHECKS, run_gate
+from bench.gate.gate import CHECKS, refuse_wrong_names, run_gate
 from bench.gate.report import Check, GateReport
 from bench.gate.trained import check_trained_isolation
 
-__all__ = ["CHECKS", "Check", "GateReport", "check_trained_isolation", "run_gate"]
+__all__ = ["CHECKS", "Check", "GateReport", "check_trained_isolation", "refuse_wrong_names", "run_gate"]

@@ -13,6 +13,7 @@ from bench.gate.isolation import token_isolation
 from bench.gate.report import GateReport, run_check
 from bench.gate.subject import Subject, global_random_state_kept
 from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import build_coupler
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "token_isolation": token_isolation,
@@ -37,3 +38,20 @@ def run_gate(config: GNNMoEConfig, *, seed: int = 0, device: torch.device | str 
             [run_check(name, lambda check=check: check(Subject(config, seed, where)))
              for name, check in CHECKS.items()]
         )  # fmt: skip
+
+
+def refuse_wrong_names(config: GNNMoEConfig) -> None:
+    """Build the coupler once, for the messages about its name and options.
+
+    Whatever else goes wrong in its constructor is its own fault, which the gate reports.
+
+    Raises:
+        ValueError: there is no such coupler, strategy or option.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build_coupler(config)
+    except ValueError:
+        raise
+    except Exception:
+        return

@@ -58,7 +58,7 @@ def make_coupler(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: An
         return perturbed(coupler.to(dtype))
 
 
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> GNNMoEModel:
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> Any:
     """A small model with every parameter moved, so that no zero hides anything."""
     with torch.random.fork_rng(devices=[]):
         model = GNNMoEModel(small_config(**fields), seed=seed).to(dtype)
@@ -138,5 +138,7 @@ def dense_oracle(H_EM: Tensor, w_M: Tensor, formula: str) -> Tensor:
 class WithAuxiliaryLoss(MeanCoupler):
     """The mean, with a loss of its own: what a router adds."""
 
-    def auxiliary_losses(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> dict[str, Tensor]:
+    def auxiliary_losses(
+        self, expert_outputs: Tensor, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
         return {"a": expert_outputs.square().mean(), "b": expert_outputs.new_ones(())}

@@ -69,7 +69,7 @@ def test_fact_1_hyperedge_ids_are_shifted_by_M_and_not_by_E(formula, E, merges):
     alone = torch.cat([layer(token[None], w) for token in x])
     assert_near(layer(x, w), alone)
     if formula == "PyGHypergraphConv":  # PyG's own layer on PyG's own batch
-        data = [Data(x=token, edge_index=layer.index) for token in x]
+        data: list = [Data(x=token, edge_index=layer.index) for token in x]
         batched = Batch.from_data_list(data).edge_index  # pyright: ignore[reportAttributeAccessIssue]
         leaking = layer.pyg_conv[0](x.flatten(0, 1), batched, w.repeat(2), num_edges=2 * len(members))
         assert ((leaking.view_as(x) - alone).abs().max() > 1e-3) == merges

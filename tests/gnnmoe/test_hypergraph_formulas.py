@@ -1,5 +1,7 @@
 """Facts 2 and 3 of the spec: what the two formulas compute, against PyG and dense matrices."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,8 +81,8 @@ def test_fact_2_pyg_itself_still_leaves_the_weights_out_of_the_message(index, we
     assert_near(conv(x, index, 2 * w), conv(x, index, w) / 2)
 
 
-def pyg_and_wrapper(with_weights: bool = True):
-    conv = HypergraphConv(3, 2).double()
+def pyg_and_wrapper() -> tuple[Any, Any]:
+    conv: Any = HypergraphConv(3, 2).double()
     wrapper = PyGHypergraphConvWrapper(in_channels=3, out_channels=2).double()
     with torch.no_grad():
         conv.bias.copy_(normal(2, seed=8))
@@ -92,9 +94,7 @@ def pyg_and_wrapper(with_weights: bool = True):
 def test_parity_suite_wrapper_is_pygs_layer_value_for_value(index, weights):
     index, _, w = hypergraph(index, weights)
     conv, wrapper = pyg_and_wrapper()
-    assert_same_function(
-        lambda x, w: wrapper(x, index, w), lambda x, w: conv(x, index, w), [normal(4, 3), w]
-    )
+    assert_same_function(lambda x, w: wrapper(x, index, w), lambda x, w: conv(x, index, w), [normal(4, 3), w])
     assert_near(wrapper(normal(4, 3), index), conv(normal(4, 3), index, torch.ones_like(w)))
     ours, theirs = ((layer(normal(4, 3), index, w) ** 2).sum() for layer in (wrapper, conv))
     pairs = zip(

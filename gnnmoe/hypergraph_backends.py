@@ -40,7 +40,9 @@ def pyg(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
     )
     batched = (index[:, None, :] + shift).reshape(2, -1)
     conv = _shared_conv(layer)
-    return conv(x_NED.reshape(N * E, D), batched, weights_M.repeat(N), num_edges=N * M).view(N, E, -1)
+    return conv(x_NED.reshape(N * E, D), batched, weights_M.repeat(N), num_edges=N * M).view(
+        N, E, layer.weight.shape[0]
+    )
 
 
 def loop(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:

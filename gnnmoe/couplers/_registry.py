@@ -29,7 +29,7 @@ def register_coupler(name: str) -> Callable[[CouplerClass], CouplerClass]:
 
     def register(cls: CouplerClass) -> CouplerClass:
         known = _COUPLERS.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(
                 f"coupler {name!r} is registered already, by {known.__module__}.{known.__name__}."
             )
@@ -90,7 +90,7 @@ def _imported_class(path: str) -> type[Coupler]:
         if cls is None:
             raise ValueError(unknown_name(f"coupler class in {module_name}", class_name, classes))
         raise ValueError(f"coupler {path!r}: {class_name} is not a subclass of gnnmoe.Coupler.")
-    if not cls.name:
+    if "name" not in vars(cls):  # its own, not one inherited from a registered coupler
         cls.name = path
     return cls
 
@@ -120,14 +120,18 @@ def build_coupler(config: GNNMoEConfig) -> Coupler:
 
 
 def _as_type_of(default: Any, value: Any, what: str) -> Any:
-    if not isinstance(value, str) or isinstance(default, str) or default is None:
+    """Return ``value`` as the type of ``default``: text is read, other types must fit already."""
+    expected = type(default)
+    if default is None or type(value) is expected:
         return value
-    if isinstance(default, bool):
+    if isinstance(value, str):
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if value.lower() not in words:
-            raise ValueError(f"{what} is {value!r}; allowed: true, false.")
-        return words[value.lower()]
-    try:
-        return type(default)(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} is {value!r}; it must be a {type(default).__name__}.") from error
+        read = words.__getitem__ if expected is bool else expected
+        try:
+            return read(value.lower() if expected is bool else value)
+        except (KeyError, TypeError, ValueError):
+            pass
+    elif expected is float and type(value) is int:
+        return float(value)
+    kind = "true or false" if expected is bool else f"of type {expected.__name__}"
+    raise ValueError(f"{what} is {value!r}; it must be {kind}.")

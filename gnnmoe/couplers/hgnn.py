@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CONV_TYPES = ("HypergraphConv", "PyGHypergraphConv")
 ACTIVATIONS = {"gelu": F.gelu, "none": None}
 SOFTPLUS_OF_ONE = math.log(math.e - 1.0)  # softplus(SOFTPLUS_OF_ONE) = 1
+SMALLEST_WEIGHT = 1e-6
 
 
 class HypergraphLayer(nn.Module):
@@ -123,10 +124,13 @@ class HGNNExpertCoupler(Coupler):
         return hyperedge_index(members), len(members)
 
     def effective_hyperedge_weights(self) -> Tensor:
-        """Return w (M) > 0: softplus of the parameter, or ones where the weights are not learned."""
+        """Return w (M) > 0: softplus of the parameter, or ones where the weights are not learned.
+
+        The floor keeps 1 / D and its gradient finite in float32 wherever the parameter goes.
+        """
         if self.hyperedge_weights is None:
             return self._ones_M  # pyright: ignore[reportReturnType]
-        return F.softplus(self.hyperedge_weights)
+        return F.softplus(self.hyperedge_weights).clamp_min(SMALLEST_WEIGHT)
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""

@@ -192,9 +192,9 @@ def test_option_strings_are_read_as_the_type_of_the_default(third_party, option,
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("scale", "much", "option scale of coupler .* is 'much'; it must be a float"),
-        ("times", "2.5", "option times of coupler .* is '2.5'; it must be a int"),
-        ("on", "maybe", "option on of coupler .* is 'maybe'; allowed: true, false"),
+        ("scale", "much", "option scale of coupler .* is 'much'; it must be of type float"),
+        ("times", "2.5", "option times of coupler .* is '2.5'; it must be of type int"),
+        ("on", "maybe", "option on of coupler .* is 'maybe'; it must be true or false"),
     ],
 )
 def test_option_strings_of_the_wrong_type_are_refused(third_party, option, value, message):

@@ -110,7 +110,7 @@ def test_backends_agree_through_the_coupler_and_share_one_state_dict(formula, ba
 @pytest.mark.parametrize("backend", PYG_BACKENDS)
 @every_formula
 def test_pyg_reads_the_layers_own_parameters_whatever_happens_to_them(formula, backend):
-    """After deepcopy, load_state_dict, a change of type and a step of training."""
+    """After deepcopy, load_state_dict, a change of type, a training step and a new parameter object."""
     x = normal(2, 3, 4, 6)
     original = coupler(backend, formula)
     before = original(x)
@@ -131,6 +131,8 @@ def test_pyg_reads_the_layers_own_parameters_whatever_happens_to_them(formula, b
     (original(x) * x.mean(2)).sum().backward()
     optimizer.step()
     assert (original(x) - before).abs().max() > 1e-3
+    assert_near(original(x), vectorized_with_the_state_of(original))
+    original.layers[0].weight = torch.nn.Parameter(2 * original.layers[0].weight.detach())
     assert_near(original(x), vectorized_with_the_state_of(original))
 
 

@@ -22,10 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from bench.analysis.summary import print_summary
+    from bench.device import keep_freed_memory
     from bench.prepare import prepare
     from bench.progress import Reporter
     from bench.session import Session
 
+    keep_freed_memory()
     console = Console(highlight=False)
     reporter = Reporter(console, quiet=config.places.quiet)
     try:

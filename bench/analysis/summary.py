@@ -100,20 +100,25 @@ def _communication(communication: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     rows = []
     for layer, parts in communication.items():
-        shown = {name: value for name, value in parts.items() if isinstance(value, dict)}
-        for name, value in shown.items():
-            label = {"hyperedge_weights": "w", "mixing": "share of expert"}.get(name, name)
-            values = "  ".join(f"{member} {number:.3f}" for member, number in value.items())
-            rows.append((layer.replace("_", " "), f"{label}: {values}"))
+        lines = [_values(name, value) for name, value in parts.items() if isinstance(value, dict)]
+        rows.append((layer.replace("_", " "), "\n".join(lines)))
     return rows
 
 
+def _values(name: str, values: dict[str, float]) -> str:
+    if name == "mixing":
+        return "shares   " + "  ".join(f"E{expert}={value:.3f}" for expert, value in values.items())
+    label = "weights " if name == "hyperedge_weights" else name
+    return f"{label} " + "  ".join(f"{member}={value:.3f}" for member, value in values.items())
+
+
 def _gate(gate: dict[str, Any]) -> str:
-    marks = [
-        f"{'✓' if check['passed'] else '✗'} {name.replace('_', ' ')}"
-        for name, check in gate["checks"].items()
-    ]
-    return ", ".join(marks)
+    passed = [name.replace("_", " ") for name, check in gate["checks"].items() if check["passed"]]
+    failed = [name.replace("_", " ") for name, check in gate["checks"].items() if not check["passed"]]
+    parts = [f"✗ failed: {', '.join(failed)}"] * bool(failed) + [f"✓ passed: {', '.join(passed)}"] * bool(
+        passed
+    )
+    return "\n".join(parts)
 
 
 def _time(seconds: dict[str, float]) -> str:

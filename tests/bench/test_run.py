@@ -215,7 +215,7 @@ def test_the_table_fits_80_columns_and_says_what_counts(tiny, run_command):
         "MiB",
         "experts 3,",
         "{0,1}",
-        "✓ token isolation",
+        "✓ passed: token isolation",
         "record:",
     ):
         assert part in text

@@ -66,8 +66,8 @@ def _quality(record: Record, split: str) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
-    if data["warning"]:
-        return data["warning"]
+    if data["source"] == "embedded":
+        return f"NOT WIKITEXT-2 but the embedded text ({data['name']}, {data['config_name']})"
     return f"{data['name']} {data['config_name']} from {data['source']} ({data['verdict']})"
 
 

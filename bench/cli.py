@@ -18,17 +18,26 @@ PRESET_HELP = "--preset NAME puts the flags of a preset before your own; presets
 Config = TypeVar("Config")
 
 
-def parse(config_type: type[Config], argv: Sequence[str] | None = None, *, prog: str | None = None) -> Config:
+def parse(
+    config_type: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    presets: bool = False,
+) -> Config:
     """Return a ``config_type`` from ``argv`` (default: the process's own arguments).
 
-    Wrong input prints one message and exits with status 2; ``--help`` exits with status 0.
+    With ``presets``, ``--preset NAME`` is understood. Wrong input prints one message and exits with
+    status 2; ``--help`` exits with status 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        arguments = with_preset(arguments)
-    except ValueError as error:
-        fail(str(error))
-    description = f"{config_type.__doc__}\n\n{PRESET_HELP.format(', '.join(preset_names()))}"
+    description = config_type.__doc__ or ""
+    if presets:
+        description += "\n\n" + PRESET_HELP.format(", ".join(preset_names()))
+        try:
+            arguments = with_preset(arguments)
+        except ValueError as error:
+            fail(str(error))
     return tyro.cli(
         config_type, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)
     )

@@ -7,6 +7,8 @@ identity.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,8 +101,8 @@ class TrainingConfig:
                        "learning_rate", "eval_every", "max_grad_norm")  # fmt: skip
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1].")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("warmup_steps and weight_decay must not be negative.")
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
+            raise ValueError("warmup_steps and weight_decay must be finite and not negative.")
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise ValueError(f"adam_betas are {self.adam_betas}; each must lie in [0, 1).")
 
@@ -139,12 +141,23 @@ class PlacesConfig:
     """auto: CUDA where there is one, else the CPU."""
     force: bool = False
     """Run again what is finished; the earlier record is kept as run_id.1."""
+    resume: bool = False
+    """Continue this run where it was interrupted."""
+    resume_checkpoint: Path | None = None
+    """Continue from this checkpoint file, which must be of this run's config."""
+    checkpoint_dir: Path | None = None
+    """Folder of the checkpoint (default: the run's own folder)."""
+    checkpoint_every: int | None = None
+    """Save a checkpoint every so many steps (default: at every evaluation)."""
     quiet: bool = False
     """Print the final table only."""
 
     def __post_init__(self) -> None:
-        if not self.study or Path(self.study).name != self.study:
-            raise ValueError(f"study is {self.study!r}; it must be a plain folder name.")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", self.study):
+            raise ValueError(
+                f"study is {self.study!r}; it must be a plain folder name of at most 100 letters, digits, "
+                "'_', '-' and '.'."
+            )
 
 
 @dataclass(kw_only=True)
@@ -166,5 +179,5 @@ def check_positive(config: object, *names: str) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; it must be greater than 0.")
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be greater than 0, and finite.")

@@ -18,6 +18,7 @@ from bench.gate import refuse_wrong_names
 from bench.records.schema import run_id
 from bench.records.store import RunFolder, check_writable
 from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import coupler_identity
 
 
 @dataclass
@@ -46,9 +47,10 @@ def prepare(config: RunConfig) -> Prepared:
     device = resolve_device(config.places.device)
     refuse_wrong_names(config.model.resolved(1))  # before the data are read
     corpus = load_corpus(**_corpus_arguments(config))
+    _refuse_another_text(config, corpus)
     model_config = config.model.resolved(corpus.vocabulary.size)
     loaders = _loaders(config, corpus)
-    identity = run_id(config, corpus.sha256, device.type)
+    identity = run_id(config, coupler_identity(model_config), corpus.sha256, device.type)
     folder = RunFolder(config.places.results_dir, config.places.study, identity)
     seconds = {"prepare": time.perf_counter() - start}
     return Prepared(config, model_config, device, corpus, loaders, folder, identity, seconds)
@@ -65,6 +67,21 @@ def _corpus_arguments(config: RunConfig) -> dict[str, Any]:
         "dataset_name": config.data.dataset_name or "wikitext",
         "dataset_config_name": config.data.dataset_config_name,
     }
+
+
+def _refuse_another_text(config: RunConfig, corpus: Corpus) -> None:
+    """Refuse a text that is not the data set asked for by name.
+
+    Raises:
+        ValueError: naming both.
+    """
+    asked = (config.data.dataset_name, config.data.dataset_config_name)
+    if asked[0] is not None and asked != (corpus.name, corpus.config_name):
+        raise ValueError(
+            f"asked for {asked[0]} {asked[1]} by name, but the {corpus.source} holds "
+            f"{corpus.name} {corpus.config_name} ({corpus.verdict}); "
+            "drop --dataset-name to use it, or name another --data-dir."
+        )
 
 
 def _loaders(config: RunConfig, corpus: Corpus) -> dict[str, DataLoader[Any]]:

@@ -47,56 +47,69 @@ class Session:
         self.record: Record = new_record(
             run_id=prepared.run_id, study=config.places.study, run_name=config.places.run_name,
             status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
-            environment=describe_environment(prepared.device), data=prepared.corpus.to_record(),
+            environment=describe_environment(prepared.device, config.model.coupler_type),
+            data=prepared.corpus.to_record(),
             tuned=not_measured("no batch-size search was asked for"),
             requested={"batch_size": config.training.batch_size,
                        "max_seq_length": config.model.max_seq_length},
         )  # fmt: skip
         self.record["time"] = {"start": _now(), "end": None, "seconds": self.seconds}
 
+    def begin(self) -> None:
+        """Make the run's folder, with a record that says ``interrupted`` until something else is known.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        self.prepared.folder.create(self.record)
+
     def run(self) -> Record:
         """Run all phases; end with the record written and its status set.
 
-        Only KeyboardInterrupt comes out again, after the record is written.
+        What is no ``Exception`` (KeyboardInterrupt, SystemExit) comes out again, after the record.
         """
-        folder = self.prepared.folder
-        folder.create()
-        folder.write_record(self.record)
         try:
             self._phases()
         except GateFailed as error:
             self._end("gate_failed", str(error))
         except Diverged as error:
             self._end("diverged", str(error))
-        except KeyboardInterrupt:
-            self._end("interrupted", "stopped by the user")
-            raise
         except Exception as error:
-            folder.log(traceback.format_exc())
-            self._end("oom" if is_out_of_memory(error) else "crashed", f"{type(error).__name__}: {error}")
+            status = "oom" if is_out_of_memory(error) else "crashed"
+            self._end(status, f"{type(error).__name__}: {error}", log=traceback.format_exc())
+        except BaseException:
+            self._end("interrupted", "stopped from outside")
+            raise
         else:
             passed = self.record["gate"]["passed"]
             self._end("ok" if passed else "gate_failed", None if passed else "trained by --allow-failed-gate")
         return self.record
 
-    def _end(self, status: str, error: str | None) -> None:
-        self.record.update(status=status, error=error)
-        self.record["time"]["end"] = _now()
+    def _end(self, status: str, error: str | None, log: str = "") -> None:
+        folder, record = self.prepared.folder, self.record
+        record.update(status=status, error=error)
+        record["time"]["end"] = _now()
         self.seconds["total"] = self.prepared.seconds["prepare"] + time.perf_counter() - self.started
-        self.prepared.folder.log(f"status {status}" + (f": {error}" if error else ""))
-        self.prepared.folder.write_record(self.record)
+        try:
+            folder.write_record(record)
+            folder.log(log + f"status {status}" + (f": {error}" if error else ""))
+        except (OSError, ValueError) as failure:
+            record.update(
+                status="crashed", error=f"{error or status}; the record cannot be written: {failure}"
+            )
 
     def _phases(self) -> None:
         config, device = self.prepared.config, self.prepared.device
+        gate_device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
         with self._phase("gate", "checking the coupler"):
-            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=device)
+            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=gate_device)
             self._judge(report)
         with self._phase("build", "building the model"):
             model = self._build()
         with self._phase("train", "training"):
             trained = self._train(model)
         with self._phase("evaluate", "evaluating"):
-            batch = next(iter(self.prepared.loaders["val"]))
+            batch = next(iter(self.prepared.loaders["train"]))
             again = check_trained_isolation(model, batch["input_ids"].to(device))
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
             self._evaluate(model, trained)
@@ -142,17 +155,18 @@ class Session:
             self.reporter.step(row)
 
         loaders, config = self.prepared.loaders, self.prepared.config.training
-        trainer = Trainer(
-            model, loaders["train"], loaders["val"], config, self.prepared.device, on_step, on_evaluation
-        )
+        trainer = Trainer(model, loaders["train"], loaders["val"], config, self.prepared.device,
+                          on_step, on_evaluation)  # fmt: skip
         self.reporter.training_begins(trainer.total_steps)
         try:
             return trainer.run()
         finally:
             done = trainer.done
             self.record["used"] = {
-                "batch_shapes": done.batch_shapes, "steps": done.steps, "epochs": done.epochs,
-                "tokens": done.tokens, "precision": "fp32", "world_size": 1,
+                "batch_shapes": done.batch_shapes, "steps": done.steps, "tokens": done.tokens,
+                "batches_per_epoch": trainer.batches_per_epoch,
+                "epochs": round(done.steps / trainer.batches_per_epoch, 6),
+                "precision": "fp32", "world_size": 1,
             }  # fmt: skip
             folder.write_arrays("communication.npz", trace.arrays())
 

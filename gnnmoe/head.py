@@ -39,13 +39,12 @@ class TiedHead(nn.Module):
 
     def loss(self, hidden_ND: Tensor, embedding_VD: Tensor, targets_N: Tensor) -> Tensor:
         """Return the mean negative log-likelihood in nats of the targets that are not −100."""
-        bias = self.padded_bias()
-        if hasattr(F, "linear_cross_entropy") and not torch.compiler.is_compiling():
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=FUSED_ROWS)
+        bias, rows = self.padded_bias(), chunk_rows(hidden_ND, embedding_VD)
+        if hasattr(nn, "LinearCrossEntropyOptions") and not torch.compiler.is_compiling():
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=min(FUSED_ROWS, rows))
             return F.linear_cross_entropy(
                 hidden_ND, embedding_VD, targets_N, linear_bias=bias, ignore_index=IGNORED, options=options
             )
-        rows = chunk_rows(hidden_ND, embedding_VD)
         sums = [
             checkpoint(_nll_sum, hidden, embedding_VD, bias, targets, use_reentrant=False)
             for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)

@@ -26,7 +26,8 @@ def _perplexity(record: Record, split: str, key: str) -> float | None:
     quality = record["quality"]
     if not is_measured(quality) or not is_measured(quality[split]):
         return None
-    return math.exp(quality[split][key] / quality[split]["tokens"])
+    nats = quality[split][key] / quality[split]["tokens"]
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def tokens_per_second(record: Record) -> float | None:

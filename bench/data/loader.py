@@ -85,7 +85,7 @@ def create_loader(
     if not len(sampler):
         raise ValueError(
             f"batch_size {batch_size} with drop_last gives no batch: {split} has {len(blocks)} blocks "
-            f"of {max_seq_length} tokens; use a batch of at most {len(blocks)}, or drop_last=False"
+            f"of {max_seq_length} tokens; use a batch of at most {len(blocks)}"
         )
     # Without a generator of its own, iter() would draw from torch's global one.
     generator = torch.Generator().manual_seed(stream_seed(seed, "data.workers"))

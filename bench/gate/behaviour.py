@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from bench.gate.report import CheckFailed
-from bench.gate.subject import TOLERANCE, Subject, call, draws_random_numbers, modes, relative_difference
+from bench.gate.subject import TOLERANCE, Subject, call, is_random, modes, relative_difference
 from gnnmoe.couplers import Coupler
 
 BATCH, LENGTH = 3, 16
 STEPS, STEP_SIZE = 2, 8e-3
+NOT_IN_TRAINING = " in eval mode (in train mode it draws random numbers: not compared)"
 DEAD = 1e-12  # of the largest gradient
 
 
@@ -19,8 +20,10 @@ def batch_isolation(subject: Subject) -> str:
     coupler = subject.perturbed_coupler()
     x, layer_input = subject.inputs(BATCH, min(subject.config.max_seq_length, LENGTH))
     for mode in modes(coupler):
-        if draws_random_numbers(lambda: coupler(x, layer_input), subject.device):
-            continue
+        if is_random(lambda: coupler(x, layer_input), mode, subject.device):
+            return (
+                "a sequence alone, in a batch and in a permuted batch gives the same result" + NOT_IN_TRAINING
+            )
         with torch.no_grad():
             together = call(coupler, (x, layer_input))
             alone = [call(coupler, (x[b : b + 1], layer_input[b : b + 1])) for b in range(BATCH)]

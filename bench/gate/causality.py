@@ -14,7 +14,7 @@ from bench.gate.report import CheckFailed
 from bench.gate.subject import (
     TOLERANCE,
     Subject,
-    draws_random_numbers,
+    is_random,
     modes,
     relative_difference,
     without_dropout,
@@ -38,14 +38,15 @@ def causality(subject: Subject) -> str:
         torch.randint(VOCABULARY, (length,), generator=subject.generator).to(subject.device) for _ in range(2)
     )
     others = torch.where(others == tokens, (others + 1) % VOCABULARY, others)
+    said = f"logits before t do not move with tokens from t on, at {length} cuts; right padding is inert"
     for mode in modes(model):
-        if draws_random_numbers(lambda: model(tokens[None]), subject.device):
-            continue
+        if is_random(lambda: model(tokens[None]), mode, subject.device):
+            return f"{said} (in train mode the coupler draws random numbers: not compared)"
         with torch.no_grad():
             _future_changes_nothing(model, tokens, others, mode)
             if length >= 4:
                 _padding_changes_nothing(model, tokens, others, mode)
-    return f"logits before t do not move with tokens from t on, at {length} cuts; right padding is inert"
+    return said
 
 
 def _future_changes_nothing(model: GNNMoEModel, tokens_L: Tensor, others_L: Tensor, mode: str) -> None:

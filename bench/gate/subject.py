@@ -91,8 +91,20 @@ def modes(module: nn.Module) -> Iterator[str]:
         yield name
 
 
+def is_random(run: Callable[[], object], mode: str, device: torch.device) -> bool:
+    """Return whether ``run`` draws random numbers, so that no two batch shapes compare.
+
+    Raises:
+        CheckFailed: it does so in eval mode, in which nothing may be random.
+    """
+    random = draws_random_numbers(run, device)
+    if random and mode == "eval":
+        raise CheckFailed("it draws random numbers in eval mode, so its perplexity is not defined")
+    return random
+
+
 def draws_random_numbers(run: Callable[[], object], device: torch.device) -> bool:
-    """Return whether ``run`` uses torch's global generator, so that no two batch shapes compare."""
+    """Return whether ``run`` uses torch's global generator."""
     state = torch.cuda.get_rng_state if device.type == "cuda" else torch.get_rng_state
     seed_global_generator(0, device)
     before = state()

@@ -61,6 +61,8 @@ def _time_steps(step: Any, numbers: Sequence[int], device: torch.device) -> list
         for number in numbers:
             start = time.perf_counter()
             step(number)
+            if device.type == "mps":
+                torch.mps.synchronize()
             seconds.append(time.perf_counter() - start)
         return seconds
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(numbers) + 1)]

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.config import RunConfig
+from bench.config import DEFAULT_MAX_STEPS, RunConfig
 from bench.measure.quantity import not_measured
 
 SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning
@@ -48,17 +48,22 @@ def config_dict(config: RunConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def run_id(config: RunConfig, data_sha256: str, device_type: str, world_size: int = 1) -> str:
+def run_id(
+    config: RunConfig, model: dict[str, Any], data_sha256: str, device_type: str, world_size: int = 1
+) -> str:
     """Return 12 hex digits that name a run by everything that can change one of its numbers.
 
-    The group ``places`` (names, folders, verbosity) is left out; the data count by their content.
+    ``model`` holds the fields that the model reads. The group ``places`` (names, folders, verbosity)
+    is left out; the data count by their content.
     """
-    identity = config_dict(config)
-    del identity["places"]
-    model = identity["model"]
-    del model["coupler_option"]
-    model["coupler_options"] = config.model.resolved(1).coupler_options
-    identity["data"] = {**identity["data"], "dataset_name": None, "sha256": data_sha256}
-    identity.update(device_type=device_type, world_size=world_size, schema=SCHEMA_VERSION.split(".")[0])
-    text = json.dumps(identity, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    groups = config_dict(config)
+    training, measure = groups["training"], groups["measure"]
+    if training["epochs"] is None and training["max_steps"] is None:
+        training["max_steps"] = DEFAULT_MAX_STEPS
+    del measure["allow_failed_gate"]  # says what to do about a verdict, and changes none
+    data = {name: groups["data"][name] for name in ("num_train_samples", "num_eval_samples", "evaluate_test")}
+    identity = {
+        "model": model, "training": training, "measure": measure, "data": {**data, "sha256": data_sha256},
+        "device_type": device_type, "world_size": world_size, "schema": SCHEMA_VERSION.split(".")[0],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

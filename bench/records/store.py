@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from bench.records.schema import Record
+from bench.records.schema import KEYS, Record
 
 
 class RunFolder:
@@ -21,8 +23,31 @@ class RunFolder:
     def __init__(self, results_dir: Path, study: str, run_id: str) -> None:
         self.path = results_dir / study / run_id
 
-    def create(self) -> None:
-        """Make the folder and start an empty history and log.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of this run while the block lasts.
+
+        Raises:
+            ValueError: another process is at it, or the study's folder cannot be written.
+        """
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("w")
+        except OSError as error:
+            raise ValueError(cannot_write(self.path, error)) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(f"another process is at run {self.path.name}; wait for it.") from error
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    def create(self, record: Record) -> None:
+        """Make the folder with this first record, an empty history and an empty log.
 
         Raises:
             ValueError: it cannot be written.
@@ -31,13 +56,19 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in ("history.jsonl", "log.txt"):
                 (self.path / name).write_text("")
+            self.write_record(record)
         except OSError as error:
             raise ValueError(cannot_write(self.path, error)) from error
 
     def read_record(self) -> Record | None:
-        """Return the record, or None where there is none."""
-        path = self.path / "record.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        """Return the record, None where there is no folder, or one with status ``damaged``."""
+        if not self.path.exists():
+            return None
+        try:
+            record = json.loads((self.path / "record.json").read_text())
+            return record if set(KEYS) <= set(record) else {"status": "damaged"}
+        except (OSError, ValueError, TypeError):
+            return {"status": "damaged"}
 
     def set_aside(self) -> Path:
         """Rename the folder to the first free ``run_id.1``, ``run_id.2``, … and return its new path."""

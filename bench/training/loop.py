@@ -31,7 +31,8 @@ class Trained:
 
     steps: int = 0
     tokens: int = 0
-    epochs: int = 0
+    epoch: int = 0
+    """The epoch it is in, from 0."""
     batch_shapes: dict[str, int] = field(default_factory=dict)
     """How many batches had which shape, by "BxL"."""
     best_step: int = 0
@@ -74,6 +75,7 @@ class Trainer:
         self.on_step, self.on_evaluation = on_step, on_evaluation
         self.optimizer = make_optimizer(model, config)
         self.total_steps = total_steps(config, len(train_loader))
+        self.batches_per_epoch = batches_per_epoch(config, len(train_loader))
         self.done = Trained()
         self._best_state: dict[str, Tensor] = {}
 
@@ -93,14 +95,13 @@ class Trainer:
         return self.done
 
     def _batches(self) -> Iterator[Batch]:
-        per_epoch = batches_per_epoch(self.config, len(self.train_loader))
         while self.done.steps < self.total_steps:
-            set_epoch(self.train_loader, self.done.epochs)
+            set_epoch(self.train_loader, self.done.epoch)
             for number, batch in enumerate(self.train_loader):
-                if number == per_epoch or self.done.steps == self.total_steps:
+                if number == self.batches_per_epoch or self.done.steps == self.total_steps:
                     break
                 yield batch
-            self.done.epochs += 1
+            self.done.epoch += 1
 
     def _step(self, batch: Batch) -> None:
         shape = "x".join(map(str, batch["input_ids"].shape))
@@ -115,7 +116,7 @@ class Trainer:
         self.done.tokens += tokens
         self.done.batch_shapes[shape] = self.done.batch_shapes.get(shape, 0) + 1
         self._check(float(loss), "training loss")
-        self.on_step({"kind": "train", "step": self.done.steps, "epoch": self.done.epochs,
+        self.on_step({"kind": "train", "step": self.done.steps, "epoch": self.done.epoch,
                       "loss": float(loss), "learning_rate": rate, "gradient_norm": float(norm),
                       "tokens": tokens})  # fmt: skip
 
@@ -125,7 +126,7 @@ class Trainer:
         if self.done.best is None or result.nll_sum < self.done.best.nll_sum:
             self.done.best, self.done.best_step = result, self.done.steps
             self._best_state = copy.deepcopy(self.model.state_dict())
-        self.on_evaluation({"kind": "validation", "step": self.done.steps, "epoch": self.done.epochs,
+        self.on_evaluation({"kind": "validation", "step": self.done.steps, "epoch": self.done.epoch,
                             "nll_sum": result.nll_sum, "tokens": result.tokens})  # fmt: skip
 
     def _check(self, value: float, what: str) -> None:

@@ -4,6 +4,7 @@ from gnnmoe.couplers._base import Coupler, combiner, effective_mixing
 from gnnmoe.couplers._registry import (
     build_coupler,
     coupler_class,
+    coupler_identity,
     coupler_names,
     coupler_option_defaults,
     register_coupler,
@@ -14,6 +15,7 @@ __all__ = [
     "build_coupler",
     "combiner",
     "coupler_class",
+    "coupler_identity",
     "coupler_names",
     "coupler_option_defaults",
     "effective_mixing",

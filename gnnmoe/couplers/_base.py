@@ -25,6 +25,9 @@ class Coupler(nn.Module, ABC):
 
     name: ClassVar[str] = ""
     """Set by ``@register_coupler``."""
+    config_fields: ClassVar[tuple[str, ...] | None] = None
+    """Which of ``gnn_layers`` and the ``hgnn_`` fields it reads; None: perhaps all of them. Two
+    configs that differ in other fields only are one run."""
 
     def __init__(self, config: GNNMoEConfig) -> None:
         super().__init__()
@@ -90,6 +93,8 @@ def combiner(embed_dim: int) -> nn.Sequential:
 def effective_mixing(coupler: Coupler, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
     """Return the mean over tokens of ‖∂y/∂x_e‖ (Frobenius), normalised to sum 1: shape (E,).
 
+    All zeros where the output depends on no expert.
+
     For a coupler that is a weighted sum of the experts and one map for all of them, these are
     the weights themselves. Costs one backward pass for each of the D outputs.
     """
@@ -98,7 +103,9 @@ def effective_mixing(coupler: Coupler, expert_outputs: Tensor, layer_input: Tens
         output = coupler(inputs, None if layer_input is None else layer_input.detach())
         squared = torch.zeros(inputs.shape[:3], device=inputs.device, dtype=torch.float64)
         for column in output.flatten(0, 1).sum(0).unbind():
-            (gradient,) = torch.autograd.grad(column, inputs, retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                column, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
             squared += gradient.double().square().sum(-1)
     share = squared.sqrt().mean((0, 1))
-    return (share / share.sum()).to(expert_outputs.dtype)
+    return (share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)).to(expert_outputs.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
@@ -15,6 +16,9 @@ from gnnmoe.naming import unknown_name
 
 if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
+
+COUPLER_FIELDS = ("gnn_layers", "hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
+"""The fields of the config that are there for some couplers only."""
 
 _COUPLERS: dict[str, type[Coupler]] = {}
 CouplerClass = TypeVar("CouplerClass", bound=type[Coupler])
@@ -50,7 +54,12 @@ def _discover() -> None:
         if not module.name.startswith("_"):
             importlib.import_module(f"gnnmoe.couplers.{module.name}")
     for point in entry_points(group="gnnmoe.couplers"):
-        register_coupler(point.name)(point.load())
+        try:
+            register_coupler(point.name)(point.load())
+        except Exception as error:  # a stranger's package must not take the other couplers along
+            warnings.warn(
+                f"coupler {point.name!r} of an installed package is left out: {error}", stacklevel=2
+            )
 
 
 def coupler_names() -> list[str]:
@@ -75,13 +84,13 @@ def coupler_class(name: str) -> type[Coupler]:
 
 def _imported_class(path: str) -> type[Coupler]:
     module_name, _, class_name = path.partition(":")
+    if not module_name or not class_name:
+        raise ValueError(f"coupler {path!r} is not of the form package.module:Class.")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
+    except Exception as error:
         raise ValueError(
-            f"coupler {path!r}: there is no module {error.name!r} in the working folder or installed."
+            f"coupler {path!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error})."
         ) from error
     cls = getattr(module, class_name, None)
     if not (inspect.isclass(cls) and issubclass(cls, Coupler)):
@@ -90,6 +99,8 @@ def _imported_class(path: str) -> type[Coupler]:
         if cls is None:
             raise ValueError(unknown_name(f"coupler class in {module_name}", class_name, classes))
         raise ValueError(f"coupler {path!r}: {class_name} is not a subclass of gnnmoe.Coupler.")
+    if not (vars(cls).get("__doc__") or "").strip():
+        raise ValueError(f"coupler {path!r} needs a docstring with its formula, shapes and source.")
     if "name" not in vars(cls):  # its own, not one inherited from a registered coupler
         cls.name = path
     return cls
@@ -109,14 +120,33 @@ def build_coupler(config: GNNMoEConfig) -> Coupler:
     Raises:
         ValueError: an unknown coupler or option, or a value that an option cannot have.
     """
+    return coupler_class(config.coupler_type)(config, **resolved_options(config))
+
+
+def resolved_options(config: GNNMoEConfig) -> dict[str, Any]:
+    """Return every option of the coupler by name: the config's own, typed, and the defaults.
+
+    Raises:
+        ValueError: as ``build_coupler``.
+    """
     cls = coupler_class(config.coupler_type)
-    defaults = coupler_option_defaults(cls)
-    options = {}
+    options = coupler_option_defaults(cls)
     for name, value in config.coupler_options.items():
-        if name not in defaults:
-            raise ValueError(unknown_name(f"option of coupler {cls.name}", name, defaults))
-        options[name] = _as_type_of(defaults[name], value, f"option {name} of coupler {cls.name}")
-    return cls(config, **options)
+        if name not in options:
+            raise ValueError(unknown_name(f"option of coupler {cls.name}", name, options))
+        options[name] = _as_type_of(options[name], value, f"option {name} of coupler {cls.name}")
+    return options
+
+
+def coupler_identity(config: GNNMoEConfig) -> dict[str, Any]:
+    """Return the fields of ``config`` that can change the model: those its coupler never reads are out.
+
+    ``vocab_size`` is out too, since it follows from the data.
+    """
+    read = coupler_class(config.coupler_type).config_fields
+    unread = set(COUPLER_FIELDS) - set(COUPLER_FIELDS if read is None else read)
+    fields = {name: value for name, value in config.to_dict().items() if name not in unread | {"vocab_size"}}
+    return {**fields, "coupler_options": resolved_options(config)}
 
 
 def _as_type_of(default: Any, value: Any, what: str) -> Any:

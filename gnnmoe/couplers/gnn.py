@@ -72,6 +72,8 @@ class GNNExpertCoupler(Coupler):
     started :math:`A` at random.
     """
 
+    config_fields = ("gnn_layers",)
+
     def __init__(self, config: GNNMoEConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(

@@ -21,6 +21,8 @@ class MeanCoupler(Coupler):
     Source: the ensemble mean; no parameters beside the combiner's.
     """
 
+    config_fields = ()
+
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
         del layer_input

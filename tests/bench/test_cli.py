@@ -17,7 +17,7 @@ def test_the_defaults_are_the_quick_preset_of_the_design():
     assert (training.learning_rate, training.adam_betas, training.weight_decay) == (8e-3, (0.9, 0.95), 0.1)
     assert (training.warmup_steps, training.min_lr_ratio, training.max_grad_norm) == (15, 0.05, 1.0)
     assert (data.num_eval_samples, data.evaluate_test) == (512, False)
-    assert parse(RunConfig, ["--preset", "quick"]) == config
+    assert parse(RunConfig, ["--preset", "quick"], presets=True) == config
 
 
 def test_underscores_and_the_flag_names_of_the_original_work():
@@ -78,7 +78,7 @@ def refusal(capsys, results, *flags: str) -> str:
     ("flags", "said"),
     [
         (["--coupler", "HGN"], ["unknown coupler 'HGN'", "GNN, HGNN, mean", "Did you mean 'HGNN'"]),
-        (["--coupler", "nowhere:Class"], ["there is no module 'nowhere'"]),
+        (["--coupler", "nowhere:Class"], ["module 'nowhere' cannot be imported"]),
         (["--static-hyperedge-strategy", "all_pair"], ["unknown static_hyperedge_strategy", "'all_pairs'?"]),
         (["--hgnn-conv-type", "HyperConv"], ["unknown hgnn_conv_type", "Did you mean 'HypergraphConv'"]),
         (["--coupler-option", "bakend=loop"], ["unknown option", "Did you mean 'backend'"]),
@@ -94,7 +94,12 @@ def refusal(capsys, results, *flags: str) -> str:
         (["--max-steps", "many"], ["--max-steps", "many"]),
         (["--num-eval-samples", "0"], ["num_eval_samples is 0"]),
         (["--device", "tpu"], ["tpu", "cuda"]),
+        (["--coupler", ":Class"], ["package.module:Class"]),
+        (["--learning-rate", "inf"], ["learning_rate is inf", "finite"]),
+        (["--weight-decay", "nan"], ["weight_decay", "finite"]),
         (["--study", "a/b"], ["study", "plain folder name"]),
+        (["--study", ".."], ["study", "plain folder name"]),
+        (["--data-source", "embedded", "--dataset-name", "wikitext"], ["asked for wikitext", "pydoc-topics"]),
         (["--data-source", "folder"], ["needs a folder", "--data-dir"]),
     ],
 )  # fmt: skip

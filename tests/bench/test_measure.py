@@ -83,6 +83,18 @@ def test_the_memory_peak_is_that_of_the_tensors_alive():
     assert memory["process_peak_bytes"] > 4 * 2**20
 
 
+def test_the_memory_peak_holds_a_chunk_of_logits():
+    """The chunked head is one operator to torch; its logits count all the same."""
+    config = GNNMoEConfig(embed_dim=8, num_layers=1, num_experts=2, max_seq_length=64, vocab_size=33_000)
+    model = GNNMoEModel(config, seed=0)
+    ids = torch.zeros(4, 64, dtype=torch.int64)
+    batch = {"input_ids": ids, "targets": ids}
+    _, memory = measure_speed(model, [batch], TrainingConfig(), MeasureConfig(speed_steps=1), CPU)
+    states = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and Adam's two moments
+    chunk = 4 * min(256, 32 * 2**20 // (4 * config.padded_vocab_size)) * config.padded_vocab_size
+    assert memory["peak_allocated_bytes"] > states + chunk
+
+
 def test_memory_grows_with_the_batch(model):
     peaks = []
     for rows in (1, 4):
@@ -108,8 +120,24 @@ def test_flops_are_three_times_two_a_weight_of_every_product():
     assert training_flops_per_token(model) == pytest.approx(6 * weights, rel=0.03)
 
 
+def test_flops_count_attention():
+    """Scores and mixing: 12·L·D FLOPs a token, expert and layer, forward and backward."""
+    found = []
+    for length in (32, 64):
+        config = GNNMoEConfig(
+            embed_dim=16,
+            num_layers=2,
+            max_seq_length=length,
+            num_experts=3,
+            vocab_size=64,
+            coupler_type="mean",
+        )
+        found.append(training_flops_per_token(GNNMoEModel(config, seed=0)))
+    assert found[1] - found[0] == pytest.approx(12 * 32 * 16 * 3 * 2, rel=1e-9)
+
+
 def test_the_environment_names_versions_and_code_but_no_place():
-    found = describe_environment(CPU)
+    found = describe_environment(CPU, "HGNN")
     text = json.dumps(found)
     assert found["packages"]["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()

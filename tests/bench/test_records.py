@@ -11,11 +11,17 @@ import pytest
 
 from bench.config import RunConfig
 from bench.measure.quantity import is_measured, not_measured
-from bench.records.schema import KEYS, config_dict, new_record, run_id
+from bench.records.schema import KEYS, config_dict, new_record
+from bench.records.schema import run_id as schema_run_id
 from bench.records.store import RunFolder, check_writable
+from gnnmoe.couplers import coupler_identity
 
 pytestmark = pytest.mark.core("record")
 DATA = "0" * 64
+
+
+def run_id(config: RunConfig, data: str, device: str, **world) -> str:
+    return schema_run_id(config, coupler_identity(config.model.resolved(1)), data, device, **world)
 
 
 def with_field(group: str, name: str, value) -> RunConfig:
@@ -24,22 +30,51 @@ def with_field(group: str, name: str, value) -> RunConfig:
     return dataclasses.replace(config, **{group: changed})
 
 
+VALUES = {
+    "coupler_type": "mean", "hgnn_conv_type": "PyGHypergraphConv", "static_hyperedge_strategy": "all",
+    "coupler_options": {"residual": False}, "dropout_rate": 0.5, "adam_betas": (0.5, 0.5),
+    "learning_rate": 0.5, "weight_decay": 0.5, "min_lr_ratio": 0.5, "max_grad_norm": 0.5,
+}  # fmt: skip
+BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_gate"}
+
+
 def test_a_run_id_changes_with_everything_that_can_change_a_number():
-    other = {int: 32, float: 0.5, bool: None, str: "other", tuple: (0.5, 0.5), type(None): 7, dict: {"k": 1}}
-    base = run_id(RunConfig(), DATA, "cpu")
-    seen = {base}
+    seen = {run_id(RunConfig(), DATA, "cpu")}
     for group in ("model", "data", "training", "measure"):
         for field in dataclasses.fields(getattr(RunConfig(), group)):
+            if field.name in BY_OTHER_MEANS:
+                continue
             value = getattr(getattr(RunConfig(), group), field.name)
-            if field.name in ("vocab_size", "coupler_option", "dataset_name"):
-                continue  # follow from the data; the same as coupler_options; counted by content
-            changed = (not value) if isinstance(value, bool) else other[type(value)]
+            changed = (not value) if isinstance(value, bool) else VALUES.get(field.name, 32)
             identity = run_id(with_field(group, field.name, changed), DATA, "cpu")
             assert identity not in seen, f"{group}.{field.name} does not count"
             seen.add(identity)
     assert run_id(RunConfig(), "1" * 64, "cpu") not in seen
     assert run_id(RunConfig(), DATA, "cuda") not in seen
     assert run_id(RunConfig(), DATA, "cpu", world_size=2) not in seen
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("training", "max_steps", 120),
+        ("model", "coupler_option", ("backend=vectorized",)),
+        ("model", "coupler_option", ("residual=True",)),
+        ("measure", "allow_failed_gate", True),
+        ("data", "dataset_name", "wikitext"),
+    ],
+)
+def test_the_same_run_said_in_other_words_has_the_same_id(group, name, value):
+    assert run_id(with_field(group, name, value), DATA, "cpu") == run_id(RunConfig(), DATA, "cpu")
+
+
+def test_fields_that_a_coupler_never_reads_do_not_count():
+    mean = with_field("model", "coupler_type", "mean")
+    other = dataclasses.replace(mean, model=dataclasses.replace(mean.model, static_hyperedge_strategy="all"))
+    assert run_id(mean, DATA, "cpu") == run_id(other, DATA, "cpu")
+    assert run_id(RunConfig(), DATA, "cpu") != run_id(
+        with_field("model", "static_hyperedge_strategy", "all"), DATA, "cpu"
+    )
 
 
 def test_a_run_id_does_not_change_with_names_and_places():
@@ -72,17 +107,17 @@ def test_zero_is_a_measurement_and_null_is_not():
 
 def test_a_record_comes_back_as_it_was_written(tmp_path):
     folder = RunFolder(tmp_path, "study", "id")
-    folder.create()
+    assert folder.read_record() is None
     record = new_record(run_id="id", config=config_dict(RunConfig()))
-    folder.write_record(record)
+    folder.create(record)
     assert folder.read_record() == record
+    assert (folder.path / "history.jsonl").read_text() == ""
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     """Record: written to a temporary name and renamed; NaN is no JSON and is refused."""
     folder = RunFolder(tmp_path, "study", "id")
-    folder.create()
-    folder.write_record({"value": 1})
+    folder.create(new_record(run_id="id"))
     with pytest.raises(ValueError, match="JSON"):
         folder.write_record({"value": math.nan})
 
@@ -92,13 +127,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
     with pytest.raises(OSError, match="disk is full"):
         folder.write_arrays("nll.npz", {"bad": Unwritable()})  # pyright: ignore[reportArgumentType]
-    assert folder.read_record() == {"value": 1}
+    assert folder.read_record() == new_record(run_id="id")
     assert {path.name for path in folder.path.iterdir()} == {"record.json", "history.jsonl", "log.txt"}
 
 
 def test_arrays_and_history_come_back(tmp_path):
     folder = RunFolder(tmp_path, "study", "id")
-    folder.create()
+    folder.create(new_record())
     folder.write_arrays("nll.npz", {"a": np.arange(3)})
     assert np.load(folder.path / "nll.npz")["a"].tolist() == [0, 1, 2]
     folder.append_history({"step": 1})
@@ -110,12 +145,43 @@ def test_arrays_and_history_come_back(tmp_path):
 def test_setting_aside_never_overwrites(tmp_path):
     for number in (1, 2):
         folder = RunFolder(tmp_path, "study", "id")
-        folder.create()
-        folder.write_record({"number": number})
+        folder.create(new_record(seed=number))
         folder.set_aside()
     kept = sorted(path.name for path in (tmp_path / "study").iterdir())
     assert kept == ["id.1", "id.2"]
-    assert json.loads((tmp_path / "study" / "id.1" / "record.json").read_text()) == {"number": 1}
+    assert json.loads((tmp_path / "study" / "id.1" / "record.json").read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("text", ["", '{"run_id": ', "[]", '{"a": 1}', "3"])
+def test_a_damaged_record_is_called_that(tmp_path, text):
+    folder = RunFolder(tmp_path, "study", "id")
+    folder.create(new_record())
+    (folder.path / "record.json").write_text(text)
+    assert folder.read_record() == {"status": "damaged"}
+    (folder.path / "record.json").unlink()
+    assert folder.read_record() == {"status": "damaged"}
+
+
+def test_a_run_is_locked_for_everybody_else(tmp_path):
+    first, second = RunFolder(tmp_path, "study", "id"), RunFolder(tmp_path, "study", "id")
+    with first.locked():
+        with pytest.raises(ValueError, match="another process is at run id"), second.locked():
+            pass
+        with RunFolder(tmp_path, "study", "other").locked():
+            pass
+    with second.locked():
+        pass
+    assert not list((tmp_path / "study").iterdir())
+
+
+def test_a_study_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "study").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"), RunFolder(tmp_path, "study", "id").locked():
+        pass
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "id").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        RunFolder(tmp_path, "other", "id").create(new_record())
 
 
 def test_checking_that_a_folder_can_be_written_leaves_nothing(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import bench.session
 from bench.analysis import quantities
 from bench.records.schema import KEYS
+from bench.records.store import RunFolder
 from bench.run import main
 from gnnmoe.couplers import coupler_names
 
@@ -42,7 +43,7 @@ def test_a_run_leaves_a_whole_record(tiny, coupler, capsys):
     assert {path.name for path in folder.iterdir()} == files
     assert record["command"].startswith("python -m bench.run --embed-dim 8")
     assert record["gate"]["passed"] is True
-    assert "trained_isolation" in record["gate"]["checks"]
+    assert "(B, L) = (4, 16)" in record["gate"]["checks"]["trained_isolation"]["detail"]
     assert "status ok" in (folder / "log.txt").read_text()
     assert str(folder) in capsys.readouterr().out.replace("\n", "")
 
@@ -54,7 +55,10 @@ def test_what_is_reported_is_what_was_used(tiny):
     assert record["requested"] == {"batch_size": 4, "max_seq_length": 16}
     used = record["used"]
     assert used["batch_shapes"] == {"4x16": 4}
-    assert (used["steps"], used["tokens"], used["epochs"]) == (4, 4 * 4 * 16, 1)
+    assert (used["steps"], used["tokens"]) == (4, 4 * 4 * 16)
+    blocks = record["data"]["splits"]["train"]["tokens"] // 16
+    assert used["batches_per_epoch"] == blocks // 4
+    assert used["epochs"] == pytest.approx(4 / (blocks // 4), abs=1e-6)
     assert record["speed"]["step_tokens"] == [64, 64]
     assert len(record["speed"]["step_seconds"]) == 2
     quality = record["quality"]["validation"]
@@ -116,15 +120,25 @@ def test_a_finished_run_shows_its_record(tiny, capsys):
     assert (folder / "record.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("coupler", ["GNN", "mean"])
-def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, coupler):
-    """Seeds: the first loss differs by the coupler only a little, the batches not at all."""
-    assert main([*tiny, "--coupler", "HGNN"]) == 0
-    assert main([*tiny, "--coupler", coupler]) == 0
-    runs = [json.loads(path.read_text()) for path in results_of(tiny).glob("*/*/record.json")]
-    assert runs[0]["used"] == runs[1]["used"]
-    assert runs[0]["parameters"]["expert"] == runs[1]["parameters"]["expert"]
-    assert runs[0]["parameters"]["coupler"] != runs[1]["parameters"]["coupler"]
+def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch):
+    """Seeds: trunk, experts and batches are the same bit for bit, whatever the coupler."""
+    real = bench.session.Trainer._step
+    seen: list[list[torch.Tensor]] = []
+
+    def watched(self, batch):
+        if self.done.steps == 0:
+            seen.append([p.clone() for name, p in self.model.named_parameters() if "coupler" not in name])
+        seen[-1].append(batch["input_ids"])
+        real(self, batch)
+
+    monkeypatch.setattr(bench.session.Trainer, "_step", watched)
+    for flags in (["--coupler", "HGNN"], ["--coupler", "GNN"], ["--coupler", "mean"], ["--seed", "1"]):
+        assert main([*tiny, *flags]) == 0
+    first, *others, other_seed = seen
+    for tensors in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, tensors, strict=True))
+    assert not torch.equal(first[0], other_seed[0])
+    assert not torch.equal(first[-1], other_seed[-1])
 
 
 def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys):
@@ -177,10 +191,64 @@ def test_a_leaking_coupler_is_stopped_by_the_gate(tiny, capsys):
     assert "sees" in record["error"]
     assert record["quality"]["value"] is None
     assert main([*tiny, *leak, "--allow-failed-gate"]) == 1
-    trained = [json.loads(path.read_text()) for path in results_of(tiny).glob("*/*/record.json")]
-    (allowed,) = [run for run in trained if run["run_id"] != folder.name]
+    allowed = json.loads((folder / "record.json").read_text())
     assert allowed["status"] == "gate_failed"
     assert allowed["quality"]["validation"]["tokens"] == 128
+    assert (folder.with_name(folder.name + ".1") / "record.json").exists()
+    capsys.readouterr()
+    assert main([*tiny, *leak, "--allow-failed-gate"]) == 1
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_batch_of_the_trained_check_is_the_run_s_own(tiny):
+    """The gate: at the run's own B, also where validation has fewer sequences."""
+    assert main([*tiny, "--batch-size", "16", "--num-eval-samples", "2"]) == 0
+    _, record = only_run(results_of(tiny))
+    assert "(B, L) = (16, 16)" in record["gate"]["checks"]["trained_isolation"]["detail"]
+
+
+def test_another_state_of_the_code_is_said(tiny, monkeypatch, capsys):
+    """Record: a finished run of another code hash says so when it is shown."""
+    assert main(tiny) == 0
+    capsys.readouterr()
+    assert main(tiny) == 0
+    assert "another state of the code" not in capsys.readouterr().out
+    monkeypatch.setattr("bench.measure.environment.code_sha256", lambda *_: "other")
+    assert main(tiny) == 0
+    assert "another state of the code" in capsys.readouterr().out
+
+
+def test_a_damaged_record_is_kept_and_run_again(tiny, capsys):
+    assert main(tiny) == 0
+    folder, _ = only_run(results_of(tiny))
+    (folder / "record.json").write_text('{"status": ')
+    assert main(tiny) == 0
+    assert "an earlier record (damaged) is kept" in capsys.readouterr().out
+    assert json.loads((folder / "record.json").read_text())["status"] == "ok"
+    assert (folder.with_name(folder.name + ".1") / "nll.npz").exists()
+
+
+def test_a_loss_beyond_any_perplexity_still_has_its_table(tiny, capsys):
+    assert main([*tiny, "--learning-rate", "1000", "--max-grad-norm", "1e9"]) in (0, 1)
+    assert "record:" in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_the_run_with_a_message(tiny, monkeypatch, capsys):
+    write, calls = RunFolder.write_record, []
+
+    def full(self, record):
+        calls.append(record["status"])
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        write(self, record)
+
+    monkeypatch.setattr(RunFolder, "write_record", full)
+    assert main(tiny) == 1
+    assert calls == ["interrupted", "ok"]
+    assert "cannot be written: [Errno 28] No space left" in " ".join(capsys.readouterr().out.split())
+    folder, record = only_run(results_of(tiny))
+    assert record["status"] == "interrupted"
+    assert not list(folder.glob(".*"))
 
 
 def test_a_single_expert_trains_and_says_once_that_it_is_the_mean(tiny, run_command):

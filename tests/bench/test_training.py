@@ -103,7 +103,7 @@ def test_epochs_see_every_block_once_in_another_order(model, corpus, monkeypatch
     )
     done = made.run()
     per_epoch = len(made.train_loader)
-    assert (done.epochs, done.steps, len(seen)) == (2, 2 * per_epoch, 2 * per_epoch)
+    assert (done.epoch, done.steps, len(seen)) == (2, 2 * per_epoch, 2 * per_epoch)
     first, second = torch.cat(seen[:per_epoch]), torch.cat(seen[per_epoch:])
     assert len(torch.unique(first, dim=0)) == len(first)
     assert not torch.equal(first, second)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import gnnmoe.head
 from gnnmoe.head import TiedHead, chunk_rows
@@ -13,9 +14,9 @@ from tests.gnnmoe._support import assert_near, make_model, normal, token_ids
 def path(request, monkeypatch):
     """Both ways to the loss; the second is for torch without ``linear_cross_entropy``."""
     if request.param == "chunked":
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
         monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)  # 16 rows at a time
-    elif not hasattr(F, "linear_cross_entropy"):
+    elif not hasattr(nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no linear_cross_entropy")
     return request.param
 
@@ -48,7 +49,7 @@ def test_loss_of_both_paths_is_the_cross_entropy_of_all_logits(path, N, dtype):
 
 
 def test_chunked_path_never_holds_all_rows(monkeypatch):
-    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
     monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)
     head, targets, (hidden, embedding, _) = head_inputs()
     seen = []
@@ -88,7 +89,7 @@ def test_model_loss_is_the_same_by_both_paths(monkeypatch):
     model, ids = make_model(), token_ids(3, 8)
     expected = model(ids, labels=ids)["loss"]
     wanted = torch.autograd.grad(expected, list(model.parameters()))
-    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
     monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)
     loss = model(ids, labels=ids)["loss"]
     assert_near(loss, expected)

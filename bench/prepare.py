@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import create_loader
 from bench.device import resolve_device
 from bench.gate import refuse_wrong_names
-from bench.records.schema import run_id
+from bench.records.schema import config_dict, identity, run_id
 from bench.records.store import RunFolder, check_writable
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import coupler_identity
@@ -33,7 +34,20 @@ class Prepared:
     """train; val as used while training; val_final and, where asked for, test, at half the stride."""
     folder: RunFolder
     run_id: str
+    identity: dict[str, Any]
+    """Everything that can change one of the run's numbers; the run_id is its hash."""
     seconds: dict[str, float]
+
+    @property
+    def record_config(self) -> dict[str, Any]:
+        """The config as the record holds it."""
+        return config_dict(self.config)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run's checkpoint lies."""
+        folder = self.config.places.checkpoint_dir
+        return self.folder.path / "checkpoint.pt" if folder is None else folder / f"{self.run_id}.pt"
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -50,10 +64,11 @@ def prepare(config: RunConfig) -> Prepared:
     _refuse_another_text(config, corpus)
     model_config = config.model.resolved(corpus.vocabulary.size)
     loaders = _loaders(config, corpus)
-    identity = run_id(config, coupler_identity(model_config), corpus.sha256, device.type)
-    folder = RunFolder(config.places.results_dir, config.places.study, identity)
+    known_by = identity(config, coupler_identity(model_config), corpus.sha256, device.type)
+    name = run_id(known_by)
+    folder = RunFolder(config.places.results_dir, config.places.study, name)
     seconds = {"prepare": time.perf_counter() - start}
-    return Prepared(config, model_config, device, corpus, loaders, folder, identity, seconds)
+    return Prepared(config, model_config, device, corpus, loaders, folder, name, known_by, seconds)
 
 
 def _corpus_arguments(config: RunConfig) -> dict[str, Any]:

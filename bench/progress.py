@@ -18,7 +18,7 @@ class Reporter:
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
         self._bar: Progress | None = None
-        self._total, self._tokens, self._started = 0, 0, 0.0
+        self._total, self._first, self._tokens, self._started = 0, 0, 0, 0.0
         self._validation = ""
 
     def line(self, text: str) -> None:
@@ -37,15 +37,16 @@ class Reporter:
                 self._bar.stop()
                 self._bar = None
 
-    def training_begins(self, total_steps: int) -> None:
-        """Start counting steps; on a terminal, show the bar."""
-        self._total, self._tokens, self._started = total_steps, 0, time.perf_counter()
+    def training_begins(self, total_steps: int, done_steps: int = 0) -> None:
+        """Start counting after ``done_steps`` steps; on a terminal, show the bar."""
+        self._total, self._first = total_steps, done_steps
+        self._tokens, self._started = 0, time.perf_counter()
         if self.console.is_terminal and not self.quiet:
             self._bar = Progress(
                 BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"),
                 TimeRemainingColumn(compact=True), console=self.console, transient=True,
             )  # fmt: skip
-            self._bar.add_task("", total=total_steps)
+            self._bar.add_task("", total=total_steps, completed=done_steps)
             self._bar.start()
 
     def step(self, row: dict[str, Any]) -> None:
@@ -61,6 +62,6 @@ class Reporter:
         perplexity = math.exp(min(row["nll_sum"] / row["tokens"], 700.0))
         self._validation = f" · val ppl {perplexity:,.1f}"
         elapsed = time.perf_counter() - self._started
-        left = elapsed / row["step"] * (self._total - row["step"])
+        left = elapsed / (row["step"] - self._first) * (self._total - row["step"])
         self.line(f"  step {row['step']}/{self._total}: validation perplexity {perplexity:,.1f}, "
                   f"{elapsed:.0f} s, about {left:.0f} s left")  # fmt: skip

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import RunConfig
@@ -16,6 +14,8 @@ if TYPE_CHECKING:
     from bench.prepare import Prepared
     from bench.progress import Reporter
     from bench.records.schema import Record
+    from bench.session import Session
+    from bench.training.interruption import Interruption
 
 PROG = "python -m bench.run"
 EXIT_STATUS = {"ok": 0, "interrupted": 130}
@@ -26,21 +26,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(RunConfig, arguments, prog=PROG, presets=True)
     show_warnings_plainly()
+    from bench.training.interruption import Interruption
+
     try:
-        with _termination_as_interrupt():
-            return _run(config, shlex.join([*PROG.split(), *arguments]))
+        with Interruption().installed() as interruption:
+            return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_STATUS["interrupted"]
 
 
-def _run(config: RunConfig, command: str) -> int:
+def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
     from rich.console import Console
 
+    from bench import existing
     from bench.analysis.summary import print_summary
     from bench.device import keep_freed_memory
     from bench.prepare import prepare
     from bench.progress import Reporter
+    from bench.session import Session
 
     keep_freed_memory()
     console = Console(highlight=False)
@@ -48,61 +52,33 @@ def _run(config: RunConfig, command: str) -> int:
     try:
         prepared = prepare(config)
         with prepared.folder.locked():
-            record = _finished(prepared, reporter) or _new(prepared, command, reporter)
+            record = existing.finished_record(prepared, reporter)
+            if record is None:
+                state = existing.state_to_resume(prepared, reporter)
+                existing.make_room(prepared, reporter)
+                session = Session(prepared, command, reporter, interruption, state)
+                session.begin()
+                _announce(prepared, reporter)
+                record = _run_session(session)
     except ValueError as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console)
     return EXIT_STATUS.get(record["status"], 1)
 
 
-def _finished(prepared: Prepared, reporter: Reporter) -> Record | None:
-    """Return the record of a run that is finished; set anything else that is there aside."""
-    from bench.measure.environment import code_sha256
-    from bench.measure.quantity import is_measured
-
-    record, config = prepared.folder.read_record(), prepared.config
-    if record is None:
-        return None
-    allowed = record["status"] == "gate_failed" and config.measure.allow_failed_gate
-    finished = record["status"] == "ok" or (allowed and is_measured(record["speed"]))
-    if finished and not config.places.force:
-        reporter.console.print(f"run {prepared.run_id} is finished; --force runs it again. Its record:")
-        if record["environment"]["code_sha256"] != code_sha256(config.model.coupler_type):
-            reporter.console.print("note: it was made with another state of the code", markup=False)
-        return record
-    kept = prepared.folder.set_aside()
-    reporter.line(f"an earlier record ({record['status']}) is kept at {kept}")
-    return None
-
-
-def _new(prepared: Prepared, command: str, reporter: Reporter) -> Record:
-    from bench.session import Session
-
-    session = Session(prepared, command, reporter)
-    session.begin()
+def _announce(prepared: Prepared, reporter: Reporter) -> None:
     if prepared.corpus.warning:
         reporter.console.print(f"WARNING: {prepared.corpus.warning}", style="bold yellow", markup=False)
     notes = [getattr(loader.dataset, "note", None) for loader in prepared.loaders.values()]
     for note in dict.fromkeys(note for note in notes if note):
         reporter.line(f"note: {note}")
+
+
+def _run_session(session: Session) -> Record:
     try:
         return session.run()
     except KeyboardInterrupt:
         return session.record
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does: with its record written."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from bench.data.blocks import EvalWindows
 from bench.data.vocabulary import unigram_nll
 from bench.device import is_out_of_memory
 from bench.gate import GateReport, check_trained_isolation, run_gate
+from bench.learning import Learning
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.quantity import not_measured
@@ -24,9 +25,10 @@ from bench.measure.speed import measure_speed
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict, new_record
-from bench.training.communication import CommunicationTrace, summarize_communication
+from bench.training.communication import summarize_communication
 from bench.training.evaluation import evaluate
-from bench.training.loop import Diverged, Trained, Trainer
+from bench.training.interruption import Interruption
+from bench.training.loop import Diverged
 from gnnmoe.model import GNNMoEModel
 
 MIXING_TOKENS = 512  # the content-dependent mixing is averaged over so many validation tokens
@@ -37,10 +39,21 @@ class GateFailed(Exception):
 
 
 class Session:
-    """Runs what was prepared and keeps its record; whatever happens, the record is written."""
+    """Runs what was prepared and keeps its record; whatever happens, the record is written.
 
-    def __init__(self, prepared: Prepared, command: str, reporter: Reporter) -> None:
+    ``state`` is the checkpoint of an interrupted run, to go on from.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        command: str,
+        reporter: Reporter,
+        interruption: Interruption,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self.prepared, self.reporter = prepared, reporter
+        self.interruption, self.state = interruption, state
         config = prepared.config
         self.seconds = dict(prepared.seconds)
         self.started = time.perf_counter()
@@ -53,7 +66,10 @@ class Session:
             requested={"batch_size": config.training.batch_size,
                        "max_seq_length": config.model.max_seq_length},
         )  # fmt: skip
-        self.record["time"] = {"start": _now(), "end": None, "seconds": self.seconds}
+        resumed_at = state["trainer"]["done"]["steps"] if state else None
+        self.record["time"] = {
+            "start": _now(), "end": None, "seconds": self.seconds, "resumed_at_step": resumed_at,
+        }  # fmt: skip
 
     def begin(self) -> None:
         """Make the run's folder, with a record that says ``interrupted`` until something else is known.
@@ -107,17 +123,18 @@ class Session:
         with self._phase("build", "building the model"):
             model = self._build()
         with self._phase("train", "training"):
-            trained = self._train(model)
+            learning = self._train(model)
         with self._phase("evaluate", "evaluating"):
             batch = next(iter(self.prepared.loaders["train"]))
             again = check_trained_isolation(model, batch["input_ids"].to(device))
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
-            self._evaluate(model, trained)
+            self._evaluate(model, learning.trainer.done.best_step)
         with self._phase("speed", "measuring speed and memory"):
             batches = list(islice(iter(self.prepared.loaders["train"]), config.measure.speed_steps))
             self.record["speed"], self.record["memory"] = measure_speed(
                 model, batches, config.training, config.measure, device
             )
+        learning.keep_best()
 
     @contextmanager
     def _phase(self, name: str, description: str) -> Iterator[None]:
@@ -141,36 +158,15 @@ class Session:
         self.record["flops"] = {"training_flops_per_token": training_flops_per_token(model)}
         return model.to(self.prepared.device)
 
-    def _train(self, model: GNNMoEModel) -> Trained:
-        folder, trace = self.prepared.folder, CommunicationTrace()
-        trace.sample(0, model)
-
-        def on_evaluation(row: dict[str, Any]) -> None:
-            trace.sample(row["step"], model)
-            folder.append_history(row)
-            self.reporter.evaluated(row)
-
-        def on_step(row: dict[str, Any]) -> None:
-            folder.append_history(row)
-            self.reporter.step(row)
-
-        loaders, config = self.prepared.loaders, self.prepared.config.training
-        trainer = Trainer(model, loaders["train"], loaders["val"], config, self.prepared.device,
-                          on_step, on_evaluation)  # fmt: skip
-        self.reporter.training_begins(trainer.total_steps)
+    def _train(self, model: GNNMoEModel) -> Learning:
+        learning = Learning(self.prepared, model, self.reporter, self.interruption, self.state)
         try:
-            return trainer.run()
+            learning.run()
         finally:
-            done = trainer.done
-            self.record["used"] = {
-                "batch_shapes": done.batch_shapes, "steps": done.steps, "tokens": done.tokens,
-                "batches_per_epoch": trainer.batches_per_epoch,
-                "epochs": round(done.steps / trainer.batches_per_epoch, 6),
-                "precision": "fp32", "world_size": 1,
-            }  # fmt: skip
-            folder.write_arrays("communication.npz", trace.arrays())
+            learning.write(self.record)
+        return learning
 
-    def _evaluate(self, model: GNNMoEModel, trained: Trained) -> None:
+    def _evaluate(self, model: GNNMoEModel, best_step: int) -> None:
         device, loaders = self.prepared.device, self.prepared.loaders
         quality: dict[str, Any] = {"test": not_measured("not asked for; --evaluate-test scores it")}
         arrays: dict[str, np.ndarray] = {}
@@ -188,7 +184,7 @@ class Session:
                 f"{split}_nll": result.nll,
                 f"{split}_document": windows.document_ids().astype(np.int32),
             }
-        quality["best_step"] = trained.best_step
+        quality["best_step"] = best_step
         self.record["quality"] = quality
         self.prepared.folder.write_arrays("nll.npz", arrays)
         tokens = next(iter(loaders["val"]))["input_ids"]

@@ -68,7 +68,8 @@ def _quality(record: Record, split: str) -> str:
 def _data(data: dict[str, Any]) -> str:
     if data["source"] == "embedded":
         return f"NOT WIKITEXT-2 but the embedded text ({data['name']}, {data['config_name']})"
-    return f"{data['name']} {data['config_name']} from {data['source']} ({data['verdict']})"
+    name = " ".join(part for part in (data["name"], data["config_name"]) if part)
+    return f"{name} from {data['source']} ({data['verdict']})"
 
 
 def _speed(record: Record) -> str:
@@ -84,7 +85,7 @@ def _memory(record: Record) -> str:
     peak = quantities.peak_memory_bytes(record)
     if peak is None:
         return ""
-    return f"peak {peak / 2**20:,.0f} MiB in a training step ({record['memory']['meter'].replace('_', ' ')})"
+    return f"peak {peak / 2**20:,.1f} MiB in a training step ({record['memory']['meter'].replace('_', ' ')})"
 
 
 def _parameters(record: Record) -> str:

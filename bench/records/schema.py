@@ -48,10 +48,10 @@ def config_dict(config: RunConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def run_id(
+def identity(
     config: RunConfig, model: dict[str, Any], data_sha256: str, device_type: str, world_size: int = 1
-) -> str:
-    """Return 12 hex digits that name a run by everything that can change one of its numbers.
+) -> dict[str, Any]:
+    """Return everything that can change one of a run's numbers, by name.
 
     ``model`` holds the fields that the model reads. The group ``places`` (names, folders, verbosity)
     is left out; the data count by their content.
@@ -62,8 +62,12 @@ def run_id(
         training["max_steps"] = DEFAULT_MAX_STEPS
     del measure["allow_failed_gate"]  # says what to do about a verdict, and changes none
     data = {name: groups["data"][name] for name in ("num_train_samples", "num_eval_samples", "evaluate_test")}
-    identity = {
+    return {
         "model": model, "training": training, "measure": measure, "data": {**data, "sha256": data_sha256},
         "device_type": device_type, "world_size": world_size, "schema": SCHEMA_VERSION.split(".")[0],
     }  # fmt: skip
+
+
+def run_id(identity: dict[str, Any]) -> str:
+    """Return 12 hex digits that name a run by its identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -86,6 +86,14 @@ class RunFolder:
         """Write ``name`` (an npz file) with the arrays."""
         self._write(name, lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
 
+    def read_history(self) -> str:
+        """Return history.jsonl as it stands."""
+        return (self.path / "history.jsonl").read_text()
+
+    def write_history(self, text: str) -> None:
+        """Put ``text`` in the place of history.jsonl."""
+        self._write("history.jsonl", lambda file: file.write(text.encode()))
+
     def append_history(self, row: dict[str, Any]) -> None:
         """Add one line to history.jsonl."""
         with (self.path / "history.jsonl").open("a") as file:
@@ -107,6 +115,13 @@ class RunFolder:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def interrupted_records(study: Path) -> list[Record]:
+    """Return the records of a study's folder whose runs were interrupted."""
+    folders = [path.parent for path in sorted(study.glob("*/record.json"))]
+    records = [RunFolder(folder.parent, ".", folder.name).read_record() for folder in folders]
+    return [record for record in records if record and record["status"] == "interrupted"]
 
 
 def check_writable(results_dir: Path) -> None:

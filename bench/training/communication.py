@@ -26,6 +26,16 @@ class CommunicationTrace:
             for name, value in parts.items():
                 self._samples.setdefault(f"{layer}.{name}", []).append(value.float().cpu().numpy().copy())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samples as tensors, for a checkpoint."""
+        samples = {name: [torch.from_numpy(v) for v in values] for name, values in self._samples.items()}
+        return {"steps": list(self._steps), "samples": samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the samples of a checkpoint."""
+        self._steps = list(state["steps"])
+        self._samples = {name: [v.numpy() for v in values] for name, values in state["samples"].items()}
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Return ``step`` (T,) and, by ``layer_0.name``, the values with time as first axis."""
         stacked = {name: np.stack(values) for name, values in self._samples.items()}

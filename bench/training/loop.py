@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from bench.config import DEFAULT_MAX_STEPS, TrainingConfig
 from bench.data.loader import set_epoch
-from bench.training.evaluation import Evaluation, evaluate
+from bench.training.evaluation import evaluate
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
@@ -27,16 +28,27 @@ class Diverged(Exception):
 
 @dataclass
 class Trained:
-    """What the training did, counted from the tensors it saw."""
+    """What the training did so far, counted from the tensors it saw."""
 
     steps: int = 0
     tokens: int = 0
-    epoch: int = 0
-    """The epoch it is in, from 0."""
     batch_shapes: dict[str, int] = field(default_factory=dict)
     """How many batches had which shape, by "BxL"."""
     best_step: int = 0
-    best: Evaluation | None = None
+    best_nll_sum: float = math.inf
+
+
+class Hooks(Protocol):
+    """What a trainer tells the world; the rows are those of history.jsonl."""
+
+    def on_step(self, row: dict[str, Any]) -> None:
+        """Take the numbers of one step."""
+
+    def on_evaluation(self, row: dict[str, Any]) -> None:
+        """Take the sums of one evaluation."""
+
+    def after_step(self) -> None:
+        """Do what is due at the end of a step and of its evaluation, such as saving a checkpoint."""
 
 
 def total_steps(config: TrainingConfig, batches: int) -> int:
@@ -55,10 +67,7 @@ def batches_per_epoch(config: TrainingConfig, batches: int) -> int:
 
 
 class Trainer:
-    """Trains a model in place; the state that is best on validation is what it ends with.
-
-    ``on_step(row)`` and ``on_evaluation(row)`` receive the rows of history.jsonl.
-    """
+    """Trains a model in place; the state that is best on validation is what it ends with."""
 
     def __init__(
         self,
@@ -67,41 +76,62 @@ class Trainer:
         val_loader: DataLoader,
         config: TrainingConfig,
         device: torch.device,
-        on_step: Callable[[dict[str, Any]], None],
-        on_evaluation: Callable[[dict[str, Any]], None],
+        hooks: Hooks,
     ) -> None:
-        self.model, self.config, self.device = model, config, device
+        self.model, self.config, self.device, self.hooks = model, config, device, hooks
         self.train_loader, self.val_loader = train_loader, val_loader
-        self.on_step, self.on_evaluation = on_step, on_evaluation
         self.optimizer = make_optimizer(model, config)
         self.total_steps = total_steps(config, len(train_loader))
         self.batches_per_epoch = batches_per_epoch(config, len(train_loader))
         self.done = Trained()
         self._best_state: dict[str, Tensor] = {}
+        self._random: tuple[Tensor, list[Tensor]] | None = None
 
     def run(self) -> Trained:
-        """Train to the end and load the best state.
+        """Train to the end, from wherever it stands, and load the best state.
 
         Raises:
             Diverged: a loss is NaN or infinite; the model keeps its last state.
         """
         torch.manual_seed(stream_seed(self.config.seed, "dropout"))
+        if self._random is not None:
+            torch.set_rng_state(self._random[0])
+            torch.cuda.set_rng_state_all(self._random[1])
         self.model.train()
         for batch in self._batches():
             self._step(batch)
             if self.done.steps % self.config.eval_every == 0 or self.done.steps == self.total_steps:
                 self._evaluate()
+            self.hooks.after_step()
         self.model.load_state_dict(self._best_state)
         return self.done
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that ``load_state_dict`` needs to go on bit for bit, at the end of a step."""
+        return {
+            "model": self.model.state_dict(), "best_model": self._best_state,
+            "optimizer": self.optimizer.state_dict(), "done": asdict(self.done),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to where ``state`` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._best_state = {name: value.to(self.device) for name, value in state["best_model"].items()}
+        self.done = Trained(**state["done"])
+        self._random = state["random"], state["random_cuda"]
+
     def _batches(self) -> Iterator[Batch]:
+        """Yield the batches from step ``done.steps`` on: epoch and place in it follow from the step."""
         while self.done.steps < self.total_steps:
-            set_epoch(self.train_loader, self.done.epoch)
-            for number, batch in enumerate(self.train_loader):
-                if number == self.batches_per_epoch or self.done.steps == self.total_steps:
-                    break
+            epoch, start = divmod(self.done.steps, self.batches_per_epoch)
+            set_epoch(self.train_loader, epoch)
+            for batch in islice(self.train_loader, start, self.batches_per_epoch):
                 yield batch
-            self.done.epoch += 1
+                if self.done.steps == self.total_steps:
+                    return
 
     def _step(self, batch: Batch) -> None:
         shape = "x".join(map(str, batch["input_ids"].shape))
@@ -116,18 +146,22 @@ class Trainer:
         self.done.tokens += tokens
         self.done.batch_shapes[shape] = self.done.batch_shapes.get(shape, 0) + 1
         self._check(float(loss), "training loss")
-        self.on_step({"kind": "train", "step": self.done.steps, "epoch": self.done.epoch,
-                      "loss": float(loss), "learning_rate": rate, "gradient_norm": float(norm),
-                      "tokens": tokens})  # fmt: skip
+        self.hooks.on_step(self._row("train") | {
+            "loss": float(loss), "learning_rate": rate, "gradient_norm": float(norm), "tokens": tokens,
+        })  # fmt: skip
 
     def _evaluate(self) -> None:
         result = evaluate(self.model, self.val_loader, self.device)
         self._check(result.nll_sum, "validation loss")
-        if self.done.best is None or result.nll_sum < self.done.best.nll_sum:
-            self.done.best, self.done.best_step = result, self.done.steps
+        if result.nll_sum < self.done.best_nll_sum:
+            self.done.best_nll_sum, self.done.best_step = result.nll_sum, self.done.steps
             self._best_state = copy.deepcopy(self.model.state_dict())
-        self.on_evaluation({"kind": "validation", "step": self.done.steps, "epoch": self.done.epoch,
-                            "nll_sum": result.nll_sum, "tokens": result.tokens})  # fmt: skip
+        sums = {"nll_sum": result.nll_sum, "tokens": result.tokens}
+        self.hooks.on_evaluation(self._row("validation") | sums)
+
+    def _row(self, kind: str) -> dict[str, Any]:
+        step = self.done.steps
+        return {"kind": kind, "step": step, "epoch": (step - 1) // self.batches_per_epoch}
 
     def _check(self, value: float, what: str) -> None:
         if not math.isfinite(value):

@@ -11,7 +11,7 @@ import pytest
 
 from bench.config import RunConfig
 from bench.measure.quantity import is_measured, not_measured
-from bench.records.schema import KEYS, config_dict, new_record
+from bench.records.schema import KEYS, config_dict, identity, new_record
 from bench.records.schema import run_id as schema_run_id
 from bench.records.store import RunFolder, check_writable
 from gnnmoe.couplers import coupler_identity
@@ -21,7 +21,7 @@ DATA = "0" * 64
 
 
 def run_id(config: RunConfig, data: str, device: str, **world) -> str:
-    return schema_run_id(config, coupler_identity(config.model.resolved(1)), data, device, **world)
+    return schema_run_id(identity(config, coupler_identity(config.model.resolved(1)), data, device, **world))
 
 
 def with_field(group: str, name: str, value) -> RunConfig:
@@ -46,9 +46,9 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
                 continue
             value = getattr(getattr(RunConfig(), group), field.name)
             changed = (not value) if isinstance(value, bool) else VALUES.get(field.name, 32)
-            identity = run_id(with_field(group, field.name, changed), DATA, "cpu")
-            assert identity not in seen, f"{group}.{field.name} does not count"
-            seen.add(identity)
+            name = run_id(with_field(group, field.name, changed), DATA, "cpu")
+            assert name not in seen, f"{group}.{field.name} does not count"
+            seen.add(name)
     assert run_id(RunConfig(), "1" * 64, "cpu") not in seen
     assert run_id(RunConfig(), DATA, "cuda") not in seen
     assert run_id(RunConfig(), DATA, "cpu", world_size=2) not in seen

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import bench.session
+import bench.learning
 from bench.analysis import quantities
 from bench.records.schema import KEYS
 from bench.records.store import RunFolder
@@ -39,7 +39,7 @@ def test_a_run_leaves_a_whole_record(tiny, coupler, capsys):
     assert (record["status"], record["error"], record["run_name"]) == ("ok", None, "first")
     assert folder.name == record["run_id"]
     assert folder.parent.name == record["study"] == "default"
-    files = {"record.json", "history.jsonl", "communication.npz", "nll.npz", "log.txt"}
+    files = {"record.json", "history.jsonl", "communication.npz", "nll.npz", "log.txt", "checkpoint.pt"}
     assert {path.name for path in folder.iterdir()} == files
     assert record["command"].startswith("python -m bench.run --embed-dim 8")
     assert record["gate"]["passed"] is True
@@ -122,7 +122,7 @@ def test_a_finished_run_shows_its_record(tiny, capsys):
 
 def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch):
     """Seeds: trunk, experts and batches are the same bit for bit, whatever the coupler."""
-    real = bench.session.Trainer._step
+    real = bench.learning.Trainer._step
     seen: list[list[torch.Tensor]] = []
 
     def watched(self, batch):
@@ -131,7 +131,7 @@ def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch)
         seen[-1].append(batch["input_ids"])
         real(self, batch)
 
-    monkeypatch.setattr(bench.session.Trainer, "_step", watched)
+    monkeypatch.setattr(bench.learning.Trainer, "_step", watched)
     for flags in (["--coupler", "HGNN"], ["--coupler", "GNN"], ["--coupler", "mean"], ["--seed", "1"]):
         assert main([*tiny, *flags]) == 0
     first, *others, other_seed = seen
@@ -142,7 +142,7 @@ def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch)
 
 
 def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys):
-    real = bench.session.Trainer._step
+    real = bench.learning.Trainer._step
 
     def poisoned(self, batch):
         if self.done.steps == 2:
@@ -150,7 +150,7 @@ def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys)
                 self.model.token_embedding.weight.fill_(math.nan)
         real(self, batch)
 
-    monkeypatch.setattr(bench.session.Trainer, "_step", poisoned)
+    monkeypatch.setattr(bench.learning.Trainer, "_step", poisoned)
     assert main(tiny) == 1
     folder, record = only_run(results_of(tiny))
     assert record["status"] == "diverged"
@@ -213,7 +213,7 @@ def test_another_state_of_the_code_is_said(tiny, monkeypatch, capsys):
     capsys.readouterr()
     assert main(tiny) == 0
     assert "another state of the code" not in capsys.readouterr().out
-    monkeypatch.setattr("bench.measure.environment.code_sha256", lambda *_: "other")
+    monkeypatch.setattr("bench.existing.code_sha256", lambda *_: "other")
     assert main(tiny) == 0
     assert "another state of the code" in capsys.readouterr().out
 

@@ -38,10 +38,20 @@ def trainer(model, corpus, **settings) -> Trainer:
     )
     train = create_loader(corpus, "train", config.batch_size, max_seq_length=16)
     val = create_loader(corpus, "val", 4, max_seq_length=16)
-    rows: list[dict] = []
-    made = Trainer(model, train, val, config, CPU, rows.append, rows.append)
-    made.rows = rows  # pyright: ignore[reportAttributeAccessIssue]
-    return made
+    return Trainer(model, train, val, config, CPU, Rows())
+
+
+class Rows(list):
+    """Hooks that keep the rows."""
+
+    def on_step(self, row):
+        self.append(row)
+
+    def on_evaluation(self, row):
+        self.append(row)
+
+    def after_step(self):
+        pass
 
 
 def test_the_rate_warms_up_and_ends_at_its_share():
@@ -103,7 +113,7 @@ def test_epochs_see_every_block_once_in_another_order(model, corpus, monkeypatch
     )
     done = made.run()
     per_epoch = len(made.train_loader)
-    assert (done.epoch, done.steps, len(seen)) == (2, 2 * per_epoch, 2 * per_epoch)
+    assert (done.steps, len(seen)) == (2 * per_epoch, 2 * per_epoch)
     first, second = torch.cat(seen[:per_epoch]), torch.cat(seen[per_epoch:])
     assert len(torch.unique(first, dim=0)) == len(first)
     assert not torch.equal(first, second)
@@ -112,7 +122,7 @@ def test_epochs_see_every_block_once_in_another_order(model, corpus, monkeypatch
 
 def test_training_ends_with_the_state_that_was_best(model, corpus):
     made = trainer(model, corpus, max_steps=8)
-    keep_row = made.on_step
+    keep_row = made.hooks.on_step
 
     def spoil(row):
         keep_row(row)
@@ -120,9 +130,9 @@ def test_training_ends_with_the_state_that_was_best(model, corpus):
             with torch.no_grad():
                 model.token_embedding.weight.mul_(-30.0)
 
-    made.on_step = spoil
+    made.hooks.on_step = spoil  # pyright: ignore[reportAttributeAccessIssue]
     done = made.run()
-    rows = [row for row in made.rows if row["kind"] == "validation"]  # pyright: ignore
+    rows = [row for row in made.hooks if row["kind"] == "validation"]  # pyright: ignore
     sums = {row["step"]: row["nll_sum"] for row in rows}
     assert list(sums) == [2, 4, 6, 8]
     best = min(sums, key=lambda step: sums[step])
@@ -162,7 +172,7 @@ def test_dropout_follows_the_seed(corpus):
         made = trainer(GNNMoEModel(config, seed=0), corpus, max_steps=3, seed=seed)
         torch.manual_seed(len(losses))  # what came before must not matter
         made.run()
-        losses.append([row["loss"] for row in made.rows if row["kind"] == "train"])  # pyright: ignore
+        losses.append([row["loss"] for row in made.hooks if row["kind"] == "train"])  # pyright: ignore
     assert losses[0] == losses[1] != losses[2]
 
 

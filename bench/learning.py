@@ -1,0 +1,90 @@
+"""The training of one run: its history, its checkpoint, and going on where it was interrupted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.prepare import Prepared
+from bench.progress import Reporter
+from bench.records.schema import Record
+from bench.training.checkpoint import save_checkpoint
+from bench.training.communication import CommunicationTrace
+from bench.training.interruption import Interruption
+from bench.training.loop import Trained, Trainer
+from gnnmoe.model import GNNMoEModel
+
+
+class Learning:
+    """Trains a prepared run's model and keeps what happens; the hooks of its trainer.
+
+    ``state`` is a checkpoint to go on from, bit for bit on a CPU with the same number of threads.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: GNNMoEModel,
+        reporter: Reporter,
+        interruption: Interruption,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
+        config, loaders = prepared.config.training, prepared.loaders
+        self.trainer = Trainer(model, loaders["train"], loaders["val"], config, prepared.device, self)
+        self.trace = CommunicationTrace()
+        self.every = prepared.config.places.checkpoint_every or config.eval_every
+        if state is None:
+            self.trace.sample(0, model)
+        else:
+            self.trainer.load_state_dict(state["trainer"])
+            self.trace.load_state_dict(state["trace"])
+            prepared.folder.write_history(state["history"])
+
+    def run(self) -> Trained:
+        """Train to the end; a signal stops at the end of a step, with a checkpoint.
+
+        Raises:
+            KeyboardInterrupt: a signal came.
+            Diverged: a loss is no longer finite.
+        """
+        self.reporter.training_begins(self.trainer.total_steps, self.trainer.done.steps)
+        with self.interruption.deferred():
+            return self.trainer.run()
+
+    def keep_best(self) -> None:
+        """Leave a checkpoint of the best weights alone: nothing is left to go on with."""
+        save_checkpoint(self.prepared.checkpoint, {**self._identity(), "model": self.model.state_dict()})
+
+    def write(self, record: Record) -> None:
+        """Write what was used and the communication so far into ``record`` and its folder."""
+        done, per_epoch = self.trainer.done, self.trainer.batches_per_epoch
+        record["used"] = {
+            "batch_shapes": done.batch_shapes, "steps": done.steps, "tokens": done.tokens,
+            "batches_per_epoch": per_epoch, "epochs": round(done.steps / per_epoch, 6),
+            "precision": "fp32", "world_size": 1,
+        }  # fmt: skip
+        self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
+
+    def on_step(self, row: dict[str, Any]) -> None:
+        """Keep and show a step."""
+        self.prepared.folder.append_history(row)
+        self.reporter.step(row)
+
+    def on_evaluation(self, row: dict[str, Any]) -> None:
+        """Keep and show an evaluation, and sample the communication."""
+        self.trace.sample(row["step"], self.model)
+        self.prepared.folder.append_history(row)
+        self.reporter.evaluated(row)
+
+    def after_step(self) -> None:
+        """Save a checkpoint when it is time or when a signal came; then stop."""
+        steps = self.trainer.done.steps
+        if self.interruption.requested or steps % self.every == 0 or steps == self.trainer.total_steps:
+            state = {"trainer": self.trainer.state_dict(), "trace": self.trace.state_dict()}
+            history = self.prepared.folder.read_history()
+            save_checkpoint(self.prepared.checkpoint, {**self._identity(), **state, "history": history})
+        if self.interruption.requested:
+            raise KeyboardInterrupt
+
+    def _identity(self) -> dict[str, Any]:
+        return {"run_id": self.prepared.run_id, "identity": self.prepared.identity}

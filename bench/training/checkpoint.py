@@ -1,0 +1,70 @@
+"""Checkpoints: everything that a run needs to go on as if nothing had happened, in one file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHECKPOINT_SCHEMA = 1
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, text, lists, dicts) whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"schema": CHECKPOINT_SCHEMA, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+            raise OSError(
+                f"{path.name} cannot be written: {error}"
+            ) from error  # torch's word for a full disk
+        raise
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what ``save_checkpoint`` wrote, on the CPU.
+
+    Raises:
+        ValueError: there is no such file, it is cut short, or it has another schema.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"checkpoint {path} is damaged or cut short ({reason}); --force starts again."
+        ) from error
+    schema = state.get("schema") if isinstance(state, dict) else None
+    if schema != CHECKPOINT_SCHEMA:
+        known = f"this version reads {CHECKPOINT_SCHEMA}"
+        raise ValueError(f"checkpoint {path} has schema {schema}; {known}. --force starts again.")
+    return state
+
+
+def differing_fields(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return ``name: value there → value here`` for every field in which two nested dicts differ."""
+    found = []
+    for key in sorted(set(there) | set(here)):
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differing_fields(a, b, prefix)
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} there, {b} here")
+    return found

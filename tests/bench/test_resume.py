@@ -1,0 +1,260 @@
+"""A run that cannot be lost: interrupted in any way and continued, it equals an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench.training.loop
+from bench.run import main
+from bench.training.checkpoint import differing_fields, load_checkpoint, save_checkpoint
+
+FLAGS = ["--max-steps", "9", "--eval-every", "3", "--dropout-rate", "0.1"]
+REPOSITORY = Path(__file__).parents[2]
+
+
+def results_of(flags: list[str]) -> Path:
+    return Path(flags[flags.index("--results-dir") + 1])
+
+
+def elsewhere(flags: list[str], name: str) -> list[str]:
+    """Return the same flags with results in another folder."""
+    place = flags.index("--results-dir") + 1
+    return [*flags[:place], str(Path(flags[place]).with_name(name)), *flags[place + 1 :]]
+
+
+def only_folder(results: Path) -> Path:
+    (path,) = results.glob("*/*/record.json")
+    return path.parent
+
+
+@pytest.fixture
+def run(tiny) -> list[str]:
+    return [*tiny, *FLAGS]
+
+
+@pytest.fixture
+def undisturbed(run) -> Path:
+    flags = elsewhere(run, "undisturbed")
+    assert main([*flags, "--quiet"]) == 0
+    return only_folder(results_of(flags))
+
+
+def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
+    """Losses, weights, batches, communication and record are equal, bit for bit."""
+    assert (folder / "history.jsonl").read_text() == (expected / "history.jsonl").read_text()
+    for name in ("nll.npz", "communication.npz"):
+        ours, theirs = np.load(folder / name), np.load(expected / name)
+        assert set(ours) == set(theirs)
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (load_checkpoint(path / "checkpoint.pt")["model"] for path in (folder, expected))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, expected))
+    for key in set(theirs) - {"time", "speed", "memory", "gate", "command", "config"}:
+        assert ours[key] == theirs[key], key
+    assert ours["memory"]["peak_allocated_bytes"] == theirs["memory"]["peak_allocated_bytes"]
+    assert ours["config"]["training"] == theirs["config"]["training"]
+
+
+def act_at_step(monkeypatch, step: int, action) -> None:
+    """Do ``action`` inside the given training step, once."""
+    real, steps = bench.training.loop.training_step, []
+
+    def acting(*arguments):
+        steps.append(None)
+        if len(steps) == step:
+            action()
+        return real(*arguments)
+
+    monkeypatch.setattr(bench.training.loop, "training_step", acting)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def full_disk(*_) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.core("resume")
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 9])
+def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step, capsys):
+    """As a kill would: nothing is saved at that moment, so it goes on from the last checkpoint."""
+    with monkeypatch.context() as patch:
+        act_at_step(patch, step, interrupt)
+        assert main(run) == 130
+    folder = only_folder(results_of(run))
+    assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
+    assert main([*run, "--resume"]) == 0
+    assert_equal_but_for_times(folder, undisturbed)
+    resumed_at = json.loads((folder / "record.json").read_text())["time"]["resumed_at_step"]
+    assert resumed_at == ((step - 1) // 3 * 3 or None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_at_the_end_of_its_step_with_a_checkpoint(run, undisturbed, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        act_at_step(patch, 5, lambda: os.kill(os.getpid(), number))
+        assert main(run) == 130
+    folder = only_folder(results_of(run))
+    assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"] == 5
+    assert main([*run, "--resume"]) == 0
+    assert_equal_but_for_times(folder, undisturbed)
+
+
+def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypatch):
+    for step in (2, 5):
+        with monkeypatch.context() as patch:
+            act_at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert main([*run, "--resume"] if step == 5 else run) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.session.evaluate", lambda *_: interrupt())
+        assert main([*run, "--resume"]) == 130
+    assert main([*run, "--resume"]) == 0
+    assert_equal_but_for_times(only_folder(results_of(run)), undisturbed)
+
+
+def test_killed_at_any_moment_and_continued(run, undisturbed):
+    """kill -9 before training, and twice within it; each leaves a folder that the next call understands."""
+    for rows in (0, 3, 7):
+        started = list(results_of(run).glob("*/*/record.json"))
+        kill_when_history_has(rows, [*run, "--resume"] if started else run)
+    assert main([*run, "--resume"]) == 0
+    assert_equal_but_for_times(only_folder(results_of(run)), undisturbed)
+
+
+def kill_when_history_has(rows: int, flags: list[str]) -> None:
+    """Start the run in a child and kill it as soon as there are a record and so many rows."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "bench.run", *flags]
+    child = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
+    try:
+        while child.poll() is None:
+            for record in results_of(flags).glob("*/*/record.json"):
+                if len((record.parent / "history.jsonl").read_text().splitlines()) >= rows:
+                    child.kill()
+            time.sleep(0.002)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == -signal.SIGKILL, "the run ended before it was killed"
+
+
+def refusal(capsys, flags: list[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def interrupted(run, monkeypatch) -> Path:
+    with monkeypatch.context() as patch:
+        act_at_step(patch, 5, interrupt)
+        assert main(run) == 130
+    return only_folder(results_of(run))
+
+
+def test_an_interrupted_run_asks_what_to_do(run, interrupted, capsys):
+    before = sorted(path.name for path in interrupted.iterdir())
+    message = refusal(capsys, run)
+    assert "--resume continues it" in message
+    assert "--force starts again" in message
+    assert sorted(path.name for path in interrupted.iterdir()) == before
+    assert main([*run, "--force"]) == 0
+    assert (interrupted.with_name(interrupted.name + ".1") / "checkpoint.pt").exists()
+
+
+def test_resuming_another_config_names_the_fields_that_differ(run, interrupted, capsys):
+    message = refusal(capsys, [*run, "--resume", "--learning-rate", "0.001"])
+    assert interrupted.name in message
+    assert "learning_rate: 0.008 there, 0.001 here" in message
+    message = refusal(
+        capsys, [*run, "--resume-checkpoint", str(interrupted / "checkpoint.pt"), "--num-experts", "3"]
+    )
+    assert "num_experts: 4 there, 3 here" in message
+    assert message.count(" there, ") == 1
+
+
+def test_nothing_to_resume_and_a_finished_run(run, capsys):
+    assert "drop --resume to start" in refusal(capsys, [*run, "--resume"])
+    assert main(run) == 0
+    capsys.readouterr()
+    assert main([*run, "--resume"]) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_checkpoint_cut_short_is_refused(run, interrupted, capsys):
+    path = interrupted / "checkpoint.pt"
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        message = refusal(capsys, [*run, "--resume"])
+        assert "damaged or cut short" in message
+        assert "--force" in message
+    path.write_bytes(whole)
+    assert main([*run, "--resume"]) == 0
+
+
+def test_a_checkpoint_of_another_schema_is_refused(run, interrupted, capsys):
+    path = interrupted / "checkpoint.pt"
+    torch.save({**load_checkpoint(path), "schema": 99}, path)
+    assert "has schema 99; this version reads 1" in refusal(capsys, [*run, "--resume"])
+
+
+def test_a_checkpoint_elsewhere_is_continued(run, interrupted, undisturbed, tmp_path):
+    """``--checkpoint-dir`` and ``--resume-checkpoint``: also into another results folder."""
+    flags = [*elsewhere(run, "moved"), "--checkpoint-dir", str(tmp_path / "checkpoints")]
+    assert main([*flags, "--resume-checkpoint", str(interrupted / "checkpoint.pt")]) == 0
+    folder = only_folder(results_of(flags))
+    assert not (folder / "checkpoint.pt").exists()
+    (tmp_path / "checkpoints" / f"{folder.name}.pt").rename(folder / "checkpoint.pt")
+    assert_equal_but_for_times(folder, undisturbed)
+
+
+def test_the_checkpoint_of_a_finished_run_holds_its_best_weights_only(undisturbed):
+    state = load_checkpoint(undisturbed / "checkpoint.pt")
+    assert set(state) == {"schema", "run_id", "identity", "model"}
+    assert state["run_id"] == undisturbed.name
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"value": 1})
+    monkeypatch.setattr("bench.training.checkpoint.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"value": 2})
+    assert load_checkpoint(path)["value"] == 1
+    assert [found.name for found in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_while_training_ends_the_run_with_its_status(run, monkeypatch):
+    """Bad input: the run ends with its status, nothing half-written; what was saved stays."""
+    with monkeypatch.context() as patch:
+        act_at_step(patch, 5, lambda: patch.setattr("bench.learning.save_checkpoint", full_disk))
+        assert main(run) == 1
+    folder = only_folder(results_of(run))
+    record = json.loads((folder / "record.json").read_text())
+    assert record["status"] == "crashed"
+    assert "No space left" in record["error"]
+    assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"] == 3
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_fields_that_differ():
+    there = {"a": {"x": 1, "y": 2}, "b": 3}
+    assert differing_fields(there, {"a": {"x": 1, "y": 5}, "c": 4}) == [
+        "y: 2 there, 5 here", "b: 3 there, None here", "c: None there, 4 here",
+    ]  # fmt: skip
+    assert differing_fields(there, there) == []

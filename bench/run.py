@@ -60,6 +60,8 @@ def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
                 session.begin()
                 _announce(prepared, reporter)
                 record = _run_session(session)
+                if config.places.plots:
+                    _draw(prepared, reporter)
     except ValueError as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console)
@@ -72,6 +74,17 @@ def _announce(prepared: Prepared, reporter: Reporter) -> None:
     notes = [getattr(loader.dataset, "note", None) for loader in prepared.loaders.values()]
     for note in dict.fromkeys(note for note in notes if note):
         reporter.line(f"note: {note}")
+
+
+def _draw(prepared: Prepared, reporter: Reporter) -> None:
+    """Draw the plots; a run is no worse for one that fails."""
+    with reporter.phase("drawing"):
+        try:
+            from bench.analysis.plots import plot_run
+
+            plot_run(prepared.folder.path)
+        except Exception as error:
+            print(f"note: the plots could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _run_session(session: Session) -> Record:

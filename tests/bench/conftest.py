@@ -27,7 +27,7 @@ def run_command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 TINY = (
     "--embed-dim 8 --num-heads 2 --num-layers 1 --max-seq-length 16 --batch-size 4 --max-steps 4"
-    " --eval-every 2 --num-eval-samples 8 --warmup-steps 1 --speed-warmup-steps 1 --speed-steps 2"
+    " --eval-every 2 --num-eval-samples 8 --warmup-steps 1 --speed-warmup-steps 1 --speed-steps 2 --no-plots"
 ).split()
 
 

@@ -48,6 +48,19 @@ def test_a_run_leaves_a_whole_record(tiny, coupler, capsys):
     assert str(folder) in capsys.readouterr().out.replace("\n", "")
 
 
+def test_plots_are_drawn_at_the_end_and_a_failure_of_theirs_is_a_note(tiny, monkeypatch, capsys):
+    assert main([*tiny, "--plots"]) == 0
+    folder, _ = only_run(results_of(tiny))
+    assert {"training.svg", "training.png", "training.csv"} <= {p.name for p in (folder / "plots").iterdir()}
+
+    def broken(_):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("bench.analysis.plots.plot_run", broken)
+    assert main([*tiny, "--plots", "--force"]) == 0
+    assert "note: the plots could not be drawn: RuntimeError: no fonts" in capsys.readouterr().err
+
+
 def test_what_is_reported_is_what_was_used(tiny):
     """A3 and D1 in small: shapes, steps and tokens are counted from the tensors."""
     assert main(tiny) == 0

@@ -22,7 +22,7 @@ DEFAULT_MAX_STEPS = 120
 
 @dataclass(kw_only=True)
 class ModelConfig(GNNMoEConfig):
-    """The model's own config as flags; the vocabulary's size comes from the data."""
+    """The model's own config as flags."""
 
     coupler_type: Annotated[str, tyro.conf.arg(name="coupler", aliases=("--coupler-type",))] = "HGNN"
     """Coupler: a registered name (an unknown one lists them all) or package.module:Class."""
@@ -31,19 +31,22 @@ class ModelConfig(GNNMoEConfig):
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
     ] = ()
     """An option of the coupler's own, such as backend=loop; may be given several times."""
-    vocab_size: tyro.conf.Suppress[int] = 1
+    vocab_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Rows for this many words, at least those of the data (None: as many as the data have)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for option in self.coupler_option:
             if "=" not in option:
                 raise ValueError(f"coupler option {option!r} has no value; write NAME=VALUE.")
+        self.resolved(1)  # refuses wrong sizes
 
     def resolved(self, vocab_size: int) -> GNNMoEConfig:
-        """Return the plain model config for a vocabulary of this many words."""
+        """Return the plain model config for data of this many words, or the ``vocab_size`` asked for."""
         values = {f.name: getattr(self, f.name) for f in fields(GNNMoEConfig)}
         options = dict(option.split("=", 1) for option in self.coupler_option)
-        values.update(vocab_size=vocab_size, coupler_options={**self.coupler_options, **options})
+        values["coupler_options"] = {**self.coupler_options, **options}
+        if self.vocab_size is None:
+            values["vocab_size"] = vocab_size
         return GNNMoEConfig(**values)
 
 
@@ -74,9 +77,11 @@ class TrainingConfig:
     batch_size: int = 16
     """Sequences in a batch."""
     max_steps: int | None = None
-    """Optimizer steps in all (default: 120 where epochs is not given)."""
+    """Optimizer steps in all (default: 120 where epochs is not given). Given, the epochs of a preset
+    or of a --config file do not count."""
     epochs: int | None = None
-    """Passes over the training data; with max_steps, whichever ends first."""
+    """Passes over the training data; with max_steps, whichever ends first. Given, the max_steps of a
+    preset or of a --config file do not count."""
     max_batches_per_epoch: int | None = None
     """End an epoch after this many batches."""
     learning_rate: float = 8e-3
@@ -149,10 +154,18 @@ class PlacesConfig:
     """Folder of the checkpoint (default: the run's own folder)."""
     checkpoint_every: int | None = None
     """Save a checkpoint every so many steps (default: at every evaluation)."""
+    num_workers_dataloader: int | Literal["auto"] = 0
+    """Processes that load data beside the training (0: none; auto: half the cores, at most 4)."""
+    plots: bool = True
+    """Draw the run's plots at its end."""
     quiet: bool = False
     """Print the final table only."""
 
     def __post_init__(self) -> None:
+        if self.num_workers_dataloader != "auto" and self.num_workers_dataloader < 0:
+            raise ValueError(
+                f"num_workers_dataloader is {self.num_workers_dataloader}; it must be 0 or more, or auto."
+            )
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", self.study):
             raise ValueError(
                 f"study is {self.study!r}; it must be a plain folder name of at most 100 letters, digits, "

@@ -63,8 +63,12 @@ def prepare(config: RunConfig) -> Prepared:
     corpus = load_corpus(**_corpus_arguments(config))
     _refuse_another_text(config, corpus)
     model_config = config.model.resolved(corpus.vocabulary.size)
+    _refuse_missing_rows(model_config, corpus)
     loaders = _loaders(config, corpus)
-    known_by = identity(config, coupler_identity(model_config), corpus.sha256, device.type)
+    model = coupler_identity(model_config)
+    if model_config.vocab_size != corpus.vocabulary.size:  # else it follows from the data
+        model["vocab_size"] = model_config.vocab_size
+    known_by = identity(config, model, corpus.sha256, device.type)
     name = run_id(known_by)
     folder = RunFolder(config.places.results_dir, config.places.study, name)
     seconds = {"prepare": time.perf_counter() - start}
@@ -99,9 +103,25 @@ def _refuse_another_text(config: RunConfig, corpus: Corpus) -> None:
         )
 
 
+def _refuse_missing_rows(model_config: GNNMoEConfig, corpus: Corpus) -> None:
+    """Refuse a vocabulary in which words of the data have no row.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    words = corpus.vocabulary.size
+    if model_config.vocab_size < words:
+        raise ValueError(
+            f"vocab_size is {model_config.vocab_size}, but the data have {words} words; "
+            f"it must be {words} or more (None: as many as the data have)."
+        )
+
+
 def _loaders(config: RunConfig, corpus: Corpus) -> dict[str, DataLoader[Any]]:
     size, length, seed = config.training.batch_size, config.model.max_seq_length, config.training.seed
-    shared: dict[str, Any] = {"max_seq_length": length, "seed": seed}
+    shared: dict[str, Any] = {
+        "max_seq_length": length, "seed": seed, "num_workers": config.places.num_workers_dataloader,
+    }  # fmt: skip
     evaluated = {**shared, "num_samples": config.data.num_eval_samples}
     half = max(1, length // 2)
     loaders = {
@@ -110,5 +130,5 @@ def _loaders(config: RunConfig, corpus: Corpus) -> dict[str, DataLoader[Any]]:
         "val_final": create_loader(corpus, "val", size, stride=half, **evaluated),
     }
     if config.data.evaluate_test:
-        loaders["test"] = create_loader(corpus, "test", size, stride=half, max_seq_length=length)
+        loaders["test"] = create_loader(corpus, "test", size, stride=half, **shared)
     return loaders

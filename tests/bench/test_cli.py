@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.cli import as_flags, parse, preset_names, with_preset
+from bench.cli import parse
 from bench.config import RunConfig
+from bench.data.corpus import load_corpus
 from bench.run import main
 
 
@@ -44,15 +45,6 @@ def test_coupler_options_reach_the_model_config():
     resolved = config.model.resolved(100)
     assert resolved.coupler_options == {"backend": "loop", "residual": "false"}
     assert resolved.vocab_size == 100
-
-
-def test_a_preset_becomes_flags_in_front():
-    assert with_preset(["--preset", "quick", "--seed", "3"]) == ["--seed", "3"]
-    assert with_preset(["--preset=quick"]) == []
-    assert as_flags({"embed_dim": 8, "quiet": True, "force": False, "adam_betas": [0.9, 0.99]}) == [
-        "--embed-dim", "8", "--quiet", "--no-force", "--adam-betas", "0.9", "0.99",
-    ]  # fmt: skip
-    assert "quick" in preset_names()
 
 
 def test_help_is_quick_because_it_imports_no_torch(run_command):
@@ -94,6 +86,9 @@ def refusal(capsys, results, *flags: str) -> str:
         (["--max-steps", "many"], ["--max-steps", "many"]),
         (["--num-eval-samples", "0"], ["num_eval_samples is 0"]),
         (["--device", "tpu"], ["tpu", "cuda"]),
+        (["--vocab-size", "0"], ["vocab_size is 0", "at least 1"]),
+        (["--num-workers-dataloader", "-1"], ["num_workers_dataloader is -1", "0 or more, or auto"]),
+        (["--num-workers-dataloader", "many"], ["--num-workers-dataloader", "many"]),
         (["--coupler", ":Class"], ["package.module:Class"]),
         (["--learning-rate", "inf"], ["learning_rate is inf", "finite"]),
         (["--weight-decay", "nan"], ["weight_decay", "finite"]),
@@ -136,6 +131,13 @@ def test_a_batch_larger_than_the_data_is_refused(capsys, tmp_path, small_data_di
     """A6: with drop_last a batch larger than the data is an error, not zero batches."""
     flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "16", "--batch-size", "9999"]
     assert "batch_size 9999" in refusal(capsys, tmp_path / "results", *flags)
+
+
+def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(capsys, tmp_path, small_data_dir):
+    flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "16", "--vocab-size", "10"]
+    message = refusal(capsys, tmp_path / "results", *flags)
+    words = load_corpus(small_data_dir, "folder").vocabulary.size
+    assert f"vocab_size is 10, but the data have {words} words; it must be {words} or more" in message
 
 
 def test_a_results_folder_that_cannot_be_written_is_refused(capsys, tmp_path):

@@ -1,0 +1,201 @@
+"""Every flag of the original, the presets, and the list of the commands."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import commands
+from bench.__main__ import main as list_commands
+from bench.cli import PRESETS, flag_types, parse, preset_names
+from bench.config import ModelConfig, RunConfig
+from bench.prepare import prepare
+
+# Flag of the original, value on the command line (None: a switch), group, field, value in the config.
+ORIGINAL = [
+    ("embed_dim", "32", "model", "embed_dim", 32),
+    ("num_layers", "3", "model", "num_layers", 3),
+    ("num_heads", "4", "model", "num_heads", 4),
+    ("dropout_rate", "0.25", "model", "dropout_rate", 0.25),
+    ("num_experts", "5", "model", "num_experts", 5),
+    ("gnn_layers", "3", "model", "gnn_layers", 3),
+    ("coupler_type", "GNN", "model", "coupler_type", "GNN"),
+    ("hgnn_conv_type", "PyGHypergraphConv", "model", "hgnn_conv_type", "PyGHypergraphConv"),
+    ("static_hyperedge_strategy", "all_triplets", "model", "static_hyperedge_strategy", "all_triplets"),
+    ("hgnn_learnable_edge_weights", None, "model", "hgnn_learnable_edge_weights", True),
+    ("no_hgnn_learnable_edge_weights", None, "model", "hgnn_learnable_edge_weights", False),
+    ("vocab_size", "50000", "model", "vocab_size", 50_000),
+    ("max_seq_length", "64", "model", "max_seq_length", 64),
+    ("batch_size", "8", "training", "batch_size", 8),
+    ("learning_rate", "5e-4", "training", "learning_rate", 5e-4),
+    ("epochs", "2", "training", "epochs", 2),
+    ("max_batches_per_epoch", "7", "training", "max_batches_per_epoch", 7),
+    ("eval_every", "9", "training", "eval_every", 9),
+    ("seed", "11", "training", "seed", 11),
+    ("dataset_name", "wikitext", "data", "dataset_name", "wikitext"),
+    ("dataset_config_name", "wikitext-103-v1", "data", "dataset_config_name", "wikitext-103-v1"),
+    ("num_train_samples", "100", "data", "num_train_samples", 100),
+    ("num_eval_samples", "50", "data", "num_eval_samples", 50),
+    ("checkpoint_dir", "kept", "places", "checkpoint_dir", Path("kept")),
+    ("resume_checkpoint", "a.pt", "places", "resume_checkpoint", Path("a.pt")),
+    ("run_name", "first", "places", "run_name", "first"),
+    ("num_workers_dataloader", "2", "places", "num_workers_dataloader", 2),
+    ("quiet", None, "places", "quiet", True),
+]
+
+
+@pytest.mark.parametrize("hyphens", [False, True], ids=["underscores", "hyphens"])
+@pytest.mark.parametrize(
+    ("flag", "value", "group", "field", "expected"), ORIGINAL, ids=[r[0] for r in ORIGINAL]
+)
+def test_every_flag_of_the_original_lands_where_it_belongs(flag, value, group, field, expected, hyphens):
+    # Off before a switch turns it on, so that a switch without effect shows.
+    start = ["--no-hgnn-learnable-edge-weights"] if expected is True and group == "model" else []
+    name = "--" + (flag.replace("_", "-") if hyphens else flag)
+    config = parse(RunConfig, [*start, name, *([] if value is None else [value])], presets=True)
+    found = getattr(getattr(config, group), field)
+    assert (found, type(found)) == (expected, type(expected))
+    if not start:
+        assert found != getattr(getattr(RunConfig(), group), field)
+
+
+def test_all_data_and_automatic_workers_can_be_said():
+    config = parse(RunConfig, ["--num_eval_samples", "None", "--num_workers_dataloader", "auto"])
+    assert config.data.num_eval_samples is None
+    assert config.places.num_workers_dataloader == "auto"
+
+
+# --- presets ---------------------------------------------------------------------------------------
+
+
+def shape(config: RunConfig) -> tuple:
+    model, training = config.model, config.training
+    return (model.num_experts, model.embed_dim, model.num_layers, model.max_seq_length,
+            training.batch_size, training.epochs, training.max_batches_per_epoch,
+            training.max_steps)  # fmt: skip
+
+
+def test_baseline_is_that_of_the_original_plan():
+    config = parse(RunConfig, ["--preset", "baseline"], presets=True)
+    assert shape(config) == (4, 256, 4, 128, 32, 4, 200, None)
+    assert (config.model.dropout_rate, config.training.eval_every) == (0.1, 200)
+    assert (config.data.num_train_samples, config.data.num_eval_samples) == (None, None)
+
+
+def test_full_uses_all_of_the_text():
+    config = parse(RunConfig, ["--preset", "full"], presets=True)
+    assert shape(config) == (4, 256, 4, 128, 32, 20, None, None)
+    assert (config.model.dropout_rate, config.data.evaluate_test) == (0.3, True)
+    assert (config.data.num_train_samples, config.data.num_eval_samples) == (None, None)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_holds_flags_by_their_field_names(name):
+    known = flag_types(RunConfig)
+    for key in tomllib.loads((PRESETS / f"{name}.toml").read_text()):
+        assert known[key].field == key
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs", "max_steps"),
+    [
+        ([], 4, None),
+        (["--max-steps", "20"], None, 20),
+        (["--max_steps=20"], None, 20),
+        (["--epochs", "2"], 2, None),
+        (["--epochs=2", "--max-steps", "20"], 2, 20),
+        (["--run-name", "max_steps"], 4, None),
+    ],
+)
+def test_the_users_length_of_training_drops_the_presets(flags, epochs, max_steps):
+    training = parse(RunConfig, ["--preset", "baseline", *flags], presets=True).training
+    assert (training.epochs, training.max_steps) == (epochs, max_steps)
+    assert training.max_batches_per_epoch == 200
+
+
+# --- vocabulary and workers ------------------------------------------------------------------------
+
+
+def prepared(folder: Path, results: Path, *flags: str):
+    given = [
+        "--data-dir",
+        str(folder),
+        "--results-dir",
+        str(results),
+        "--max-seq-length",
+        "16",
+        "--batch-size",
+        "4",
+    ]
+    return prepare(parse(RunConfig, [*given, *flags], presets=True))
+
+
+def test_a_larger_vocabulary_pads_and_counts_for_the_run_id(small_data_dir, tmp_path):
+    plain = prepared(small_data_dir, tmp_path)
+    words = plain.corpus.vocabulary.size
+    assert plain.model_config.vocab_size == words
+    same = prepared(small_data_dir, tmp_path, "--vocab-size", str(words))
+    larger = prepared(small_data_dir, tmp_path, "--vocab-size", "1000")
+    assert (larger.model_config.vocab_size, larger.model_config.padded_vocab_size) == (1000, 1024)
+    assert plain.run_id == same.run_id != larger.run_id
+
+
+def test_the_vocabulary_of_the_model_config():
+    assert ModelConfig().resolved(77).vocab_size == 77
+    assert ModelConfig(vocab_size=100).resolved(77).vocab_size == 100
+    for wrong in (0, -1):
+        with pytest.raises(
+            ValueError, match=f"vocab_size is {wrong}; it must be a whole number of at least 1"
+        ):
+            ModelConfig(vocab_size=wrong)
+
+
+def test_workers_reach_every_loader_and_change_no_number(small_data_dir, tmp_path):
+    flags = ["--evaluate-test", "--num-train-samples", "8"]
+    alone = prepared(small_data_dir, tmp_path, *flags)
+    helped = prepared(small_data_dir, tmp_path, *flags, "--num-workers-dataloader", "1")
+    assert helped.run_id == alone.run_id
+    assert {name: loader.num_workers for name, loader in helped.loaders.items()} == {
+        "train": 1, "val": 1, "val_final": 1, "test": 1,
+    }  # fmt: skip
+    assert alone.loaders["train"].num_workers == 0
+    pairs = zip(alone.loaders["train"], helped.loaders["train"], strict=True)
+    assert all(a["input_ids"].equal(b["input_ids"]) for a, b in pairs)
+
+
+# --- python -m bench -------------------------------------------------------------------------------
+
+
+def test_the_commands_are_listed_without_torch_in_80_columns(run_command):
+    script = "import sys, bench.__main__ as m\nm.main([])\nprint('torch' in sys.modules)"
+    lines = run_command("timeit", "-n1", "-r1", script).stdout.splitlines()
+    assert "False" in lines
+    assert max(map(len, lines)) <= 80
+    listed = {line.split()[0]: line for line in lines if line.startswith("  ")}
+    assert {"run", "check", "speed"} <= set(listed)
+    assert "train a model" in listed["run"]
+    assert not {"cli", "config", "prepare", "session"} & set(listed)
+    assert run_command("bench").returncode == 0
+
+
+def test_a_command_is_a_module_with_a_main_and_is_not_imported(tmp_path):
+    (tmp_path / "one.py").write_text(
+        '"""``python -m bench.one``: does one.\n\nMore."""\nraise OSError\ndef main(): ...\n'
+    )
+    (tmp_path / "none.py").write_text('"""Nothing."""\n')
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "__main__.py").write_text('"""Does two."""\ndef main(): ...\n')
+    assert commands(tmp_path) == {"one": "does one.", "two": "Does two."}
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("chek", "Did you mean 'check'?"), ("--hlp", "unknown command '--hlp'"), ("run", "python -m bench.run")],
+)
+def test_an_unknown_command_gets_the_nearest_name(capsys, argument, said):
+    with pytest.raises(SystemExit) as stopped:
+        list_commands([argument])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.head import IGNORED, TiedHead
+from gnnmoe.head import IGNORED, PADDED_BIAS, TiedHead
 from gnnmoe.layer import GNNMoELayer, init_weights
 from gnnmoe.seeds import RandomStreams
 
@@ -99,8 +99,12 @@ class GNNMoEModel(nn.Module):
 
     @torch.no_grad()
     def set_output_bias(self, log_probabilities: Tensor) -> None:
-        """Start the head's bias at ``log_probabilities`` (vocab_size,), such as the log unigram."""
-        self.head.bias.copy_(log_probabilities)
+        """Start the head's bias at ``log_probabilities`` (vocab_size,), such as the log unigram.
+
+        Where there are fewer, the other words start without probability.
+        """
+        self.head.bias.fill_(PADDED_BIAS)
+        self.head.bias[: len(log_probabilities)] = log_probabilities
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters by part: total, expert, coupler, other."""

@@ -11,7 +11,9 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = ["config", "device", "data", "gate", "training", "measure", "records", "sweeps", "analysis"]
-COMMANDS = {"run", "sweep", "report", "speed", "check", "tune", "prepare", "session", "existing", "learning", "progress", "cli", "__main__"}
+COMMANDS = set(
+    "run sweep report speed check tune prepare session existing learning progress cli layers __main__".split()
+)
 
 
 def imports(path: Path) -> set[str]:

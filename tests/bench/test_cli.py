@@ -136,7 +136,7 @@ def test_a_batch_larger_than_the_data_is_refused(capsys, tmp_path, small_data_di
 def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(capsys, tmp_path, small_data_dir):
     flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "16", "--vocab-size", "10"]
     message = refusal(capsys, tmp_path / "results", *flags)
-    words = load_corpus(small_data_dir, "folder").vocabulary.size
+    words = load_corpus(data_dir=small_data_dir, source="folder").vocabulary.size
     assert f"vocab_size is 10, but the data have {words} words; it must be {words} or more" in message
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli import as_flags, parse, with_layers
+from bench.cli import parse
 from bench.config import PlacesConfig, RunConfig
+from bench.layers import as_flags, with_layers
 from bench.run import main
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from bench.__main__ import commands
 from bench.__main__ import main as list_commands
-from bench.cli import PRESETS, flag_types, parse, preset_names
+from bench.cli import parse
 from bench.config import ModelConfig, RunConfig
+from bench.layers import PRESETS, flag_types, preset_names
 from bench.prepare import prepare
 
 # Flag of the original, value on the command line (None: a switch), group, field, value in the config.
@@ -106,7 +107,7 @@ def test_a_preset_holds_flags_by_their_field_names(name):
         (["--max_steps=20"], None, 20),
         (["--epochs", "2"], 2, None),
         (["--epochs=2", "--max-steps", "20"], 2, 20),
-        (["--run-name", "max_steps"], 4, None),
+        (["--run-name", "x-epochs"], 4, None),
     ],
 )
 def test_the_users_length_of_training_drops_the_presets(flags, epochs, max_steps):

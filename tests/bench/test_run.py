@@ -231,6 +231,18 @@ def test_another_state_of_the_code_is_said(tiny, monkeypatch, capsys):
     assert "another state of the code" in capsys.readouterr().out
 
 
+def test_a_larger_vocabulary_pads_the_embedding_and_moves_no_number(tiny):
+    assert main(tiny) == 0
+    _, plain = only_run(results_of(tiny))
+    assert main([*tiny, "--vocab-size", "500", "--force"]) == 0
+    records = [json.loads(path.read_text()) for path in results_of(tiny).glob("*/*/record.json")]
+    (padded,) = [record for record in records if record["run_id"] != plain["run_id"]]
+    assert padded["status"] == "ok"
+    assert padded["parameters"]["total"] > plain["parameters"]["total"]
+    ratio = padded["quality"]["validation"]["nll_sum"] / plain["quality"]["validation"]["nll_sum"]
+    assert ratio == pytest.approx(1.0, abs=0.02)  # no probability is lost to words that are not there
+
+
 def test_a_damaged_record_is_kept_and_run_again(tiny, capsys):
     assert main(tiny) == 0
     folder, _ = only_run(results_of(tiny))

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,7 @@ class RunFolder:
             ValueError: another process is at it, or the study's folder cannot be written.
         """
         lock = self.path.with_name(f".{self.path.name}.lock")
+        made = [folder for folder in (lock.parent, lock.parent.parent) if not folder.exists()]
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("w")
@@ -39,12 +40,16 @@ class RunFolder:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.stat()  # gone: its holder ended between our two calls, and others lock a new one
             except OSError as error:
                 raise ValueError(f"another process is at run {self.path.name}; wait for it.") from error
             try:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+                with suppress(OSError):  # what was refused leaves no empty folders
+                    for folder in made:
+                        folder.rmdir()
 
     def create(self, record: Record) -> None:
         """Make the folder with this first record, an empty history and an empty log.

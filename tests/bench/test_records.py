@@ -171,7 +171,7 @@ def test_a_run_is_locked_for_everybody_else(tmp_path):
             pass
     with second.locked():
         pass
-    assert not list((tmp_path / "study").iterdir())
+    assert not list(tmp_path.iterdir()), "neither a lock nor an empty folder stays"
 
 
 def test_a_study_that_is_a_file_is_refused(tmp_path):

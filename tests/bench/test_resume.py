@@ -189,6 +189,7 @@ def test_resuming_another_config_names_the_fields_that_differ(run, interrupted, 
 
 def test_nothing_to_resume_and_a_finished_run(run, capsys):
     assert "drop --resume to start" in refusal(capsys, [*run, "--resume"])
+    assert not results_of(run).exists(), "nothing is written"
     assert main(run) == 0
     capsys.readouterr()
     assert main([*run, "--resume"]) == 0

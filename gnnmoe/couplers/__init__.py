@@ -1,6 +1,6 @@
 """Couplers, one file each. To add one, copy ``mean.py``: it is found by being here."""
 
-from gnnmoe.couplers._base import Coupler, combiner, effective_mixing
+from gnnmoe.couplers._base import Coupler, combiner, effective_mixing, linear_flops
 from gnnmoe.couplers._registry import (
     build_coupler,
     coupler_class,
@@ -19,5 +19,6 @@ __all__ = [
     "coupler_names",
     "coupler_option_defaults",
     "effective_mixing",
+    "linear_flops",
     "register_coupler",
 ]

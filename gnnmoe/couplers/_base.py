@@ -52,6 +52,14 @@ class Coupler(nn.Module, ABC):
         del expert_outputs, layer_input
         return {}
 
+    def flops(self, tokens: int) -> int | None:
+        """Return the FLOPs of ``forward`` on this many tokens: 2 a multiply-add of a matrix product.
+
+        None where nobody wrote the formula down; ``torch.utils.flop_counter`` counts them then.
+        """
+        del tokens
+        return None
+
     def static_communication(self) -> dict[str, Tensor]:
         """Return what is the same for every token (hyperedge weights, adjacency), by name."""
         return {}
@@ -83,6 +91,11 @@ class Coupler(nn.Module, ABC):
         Entries that are missing here are read as one value (or row) an expert.
         """
         return {}
+
+
+def linear_flops(rows: int, in_features: int, out_features: int) -> int:
+    """Return the FLOPs of a matrix product (rows, in) × (in, out), as ``flop_counter`` counts them."""
+    return 2 * rows * in_features * out_features
 
 
 def combiner(embed_dim: int) -> nn.Sequential:

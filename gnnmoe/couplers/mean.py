@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gnnmoe.couplers._base import Coupler
+from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
 
 
@@ -35,3 +35,7 @@ class MeanCoupler(Coupler):
         for expert in range(1, expert_outputs.shape[2]):
             total = total + expert_outputs[:, :, expert]
         return self.combiner(total / expert_outputs.shape[2])
+
+    def flops(self, tokens: int) -> int:
+        """Count the combiner; the mean itself is no matrix product."""
+        return linear_flops(tokens, self.config.embed_dim, self.config.embed_dim)

@@ -25,12 +25,13 @@ class ModelConfig(GNNMoEConfig):
     """The model's own config as flags."""
 
     coupler_type: Annotated[str, tyro.conf.arg(name="coupler", aliases=("--coupler-type",))] = "HGNN"
-    """Coupler: a registered name (an unknown one lists them all) or package.module:Class."""
+    """Coupler: a registered name (an unknown one lists them all), package.module:Class or file.py:Class."""
     coupler_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     coupler_option: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
     ] = ()
-    """An option of the coupler's own, such as backend=loop; may be given several times."""
+    """An option of the coupler's own, such as backend=loop, or HGNN.backend=loop, which other couplers
+    ignore; may be given several times."""
     vocab_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     """Rows for this many words, at least those of the data (None: as many as the data have)."""
 

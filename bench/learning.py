@@ -8,7 +8,7 @@ from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record
 from bench.training.checkpoint import save_checkpoint
-from bench.training.communication import CommunicationTrace
+from bench.training.communication import CommunicationTrace, probe_tokens
 from bench.training.interruption import Interruption
 from bench.training.loop import Trained, Trainer
 from gnnmoe.model import GNNMoEModel
@@ -31,7 +31,8 @@ class Learning:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
         config, loaders = prepared.config.training, prepared.loaders
         self.trainer = Trainer(model, loaders["train"], loaders["val"], config, prepared.device, self)
-        self.trace = CommunicationTrace()
+        tokens = next(iter(loaders["val"]))["input_ids"]
+        self.trace = CommunicationTrace(probe_tokens(tokens).to(prepared.device))
         self.every = prepared.config.places.checkpoint_every or config.eval_every
         if state is None:
             self.trace.sample(0, model)

@@ -25,13 +25,11 @@ from bench.measure.speed import measure_speed
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict, new_record
-from bench.training.communication import summarize_communication
+from bench.training.communication import probe_tokens, summarize_communication
 from bench.training.evaluation import evaluate
 from bench.training.interruption import Interruption
 from bench.training.loop import Diverged
 from gnnmoe.model import GNNMoEModel
-
-MIXING_TOKENS = 512  # the content-dependent mixing is averaged over so many validation tokens
 
 
 class GateFailed(Exception):
@@ -188,8 +186,7 @@ class Session:
         self.record["quality"] = quality
         self.prepared.folder.write_arrays("nll.npz", arrays)
         tokens = next(iter(loaders["val"]))["input_ids"]
-        rows = max(1, MIXING_TOKENS // tokens.shape[1])
-        self.record["communication"] = summarize_communication(model, tokens[:rows].to(device))
+        self.record["communication"] = summarize_communication(model, probe_tokens(tokens).to(device))
 
 
 def _now() -> str:

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bench.device import resolve_device
     from bench.measure.coupler_speed import time_forms
     from bench.measure.environment import device_name
+    from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
 
     model = config.model.resolved(1)
     console = Console(highlight=False)
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{timing.largest_difference:.0e}", str(len(timing.seconds)),
         )  # fmt: skip
     console.print(table)
+    left_out = [name for name in missing_backends() if timings[0].form in BACKENDS]
+    if left_out:
+        console.print(f"left out: {', '.join(left_out)} (pip install 'gnnmoe[scatter]' brings them)")
     return 0
 
 

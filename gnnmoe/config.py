@@ -18,11 +18,12 @@ class GNNMoEConfig:
     """
 
     coupler_type: str = "HGNN"
-    """Coupler: a registered name (an unknown one lists them all) or package.module:Class."""
+    """Coupler: a registered name (an unknown one lists them all), package.module:Class or file.py:Class."""
     hgnn_conv_type: str = "HypergraphConv"
     """HGNN: the hypergraph layer; HypergraphConv (the documented formula) or PyGHypergraphConv."""
     static_hyperedge_strategy: str = "all_pairs"
-    """HGNN: which experts share a hyperedge; all_pairs, all_triplets or all."""
+    """HGNN: which experts share a hyperedge; all_pairs, all_triplets, pairs_and_triplets, all, k_subsets:k=3,
+    ring:k=2, random:k=3,m=8,seed=0 or file:edges.json (a JSON list of member lists)."""
     hgnn_learnable_edge_weights: bool = True
     """HGNN: learn a positive weight for each hyperedge (1 at the start)."""
     gnn_layers: int = 2
@@ -33,6 +34,8 @@ class GNNMoEConfig:
     """Experts in each layer; all of them see every token."""
     embed_dim: int = 64
     """Width of the embeddings and of every expert."""
+    ffn_dim: int | None = None
+    """Hidden width of an expert's feed-forward part (None: 4 × embed_dim)."""
     num_layers: int = 2
     """Layers of experts, each with a coupler of its own."""
     num_heads: int = 2
@@ -50,6 +53,8 @@ class GNNMoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.ffn_dim is not None and self.ffn_dim < 1:
+            raise ValueError(f"ffn_dim is {self.ffn_dim}; it must be at least 1 (None: 4 × embed_dim).")
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"dropout_rate is {self.dropout_rate!r}; it must lie in [0, 1).")
         if self.embed_dim % self.num_heads:
@@ -58,6 +63,11 @@ class GNNMoEConfig:
                 f"num_heads is {self.num_heads} and does not divide embed_dim {self.embed_dim}; "
                 f"heads that do: {', '.join(map(str, divisors[:12]))}."
             )
+
+    @property
+    def expert_width(self) -> int:
+        """``ffn_dim``, or 4 × embed_dim where none is given."""
+        return 4 * self.embed_dim if self.ffn_dim is None else self.ffn_dim
 
     @property
     def padded_vocab_size(self) -> int:

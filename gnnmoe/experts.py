@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class ExpertBlock(nn.Module):
-    """Causal self-attention and a feed-forward net of width 4 D, each with its residual.
+    """Causal self-attention and a feed-forward net, each with its residual.
 
     Attention is causal without a mask tensor, so padding on the right is inert by itself.
     """
 
-    def __init__(self, config: GNNMoEConfig) -> None:
+    def __init__(self, config: GNNMoEConfig, ffn_dim: int | None = None) -> None:
         super().__init__()
-        D = config.embed_dim
+        D, ffn_dim = config.embed_dim, ffn_dim or config.expert_width
         self.num_heads, self.dropout_rate = config.num_heads, config.dropout_rate
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.up, self.down = nn.Linear(D, ffn_dim), nn.Linear(ffn_dim, D)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return (B, L, D) for an input of the same shape."""
@@ -43,3 +43,10 @@ class ExpertBlock(nn.Module):
 
     def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout_rate, self.training) if self.dropout_rate else x
+
+    @staticmethod
+    def flops(config: GNNMoEConfig, batch: int, length: int, ffn_dim: int | None = None) -> int:
+        """Return the FLOPs of a forward: 2 a multiply-add, attention counted whole although it is causal."""
+        D = config.embed_dim
+        maps = 4 * D * D + 2 * D * (ffn_dim or config.expert_width)
+        return 2 * batch * length * (maps + 2 * length * D)

@@ -1,4 +1,4 @@
-"""The same static propagation three ways: PyG token by token, one PyG call, one matrix product.
+"""The same static propagation five ways: PyG token by token, PyG once, scatter, sparse, one matrix.
 
 All take ``x`` (N, E, D), the layer's weight and bias, the hyperedge index and the hyperedge
 weights, and agree in float64 to 1e-10. ``loop`` is what the original experiments ran; it is kept
@@ -7,26 +7,54 @@ as the thing to be replaced.
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.hypergraph import propagation_matrix, safe_reciprocal
+from gnnmoe.hypergraph import propagation_factors, propagation_matrix
 
 if TYPE_CHECKING:
-    from gnnmoe.couplers.hgnn import HypergraphLayer
+    from gnnmoe.hypergraph_layers.static import StaticConvolution
 
 
-def vectorized(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+def vectorized(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
     """Apply P (E, E) to all tokens at once: no index is built, nothing is gathered."""
     P_EE = propagation_matrix(layer.incidence_EM, weights_M, layer.formula)
     return torch.matmul(P_EE, F.linear(x_NED, layer.weight)) + layer.bias
 
 
-def pyg(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+def scatter(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+    """Gather members, sum them into hyperedges with torch_scatter, and the same way back."""
+    scatter_sum = _optional("torch_scatter").scatter_sum
+    experts, edges = layer.index
+    before_E, per_edge_M, after_E = propagation_factors(layer.incidence_EM, weights_M, layer.formula)
+    mapped_NED = F.linear(x_NED, layer.weight) * before_E[:, None]
+    z_NMD = scatter_sum(mapped_NED[:, experts], edges, dim=1, dim_size=len(per_edge_M))
+    z_NMD = z_NMD * per_edge_M[:, None]
+    heard_NED = scatter_sum(z_NMD[:, edges], experts, dim=1, dim_size=x_NED.shape[1])
+    return heard_NED * after_E[:, None] + layer.bias
+
+
+def sparse(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+    """Multiply by the sparse incidence with torch_sparse, all tokens side by side as columns."""
+    spmm = _optional("torch_sparse").spmm
+    N, E, D = x_NED.shape
+    M = len(weights_M)
+    before_E, per_edge_M, after_E = propagation_factors(layer.incidence_EM, weights_M, layer.formula)
+    mapped_NED = F.linear(x_NED, layer.weight) * before_E[:, None]
+    ones = mapped_NED.new_ones(layer.index.shape[1])
+    columns = mapped_NED.transpose(0, 1).reshape(E, N * D)
+    z = spmm(layer.index.flip(0), ones, M, E, columns) * per_edge_M[:, None]
+    heard_NED = spmm(layer.index, ones, E, M, z).view(E, N, D).transpose(0, 1)
+    return heard_NED * after_E[:, None] + layer.bias
+
+
+def pyg(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
     """Call PyG once: hyperedge ids of token n are shifted by n·M, expert ids by n·E.
 
     ``torch_geometric.data.Batch`` would shift both by E, and hyperedges of different tokens would
@@ -39,23 +67,59 @@ def pyg(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
         torch.arange(N, device=index.device)[:, None] * torch.tensor([[E], [M]], device=index.device)[:, None]
     )
     batched = (index[:, None, :] + shift).reshape(2, -1)
-    conv = _shared_conv(layer)
-    return conv(x_NED.reshape(N * E, D), batched, weights_M.repeat(N), num_edges=N * M).view(
-        N, E, layer.weight.shape[0]
-    )
+    return _convolve(layer, x_NED.reshape(N * E, D), batched, weights_M, tokens=N).view(N, E, D)
 
 
-def loop(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+def loop(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
     """Call PyG once a token, as the original experiments did."""
-    conv = _shared_conv(layer)
-    M = weights_M.shape[0]
-    return torch.stack([conv(x_ED, layer.index, weights_M, num_edges=M) for x_ED in x_NED])
+    return torch.stack([_convolve(layer, x_ED, layer.index, weights_M, tokens=1) for x_ED in x_NED])
 
 
-BACKENDS = {"vectorized": vectorized, "pyg": pyg, "loop": loop}
+BACKENDS = {"vectorized": vectorized, "pyg": pyg, "loop": loop, "scatter": scatter, "sparse": sparse}
+OPTIONAL_PACKAGES = {"scatter": "torch_scatter", "sparse": "torch_sparse"}
+"""The package that a backend needs beyond the project's own dependencies."""
 
 
-def _shared_conv(layer: HypergraphLayer) -> nn.Module:
+def require_backend(backend: str) -> None:
+    """Raise ``ValueError``, saying how to install it, where a backend's package is missing."""
+    if backend in OPTIONAL_PACKAGES:
+        _optional(OPTIONAL_PACKAGES[backend])
+
+
+def missing_backends() -> list[str]:
+    """Return the backends whose package cannot be imported here."""
+    missing = []
+    for backend in OPTIONAL_PACKAGES:
+        try:
+            require_backend(backend)
+        except ValueError:
+            missing.append(backend)
+    return missing
+
+
+@cache
+def _optional(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except (ImportError, OSError) as error:  # OSError: built for another torch
+        backend = next(name for name, needed in OPTIONAL_PACKAGES.items() if needed == package)
+        raise ValueError(
+            f"backend {backend} needs {package}, which cannot be imported ({error}); install it with "
+            "pip install --no-build-isolation 'gnnmoe[scatter]' (without a ready wheel it is compiled, "
+            "which takes 10 to 40 minutes), or choose backend vectorized."
+        ) from error
+
+
+def _convolve(layer: StaticConvolution, x: Tensor, index: Tensor, weights_M: Tensor, tokens: int) -> Tensor:
+    """Run the layer's PyG convolution on the features (nodes, D) of this many tokens."""
+    conv: Any = _shared_conv(layer)
+    if layer.formula == "PyGHypergraphConv":
+        return conv(x, index, weights_M.repeat(tokens), num_edges=tokens * len(weights_M))
+    factors = propagation_factors(layer.incidence_EM, weights_M, layer.formula)
+    return conv(x, index, *(factor.repeat(tokens) for factor in factors))
+
+
+def _shared_conv(layer: StaticConvolution) -> nn.Module:
     """Return a PyG convolution whose parameters are the layer's own, made once a layer.
 
     It is kept outside the module tree: the layer's parameters appear there already.
@@ -72,26 +136,21 @@ def _shared_conv(layer: HypergraphLayer) -> nn.Module:
 @cache
 def _conv_class(formula: str) -> type[nn.Module]:
     from torch_geometric.nn import HypergraphConv
-    from torch_geometric.utils import scatter
 
     if formula == "PyGHypergraphConv":
         return HypergraphConv
 
-    class DocumentedHypergraphConv(HypergraphConv):
-        """PyG's layer with the weights in the message too, as its documentation says."""
+    class FactoredHypergraphConv(HypergraphConv):
+        """PyG's two propagations with the factors of another formula."""
 
-        def forward(self, x, hyperedge_index, hyperedge_weight, num_edges):  # pyright: ignore
-            experts, edges = hyperedge_index
-            size = scatter(x.new_ones(edges.shape[0]), edges, dim_size=num_edges)
-            degree = scatter(hyperedge_weight[edges], experts, dim_size=x.shape[0])
-            to_edges = hyperedge_weight * safe_reciprocal(size)
-            x = self.lin(x)
-            x = self.propagate(hyperedge_index, x=x, norm=to_edges, alpha=None, size=(x.shape[0], num_edges))
-            x = self.propagate(hyperedge_index.flip(0), x=x, norm=safe_reciprocal(degree), alpha=None,
-                               size=(num_edges, degree.shape[0]))  # fmt: skip
+        def forward(self, x, hyperedge_index, before, per_edge, after):  # pyright: ignore
+            x = self.lin(x) * before[:, None]
+            nodes, edges = x.shape[0], per_edge.shape[0]
+            x = self.propagate(hyperedge_index, x=x, norm=per_edge, alpha=None, size=(nodes, edges))
+            x = self.propagate(hyperedge_index.flip(0), x=x, norm=after, alpha=None, size=(edges, nodes))
             return x.view(-1, self.out_channels) + self.bias
 
-    return DocumentedHypergraphConv
+    return FactoredHypergraphConv
 
 
 class PyGHypergraphConvWrapper(nn.Module):

@@ -21,11 +21,13 @@ class GNNMoELayer(nn.Module):
     def __init__(self, config: GNNMoEConfig, streams: RandomStreams | None = None) -> None:
         super().__init__()
         streams = streams or RandomStreams(int(torch.randint(2**31, ())))
-        with streams("init.experts"):
-            self.experts = nn.ModuleList(ExpertBlock(config) for _ in range(config.num_experts))
-            self.experts.apply(init_weights)
         with streams("init.coupler"):
-            self.coupler = build_coupler(config)
+            coupler = build_coupler(config)
+        count, ffn_dim = coupler.expert_shape()
+        with streams("init.experts"):
+            self.experts = nn.ModuleList(ExpertBlock(config, ffn_dim) for _ in range(count))
+            self.experts.apply(init_weights)
+        self.coupler = coupler
 
     def expert_outputs(self, x_BLD: Tensor) -> Tensor:
         """Return what each expert makes of ``x`` (B, L, D): (B, L, E, D)."""
@@ -36,10 +38,18 @@ class GNNMoELayer(nn.Module):
         return self.forward_with_auxiliary(x_BLD)[0]
 
     def forward_with_auxiliary(self, x_BLD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (B, L, D) and the coupler's auxiliary losses by name."""
+        """Return (B, L, D) and, in train mode, the coupler's auxiliary losses by name."""
         expert_outputs_BLED = self.expert_outputs(x_BLD)
-        auxiliary = self.coupler.auxiliary_losses(expert_outputs_BLED, x_BLD)
+        auxiliary = self.coupler.auxiliary_losses(expert_outputs_BLED, x_BLD) if self.training else {}
         return x_BLD + self.coupler(expert_outputs_BLED, x_BLD), auxiliary
+
+    def flops(self, batch: int, length: int) -> int | None:
+        """Return the FLOPs of a forward, or None where the coupler does not say its own."""
+        own = self.coupler.flops(batch * length)
+        if own is None:
+            return None
+        count, ffn_dim = self.coupler.expert_shape()
+        return own + count * ExpertBlock.flops(self.coupler.config, batch, length, ffn_dim)
 
 
 def init_weights(module: nn.Module) -> None:

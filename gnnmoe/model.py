@@ -58,7 +58,7 @@ class GNNMoEModel(nn.Module):
             return_logits: without them the full logits are never held; ``logits`` is None.
 
         ``loss`` is None without labels or targets; −100 is not scored. ``auxiliary_loss`` is the
-        sum of the couplers' own losses (0 for most), never part of ``loss``.
+        sum of the couplers' own losses (0 for most, and in eval mode), never part of ``loss``.
 
         Raises:
             ValueError: labels together with targets, a mask with padding elsewhere than on the
@@ -115,6 +115,17 @@ class GNNMoEModel(nn.Module):
             counts["coupler"] += sum(p.numel() for p in layer.coupler.parameters())
         total = sum(p.numel() for p in self.parameters())
         return {"total": total, **counts, "other": total - sum(counts.values())}
+
+    def flops(self, batch: int, length: int) -> int | None:
+        """Return the FLOPs of a forward with logits: 2 a multiply-add of a matrix product.
+
+        None where a coupler does not say its own; ``torch.utils.flop_counter`` counts them then.
+        """
+        layers = [layer.flops(batch, length) for layer in self.layers if isinstance(layer, GNNMoELayer)]
+        if any(flops is None for flops in layers):
+            return None
+        head = 2 * batch * length * self.config.embed_dim * self.config.vocab_size
+        return head + sum(flops for flops in layers if flops is not None)
 
     @torch.no_grad()
     def analyze_expert_communication(self, input_ids: Tensor | None = None) -> dict[str, dict[str, Tensor]]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, build_coupler, coupler_class, coupler_option_defaults
-from gnnmoe.hypergraph_backends import BACKENDS
+from gnnmoe.couplers import Coupler, build_coupler, resolved_options
+from gnnmoe.hypergraph import FORMULAS
+from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
 from gnnmoe.seeds import RandomStreams
 
 REFERENCE = "reference()"
@@ -36,6 +37,8 @@ class Timing:
 def time_forms(config: GNNMoEConfig, batch_size: int, rounds: int, device: torch.device) -> Iterator[Timing]:
     """Yield a timing for each form: the default first, then the other backends and ``reference()``.
 
+    Backends whose package is missing are left out.
+
     Inputs are random, (batch_size, max_seq_length, E, D) in float32. Each form warms up once and
     is then timed ``rounds`` times; one whose warm-up takes over two seconds is timed once.
     """
@@ -54,9 +57,11 @@ def time_forms(config: GNNMoEConfig, batch_size: int, rounds: int, device: torch
 
 
 def _forms(config: GNNMoEConfig, device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    has_backends = "backend" in coupler_option_defaults(coupler_class(config.coupler_type))
-    default = config.coupler_options.get("backend", "vectorized")
+    default = resolved_options(config).get("backend")
+    has_backends = default is not None and config.hgnn_conv_type in FORMULAS
     backends = [default, *(name for name in BACKENDS if name != default)] if has_backends else []
+    for missing in set(missing_backends()) - {default}:  # the default's own absence is refused by build
+        backends = [name for name in backends if name != missing]
     for backend in backends:
         yield backend, _build(config, {"backend": backend}, device)
     plain = _build(config, {}, device)

@@ -11,18 +11,35 @@ from torch import Tensor
 from gnnmoe.layer import GNNMoELayer
 from gnnmoe.model import GNNMoEModel
 
+MIXING_TOKENS = 128  # what depends on content is averaged over so many validation tokens
+
+
+def probe_tokens(input_ids: Tensor) -> Tensor:
+    """Return the first rows of ``input_ids`` (B, L) with about ``MIXING_TOKENS`` tokens, at least one."""
+    return input_ids[: max(1, MIXING_TOKENS // input_ids.shape[1])]
+
+
+def communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Return what every layer's coupler says of itself on ``input_ids`` (B, L), in eval mode."""
+    was_training = model.training
+    model.eval()
+    found = model.analyze_expert_communication(input_ids)
+    model.train(was_training)
+    return found
+
 
 class CommunicationTrace:
-    """The static parts of every layer's ``communication``, sampled now and then."""
+    """Every layer's ``communication`` on the same tokens (B, L), sampled now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, input_ids: Tensor) -> None:
+        self.input_ids = input_ids
         self._steps: list[int] = []
         self._samples: dict[str, list[np.ndarray]] = {}
 
     def sample(self, step: int, model: GNNMoEModel) -> None:
         """Keep a copy of what the model says after ``step`` steps."""
         self._steps.append(step)
-        for layer, parts in model.analyze_expert_communication().items():
+        for layer, parts in communication(model, self.input_ids).items():
             for name, value in parts.items():
                 self._samples.setdefault(f"{layer}.{name}", []).append(value.float().cpu().numpy().copy())
 
@@ -43,14 +60,8 @@ class CommunicationTrace:
 
 
 def summarize_communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, Any]:
-    """Return what every layer's coupler says of itself, vectors by member names, ready for JSON.
-
-    The mixing, which depends on content, is averaged over the tokens of ``input_ids`` (B, L).
-    """
-    was_training = model.training
-    model.eval()
-    found = model.analyze_expert_communication(input_ids)
-    model.train(was_training)
+    """Return ``communication`` with vectors by member names, ready for JSON."""
+    found = communication(model, input_ids)
     summary: dict[str, Any] = {}
     for number, parts in enumerate(found.values()):
         layer = model.layers[number]

@@ -1,18 +1,19 @@
 """Couplers, one file each. To add one, copy ``mean.py``: it is found by being here."""
 
 from gnnmoe.couplers._base import Coupler, combiner, effective_mixing, linear_flops
-from gnnmoe.couplers._registry import (
+from gnnmoe.couplers._contract import check_contract
+from gnnmoe.couplers._options import (
     build_coupler,
-    coupler_class,
     coupler_identity,
-    coupler_names,
     coupler_option_defaults,
-    register_coupler,
+    resolved_options,
 )
+from gnnmoe.couplers._registry import coupler_class, coupler_names, register_coupler
 
 __all__ = [
     "Coupler",
     "build_coupler",
+    "check_contract",
     "combiner",
     "coupler_class",
     "coupler_identity",
@@ -21,4 +22,5 @@ __all__ = [
     "effective_mixing",
     "linear_flops",
     "register_coupler",
+    "resolved_options",
 ]

@@ -6,7 +6,7 @@ Shapes: B batch, L length, E experts, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,12 @@ class Coupler(nn.Module, ABC):
     """Which of ``gnn_layers`` and the ``hgnn_`` fields it reads; None: perhaps all of them. Two
     configs that differ in other fields only are one run."""
 
+    @classmethod
+    def fields_read(cls, options: dict[str, Any]) -> tuple[str, ...] | None:
+        """Return ``config_fields`` as they are with these options of its own."""
+        del options
+        return cls.config_fields
+
     def __init__(self, config: GNNMoEConfig) -> None:
         super().__init__()
         self.config = config
@@ -44,6 +50,10 @@ class Coupler(nn.Module, ABC):
     @abstractmethod
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Compute the same as ``forward``, naively: written from the formula, loops allowed."""
+
+    def expert_shape(self) -> tuple[int, int]:
+        """Return how many experts the layer has and the hidden width of each; dense has its own."""
+        return self.config.num_experts, self.config.expert_width
 
     def auxiliary_losses(
         self, expert_outputs: Tensor, layer_input: Tensor | None = None

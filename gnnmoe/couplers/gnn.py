@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.couplers._base import Coupler
+from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
 
 if TYPE_CHECKING:
@@ -34,11 +34,15 @@ class ExpertGraphConv(nn.Module):
     def forward(self, x_NED: Tensor) -> Tensor:
         """Return the updated features (N, E, D), the residual included."""
         adjacency_EE = torch.sigmoid(self.adjacency_logits) * self.off_diagonal_EE
-        w_a, w_b = self.edge_score.weight[0].chunk(2)
-        receiver_NE, sender_NE = x_NED @ w_a, x_NED @ w_b
+        receiver_NE, sender_NE = F.linear(x_NED, self.edge_score.weight.view(2, -1)).unbind(-1)
         gate_NEE = torch.sigmoid(receiver_NE[:, :, None] + sender_NE[:, None, :] + self.edge_score.bias)
         messages_NED = torch.bmm((adjacency_EE * gate_NEE).to(x_NED.dtype), x_NED)
         return F.gelu(self.neighbor_map(messages_NED) + self.self_map(x_NED)) + x_NED
+
+    def flops(self, tokens: int) -> int:
+        """Count the two scores, the messages and the two maps of E experts."""
+        E, D = self.adjacency_logits.shape[0], self.self_map.in_features
+        return 2 * tokens * (2 * E * D + E * E * D + 2 * E * D * D)
 
     def pairwise(self, features: list[Tensor]) -> list[Tensor]:
         """Update a list of E features (B, L, D), one pair of experts after the other."""
@@ -96,6 +100,11 @@ class GNNExpertCoupler(Coupler):
         for layer in self.layers:
             features = layer.pairwise(features)  # pyright: ignore[reportCallIssue]
         return self.combiner(torch.stack(features).mean(0))
+
+    def flops(self, tokens: int) -> int:
+        """Count every graph layer and the combiner."""
+        own = sum(layer.flops(tokens) for layer in self.layers)  # pyright: ignore[reportCallIssue]
+        return own + linear_flops(tokens, self.config.embed_dim, self.config.embed_dim)
 
     def static_communication(self) -> dict[str, Tensor]:
         """Return ``adjacency_k`` (E, E) of each graph layer k: σ(A), row i listens to column j."""

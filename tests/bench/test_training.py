@@ -177,7 +177,7 @@ def test_dropout_follows_the_seed(corpus):
 
 
 def test_a_trace_keeps_copies_over_time(model):
-    trace = CommunicationTrace()
+    trace = CommunicationTrace(torch.arange(12).view(2, 6))
     trace.sample(0, model)
     with torch.no_grad():
         model.layers[0].coupler.hyperedge_weights.add_(1.0)
@@ -186,3 +186,5 @@ def test_a_trace_keeps_copies_over_time(model):
     assert arrays["step"].tolist() == [0, 5]
     raised = math.log1p(math.exp(math.log(math.e - 1) + 1.0))
     assert arrays["layer_0.hyperedge_weights"][:, 0] == pytest.approx([1.0, raised], rel=1e-6)
+    assert arrays["layer_1.mixing"].shape == (2, 4)
+    assert arrays["layer_0.mixing"].sum(1) == pytest.approx([1.0, 1.0], rel=1e-6)

@@ -7,8 +7,21 @@ from torch import Tensor, nn
 
 from gnnmoe.couplers.mean import MeanCoupler
 
+DOCUMENTED = """
+    .. math:: y = f(x)
 
-class Wrong(MeanCoupler):
+    Shapes: those of the mean. Source: made up.
+    """
+
+
+class Made(MeanCoupler):
+    """The mean; its subclasses say in one line what is wrong, and this adds the rest of the docstring."""
+
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = f"{cls.__doc__}\n{DOCUMENTED}"
+
+
+class Wrong(Made):
     """Forward and reference are the same, so that only the one wrong thing shows."""
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
@@ -100,14 +113,14 @@ class Memory(Wrong):
         return output
 
 
-class OtherReference(MeanCoupler):
+class OtherReference(Made):
     """Its reference is off by one part in a million."""
 
     def reference(self, expert_outputs, layer_input=None):
         return super().reference(expert_outputs, layer_input) * (1 + 1e-6)
 
 
-class OtherGradient(MeanCoupler):
+class OtherGradient(Made):
     """The same output as its reference, with another gradient."""
 
     def forward(self, expert_outputs, layer_input=None):
@@ -146,14 +159,14 @@ class NotANumberInBf16(Wrong):
         return self.combiner(mean / gap.to(mean.dtype))
 
 
-class Raising(MeanCoupler):
+class Raising(Made):
     """Fails in every call."""
 
     def forward(self, expert_outputs, layer_input=None):
         raise KeyError("no such expert")
 
 
-class WrongShape(MeanCoupler):
+class WrongShape(Made):
     """Forgets to mix."""
 
     def forward(self, expert_outputs, layer_input=None):
@@ -172,7 +185,7 @@ class NoisyInTraining(Wrong):
         return self.combiner(mean + torch.randn_like(mean) if self.training else mean)
 
 
-class Unbuildable(MeanCoupler):
+class Unbuildable(Made):
     """Fails when it is built."""
 
     def __init__(self, config):

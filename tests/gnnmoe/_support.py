@@ -5,7 +5,9 @@ Shapes: B batch, L length, E experts, D width, N tokens, M hyperedges.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -14,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from gnnmoe import Coupler, GNNMoEConfig, GNNMoEModel, build_coupler, coupler_names
-from gnnmoe.couplers.hgnn import CONV_TYPES, HypergraphLayer
 from gnnmoe.couplers.mean import MeanCoupler
-from gnnmoe.hypergraph import STRATEGIES, Members, hyperedge_index, incidence
+from gnnmoe.hypergraph import FORMULAS, Members
+from gnnmoe.hypergraph_backends import BACKENDS, OPTIONAL_PACKAGES
+from gnnmoe.hypergraph_layers import CONV_TYPES, HypergraphLayer
+from gnnmoe.strategies import default_strategies
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 NO_HYPEREDGES = "ignore:HGNN. .* has no hyperedges"
 Module = TypeVar("Module", bound=nn.Module)
-FORMULAS = ("HypergraphConv", "PyGHypergraphConv")
 
 
 def _cases() -> list:
@@ -29,9 +32,12 @@ def _cases() -> list:
         pytest.param({"coupler_type": name}, id=name, marks=pytest.mark.core(f"coupler:{name}"))
         for name in coupler_names()
     ]
-    for strategy, conv in itertools.product(STRATEGIES, CONV_TYPES):
+    forms = [("all_pairs", conv) for conv in CONV_TYPES]
+    forms += itertools.product(default_strategies()[1:], ("HypergraphConv", "HNHN"))
+    for strategy, conv in forms:
         fields = {"static_hyperedge_strategy": strategy, "hgnn_conv_type": conv}
-        marks = [pytest.mark.core("coupler:HGNN"), pytest.mark.core(f"strategy:{strategy}")]
+        marks = [pytest.mark.core(f"{kind}:{name}") for kind, name in
+                 (("coupler", "HGNN"), ("strategy", strategy), ("conv", conv))]  # fmt: skip
         cases.append(pytest.param(fields, id=f"HGNN-{conv}-{strategy}", marks=marks))
     fields = {"hgnn_learnable_edge_weights": False}
     cases.append(pytest.param(fields, id="HGNN-unlearned", marks=pytest.mark.core("coupler:HGNN")))
@@ -41,8 +47,29 @@ def _cases() -> list:
 every_coupler = pytest.mark.parametrize("fields", _cases())
 every_formula = pytest.mark.parametrize("formula", FORMULAS)
 every_strategy = pytest.mark.parametrize(
-    "strategy", [pytest.param(name, marks=pytest.mark.core(f"strategy:{name}")) for name in STRATEGIES]
+    "strategy",
+    [pytest.param(name, marks=pytest.mark.core(f"strategy:{name}")) for name in default_strategies()],
 )
+every_conv_type = pytest.mark.parametrize(
+    "conv_type", [pytest.param(name, marks=pytest.mark.core(f"conv:{name}")) for name in CONV_TYPES]
+)
+SYMMETRIC = ("all_pairs", "all_triplets", "all", "k_subsets", "pairs_and_triplets")
+"""Strategies that no permutation of the experts changes."""
+every_symmetric_strategy = pytest.mark.parametrize("strategy", SYMMETRIC)
+
+
+def backends(*names: str) -> Any:
+    """Parametrize over backends; one not installed is skipped, unless REQUIRE_OPTIONAL names it."""
+    required = os.environ.get("REQUIRE_OPTIONAL", "").split(",")
+    cases = []
+    for name in names or BACKENDS:
+        package = OPTIONAL_PACKAGES.get(name)
+        missing = package is not None and importlib.util.find_spec(package) is None
+        skip = pytest.mark.skipif(missing and name not in required, reason=f"{package} is not installed")
+        cases.append(
+            pytest.param(name, marks=[skip, pytest.mark.core(f"backend:{name}")] if not package else skip)
+        )
+    return pytest.mark.parametrize("backend", cases)
 
 
 def small_config(**fields: Any) -> GNNMoEConfig:
@@ -67,12 +94,12 @@ def make_model(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any)
 
 
 def make_layer(
-    members: list[Members], E: int, formula: str, backend: str = "vectorized", D: int = 3
-) -> HypergraphLayer:
-    index = hyperedge_index(members)
+    members: list[Members], E: int, conv_type: str, backend: str = "vectorized", D: int = 3
+) -> Any:
+    options = {"backend": backend} if conv_type in FORMULAS else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        layer = HypergraphLayer(D, index, incidence(index, E, len(members)), formula, backend)
+        layer: HypergraphLayer = CONV_TYPES[conv_type](members, E, D, 1, **options)
         return perturbed(layer.double())
 
 
@@ -128,15 +155,23 @@ def assert_same_function(
 
 
 def dense_oracle(H_EM: Tensor, w_M: Tensor, formula: str) -> Tensor:
-    """D⁻¹ H W B⁻¹ Hᵀ (or without W) as explicit matrices; every expert has a hyperedge."""
+    """D⁻¹ H W B⁻¹ Hᵀ (or without W, or symmetric) as explicit matrices; every expert has a hyperedge."""
     D, B, W = torch.diag(H_EM @ w_M), torch.diag(H_EM.sum(0)), torch.diag(w_M)
     if formula == "PyGHypergraphConv":
         W = torch.eye(len(w_M), dtype=w_M.dtype)
+    if formula == "HGNNConv":
+        root = torch.diag(torch.diag(D) ** -0.5)
+        return root @ H_EM @ W @ torch.linalg.inv(B) @ H_EM.T @ root
     return torch.linalg.inv(D) @ H_EM @ W @ torch.linalg.inv(B) @ H_EM.T
 
 
 class WithAuxiliaryLoss(MeanCoupler):
-    """The mean, with a loss of its own: what a router adds."""
+    """The mean, with a loss of its own: what a router adds.
+
+    .. math:: y = f(\\tfrac{1}{E} \\sum_e x_e)
+
+    Shapes: those of the mean. Source: this test's.
+    """
 
     def auxiliary_losses(
         self, expert_outputs: Tensor, layer_input: Tensor | None = None

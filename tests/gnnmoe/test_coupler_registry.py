@@ -28,7 +28,7 @@ from gnnmoe.couplers.mean import MeanCoupler
 
 {decorator}
 class Scaled(Coupler):
-    """s times the mean."""
+    """s times the mean. .. math:: y = f(s m) Shapes: those of the mean. Source: this test."""
 
     def __init__(self, config, *, scale: float = 1.0, times: int = 2, on: bool = False, word: str = "a",
                  free: object = None):
@@ -42,7 +42,7 @@ class Scaled(Coupler):
 
 
 class OfTheMean(MeanCoupler):
-    """Inherits from a registered one."""
+    """Inherits from a registered one. .. math:: y = f(m) Shapes: those of the mean. Source: this test."""
 
 
 number = 3
@@ -101,6 +101,16 @@ def test_an_entry_point_is_found(third_party, monkeypatch):
     assert coupler_class("scaled").name == "scaled"
 
 
+def test_an_entry_point_that_breaks_the_contract_is_left_out_with_a_warning(third_party, monkeypatch):
+    points = [EntryPoint(name, f"{third_party}:{name}", "gnnmoe.couplers") for name in ("number", "Scaled")]
+    monkeypatch.setattr(_registry, "entry_points", lambda group: points)
+    _registry._discover.cache_clear()
+    with pytest.warns(UserWarning, match="'number' of an installed package is left out: .* not a subclass"):
+        names = coupler_names()
+    assert "number" not in names
+    assert {"Scaled", "mean", "HGNN"} <= set(names)
+
+
 def test_package_module_class_is_imported_and_trains_in_a_model(third_party):
     path = f"{third_party}:Scaled"
     cls = coupler_class(path)
@@ -141,8 +151,8 @@ def test_unknown_name_lists_all_and_the_nearest():
         ("no_such_module:Thing", "module 'no_such_module' cannot be imported"),
         ("gnnmoe.no_such:Thing", "module 'gnnmoe.no_such' cannot be imported"),
         ("third_party_coupler:Scald", "unknown coupler class in third_party_coupler 'Scald'.*mean 'Scaled'"),
-        ("third_party_coupler:GNNMoEModel", "GNNMoEModel is not a subclass of gnnmoe.Coupler"),
-        ("third_party_coupler:number", "number is not a subclass of gnnmoe.Coupler"),
+        ("third_party_coupler:GNNMoEModel", ":GNNMoEModel' breaks .* it is not a subclass of gnnmoe.Coupler"),
+        ("third_party_coupler:number", ":number' breaks .* it is not a subclass of gnnmoe.Coupler"),
     ],
 )
 def test_wrong_paths_are_refused(third_party, path, message):
@@ -206,14 +216,14 @@ def test_a_class_without_docstring_is_refused(registry):
     class Silent(MeanCoupler):
         pass
 
-    with pytest.raises(ValueError, match="'silent' needs a docstring"):
+    with pytest.raises(ValueError, match="'silent' breaks the contract: it has no docstring of its own"):
         register_coupler("silent")(Silent)
     assert "silent" not in registry
 
 
 def test_a_duplicate_name_is_refused_and_a_reload_is_not(registry):
     class Other(MeanCoupler):
-        """Another mean."""
+        __doc__ = MeanCoupler.__doc__
 
     with pytest.raises(
         ValueError, match=r"'mean' is registered already, by gnnmoe.couplers.mean.MeanCoupler"
@@ -225,7 +235,9 @@ def test_a_duplicate_name_is_refused_and_a_reload_is_not(registry):
 
 def test_a_duplicate_name_is_refused_from_a_copied_file_too(registry):
     """``mean.py`` copied elsewhere, its class and its name unchanged."""
-    copied = type("MeanCoupler", (MeanCoupler,), {"__doc__": "A copy.", "__module__": "somewhere.mean"})
+    copied = type(
+        "MeanCoupler", (MeanCoupler,), {"__doc__": MeanCoupler.__doc__, "__module__": "somewhere.mean"}
+    )
     assert copied.__qualname__ == MeanCoupler.__qualname__
     with pytest.raises(ValueError, match="'mean' is registered already"):
         register_coupler("mean")(copied)

@@ -12,14 +12,15 @@ from gnnmoe import GNNMoEModel, HGNNExpertCoupler
 from gnnmoe.couplers import build_coupler
 from gnnmoe.couplers.hgnn import SOFTPLUS_OF_ONE
 from gnnmoe.hypergraph import STRATEGIES, static_hyperedges
-from gnnmoe.hypergraph_backends import BACKENDS
 from tests.gnnmoe._support import (
     NO_HYPEREDGES,
     assert_near,
     assert_same_function,
+    backends,
     dense_oracle,
     every_formula,
     every_strategy,
+    every_symmetric_strategy,
     gradients,
     make_coupler,
     normal,
@@ -42,7 +43,7 @@ def mean_plus_linear(coupler):
     return call
 
 
-@every_strategy
+@every_symmetric_strategy
 @every_formula
 @pytest.mark.parametrize("E", [3, 5])
 def test_fact_3_linear_and_unweighted_is_mean_plus_linear(E, formula, strategy):
@@ -114,7 +115,7 @@ def test_fact_4_weights_start_at_exactly_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@backends()
 @every_formula
 def test_fact_4_weights_towards_zero_stay_positive_with_finite_gradients(formula, backend, dtype):
     """Raw weights far down: of one hyperedge, of all that expert 0 belongs to, of all."""
@@ -161,7 +162,7 @@ def test_names_hyperedge_weights_index_and_count(E, learnable):
 
 
 @pytest.mark.parametrize("E", [0, 1])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@every_strategy
 def test_names_generate_static_hyperedges_without_any(E, strategy):
     index, count = HGNNExpertCoupler.generate_static_hyperedges(E, strategy)
     assert (index.shape, index.dtype, count) == ((2, 0), torch.int64, 0)
@@ -196,7 +197,7 @@ def test_without_hyperedges_a_model_of_many_layers_says_so_once():
     assert len([w for w in caught if "has no hyperedges" in str(w.message)]) == 1
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@backends()
 @every_formula
 def test_isolated_experts_keep_their_own_features(monkeypatch, formula, backend):
     """Parity suite, isolated experts: P's rows are zero, so the update is GELU(b)."""
@@ -214,14 +215,14 @@ def test_isolated_experts_keep_their_own_features(monkeypatch, formula, backend)
     assert_near(coupler(x), (x + F.gelu(update + first.bias)).mean(2))
 
 
-@every_strategy
+@every_symmetric_strategy
 def test_unlearned_weights_do_not_tell_experts_apart(strategy):
     coupler = make_coupler(hgnn_learnable_edge_weights=False, static_hyperedge_strategy=strategy)
     x = normal(2, 3, 4, 6)
     assert_near(coupler(x[:, :, [2, 0, 3, 1]]), coupler(x))
 
 
-@every_strategy
+@every_symmetric_strategy
 @every_formula
 def test_permuted_experts_with_permuted_weights_give_the_same(strategy, formula):
     coupler = make_coupler(static_hyperedge_strategy=strategy, hgnn_conv_type=formula)

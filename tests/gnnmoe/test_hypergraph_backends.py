@@ -7,24 +7,25 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-from gnnmoe.hypergraph import STRATEGIES, static_hyperedges
-from gnnmoe.hypergraph_backends import BACKENDS
+from gnnmoe.hypergraph import static_hyperedges
 from tests.gnnmoe._support import (
     FORMULAS,
     assert_near,
     assert_same_function,
+    backends,
     every_formula,
+    every_strategy,
     make_coupler,
     make_layer,
     normal,
 )
 
-PYG_BACKENDS = ("pyg", "loop")
-every_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
-HYPERGRAPHS = {  # every strategy, M below, at and above E; then graphs with isolated experts
+every_backend, other_backends = backends(), backends("pyg", "loop", "scatter", "sparse")
+pyg_backends = backends("pyg", "loop")
+HYPERGRAPHS = {  # M below, at and above E; then graphs with isolated experts
     **{
         f"{strategy} E={E}": (E, static_hyperedges(E, strategy))
-        for strategy, E in itertools.product(STRATEGIES, range(9))
+        for strategy, E in itertools.product(("all_pairs", "all_triplets", "ring", "all"), range(9))
     },
     "isolated last": (4, [(0, 1), (1, 2)]),
     "isolated first": (4, [(1, 3)]),
@@ -33,7 +34,7 @@ HYPERGRAPHS = {  # every strategy, M below, at and above E; then graphs with iso
 }
 
 
-@pytest.mark.parametrize("backend", PYG_BACKENDS)
+@other_backends
 @every_formula
 @pytest.mark.parametrize("name", HYPERGRAPHS)
 def test_backends_agree_in_output_and_all_gradients(name, formula, backend):
@@ -76,7 +77,7 @@ def test_fact_1_hyperedge_ids_are_shifted_by_M_and_not_by_E(formula, E, merges):
 
 
 @every_backend
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@every_strategy
 def test_fact_1_no_backend_lets_tokens_see_each_other(strategy, backend):
     members = static_hyperedges(5, strategy)
     layer = make_layer(members, 5, "HypergraphConv", backend)
@@ -90,7 +91,7 @@ def coupler(backend: str, formula: str = "HypergraphConv", seed: int = 0):
     return make_coupler(seed, hgnn_conv_type=formula, coupler_options={"backend": backend})
 
 
-@pytest.mark.parametrize("backend", PYG_BACKENDS)
+@other_backends
 @every_formula
 def test_backends_agree_through_the_coupler_and_share_one_state_dict(formula, backend):
     one, other = coupler(backend, formula), coupler("vectorized", formula)
@@ -107,7 +108,7 @@ def test_backends_agree_through_the_coupler_and_share_one_state_dict(formula, ba
         assert_near(p.grad, q.grad, what=name)
 
 
-@pytest.mark.parametrize("backend", PYG_BACKENDS)
+@pyg_backends
 @every_formula
 def test_pyg_reads_the_layers_own_parameters_whatever_happens_to_them(formula, backend):
     """After deepcopy, load_state_dict, a change of type, a training step and a new parameter object."""
@@ -136,7 +137,7 @@ def test_pyg_reads_the_layers_own_parameters_whatever_happens_to_them(formula, b
     assert_near(original(x), vectorized_with_the_state_of(original))
 
 
-@pytest.mark.parametrize("backend", PYG_BACKENDS)
+@pyg_backends
 def test_making_the_pyg_layer_draws_no_random_numbers(backend):
     layers = [make_layer([(0, 1)], 2, formula, backend) for formula in FORMULAS]
     before = torch.get_rng_state()

@@ -119,9 +119,10 @@ def test_auxiliary_losses_of_all_layers_are_added_up_apart_from_the_loss():
     squares = []
     for layer in model.layers:
         layer.coupler.register_forward_pre_hook(lambda _, args: squares.append(args[0].square().mean()))
-    output, expected = model(IDS, targets=IDS), plain(IDS, targets=IDS)
+    output, expected = model.train()(IDS, targets=IDS), plain(IDS, targets=IDS)
     assert_near(output["auxiliary_loss"], sum(squares) + 2)
     assert_near(output["loss"], expected["loss"])
+    assert model.eval()(IDS, targets=IDS)["auxiliary_loss"] == 0  # never in an evaluation
 
 
 def test_expert_is_a_pre_norm_transformer_block():

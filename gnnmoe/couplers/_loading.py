@@ -1,0 +1,116 @@
+"""A stranger's coupler: ``package.module:Class``, or ``path/to/file.py:Class``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from gnnmoe.couplers._base import Coupler
+from gnnmoe.couplers._contract import check_contract
+from gnnmoe.naming import unknown_name
+
+
+@dataclass(frozen=True)
+class LoadedFile:
+    """The module made from a file, and the sha256 of the bytes that it was made from."""
+
+    module: ModuleType
+    sha256: str
+
+
+_FILES: dict[Path, LoadedFile] = {}
+
+
+def class_by_path(text: str) -> type[Coupler]:
+    """Return the class behind ``package.module:Class`` or ``path/to/file.py:Class``.
+
+    Raises:
+        ValueError: there is no such file, module or class, it cannot be loaded, or the class breaks
+            the contract.
+    """
+    place, _, class_name = text.rpartition(":")
+    if not place or not class_name:
+        raise ValueError(f"coupler {text!r} is not of the form package.module:Class or file.py:Class.")
+    if is_file(text):
+        module, place, name = _file(text).module, Path(place).name, f"{Path(place).name}:{class_name}"
+    else:
+        module, name = _imported(place, text), text
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        classes = [n for n, c in vars(module).items()
+                   if inspect.isclass(c) and issubclass(c, Coupler) and c is not Coupler]  # fmt: skip
+        raise ValueError(unknown_name(f"coupler class in {place}", class_name, classes))
+    check_contract(cls, text)
+    if "name" not in vars(cls):  # its own, not one inherited from a registered coupler
+        cls.name = name
+    return cls
+
+
+def is_file(text: str) -> bool:
+    """Return whether ``text`` is of the form ``path/to/file.py:Class``."""
+    return text.rpartition(":")[0].endswith(".py")
+
+
+def lasting_name(text: str) -> str:
+    """Return what names a coupler wherever it lies: of a file, ``Class@`` and 12 digits of its sha256.
+
+    Raises:
+        ValueError: as ``class_by_path``.
+    """
+    return f"{text.rpartition(':')[2]}@{_file(text).sha256[:12]}" if is_file(text) else text
+
+
+def _imported(module_name: str, text: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"coupler {text!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _file(text: str) -> LoadedFile:
+    """Return the file of ``path/to/file.py:Class``, loaded once unless its content changes."""
+    path = Path(text.rpartition(":")[0]).expanduser().resolve()
+    try:
+        source = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"coupler {text!r}: there is no file {path}; give its path from the current folder or in full."
+        ) from None
+    except OSError as error:
+        raise ValueError(f"coupler {text!r}: {path} cannot be read: {error.strerror}.") from error
+    sha256 = hashlib.sha256(source).hexdigest()
+    known = _FILES.get(path)
+    if known is None or known.sha256 != sha256:
+        _FILES[path] = known = LoadedFile(_executed(path, source, text), sha256)
+    return known
+
+
+def _executed(path: Path, source: bytes, text: str) -> ModuleType:
+    """Make a module of ``source`` itself: bytecode kept by an import may be that of another content."""
+    stem = re.sub(r"\W", "_", path.stem)
+    name = f"gnnmoe_file_{stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    earlier = sys.modules.get(name)
+    sys.modules[name] = module  # where pickle and dataclasses look a class up
+    try:
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
+    except Exception as error:
+        del sys.modules[name]
+        if earlier is not None:
+            sys.modules[name] = earlier
+        raise ValueError(
+            f"coupler {text!r}: {path} cannot be loaded ({type(error).__name__}: {error})."
+        ) from error
+    return module

@@ -1,0 +1,111 @@
+"""A coupler's own options, and what of a config can change the model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from gnnmoe.couplers._base import Coupler
+from gnnmoe.couplers._loading import lasting_name
+from gnnmoe.couplers._registry import coupler_class
+from gnnmoe.naming import unknown_name
+from gnnmoe.strategies import strategy_identity
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+COUPLER_FIELDS = ("gnn_layers", "hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
+"""The fields of the config that are there for some couplers only."""
+
+
+def build_coupler(config: GNNMoEConfig) -> Coupler:
+    """Build the coupler that ``config`` names, with ``config.coupler_options``.
+
+    Option values that are strings are read as the type of the option's default.
+
+    Raises:
+        ValueError: an unknown coupler or option, or a value that an option cannot have.
+    """
+    return coupler_class(config.coupler_type)(config, **resolved_options(config))
+
+
+def coupler_option_defaults(cls: type[Coupler]) -> dict[str, Any]:
+    """Return the coupler's own options with their defaults: its keyword-only parameters."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def resolved_options(config: GNNMoEConfig) -> dict[str, Any]:
+    """Return every option of the coupler by name: the config's own, typed, and the defaults.
+
+    ``k`` counts for every coupler, ``NAME.k`` for the coupler NAME only; ``k`` wins over ``NAME.k``.
+    Options of other couplers are checked all the same, so that a misspelt one is never swallowed.
+
+    Raises:
+        ValueError: as ``build_coupler``.
+    """
+    cls = coupler_class(config.coupler_type)
+    plain: dict[str, Any] = {}
+    prefixed: dict[str, Any] = {}
+    for key, value in config.coupler_options.items():
+        owner, option = _owner(key, config.coupler_type, cls), key.rpartition(".")[2]
+        typed = _typed(owner, option, value)
+        if owner is cls:
+            (prefixed if "." in key else plain)[option] = typed
+    return {**coupler_option_defaults(cls), **prefixed, **plain}
+
+
+def _owner(key: str, coupler_type: str, cls: type[Coupler]) -> type[Coupler]:
+    """Return the coupler that the option ``key`` is for: the one at hand, or that of its prefix."""
+    prefix, dot, _ = key.rpartition(".")
+    if not dot or prefix in (coupler_type, cls.name):
+        return cls
+    try:
+        return coupler_class(prefix)
+    except ValueError as error:
+        raise ValueError(f"coupler option {key!r}: {error}") from error
+
+
+def _typed(cls: type[Coupler], option: str, value: Any) -> Any:
+    defaults = coupler_option_defaults(cls)
+    if option not in defaults:
+        raise ValueError(unknown_name(f"option of coupler {cls.name}", option, defaults))
+    return _as_type_of(defaults[option], value, f"option {option} of coupler {cls.name}")
+
+
+def coupler_identity(config: GNNMoEConfig) -> dict[str, Any]:
+    """Return the fields of ``config`` that can change the model: those its coupler never reads are out.
+
+    ``vocab_size`` is out too, since it follows from the data. A coupler that lies in a file counts
+    by the content of the file, not by the folder; so do hyperedges.
+    """
+    options = resolved_options(config)
+    read = coupler_class(config.coupler_type).fields_read(options)
+    unread = set(COUPLER_FIELDS) - set(COUPLER_FIELDS if read is None else read)
+    fields = {
+        **config.to_dict(),
+        "coupler_type": lasting_name(config.coupler_type),
+        "coupler_options": options,
+        "ffn_dim": config.expert_width,
+    }
+    if "static_hyperedge_strategy" not in unread:
+        fields["static_hyperedge_strategy"] = strategy_identity(config.static_hyperedge_strategy)
+    return {name: value for name, value in fields.items() if name not in unread | {"vocab_size"}}
+
+
+def _as_type_of(default: Any, value: Any, what: str) -> Any:
+    """Return ``value`` as the type of ``default``: text is read, other types must fit already."""
+    expected = type(default)
+    if default is None or type(value) is expected:
+        return value
+    if isinstance(value, str):
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        read = words.__getitem__ if expected is bool else expected
+        try:
+            return read(value.lower() if expected is bool else value)
+        except (KeyError, TypeError, ValueError):
+            pass
+    elif expected is float and type(value) is int:
+        return float(value)
+    kind = "true or false" if expected is bool else f"of type {expected.__name__}"
+    raise ValueError(f"{what} is {value!r}; it must be {kind}.")

@@ -1,0 +1,106 @@
+"""The dense mixture of experts: a gate reads the layer's input and weighs every expert.
+
+Shapes: B batch, L length, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gnnmoe.couplers._base import Coupler, linear_flops
+from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.couplers.static import weighted_sum
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+ROUTER_STD = 0.02
+
+
+@register_coupler("gate")
+class GateCoupler(Coupler):
+    r"""A weighted mean of the experts, with weights that depend on the token, then the combiner.
+
+    .. math:: y = \mathrm{combiner}(\sum_e \mathrm{softmax}(W_g u)_e\, x_e)
+
+    with :math:`u` (B, L, D) the layer's input and :math:`W_g` without bias, from N(0, 0.02²). The
+    logits are computed in float32 at least, as ``topk`` does.
+
+    Shapes:
+        - **expert_outputs:** :math:`(B, L, E, D)`
+        - **output:** :math:`(B, L, D)`
+
+    Source: Jacobs, Jordan, Nowlan and Hinton, "Adaptive mixtures of local experts", 1991.
+    """
+
+    config_fields = ()
+
+    def __init__(self, config: GNNMoEConfig) -> None:
+        super().__init__(config)
+        self.router = nn.Linear(config.embed_dim, config.num_experts, bias=False)  # W_g
+        nn.init.normal_(self.router.weight, std=ROUTER_STD)
+
+    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D), by ``layer_input`` (B, L, D)."""
+        weights_BLE = self._weights(needed(layer_input, self.name))
+        return self.combiner(weighted_sum(weights_BLE, expert_outputs))
+
+    def _weights(self, layer_input: Tensor) -> Tensor:
+        return router_logits(self.router, layer_input).softmax(-1)
+
+    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Add the experts up one by one, each times exp of its logit, and divide by the sum of those."""
+        layer_input = needed(layer_input, self.name)
+        total, scale = expert_outputs.new_zeros(()), expert_outputs.new_zeros(())
+        for w, x in zip(self.router.weight, expert_outputs.unbind(2), strict=True):
+            share = (layer_input * w).sum(-1, keepdim=True).exp()
+            total, scale = total + share * x, scale + share
+        return self.combiner(total / scale)
+
+    def flops(self, tokens: int) -> int:
+        """Count the logits, the weighted sum and the combiner."""
+        E, D = self.config.num_experts, self.config.embed_dim
+        return linear_flops(tokens, D, E) + linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
+
+    def communication(
+        self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Add ``gate_weights`` (E) where there are inputs: the mean weights over the tokens given."""
+        parts = super().communication(expert_outputs, layer_input)
+        if expert_outputs is not None:
+            with torch.no_grad():
+                parts["gate_weights"] = self._weights(needed(layer_input, self.name)).mean((0, 1))
+        return parts
+
+    def inert_parameters(self) -> dict[str, str]:
+        """Declare the gate of a single expert, which is open."""
+        if self.config.num_experts > 1:
+            return {}
+        return {"router.weight": "the weight of a single expert is always 1"}
+
+
+def needed(layer_input: Tensor | None, name: str) -> Tensor:
+    """Return ``layer_input``.
+
+    Raises:
+        ValueError: it is None.
+    """
+    if layer_input is None:
+        raise ValueError(
+            f"coupler {name!r} routes by layer_input, which is None; call it with what the experts "
+            "read, (B, L, D)."
+        )
+    return layer_input
+
+
+def router_logits(router: nn.Linear, layer_input: Tensor) -> Tensor:
+    """Return the logits (B, L, E) in float32 at least, under autocast too (Switch: selective precision).
+
+    In bf16 two experts with nearly equal logits would often round to the same.
+    """
+    dtype = torch.promote_types(layer_input.dtype, torch.float32)
+    with torch.autocast(layer_input.device.type, enabled=False):
+        return nn.functional.linear(layer_input.to(dtype), router.weight.to(dtype))

@@ -1,0 +1,80 @@
+"""One learned weight for each expert, the same for every token.
+
+Shapes: B batch, L length, N = B·L tokens, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gnnmoe.couplers._base import Coupler, linear_flops
+from gnnmoe.couplers._registry import register_coupler
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+
+@register_coupler("static")
+class StaticCoupler(Coupler):
+    r"""A learned weighted mean of the experts, then the combiner.
+
+    .. math:: y = \mathrm{combiner}(\sum_e \mathrm{softmax}(a)_e\, x_e)
+
+    :math:`a` starts at 0, so it starts as the mean. A stack of weighted hypergraph convolutions
+    without activation mixes the experts with one set of weights as well; its linear maps apart, it
+    is this coupler.
+
+    Shapes:
+        - **expert_outputs:** :math:`(B, L, E, D)`
+        - **output:** :math:`(B, L, D)`
+
+    Source: this project's control of the weighted linear hypergraph stack.
+    """
+
+    config_fields = ()
+
+    def __init__(self, config: GNNMoEConfig) -> None:
+        super().__init__(config)
+        self.expert_logits = nn.Parameter(torch.zeros(config.num_experts))  # a
+
+    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
+        del layer_input
+        weights_BLE = self.expert_logits.softmax(0).expand(expert_outputs.shape[:3])
+        return self.combiner(weighted_sum(weights_BLE, expert_outputs))
+
+    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Add the experts up one by one, each times exp(a_e), and divide by the sum of those."""
+        del layer_input
+        total, scale = expert_outputs.new_zeros(()), expert_outputs.new_zeros(())
+        for logit, x in zip(self.expert_logits, expert_outputs.unbind(2), strict=True):
+            total, scale = total + logit.exp() * x, scale + logit.exp()
+        return self.combiner(total / scale)
+
+    def flops(self, tokens: int) -> int:
+        """Count the weighted sum and the combiner."""
+        E, D = self.config.num_experts, self.config.embed_dim
+        return linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
+
+    def static_communication(self) -> dict[str, Tensor]:
+        """Return ``expert_weights`` (E), which sum to 1."""
+        return {"expert_weights": self.expert_logits.softmax(0)}
+
+    def inert_parameters(self) -> dict[str, str]:
+        """Declare the weight of a single expert, which is 1."""
+        if self.config.num_experts > 1:
+            return {}
+        return {"expert_logits": "the weight of a single expert is always 1"}
+
+
+def weighted_sum(weights_BLE: Tensor, x_BLED: Tensor) -> Tensor:
+    """Return Σ_e w_e x_e (B, L, D), as a matrix product for each token.
+
+    The weights are rounded to the type of ``x``. No product (B, L, E, D) is ever held.
+    """
+    B, L, E, D = x_BLED.shape
+    weights_N1E = weights_BLE.to(x_BLED.dtype).reshape(B * L, 1, E)
+    return torch.bmm(weights_N1E, x_BLED.reshape(B * L, E, D)).view(B, L, D)

@@ -1,0 +1,152 @@
+"""The sparse mixture of experts that is in use today: a router and its k best experts per token.
+
+Shapes: B batch, L length, E experts, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gnnmoe.couplers._base import Coupler, linear_flops
+from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.couplers.gate import ROUTER_STD, needed, router_logits
+from gnnmoe.couplers.static import weighted_sum
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+
+@register_coupler("topk")
+class TopKCoupler(Coupler):
+    r"""A weighted sum of the k experts that a router prefers, token by token, then the combiner.
+
+    .. math:: r = W_r u, \quad y = \mathrm{combiner}(\sum_{e \in T} g_e x_e), \quad
+              T = \mathrm{top}_k(r)
+    .. math:: g = \mathrm{softmax}(r_T) \;(k \ge 2), \qquad g_e = \mathrm{softmax}(r)_e \;(k = 1)
+
+    with :math:`u` (B, L, D) the layer's input. Of equal logits the first expert is preferred. All
+    experts run in this project, so :math:`g` is dense, with zeros, and no FLOPs are saved.
+
+    Losses: ``load_balance`` :math:`\alpha E \sum_e f_e P_e`, with :math:`f_e` the share of all
+    (token, slot) assignments that go to expert e and :math:`P_e` its mean probability, α at perfect
+    balance; ``z_loss`` :math:`\beta\, \mathrm{mean}(\mathrm{logsumexp}(r)^2)`.
+
+    Options: ``k``; ``load_balance_alpha`` (α); ``z_loss_weight`` (β).
+
+    Shapes:
+        - **expert_outputs:** :math:`(B, L, E, D)`
+        - **output:** :math:`(B, L, D)`
+
+    Source: k = 1, load balance and float32 router of Fedus, Zoph and Shazeer, "Switch
+    transformers", 2021 (arXiv:2101.03961); softmax over the chosen of Jiang et al., "Mixtral of
+    experts", 2024 (arXiv:2401.04088); z-loss of Zoph et al., "ST-MoE", 2022 (arXiv:2202.08906).
+    """
+
+    config_fields = ()
+
+    def __init__(
+        self,
+        config: GNNMoEConfig,
+        *,
+        k: int = 2,
+        load_balance_alpha: float = 1e-2,
+        z_loss_weight: float = 1e-3,
+    ) -> None:
+        super().__init__(config)
+        if k < 1:
+            raise ValueError(f"topk: k is {k}; it must be a whole number of at least 1.")
+        for name, value in (("load_balance_alpha", load_balance_alpha), ("z_loss_weight", z_loss_weight)):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"topk: {name} is {value}; it must be a finite number of at least 0.")
+        if k > config.num_experts:
+            warnings.warn(
+                f"topk: k is {k}, more than num_experts {config.num_experts}; all experts are used.",
+                stacklevel=2,
+            )
+        self.k = min(k, config.num_experts)
+        self.load_balance_alpha, self.z_loss_weight = load_balance_alpha, z_loss_weight
+        self.router = nn.Linear(config.embed_dim, config.num_experts, bias=False)  # W_r
+        nn.init.normal_(self.router.weight, std=ROUTER_STD)
+
+    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D), by ``layer_input`` (B, L, D)."""
+        logits_BLE = router_logits(self.router, needed(layer_input, self.name))
+        return self.combiner(weighted_sum(self._weights(logits_BLE), expert_outputs))
+
+    def _chosen(self, logits_BLE: Tensor) -> Tensor:
+        """Return booleans (B, L, E), k of them true for each token; a stable sort decides ties."""
+        best_BLk = logits_BLE.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
+        return torch.zeros_like(logits_BLE).scatter(-1, best_BLk, 1.0).bool()
+
+    def _weights(self, logits_BLE: Tensor) -> Tensor:
+        """Return the weights (B, L, E), 0 for experts that are not chosen."""
+        others_BLE = ~self._chosen(logits_BLE)
+        if self.k == 1:  # the softmax over one logit is 1: by that, the router would never learn
+            return logits_BLE.softmax(-1).masked_fill(others_BLE, 0.0)
+        return logits_BLE.masked_fill(others_BLE, -math.inf).softmax(-1)
+
+    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Loop over experts: one is chosen where fewer than k others come before it."""
+        layer_input = needed(layer_input, self.name)
+        logits = [(layer_input * w).sum(-1, keepdim=True) for w in self.router.weight]
+        total, scale = expert_outputs.new_zeros(()), expert_outputs.new_zeros(())
+        for i, mine in enumerate(logits):
+            ahead = torch.zeros_like(mine)
+            for j, other in enumerate(logits):
+                ahead = ahead + ((other > mine) | (other == mine) & (j < i))
+            chosen = (ahead < self.k).to(mine.dtype)
+            total = total + chosen * mine.exp() * expert_outputs[:, :, i]
+            scale = scale + mine.exp() * (1.0 if self.k == 1 else chosen)
+        return self.combiner(total / scale)
+
+    def auxiliary_losses(
+        self, expert_outputs: Tensor, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return ``load_balance`` and ``z_loss``, weighed by their options."""
+        del expert_outputs
+        logits_BLE = router_logits(self.router, needed(layer_input, self.name))
+        num_experts = logits_BLE.shape[-1]
+        balance = num_experts * (self._load(logits_BLE) * logits_BLE.softmax(-1).mean((0, 1))).sum()
+        z_BL = logits_BLE.logsumexp(-1)
+        # The z-loss keeps logits small, so that rounding does not route. A single expert's logit
+        # routes nothing and has no other gradient: this loss alone would train an inert parameter.
+        z_weight = self.z_loss_weight if num_experts > 1 else 0.0
+        return {
+            "load_balance": self.load_balance_alpha * balance,
+            "z_loss": z_weight * z_BL.square().mean(),
+        }
+
+    def _load(self, logits_BLE: Tensor) -> Tensor:
+        """Return the share (E) of all (token, slot) assignments that each expert gets, detached."""
+        return self._chosen(logits_BLE.detach()).to(logits_BLE.dtype).mean((0, 1)) / self.k
+
+    def flops(self, tokens: int) -> int:
+        """Count the logits, the weighted sum over all experts and the combiner."""
+        E, D = self.config.num_experts, self.config.embed_dim
+        return linear_flops(tokens, D, E) + linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
+
+    def communication(
+        self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Add ``expert_load`` (E) and ``gate_weights`` (E) where there are inputs.
+
+        The share of assignments, and the mean weights, over the tokens given.
+        """
+        parts = super().communication(expert_outputs, layer_input)
+        if expert_outputs is not None:
+            with torch.no_grad():
+                logits_BLE = router_logits(self.router, needed(layer_input, self.name))
+                parts["expert_load"] = self._load(logits_BLE)
+                parts["gate_weights"] = self._weights(logits_BLE).mean((0, 1))
+        return parts
+
+    def inert_parameters(self) -> dict[str, str]:
+        """Declare the router of a single expert, which has no choice."""
+        if self.config.num_experts > 1:
+            return {}
+        return {"router.weight": "the weight of a single expert is always 1"}

@@ -1,0 +1,101 @@
+"""What every hypergraph layer shares: the incidence, the two means, and what it tells of itself.
+
+Shapes: N tokens, E experts, M hyperedges, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnnmoe.hypergraph import Members, hyperedge_index, incidence, safe_reciprocal
+
+
+class HypergraphLayer(nn.Module, ABC):
+    """One round of messages from experts to hyperedges and back: (N, E, D) → (N, E, D).
+
+    The coupler adds the activation and the residual. Every token has the same hypergraph, so no
+    index depends on N, and no token can see another.
+    """
+
+    incidence_EM: Tensor
+
+    def __init__(self, members: Sequence[Members], num_experts: int, embed_dim: int) -> None:
+        super().__init__()
+        self.members = list(members)
+        self.num_experts, self.num_hyperedges, self.embed_dim = num_experts, len(self.members), embed_dim
+        matrix_EM = incidence(hyperedge_index(self.members), num_experts, self.num_hyperedges)
+        self.register_buffer("incidence_EM", matrix_EM.to(torch.get_default_dtype()), persistent=False)
+
+    @abstractmethod
+    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
+        """Return what each expert hears (N, E, D).
+
+        ``weights_M`` (M) are the hyperedge weights, ``start_NED`` the features before the first layer.
+        """
+
+    @abstractmethod
+    def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
+        """Compute the same from the formula, hyperedge by hyperedge, on a list of E features (…, D)."""
+
+    @abstractmethod
+    def flops(self, tokens: int) -> int:
+        """Return the FLOPs of ``forward`` on this many tokens: 2 a multiply-add of a matrix product."""
+
+    def inert_parameters(self) -> dict[str, str]:
+        """Return parameters that have no gradient on this hypergraph: name → the reason."""
+        return {}
+
+    def weights_cancel(self) -> bool:
+        """Return whether no expert has two hyperedges to weigh against each other."""
+        return self.one_hyperedge_each()
+
+    def one_hyperedge_each(self) -> bool:
+        """Return whether every expert has one hyperedge at most."""
+        return bool((self.incidence_EM.sum(1) <= 1).all())
+
+    def mean_of_members(self, x_NED: Tensor) -> Tensor:
+        """Return the mean over the members of each hyperedge (N, M, D): B⁻¹ Hᵀ x."""
+        per_edge_M = safe_reciprocal(self.incidence_EM.sum(0))
+        return torch.matmul((self.incidence_EM * per_edge_M).T, x_NED)
+
+    def mean_of_hyperedges(self, z_NMD: Tensor, weights_M: Tensor) -> Tensor:
+        """Return the weighted mean over the hyperedges of each expert (N, E, D): D⁻¹ H W z.
+
+        0 for an expert without hyperedges.
+        """
+        per_expert_E = safe_reciprocal(self.incidence_EM @ weights_M)
+        return torch.matmul(per_expert_E[:, None] * self.incidence_EM * weights_M, z_NMD)
+
+    def hyperedges_of(self, expert: int) -> list[int]:
+        """Return the numbers of the hyperedges that ``expert`` belongs to."""
+        return [number for number, members in enumerate(self.members) if expert in members]
+
+
+def naive_mean(values: list[Tensor]) -> Tensor:
+    """Return the mean of a list of tensors of one shape, which is not empty."""
+    return torch.stack(values).mean(0)
+
+
+def naive_weighted_mean(values: list[Tensor], weights: list[Tensor], otherwise: Tensor) -> Tensor:
+    """Return Σ w v / Σ w, or zeros like ``otherwise`` for an empty list."""
+    if not values:
+        return torch.zeros_like(otherwise)
+    total = sum((w * v for w, v in zip(weights, values, strict=True)), torch.zeros_like(otherwise))
+    return total / torch.stack(weights).sum()
+
+
+class MLP(nn.Module):
+    """Linear–GELU–Linear of one width, the hidden layer as wide as the output."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the same shape (…, D)."""
+        return self.second(F.gelu(self.first(x)))

@@ -1,0 +1,92 @@
+"""Hypergraph attention: how much an expert belongs to a hyperedge depends on the token.
+
+Shapes: N tokens, E experts, M hyperedges, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnnmoe.hypergraph import Members, safe_reciprocal
+from gnnmoe.hypergraph_layers._base import HypergraphLayer, naive_mean
+
+NEGATIVE_SLOPE = 0.2
+
+
+class HypergraphAttention(HypergraphLayer):
+    r"""The static convolution with an incidence that is learned from the content.
+
+    .. math:: \tilde H_{ie} = \mathrm{softmax}_{e \ni i}\,
+              \mathrm{LeakyReLU}(a_1 \cdot \Theta x_i + a_2 \cdot \Theta x_e), \quad
+              X' = D^{-1} \tilde H W B^{-1} \tilde H^\top X \Theta + b
+
+    The features of a hyperedge are the mean of its members', as in UniGAT. With all weights 1 it is
+    PyG's ``HypergraphConv(use_attention=True, attention_mode="edge")``.
+
+    Source: Bai, Zhang and Torr, "Hypergraph convolution and hypergraph attention", 2019
+    (arXiv:1901.08150), equations 6 to 8; Huang and Yang, "UniGNN", 2021 (arXiv:2105.00956).
+    """
+
+    def __init__(
+        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
+    ) -> None:
+        super().__init__(members, num_experts, embed_dim)
+        del num_heads
+        self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim))  # Θ, as nn.Linear stores it
+        self.bias = nn.Parameter(torch.zeros(embed_dim))
+        self.scores = nn.Parameter(torch.empty(2, embed_dim))  # a_1 above a_2
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.xavier_uniform_(self.scores)
+
+    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
+        """Return (N, E, D)."""
+        del start_NED
+        H_EM = self.incidence_EM
+        mapped_NED = F.linear(x_NED, self.weight)
+        scores_NE2 = F.linear(mapped_NED, self.scores)
+        of_hyperedges_NM = self.mean_of_members(scores_NE2[..., 1:])[..., 0]
+        scores_NEM = F.leaky_relu(scores_NE2[..., :1] + of_hyperedges_NM[:, None, :], NEGATIVE_SLOPE)
+        masked_NEM = scores_NEM.masked_fill(H_EM == 0, torch.finfo(scores_NEM.dtype).min)
+        incidence_NEM = (masked_NEM.softmax(-1) * H_EM).to(mapped_NED.dtype)
+        per_edge_M = weights_M * safe_reciprocal(H_EM.sum(0))
+        z_NMD = torch.matmul((incidence_NEM * per_edge_M.to(mapped_NED.dtype)).mT, mapped_NED)
+        per_expert_E = safe_reciprocal(H_EM @ weights_M)
+        return per_expert_E[:, None] * torch.matmul(incidence_NEM, z_NMD) + self.bias
+
+    def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
+        """Score every pair of an expert and one of its hyperedges, then sum over both in turn."""
+        del start
+        mapped = [F.linear(value, self.weight) for value in x]
+        of_edge = [naive_mean([mapped[m] for m in members]) for members in self.members]
+        attention: dict[tuple[int, int], Tensor] = {}
+        for expert in range(len(x)):
+            edges = self.hyperedges_of(expert)
+            score = [F.leaky_relu((mapped[expert] * self.scores[0] + of_edge[e] * self.scores[1]).sum(-1),
+                                  NEGATIVE_SLOPE) for e in edges]  # fmt: skip
+            shares = torch.stack(score).softmax(0) if edges else []
+            attention |= {(expert, e): share for e, share in zip(edges, shares, strict=True)}
+        heard = []
+        for expert, own in enumerate(mapped):
+            edges = self.hyperedges_of(expert)
+            total, degree = torch.zeros_like(own), sum(weights[e] for e in edges)
+            for e in edges:
+                members = self.members[e]
+                inside = [attention[member, e][..., None] * mapped[member] for member in members]
+                total = total + attention[expert, e][..., None] * weights[e] * naive_mean(inside) / degree
+            heard.append(total + self.bias)
+        return heard
+
+    def flops(self, tokens: int) -> int:
+        """Count Θ, the scores, their means and the two products with the incidence."""
+        E, M, D = self.num_experts, self.num_hyperedges, self.embed_dim
+        return 2 * tokens * (E * D * D + 2 * E * D + E * M + 2 * E * M * D)
+
+    def inert_parameters(self) -> dict[str, str]:
+        """Declare the scores where no expert has a choice."""
+        if not self.one_hyperedge_each():
+            return {}
+        return {"scores": "no expert has two hyperedges to choose from"}

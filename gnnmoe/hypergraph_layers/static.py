@@ -1,0 +1,85 @@
+"""The static convolutions: one E × E matrix for all tokens, in three formulas and five backends.
+
+Shapes: N tokens, E experts, M hyperedges, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnnmoe.hypergraph import Members, hyperedge_index, propagation_matrix
+from gnnmoe.hypergraph_backends import BACKENDS
+from gnnmoe.hypergraph_layers._base import HypergraphLayer
+
+
+class StaticConvolution(HypergraphLayer):
+    r"""``P(w) x Θ + b``: the same weighted mean over experts for every token, and a linear map.
+
+    ``HypergraphConv`` is :math:`D^{-1} H W B^{-1} H^\top X \Theta + b`, ``PyGHypergraphConv`` leaves
+    :math:`W` out of the message, ``HGNNConv`` is symmetric. See ``gnnmoe.hypergraph.propagation_factors``
+    for the formulas and their sources.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        members: Sequence[Members],
+        num_experts: int,
+        embed_dim: int,
+        num_heads: int = 1,
+        *,
+        formula: str = "HypergraphConv",
+        backend: str = "vectorized",
+    ) -> None:
+        super().__init__(members, num_experts, embed_dim)
+        del num_heads
+        self.formula, self.backend = formula, backend
+        self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim))  # Θ, as nn.Linear stores it
+        self.bias = nn.Parameter(torch.zeros(embed_dim))
+        nn.init.xavier_uniform_(self.weight)
+        self.register_buffer("index", hyperedge_index(self.members), persistent=False)
+        self.pyg_conv: list[nn.Module] = []  # made by the PyG backends on first use
+
+    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor | None = None) -> Tensor:
+        """Return (N, E, D)."""
+        del start_NED
+        return BACKENDS[self.backend](self, x_NED, weights_M)
+
+    def propagation(self, weights_M: Tensor) -> Tensor:
+        """Return P (E, E): row i holds what expert i hears of each expert."""
+        return propagation_matrix(self.incidence_EM, weights_M, self.formula)
+
+    def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
+        """Sum over hyperedges and their members one by one, with no matrix and no index."""
+        del start
+        mapped = [F.linear(value, self.weight) for value in x]
+        degree = [sum(weights[edge] for edge in self.hyperedges_of(expert)) for expert in range(len(x))]
+        heard = []
+        for expert in range(len(x)):
+            total = torch.zeros_like(mapped[expert])
+            for edge in self.hyperedges_of(expert):
+                members = self.members[edge]
+                for member in members:
+                    if self.formula == "HypergraphConv":
+                        share = weights[edge] / (degree[expert] * len(members))
+                    elif self.formula == "PyGHypergraphConv":
+                        share = 1 / (degree[expert] * len(members))
+                    else:
+                        share = weights[edge] / ((degree[expert] * degree[member]) ** 0.5 * len(members))
+                    total = total + share * mapped[member]
+            heard.append(total + self.bias)
+        return heard
+
+    def flops(self, tokens: int) -> int:
+        """Count Θ and P on every token, and P itself once a call."""
+        E, M, D = self.num_experts, self.num_hyperedges, self.embed_dim
+        return 2 * tokens * E * D * (D + E) + 2 * E * M * E
+
+    def weights_cancel(self) -> bool:
+        """Return whether the degree divides every weight out again; in PyG's formula it cannot."""
+        return self.formula != "PyGHypergraphConv" and self.one_hyperedge_each()

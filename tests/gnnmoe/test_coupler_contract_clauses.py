@@ -1,0 +1,196 @@
+"""Each clause of the contract is refused by name, at every door through which a class comes in."""
+
+import inspect
+import sys
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from gnnmoe.couplers import (
+    Coupler,
+    _registry,
+    check_contract,
+    coupler_class,
+    coupler_names,
+    coupler_option_defaults,
+    register_coupler,
+)
+from gnnmoe.couplers.mean import MeanCoupler
+
+HONEST = '''
+from gnnmoe import Coupler
+
+class Mixer(Coupler):
+    """The mean.
+
+    .. math:: y = f(m)
+
+    Shapes: those of the mean. Source: this test.
+    """
+
+    def __init__(self, config, *, k=2):
+        super().__init__(config)
+        self.k = k
+
+    def forward(self, expert_outputs, layer_input=None):
+        return self.combiner(expert_outputs.mean(2))
+
+    def reference(self, expert_outputs, layer_input=None):
+        return self.combiner(expert_outputs.sum(2) / expert_outputs.shape[2])
+'''
+INIT = "self, config, *, k=2"
+FORWARD = "def forward(self, expert_outputs, layer_input=None):"
+REFERENCE = "def reference(self, expert_outputs, layer_input=None):"
+WANTED = r"it must take \(expert_outputs, layer_input=None\) after self"
+EXTRA = REFERENCE + "\n        pass\n\n    def "
+CLAUSES = {
+    "subclass": ("Mixer(Coupler)", "Mixer", "it is not a subclass of gnnmoe.Coupler"),
+    "docstring": ('"""The mean.', 'f"""The mean.', "it has no docstring of its own"),
+    "formula": (".. math::", "", r"its docstring has no '.. math::'; give its formula"),
+    "shapes": ("Shapes: those of the mean. ", "", "its docstring has no 'Shapes:';"),
+    "shapes and source": ("Shapes: those of the mean. Source: ", "", "no 'Shapes:' and no 'Source:';"),
+    "forward": (FORWARD, "def mix(self):", "it does not implement forward;"),
+    "reference": (REFERENCE, "def naive(self):", "it does not implement reference;"),
+    "**kwargs": (INIT, "self, config, **kwargs", r"takes \*\*kwargs, which would swallow a misspelt option"),
+    "**kwargs and options": (INIT, INIT + ", **rest", r"takes \*\*rest, .*name each option as a keyword"),
+    "*args": (INIT, "self, config, *args, k=2", r"__init__ takes \*args, which no option can reach"),
+    "nothing but *args": (INIT, "*args", r"__init__ takes \*args, which no option can reach"),
+    "no config": (INIT, "self, *, k=2", "first parameter of __init__ after self is missing"),
+    "config by keyword": (INIT, "self, *, config, k=2", "first parameter of __init__ after self is missing"),
+    "config by another name": (INIT, "self, cfg, *, k=2", "after self is 'cfg'; it must be config"),
+    "positional option": (INIT, "self, config, k=2", "takes 'k' by position; make it keyword-only"),
+    "option without default": (INIT, "self, config, *, k", "option 'k' of __init__ has no default"),
+    "device": (INIT, INIT + ", device=None", r"an option 'device'; remove it: .* by .to\(device\)"),
+    "device by position": (INIT, "self, config, device, *, k=2", "an option 'device'; remove it"),
+    "dtype": (INIT, INIT + ", dtype=None", "an option 'dtype'; remove it"),
+    "default of a tuple": (INIT, INIT + ", sizes=(1, 2)", "option 'sizes' of __init__ is of type tuple; opt"),
+    "default of a list": (INIT, INIT + ", sizes=[]", "type list; .* make it a bool, int, float, str or None"),
+    "forward's name": (
+        FORWARD, "def forward(self, x, layer_input=None):",
+        rf"forward takes \(x, layer_input=None\); {WANTED}, by these names, and nothing else",
+    ),
+    "forward's layer input": (FORWARD, "def forward(self, expert_outputs):", f"forward takes .*; {WANTED}"),
+    "forward's default": (
+        FORWARD, "def forward(self, expert_outputs, layer_input):",
+        rf"forward takes \(expert_outputs, layer_input\); {WANTED}",
+    ),
+    "forward's order": (
+        FORWARD, "def forward(self, layer_input=None, expert_outputs=None):", f"forward takes .*; {WANTED}",
+    ),
+    "forward's extra": (
+        FORWARD, "def forward(self, expert_outputs, layer_input=None, mask=None):",
+        rf"forward takes .* mask=None\); {WANTED}",
+    ),
+    "forward's **kwargs": (
+        FORWARD, "def forward(self, expert_outputs, layer_input=None, **kwargs):",
+        rf"forward takes .*\*\*kwargs\); {WANTED}",
+    ),
+    "static forward": (
+        FORWARD, "@staticmethod\n    " + FORWARD, rf"forward takes \(self, expert_outputs, .*\); {WANTED}",
+    ),
+    "no method": (FORWARD, "forward = 3\n\n    def mix(self):", "forward is no method"),
+    "reference's name": (
+        REFERENCE, "def reference(self, x, layer_input=None):", rf"reference takes .*; {WANTED}",
+    ),
+    "auxiliary losses": (
+        REFERENCE, EXTRA + "auxiliary_losses(self, expert_outputs):", f"auxiliary_losses takes .*; {WANTED}",
+    ),
+    "communication": (
+        REFERENCE, EXTRA + "communication(self, expert_outputs, layer_input=None):",
+        r"communication takes .*; it must take \(expert_outputs=None, layer_input=None\) after self",
+    ),
+}  # fmt: skip
+every_clause = pytest.mark.parametrize(("honest", "broken", "message"), CLAUSES.values(), ids=CLAUSES)
+
+
+@pytest.fixture(autouse=True)
+def _registry_as_it_was(monkeypatch):
+    coupler_names()
+    monkeypatch.setattr(_registry, "_COUPLERS", dict(_registry._COUPLERS))
+    yield
+    _registry._discover.cache_clear()
+
+
+def mixer(source: str = HONEST) -> Any:
+    space: dict[str, Any] = {"__name__": "mine"}
+    exec(source, space)
+    return space["Mixer"]
+
+
+def changed(honest: str, broken: str) -> str:
+    assert HONEST.count(honest) == 1
+    return HONEST.replace(honest, broken)
+
+
+def test_an_honest_class_comes_in():
+    check_contract(mixer())
+    cls = register_coupler("mixer")(mixer())
+    assert coupler_class("mixer") is cls
+    assert coupler_option_defaults(cls) == {"k": 2}
+
+
+@pytest.mark.parametrize("default", ["True", "3", "0.5", "'text'", "None"])
+def test_an_option_may_have_each_type_that_a_command_line_can_say(default):
+    check_contract(mixer(changed(INIT, f"self, config, *, k={default}")))
+
+
+@every_clause
+def test_each_clause_is_named_with_the_class(honest, broken, message):
+    cls = mixer(changed(honest, broken))
+    with pytest.raises(ValueError, match=message) as caught:
+        check_contract(cls)
+    assert str(caught.value).startswith("coupler 'mine:Mixer' breaks the contract: ")
+    assert str(caught.value).endswith(".")
+
+
+@every_clause
+def test_each_clause_holds_at_every_door(honest, broken, message, tmp_path, monkeypatch):
+    source = changed(honest, broken)
+    with pytest.raises(ValueError, match=f"coupler 'mixer' breaks the contract: .*{message}"):
+        register_coupler("mixer")(mixer(source))
+    file = tmp_path / "broken_mixer.py"
+    file.write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken_mixer", raising=False)
+    for path in ("broken_mixer:Mixer", f"{file}:Mixer"):
+        with pytest.raises(ValueError, match=f"coupler '{path}' breaks the contract: .*{message}"):
+            coupler_class(path)
+    point = EntryPoint("mixer", "broken_mixer:Mixer", "gnnmoe.couplers")
+    monkeypatch.setattr(_registry, "entry_points", lambda group: [point])
+    _registry._discover.cache_clear()
+    with pytest.warns(UserWarning, match=f"'mixer' of an installed package is left out: .*{message}"):
+        assert "mixer" not in coupler_names()
+
+
+def test_a_docstring_is_not_inherited():
+    class Silent(MeanCoupler):
+        pass
+
+    with pytest.raises(ValueError, match="it has no docstring of its own"):
+        check_contract(Silent)
+
+
+@pytest.mark.parametrize("thing", [3, None, "mean", object()])
+def test_what_is_no_class_is_refused_by_its_value(thing):
+    with pytest.raises(ValueError, match=r"breaks the contract: it is not a subclass") as caught:
+        check_contract(thing)
+    assert repr(repr(thing)) in str(caught.value)
+
+
+def test_the_base_class_itself_is_no_coupler():
+    with pytest.raises(ValueError, match="does not implement forward and reference"):
+        coupler_class("gnnmoe.couplers:Coupler")
+
+
+@pytest.mark.parametrize("name", coupler_names())
+def test_every_coupler_there_is_keeps_the_contract(name):
+    check_contract(coupler_class(name))
+
+
+def test_the_base_class_has_the_signatures_that_it_asks_for():
+    from gnnmoe.couplers._contract import SIGNATURES
+
+    for method, wanted in SIGNATURES.items():
+        found = list(inspect.signature(getattr(Coupler, method)).parameters.values())[1:]
+        assert {p.name: p.default for p in found} == wanted

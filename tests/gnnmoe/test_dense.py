@@ -1,0 +1,127 @@
+"""The dense model without experts: what it is, and that it is as large as the model it stands beside."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from gnnmoe import ExpertBlock, GNNMoEModel, coupler_names
+from gnnmoe.couplers import coupler_identity
+from tests.gnnmoe._support import assert_near, make_model, small_config, token_ids
+
+LIKE = ("mean", "GNN", "HGNN", "topk")
+
+
+def model(**fields) -> GNNMoEModel:
+    return GNNMoEModel(small_config(embed_dim=16, **fields), seed=0)
+
+
+def dense(experts: int = 4, **options) -> GNNMoEModel:
+    return model(coupler_type="dense", num_experts=experts, coupler_options=options)
+
+
+def test_a_dense_layer_is_one_transformer_block():
+    found = make_model(coupler_type="dense", num_layers=2)
+    ids = token_ids(2, 8)
+    x = found._embed(ids)
+    for layer in found.layers:
+        assert len(layer.experts) == 1
+        assert not list(layer.coupler.parameters())
+        x = layer.experts[0](x)
+    expected = found.head.logits(found.output_norm(x), found.token_embedding.weight)
+    assert_near(found(ids)["logits"], expected)
+    assert found.parameter_counts()["coupler"] == 0
+    assert_near(found.analyze_expert_communication(ids)["layer_1"]["mixing"], [1.0])
+
+
+@pytest.mark.parametrize("like", LIKE)
+@pytest.mark.parametrize("experts", [1, 2, 4, 8])
+def test_matched_in_parameters_to_half_a_hidden_unit_a_layer(like, experts):
+    target = model(coupler_type=like, num_experts=experts).parameter_counts()["total"]
+    found = dense(experts, match="params", like=like)
+    assert abs(found.parameter_counts()["total"] - target) <= len(found.layers) * (2 * 16 + 1) / 2
+
+
+@pytest.mark.parametrize("like", LIKE)
+@pytest.mark.parametrize("experts", [1, 2, 4, 8])
+def test_matched_in_flops_to_half_a_hidden_unit_a_layer(like, experts):
+    target = model(coupler_type=like, num_experts=experts)
+    found = dense(experts, match="flops", like=like)
+    counts = [counted(one, 1) for one in (target, found)]
+    assert abs(counts[0] - counts[1]) <= len(found.layers) * 8 * 4 * 16 / 2  # L · 4 D a hidden unit
+
+
+def counted(found: nn.Module, batch: int) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        found.eval()(token_ids(batch, 8))
+    return counter.get_total_flops()
+
+
+def test_unmatched_it_is_one_expert_of_the_usual_width():
+    found = dense(match="none")
+    one = sum(p.numel() for p in ExpertBlock(found.config).parameters())
+    assert found.parameter_counts()["expert"] == len(found.layers) * one
+
+
+@pytest.mark.parametrize("name", coupler_names())
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_flop_formula_of_the_model_is_what_torch_counts(name, batch):
+    """The analytic formula per module, checked against torch's counter: experts, couplers and head."""
+    found = model(coupler_type=name, num_experts=3, ffn_dim=24)
+    assert found.flops(batch, 8) == counted(found, batch)
+
+
+def test_a_coupler_without_a_formula_leaves_the_count_to_torch(monkeypatch):
+    found = model(coupler_type="mean")
+    monkeypatch.setattr(type(found.layers[0].coupler), "flops", lambda self, tokens: None)
+    assert found.flops(1, 8) is None
+    with pytest.raises(ValueError, match="does not say its FLOPs; match params"):
+        dense(match="flops")
+
+
+def test_the_run_is_the_same_whatever_its_twin_never_reads():
+    """Matched to mean, the hypergraph does not matter; matched to HGNN, it does."""
+
+    def identity(**fields):
+        return coupler_identity(small_config(coupler_type="dense", **fields))
+
+    triplets = {"static_hyperedge_strategy": "all_triplets"}
+    assert identity() == identity(**triplets)
+    like = {"coupler_options": {"like": "HGNN"}}
+    assert identity(**like) != identity(**like, **triplets)
+    assert identity() != identity(num_experts=8)
+    assert identity(ffn_dim=24) == identity()  # 4 × embed_dim, said or not
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"match": "flop"}, "unknown match of coupler dense .* mean 'flops'"),
+        ({"like": "dense"}, "name a coupler that is registered and has experts"),
+        ({"like": "mine.py:Mine"}, "name a coupler that is registered"),
+        ({"like": "HGN"}, "mean 'HGNN'"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        dense(**options)
+
+
+def test_it_draws_nothing_from_the_random_state_of_others():
+    """Its twin is built on the meta device: trunk and other layers start as with any coupler."""
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    dense(like="HGNN")
+    assert torch.equal(torch.get_rng_state(), before)
+    found, other = dense(like="HGNN"), model(coupler_type="mean")
+    assert torch.equal(found.token_embedding.weight, other.token_embedding.weight)
+
+
+def test_ffn_dim_is_the_width_of_every_expert():
+    found: Any = model(coupler_type="mean", ffn_dim=10)
+    assert {e.up.out_features for layer in found.layers for e in layer.experts} == {10}
+    with pytest.raises(ValueError, match="ffn_dim is 0"):
+        small_config(ffn_dim=0)

@@ -1,4 +1,4 @@
-"""``python -m bench.check --coupler NAME``: proof that a coupler leaks nothing and computes what it says."""
+"""``python -m bench.check --coupler NAME``: proof that a coupler leaks nothing, and what it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ModelConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bench.gate import GateReport
+    from bench.portrait import Portrait
     from gnnmoe.config import GNNMoEConfig
 
 ANY_VOCABULARY = 64  # the gate's models are small; no coupler sees the vocabulary
@@ -19,7 +22,7 @@ ANY_VOCABULARY = 64  # the gate's models are small; no coupler sees the vocabula
 
 @dataclass(kw_only=True)
 class CheckConfig:
-    """Check on small tensors that a coupler leaks nothing and computes what it says.
+    """Check on small tensors that a coupler leaks nothing and computes what it says, and say what it is.
 
     Exit status: 0 passed, 1 failed, 2 wrong input.
     """
@@ -27,35 +30,79 @@ class CheckConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     seed: int = 0
     """Seed of the numbers that the checks draw."""
+    all: bool = False
+    """Check every coupler, and HGNN at each conv type (on all_pairs) and each strategy (at HypergraphConv),
+    whatever the flags say of those two; the coupler named too, if it is another."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check the coupler that the flags name, print the verdicts and return the exit status."""
-    config = parse(CheckConfig, argv, prog="python -m bench.check")
+    """Check the coupler that the flags name, or all; print the verdicts and return the exit status."""
+    config = parse(CheckConfig, argv, prog="python -m bench.check", presets=True)
     show_warnings_plainly()
+    from rich.console import Console
+
     from bench.gate import refuse_wrong_names, run_gate
+    from bench.portrait.show import show_portrait
 
     model = config.model.resolved(ANY_VOCABULARY)
+    console = Console(highlight=False)
+    if config.all:
+        return check_all(model, config.seed, console)
     try:
         refuse_wrong_names(model)
     except ValueError as error:
         fail(str(error))
     report = run_gate(model, seed=config.seed)
-    show(report, model)
+    show(report, model, console)
+    show_portrait(portrait_or_reason(model, config.seed), console)
     return 0 if report.passed else 1
 
 
-def show(report: GateReport, config: GNNMoEConfig) -> None:
-    """Print a table of the checks and one sentence."""
+def check_all(model: GNNMoEConfig, seed: int, console: Console) -> int:
+    """Check every coupler at the sizes of ``model``; print one table and return the exit status."""
     from rich.console import Console
+
+    from bench.gate import run_gate
+    from bench.portrait import list_couplers
+    from bench.portrait.show import Row, show_all
+
+    try:
+        entries, left_out = list_couplers(model)
+    except ValueError as error:
+        fail(str(error))
+    rows: list[Row] = []
+    with Console(stderr=True).status("checking …") as status:
+        for number, entry in enumerate(entries, start=1):
+            status.update(f"checking {entry.name} ({number} of {len(entries)}) …")
+            report = run_gate(entry.config, seed=seed)
+            rows.append(Row(entry.name, report, portrait_or_reason(entry.config, seed)))
+    show_all(rows, left_out, console)
+    return 0 if all(row.report.passed for row in rows) else 1
+
+
+def portrait_or_reason(model: GNNMoEConfig, seed: int) -> Portrait | str:
+    """Return the portrait, or one line that says why there is none: a stranger's coupler may raise."""
+    from bench.gate.report import CheckFailed
+    from bench.portrait import NoMixing, draw_portrait
+
+    try:
+        return draw_portrait(model, seed=seed)
+    except (CheckFailed, NoMixing) as reason:
+        return str(reason)
+    except Exception as error:
+        return f"it raised {type(error).__name__}: {error}"
+
+
+def show(report: GateReport, config: GNNMoEConfig, console: Console) -> None:
+    """Print a table of the checks and one sentence."""
     from rich.table import Table
     from rich.text import Text
 
+    from bench.portrait.show import mark
+
     table = Table("check", "", "detail", show_lines=bool(report.failures), title_justify="left")
     for check in report.checks:
-        mark = Text("✓", style="green") if check.passed else Text("✗", style="bold red")
-        table.add_row(check.name, mark, Text(check.detail, overflow="fold"))
-    console = Console(highlight=False)
+        table.add_row(check.name, mark(check.passed), Text(check.detail, overflow="fold"))
     console.print(table)
     what = f"{config.coupler_type} at {config.num_experts} experts, width {config.embed_dim}"
     seconds = sum(check.seconds for check in report.checks)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from bench.config import RunConfig
 from gnnmoe.naming import unknown_name
 
 PRESETS = Path(__file__).parent / "presets"
@@ -85,13 +86,15 @@ def with_layers(config_type: type, arguments: Sequence[str]) -> list[str]:
     """Return the flags of the preset, of each ``--config`` file, and of the command line, in this order.
 
     The preset is the command line's, else the last file's, else quick. Where a layer says how long
-    to train (``epochs`` or ``max_steps``), what the layers before it say about that is dropped.
+    to train (``epochs`` or ``max_steps``), what the layers before it say about that is dropped. What a
+    layer says of a run and ``config_type`` has no flag for is left out.
 
     Raises:
         ValueError: there is no such preset or file, or a file says what no flag could.
     """
     own, presets, files = _split(arguments)
-    known = flag_types(config_type)
+    own_flags = flag_types(config_type)
+    known = {**flag_types(RunConfig), **own_flags}  # a run's files serve every command that shares flags
     tables = [read_table(Path(name), known) for name in files]
     presets = [table.pop("preset") for table in tables if "preset" in table] + presets
     name = presets[-1] if presets else "quick"
@@ -102,7 +105,8 @@ def with_layers(config_type: type, arguments: Sequence[str]) -> list[str]:
     flags = own
     for table in reversed(tables):
         dropped = LENGTHS if given & LENGTHS else set()
-        flags = as_flags({key: value for key, value in table.items() if key not in dropped}) + flags
+        said = {key: value for key, value in table.items() if key in own_flags and key not in dropped}
+        flags = as_flags(said) + flags
         given |= set(table)
     return flags
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-ORDER = ["config", "device", "data", "gate", "training", "measure", "records", "sweeps", "analysis"]
+ORDER = "config device data gate portrait training measure records sweeps analysis".split()
 COMMANDS = set(
     "run sweep report speed check tune prepare session existing learning progress cli layers __main__".split()
 )

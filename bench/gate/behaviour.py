@@ -50,7 +50,7 @@ def no_memory(subject: Subject) -> str:
         coupler.train(mode == "train")
         for other in others:
             loss = call(coupler, other).sum() + sum(coupler.auxiliary_losses(*other).values())
-            loss.backward()
+            _backward(loss)
         coupler.eval()
         if not torch.equal(call(coupler, inputs), before):
             raise CheckFailed(f"the output depends on earlier calls: other inputs in {mode} mode changed it")
@@ -59,35 +59,8 @@ def no_memory(subject: Subject) -> str:
 
 def gradients(subject: Subject) -> str:
     """Every parameter gets a finite gradient, and none is dead after two steps from the start."""
-    coupler = subject.coupler().train()
-    inputs = subject.inputs(BATCH, min(subject.config.max_seq_length, LENGTH))
-    target = subject.normal(*inputs[1].shape)
-    found: dict[str, Tensor | None] = {}
-    for step in range(STEPS + 1):
-        coupler.zero_grad()
-        loss = (call(coupler, inputs) - target).square().mean()
-        (loss + sum(coupler.auxiliary_losses(*inputs).values())).backward()
-        found = {name: p.grad for name, p in coupler.named_parameters() if p.requires_grad and p.numel()}
-        infinite = [name for name, g in found.items() if g is not None and not g.isfinite().all()]
-        if infinite:
-            raise CheckFailed(f"the gradient of {', '.join(infinite)} is not finite after {step} steps")
-        _adam_like_step(coupler)
-    return _verdict_on_the_dead(coupler, found)
-
-
-@torch.no_grad()
-def _adam_like_step(coupler: Coupler) -> None:
-    """Take Adam's first step; its class would import torch's compiler, for more than a second."""
-    for parameter in coupler.parameters():
-        if parameter.grad is not None:
-            parameter -= STEP_SIZE * parameter.grad / (parameter.grad.abs() + 1e-8)
-
-
-def _verdict_on_the_dead(coupler: Coupler, found: dict[str, Tensor | None]) -> str:
-    size = {name: 0.0 if g is None else float(g.abs().max()) for name, g in found.items()}
-    largest = max(size.values(), default=0.0)
-    dead = [name for name, value in size.items() if value <= DEAD * largest]
-    inert = coupler.inert_parameters()
+    size, inert = gradient_sizes(subject)
+    dead = dead_parameters(size)
     undeclared = [name for name in dead if name not in inert]
     if undeclared:
         raise CheckFailed(
@@ -98,6 +71,49 @@ def _verdict_on_the_dead(coupler: Coupler, found: dict[str, Tensor | None]) -> s
     detail += "".join(f"; {name} is inert: {inert[name]}" for name in dead)
     alive = [name for name in inert if name not in dead]
     return detail + (f"; declared inert, yet it is not: {', '.join(alive)}" if alive else "")
+
+
+def gradient_sizes(subject: Subject) -> tuple[dict[str, float], dict[str, str]]:
+    """Return each parameter's largest gradient after two steps, and what is declared inert and why.
+
+    Raises:
+        CheckFailed: a gradient is not finite, at the start or after a step.
+    """
+    coupler = subject.coupler().train()
+    inputs = subject.inputs(BATCH, min(subject.config.max_seq_length, LENGTH))
+    target = subject.normal(*inputs[1].shape)
+    found: dict[str, Tensor | None] = {}
+    for step in range(STEPS + 1):
+        coupler.zero_grad()
+        loss = (call(coupler, inputs) - target).square().mean()
+        _backward(loss + sum(coupler.auxiliary_losses(*inputs).values()))
+        found = {name: p.grad for name, p in coupler.named_parameters() if p.requires_grad and p.numel()}
+        infinite = [name for name, g in found.items() if g is not None and not g.isfinite().all()]
+        if infinite:
+            raise CheckFailed(f"the gradient of {', '.join(infinite)} is not finite after {step} steps")
+        _adam_like_step(coupler)
+    size = {name: 0.0 if g is None else float(g.abs().max()) for name, g in found.items()}
+    return size, coupler.inert_parameters()
+
+
+def dead_parameters(size: dict[str, float]) -> list[str]:
+    """Return the names whose largest gradient is nothing beside the largest of all."""
+    largest = max(size.values(), default=0.0)
+    return [name for name, value in size.items() if value <= DEAD * largest]
+
+
+def _backward(loss: Tensor) -> None:
+    """Go back through ``loss``, where it depends on any parameter: a coupler may have none."""
+    if loss.requires_grad:
+        loss.backward()
+
+
+@torch.no_grad()
+def _adam_like_step(coupler: Coupler) -> None:
+    """Take Adam's first step; its class would import torch's compiler, for more than a second."""
+    for parameter in coupler.parameters():
+        if parameter.grad is not None:
+            parameter -= STEP_SIZE * parameter.grad / (parameter.grad.abs() + 1e-8)
 
 
 def bf16(subject: Subject) -> str:

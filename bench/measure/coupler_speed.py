@@ -17,6 +17,8 @@ from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
 from gnnmoe.seeds import RandomStreams
 
 REFERENCE = "reference()"
+Form = Callable[[Tensor, Tensor], Tensor]
+"""From expert outputs (B, L, E, D) and layer input (B, L, D) to (B, L, D)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +46,19 @@ def time_forms(config: GNNMoEConfig, batch_size: int, rounds: int, device: torch
     """
     with RandomStreams(0)("speed.inputs"):
         shape = (batch_size, config.max_seq_length, config.num_experts, config.embed_dim)
-        inputs = torch.randn(shape).to(device)
+        inputs, layer_input = torch.randn(shape).to(device), torch.randn(shape[:2] + shape[3:]).to(device)
         cotangent = torch.randn(shape[:2] + shape[3:]).to(device)
     expected: Tensor | None = None
     for form, call in _forms(config, device):
-        leaf = inputs.clone().requires_grad_(True)
-        warmup, output = _timed(call, leaf, cotangent, device)
-        seconds = [_timed(call, leaf, cotangent, device)[0] for _ in range(rounds if warmup < 2.0 else 1)]
+        leaves = inputs.clone().requires_grad_(True), layer_input.clone().requires_grad_(True)
+        warmup, output = _timed(call, leaves, cotangent, device)
+        seconds = [_timed(call, leaves, cotangent, device)[0] for _ in range(rounds if warmup < 2.0 else 1)]
         expected = output if expected is None else expected
         difference = float((output - expected).abs().max() / expected.abs().max())
         yield Timing(form, seconds, difference)
 
 
-def _forms(config: GNNMoEConfig, device: torch.device) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+def _forms(config: GNNMoEConfig, device: torch.device) -> Iterator[tuple[str, Form]]:
     default = resolved_options(config).get("backend")
     has_backends = default is not None and config.hgnn_conv_type in FORMULAS
     backends = [default, *(name for name in BACKENDS if name != default)] if has_backends else []
@@ -77,12 +79,13 @@ def _build(config: GNNMoEConfig, options: dict[str, str], device: torch.device) 
 
 
 def _timed(
-    call: Callable[[Tensor], Tensor], inputs: Tensor, cotangent: Tensor, device: torch.device
+    call: Form, inputs: tuple[Tensor, Tensor], cotangent: Tensor, device: torch.device
 ) -> tuple[float, Tensor]:
-    inputs.grad = None
+    for leaf in inputs:
+        leaf.grad = None
     _synchronize(device)
     start = time.perf_counter()
-    output = call(inputs)
+    output = call(*inputs)
     output.backward(cotangent)
     _synchronize(device)
     return time.perf_counter() - start, output.detach()

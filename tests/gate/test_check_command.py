@@ -1,13 +1,19 @@
 """``python -m bench.check``: the exit status, and what is on the screen."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench.check import main
+from bench.check import ANY_VOCABULARY, main
+from bench.config import ModelConfig
+from bench.portrait import list_couplers
+from gnnmoe.couplers import coupler_names
+from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.strategies import STRATEGIES
 
 SMALL = ["--embed-dim", "16", "--max-seq-length", "12"]
 
@@ -18,6 +24,9 @@ def test_honest_coupler_passes(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert shown.count("✓") == 7
     assert "passed: mean at 4 experts" in shown
+    assert re.search(r"parameters +304, ", shown)  # 16² + 16 + 2 · 16, all in the combiner
+    assert re.search(r"FLOPs a token +512 ", shown)
+    assert "verdict: before the shared combiner it equals the mean over experts to 1e-1" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -31,13 +40,87 @@ def test_leaking_coupler_fails():
     assert done.returncode == 1, done.stderr
     assert "✗" in done.stdout
     assert "FAILED" in done.stdout
+    assert "no portrait: it mixes tokens" in done.stdout
     assert "Traceback" not in done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_a_coupler_that_cannot_be_built_is_reported_not_raised(capsys):
     assert main([*SMALL, "--coupler", "tests.gate.couplers:Unbuildable"]) == 1
-    assert "ZeroDivisionError" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ZeroDivisionError" in shown
+    assert "no portrait: it raised ZeroDivisionError" in shown
+
+
+def test_a_portrait_follows_a_failed_gate_and_shows_dead_parameters_and_a_wrong_formula(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*SMALL, "--coupler", "tests.gate.couplers:Dead"]) == 1
+    shown = capsys.readouterr().out
+    assert "unread (not declared in inert_parameters())" in shown
+    assert "verdict: " in shown
+    assert main([*SMALL, "--coupler", "tests.gate.portrait_couplers:WrongFlops"]) == 0
+    assert "FLOPs formula wrong: flops(12) says 12, " in capsys.readouterr().out
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A short roster: two conv types, and a strategy that needs an argument."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("bench.portrait.roster.coupler_names", lambda: ["HGNN", "mean"])
+    monkeypatch.setattr("bench.portrait.roster.CONV_TYPES", ["HypergraphConv", "PyGHypergraphConv"])
+    monkeypatch.setattr("bench.portrait.roster.STRATEGIES", ["all_pairs", "all", "file"])
+
+
+ALL = ["mean", "HGNN HypergraphConv", "HGNN PyGHypergraphConv", "HGNN all"]
+
+
+def test_all_passes_in_80_columns(few, capsys):
+    ignored = ["--hgnn-conv-type", "PyGHypergraphConv", "--static-hyperedge-strategy", "all"]
+    assert main([*SMALL, "--all", *ignored]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("✓") == len(ALL)
+    assert "passed: all 4 " in shown
+    assert re.search(r"^left out: HGNN file \(.*path", shown, re.MULTILINE)
+    assert re.search(r"^mean +✓ +304 +512 +equals the mean over experts to 1e-1\d", shown, re.MULTILINE)
+    assert shown.count("is not linear in the experts") == 3
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_all_checks_the_named_coupler_too_and_fails_with_its_details(few, capsys):
+    named = ["--coupler", "tests.gate.couplers:PastMixing"]
+    assert main([*SMALL, "--all", *named]) == 1
+    shown = capsys.readouterr().out
+    assert (shown.count("✓"), shown.count("✗")) == (len(ALL), 1)
+    assert "tests.gate.couplers:PastMixing: token_isolation: causal but not token-isolated" in shown
+    assert "FAILED: 1 of 5: tests.gate.couplers:PastMixing" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def names(**fields) -> list[str]:
+    return [entry.name for entry in list_couplers(ModelConfig(**fields).resolved(ANY_VOCABULARY))[0]]
+
+
+def test_the_roster_holds_everything_that_is_registered_whatever_the_flags_of_the_hypergraph():
+    config = ModelConfig(
+        num_experts=5, embed_dim=32, hgnn_conv_type="PyGHypergraphConv", static_hyperedge_strategy="all"
+    )
+    entries, left_out = list_couplers(config.resolved(ANY_VOCABULARY))
+    found = {entry.name: entry.config for entry in entries}
+    hypergraphs = {f"HGNN {name}" for name in (*CONV_TYPES, *STRATEGIES)} - {"HGNN all_pairs"}
+    assert {*found, *left_out} == {*coupler_names(), *hypergraphs} - {"HGNN"}
+    assert all((made.num_experts, made.embed_dim) == (5, 32) for made in found.values())
+    assert found["HGNN PyGHypergraphConv"].hgnn_conv_type == "PyGHypergraphConv"
+    assert found["HGNN PyGHypergraphConv"].static_hyperedge_strategy == "all_pairs"
+    assert found["HGNN all"].static_hyperedge_strategy == "all"
+    assert found["HGNN all"].hgnn_conv_type == "HypergraphConv"
+    assert "HGNN all_pairs" not in found
+
+
+def test_the_named_coupler_is_added_once_and_with_its_options():
+    assert names(coupler_type="mean") == names()
+    assert names(coupler_option=("activation=none",)) == [*names(), "HGNN activation=none"]
+    stranger = "tests.gate.couplers:Dead"
+    assert names(coupler_type=stranger) == [*names(), stranger]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +129,7 @@ def test_a_coupler_that_cannot_be_built_is_reported_not_raised(capsys):
         (["--coupler", "maen"], "Did you mean 'mean'?"),
         (["--coupler", "HGNN", "--static-hyperedge-strategy", "all_pair"], "all_pairs"),
         (["--coupler", "mean", "--coupler-option", "k=2"], "unknown option of coupler mean 'k'"),
+        (["--all", "--coupler", "maen"], "Did you mean 'mean'?"),
     ],
 )
 def test_wrong_input_is_one_message(arguments, text, capsys):

@@ -55,11 +55,15 @@ class ModelConfig(GNNMoEConfig):
 class DataConfig:
     """Which text, and how much of it."""
 
-    dataset_name: str | None = None
+    dataset_name: Annotated[str | None, tyro.conf.arg(aliases=("--dataset",))] = None
     """Text data set on the hub; wikitext is WikiText-2. Named, it must be had; unnamed, an
     embedded text serves where neither a folder nor the hub can be reached."""
     dataset_config_name: str = "wikitext-2-v1"
     """Configuration of the data set."""
+    text_column: str = "text"
+    """Column of the data set that holds the text."""
+    tokenizer: str = "word"
+    """word, or bpe:SIZE: byte-level BPE of this many tokens, trained on the training split."""
     num_train_samples: int | None = None
     """Train on this many blocks of max_seq_length tokens (None: all)."""
     num_eval_samples: int | None = 512
@@ -85,6 +89,18 @@ class TrainingConfig:
     preset or of a --config file do not count."""
     max_batches_per_epoch: int | None = None
     """End an epoch after this many batches."""
+    min_steps_per_epoch: int = 10
+    """Refuse data that give an epoch fewer batches than this: the batch is too large for them."""
+    batch_schedule: str | None = None
+    """Batch size by epoch, such as 0:16,2:32 (16 from epoch 0 on, 32 from epoch 2 on)."""
+    curriculum: str | None = None
+    """Easy blocks first: rarity (rare words are hard), or model:CHECKPOINT of a finished run."""
+    curriculum_pacing: Literal["linear", "competence_sqrt"] = "competence_sqrt"
+    """How the share of the blocks grows over the epochs; the last epoch has all."""
+    curriculum_start: float = 0.2
+    """Share of the blocks in the first epoch of a curriculum."""
+    strict_curriculum: bool = False
+    """Refuse a curriculum whose model is missing, instead of a random order of the same sizes."""
     learning_rate: float = 8e-3
     """Peak learning rate of AdamW."""
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -104,7 +120,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "max_steps", "epochs", "max_batches_per_epoch",
+                       "min_steps_per_epoch",
                        "learning_rate", "eval_every", "max_grad_norm")  # fmt: skip
+        if self.curriculum is not None and self.epochs is None:
+            raise ValueError("a curriculum paces itself by epochs; say how many, with --epochs.")
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1].")
         if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:

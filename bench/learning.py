@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.data.blocks import EvalWindows
+from bench.measure.ledger import Ledger
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record
@@ -11,6 +13,8 @@ from bench.training.checkpoint import save_checkpoint
 from bench.training.communication import CommunicationTrace, probe_tokens
 from bench.training.interruption import Interruption
 from bench.training.loop import Trained, Trainer
+from bench.training.plan import EpochPlan
+from bench.training.step import Batch
 from gnnmoe.model import GNNMoEModel
 
 
@@ -32,13 +36,18 @@ class Learning:
         config, loaders = prepared.config.training, prepared.loaders
         self.trainer = Trainer(model, loaders["train"], loaders["val"], config, prepared.device, self)
         tokens = next(iter(loaders["val"]))["input_ids"]
+        windows = loaders["val"].dataset
+        assert isinstance(windows, EvalWindows)
+        self._validation_tokens = windows.num_scored
         self.trace = CommunicationTrace(probe_tokens(tokens).to(prepared.device))
+        self.ledger = Ledger()
         self.every = prepared.config.places.checkpoint_every or config.eval_every
         if state is None:
             self.trace.sample(0, model)
         else:
             self.trainer.load_state_dict(state["trainer"])
             self.trace.load_state_dict(state["trace"])
+            self.ledger.load_state_dict(state["ledger"])
             prepared.folder.write_history(state["history"])
 
     def run(self) -> Trained:
@@ -48,7 +57,7 @@ class Learning:
             KeyboardInterrupt: a signal came.
             Diverged: a loss is no longer finite.
         """
-        self.reporter.training_begins(self.trainer.total_steps, self.trainer.done.steps)
+        self.reporter.training_begins(self.trainer.plan.total_steps, self.trainer.done.steps)
         with self.interruption.deferred():
             return self.trainer.run()
 
@@ -58,13 +67,30 @@ class Learning:
 
     def write(self, record: Record) -> None:
         """Write what was used and the communication so far into ``record`` and its folder."""
-        done, per_epoch = self.trainer.done, self.trainer.batches_per_epoch
+        plan, done = self.trainer.plan, self.ledger.totals()
         record["used"] = {
-            "batch_shapes": done.batch_shapes, "steps": done.steps, "tokens": done.tokens,
-            "batches_per_epoch": per_epoch, "epochs": round(done.steps / per_epoch, 6),
-            "precision": "fp32", "world_size": 1,
+            "batch_shapes": self.ledger.batch_shapes, "steps": done["updates"]["got"],
+            "tokens": done["tokens"]["got"], "total_steps": plan.total_steps,
+            "epochs": round(plan.epochs(), 6),
+            "precision": "fp32", "world_size": 1, "ledger": self.ledger.to_record(),
         }  # fmt: skip
         self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
+
+    def on_epoch(self, plan: EpochPlan) -> None:
+        """Open the epoch's account."""
+        self.ledger.begin_epoch(plan)
+
+    def on_batch(self, batch: Batch) -> int:
+        """Count a batch; return its real targets."""
+        return self.ledger.batch(batch)
+
+    def on_update(self) -> None:
+        """Count an optimizer step."""
+        self.ledger.update()
+
+    def after_epoch(self) -> None:
+        """Close the epoch's account."""
+        self.ledger.end_epoch()
 
     def on_step(self, row: dict[str, Any]) -> None:
         """Keep and show a step."""
@@ -73,6 +99,7 @@ class Learning:
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
         """Keep and show an evaluation, and sample the communication."""
+        self.ledger.evaluated("validation while training", self._validation_tokens, row["tokens"])
         self.trace.sample(row["step"], self.model)
         self.prepared.folder.append_history(row)
         self.reporter.evaluated(row)
@@ -80,8 +107,11 @@ class Learning:
     def after_step(self) -> None:
         """Save a checkpoint when it is time or when a signal came; then stop."""
         steps = self.trainer.done.steps
-        if self.interruption.requested or steps % self.every == 0 or steps == self.trainer.total_steps:
-            state = {"trainer": self.trainer.state_dict(), "trace": self.trace.state_dict()}
+        if self.interruption.requested or steps % self.every == 0 or steps == self.trainer.plan.total_steps:
+            state = {
+                "trainer": self.trainer.state_dict(), "trace": self.trace.state_dict(),
+                "ledger": self.ledger.state_dict(),
+            }  # fmt: skip
             history = self.prepared.folder.read_history()
             save_checkpoint(self.prepared.checkpoint, {**self._identity(), **state, "history": history})
         if self.interruption.requested:

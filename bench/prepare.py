@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from bench.config import RunConfig
+from bench.data.blocks import TrainBlocks
 from bench.data.corpus import Corpus, load_corpus
-from bench.data.loader import create_loader
+from bench.data.curriculum import Curriculum, make_curriculum
+from bench.data.loader import BlockLoader, create_loader
+from bench.data.validation import validate_first_batch
 from bench.device import resolve_device
+from bench.difficulty import checkpoint_scorer
 from bench.gate import refuse_wrong_names
 from bench.records.schema import config_dict, identity, run_id
 from bench.records.store import RunFolder, check_writable
@@ -30,7 +35,7 @@ class Prepared:
     model_config: GNNMoEConfig
     device: torch.device
     corpus: Corpus
-    loaders: dict[str, DataLoader[Any]]
+    loaders: dict[str, BlockLoader]
     """train; val as used while training; val_final and, where asked for, test, at half the stride."""
     folder: RunFolder
     run_id: str
@@ -64,15 +69,26 @@ def prepare(config: RunConfig) -> Prepared:
     _refuse_another_text(config, corpus)
     model_config = config.model.resolved(corpus.vocabulary.size)
     _refuse_missing_rows(model_config, corpus)
-    loaders = _loaders(config, corpus)
+    loaders = _loaders(config, corpus, device)
+    for loader in loaders.values():
+        validate_first_batch(loader)
     model = coupler_identity(model_config)
     if model_config.vocab_size != corpus.vocabulary.size:  # else it follows from the data
         model["vocab_size"] = model_config.vocab_size
-    known_by = identity(config, model, corpus.sha256, device.type)
+    known_by = identity(config, model, corpus.sha256, device.type, curriculum=_order_of(loaders["train"]))
     name = run_id(known_by)
     folder = RunFolder(config.places.results_dir, config.places.study, name)
     seconds = {"prepare": time.perf_counter() - start}
     return Prepared(config, model_config, device, corpus, loaders, folder, name, known_by, seconds)
+
+
+def _order_of(loader: BlockLoader) -> dict[str, Any] | None:
+    """Return what a curriculum changes: its pace, and the order of the blocks by content."""
+    curriculum = loader.sampler_obj.curriculum
+    if curriculum is None:
+        return None
+    order = curriculum.easiest_first.astype("<i8").tobytes()
+    return {**curriculum.to_record(), "order_sha256": hashlib.sha256(order).hexdigest()}
 
 
 def _corpus_arguments(config: RunConfig) -> dict[str, Any]:
@@ -85,6 +101,8 @@ def _corpus_arguments(config: RunConfig) -> dict[str, Any]:
         "source": source,
         "dataset_name": config.data.dataset_name or "wikitext",
         "dataset_config_name": config.data.dataset_config_name,
+        "text_column": config.data.text_column,
+        "tokenizer": config.data.tokenizer,
     }
 
 
@@ -117,18 +135,42 @@ def _refuse_missing_rows(model_config: GNNMoEConfig, corpus: Corpus) -> None:
         )
 
 
-def _loaders(config: RunConfig, corpus: Corpus) -> dict[str, DataLoader[Any]]:
-    size, length, seed = config.training.batch_size, config.model.max_seq_length, config.training.seed
+def _loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[str, BlockLoader]:
+    training, length, seed = config.training, config.model.max_seq_length, config.training.seed
+    size = training.batch_size
     shared: dict[str, Any] = {
         "max_seq_length": length, "seed": seed, "num_workers": config.places.num_workers_dataloader,
     }  # fmt: skip
     evaluated = {**shared, "num_samples": config.data.num_eval_samples}
     half = max(1, length // 2)
     loaders = {
-        "train": create_loader(corpus, "train", size, num_samples=config.data.num_train_samples, **shared),
+        "train": create_loader(
+            corpus, "train", size, num_samples=config.data.num_train_samples,
+            batch_schedule=training.batch_schedule, curriculum=_curriculum(config, corpus, device),
+            min_batches=training.min_steps_per_epoch, **shared,
+        ),
         "val": create_loader(corpus, "val", size, **evaluated),
         "val_final": create_loader(corpus, "val", size, stride=half, **evaluated),
-    }
+    }  # fmt: skip
     if config.data.evaluate_test:
         loaders["test"] = create_loader(corpus, "test", size, stride=half, **shared)
     return loaders
+
+
+def _curriculum(
+    config: RunConfig, corpus: Corpus, device: torch.device
+) -> Callable[[TrainBlocks], Curriculum] | None:
+    training = config.training
+    if training.curriculum is None:
+        return None
+    scorer, epochs = training.curriculum, training.epochs
+    assert epochs is not None, "the config refuses a curriculum without epochs"
+
+    def make(blocks: TrainBlocks) -> Curriculum:
+        return make_curriculum(
+            blocks, corpus.vocabulary, scorer, pacing=training.curriculum_pacing, epochs=epochs,
+            start=training.curriculum_start, seed=training.seed, strict=training.strict_curriculum,
+            load_model=lambda path: checkpoint_scorer(path, corpus, device),
+        )  # fmt: skip
+
+    return make

@@ -71,9 +71,6 @@ def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
 def _announce(prepared: Prepared, reporter: Reporter) -> None:
     if prepared.corpus.warning:
         reporter.console.print(f"WARNING: {prepared.corpus.warning}", style="bold yellow", markup=False)
-    notes = [getattr(loader.dataset, "note", None) for loader in prepared.loaders.values()]
-    for note in dict.fromkeys(note for note in notes if note):
-        reporter.line(f"note: {note}")
 
 
 def _draw(prepared: Prepared, reporter: Reporter) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bench.data.blocks import EvalWindows
-from bench.data.vocabulary import unigram_nll
+from bench.data.reference_lines import reference_nll
 from bench.device import is_out_of_memory
 from bench.gate import GateReport, check_trained_isolation, run_gate
 from bench.learning import Learning
@@ -59,7 +59,7 @@ class Session:
             run_id=prepared.run_id, study=config.places.study, run_name=config.places.run_name,
             status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
             environment=describe_environment(prepared.device, config.model.coupler_type),
-            data=prepared.corpus.to_record(),
+            data=prepared.corpus.to_record() | {"training_blocks": _subset(prepared)},
             tuned=not_measured("no batch-size search was asked for"),
             requested={"batch_size": config.training.batch_size,
                        "max_seq_length": config.model.max_seq_length},
@@ -126,7 +126,7 @@ class Session:
             batch = next(iter(self.prepared.loaders["train"]))
             again = check_trained_isolation(model, batch["input_ids"].to(device))
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
-            self._evaluate(model, learning.trainer.done.best_step)
+            self._evaluate(model, learning)
         with self._phase("speed", "measuring speed and memory"):
             batches = list(islice(iter(self.prepared.loaders["train"]), config.measure.speed_steps))
             self.record["speed"], self.record["memory"] = measure_speed(
@@ -164,7 +164,7 @@ class Session:
             learning.write(self.record)
         return learning
 
-    def _evaluate(self, model: GNNMoEModel, best_step: int) -> None:
+    def _evaluate(self, model: GNNMoEModel, learning: Learning) -> None:
         device, loaders = self.prepared.device, self.prepared.loaders
         quality: dict[str, Any] = {"test": not_measured("not asked for; --evaluate-test scores it")}
         arrays: dict[str, np.ndarray] = {}
@@ -173,20 +173,36 @@ class Session:
                 continue
             result, windows = evaluate(model, loader, device), loader.dataset
             assert isinstance(windows, EvalWindows)
+            learning.ledger.evaluated(f"{split} at the end", windows.num_scored, result.tokens)
+            words, text_bytes = windows.split.words_and_bytes(result.tokens)
+            lines = reference_nll(self.prepared.corpus, split, result.tokens)
             quality[split] = {
-                "nll_sum": result.nll_sum, "tokens": result.tokens,
-                "unigram_nll_sum": unigram_nll(self.prepared.corpus.vocabulary, windows.scored_targets()),
+                "nll_sum": result.nll_sum, "tokens": result.tokens, "words": words, "bytes": text_bytes,
+                **{f"{line}_nll_sum": nll_sum for line, nll_sum in lines.items()},
                 "length": windows.length, "stride": windows.stride,
             }  # fmt: skip
             arrays |= {
                 f"{split}_nll": result.nll,
                 f"{split}_document": windows.document_ids().astype(np.int32),
             }
-        quality["best_step"] = best_step
+        quality["best_step"] = learning.trainer.done.best_step
+        self.record["used"]["ledger"] = learning.ledger.to_record()
         self.record["quality"] = quality
         self.prepared.folder.write_arrays("nll.npz", arrays)
         tokens = next(iter(loaders["val"]))["input_ids"]
         self.record["communication"] = summarize_communication(model, probe_tokens(tokens).to(device))
+
+
+def _subset(prepared: Prepared) -> dict[str, Any]:
+    """Return which blocks are trained on: how many, and the seed that chose them where not all."""
+    loader = prepared.loaders["train"]
+    chosen = prepared.config.data.num_train_samples is not None
+    curriculum = loader.sampler_obj.curriculum
+    return {
+        "count": len(loader.dataset_obj),
+        "subset_seed": prepared.config.training.seed if chosen else None,
+        "curriculum": None if curriculum is None else curriculum.to_record(),
+    }
 
 
 def _now() -> str:

@@ -23,6 +23,13 @@ def _no_data_folder_from_outside(monkeypatch):
     monkeypatch.delenv("GNNMOE_DATA_DIR", raising=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_from_outside(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GNNMOE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def wikitext_dir() -> Path:
     folder = Path(os.environ.get("GNNMOE_TEST_WIKITEXT") or REPOSITORY.parent / "shared" / "wikitext-2")

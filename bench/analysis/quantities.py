@@ -17,16 +17,37 @@ def perplexity(record: Record, split: str = "validation") -> float | None:
     return _perplexity(record, split, "nll_sum")
 
 
+def word_perplexity(record: Record, split: str = "validation") -> float | None:
+    """Return exp(Σ nll / N_word): for a model of subwords what ``perplexity`` is for one of words."""
+    return _perplexity(record, split, "nll_sum", "words")
+
+
+def byte_perplexity(record: Record, split: str = "validation") -> float | None:
+    """Return exp(Σ nll / bytes of the text scored)."""
+    return _perplexity(record, split, "nll_sum", "bytes")
+
+
+def bits_per_byte(record: Record, split: str = "validation") -> float | None:
+    """Return Σ nll / (ln 2 · bytes of the text scored)."""
+    value = byte_perplexity(record, split)
+    return None if value is None else math.log2(value)
+
+
 def unigram_perplexity(record: Record, split: str = "validation") -> float | None:
     """Return the perplexity of the training split's unigram on exactly the same tokens."""
     return _perplexity(record, split, "unigram_nll_sum")
 
 
-def _perplexity(record: Record, split: str, key: str) -> float | None:
+def trigram_perplexity(record: Record, split: str = "validation") -> float | None:
+    """Return the perplexity of a Kneser-Ney trigram (discount 0.75) on exactly the same tokens."""
+    return _perplexity(record, split, "kneser_ney_trigram_nll_sum")
+
+
+def _perplexity(record: Record, split: str, key: str, per: str = "tokens") -> float | None:
     quality = record["quality"]
     if not is_measured(quality) or not is_measured(quality[split]):
         return None
-    nats = quality[split][key] / quality[split]["tokens"]
+    nats = quality[split][key] / quality[split][per]
     return math.exp(nats) if nats < 700 else math.inf
 
 

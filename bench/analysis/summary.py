@@ -48,6 +48,7 @@ def _rows(record: Record) -> list[tuple[str, str]]:
     rows += [(split, _quality(record, split)) for split in ("validation", "test")]
     rows += [("speed", _speed(record)), ("memory", _memory(record)), ("parameters", _parameters(record))]
     rows += _communication(record["communication"])
+    rows.append(("counted", _counted(record["used"])))
     if is_measured(record["gate"]):
         rows.append(("gate", _gate(record["gate"])))
     rows.append(("time", _time(record["time"]["seconds"])))
@@ -55,14 +56,34 @@ def _rows(record: Record) -> list[tuple[str, str]]:
 
 
 def _quality(record: Record, split: str) -> str:
-    value, unigram = quantities.perplexity(record, split), quantities.unigram_perplexity(record, split)
-    if value is None or unigram is None:
+    value, bits = quantities.perplexity(record, split), quantities.bits_per_byte(record, split)
+    if value is None or bits is None:
         return ""
     scored = record["quality"][split]
+    lines = quantities.unigram_perplexity(record, split), quantities.trigram_perplexity(record, split)
+    text = f"perplexity {value:,.1f} (unigram {lines[0]:,.1f}, trigram {lines[1]:,.1f})"
+    if scored["words"] != scored["tokens"]:
+        text += f" a token, {quantities.word_perplexity(record, split):,.1f} a word"
     return (
-        f"perplexity {value:,.1f} (unigram {unigram:,.1f}) on {scored['tokens']:,} tokens, "
-        f"length {scored['length']}, stride {scored['stride']}"
+        f"{text}, {bits:.3f} bits a byte, on {scored['tokens']:,} tokens, length {scored['length']}, "
+        f"stride {scored['stride']}"
     )
+
+
+def _counted(used: dict[str, Any]) -> str:
+    """Return what was asked for and what was got, counted from the tensors."""
+    if not is_measured(used):
+        return ""
+    ledger = used["ledger"]
+    rows = [
+        (f"training {name}", counts["asked"], counts["got"]) for name, counts in ledger["training"].items()
+    ]
+    rows += [(f"tokens of {name}", e["asked"], e["got"]) for name, e in ledger["evaluations"].items()]
+    lines = [f"{'':34}{'asked':>10}  {'got':>10}"]
+    lines += [
+        f"{name:34}{asked:>10,}  {got:>10,}  {'✓' if asked == got else '✗'}" for name, asked, got in rows
+    ]
+    return "\n".join(lines)
 
 
 def _data(data: dict[str, Any]) -> str:

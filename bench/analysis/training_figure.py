@@ -124,12 +124,12 @@ def _draw_evaluation(axes: Axes, run: RunData) -> None:
     label = f"best perplexity {_number(perplexity(losses[best]))}, step {run.validation[best]['step']:,}"
     steps, marker = [row["step"] for row in run.validation], _marker(losses, MARKED)
     axes.plot(steps, losses, color=BLUE, marker=marker, markersize=4, label=label)
-    unigram = _unigram_loss(run)
-    if unigram is not None:
-        label = f"unigram {_number(perplexity(unigram))}"
-        axes.axhline(unigram, color="black", linestyle="--", linewidth=1.2, label=label)
+    lines = _reference_losses(run)
+    for (name, loss), style in zip(lines.items(), ("--", ":"), strict=False):
+        label = f"{name} {_number(perplexity(loss))}"
+        axes.axhline(loss, color="black", linestyle=style, linewidth=1.2, label=label)
     _legend(axes)
-    known = [*losses, *([] if unigram is None else [unigram])]
+    known = [*losses, *lines.values()]
     margin = max(0.06 * (max(known) - min(known)), 0.01)
     low, high = min(known) - margin, max(known) + margin
     axes.set_ylim(low, high)
@@ -142,15 +142,16 @@ def _draw_evaluation(axes: Axes, run: RunData) -> None:
     twin.spines["right"].set_visible(True)
 
 
-def _unigram_loss(run: RunData) -> float | None:
-    """Return the unigram's loss where the record scores the tokens that the evaluations did."""
+def _reference_losses(run: RunData) -> dict[str, float]:
+    """Return the losses of simple models, where the record scores the tokens that the evaluations did."""
     quality = run.record["quality"]
     if not is_measured(quality) or not is_measured(quality["validation"]):
-        return None
+        return {}
     scored = quality["validation"]
     if any(row["tokens"] != scored["tokens"] for row in run.validation):
-        return None
-    return scored["unigram_nll_sum"] / scored["tokens"]
+        return {}
+    names = {"unigram": "unigram_nll_sum", "Kneser-Ney trigram": "kneser_ney_trigram_nll_sum"}
+    return {name: scored[key] / scored["tokens"] for name, key in names.items() if key in scored}
 
 
 def _draw_learning_rate(axes: Axes, train: list[Row]) -> None:

@@ -41,7 +41,7 @@ class TrainBlocks(Dataset[dict[str, Tensor]]):
 
         So a smaller subset lies within a larger one, and a subset is the same in every epoch.
         """
-        _require_positive("num_samples", num_samples)
+        require_at_least("num_samples", num_samples, 1)
         blocks = cls(split, length)
         if num_samples >= len(blocks):
             blocks.note = _shortage(split, num_samples, len(blocks), length)
@@ -60,7 +60,12 @@ class TrainBlocks(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return a batch: ``input_ids`` and ``targets``, each (B, L) int64."""
         tokens = self._windows[self.indices[torch.as_tensor(indices)]]
-        return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+        # Not contiguous(): of one sample it is a view, and inputs and targets would share their memory.
+        form = torch.contiguous_format
+        return {
+            "input_ids": tokens[:, :-1].clone(memory_format=form),
+            "targets": tokens[:, 1:].clone(memory_format=form),
+        }
 
 
 class EvalWindows(Dataset[dict[str, Tensor]]):
@@ -80,7 +85,7 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
         self.note: str | None = None
         self.num_scored = split.num_tokens
         if num_blocks is not None:
-            _require_positive("the number of evaluation blocks", num_blocks)
+            require_at_least("the number of evaluation blocks", num_blocks, 1)
             self.num_scored = min(num_blocks * length, split.num_tokens)
             self.note = _shortage(split, num_blocks, -(-split.num_tokens // length), length)
         self._windows = 1 - (length - self.num_scored) // stride  # 1 + ceil((N − L) / S)
@@ -112,13 +117,28 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
         """Return the ids scored, in order, (num_scored,) int64."""
         return self.split.stream[1 : 1 + self.num_scored]
 
+    def target_numbers(self, windows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return which of the targets each of ``windows`` scores, in order, (targets,) int64.
+
+        So losses that several ranks took can be put back in the order of the text.
+        """
+        first = [0 if window == 0 else self.length + (window - 1) * self.stride for window in windows]
+        ends = [min(self.length + window * self.stride, self.num_scored) for window in windows]
+        empty = np.empty(0, dtype=np.int64)
+        return np.concatenate([empty, *map(np.arange, first, ends)])
+
     def document_ids(self) -> np.ndarray:
         """Return the document number of each target scored, (num_scored,) int64."""
         return self.split.document_ids()[: self.num_scored]
 
 
+def batch_bytes(batch_size: int, length: int) -> int:
+    """Return the bytes of one batch: inputs and targets, (B, L) int64 each."""
+    return 2 * batch_size * length * 8
+
+
 def _require_one_block(split: Split, length: int) -> None:
-    _require_positive("max_seq_length", length)
+    require_at_least("max_seq_length", length, 1)
     if split.num_tokens < length:
         raise ValueError(
             f"the {split.name} split has {split.num_tokens} tokens, one block needs {length}; "
@@ -126,9 +146,11 @@ def _require_one_block(split: Split, length: int) -> None:
         )
 
 
-def _require_positive(what: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{what} must be 1 or more; got {value}")
+def require_at_least(what: str, value: int, least: int) -> int:
+    """Return ``value``; raise ValueError where it is below ``least``."""
+    if value < least:
+        raise ValueError(f"{what} must be {least} or more; got {value}")
+    return value
 
 
 def _shortage(split: Split, asked: int, available: int, length: int) -> str | None:

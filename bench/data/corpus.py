@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.data.cache import cache_folder, cached_content
 from bench.data.embedded import MIN_COUNT, embedded_texts
-from bench.data.sources import REMEDY, read_folder, read_named
-from bench.data.split import SPLITS, Split, article_lines, build_split, canonical_lines, line_words
+from bench.data.folder import read_folder
+from bench.data.sources import REMEDY, Text, digest, read_named
+from bench.data.split import SPLITS, Split, article_lines, canonical_lines
+from bench.data.tokenizer import Content, Documents, bpe_size, tokenize, tokenizer_version
 from bench.data.vocabulary import Vocabulary
 from gnnmoe.naming import unknown_name
 
@@ -35,9 +38,10 @@ class Corpus:
     """Texts as token streams over one vocabulary.
 
     ``source`` is "folder", "cache", "hub" or "embedded"; ``verdict`` says how the text compares with
-    the published WikiText-2 (the weakest of its splits: "official", "same counts" or "other");
-    ``splits`` has the keys "train", "validation" and "test"; ``warning`` is one sentence to show on
-    screen and in every table, or None.
+    the published WikiText-2 (the weakest of its splits: "official", "same counts" or "other"), by its
+    words whatever the tokenizer; ``splits`` has the keys "train", "validation" and "test"; ``warning``
+    is one sentence to show on screen and in every table, or None; ``tokenizer`` is "word" or
+    "bpe:SIZE"; ``files`` has the SHA-256 of each file of a folder, by its name.
     """
 
     name: str
@@ -47,11 +51,15 @@ class Corpus:
     vocabulary: Vocabulary
     splits: Mapping[str, Split]
     warning: str | None = None
+    tokenizer: str = "word"
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
-        """Identity of the content; results of corpora that differ here never share a table."""
+        """Identity of text and tokens; results of corpora that differ here never share a table."""
         parts = [*(self.splits[name].sha256 for name in SPLITS), self.vocabulary.sha256]
+        if self.tokenizer != "word":
+            parts.append(self.tokenizer)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def to_record(self) -> dict[str, Any]:
@@ -61,7 +69,9 @@ class Corpus:
             "config_name": self.config_name,
             "source": self.source,
             "verdict": self.verdict,
+            "tokenizer": self.tokenizer,
             "sha256": self.sha256,
+            "files": dict(self.files),
             "vocabulary": {"size": self.vocabulary.size, "sha256": self.vocabulary.sha256},
             "splits": {name: _split_record(self.splits[name]) for name in SPLITS},
             "python_version": platform.python_version() if self.source == "embedded" else None,
@@ -75,14 +85,60 @@ def load_corpus(
     source: str = "auto",
     dataset_name: str = "wikitext",
     dataset_config_name: str = "wikitext-2-v1",
+    tokenizer: str = "word",
+    text_column: str = "text",
+    cache_dir: Path | None = None,
 ) -> Corpus:
-    """Return the corpus that ``source`` names.
+    """Return the corpus that ``source`` names, prepared anew or from the cache (see ``cache_folder``).
 
     ``auto``: ``data_dir``, else the folder in GNNMOE_DATA_DIR, else the local cache of ``datasets``,
     else the hub, else the embedded corpus with a warning. ``folder``: one of the first two. ``hub``:
     the data set by name, from the cache or the hub, with no fall-back. ``embedded``: Python's help
-    texts. Raises ValueError with the remedy.
+    texts. ``tokenizer``: "word", or "bpe:SIZE" for byte-level BPE trained on the training split.
+    ``text_column`` is the column of parquet files and of data sets by name. Raises ValueError with
+    the remedy; warns once of a cache that is broken or cannot be written.
     """
+    size = bpe_size(tokenizer)
+    found = _find(data_dir, source, dataset_name, dataset_config_name, text_column)
+    identity = [tokenizer, tokenizer_version(tokenizer), found.min_count, found.digest]
+    content = cached_content(
+        identity, lambda: tokenize(found.documents(), tokenizer, found.min_count), cache_folder(cache_dir)
+    )
+    if size is not None and content.vocabulary.size < size:
+        warnings.warn(
+            f"{tokenizer} asked for; the training text gives only {content.vocabulary.size:,} pieces, "
+            "and all of them serve",
+            stacklevel=2,
+        )
+    return _corpus(found, content, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source with its text not yet tokenised; ``text`` is None for the embedded one."""
+
+    name: str
+    config_name: str
+    source: str
+    digest: str
+    text: Text | None
+    warning: str | None = None
+
+    @property
+    def min_count(self) -> int:
+        return MIN_COUNT if self.text is None else 1
+
+    def documents(self) -> Documents:
+        if self.text is None:
+            return embedded_texts()
+        texts = self.text.read()
+        lines = {split: canonical_lines(texts[split]) for split in SPLITS}
+        return {split: (lines[split], article_lines(lines[split])) for split in SPLITS}
+
+
+def _find(
+    data_dir: Path | None, source: str, dataset_name: str, dataset_config_name: str, text_column: str
+) -> _Found:
     if source not in SOURCES:
         raise ValueError(unknown_name("data source", source, SOURCES))
     if source in ("hub", "embedded") and data_dir is not None:
@@ -93,66 +149,52 @@ def load_corpus(
     if source == "embedded":
         return _embedded("it was asked for")
     if source != "hub" and folder is not None:
-        return _named_by_verdict(
-            _from_texts(read_folder(Path(folder).expanduser()), "local text", "", "folder")
-        )
+        text = read_folder(Path(folder).expanduser(), text_column)
+        return _Found("local text", "", "folder", text.digest, text)
     try:
-        texts, origin = read_named(dataset_name, dataset_config_name)
+        text = read_named(dataset_name, dataset_config_name, text_column)
     except ValueError as error:
         if source == "auto":
             return _embedded(str(error))
         raise ValueError(f"{error}; {REMEDY}") from error
-    return _from_texts(texts, dataset_name, dataset_config_name, origin)
+    return _Found(dataset_name, dataset_config_name, text.origin, text.digest, text)
 
 
-def _named_by_verdict(corpus: Corpus) -> Corpus:
-    """Call a folder's text WikiText-2 where it is: by its counts, not by what was asked for."""
-    if corpus.verdict == "other":
-        return corpus
-    return replace(corpus, name="wikitext", config_name="wikitext-2-v1")
+def _embedded(reason: str) -> _Found:
+    warning = (
+        f"NOT WIKITEXT-2: the small embedded text of Python's help pages serves ({reason}), and its results "
+        f"compare with no published ones; for WikiText-2, {REMEDY}"
+    )
+    config = f"python-{platform.python_version()}"
+    return _Found("pydoc-topics", config, "embedded", digest(embedded_texts()), None, warning)
 
 
 def split_verdict(split: Split) -> str:
     """Return how a split compares with WikiText-2's: "official" (bytes), "same counts" or "other"."""
     if split.sha256 == OFFICIAL_SHA256[split.name]:
         return "official"
-    return "same counts" if split.num_tokens == OFFICIAL_TOKENS[split.name] else "other"
+    words = split.num_words + split.num_lines
+    return "same counts" if words == OFFICIAL_TOKENS[split.name] else "other"
 
 
-def _from_texts(texts: Mapping[str, str], name: str, config_name: str, source: str) -> Corpus:
-    lines = {split: canonical_lines(texts[split]) for split in SPLITS}
-    documents = {split: (lines[split], article_lines(lines[split])) for split in SPLITS}
-    return _assemble(documents, name, config_name, source)
-
-
-def _embedded(reason: str) -> Corpus:
-    warning = (
-        f"NOT WIKITEXT-2: the small embedded text of Python's help pages serves ({reason}), and its results "
-        f"compare with no published ones; for WikiText-2, {REMEDY}"
-    )
-    config = f"python-{platform.python_version()}"
-    return _assemble(
-        embedded_texts(), "pydoc-topics", config, "embedded", min_count=MIN_COUNT, warning=warning
-    )
-
-
-def _assemble(
-    documents: Mapping[str, tuple[Sequence[str], Sequence[int]]],
-    name: str,
-    config_name: str,
-    source: str,
-    *,
-    min_count: int = 1,
-    warning: str | None = None,
-) -> Corpus:
-    """Return the corpus of ``documents``: for each split, its lines and where documents begin."""
-    words = {split: line_words(documents[split][0]) for split in SPLITS}
-    vocabulary = Vocabulary.build(chain.from_iterable(words["train"]), min_count=min_count)
-    splits = {split: build_split(split, *documents[split], vocabulary, words[split]) for split in SPLITS}
-    verdict = max((split_verdict(split) for split in splits.values()), key=_VERDICTS.index)
-    if vocabulary.size != OFFICIAL_VOCABULARY:
+def _corpus(found: _Found, content: Content, tokenizer: str) -> Corpus:
+    verdict = max((split_verdict(split) for split in content.splits.values()), key=_VERDICTS.index)
+    if content.num_distinct_words != OFFICIAL_VOCABULARY:
         verdict = "other"
-    return Corpus(name, config_name, source, verdict, vocabulary, splits, warning)
+    name, config_name = found.name, found.config_name
+    if found.source == "folder" and verdict != "other":  # known by its counts, not by what was asked for
+        name, config_name = "wikitext", "wikitext-2-v1"
+    return Corpus(
+        name=name,
+        config_name=config_name,
+        source=found.source,
+        verdict=verdict,
+        vocabulary=content.vocabulary,
+        splits=content.splits,
+        warning=found.warning,
+        tokenizer=tokenizer,
+        files={} if found.text is None else found.text.files,
+    )
 
 
 def _split_record(split: Split) -> dict[str, Any]:

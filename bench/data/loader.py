@@ -1,52 +1,38 @@
-"""Batches in an order that is a pure function of (seed, epoch)."""
+"""Batches of a split in an order that is a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any, Literal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
 
-from bench.data.blocks import EvalWindows, TrainBlocks
-from bench.data.corpus import Corpus
+from bench.data.block_loader import (
+    BlockLoader,
+    LoaderChangedError,
+    check_unchanged,
+    set_batch_size,
+    set_epoch,
+)
+from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
+from bench.data.corpus import Corpus, load_corpus
+from bench.data.curriculum import Curriculum
+from bench.data.sampler import EpochBatchSampler, resolve_shard
+from bench.data.schedule import BatchSchedule
 from gnnmoe.naming import unknown_name
-from gnnmoe.seeds import stream_seed
 
+__all__ = [
+    "BlockLoader", "EpochBatchSampler", "LoaderChangedError",
+    "check_unchanged", "create_loader", "set_batch_size", "set_epoch",
+]  # fmt: skip
 _SPLIT_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
-class EpochBatchSampler(Sampler[list[int]]):
-    """Batches of sample numbers; with ``shuffle``, in the order that (seed, epoch) determine."""
-
-    def __init__(
-        self, num_samples: int, batch_size: int, *, shuffle: bool, drop_last: bool, seed: int, epoch: int
-    ) -> None:
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.seed, self.epoch = seed, epoch
-
-    def __len__(self) -> int:
-        full, rest = divmod(self.num_samples, self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.order().tolist()
-        for batch in range(len(self)):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    def order(self) -> np.ndarray:
-        """Return the sample numbers of this epoch in order, (num_samples,) int64."""
-        if not self.shuffle:
-            return np.arange(self.num_samples)
-        generator = np.random.default_rng(stream_seed(self.seed, f"data.order.{self.epoch}"))
-        return generator.permutation(self.num_samples)
-
-
 def create_loader(
-    corpus: Corpus,
+    corpus: Corpus | Path | str,
     split: str,
     batch_size: int,
     *,
@@ -59,50 +45,58 @@ def create_loader(
     shuffle: bool | None = None,
     num_workers: int | Literal["auto"] = 0,
     pin_memory: bool | None = None,
-) -> DataLoader[Any]:
-    """Return batches ``{"input_ids": (B, L), "targets": (B, L)}`` int64 of a split.
+    distributed: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+    curriculum: Curriculum | Callable[[TrainBlocks], Curriculum] | None = None,
+    batch_schedule: BatchSchedule | str | None = None,
+    min_batches: int = 1,
+) -> BlockLoader:
+    """Return batches ``{"input_ids": (B, L), "targets": (B, L)}`` int64 of a split of a corpus or folder.
 
-    "train": ``TrainBlocks``, shuffled, full batches only; "val" or "test": ``EvalWindows``
-    (``stride`` = the length by default), in stream order, whatever the seed and the epoch.
-    ``num_samples``: a random subset of training blocks, nested and fixed by the seed; the first
-    blocks of an evaluation. ``num_workers`` "auto" = min(4, cores // 2); ``pin_memory`` None = only
-    where CUDA is available. Raises ValueError for a wrong argument and for zero batches.
+    "train": ``TrainBlocks``, shuffled, full batches only, the same number on every rank; "val" or
+    "test": ``EvalWindows`` (``stride`` = the length by default), in stream order, whatever the seed
+    and the epoch, each on one rank. ``num_samples``: a random subset of training blocks, nested and
+    fixed by the seed; the first blocks of an evaluation. ``curriculum``: also a function of the
+    blocks. ``min_batches``: the fewest that an epoch may have. ``num_workers`` "auto" =
+    min(4, cores // 2); ``pin_memory`` None = only where CUDA is available. ``distributed``: rank and
+    world size come from ``torch.distributed`` where not given. Raises ValueError with the remedy.
     """
-    if split not in _SPLIT_NAMES:
-        raise ValueError(unknown_name("split", split, _SPLIT_NAMES))
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more; got {batch_size}")
-    training = split == "train"
+    training = _require_split(corpus, split) == "train"
+    if isinstance(corpus, Path | str):
+        corpus = load_corpus(data_dir=Path(corpus), source="folder")
     blocks = _blocks(corpus, split, max_seq_length, seed, num_samples, stride)
+    if not training and not (curriculum is None and batch_schedule is None):
+        raise ValueError(f"curriculum and batch_schedule apply to training; drop them for split {split!r}")
     sampler = EpochBatchSampler(
         len(blocks),
-        batch_size,
+        require_at_least("batch_size", batch_size, 1),
         shuffle=training if shuffle is None else shuffle,
         drop_last=training if drop_last is None else drop_last,
         seed=seed if training else 0,
-        epoch=epoch if training else 0,
+        epoch=0,
+        shard=resolve_shard(distributed, rank, world_size),
+        contiguous=not training,
+        curriculum=_curriculum(curriculum, blocks),
+        schedule=_schedule(batch_schedule, batch_size),
     )
-    if not len(sampler):
-        raise ValueError(
-            f"batch_size {batch_size} with drop_last gives no batch: {split} has {len(blocks)} blocks "
-            f"of {max_seq_length} tokens; use a batch of at most {len(blocks)}"
-        )
-    # Without a generator of its own, iter() would draw from torch's global one.
-    generator = torch.Generator().manual_seed(stream_seed(seed, "data.workers"))
-    return DataLoader(
-        blocks,
-        batch_sampler=sampler,
-        collate_fn=_identity,  # the blocks hand out whole batches
-        num_workers=min(4, (os.cpu_count() or 1) // 2) if num_workers == "auto" else num_workers,
-        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        generator=generator,
-    )
+    sampler.move_to(require_at_least("epoch", epoch, 0) if training else 0)
+    _refuse_too_few(sampler, blocks, split, min_batches)
+    if blocks.note:
+        warnings.warn(blocks.note, stacklevel=2)
+    pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+    return BlockLoader(corpus, blocks, sampler, _workers(num_workers), pin_memory)
 
 
-def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
-    """Give a training loader the order of ``epoch`` from its next iteration on; others stay as they are."""
-    if isinstance(loader.dataset, TrainBlocks) and isinstance(loader.batch_sampler, EpochBatchSampler):
-        loader.batch_sampler.epoch = epoch
+def _require_split(corpus: Corpus | Path | str, split: str) -> str:
+    if split in _SPLIT_NAMES:
+        return _SPLIT_NAMES[split]
+    message = unknown_name("split", split, _SPLIT_NAMES)
+    if isinstance(corpus, Corpus):
+        raise ValueError(f"{message} The corpus {corpus.name} holds {', '.join(corpus.splits)}.")
+    folder = Path(corpus)
+    names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+    raise ValueError(f"{message} The folder {folder} holds {', '.join(names) or 'nothing'}.")
 
 
 def _blocks(
@@ -118,5 +112,65 @@ def _blocks(
     return TrainBlocks.subset(text, length, num_samples, seed)
 
 
-def _identity(batch: Any) -> Any:
-    return batch
+def _curriculum(
+    asked: Curriculum | Callable[[TrainBlocks], Curriculum] | None, blocks: TrainBlocks | EvalWindows
+) -> Curriculum | None:
+    if asked is None or isinstance(blocks, EvalWindows):
+        return None
+    made = asked if isinstance(asked, Curriculum) else asked(blocks)
+    if len(made.scores) != len(blocks):
+        raise ValueError(
+            f"the curriculum has {len(made.scores):,} scores for {len(blocks):,} blocks; score exactly the "
+            "blocks that are served (a function of the blocks may be passed as curriculum)"
+        )
+    return made
+
+
+def _schedule(asked: BatchSchedule | str | None, batch_size: int) -> BatchSchedule | None:
+    if asked is None:
+        return None
+    schedule = BatchSchedule.parse(asked) if isinstance(asked, str) else asked
+    if schedule.size(0) != batch_size:
+        raise ValueError(
+            f"batch_size is {batch_size}, but the batch schedule {schedule} begins with {schedule.size(0)}; "
+            f"give batch_size {schedule.size(0)}"
+        )
+    return schedule
+
+
+def _workers(asked: int | str) -> int:
+    if asked == "auto":
+        return min(4, (os.cpu_count() or 1) // 2)
+    if not isinstance(asked, int) or asked < 0:
+        raise ValueError(f"num_workers must be 0 or more, or 'auto'; got {asked!r}")
+    return asked
+
+
+def _refuse_too_few(
+    sampler: EpochBatchSampler, blocks: TrainBlocks | EvalWindows, split: str, min_batches: int
+) -> None:
+    """Refuse batches so large that an epoch has hardly any, in the smallest epoch there will be.
+
+    Raises:
+        ValueError: naming the epoch, its samples, and the largest batch that would do.
+    """
+    if sampler.contiguous and sampler.shard.world_size > 1:
+        return  # a rank of a small evaluation may have nothing to do
+    epoch = sampler.smallest_epoch()
+    batches = sampler.batches_in(epoch)
+    if batches >= min_batches and batches:
+        return
+    size = sampler.batch_size if sampler.schedule is None else sampler.schedule.size(epoch)
+    samples, world = sampler.samples_in(epoch), sampler.shard.world_size
+    least = max(1, min_batches)
+    most = samples // (world * least)
+    asked = f"batch_size {size} with drop_last" if sampler.drop_last else f"batch_size {size}"
+    where = f"epoch {epoch}" if world == 1 else f"epoch {epoch} on each of {world} ranks"
+    count = f"only {batches} batch{'es' * (batches > 1)}" if batches else "no batch"
+    remedy = f"use a batch of at most {most}" if most else "use more data or shorter blocks"
+    if least > 1:
+        remedy = f"{least} are needed: {remedy}, or lower min_steps_per_epoch"
+    raise ValueError(
+        f"{asked} gives {count} in {where}, which serves {samples} {split} blocks of "
+        f"{blocks.length} tokens; {remedy}"
+    )

@@ -1,88 +1,74 @@
-"""Where text comes from: a folder, the local cache of ``datasets``, or the hub.
+"""What a source of text gives, and two of them: the local cache of ``datasets``, and the hub.
 
-Every reader returns ``{"train": text, "validation": text, "test": text}`` or raises ValueError.
+Every reader returns a ``Text`` or raises ValueError with what is there and the remedy.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import urllib.request
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench.data.split import SPLITS
 
 PROBE_SECONDS = 2.0
-TOKEN_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
 REMEDY = (
     "pass --data-dir DIR or set GNNMOE_DATA_DIR to a folder with wiki.train.tokens, wiki.valid.tokens and "
-    "wiki.test.tokens (or the parquet files train-*.parquet, validation-*.parquet and test-*.parquet)"
+    "wiki.test.tokens (or with train.txt, validation.txt and test.txt, or with the parquet files "
+    "train-*.parquet, validation-*.parquet and test-*.parquet)"
 )
 
 
-def read_folder(folder: Path) -> dict[str, str]:
-    """Return the text of each split in ``folder``: token files, or parquet files as on the hub."""
-    if not folder.is_dir():
-        state = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"data folder {folder} {state}; {REMEDY}")
-    files = {split: _files_of(folder, split) for split in SPLITS}
-    missing = [TOKEN_FILES[split] for split in SPLITS if not files[split]]
-    if missing:
-        raise ValueError(
-            f"data folder {folder} lacks {', '.join(missing)}; it holds {_listing(folder)}; {REMEDY}"
-        )
-    return {split: "".join(_read_file(path) for path in files[split]) for split in SPLITS}
+@dataclass(frozen=True)
+class Text:
+    """The text of each split, with what identifies it.
+
+    ``origin`` is "folder", "cache" or "hub"; ``digest`` identifies the bytes and how they are read;
+    ``read`` returns ``{"train": text, "validation": text, "test": text}`` or raises ValueError;
+    ``files`` has the SHA-256 of each file of a folder.
+    """
+
+    origin: str
+    digest: str
+    read: Callable[[], Mapping[str, str]]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
-    tokens = folder / TOKEN_FILES[split]
-    return [tokens] if tokens.is_file() else sorted(folder.glob(f"{split}-*.parquet"))
+def digest(*parts: Any) -> str:
+    """Return a hash of ``parts``, which JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _listing(folder: Path, most: int = 8) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
-
-
-def _read_file(path: Path) -> str:
-    if path.suffix == ".parquet":
-        text = _read_parquet(path)
-    else:
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error}); fetch the file again") from error
-    if not text.strip():
-        raise ValueError(f"{path} holds no text; fetch the file again")
-    return text
-
-
-def _read_parquet(path: Path) -> str:
-    import pandas as pd
-
-    try:
-        rows = pd.read_parquet(path, columns=["text"])["text"]
-    except Exception as error:  # pyarrow raises several kinds for a damaged file or an absent column
-        raise ValueError(f"{path} is not a parquet file with a 'text' column ({error})") from error
-    return join_rows(rows)
+def no_text_column(where: str, text_column: str, columns: Sequence[str]) -> str:
+    """Return the message for a source at ``where`` that has no column ``text_column``."""
+    there = ", ".join(map(repr, columns)) or "none"
+    return f"{where} has no text column {text_column!r}; its text columns: {there}; name one by --text-column"
 
 
 def join_rows(rows: Iterable[str | None]) -> str:
-    """Return one text from rows of one line each, which may lack their line break."""
+    """Return one text from rows of one or more lines each, which may lack their last line break."""
     return "".join(row if row.endswith("\n") else f"{row}\n" for row in (row or "" for row in rows))
 
 
-def read_named(dataset_name: str, config_name: str) -> tuple[dict[str, str], str]:
-    """Return the texts of a data set by name, and "cache" or "hub": where they came from.
+class UnfitDataset(ValueError):
+    """A data set that was read and cannot serve: no such split, no such column, no text."""
+
+
+def read_named(dataset_name: str, config_name: str, text_column: str = "text") -> Text:
+    """Return the text of a data set by name, from the local cache of ``datasets`` or from the hub.
 
     The probe comes before the hub because ``datasets`` alone retries for many seconds when there
     is no connection. Raises ValueError with the reason.
     """
     repository = "Salesforce/wikitext" if dataset_name == "wikitext" else dataset_name
     try:
-        return read_cache(repository, config_name), "cache"
+        return _named("cache", read_cache(repository, config_name, text_column))
+    except UnfitDataset:
+        raise
     except Exception:  # whatever is wrong with the cache, the hub may still serve
         if not hub_reachable():
             raise ValueError(
@@ -90,41 +76,59 @@ def read_named(dataset_name: str, config_name: str) -> tuple[dict[str, str], str
                 "and the hub cannot be reached"
             ) from None
     try:
-        return read_hub(repository, config_name), "hub"
-    except Exception as error:  # `datasets` raises many kinds: connection, access, missing split, disk
+        return _named("hub", read_hub(repository, config_name, text_column))
+    except UnfitDataset:
+        raise
+    except Exception as error:  # `datasets` raises many kinds: connection, access, disk
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"`datasets` could not load {repository} ({config_name}): {reason}") from error
 
 
-def read_cache(repository: str, config_name: str) -> dict[str, str]:
+def _named(origin: str, texts: Mapping[str, str]) -> Text:
+    return Text(
+        origin, digest([hashlib.sha256(texts[s].encode()).hexdigest() for s in SPLITS]), lambda: texts
+    )
+
+
+def read_cache(repository: str, config_name: str, text_column: str) -> dict[str, str]:
     """Return the texts that ``datasets`` has prepared on this machine, without any connection."""
     from datasets.packaged_modules.cache.cache import Cache
 
     builder = Cache(
         dataset_name=repository.split("/")[-1],
         repo_id=repository,
-        config_name=config_name,
+        config_name=config_name or None,
         version="auto",
         hash="auto",
     )
-    return _split_texts(builder.as_dataset())
+    return _split_texts(builder.as_dataset(), f"{repository} ({config_name})", text_column)
 
 
-def read_hub(repository: str, config_name: str) -> dict[str, str]:
+def read_hub(repository: str, config_name: str, text_column: str) -> dict[str, str]:
     """Return the texts as ``datasets`` downloads them."""
     from datasets import load_dataset
 
-    return _split_texts(load_dataset(repository, config_name))
+    dataset = load_dataset(repository, config_name or None)
+    return _split_texts(dataset, f"{repository} ({config_name})", text_column)
 
 
-def _split_texts(dataset: Any) -> dict[str, str]:
+def _split_texts(dataset: Any, name: str, text_column: str) -> dict[str, str]:
+    """Return one text for each split of a ``DatasetDict``; raise UnfitDataset where it cannot be."""
     missing = [split for split in SPLITS if split not in dataset]
     if missing:
-        raise ValueError(f"the data set has no split {', '.join(missing)}; it has {', '.join(dataset)}")
-    texts = {split: join_rows(dataset[split]["text"]) for split in SPLITS}
-    empty = [split for split in SPLITS if not texts[split].strip()]
-    if empty:
-        raise ValueError(f"the data set has no text in {', '.join(empty)}")
+        raise UnfitDataset(
+            f"{name} has no split {', '.join(missing)}; it has {', '.join(dataset) or 'none'}; "
+            "train, validation and test are needed, so name another set or split its text into files yourself"
+        )
+    texts: dict[str, str] = {}
+    for split in SPLITS:
+        features = dataset[split].features
+        columns = [c for c in features if getattr(features[c], "dtype", "") in ("string", "large_string")]
+        if text_column not in columns:
+            raise UnfitDataset(no_text_column(f"{name}, split {split},", text_column, columns))
+        texts[split] = join_rows(dataset[split].select_columns([text_column])[:][text_column])
+        if not texts[split].strip():
+            raise UnfitDataset(f"{name} has no text in column {text_column!r} of split {split}")
     return texts
 
 

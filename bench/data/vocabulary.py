@@ -1,10 +1,10 @@
-"""The closed word list of a corpus, and the unigram model that goes with it."""
+"""The closed list of a corpus's tokens, and the unigram model that goes with it."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,22 +16,33 @@ UNK = "<unk>"
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Words in id order with their counts in the training split.
+    """Words (or pieces of words) in id order with their counts in the training split.
 
-    Shapes: ``counts`` (size,) int64, tokens of the training split.
+    Shapes: ``counts`` (size,) int64, tokens of the training split. Raises ValueError where a word
+    stands twice, ``<eos>`` or ``<unk>`` is absent, or there is not one count for each word.
     """
 
     words: tuple[str, ...]
     counts: np.ndarray
 
+    def __post_init__(self) -> None:
+        if len(self._ids) != len(self.words) or not {EOS, UNK} <= self._ids.keys():
+            raise ValueError(f"a vocabulary needs each word once, {EOS} and {UNK} among them")
+        if self.counts.shape != (len(self.words),):
+            raise ValueError(f"a vocabulary of {len(self.words)} words has {self.counts.size} counts")
+
     @classmethod
     def build(cls, tokens: Iterable[str], min_count: int = 1) -> Vocabulary:
         """Return the vocabulary of ``tokens``: most frequent first, ties in alphabetical order.
 
-        Words seen fewer than ``min_count`` times count as ``<unk>``; ``<unk>`` and ``<eos>`` are
-        always in, with a count of 0 where the tokens lack them.
+        Words seen fewer than ``min_count`` times (1 or more) count as ``<unk>``; ``<unk>`` and
+        ``<eos>`` are always in, with a count of 0 where the tokens lack them.
         """
-        found = Counter(tokens)
+        return cls.from_counts(Counter(tokens), min_count)
+
+    @classmethod
+    def from_counts(cls, found: Mapping[str, int], min_count: int = 1) -> Vocabulary:
+        """Return the vocabulary of words with their counts, as ``build`` does; a count may be 0."""
         kept = {word: n for word, n in found.items() if n >= min_count or word in (EOS, UNK)}
         kept[UNK] = kept.get(UNK, 0) + sum(found.values()) - sum(kept.values())
         kept.setdefault(EOS, 0)
@@ -63,7 +74,7 @@ class Vocabulary:
         return hashlib.sha256("\n".join(self.words).encode()).hexdigest()
 
     def encode(self, words: Sequence[str]) -> np.ndarray:
-        """Return the ids (len(words),) int64; a word outside the vocabulary becomes ``<unk>``."""
+        """Return the ids (len(words),) int64, each in 0..size − 1; a word outside becomes ``<unk>``."""
         ids, unk = self._ids, self.unk_id
         return np.fromiter((ids.get(word, unk) for word in words), dtype=np.int64, count=len(words))
 

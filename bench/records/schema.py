@@ -49,18 +49,28 @@ def config_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def identity(
-    config: RunConfig, model: dict[str, Any], data_sha256: str, device_type: str, world_size: int = 1
+    config: RunConfig,
+    model: dict[str, Any],
+    data_sha256: str,
+    device_type: str,
+    world_size: int = 1,
+    curriculum: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return everything that can change one of a run's numbers, by name.
 
-    ``model`` holds the fields that the model reads. The group ``places`` (names, folders, verbosity)
-    is left out; the data count by their content.
+    ``model`` holds the fields that the model reads, ``curriculum`` the order that it gives. The group
+    ``places`` (names, folders, verbosity) is left out; the data count by their content.
     """
     groups = config_dict(config)
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
     del measure["allow_failed_gate"]  # says what to do about a verdict, and changes none
+    for name in ("min_steps_per_epoch", "strict_curriculum"):
+        del training[name]  # they refuse, and change nothing
+    for name in [name for name in training if name.startswith("curriculum")]:
+        del training[name]  # it counts by the order it gives
+    training["curriculum"] = curriculum
     data = {name: groups["data"][name] for name in ("num_train_samples", "num_eval_samples", "evaluate_test")}
     return {
         "model": model, "training": training, "measure": measure, "data": {**data, "sha256": data_sha256},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,15 @@ class Evaluation:
     """The nll in nats of each target, float32, in the order of the text."""
 
 
+def merged(parts: Sequence[Evaluation]) -> Evaluation:
+    """Return the evaluation of a text of which each rank scored a stretch, in the order of the ranks.
+
+    The sum is taken anew over all targets, so that it does not depend on the number of ranks.
+    """
+    nll = np.concatenate([part.nll for part in parts])
+    return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)
+
+
 @torch.no_grad()
 def evaluate(model: GNNMoEModel, loader: DataLoader, device: torch.device) -> Evaluation:
     """Score every target of ``loader`` that is not ignored; the model's mode is put back after."""
@@ -34,5 +44,5 @@ def evaluate(model: GNNMoEModel, loader: DataLoader, device: torch.device) -> Ev
         nll = model.token_nll(batch["input_ids"], batch["targets"])
         parts.append(nll[batch["targets"] != IGNORED].float().cpu().numpy())
     model.train(was_training)
-    nll = np.concatenate(parts)
+    nll = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
     return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Protocol
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bench.config import DEFAULT_MAX_STEPS, TrainingConfig
+from bench.config import TrainingConfig
 from bench.data.loader import set_epoch
 from bench.training.evaluation import evaluate
+from bench.training.plan import EpochPlan, TrainingPlan
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
-from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
 
@@ -28,12 +28,9 @@ class Diverged(Exception):
 
 @dataclass
 class Trained:
-    """What the training did so far, counted from the tensors it saw."""
+    """How far the training is, and the best state on validation."""
 
     steps: int = 0
-    tokens: int = 0
-    batch_shapes: dict[str, int] = field(default_factory=dict)
-    """How many batches had which shape, by "BxL"."""
     best_step: int = 0
     best_nll_sum: float = math.inf
 
@@ -41,29 +38,27 @@ class Trained:
 class Hooks(Protocol):
     """What a trainer tells the world; the rows are those of history.jsonl."""
 
+    def on_epoch(self, plan: EpochPlan) -> None:
+        """Take the plan of an epoch that begins or goes on."""
+
+    def on_batch(self, batch: Batch) -> int:
+        """Count a batch before it is trained on; return its real targets."""
+        ...
+
+    def on_update(self) -> None:
+        """Count an optimizer step."""
+
     def on_step(self, row: dict[str, Any]) -> None:
         """Take the numbers of one step."""
+
+    def after_epoch(self) -> None:
+        """Compare the epoch with its plan."""
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
         """Take the sums of one evaluation."""
 
     def after_step(self) -> None:
         """Do what is due at the end of a step and of its evaluation, such as saving a checkpoint."""
-
-
-def total_steps(config: TrainingConfig, batches: int) -> int:
-    """Return the number of optimizer steps for a loader of this many batches an epoch."""
-    limits = []
-    if config.epochs is not None:
-        limits.append(config.epochs * batches_per_epoch(config, batches))
-    if config.max_steps is not None or config.epochs is None:
-        limits.append(config.max_steps or DEFAULT_MAX_STEPS)
-    return min(limits)
-
-
-def batches_per_epoch(config: TrainingConfig, batches: int) -> int:
-    """Return how many of the loader's batches an epoch uses."""
-    return min(batches, config.max_batches_per_epoch or batches)
 
 
 class Trainer:
@@ -81,8 +76,7 @@ class Trainer:
         self.model, self.config, self.device, self.hooks = model, config, device, hooks
         self.train_loader, self.val_loader = train_loader, val_loader
         self.optimizer = make_optimizer(model, config)
-        self.total_steps = total_steps(config, len(train_loader))
-        self.batches_per_epoch = batches_per_epoch(config, len(train_loader))
+        self.plan = TrainingPlan(train_loader, config)
         self.done = Trained()
         self._best_state: dict[str, Tensor] = {}
         self._random: tuple[Tensor, list[Tensor]] | None = None
@@ -100,7 +94,7 @@ class Trainer:
         self.model.train()
         for batch in self._batches():
             self._step(batch)
-            if self.done.steps % self.config.eval_every == 0 or self.done.steps == self.total_steps:
+            if self.done.steps % self.config.eval_every == 0 or self.done.steps == self.plan.total_steps:
                 self._evaluate()
             self.hooks.after_step()
         self.model.load_state_dict(self._best_state)
@@ -125,26 +119,24 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the batches from step ``done.steps`` on: epoch and place in it follow from the step."""
-        while self.done.steps < self.total_steps:
-            epoch, start = divmod(self.done.steps, self.batches_per_epoch)
+        while self.done.steps < self.plan.total_steps:
+            epoch, start = self.plan.place(self.done.steps)
             set_epoch(self.train_loader, epoch)
-            for batch in islice(self.train_loader, start, self.batches_per_epoch):
-                yield batch
-                if self.done.steps == self.total_steps:
-                    return
+            planned = self.plan.epoch(epoch)
+            self.hooks.on_epoch(planned)
+            yield from islice(self.train_loader, start, planned.batches)
+            self.hooks.after_epoch()
 
     def _step(self, batch: Batch) -> None:
-        shape = "x".join(map(str, batch["input_ids"].shape))
-        tokens = int((batch["targets"] != IGNORED).sum())
-        rate = learning_rate(self.done.steps, self.total_steps, self.config)
+        tokens = self.hooks.on_batch(batch)
+        rate = learning_rate(self.done.steps, self.plan.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, norm = training_step(
             self.model, to_device(batch, self.device), self.optimizer, self.config.max_grad_norm
         )
         self.done.steps += 1
-        self.done.tokens += tokens
-        self.done.batch_shapes[shape] = self.done.batch_shapes.get(shape, 0) + 1
+        self.hooks.on_update()
         self._check(float(loss), "training loss")
         self.hooks.on_step(self._row("train") | {
             "loss": float(loss), "learning_rate": rate, "gradient_norm": float(norm), "tokens": tokens,
@@ -161,7 +153,7 @@ class Trainer:
 
     def _row(self, kind: str) -> dict[str, Any]:
         step = self.done.steps
-        return {"kind": kind, "step": step, "epoch": (step - 1) // self.batches_per_epoch}
+        return {"kind": kind, "step": step, "epoch": self.plan.place(step - 1)[0]}
 
     def _check(self, value: float, what: str) -> None:
         if not math.isfinite(value):

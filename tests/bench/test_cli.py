@@ -69,7 +69,7 @@ def refusal(capsys, results, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--coupler", "HGN"], ["unknown coupler 'HGN'", "GNN, HGNN, mean", "Did you mean 'HGNN'"]),
+        (["--coupler", "HGN"], ["unknown coupler 'HGN'", "GNN, HGNN, attention", "Did you mean 'HGNN'"]),
         (["--coupler", "nowhere:Class"], ["module 'nowhere' cannot be imported"]),
         (["--static-hyperedge-strategy", "all_pair"], ["unknown static_hyperedge_strategy", "'all_pairs'?"]),
         (["--hgnn-conv-type", "HyperConv"], ["unknown hgnn_conv_type", "Did you mean 'HypergraphConv'"]),

@@ -154,7 +154,7 @@ def test_the_vocabulary_of_the_model_config():
 
 
 def test_workers_reach_every_loader_and_change_no_number(small_data_dir, tmp_path):
-    flags = ["--evaluate-test", "--num-train-samples", "8"]
+    flags = ["--evaluate-test", "--num-train-samples", "40"]
     alone = prepared(small_data_dir, tmp_path, *flags)
     helped = prepared(small_data_dir, tmp_path, *flags, "--num-workers-dataloader", "1")
     assert helped.run_id == alone.run_id

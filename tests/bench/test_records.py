@@ -35,7 +35,10 @@ VALUES = {
     "coupler_options": {"residual": False}, "dropout_rate": 0.5, "adam_betas": (0.5, 0.5),
     "learning_rate": 0.5, "weight_decay": 0.5, "min_lr_ratio": 0.5, "max_grad_norm": 0.5,
 }  # fmt: skip
-BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_gate"}
+BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_gate",
+                  "text_column", "tokenizer",  # the data count by their content
+                  "curriculum", "curriculum_pacing", "curriculum_start",  # by the order they give
+                  "strict_curriculum", "min_steps_per_epoch"}  # fmt: skip
 
 
 def test_a_run_id_changes_with_everything_that_can_change_a_number():
@@ -52,6 +55,7 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
     assert run_id(RunConfig(), "1" * 64, "cpu") not in seen
     assert run_id(RunConfig(), DATA, "cuda") not in seen
     assert run_id(RunConfig(), DATA, "cpu", world_size=2) not in seen
+    assert run_id(RunConfig(), DATA, "cpu", curriculum={"order_sha256": "0"}) not in seen
 
 
 @pytest.mark.parametrize(

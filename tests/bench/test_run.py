@@ -70,7 +70,12 @@ def test_what_is_reported_is_what_was_used(tiny):
     assert used["batch_shapes"] == {"4x16": 4}
     assert (used["steps"], used["tokens"]) == (4, 4 * 4 * 16)
     blocks = record["data"]["splits"]["train"]["tokens"] // 16
-    assert used["batches_per_epoch"] == blocks // 4
+    (epoch,) = used["ledger"]["epochs"]
+    counts = {"batches": 4, "samples": 16, "tokens": 256, "updates": 4}
+    assert epoch == {"epoch": 0, "batch_size": 4, "asked": counts, "got": counts}
+    evaluations = used["ledger"]["evaluations"]
+    assert evaluations["validation while training"] == {"evaluations": 2, "asked": 256, "got": 256}
+    assert evaluations["validation at the end"] == {"evaluations": 1, "asked": 128, "got": 128}
     assert used["epochs"] == pytest.approx(4 / (blocks // 4), abs=1e-6)
     assert record["speed"]["step_tokens"] == [64, 64]
     assert len(record["speed"]["step_seconds"]) == 2
@@ -107,6 +112,8 @@ def test_history_and_communication_over_steps(tiny):
     assert not np.allclose(weights[-1], 1.0, atol=1e-4)
     summary = record["communication"]["layer_0"]
     assert list(summary["hyperedge_weights"]) == ["{0,1}", "{0,2}", "{0,3}", "{1,2}", "{1,3}", "{2,3}"]
+    for name in ("mixing", "propagation"):
+        assert trace[f"layer_0.{name}"].shape[:2] == (3, 4)
     assert sum(summary["mixing"].values()) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -215,9 +222,9 @@ def test_a_leaking_coupler_is_stopped_by_the_gate(tiny, capsys):
 
 def test_the_batch_of_the_trained_check_is_the_run_s_own(tiny):
     """The gate: at the run's own B, also where validation has fewer sequences."""
-    assert main([*tiny, "--batch-size", "16", "--num-eval-samples", "2"]) == 0
+    assert main([*tiny, "--batch-size", "12", "--num-eval-samples", "2"]) == 0
     _, record = only_run(results_of(tiny))
-    assert "(B, L) = (16, 16)" in record["gate"]["checks"]["trained_isolation"]["detail"]
+    assert "(B, L) = (12, 16)" in record["gate"]["checks"]["trained_isolation"]["detail"]
 
 
 def test_another_state_of_the_code_is_said(tiny, monkeypatch, capsys):

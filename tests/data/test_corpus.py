@@ -12,6 +12,7 @@ import pytest
 
 from bench.data import sources
 from bench.data.corpus import load_corpus
+from bench.data.folder import TOKEN_FILES
 from bench.data.split import article_lines, canonical_lines
 
 pytestmark = pytest.mark.core("corpus")
@@ -74,7 +75,7 @@ def test_parquet_equals_tokens_bit_for_bit(tiny_dir, rows, tmp_path):
         for part, shard in enumerate((texts[:half], texts[half:])):
             pd.DataFrame({"text": shard}).to_parquet(folder / f"{split}-{part:05d}-of-00002.parquet")
     tokens, parquet = load_corpus(data_dir=tiny_dir), load_corpus(data_dir=folder)
-    assert parquet.to_record() == tokens.to_record()
+    assert {**parquet.to_record(), "files": tokens.files} == tokens.to_record()
     for name, split in tokens.splits.items():
         assert np.array_equal(parquet.splits[name].stream, split.stream)
 
@@ -119,22 +120,13 @@ def test_bad_file_is_named(tiny_dir, content, message):
         load_corpus(data_dir=tiny_dir)
 
 
-def test_parquet_without_text_is_named(tiny_dir):
-    (tiny_dir / "wiki.test.tokens").unlink()
-    pd.DataFrame({"words": ["a"]}).to_parquet(tiny_dir / "test-00000-of-00001.parquet")
-    with pytest.raises(
-        ValueError, match=r"test-00000-of-00001.parquet is not a parquet file with a 'text' column"
-    ):
-        load_corpus(data_dir=tiny_dir)
-
-
 def test_sources_are_tried_in_order(tiny_dir, rows, monkeypatch):
     """Design, Data: folder given, else GNNMOE_DATA_DIR, else cache, else hub, else embedded."""
     texts = {split: sources.join_rows(lines) for split, lines in rows.items()}
     asked = []
 
-    def cache(repository, config):
-        asked.append((repository, config))
+    def cache(repository, config, text_column):
+        asked.append((repository, config, text_column))
         if len(asked) > 1:
             raise FileNotFoundError("no cache")
         return texts
@@ -148,7 +140,7 @@ def test_sources_are_tried_in_order(tiny_dir, rows, monkeypatch):
     assert asked == []
     monkeypatch.delenv("GNNMOE_DATA_DIR")
     assert [load_corpus().source, load_corpus().source] == ["cache", "hub"]
-    assert asked == [("Salesforce/wikitext", "wikitext-2-v1")] * 2
+    assert asked == [("Salesforce/wikitext", "wikitext-2-v1", "text")] * 2
     assert load_corpus(source="hub").sha256 == folder.sha256
 
 
@@ -208,8 +200,12 @@ def test_cache_of_datasets_is_read_without_a_connection(rows, tiny_dir, tmp_path
 def test_probe_keeps_its_time_and_its_peace(monkeypatch):
     from huggingface_hub import constants
 
+    def slow(*_, **__):
+        time.sleep(5)
+        raise OSError("timed out")
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *_, **__: time.sleep(5))
+    monkeypatch.setattr(sources.urllib.request, "urlopen", slow)
     start = time.monotonic()
     assert sources.hub_reachable(0.2) is False
     assert time.monotonic() - start < 2
@@ -266,12 +262,25 @@ def test_wikitext_counts(wikitext):
 
 def test_hash_of_a_split_is_the_files(wikitext, wikitext_dir):
     """E1: a record holds the files' SHA-256."""
-    for name, file in sources.TOKEN_FILES.items():
-        assert wikitext.splits[name].sha256 == hashlib.sha256((wikitext_dir / file).read_bytes()).hexdigest()
+    files = wikitext.to_record()["files"]
+    assert list(files) == list(TOKEN_FILES.values())
+    for name, file in TOKEN_FILES.items():
+        digest = hashlib.sha256((wikitext_dir / file).read_bytes()).hexdigest()
+        assert wikitext.splits[name].sha256 == files[file] == digest
+
+
+def test_record_holds_what_identifies_the_data(tiny_dir):
+    """E1: data set name, config, file SHA-256s, token, word and byte counts, vocabulary size."""
+    record = load_corpus(data_dir=tiny_dir).to_record()
+    assert set(record) >= {"name", "config_name", "source", "verdict", "tokenizer", "files", "sha256"}
+    assert (record["tokenizer"], record["vocabulary"]["size"]) == ("word", 9)
+    for split in record["splits"].values():
+        assert set(split) >= {"tokens", "words", "lines", "bytes", "sha256"}
+    assert load_corpus(source="embedded").to_record()["files"] == {}
 
 
 def test_importing_the_package_is_cheap():
-    heavy = "{'torch', 'datasets', 'pandas'} & set(sys.modules)"
+    heavy = "{'torch', 'datasets', 'pandas', 'tokenizers'} & set(sys.modules)"
     code = f"import sys; import bench.data, bench.data.corpus; print({heavy} or 'light')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "light"

@@ -1,17 +1,28 @@
 from __future__ import annotations
 
 import random
+import sys
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from torch_geometric.data import Data
+from torch_geometric.loader import DataLoader as GraphLoader
 
 from bench.data.blocks import EvalWindows, TrainBlocks
-from bench.data.loader import create_loader, set_epoch
+from bench.data.curriculum import Curriculum
+from bench.data.loader import (
+    LoaderChangedError,
+    check_unchanged,
+    create_loader,
+    set_batch_size,
+    set_epoch,
+)
 
 pytestmark = pytest.mark.core("loader")
 
@@ -42,14 +53,53 @@ def test_hundred_samples(make_corpus, drop_last, sizes):
     split=st.sampled_from(["train", "val"]),
 )
 def test_length_is_what_is_yielded(make_corpus, n, batch, drop, split):
-    """A1, A6: len(loader) == len(list(loader)), and never zero batches."""
+    """A1, A6: len(loader) == len(list(loader)), and never zero batches. (World size: test_sampler.)"""
     expected = n // batch if drop else -(-n // batch)
     if expected == 0:
-        with pytest.raises(ValueError, match=f"batch_size {batch} with drop_last gives no batch.*{n} blocks"):
+        with pytest.raises(
+            ValueError, match=f"batch_size {batch} with drop_last gives no batch.*serves {n} "
+        ):
             create_loader(make_corpus(3 * n), split, batch, max_seq_length=3, drop_last=drop)
         return
     loader = create_loader(make_corpus(3 * n), split, batch, max_seq_length=3, drop_last=drop)
     assert len(loader) == len(list(loader)) == expected
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [32, 32, 32, 4]), (True, [32, 32, 32])])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hundred_graphs_by_pyg(drop_last, sizes, workers):
+    """A1: PyG's own loader, the reference behaviour, counts as ours does."""
+    graphs = [Data(x=torch.full((2, 1), float(number))) for number in range(100)]
+    options: dict[str, Any] = {"batch_size": 32, "drop_last": drop_last, "num_workers": workers}
+    loader = GraphLoader(graphs, **options)  # type: ignore[arg-type]
+    batches = list(loader)
+    assert [batch.num_graphs for batch in batches] == sizes
+    assert len(loader) == len(batches)
+    assert torch.cat([batch.x for batch in batches]).unique().tolist() == list(range(sum(sizes)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 100), batch=st.integers(1, 40), drop=st.booleans())
+def test_as_many_batches_as_pyg(make_corpus, n, batch, drop):
+    """A1: the sizes of our batches are those of PyG's loader, for any n and B."""
+    graphs = [Data(num_nodes=1) for _ in range(n)]
+    reference = GraphLoader(graphs, batch_size=batch, drop_last=drop)  # type: ignore[arg-type]
+    sizes = [found.num_graphs for found in reference]
+    assume(sizes)  # we refuse an epoch without a batch, see below
+    ours = create_loader(make_corpus(n), "train", batch, max_seq_length=1, drop_last=drop)
+    assert [len(found["input_ids"]) for found in ours] == sizes
+    assert len(ours) == len(reference)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "drop", "world"), [(29, 4, True, 1), (29, 4, False, 2), (7, 9, False, 1)]
+)
+def test_workers_count_alike(make_corpus, n, batch, drop, world):
+    """A1: two workers, alone and as the second of two ranks."""
+    options: dict[str, Any] = {"max_seq_length": 1, "drop_last": drop, "world_size": world, "rank": world - 1}
+    loader = create_loader(make_corpus(n), "train", batch, num_workers=2, **options)
+    share = n // world
+    assert len(list(loader)) == len(loader) == (share // batch if drop else -(-share // batch))
 
 
 def test_workers_yield_the_same_batches(make_corpus):
@@ -154,6 +204,11 @@ def test_iteration_leaves_the_global_random_state(make_corpus, workers):
         ({"stride": 2}, "stride applies to evaluation"),
         ({"max_seq_length": 0}, "max_seq_length must be 1 or more"),
         ({"max_seq_length": 31}, "has 30 tokens, one block needs 31"),
+        ({"epoch": -1}, "epoch must be 0 or more; got -1"),
+        ({"num_workers": -1}, "num_workers must be 0 or more, or 'auto'; got -1"),
+        ({"num_workers": "all"}, "or 'auto'; got 'all'"),
+        ({"split": "val", "batch_schedule": "0:4"}, "apply to training; drop them for split 'val'"),
+        ({"batch_schedule": "0:8"}, "batch_size is 4, but the batch schedule 0:8 begins with 8"),
     ],
 )
 def test_wrong_arguments(make_corpus, arguments, message):
@@ -161,6 +216,166 @@ def test_wrong_arguments(make_corpus, arguments, message):
     chosen: dict[str, Any] = {"split": "train", "batch_size": 4, "max_seq_length": 3} | arguments
     with pytest.raises(ValueError, match=message):
         create_loader(make_corpus(30), chosen.pop("split"), chosen.pop("batch_size"), **chosen)
+
+
+def test_a_folder_serves_as_corpus(small_data_dir):
+    """C1: create_loader takes a folder; the loader names its dataset and its sampler."""
+    loader = create_loader(small_data_dir, "train", 4, max_seq_length=16)
+    again = create_loader(str(small_data_dir), "train", 4, max_seq_length=16)
+    assert torch.equal(next(iter(loader))["input_ids"], next(iter(again))["input_ids"])
+    assert loader.dataset_obj is loader.dataset
+    assert loader.sampler_obj is loader.batch_sampler
+    assert loader.sampler_obj.batch_size == 4
+
+
+def test_a_wrong_split_or_folder_names_what_is_there(tmp_path, make_corpus, small_data_dir):
+    """C1: the path, what it holds, and the remedy."""
+    with pytest.raises(
+        ValueError, match=r"Did you mean 'train'\? The corpus synthetic holds train, validation"
+    ):
+        create_loader(make_corpus(30), "trian", 4, max_seq_length=3)
+    with pytest.raises(ValueError, match=rf"'dev'; allowed: .*The folder {small_data_dir} holds .*wiki.test"):
+        create_loader(small_data_dir, "dev", 4, max_seq_length=3)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/none does not exist; pass --data-dir"):
+        create_loader(tmp_path / "none", "train", 4, max_seq_length=3)
+    (tmp_path / "wiki.train.tokens").write_text(" a \n")
+    with pytest.raises(ValueError, match=rf"{tmp_path} lacks wiki.valid.tokens.*holds wiki.train.tokens"):
+        create_loader(tmp_path, "train", 4, max_seq_length=3)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 1), (6, 3), (64, 4)])
+def test_automatic_workers(make_corpus, monkeypatch, cores, workers):
+    """C3: "auto" = min(4, cores // 2)."""
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.utils.data.DataLoader.check_worker_number_rationality", lambda self: None)
+    loader = create_loader(make_corpus(30), "train", 4, max_seq_length=3, num_workers="auto")
+    assert loader.num_workers == workers
+
+
+def test_pinning_where_there_is_cuda(make_corpus, monkeypatch):
+    """C2: pin_memory None follows the device; a wish is granted."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert create_loader(make_corpus(30), "train", 4, max_seq_length=3).pin_memory is True
+    assert create_loader(make_corpus(30), "train", 4, max_seq_length=3, pin_memory=False).pin_memory is False
+
+
+def test_more_samples_than_there_are_is_said_once(make_corpus):
+    """E1: all of them, and one warning, for training and for evaluation."""
+    for split, blocks in (("train", 10), ("val", 11)):
+        with pytest.warns(UserWarning, match=f"12 .* blocks of 4 asked for; all {blocks} there are") as said:
+            create_loader(make_corpus(43), split, 2, max_seq_length=4, num_samples=12)
+        assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        (4, {}, "batch_size 4 with drop_last gives only 7 batches in epoch 0, which serves 30 train blocks "
+                "of 2 tokens; 10 are needed: use a batch of at most 3, or lower min_steps_per_epoch"),
+        (31, {"min_batches": 1}, "gives no batch in epoch 0, which serves 30 .*; use a batch of at most 30"),
+        (2, {"rank": 0, "world_size": 3}, "only 5 batches in epoch 0 on each of 3 ranks.*at most 1,"),
+        (2, {"curriculum": Curriculum(np.arange(30.0), "linear", 3, start=0.5)},
+         "only 7 batches in epoch 0, which serves 15 .*at most 1,"),
+        (2, {"batch_schedule": "0:2,3:4"}, "batch_size 4 with drop_last gives only 7 batches in epoch 3"),
+    ],
+)  # fmt: skip
+def test_an_epoch_of_hardly_any_batches(make_corpus, batch, options, message):
+    """A6: fewer than min_steps_per_epoch in the smallest epoch, or none at all, is an error."""
+    with pytest.raises(ValueError, match=message):
+        create_loader(make_corpus(60), "train", batch, max_seq_length=2, **({"min_batches": 10} | options))
+
+
+def test_just_enough_batches(make_corpus):
+    """A6: the largest batch that the message names is accepted."""
+    assert len(create_loader(make_corpus(60), "train", 3, max_seq_length=2, min_batches=10)) == 10
+
+
+# --- A4: what the loop iterates is what was created ------------------------------------------------
+
+
+def _here(offset: int) -> str:
+    return f"{__file__}:{sys._getframe(1).f_lineno + offset}"
+
+
+def test_an_unchanged_loader_passes(make_corpus):
+    """A4: official setters are legal, and remembered with who called them."""
+    loader = create_loader(make_corpus(60), "train", 4, max_seq_length=2, batch_schedule="0:4,1:5")
+    made = _here(-1)
+    assert check_unchanged(loader) is loader
+    set_epoch(loader, 1)
+    changed = _here(-1)
+    set_epoch(loader, 1)
+    assert loader.changes == [
+        f"made by {made} (7 batches of 4, epoch 0)",
+        f"set_epoch(1) by {changed} (6 batches of 5, epoch 1)",
+    ]
+    assert len(list(loader)) == 6
+
+
+def test_a_silent_change_of_the_batch_size_names_who_did_it(make_corpus):
+    """A4: the error says who created and who changed the loader; no setter washes it clean."""
+    loader = create_loader(make_corpus(60), "train", 4, max_seq_length=2)
+    made = _here(-1)
+    loader.sampler_obj.batch_size = 7
+    changed = _here(-1)
+    for use in (check_unchanged, iter, lambda it: set_epoch(it, 1), lambda it: set_batch_size(it, 7)):
+        with pytest.raises(LoaderChangedError) as caught:
+            use(loader)
+        message = str(caught.value)
+        assert f"batch_size was 4 and is 7, set by {changed}, not through set_batch_size" in message
+        assert "batches was 7 and is 4" in message
+        assert f"made by {made}" in message
+
+
+def test_a_change_past_every_setter_is_found(make_corpus):
+    """A4: nobody saw who did it, and the error says so."""
+    loader = create_loader(make_corpus(60), "train", 4, max_seq_length=2)
+    vars(loader.sampler_obj)["batch_size"] = 7
+    with pytest.raises(LoaderChangedError, match="is 7, set by unknown, not through set_batch_size"):
+        check_unchanged(loader)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loader: setattr(loader.sampler_obj, "drop_last", False), "drop_last was True and is False"),
+        (lambda loader: setattr(loader.sampler_obj, "epoch", 3), "is 3, set by .*not through set_epoch"),
+        (lambda loader: setattr(loader.sampler_obj, "num_samples", 9), "batches was 7 and is 2"),
+        (lambda loader: setattr(loader.dataset, "indices", torch.arange(9)), "blocks was 30 and is 9"),
+        (lambda loader: vars(loader).update(batch_sampler=[[0], [1]]), "sampler was EpochBatchSampler"),
+        (lambda loader: setattr(loader.sampler_obj, "curriculum", Curriculum(np.ones(30), "linear", 1)),
+         "curriculum was NoneType"),
+    ],
+)  # fmt: skip
+def test_other_silent_changes(make_corpus, change, message):
+    """A4: length, sampler, drop_last, order."""
+    loader = create_loader(make_corpus(60), "train", 4, max_seq_length=2)
+    change(loader)
+    with pytest.raises(LoaderChangedError, match=message):
+        iter(loader)
+
+
+def test_another_loader_in_its_place(make_corpus):
+    """A4: a wrapper that made a loader of its own is not what was created."""
+    loader = create_loader(make_corpus(60), "train", 4, max_seq_length=2)
+    with pytest.raises(LoaderChangedError, match="a DataLoader stands where create_loader's was expected"):
+        set_epoch(DataLoader(loader.dataset, batch_size=4), 1)
+
+
+def test_another_batch_size_by_the_setter(make_corpus):
+    loader = create_loader(make_corpus(60), "train", 4, max_seq_length=2)
+    set_batch_size(loader, 7)
+    assert [len(batch["input_ids"]) for batch in loader] == [7] * 4
+    for size, message in ((0, "batch_size must be 1 or more"), (31, "gives no batch of 30 samples")):
+        with pytest.raises(ValueError, match=message):
+            set_batch_size(loader, size)
+    assert len(check_unchanged(loader)) == 4
+    scheduled = create_loader(make_corpus(60), "train", 4, max_seq_length=2, batch_schedule="0:4")
+    with pytest.raises(ValueError, match="the batch schedule 0:4 sets the batch size"):
+        set_batch_size(scheduled, 5)
+
+
+# --- real data -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_samples", "batches"), [(7_491, 235), (203_496, 6_360)])

@@ -38,6 +38,16 @@ def test_encode_maps_words_outside_to_unknown():
     assert [vocabulary.words[i] for i in ids] == ["b", "<unk>", "a", "<eos>"]
 
 
+def test_ids_are_always_in_range():
+    """Bad input: no text gives an id without a row, and no vocabulary without <unk> comes to be."""
+    vocabulary = _build("a b b")
+    ids = vocabulary.encode(["", "\n", "A", "b", "<eos>", "\U0001f600"])
+    assert 0 <= ids.min() <= ids.max() < vocabulary.size
+    for words, counts in ((("a", "<eos>"), 2), (("a", "a", "<eos>", "<unk>"), 4), (("<eos>", "<unk>"), 3)):
+        with pytest.raises(ValueError, match="a vocabulary"):
+            Vocabulary(words, np.zeros(counts, dtype=np.int64))
+
+
 def test_unigram_is_a_distribution_by_hand():
     vocabulary = _build("a a a b <eos>")  # counts + 1: a 4, b 2, eos 2, unk 1
     log_p = vocabulary.log_unigram()

@@ -1,0 +1,184 @@
+"""Which samples go into which batch: a pure function of (seed, epoch), alone or on each of many ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed
+from torch.utils.data import Sampler
+
+from bench.data.curriculum import Curriculum
+from bench.data.schedule import BatchSchedule
+from gnnmoe.seeds import stream_seed
+
+_HERE = str(Path(__file__).parent)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This process among those that share the samples."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+ALONE = Shard()
+
+
+def resolve_shard(distributed: bool, rank: int | None, world_size: int | None) -> Shard:
+    """Return the shard that the arguments name, else that of ``torch.distributed`` where asked for.
+
+    Raises:
+        ValueError: one argument without the other, a rank outside the world, or no process group.
+    """
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"rank and world_size go together; got rank {rank} and world_size {world_size}")
+    if rank is not None and world_size is not None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0..world_size - 1; got rank {rank} of {world_size}")
+        return Shard(rank, world_size)
+    if not distributed:
+        return ALONE
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(
+            "distributed loading needs to know its rank: call torch.distributed.init_process_group first, "
+            "or pass rank and world_size"
+        )
+    return Shard(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+class EpochBatchSampler(Sampler[list[int]]):
+    """Batches of sample numbers; with ``shuffle``, in the order that (seed, epoch) determine.
+
+    Training: every rank knows the same order over all samples and takes every ``world_size``-th, so
+    batch k of all ranks together holds the samples k·B·world to (k + 1)·B·world of that order, at
+    any world size; ranks are equally long, and ``remainder`` counts what none of them serves.
+    ``contiguous`` (evaluation): a rank takes one stretch, and nothing is left out or repeated.
+
+    ``batch_size`` is read at every batch, so that a change is in force at the next one and loses no
+    sample. Each public attribute remembers who set it last (``set_by``).
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int,
+        epoch: int,
+        shard: Shard = ALONE,
+        contiguous: bool = False,
+        curriculum: Curriculum | None = None,
+        schedule: BatchSchedule | None = None,
+    ) -> None:
+        self._set_by: dict[str, tuple[Any, str]] = {}
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.seed, self.epoch = seed, epoch
+        self.shard, self.contiguous = shard, contiguous
+        self.curriculum, self.schedule = curriculum, schedule
+        self.start = 0  # samples of this epoch, over all ranks, that were served before (see resume.py)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if not name.startswith("_"):
+            self._set_by[name] = (value, caller())
+
+    def __len__(self) -> int:
+        return self._batches(self.samples_in(self.epoch) - self.start, self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        samples, position = self._share().tolist(), 0
+        while len(samples) - position >= (self.batch_size if self.drop_last else 1):
+            batch = samples[position : position + self.batch_size]
+            position += len(batch)
+            yield batch
+
+    def order(self) -> np.ndarray:
+        """Return the sample numbers of this epoch over all ranks, in order, (samples,) int64."""
+        size = self.samples_in(self.epoch)
+        order = np.arange(size)
+        if self.shuffle:
+            generator = np.random.default_rng(stream_seed(self.seed, f"data.order.{self.epoch}"))
+            order = generator.permutation(size)
+        return order if self.curriculum is None else self.curriculum.subset(self.epoch)[order]
+
+    def served(self) -> np.ndarray:
+        """Return the sample numbers that this rank's batches hold, in order, (samples,) int64."""
+        share = self._share()
+        return share[: self._kept(len(share), self.batch_size)]
+
+    def move_to(self, epoch: int) -> None:
+        """Take the order, the curriculum's samples and the schedule's batch size of ``epoch``."""
+        if epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
+        if self.schedule is not None:
+            self.batch_size = self.schedule.size(epoch)
+
+    def samples_in(self, epoch: int) -> int:
+        """Return the samples of a whole epoch, over all ranks."""
+        return self.num_samples if self.curriculum is None else self.curriculum.size(epoch)
+
+    def size_in(self, epoch: int) -> int:
+        """Return the samples a batch of this rank in ``epoch``."""
+        return self.batch_size if self.schedule is None else self.schedule.size(epoch)
+
+    def share_in(self, epoch: int) -> int:
+        """Return the samples of a whole epoch that fall to this rank, an unused rest included."""
+        return self._share_size(self.samples_in(epoch), self.shard.rank)
+
+    def batches_in(self, epoch: int) -> int:
+        """Return this rank's batches in a whole epoch."""
+        return self._batches(self.samples_in(epoch), self.size_in(epoch))
+
+    def smallest_epoch(self) -> int:
+        """Return the epoch with the fewest batches, the first of these."""
+        epochs = 1 if self.curriculum is None else self.curriculum.epochs
+        changes = 0 if self.schedule is None else self.schedule.last_change
+        return min(range(max(epochs, changes + 1)), key=self.batches_in)
+
+    @property
+    def remainder(self) -> int:
+        """Samples of this epoch that no rank serves; below world size × batch size."""
+        samples = self.samples_in(self.epoch) - self.start
+        shares = (self._share_size(samples, rank) for rank in range(self.shard.world_size))
+        return samples - sum(self._kept(share, self.batch_size) for share in shares)
+
+    def set_by(self, name: str) -> str | None:
+        """Return the file:line that gave an attribute its value; None where it came another way."""
+        value, where = self._set_by.get(name, (None, None))
+        return where if value == getattr(self, name) else None
+
+    def _share(self) -> np.ndarray:
+        order, rank = self.order()[self.start :], self.shard.rank
+        if not self.contiguous:
+            return order[rank :: self.shard.world_size][: self._share_size(len(order), rank)]
+        ends = np.cumsum([0] + [self._share_size(len(order), number) for number in range(rank + 1)])
+        return order[ends[-2] : ends[-1]]
+
+    def _share_size(self, samples: int, rank: int) -> int:
+        even, rest = divmod(samples, self.shard.world_size)
+        return even + (self.contiguous and rank < rest)
+
+    def _kept(self, share: int, batch_size: int) -> int:
+        return share - share % batch_size if self.drop_last else share
+
+    def _batches(self, samples: int, batch_size: int) -> int:
+        share = self._share_size(samples, self.shard.rank)
+        return -(-self._kept(share, batch_size) // batch_size)
+
+
+def caller() -> str:
+    """Return the file:line of the nearest frame outside this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

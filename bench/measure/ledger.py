@@ -1,0 +1,137 @@
+"""What was used, counted from the tensors, against what was planned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from bench.training.plan import EpochPlan
+from gnnmoe.head import IGNORED
+
+COUNTED = ("batches", "samples", "tokens")
+
+
+class BatchAccountingError(RuntimeError):
+    """What was served is not what was planned."""
+
+
+@dataclass
+class EpochAccount:
+    """One epoch: ``asked`` by the plan, ``got`` from the tensors."""
+
+    epoch: int
+    batch_size: int
+    asked: dict[str, int]
+    got: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*COUNTED, "updates"), 0))
+
+
+class Ledger:
+    """Counts batches, samples, real targets and updates of a training, and the targets of evaluations.
+
+    A target is real where it is not −100. ``tuned_batch_size`` is what a batch-size search gave.
+    """
+
+    def __init__(self, tuned_batch_size: int | None = None) -> None:
+        self.tuned_batch_size = tuned_batch_size
+        self.epochs: list[EpochAccount] = []
+        self.batch_shapes: dict[str, int] = {}
+        self.evaluations: dict[str, dict[str, int]] = {}
+        self._open = False
+
+    def begin_epoch(self, plan: EpochPlan) -> None:
+        """Open an epoch, or go on with it where it was left.
+
+        Raises:
+            BatchAccountingError: the epoch before it is not complete.
+        """
+        if self.epochs and self.epochs[-1].epoch == plan.epoch:
+            self._open = True
+            return
+        if self._open:
+            self.end_epoch()
+        asked = {name: getattr(plan, name) for name in COUNTED} | {"updates": plan.batches}
+        self.epochs.append(EpochAccount(plan.epoch, plan.batch_size, asked))
+        self._open = True
+
+    def batch(self, batch: dict[str, Tensor]) -> int:
+        """Count a batch that is trained on; return its real targets.
+
+        Raises:
+            BatchAccountingError: it is one more than planned, or larger.
+        """
+        account, shape = self.epochs[-1], tuple(batch["input_ids"].shape)
+        tokens = int((batch["targets"] != IGNORED).sum())
+        for name, count in zip(COUNTED, (1, shape[0], tokens), strict=True):
+            account.got[name] += count
+        key = "x".join(map(str, shape))
+        self.batch_shapes[key] = self.batch_shapes.get(key, 0) + 1
+        over = [name for name in COUNTED if account.got[name] > account.asked[name]]
+        if over or shape[0] > account.batch_size:
+            raise BatchAccountingError(self._difference(account, f"a batch of {key}"))
+        return tokens
+
+    def update(self) -> None:
+        """Count an optimizer step."""
+        self.epochs[-1].got["updates"] += 1
+
+    def end_epoch(self) -> None:
+        """Close the epoch.
+
+        Raises:
+            BatchAccountingError: something was planned and did not come, or the other way round.
+        """
+        self._open = False
+        account = self.epochs[-1]
+        if account.got != account.asked:
+            raise BatchAccountingError(self._difference(account, "its end"))
+
+    def evaluated(self, name: str, asked: int, got: int) -> None:
+        """Count an evaluation's targets.
+
+        Raises:
+            BatchAccountingError: not every target was scored exactly once.
+        """
+        account = self.evaluations.setdefault(name, {"evaluations": 0, "asked": 0, "got": 0})
+        account["evaluations"] += 1
+        account["asked"] += asked
+        account["got"] += got
+        if asked != got:
+            raise BatchAccountingError(f"{name}: {asked:,} targets were to be scored and {got:,} were")
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Return ``asked`` and ``got`` of everything trained on, by what was counted."""
+        names = (*COUNTED, "updates")
+        return {
+            name: {side: sum(getattr(account, side)[name] for account in self.epochs)
+                   for side in ("asked", "got")}
+            for name in names
+        }  # fmt: skip
+
+    def to_record(self) -> dict[str, Any]:
+        """Return everything that was counted, ready for JSON."""
+        return {
+            "tuned_batch_size": self.tuned_batch_size,
+            "epochs": [asdict(account) for account in self.epochs],
+            "training": self.totals(),
+            "evaluations": self.evaluations,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` needs to go on counting."""
+        return {**self.to_record(), "batch_shapes": dict(self.batch_shapes)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.tuned_batch_size = state["tuned_batch_size"]
+        self.epochs = [EpochAccount(**account) for account in state["epochs"]]
+        self.batch_shapes, self.evaluations = dict(state["batch_shapes"]), dict(state["evaluations"])
+        self._open = bool(self.epochs)
+
+    def _difference(self, account: EpochAccount, where: str) -> str:
+        tuned = "not tuned" if self.tuned_batch_size is None else f"tuned to {self.tuned_batch_size}"
+        counts = "; ".join(
+            f"{account.asked[name]:,} {name} expected, {account.got[name]:,} came" for name in account.got
+        )
+        return f"epoch {account.epoch} at {where}: batch size {account.batch_size} ({tuned}); {counts}"

@@ -1,0 +1,66 @@
+"""What a training will do, worked out before it begins: epochs, batches, samples, targets, steps."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from bench.config import DEFAULT_MAX_STEPS, TrainingConfig
+from bench.data.block_loader import check_unchanged
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """What one epoch serves to this process."""
+
+    epoch: int
+    batch_size: int
+    batches: int
+    samples: int
+    tokens: int
+
+
+class TrainingPlan:
+    """The epochs of a training in order; a curriculum and a batch schedule make them differ."""
+
+    def __init__(self, loader: DataLoader[Any], config: TrainingConfig) -> None:
+        checked = check_unchanged(loader)
+        self._sampler, self._length = checked.sampler_obj, checked.dataset_obj.length
+        self._most = config.max_batches_per_epoch
+        limits = []
+        if config.epochs is not None:
+            limits.append(sum(self.batches_in(epoch) for epoch in range(config.epochs)))
+        if config.max_steps is not None or config.epochs is None:
+            limits.append(config.max_steps or DEFAULT_MAX_STEPS)
+        self.total_steps = min(limits)
+        self._ends = [self.batches_in(0)]  # steps done at the end of each epoch
+        while self._ends[-1] <= self.total_steps:
+            self._ends.append(self._ends[-1] + self.batches_in(len(self._ends)))
+
+    def batches_in(self, epoch: int) -> int:
+        """Return the batches of a whole epoch."""
+        batches = self._sampler.batches_in(epoch)
+        return batches if self._most is None else min(batches, self._most)
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Return the epoch in which step 0, 1, … falls, and how many of its batches come before it."""
+        epoch = bisect_right(self._ends, step)
+        return epoch, step - self._before(epoch)
+
+    def epoch(self, number: int) -> EpochPlan:
+        """Return the plan of an epoch; the last one ends with the training."""
+        batches = min(self.batches_in(number), self.total_steps - self._before(number))
+        size = self._sampler.size_in(number)
+        samples = min(batches * size, self._sampler.share_in(number))
+        return EpochPlan(number, size, batches, samples, samples * self._length)
+
+    def epochs(self) -> float:
+        """Return how many epochs there are, the last perhaps in part."""
+        epoch, done = self.place(self.total_steps)
+        return epoch + done / self.batches_in(epoch)
+
+    def _before(self, epoch: int) -> int:
+        return self._ends[epoch - 1] if epoch else 0

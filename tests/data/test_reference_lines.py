@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import time
+import warnings
+
+import numpy as np
+import pytest
+
+from bench.data import reference_lines
+from bench.data.corpus import Corpus, load_corpus
+from bench.data.kneser_ney import token_nll
+from bench.data.reference_lines import reference_nll
+
+
+@pytest.fixture
+def tiny(tiny_dir) -> Corpus:
+    return load_corpus(source="folder", data_dir=tiny_dir)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The sizes of the streams for which the trigram was computed."""
+    found: list[int] = []
+
+    def counted(train_stream, stream, vocab_size):
+        found.append(len(stream))
+        return token_nll(train_stream, stream, vocab_size)
+
+    monkeypatch.setattr(reference_lines, "token_nll", counted)
+    return found
+
+
+def cached_file(corpus: Corpus, folder, split: str):
+    return folder / "reference_lines" / f"{corpus.sha256}-{split}.npz"
+
+
+def test_sums_over_each_prefix_and_one_computation(tiny, tmp_path, calls):
+    test = tiny.splits["test"]
+    expected = token_nll(tiny.splits["train"].stream, test.stream, tiny.vocabulary.size)
+    for num_scored in range(1, test.num_tokens + 1):
+        found = reference_nll(tiny, "test", num_scored, tmp_path)
+        unigram = -tiny.vocabulary.log_unigram()[test.stream[1 : num_scored + 1]].sum()
+        assert found["unigram"] == pytest.approx(unigram, rel=1e-12)
+        assert found["kneser_ney_trigram"] == pytest.approx(expected[:num_scored].sum(), rel=1e-12)
+    reference_nll(tiny, "validation", 1, tmp_path)
+    assert calls == [test.num_tokens + 1, tiny.splits["validation"].num_tokens + 1]
+    names = {path.name for path in (tmp_path / "reference_lines").iterdir()}
+    assert names == {cached_file(tiny, tmp_path, split).name for split in ("test", "validation")}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no zip", "cut", {"nll": np.zeros(2)}, {"format_version": 1, "nll": np.zeros(2)}]
+)
+def test_a_broken_file_is_made_again_with_one_warning(tiny, tmp_path, calls, content):
+    expected = reference_nll(tiny, "test", 5, tmp_path)
+    path = cached_file(tiny, tmp_path, "test")
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    else:
+        path.write_bytes(path.read_bytes()[:-40] if isinstance(content, str) else content)
+    with pytest.warns(UserWarning, match="broken") as caught:
+        assert reference_nll(tiny, "test", 5, tmp_path) == expected
+    assert len(caught) == 1
+    assert reference_nll(tiny, "test", 5, tmp_path) == expected  # and no warning: it is whole again
+    assert len(calls) == 2
+
+
+def test_an_older_format_is_replaced_without_a_word(tiny, tmp_path, calls):
+    path = cached_file(tiny, tmp_path, "test")
+    path.parent.mkdir()
+    np.savez(path, format_version=0, nll=np.zeros(tiny.splits["test"].num_tokens))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reference_nll(tiny, "test", 5, tmp_path)["kneser_ney_trigram"] > 0
+        reference_nll(tiny, "test", 5, tmp_path)
+    assert len(calls) == 1
+
+
+def test_a_folder_that_cannot_be_written_only_warns(tiny, tmp_path):
+    expected = reference_nll(tiny, "test", 5, tmp_path / "good")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="not kept") as caught:
+        assert reference_nll(tiny, "test", 5, tmp_path / "file") == expected
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"GNNMOE_CACHE_DIR": "own", "XDG_CACHE_HOME": "xdg"}, "own"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/gnnmoe"),
+        ({"HOME": "home"}, "home/.cache/gnnmoe"),
+    ],
+)
+def test_default_folder(tiny, tmp_path, monkeypatch, variables, expected):
+    for name in ("GNNMOE_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    reference_nll(tiny, "test", 1)
+    assert cached_file(tiny, tmp_path / expected, "test").is_file()
+
+
+def test_bad_questions_are_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'validation'"):
+        reference_nll(tiny, "valid", 1, tmp_path)
+    for num_scored in (0, tiny.splits["test"].num_tokens + 1):
+        with pytest.raises(ValueError, match="num_scored"):
+            reference_nll(tiny, "test", num_scored, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    ("split", "tokens", "unigram", "trigram"),
+    [("test", None, 914, 235.45), ("validation", None, 968, 252.59), ("validation", 512 * 128, 931, 231.19)],
+)
+def test_reference_lines_of_wikitext(wikitext, cache_dir, split, tokens, unigram, trigram):
+    """WikiText-2 protocol: unigram 914, 968 and 931; Kneser-Ney trigram 235 on test, under 60 seconds."""
+    num_scored = tokens or wikitext.splits[split].num_tokens
+    start = time.perf_counter()
+    found = reference_nll(wikitext, split, num_scored, cache_dir)
+    assert time.perf_counter() - start < 60
+    assert round(np.exp(found["unigram"] / num_scored)) == unigram
+    assert np.exp(found["kneser_ney_trigram"] / num_scored) == pytest.approx(trigram, rel=0.005)

@@ -1,0 +1,161 @@
+"""Which samples go into which batch: on one rank, on many, and with a batch size that changes."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.data import sampler as sampler_module
+from bench.data.blocks import IGNORED, EvalWindows
+from bench.data.loader import create_loader, set_batch_size, set_epoch
+from bench.data.sampler import EpochBatchSampler, Shard, resolve_shard
+from bench.data.schedule import BatchSchedule
+
+pytestmark = pytest.mark.core("loader")
+
+
+def make_samplers(n: int, batch: int, world: int, **options) -> list[EpochBatchSampler]:
+    chosen = {"shuffle": True, "drop_last": True, "seed": 3, "epoch": 2} | options
+    return [EpochBatchSampler(n, batch, shard=Shard(rank, world), **chosen) for rank in range(world)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(1, 120), batch=st.integers(1, 20), world=st.integers(1, 5), drop=st.booleans())
+def test_training_shards(n, batch, world, drop):
+    """C4, A1: disjoint, equally long, together a permutation less the remainder, which is reported."""
+    samplers = make_samplers(n, batch, world, drop_last=drop)
+    batches = [list(sampler) for sampler in samplers]
+    served = [[number for numbers in found for number in numbers] for found in batches]
+    together = [number for numbers in served for number in numbers]
+    assert len({len(numbers) for numbers in served}) == 1
+    assert len(set(together)) == len(together) == n - samplers[0].remainder
+    assert set(together) <= set(range(n))
+    assert samplers[0].remainder == (n % (world * batch) if drop else n % world)
+    share = n // world
+    for sampler, found, numbers in zip(samplers, batches, served, strict=True):
+        assert len(sampler) == len(found) == (share // batch if drop else math.ceil(share / batch))
+        assert sampler.served().tolist() == numbers
+        assert np.array_equal(sampler.order(), samplers[0].order())
+
+
+def test_ranks_share_the_batches_of_one(make_corpus):
+    """C4: the k-th batches of two ranks together are the k-th of one rank at twice the size."""
+    alone = list(make_samplers(50, 8, 1)[0])
+    first, second = (list(sampler) for sampler in make_samplers(50, 4, 2))
+    for whole, one, two in zip(alone, first, second, strict=True):
+        assert set(whole) == {*one, *two}
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), length=st.integers(1, 9), extra=st.integers(0, 60), batch=st.integers(1, 7))
+def test_evaluation_shards(make_corpus, data, length, extra, batch):
+    """C5: every token is scored once at any world size, batch and stride; the sum is the same."""
+    corpus, stride = make_corpus(length + extra), data.draw(st.integers(1, length))
+    world = data.draw(st.integers(1, 4))
+    windows, nll = [], np.full(length + extra, np.nan)
+    for rank in range(world):
+        loader = create_loader(
+            corpus, "val", batch, max_seq_length=length, stride=stride, rank=rank, world_size=world
+        )
+        blocks, numbers = loader.dataset_obj, loader.sampler_obj.served()
+        assert isinstance(blocks, EvalWindows)
+        scored = [item["targets"][item["targets"] != IGNORED].numpy() for item in loader]
+        losses = np.concatenate([np.empty(0, dtype=np.int64), *scored]) ** 0.5
+        assert np.isnan(nll[blocks.target_numbers(numbers)]).all()
+        nll[blocks.target_numbers(numbers)] = losses
+        windows += numbers.tolist()
+        assert loader.sampler_obj.remainder == 0
+    assert windows == list(range(len(windows)))
+    assert np.array_equal(nll, np.arange(1, length + extra + 1) ** 0.5)  # the stream counts up
+
+
+def test_an_evaluation_rank_may_have_nothing(make_corpus):
+    """C5: two windows on three ranks; none is padded or repeated."""
+    loaders = [
+        create_loader(make_corpus(8), "test", 4, max_seq_length=4, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
+    assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders] == [1, 1, 0]
+
+
+def test_rank_and_world_come_from_torch_distributed(make_corpus, monkeypatch):
+    """C1, C4: distributed=True asks the process group; without one it says what to do."""
+    with pytest.raises(ValueError, match="init_process_group first, or pass rank and world_size"):
+        create_loader(make_corpus(40), "train", 2, max_seq_length=2, distributed=True)
+    group = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2
+    )
+    monkeypatch.setattr(sampler_module.torch, "distributed", group)
+    loader = create_loader(make_corpus(40), "train", 2, max_seq_length=2, distributed=True)
+    assert loader.sampler_obj.shard == Shard(1, 2)
+    assert len(loader) == 5
+    assert create_loader(make_corpus(40), "train", 2, max_seq_length=2).sampler_obj.shard == Shard(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "message"),
+    [(2, 2, "rank must lie in 0..world_size - 1; got rank 2 of 2"), (0, None, "go together"),
+     (-1, 2, "got rank -1 of 2")],
+)  # fmt: skip
+def test_wrong_ranks(rank, world, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_shard(True, rank, world)
+
+
+def test_progressive_batch_size(make_corpus):
+    """C8: the sizes yielded are the schedule's; no sample is lost or repeated within an epoch."""
+    loader = create_loader(
+        make_corpus(60), "train", 4, max_seq_length=2, drop_last=False, batch_schedule="0:4, 2:8,3:30"
+    )
+    for epoch, size in enumerate([4, 4, 8, 30, 30]):
+        set_epoch(loader, epoch)
+        batches = [batch["input_ids"] for batch in loader]
+        assert len(batches) == len(loader) == math.ceil(30 / size)
+        assert {len(batch) for batch in batches[:-1]} <= {size}
+        assert loader.sampler_obj.batch_size == size
+        assert sorted(torch.cat(batches)[:, 0].tolist()) == list(range(0, 60, 2))
+    set_epoch(loader, 0)
+    assert len(next(iter(loader))["input_ids"]) == 4
+
+
+def test_a_batch_size_changed_within_an_epoch_loses_no_sample(make_corpus):
+    """C8, D3: a change is in force at the next batch."""
+    loader = create_loader(make_corpus(40), "train", 3, max_seq_length=1, drop_last=False)
+    sizes, seen = [], []
+    for batch in loader:
+        sizes.append(len(batch["input_ids"]))
+        seen += batch["input_ids"][:, 0].tolist()
+        if len(sizes) == 2:
+            set_batch_size(loader, 10)
+    assert sizes == [3, 3, 10, 10, 10, 4]
+    assert seen == loader.sampler_obj.order().tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is no epoch:size"),
+        ("0:16,x:32", "'x:32' is no epoch:size"),
+        ("16", "'16' is no epoch:size; write .* such as \"0:16,2:32\""),
+        ("1:16", r"has the epochs \[1\]"),
+        ("0:16,2:32,1:8", r"has the epochs \[0, 2, 1\]"),
+        ("0:16,0:8", r"has the epochs \[0, 0\]"),
+        ("0:16,2:0", "has the size 0; a size must be 1 or more"),
+        ("0:-4", "'0:-4' is no epoch:size"),
+    ],
+)
+def test_wrong_schedules(text, message):
+    with pytest.raises(ValueError, match=message):
+        BatchSchedule.parse(text)
+
+
+def test_a_schedule_says_what_it_is():
+    schedule = BatchSchedule.parse(" 0:16 , 2:32")
+    assert str(schedule) == "0:16,2:32"
+    assert [schedule.size(epoch) for epoch in range(4)] == [16, 16, 32, 32]

@@ -1,0 +1,210 @@
+"""Other folders and other data sets: what is taken, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench.data import sources
+from bench.data.corpus import load_corpus
+from bench.data.split import SPLITS
+
+pytestmark = pytest.mark.core("corpus")
+
+
+def _txt(folder: Path, **texts: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in {
+        "train": "a b a\nc\n",
+        "validation": "a d",
+        "test": "\ufeffb\r\n\r\nb\n",
+        **texts,
+    }.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    return folder
+
+
+def _parquet(folder: Path, column: str, *files: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for file in files or [f"{split}-00000-of-00001" for split in SPLITS]:
+        frame = pd.DataFrame({"label": [1, 2, 3], column: ["a b", None, "c\nd\n"]})
+        frame.to_parquet(folder / f"{file}.parquet")
+    return folder
+
+
+def test_text_files(tmp_path):
+    """Words are split at whitespace; a byte-order mark and Windows line breaks are no part of the text."""
+    corpus = load_corpus(data_dir=_txt(tmp_path))
+    words = corpus.vocabulary.words
+    assert [words[i] for i in corpus.splits["validation"].stream] == ["<eos>", "a", "<unk>", "<eos>"]
+    assert [words[i] for i in corpus.splits["test"].stream] == ["<eos>", "b", "<eos>", "<eos>", "b", "<eos>"]
+    assert corpus.splits["test"].num_bytes == len("b\n \nb\n")
+    assert (corpus.name, corpus.source, corpus.verdict) == ("local text", "folder", "other")
+    assert list(corpus.files) == ["train.txt", "validation.txt", "test.txt"]
+
+
+def test_valid_txt_serves_as_validation(tmp_path):
+    named = load_corpus(data_dir=_txt(tmp_path))
+    (tmp_path / "validation.txt").rename(tmp_path / "valid.txt")
+    assert load_corpus(data_dir=tmp_path).sha256 == named.sha256
+
+
+def test_parquet_by_another_column(tmp_path):
+    """Rows may be empty, or hold several lines."""
+    corpus = load_corpus(data_dir=_parquet(tmp_path, "sentence"), text_column="sentence")
+    words = [corpus.vocabulary.words[i] for i in corpus.splits["train"].stream[1:]]
+    assert words == "a b <eos> <eos> c <eos> d <eos>".split()
+
+
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_no_such_column_names_those_there_are(tmp_path, column):
+    _parquet(tmp_path, "sentence")
+    message = (
+        f"train-00000-of-00001.parquet has no text column '{column}'; its text columns: 'sentence'; name"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_corpus(data_dir=tmp_path, text_column=column)
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    _parquet(tmp_path, "text")
+    (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"test-00000-of-00001.parquet is not a parquet file .*fetch"):
+        load_corpus(data_dir=tmp_path)
+
+
+def test_two_forms_in_one_folder_are_refused(tiny_dir):
+    _txt(tiny_dir)
+    with pytest.raises(
+        ValueError, match=r"holds its text as tokens and as txt.*it holds test.txt.*keep one kind"
+    ):
+        load_corpus(data_dir=tiny_dir)
+
+
+def test_forms_do_not_mix(tmp_path):
+    _txt(tmp_path)
+    (tmp_path / "validation.txt").rename(tmp_path / "wiki.valid.tokens")
+    with pytest.raises(
+        ValueError, match=r"lacks validation.txt or valid.txt; it holds .*; all three must be of one"
+    ):
+        load_corpus(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["train-00000-of-00002"],
+            "the train split needs 2 files, and there are 1: train-00000-of-00002.parquet",
+        ),
+        (
+            ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+            "needs 2 files, and there are 3",
+        ),
+    ],
+)
+def test_a_part_of_the_shards_is_refused(tmp_path, files, message):
+    _parquet(tmp_path, "text", *files, "validation-00000-of-00001", "test-00000-of-00001")
+    with pytest.raises(ValueError, match=message):
+        load_corpus(data_dir=tmp_path)
+
+
+def test_two_validation_texts_are_refused(tmp_path):
+    _txt(tmp_path, valid="e")
+    with pytest.raises(
+        ValueError, match=r"validation split needs one file, and there are 2: valid.txt, validation.txt"
+    ):
+        load_corpus(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no text; fetch"), (" \n\t\n", "holds no text; fetch")]
+)
+def test_empty_text_file(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f"test.txt {message}"):
+        load_corpus(data_dir=_txt(tmp_path, test=content))
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    (_txt(tmp_path) / "test.txt").write_bytes("b ü\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"test.txt is not UTF-8 text .*save it as UTF-8"):
+        load_corpus(data_dir=tmp_path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (_txt(tmp_path) / "test.txt").unlink()
+    (tmp_path / "test.txt").mkdir()
+    with pytest.raises(ValueError, match=r"test.txt cannot be read \(Is a directory\); pass --data-dir"):
+        load_corpus(data_dir=tmp_path)
+
+
+def _hub(monkeypatch, splits: dict[str, dict[str, list]]) -> None:
+    import datasets
+
+    made = datasets.DatasetDict({name: datasets.Dataset.from_dict(rows) for name, rows in splits.items()})
+
+    def absent(*_):
+        raise ValueError("Couldn't find cache")
+
+    monkeypatch.setattr(sources, "read_cache", absent)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
+
+
+def test_another_set_of_the_hub(monkeypatch):
+    rows = {"label": [0, 1], "sentence": ["a b", "a"]}
+    _hub(monkeypatch, dict.fromkeys(SPLITS, rows))
+    arguments: dict[str, Any] = {
+        "source": "hub",
+        "dataset_name": "some/set",
+        "dataset_config_name": "plain",
+    }
+    corpus = load_corpus(**arguments, text_column="sentence")
+    assert (corpus.name, corpus.config_name, corpus.source) == ("some/set", "plain", "hub")
+    assert corpus.splits["test"].num_tokens == 5
+    with pytest.raises(
+        ValueError,
+        match=r"some/set \(plain\), split train, has no text column 'label'; its text columns: 'sentence'",
+    ):
+        load_corpus(**arguments, text_column="label")
+
+
+def test_wikitext_103_is_a_config_of_wikitext(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        sources, "read_cache", lambda *names: asked.append(names) or dict.fromkeys(SPLITS, " a \n")
+    )
+    corpus = load_corpus(source="hub", dataset_config_name="wikitext-103-v1")
+    assert asked == [("Salesforce/wikitext", "wikitext-103-v1", "text")]
+    assert (corpus.name, corpus.config_name) == ("wikitext", "wikitext-103-v1")
+
+
+@pytest.mark.parametrize("absent", [["validation"], ["validation", "test"]])
+def test_a_set_without_a_split_names_those_it_has(monkeypatch, absent):
+    _hub(monkeypatch, {split: {"text": ["a"]} for split in SPLITS if split not in absent})
+    there = ", ".join(split for split in SPLITS if split not in absent)
+    with pytest.raises(
+        ValueError, match=f"has no split {', '.join(absent)}; it has {there}; .* name another set"
+    ):
+        load_corpus(source="hub", dataset_name="some/set", dataset_config_name="plain")
+
+
+def test_a_set_in_the_cache_that_cannot_serve_is_not_called_absent(monkeypatch):
+    """The reason stands in the message, and the hub, which has the same set, is not asked."""
+
+    def unfit(*_):
+        raise sources.UnfitDataset("some/set (plain) has no split test; it has train")
+
+    monkeypatch.setattr(sources, "read_cache", unfit)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match="has no split test; it has train; pass --data-dir"):
+        load_corpus(source="hub", dataset_name="some/set", dataset_config_name="plain")
+
+
+def test_a_set_without_text(monkeypatch):
+    _hub(monkeypatch, {split: {"text": ["a" if split == "train" else " "]} for split in SPLITS})
+    with pytest.raises(ValueError, match="has no text in column 'text' of split validation"):
+        load_corpus(source="hub", dataset_name="some/set", dataset_config_name="plain")

@@ -99,7 +99,7 @@ class Learning:
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
         """Keep and show an evaluation, and sample the communication."""
-        self.ledger.evaluated("validation while training", self._validation_tokens, row["tokens"])
+        self.ledger.evaluated("validation in training", self._validation_tokens, row["tokens"])
         self.trace.sample(row["step"], self.model)
         self.prepared.folder.append_history(row)
         self.reporter.evaluated(row)

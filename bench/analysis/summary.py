@@ -78,7 +78,7 @@ def _counted(used: dict[str, Any]) -> str:
     rows = [
         (f"training {name}", counts["asked"], counts["got"]) for name, counts in ledger["training"].items()
     ]
-    rows += [(f"tokens of {name}", e["asked"], e["got"]) for name, e in ledger["evaluations"].items()]
+    rows += [(f"scored, {name}", e["asked"], e["got"]) for name, e in ledger["evaluations"].items()]
     lines = [f"{'':34}{'asked':>10}  {'got':>10}"]
     lines += [
         f"{name:34}{asked:>10,}  {got:>10,}  {'✓' if asked == got else '✗'}" for name, asked, got in rows

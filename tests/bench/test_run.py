@@ -74,7 +74,7 @@ def test_what_is_reported_is_what_was_used(tiny):
     counts = {"batches": 4, "samples": 16, "tokens": 256, "updates": 4}
     assert epoch == {"epoch": 0, "batch_size": 4, "asked": counts, "got": counts}
     evaluations = used["ledger"]["evaluations"]
-    assert evaluations["validation while training"] == {"evaluations": 2, "asked": 256, "got": 256}
+    assert evaluations["validation in training"] == {"evaluations": 2, "asked": 256, "got": 256}
     assert evaluations["validation at the end"] == {"evaluations": 1, "asked": 128, "got": 128}
     assert used["epochs"] == pytest.approx(4 / (blocks // 4), abs=1e-6)
     assert record["speed"]["step_tokens"] == [64, 64]

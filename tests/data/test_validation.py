@@ -28,6 +28,15 @@ def make(corpus: Corpus, split: str = "train", **options):
     return create_loader(corpus, split, 4, max_seq_length=16, **options)
 
 
+def test_padding_after_the_last_target_is_no_shift(worded):
+    """C7: a cut evaluation ends with a window of fewer targets, then <eos> as input."""
+    loader = create_loader(worded, "val", 9, max_seq_length=16, stride=5, num_samples=2)
+    last = next(iter(loader))
+    end = int((last["targets"][-1] != -100).nonzero().max())
+    assert last["targets"][-1, end] != last["input_ids"][-1, end + 1]
+    assert validate_first_batch(loader)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_samples": 1}, {"stride": 5}, {"stride": 5, "num_samples": 2}])
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_sound_evaluations_pass(worded, split, options):

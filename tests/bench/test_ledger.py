@@ -1,0 +1,252 @@
+"""The ledger: what was used is counted from the tensors and compared with the plan (A3, C5, C8, A9, A10)."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from bench.config import TrainingConfig
+from bench.data.corpus import load_corpus
+from bench.data.loader import create_loader
+from bench.measure.ledger import BatchAccountingError, Ledger
+from bench.run import main
+from bench.training.evaluation import evaluate, merged
+from bench.training.loop import Trainer
+from bench.training.plan import EpochPlan, TrainingPlan
+from gnnmoe import GNNMoEConfig, GNNMoEModel
+from gnnmoe.head import IGNORED
+from tests.bench.test_training import Rows
+
+CPU = torch.device("cpu")
+PLAN = EpochPlan(epoch=0, batch_size=4, batches=2, samples=8, tokens=24)
+
+
+@pytest.fixture
+def corpus(small_data_dir):
+    return load_corpus(data_dir=small_data_dir)
+
+
+def batch(samples: int = 4, length: int = 3, ignored: int = 0) -> dict[str, torch.Tensor]:
+    targets = torch.zeros(samples, length, dtype=torch.int64)
+    targets.view(-1)[:ignored] = IGNORED
+    return {"input_ids": torch.zeros(samples, length, dtype=torch.int64), "targets": targets}
+
+
+def served(*batches: dict[str, torch.Tensor], tuned: int | None = None) -> Ledger:
+    ledger = Ledger(tuned)
+    ledger.begin_epoch(PLAN)
+    for one in batches:
+        ledger.batch(one)
+        ledger.update()
+    return ledger
+
+
+def test_a3_an_epoch_as_planned_is_recorded_with_what_was_asked_and_got():
+    ledger = served(batch(), batch(), tuned=4)
+    ledger.end_epoch()
+    counts = {"batches": 2, "samples": 8, "tokens": 24, "updates": 2}
+    assert ledger.to_record()["epochs"] == [{"epoch": 0, "batch_size": 4, "asked": counts, "got": counts}]
+    assert ledger.to_record()["tuned_batch_size"] == 4
+    assert ledger.batch_shapes == {"4x3": 2}
+
+
+def test_a3_a_lost_batch_is_an_error_that_names_tuned_size_expected_and_yielded():
+    ledger = served(batch(), tuned=4)
+    with pytest.raises(BatchAccountingError) as failure:
+        ledger.end_epoch()
+    for part in ("epoch 0", "batch size 4 (tuned to 4)", "2 batches expected, 1 came"):
+        assert part in str(failure.value)
+    with pytest.raises(BatchAccountingError, match="2 batches expected, 1 came"):
+        served(batch()).begin_epoch(EpochPlan(1, 4, 2, 8, 24))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([batch(), batch(), batch()], "2 batches expected, 3 came"),
+        ([batch(5)], "a batch of 5x3: batch size 4 .not tuned."),
+        ([batch(4, 4), batch(4, 4)], "24 tokens expected, 32 came"),
+    ],
+)
+def test_a3_more_than_planned_is_refused_at_once(wrong, said):
+    with pytest.raises(BatchAccountingError, match=said):
+        served(*wrong)
+
+
+def test_a3_padding_is_no_token():
+    ledger = served(batch(ignored=2), batch())
+    assert ledger.totals()["tokens"] == {"asked": 24, "got": 22}
+    with pytest.raises(BatchAccountingError, match="24 tokens expected, 22 came"):
+        ledger.end_epoch()
+
+
+def test_a3_a_step_that_was_skipped_is_missed():
+    ledger = Ledger()
+    ledger.begin_epoch(PLAN)
+    for _ in range(2):
+        ledger.batch(batch())
+    ledger.update()
+    with pytest.raises(BatchAccountingError, match="2 updates expected, 1 came"):
+        ledger.end_epoch()
+
+
+def test_a3_the_training_stops_where_the_loader_loses_a_batch(corpus, monkeypatch):
+    """A progress bar that jumps from 31 of 32 to the end would be the alternative."""
+    made = trainer(corpus, max_steps=None, epochs=1)
+    whole = type(made.train_loader.batch_sampler).__iter__
+    monkeypatch.setattr(
+        type(made.train_loader.batch_sampler), "__iter__", lambda self: iter(list(whole(self))[:-1])
+    )
+    with pytest.raises(BatchAccountingError, match=r"32 batches expected, 31 came"):
+        made.run()
+
+
+def test_scoring_a_token_too_few_or_twice_is_an_error():
+    ledger = Ledger()
+    ledger.evaluated("validation", 100, 100)
+    assert ledger.evaluations == {"validation": {"evaluations": 1, "asked": 100, "got": 100}}
+    with pytest.raises(BatchAccountingError, match="100 targets were to be scored and 101 were"):
+        ledger.evaluated("validation", 100, 101)
+
+
+def test_the_counts_go_on_after_a_checkpoint():
+    first = served(batch())
+    second = Ledger()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.begin_epoch(PLAN)
+    second.batch(batch())
+    second.update()
+    second.end_epoch()
+    assert second.to_record()["training"]["samples"] == {"asked": 8, "got": 8}
+    assert second.batch_shapes == {"4x3": 2}
+
+
+def trainer(corpus, loader=None, **settings) -> Trainer:
+    config = TrainingConfig(**{"batch_size": 4, "warmup_steps": 1, "eval_every": 1000, **settings})
+    model_config = GNNMoEConfig(
+        coupler_type="mean", embed_dim=8, num_layers=1, max_seq_length=16, vocab_size=corpus.vocabulary.size
+    )
+    train = loader or create_loader(corpus, "train", config.batch_size, max_seq_length=16)
+    val = create_loader(corpus, "val", 4, max_seq_length=16, num_samples=4)
+    return Trainer(GNNMoEModel(model_config, seed=0), train, val, config, CPU, Rows())
+
+
+def test_c8_the_schedule_of_batch_sizes_is_what_the_ledger_sees(corpus):
+    loader = create_loader(corpus, "train", 4, max_seq_length=16, batch_schedule="0:4,1:8,3:16")
+    made = trainer(corpus, loader, max_steps=None, epochs=4)
+    made.run()
+    epochs = made.hooks.ledger.to_record()["epochs"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert [epoch["batch_size"] for epoch in epochs] == [4, 8, 8, 16]
+    assert [epoch["got"]["samples"] for epoch in epochs] == [128, 128, 128, 128]
+    assert [epoch["got"]["batches"] for epoch in epochs] == [32, 16, 16, 8]
+    rows = [row for row in made.hooks if row["kind"] == "train"]  # pyright: ignore
+    assert [row["epoch"] for row in rows] == [0] * 32 + [1] * 16 + [2] * 16 + [3] * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "schedule"),
+    [
+        ({"epochs": 4}, "0:4,1:8,3:16"), ({"epochs": 3, "max_batches_per_epoch": 10}, "0:4,1:8"),
+        ({"max_steps": 77}, "0:4,1:8"), ({"epochs": 2, "max_steps": 40}, None),
+    ],
+)  # fmt: skip
+def test_the_plan_places_every_step_in_its_epoch_and_adds_up(corpus, settings, schedule):
+    loader = create_loader(corpus, "train", 4, max_seq_length=16, batch_schedule=schedule)
+    plan = TrainingPlan(loader, TrainingConfig(**{"max_steps": None, **settings}))
+    places = [plan.place(step) for step in range(plan.total_steps)]
+    assert places[0] == (0, 0)
+    for (epoch, start), after in pairwise(places):
+        assert after in ((epoch, start + 1), (epoch + 1, 0))
+        assert start < plan.batches_in(epoch)
+    epochs = [plan.epoch(number) for number in range(places[-1][0] + 1)]
+    assert sum(epoch.batches for epoch in epochs) == plan.total_steps
+    assert all(epoch.tokens == epoch.samples * 16 for epoch in epochs)
+    assert plan.epochs() == pytest.approx(
+        places[-1][0] + (places[-1][1] + 1) / plan.batches_in(places[-1][0])
+    )
+
+
+@pytest.mark.parametrize("stride", [16, 8, 5])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_c5_every_token_is_scored_once_and_perplexity_does_not_depend_on_the_ranks(
+    corpus, stride, batch_size
+):
+    model = trainer(corpus).model.double()
+    found = {}
+    for world in (1, 2, 3):
+        loaders = [
+            create_loader(
+                corpus, "val", batch_size, max_seq_length=16, stride=stride, rank=rank, world_size=world
+            )
+            for rank in range(world)
+        ]
+        found[world] = merged([evaluate(model, loader, CPU) for loader in loaders])
+        assert found[world].tokens == corpus.splits["validation"].num_tokens
+    for world in (2, 3):
+        np.testing.assert_allclose(found[world].nll, found[1].nll, rtol=1e-6)  # kept in float32
+        assert found[world].nll_sum == pytest.approx(found[1].nll_sum, rel=1e-7)
+
+
+def without_steps(flags: list[str]) -> list[str]:
+    place = flags.index("--max-steps")
+    return flags[:place] + flags[place + 2 :]
+
+
+def test_a10_a_run_with_a_curriculum_records_its_pace_and_counts_every_epoch(tiny, tmp_path):
+    flags = without_steps(tiny)
+    flags += "--epochs 3 --curriculum rarity --curriculum-pacing linear --eval-every 100".split()
+    assert main(["--coupler", "mean", *flags, "--warmup-steps", "1", "--batch-size", "2"]) == 0
+    (path,) = (tmp_path / "results").glob("*/*/record.json")
+    record = json.loads(path.read_text())
+    curriculum = record["data"]["training_blocks"]["curriculum"]
+    blocks = record["data"]["training_blocks"]["count"]
+    assert curriculum["order_source"] == "rarity"
+    assert curriculum["blocks_by_epoch"] == [round(share * blocks) for share in (0.2, 0.6, 1.0)]
+    got = [epoch["got"]["samples"] for epoch in record["used"]["ledger"]["epochs"]]
+    assert got == [size - size % 2 for size in curriculum["blocks_by_epoch"]]
+    assert record["used"]["steps"] == sum(size // 2 for size in got)
+
+
+def test_a9_a_missing_difficulty_model_falls_back_loudly_or_is_refused(tiny, tmp_path, capsys):
+    flags = without_steps(tiny)
+    flags += "--coupler mean --epochs 2 --curriculum model:nowhere.pt --batch-size 2".split()
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, "--strict-curriculum"])
+    assert stopped.value.code == 2
+    assert "nowhere.pt is not there" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+    assert main(flags) == 0
+    assert capsys.readouterr().err.count("nowhere.pt is not there") == 1
+    (path,) = (tmp_path / "results").glob("*/*/record.json")
+    curriculum = json.loads(path.read_text())["data"]["training_blocks"]["curriculum"]
+    assert curriculum["order_source"] == "random_fallback"
+
+
+def test_a_finished_run_scores_the_blocks_of_a_curriculum(tiny, tmp_path, capsys, small_data_dir):
+    """model:CHECKPOINT is the mean loss that the run's best state gives each block."""
+    assert main(["--coupler", "mean", *tiny]) == 0
+    (checkpoint,) = (tmp_path / "results").glob("*/*/checkpoint.pt")
+    flags = without_steps(tiny)
+    flags += f"--coupler mean --epochs 2 --curriculum model:{checkpoint} --batch-size 2".split()
+    assert main(flags) == 0
+    sources = {
+        json.loads(path.read_text())["data"]["training_blocks"]["curriculum"]["order_source"]
+        for path in (tmp_path / "results").glob("*/*/record.json")
+        if path.parent != checkpoint.parent
+    }
+    assert sources == {"model"}
+    with pytest.raises(SystemExit):
+        main([*flags, "--tokenizer", "bpe:300"])
+    assert "was trained on another text or with another tokenizer" in capsys.readouterr().err
+
+
+def test_the_table_shows_asked_got_and_a_tick(tiny, capsys):
+    assert main(["--coupler", "mean", *tiny]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (tokens,) = [line.split() for line in lines if "training tokens" in line]
+    assert tokens == ["training", "tokens", "256", "256", "✓"]
+    assert [line for line in lines if "asked" in line and "got" in line]

@@ -5,17 +5,13 @@ Shapes: B batch, L length, E experts, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from gnnmoe.couplers._base import Coupler
-from gnnmoe.couplers._options import build_coupler
 from gnnmoe.couplers._registry import coupler_class, register_coupler
-from gnnmoe.experts import ExpertBlock
 from gnnmoe.naming import unknown_name
 
 if TYPE_CHECKING:
@@ -55,7 +51,7 @@ class DenseCoupler(Coupler):
             raise ValueError(
                 f"option like of coupler dense is {like}; name a coupler that is registered and has experts."
             )
-        self.ffn_dim = matched_ffn_dim(replace(config, coupler_type=like, coupler_options={}), match)
+        self.ffn_dim = _matched_ffn_dim(config, match, like)
 
     @classmethod
     def fields_read(cls, options: dict[str, Any]) -> tuple[str, ...] | None:
@@ -90,26 +86,11 @@ class DenseCoupler(Coupler):
         return layer_input
 
 
-def matched_ffn_dim(config: GNNMoEConfig, match: str) -> int:
-    """Return the hidden width at which one block equals a layer of ``config`` in params or flops."""
+def _matched_ffn_dim(config: GNNMoEConfig, match: str, like: str) -> int:
+    """Return the hidden width at which one block equals a layer of experts with the coupler ``like``."""
+    from gnnmoe.cost import matched_ffn_dim, model_cost  # which builds couplers itself
+
     if match == "none":
         return config.expert_width
-    with torch.device("meta"):
-        coupler = build_coupler(config)
-        if match == "params":
-            own = sum(p.numel() for p in coupler.parameters())
-            return _solved(own, config, lambda width: _parameters(config, width))
-        own = coupler.flops(config.max_seq_length)
-        if own is None:
-            raise ValueError(f"coupler {config.coupler_type} does not say its FLOPs; match params instead.")
-        return _solved(own, config, lambda width: ExpertBlock.flops(config, 1, config.max_seq_length, width))
-
-
-def _solved(own: int, config: GNNMoEConfig, cost: Callable[[int], int]) -> int:
-    """Return the width whose cost, which grows evenly with it, is nearest to all experts and the coupler."""
-    target = config.num_experts * cost(config.expert_width) + own
-    return max(1, 1 + round((target - cost(1)) / (cost(2) - cost(1))))
-
-
-def _parameters(config: GNNMoEConfig, ffn_dim: int) -> int:
-    return sum(p.numel() for p in ExpertBlock(config, ffn_dim).parameters())
+    target = model_cost(replace(config, coupler_type=like, coupler_options={}))
+    return matched_ffn_dim(replace(config, coupler_options={"match": "none"}), target, match)

@@ -79,7 +79,7 @@ def test_a_coupler_without_a_formula_leaves_the_count_to_torch(monkeypatch):
     monkeypatch.setattr(type(found.layers[0].coupler), "flops", lambda self, tokens: None)
     assert found.flops(1, 8) is None
     with pytest.raises(ValueError, match="does not say its FLOPs; match params"):
-        dense(match="flops")
+        dense(match="flops", experts=7)
 
 
 def test_the_run_is_the_same_whatever_its_twin_never_reads():

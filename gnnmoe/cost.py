@@ -1,0 +1,102 @@
+"""What a model costs, from its config alone: parameters and FLOPs, without building it.
+
+Shapes: L length, E experts, D width, H hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from gnnmoe.couplers import build_coupler
+from gnnmoe.experts import ExpertBlock
+
+if TYPE_CHECKING:
+    from gnnmoe.config import GNNMoEConfig
+
+QUANTITIES = ("params", "flops")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a model: ``params``, and ``flops`` of a forward with logits on one sequence of full length.
+
+    ``flops`` is None where a coupler does not say its own.
+    """
+
+    params: int
+    flops: int | None
+
+
+def model_cost(config: GNNMoEConfig) -> Cost:
+    """Return the cost of the model that ``config`` describes.
+
+    Raises:
+        ValueError: there is no such coupler, strategy or option.
+    """
+    L, D, V = config.max_seq_length, config.embed_dim, config.vocab_size
+    coupler = _coupler_cost(_Key(config))
+    block = _block_cost(config, coupler.ffn_dim)
+    trunk = Cost(config.padded_vocab_size * D + L * D + 2 * D + V, 2 * L * D * V)
+    params = trunk.params + config.num_layers * (coupler.params + coupler.count * block.params)
+    if coupler.flops is None or block.flops is None or trunk.flops is None:
+        return Cost(params, None)
+    return Cost(params, trunk.flops + config.num_layers * (coupler.flops + coupler.count * block.flops))
+
+
+def matched_ffn_dim(config: GNNMoEConfig, target: Cost, quantity: str) -> int:
+    """Return the width H of its experts at which ``config`` costs as much as ``target``.
+
+    The nearest whole number, and at least 1: what is left of the difference is for the caller to show.
+
+    Raises:
+        ValueError: the quantity is flops and a coupler does not say its own.
+    """
+    asked = getattr(target, quantity)
+    one, two = (getattr(model_cost(replace(config, ffn_dim=width)), quantity) for width in (1, 2))
+    if asked is None or one is None or two is None:
+        raise ValueError(
+            f"coupler {config.coupler_type}, or the one to match, does not say its FLOPs; match params."
+        )
+    return max(1, 1 + round((asked - one) / (two - one)))
+
+
+def _block_cost(config: GNNMoEConfig, ffn_dim: int) -> Cost:
+    D = config.embed_dim
+    params = 4 * D * D + 9 * D + ffn_dim * (2 * D + 1)  # attention, two norms, and the feed-forward part
+    return Cost(params, ExpertBlock.flops(config, 1, config.max_seq_length, ffn_dim))
+
+
+@dataclass(frozen=True)
+class _CouplerCost:
+    params: int
+    flops: int | None
+    count: int
+    ffn_dim: int
+
+
+class _Key:
+    """A config as a key: equal where the coupler is the same, so that each is built once."""
+
+    def __init__(self, config: GNNMoEConfig) -> None:
+        self.config = config
+        fields = config.to_dict() | {"coupler_options": tuple(sorted(config.coupler_options.items()))}
+        self._fields = tuple(fields.items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._fields == other._fields
+
+    def __hash__(self) -> int:
+        return hash(self._fields)
+
+
+@cache
+def _coupler_cost(key: _Key) -> _CouplerCost:
+    with torch.device("meta"):
+        coupler = build_coupler(key.config)
+    count, ffn_dim = coupler.expert_shape()
+    params = sum(p.numel() for p in coupler.parameters())
+    return _CouplerCost(params, coupler.flops(key.config.max_seq_length), count, ffn_dim)

@@ -1,0 +1,50 @@
+"""What a config costs, worked out without building the model, against models that were built."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from gnnmoe import GNNMoEModel, coupler_names
+from gnnmoe.cost import Cost, matched_ffn_dim, model_cost
+from gnnmoe.hypergraph_layers import CONV_TYPES
+from tests.gnnmoe._support import NO_HYPEREDGES, small_config
+
+pytestmark = pytest.mark.filterwarnings(NO_HYPEREDGES)
+FORMS = [{"coupler_type": name} for name in coupler_names()]
+FORMS += [{"hgnn_conv_type": conv, "static_hyperedge_strategy": "all_triplets"} for conv in CONV_TYPES]
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: " ".join(fields.values()))
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_the_cost_is_that_of_the_model(fields, experts):
+    config = small_config(num_experts=experts, ffn_dim=7, num_layers=3, **fields)
+    model = GNNMoEModel(config, seed=0)
+    assert model_cost(config) == Cost(model.parameter_counts()["total"], model.flops(1, 8))
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: " ".join(fields.values()))
+@pytest.mark.parametrize("quantity", ["params", "flops"])
+def test_the_matched_width_is_the_nearest(fields, quantity):
+    options = {"coupler_options": {"match": "none"}} if fields.get("coupler_type") == "dense" else {}
+    config = small_config(embed_dim=12, **fields, **options)
+    target = model_cost(small_config(embed_dim=12, ffn_dim=200))
+    width = matched_ffn_dim(config, target, quantity)
+
+    def mismatch(ffn_dim: int) -> int:
+        return abs(
+            getattr(model_cost(replace(config, ffn_dim=ffn_dim)), quantity) - getattr(target, quantity)
+        )
+
+    assert mismatch(width) <= min(mismatch(width + 1), mismatch(max(1, width - 1)))
+
+
+def test_a_model_matches_itself_exactly():
+    for fields, quantity in itertools.product(FORMS[2:4], ("params", "flops")):
+        config = small_config(ffn_dim=19, **fields)
+        assert matched_ffn_dim(replace(config, ffn_dim=None), model_cost(config), quantity) == 19
+
+
+def test_what_is_too_large_at_any_width_takes_the_smallest():
+    config = small_config(coupler_type="attention")
+    assert matched_ffn_dim(config, Cost(params=1, flops=1), "params") == 1

@@ -3,83 +3,12 @@
 from __future__ import annotations
 
 import tomllib
-import types
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bench.config import RunConfig
+from bench.flags import LENGTHS, PRESETS, FlagType, Table, as_flags, checked, flag_types, preset_names
 from gnnmoe.naming import unknown_name
-
-PRESETS = Path(__file__).parent / "presets"
-LENGTHS = {"epochs", "max_steps"}  # whoever gives one of them decides alone how long the training is
-Table = dict[str, Any]
-
-
-def preset_names() -> list[str]:
-    """Return the presets there are: the TOML files in bench/presets."""
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
-
-
-@dataclass(frozen=True)
-class FlagType:
-    """The type of a flag, as TOML can say it: a path is text, None the text "None"."""
-
-    field: str
-    hint: Any
-
-    def accepts(self, value: Any) -> bool:
-        """Return whether a value read from TOML has this type."""
-        if get_origin(self.hint) is Literal:
-            return value in get_args(self.hint)
-        if get_origin(self.hint) is tuple:
-            return isinstance(value, list) and self._accepts_items(value)
-        if self._members():
-            return any(member.accepts(value) for member in self._members())
-        if self.hint is types.NoneType:
-            return value == "None"
-        return type(value) in {float: (float, int), Path: (str,)}.get(self.hint, (self.hint,))
-
-    def __str__(self) -> str:
-        """Say what is allowed."""
-        if get_origin(self.hint) is Literal:
-            return ", ".join(map(repr, get_args(self.hint)))
-        if get_origin(self.hint) is tuple:
-            kinds = [str(FlagType(self.field, hint)) for hint in get_args(self.hint) if hint is not ...]
-            return "a list of " + " and ".join(kinds)
-        if self._members():
-            return " or ".join(map(str, self._members()))
-        kinds = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: '"None"'}
-        return kinds.get(self.hint, "text")
-
-    def _members(self) -> list[FlagType]:
-        union = get_origin(self.hint) in (Union, types.UnionType)
-        return [FlagType(self.field, hint) for hint in get_args(self.hint)] if union else []
-
-    def _accepts_items(self, items: list[Any]) -> bool:
-        hints = get_args(self.hint)
-        if hints[-1] is ...:
-            hints = hints[:1] * len(items)
-        return len(items) == len(hints) and all(
-            FlagType(self.field, hint).accepts(item) for hint, item in zip(hints, items, strict=True)
-        )
-
-
-def flag_types(config_type: type) -> dict[str, FlagType]:
-    """Return the type of every flag of a nested dataclass, by each of its names with underscores."""
-    found: dict[str, FlagType] = {}
-    for field, hint in get_type_hints(config_type, include_extras=True).items():
-        if is_dataclass(hint):
-            found |= flag_types(hint)  # pyright: ignore[reportArgumentType]
-            continue
-        plain, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        names = [field]
-        for mark in marks:
-            names += [getattr(mark, "name", None) or field, *(getattr(mark, "aliases", None) or ())]
-        if get_origin(plain) is not dict:  # no flag says a table
-            found |= {name.removeprefix("--").replace("-", "_"): FlagType(field, plain) for name in names}
-    return found
 
 
 def with_layers(config_type: type, arguments: Sequence[str]) -> list[str]:
@@ -134,7 +63,7 @@ def read_table(path: Path, known: dict[str, FlagType]) -> Table:
     """
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
-        return _checked(entries, {"preset": FlagType("preset", str), **known})
+        return checked(entries, known)
     except OSError as error:
         reason = error.strerror if str(path) != "." else "name a TOML file"
         raise ValueError(f"--config {path} cannot be read: {reason}.") from error
@@ -142,36 +71,3 @@ def read_table(path: Path, known: dict[str, FlagType]) -> Table:
         raise ValueError(f"--config {path} is not TOML: {error}.") from error
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from error
-
-
-def _checked(entries: Table, known: dict[str, FlagType]) -> Table:
-    table: Table = {}
-    seen: dict[str, str] = {}
-    for key, value in entries.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise ValueError(unknown_name("key", key, known))
-        if not known[name].accepts(value):
-            shown = "a table" if isinstance(value, dict) else repr(value)
-            raise ValueError(f"{key} is {shown}; it must be {known[name]}.")
-        other = seen.setdefault(known[name].field, key)
-        if other != key:
-            raise ValueError(f"{key} and {other} are the same flag; keep one of them.")
-        table[name] = value
-    if "preset" in table and table["preset"] not in preset_names():
-        raise ValueError(unknown_name("preset", table["preset"], preset_names()))
-    return table
-
-
-def as_flags(table: Table) -> list[str]:
-    """Return the flags that say what ``table`` says; a list of words repeats its flag."""
-    flags = []
-    for name, value in table.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list) and not any(isinstance(item, str) for item in value):
-            flags += [f"--{flag}", *map(str, value)]
-        else:
-            flags += [f"--{flag}={item}" for item in (value if isinstance(value, list) else [value])]
-    return flags

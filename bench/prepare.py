@@ -72,14 +72,50 @@ def prepare(config: RunConfig) -> Prepared:
     loaders = _loaders(config, corpus, device)
     for loader in loaders.values():
         validate_first_batch(loader)
-    model = coupler_identity(model_config)
-    if model_config.vocab_size != corpus.vocabulary.size:  # else it follows from the data
-        model["vocab_size"] = model_config.vocab_size
-    known_by = identity(config, model, corpus.sha256, device.type, curriculum=_order_of(loaders["train"]))
+    known_by = _identity(config, model_config, corpus, device, _order_of(loaders["train"]))
     name = run_id(known_by)
     folder = RunFolder(config.places.results_dir, config.places.study, name)
     seconds = {"prepare": time.perf_counter() - start}
     return Prepared(config, model_config, device, corpus, loaders, folder, name, known_by, seconds)
+
+
+class Identifier:
+    """Says of many configs what makes them the runs they are, as ``prepare`` does; loads each text once."""
+
+    def __init__(self) -> None:
+        self._corpora: dict[str, Corpus] = {}
+
+    def __call__(self, config: RunConfig) -> tuple[dict[str, Any], GNNMoEConfig, Corpus]:
+        """Return the run's identity, its model and its text.
+
+        Raises:
+            ValueError: as ``prepare``, for what can be seen without building the model.
+        """
+        key = repr((_corpus_arguments(config), config.data.dataset_name))
+        if key not in self._corpora:
+            corpus = load_corpus(**_corpus_arguments(config))
+            _refuse_another_text(config, corpus)
+            self._corpora[key] = corpus
+        corpus, device = self._corpora[key], resolve_device(config.places.device)
+        model_config = config.model.resolved(corpus.vocabulary.size)
+        _refuse_missing_rows(model_config, corpus)
+        order = None
+        if config.training.curriculum is not None:
+            order = _order_of(_loaders(config, corpus, device)["train"])
+        return _identity(config, model_config, corpus, device, order), model_config, corpus
+
+
+def _identity(
+    config: RunConfig,
+    model_config: GNNMoEConfig,
+    corpus: Corpus,
+    device: torch.device,
+    order: dict[str, Any] | None,
+) -> dict[str, Any]:
+    model = coupler_identity(model_config)
+    if model_config.vocab_size != corpus.vocabulary.size:  # else it follows from the data
+        model["vocab_size"] = model_config.vocab_size
+    return identity(config, model, corpus.sha256, device.type, curriculum=order)
 
 
 def _order_of(loader: BlockLoader) -> dict[str, Any] | None:

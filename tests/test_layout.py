@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-ORDER = "config device data gate portrait training measure records sweeps analysis".split()
+ORDER = "config flags device data gate portrait training measure records sweeps analysis".split()
 COMMANDS = set(
     "run sweep report speed check tune prepare session existing learning difficulty progress cli layers"
     " __main__".split()
@@ -61,7 +61,8 @@ def test_only_the_pyg_backends_import_pyg():
 
 
 @pytest.mark.parametrize(
-    "module", ["gnnmoe", "bench.config", "bench.records.store", "bench.analysis.summary"]
+    "module",
+    ["gnnmoe", "bench.config", "bench.records.store", "bench.sweeps.shorthand", "bench.analysis.summary"],
 )
 def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""

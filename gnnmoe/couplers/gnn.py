@@ -29,7 +29,8 @@ class ExpertGraphConv(nn.Module):
         self.edge_score = nn.Linear(2 * embed_dim, 1)  # [w_a, w_b] and b
         self.neighbor_map = nn.Linear(embed_dim, embed_dim, bias=False)  # W_n
         self.self_map = nn.Linear(embed_dim, embed_dim)  # W_s
-        self.register_buffer("off_diagonal_EE", 1.0 - torch.eye(num_experts), persistent=False)
+        ones_EE = torch.ones(num_experts, num_experts)
+        self.register_buffer("off_diagonal_EE", ones_EE.fill_diagonal_(0.0), persistent=False)
 
     def forward(self, x_NED: Tensor) -> Tensor:
         """Return the updated features (N, E, D), the residual included."""

@@ -8,7 +8,8 @@ import pytest
 
 from bench.cli import parse
 from bench.config import PlacesConfig, RunConfig
-from bench.layers import as_flags, with_layers
+from bench.flags import as_flags
+from bench.layers import with_layers
 from bench.run import main
 
 

@@ -11,7 +11,7 @@ from bench.__main__ import commands
 from bench.__main__ import main as list_commands
 from bench.cli import parse
 from bench.config import ModelConfig, RunConfig
-from bench.layers import PRESETS, flag_types, preset_names
+from bench.flags import PRESETS, flag_types, preset_names
 from bench.prepare import prepare
 
 # Flag of the original, value on the command line (None: a switch), group, field, value in the config.

@@ -1,0 +1,1 @@
+"""Sweeps: from a file or a line of shell to many runs."""

@@ -1,0 +1,125 @@
+"""What the parts of a running sweep tell each other: runs, tasks, outcomes, and what an executor can do.
+
+A task is one child process, wherever it runs; an executor starts it, says when it has ended, and stops
+it. What to start and when, time-outs, budgets and statuses are the same for every executor
+(``bench.sweeps.work``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+FAILED = ("crashed", "diverged", "timeout", "gate_failed", "damaged")
+RETRIES: dict[str, frozenset[str]] = {
+    "failed": frozenset(FAILED), "oom": frozenset({"oom"}), "all": frozenset({*FAILED, "oom"}),
+}  # fmt: skip
+Stop = Literal["signal", "failure", "budget", "unwritable"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep."""
+
+    run_id: str
+    label: str
+    """What a person reads, such as ``HGNN all_pairs E 4 · seed 0``."""
+    arguments: tuple[str, ...]
+    """The flags of ``python -m bench.run``, complete but for places."""
+    folder: Path
+    """``results_dir/study/run_id``."""
+    cost: float | None = None
+    """FLOPs of the whole run, to compare with other runs; None: unknown."""
+    steps: int | None = None
+    """Training steps of the whole run, to show; None: unknown."""
+    known: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Keys of its record that are known beforehand (config, seed, …), for one that dies before it writes."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One child process: its command, and the file to which its output is added."""
+
+    run: PlannedRun
+    command: Sequence[str]
+    log: Path
+
+
+class Executor(Protocol):
+    """Runs tasks, at most ``slots`` at a time."""
+
+    @property
+    def slots(self) -> int:
+        """How many tasks run side by side."""
+        ...
+
+    def start(self, task: Task) -> None:
+        """Start a task in a free slot.
+
+        Raises:
+            OSError: it cannot be started, or its log cannot be written.
+        """
+
+    def ended(self) -> dict[str, int]:
+        """Return the exit status (negative: a signal) of each task that ended since the last call."""
+        ...
+
+    def stop(self, run_id: str, *, at_once: bool = False) -> None:
+        """Ask a task to save its state and end (SIGTERM), or end it ``at_once`` (SIGKILL)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: a record's status, or ``refused``; and what is worth showing of its record."""
+
+    status: str
+    error: str | None = None
+    perplexity: float | None = None
+    """On validation."""
+    seconds: float | None = None
+    """The whole run's, where it is ok and was not resumed."""
+    environment: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something is wrong that the next call would not simply go on with."""
+        return self.status not in ("ok", "interrupted")
+
+
+@dataclass
+class SweepResult:
+    """What became of all runs of a sweep."""
+
+    runs: list[PlannedRun]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """By run_id; a run that was never started has none."""
+    stopped: Stop | None = None
+    """Why the sweep ended before its last run: a signal, the first failure (where asked for), its time
+    budget, or a results folder that cannot be written."""
+    message: str | None = None
+    """What could not be written."""
+    left_for_budget: int = 0
+    """Runs that were not started because they were not expected to end in time."""
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many runs have each status; ``not started`` counts those without one."""
+        return Counter(
+            self.outcomes[run.run_id].status if run.run_id in self.outcomes else "not started"
+            for run in self.runs
+        )
+
+    @property
+    def exit_status(self) -> int:
+        """2: the results cannot be written; 130: a signal came; 1: a run failed; 0: all that ran is ok."""
+        if self.stopped == "unwritable":
+            return 2
+        if self.stopped == "signal":
+            return 130
+        outcomes = self.outcomes.values()
+        ended_by_others = self.stopped is None and any(found.status == "interrupted" for found in outcomes)
+        return int(self.stopped == "failure" or ended_by_others or any(found.failed for found in outcomes))

@@ -1,0 +1,107 @@
+"""What lies in a run's folder, and what is to be done about it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.measure.quantity import is_measured
+from bench.records.schema import SCHEMA_VERSION, STATUSES, Record
+from bench.records.store import RunFolder
+from bench.sweeps.executor import Outcome, PlannedRun
+
+FINAL = frozenset(STATUSES) - {"interrupted"}
+BUSY = "another process is at run"  # as RunFolder.locked says it
+
+
+class Unwritable(Exception):
+    """The results folder cannot be written: no run can go on."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a run's folder, and the flags to start it with; None: nothing is left to do."""
+
+    outcome: Outcome | None
+    flags: tuple[str, ...] | None
+
+
+def look(run: PlannedRun, retry: frozenset[str], force: bool) -> Found:
+    """Return what is to be done about a run: finished and failed ones stay, unless asked for again.
+
+    An interrupted run is always continued; ``retry`` holds the statuses that are run again.
+
+    Raises:
+        ValueError: the record is from a newer version.
+    """
+    record = folder_of(run).read_record()
+    if record is None or not (run.folder / "record.json").exists():  # or it was killed before its record
+        return Found(None, ())
+    _refuse_newer(record, run)
+    outcome, status = outcome_of(record), record["status"]
+    if force or status in retry:
+        return Found(outcome, ("--force",))
+    if status == "interrupted":
+        return Found(outcome, ("--resume",))
+    allowed = status == "gate_failed" and "--allow-failed-gate" in run.arguments
+    if allowed and not is_measured(record["speed"]):  # it failed before it was allowed to
+        return Found(outcome, ())
+    return Found(outcome, None)
+
+
+def is_busy(run: PlannedRun) -> bool:
+    """Whether another process is at the run: one started by hand, or a killed sweep's that is ending.
+
+    Raises:
+        Unwritable: its lock cannot be made.
+    """
+    try:
+        with folder_of(run).locked():
+            return False
+    except ValueError as error:
+        if BUSY not in str(error):
+            raise Unwritable(str(error)) from error
+        return True
+
+
+def outcome_of(record: Record) -> Outcome:
+    """Return what is worth knowing of a record."""
+    status = record["status"]
+    if status == "damaged":
+        return Outcome(status, "record.json cannot be read")
+    perplexity = seconds = None
+    quality, spent = record["quality"], record["time"]
+    if is_measured(quality) and is_measured(quality.get("validation")):
+        nats = quality["validation"]["nll_sum"] / quality["validation"]["tokens"]
+        perplexity = math.exp(min(nats, 700.0))
+    if status == "ok" and is_measured(spent) and spent["resumed_at_step"] is None:
+        seconds = spent["seconds"].get("total")
+    error = record["error"].partition("\n")[0] if record["error"] else None
+    environment = record["environment"] if is_measured(record["environment"]) else {}
+    return Outcome(status, error, perplexity, seconds, environment)
+
+
+def _refuse_newer(record: Record, run: PlannedRun) -> None:
+    version = record.get("schema_version", SCHEMA_VERSION)
+    with suppress(ValueError, AttributeError):
+        if [int(part) for part in version.split(".")] <= [int(part) for part in SCHEMA_VERSION.split(".")]:
+            return
+    raise ValueError(
+        f"{run.folder} was written by a newer version (schema {version}; this one reads up to "
+        f"{SCHEMA_VERSION}); choose another --results-dir, or update."
+    )
+
+
+def written_at(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written anew, None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def folder_of(run: PlannedRun) -> RunFolder:
+    return RunFolder(run.folder.parent.parent, run.folder.parent.name, run.run_id)

@@ -1,0 +1,129 @@
+"""Hypotheses: stated before the runs, in ``hypotheses.toml``, and answered by the report.
+
+::
+
+    [[hypothesis]]
+    statement = "HGNN all_triplets is at least 1 % better than GNN at equal parameters"
+    better = { coupler = "HGNN", static_hyperedge_strategy = "all_triplets" }
+    than = { coupler = "GNN" }
+    by = 0.01
+
+``better`` and ``than`` select runs by their flags, each at least one configuration of the sweep. ``by`` is
+the share by which the perplexity (lower is better) or the throughput must be better, 0 by default.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.flags import Table, checked, complete, run_flags
+from gnnmoe.naming import unknown_name
+
+QUANTITIES = ("perplexity", "tokens_per_second")
+KEYS = ("statement", "better", "than", "by", "quantity")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One statement about a study that its records can support or refute."""
+
+    statement: str
+    better: Table
+    """Flags by field of the runs that are said to be better."""
+    than: Table
+    """Flags by field of the runs that they are compared with."""
+    by: float = 0.0
+    quantity: str = "perplexity"
+
+
+def load_hypotheses(path: Path) -> list[Hypothesis]:
+    """Return the hypotheses of a TOML file.
+
+    Raises:
+        ValueError: naming the file, the hypothesis and the key, what is wrong and what is allowed.
+    """
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+        unknown = set(entries) - {"hypothesis"}
+        if unknown:
+            raise ValueError(unknown_name("key", min(unknown), ["hypothesis"]))
+        return read_hypotheses(entries.get("hypothesis"))
+    except OSError as error:
+        raise ValueError(f"hypotheses {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"hypotheses {path} is not TOML: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"hypotheses {path}: {error}") from error
+
+
+def read_hypotheses(tables: Any) -> list[Hypothesis]:
+    """Return the hypotheses that a list of tables states.
+
+    Raises:
+        ValueError: as ``load_hypotheses``.
+    """
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise ValueError("there are none; each begins with the heading [[hypothesis]].")
+    found = []
+    for number, table in enumerate(tables, 1):
+        try:
+            found.append(_hypothesis(table))
+        except ValueError as error:
+            raise ValueError(f"hypothesis {number}: {error}") from error
+    return found
+
+
+def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Table]) -> None:
+    """See to it that a study with these configurations (plain flags by field) can answer every hypothesis.
+
+    Raises:
+        ValueError: naming the hypothesis and the side that selects no run, or the run on both sides.
+    """
+    values = [complete(flags) for flags in configurations]
+    for number, hypothesis in enumerate(hypotheses, 1):
+        chosen = {side: [v for v in values if selects(getattr(hypothesis, side), v)]
+                  for side in ("better", "than")}  # fmt: skip
+        for side, some in chosen.items():
+            if not some:
+                raise ValueError(
+                    f"hypothesis {number}: {side} = {getattr(hypothesis, side)} selects no run of the sweep."
+                )
+        if any(value in chosen["than"] for value in chosen["better"]):
+            raise ValueError(f"hypothesis {number}: a run is on both sides; select more closely.")
+
+
+def selects(flags: Table, values: Table) -> bool:
+    """Return whether a run with these values of every flag is one of those that ``flags`` select."""
+    return all(values[name] == value for name, value in flags.items())
+
+
+def _hypothesis(table: Table) -> Hypothesis:
+    for key in table:
+        if key not in KEYS:
+            raise ValueError(unknown_name("key", key, KEYS))
+    missing = [key for key in KEYS[:3] if key not in table]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing; it needs {', '.join(KEYS[:3])}.")
+    statement, by, quantity = table["statement"], table.get("by", 0.0), table.get("quantity", QUANTITIES[0])
+    if not isinstance(statement, str) or not statement.strip():
+        raise ValueError(f"statement is {statement!r}; it must be a sentence.")
+    if isinstance(by, bool) or not isinstance(by, int | float) or not 0 <= by < 1:
+        raise ValueError(f"by is {by!r}; it must be a share, from 0 to less than 1 (0.01 is one percent).")
+    if quantity not in QUANTITIES:
+        raise ValueError(unknown_name("quantity", quantity, QUANTITIES))
+    sides = {side: _selection(side, table[side]) for side in ("better", "than")}
+    return Hypothesis(statement.strip(), sides["better"], sides["than"], float(by), quantity)
+
+
+def _selection(side: str, table: Any) -> Table:
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f'{side} is {table!r}; it must be a table of flags, such as {{ coupler = "GNN" }}.')
+    known = run_flags()
+    try:
+        return {known[name].field: known[name].plain(value) for name, value in checked(table, known).items()}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{side}: {error}") from error

@@ -1,0 +1,148 @@
+"""Child processes on this machine, in slots: one GPU each, or one thread of the CPU each."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from bench.sweeps.executor import Task
+
+GRACE_SECONDS = 60.0
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def slots_for(device: str, number: int | None = None) -> list[dict[str, str]]:
+    """Return the environment variables of each slot on ``device`` (auto, cpu, cuda or mps).
+
+    On a CPU there is a slot a core unless ``number`` says otherwise, and a run in it has one thread,
+    always: two runs of one thread side by side give 20 % more than one run of two threads, and the
+    number of threads is part of a record's environment, since sums differ with it. With CUDA there
+    is a slot a visible GPU; a larger ``number`` puts several runs on one GPU, and their speeds and
+    memory then count for little. CUDA is not started here: a child could not use it after that.
+
+    Raises:
+        ValueError: ``number`` is below 1, or there is no GPU for cuda.
+    """
+    if number is not None and number < 1:
+        raise ValueError(f"slots is {number}; it must be 1 or more.")
+    gpus = _visible_gpus() if device in ("auto", "cuda") else []
+    if device == "cuda" and not gpus:
+        raise ValueError("device 'cuda' is not available on this machine.")
+    if gpus:
+        names = [gpus[slot % len(gpus)] for slot in range(number or len(gpus))]
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    if device == "mps":
+        return [{}] * (number or 1)
+    return [{"OMP_NUM_THREADS": "1"}] * (number or _cores())
+
+
+def _cores() -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable or 1)
+
+
+def _visible_gpus() -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES calls each GPU that this process may use."""
+    import torch
+
+    count = torch.cuda.device_count()
+    given = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return given[:count] if given else [str(number) for number in range(count)]
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen[bytes]
+    slot: int
+    kill_at: float | None = None
+
+
+class LocalExecutor:
+    """Starts each task in a session of its own, so that Ctrl-C in the terminal reaches the sweep only.
+
+    A child that was asked to stop and does not within ``grace_seconds`` is killed. On Linux the
+    children are asked to stop when the sweep itself is killed, even by kill -9; for that they must be
+    started from a thread that lives as long as the sweep, such as the main one.
+    """
+
+    def __init__(self, slots: Sequence[Mapping[str, str]], grace_seconds: float = GRACE_SECONDS) -> None:
+        self._slots, self._grace = list(slots), grace_seconds
+        self._children: dict[str, _Child] = {}
+
+    @property
+    def slots(self) -> int:
+        """How many tasks run side by side."""
+        return len(self._slots)
+
+    def start(self, task: Task) -> None:
+        """Start a task in a free slot.
+
+        Raises:
+            OSError: it cannot be started, or its log cannot be written.
+        """
+        taken = {child.slot for child in self._children.values()}
+        slot = next(slot for slot in range(self.slots) if slot not in taken)
+        variables = {
+            **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **self._slots[slot],
+        }  # fmt: skip
+        with task.log.open("ab") as log:
+            process = subprocess.Popen(
+                list(task.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=variables, start_new_session=True, preexec_fn=_stop_with_parent(),
+            )  # fmt: skip
+        self._children[task.run.run_id] = _Child(process, slot)
+
+    def ended(self) -> dict[str, int]:
+        """Return the exit status (negative: a signal) of each task that ended since the last call."""
+        found = {}
+        for run_id, child in list(self._children.items()):
+            if child.kill_at is not None and time.monotonic() > child.kill_at:
+                _kill_group(child.process.pid)
+            status = child.process.poll()
+            if status is not None:
+                _kill_group(child.process.pid)  # workers of its loader would hold the run's lock
+                found[run_id] = status
+                del self._children[run_id]
+        return found
+
+    def stop(self, run_id: str, *, at_once: bool = False) -> None:
+        """Ask a task to save its state and end; end it and its own children ``at_once`` where asked."""
+        child = self._children.get(run_id)
+        if child is None:
+            return
+        if at_once:
+            _kill_group(child.process.pid)
+        elif child.kill_at is None:  # a second signal would make it leave without a checkpoint
+            child.process.send_signal(signal.SIGTERM)  # not to its loader's workers: it would crash
+            child.kill_at = time.monotonic() + self._grace
+
+
+def _kill_group(leader: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _stop_with_parent() -> Callable[[], None] | None:
+    """Return what a child does before it becomes the run: ask for SIGTERM when the sweep dies."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (AttributeError, OSError):
+        return None
+    parent = os.getpid()
+
+    def prepare() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's own handler would swallow it
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before we asked
+            os._exit(1)
+
+    return prepare

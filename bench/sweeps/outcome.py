@@ -1,0 +1,171 @@
+"""What a child's end means for its record, and writing it where the child could not."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from bench.measure.quantity import not_measured
+from bench.records.schema import Record, new_record
+from bench.records.store import RunFolder, cannot_write
+from bench.sweeps.executor import Outcome, PlannedRun, Task
+from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
+
+TAIL_LINES, TAIL_CHARACTERS = 20, 2000
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory",
+                 "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")  # fmt: skip
+ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Again:
+    """The child was refused for a reason that passes; start it again with these flags."""
+
+    flags: tuple[str, ...]
+    why: Literal["busy", "checkpoint"]
+
+
+@dataclass
+class Attempt:
+    """One child of a run, from its start."""
+
+    task: Task
+    flags: tuple[str, ...]
+    stopped: Literal["sweep", "timeout"] | None = None
+    """Why the sweep asked it to end."""
+    time_limit: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    record_before: tuple[int, ...] | None = None
+    log_before: int = 0
+
+    def __post_init__(self) -> None:
+        self.record_before = written_at(self.task.run.folder / "record.json")
+        self.log_before = self.task.log.stat().st_size if self.task.log.exists() else 0
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been going on."""
+        return time.monotonic() - self.started
+
+    def tail(self) -> list[str]:
+        """Return the last lines of its output."""
+        with suppress(OSError), self.task.log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self.log_before, end - 2**16))
+            lines = file.read().decode(errors="replace").splitlines()
+            return [line.rstrip() for line in lines if line.strip()][-TAIL_LINES:]
+        return []
+
+
+def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
+    """Return what a child's end means, and write it where the child could not write it itself.
+
+    A record with a final status stays as it is. A run that the sweep, or anyone, asked to end stays
+    interrupted. One that its own time limit ended is a time-out; one that was refused (exit status 2)
+    has no record; every other end is a crash, or out of memory where its last lines say so.
+
+    Raises:
+        Unwritable: the status cannot be written; the record stays as it was.
+    """
+    run = attempt.task.run
+    record = folder_of(run).read_record()
+    changed = written_at(run.folder / "record.json") != attempt.record_before
+    if record is not None and record["status"] in FINAL and (changed or exit_status == 0):
+        return outcome_of(record)
+    tail = attempt.tail()
+    if attempt.stopped == "sweep":
+        return Outcome("interrupted", "stopped by the sweep")
+    if attempt.stopped == "timeout":
+        return _written(attempt, "timeout", f"stopped after its time limit of {attempt.time_limit:g} s", tail)
+    if exit_status == 130 or -exit_status in ASKED_TO_END:
+        return Outcome("interrupted", "stopped from outside")
+    if exit_status == 2 and not changed:
+        return _refused(attempt, tail)
+    memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY)]
+    if memory:
+        return _written(attempt, "oom", memory[-1], tail)
+    return _written(attempt, "crashed", _cause(exit_status, tail), tail)
+
+
+def _refused(attempt: Attempt, tail: Sequence[str]) -> Outcome | Again:
+    starts = [number for number, line in enumerate(tail) if line.startswith("error: ")]
+    message = " ".join(tail[starts[-1] :])[len("error: ") :] if starts else _cause(2, tail)
+    if BUSY in message:
+        return Again(attempt.flags, "busy")
+    if "--resume" in attempt.flags:
+        return Again(("--force",), "checkpoint")
+    return Outcome("refused", message)
+
+
+def _cause(exit_status: int, tail: Sequence[str]) -> str:
+    if exit_status < 0:
+        try:
+            name = signal.Signals(-exit_status).name
+        except ValueError:
+            name = "unknown"
+        perhaps = ", perhaps for memory" if -exit_status == signal.SIGKILL else ""
+        return f"killed by signal {-exit_status} ({name}){perhaps}"
+    if exit_status == 0:
+        return "ended with exit status 0, but left no finished record under the planned run_id"
+    return tail[-1] if tail else f"ended with exit status {exit_status} and said nothing"
+
+
+def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> Outcome:
+    """Write the status, the error and the last lines of output into the run's record and its log."""
+    run, store = attempt.task.run, folder_of(attempt.task.run)
+    error = error[:TAIL_CHARACTERS]
+    text = "\n".join(tail)[-TAIL_CHARACTERS:]
+    in_record = f"{error}\nlast lines of its output:\n{text}" if len(tail) > 1 or text != error else error
+    spent = {"end": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    try:
+        _wait_for_the_dead(run)
+        with store.locked():
+            record = store.read_record()
+            if record is not None and record["status"] == "interrupted":
+                seconds = record["time"]["seconds"] | {"total": attempt.seconds}
+                record["time"] = record["time"] | spent | {"seconds": seconds}
+                store.write_record(record | {"status": status, "error": in_record})
+            else:
+                start = datetime.fromtimestamp(time.time() - attempt.seconds, UTC)
+                spent = {"start": start.strftime("%Y-%m-%dT%H:%M:%SZ"), **spent,
+                         "seconds": {"total": attempt.seconds}, "resumed_at_step": None}  # fmt: skip
+                _create(store, _record_of_none(run, attempt, status, in_record) | {"time": spent})
+            store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
+    except OSError as failure:
+        raise Unwritable(cannot_write(run.folder, failure)) from failure
+    except ValueError as failure:
+        raise Unwritable(str(failure)) from failure
+    return Outcome(status, error)
+
+
+def _record_of_none(run: PlannedRun, attempt: Attempt, status: str, error: str) -> Record:
+    """Return the record of a run that died before it wrote one."""
+    known = {"command": shlex.join(attempt.task.command), "tuned": not_measured("no search was asked for")}
+    known |= {"study": run.folder.parent.name, **run.known}
+    return new_record(**known | {"run_id": run.run_id, "status": status, "error": error})
+
+
+def _create(store: RunFolder, record: Record) -> None:
+    """Make the folder whole or not at all; an earlier one is set aside, as a child would have done."""
+    if store.path.exists():
+        store.set_aside()
+    try:
+        store.create(record)
+    except ValueError:
+        shutil.rmtree(store.path, ignore_errors=True)
+        raise
+
+
+def _wait_for_the_dead(run: PlannedRun, patience: float = 5.0) -> None:
+    """Wait until what a dead child left behind has let go of the run's lock."""
+    deadline = time.monotonic() + patience
+    while is_busy(run) and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -1,0 +1,176 @@
+"""What a sweep will do, before it does anything: each run's id, its cost, and what is there already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.config import DEFAULT_MAX_STEPS, RunConfig
+from bench.flags import as_flags, config_of, resolved
+from bench.records.schema import run_id
+from bench.records.store import RunFolder
+from bench.sweeps.matching import DENSE, Match, matched
+from bench.sweeps.spec import RunRequest, Sweep
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.cost import Cost, model_cost
+
+Identify = Callable[[RunConfig], tuple[dict[str, Any], GNNMoEConfig, Any]]
+"""From a config to the run's identity, its model, and its corpus."""
+PLAIN = {"coupler_type", "preset"}  # flags whose values speak for themselves in a label
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a plan, ready to be started."""
+
+    run_id: str
+    label: str
+    arguments: tuple[str, ...]
+    """Flags of ``python -m bench.run``, less those that say where things are."""
+    folder: Path
+    cost: float | None
+    """Predicted FLOPs of the whole training, forward and backward; None where a coupler does not say."""
+
+
+@dataclass
+class Configuration:
+    """What the runs that differ in their seed only have in common."""
+
+    label: str
+    model: Cost
+    reference: Cost | None
+    """What ``match`` asked for; None without it."""
+    flops_per_token: float | None
+    """Of training: three times a forward."""
+    runs: list[PlannedRun] = field(default_factory=list)
+    statuses: list[str | None] = field(default_factory=list)
+    """The status of each run's record; None where there is none."""
+
+
+@dataclass
+class Plan:
+    """The runs in their order, and the configurations that they belong to."""
+
+    study: str
+    seeds: Sequence[int]
+    configurations: list[Configuration]
+    runs: list[PlannedRun]
+
+    def seeds_needed(self) -> int:
+        """Return how many seeds a sign-flip test needs to tell one configuration from all others.
+
+        With n paired seeds its p is 2 / 2ⁿ at least; m comparisons at 0.05 need n ≥ ⌈1 + log₂(m / 0.05)⌉.
+        """
+        comparisons = max(1, len(self.configurations) - 1)
+        return math.ceil(1 + math.log2(comparisons / 0.05))
+
+
+def make_plan(sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match | None = None) -> Plan:
+    """Return the plan of a sweep whose runs lie in ``places`` (results_dir, data_dir, device, …).
+
+    Raises:
+        ValueError: naming the run that cannot be, and why.
+    """
+    varying = _varying([request.flags for request in sweep.runs])
+    made: dict[int, _Made] = {}
+    configurations: dict[str, Configuration] = {}
+    runs = []
+    for request in sweep.runs:
+        key = id(request.flags)  # the seeds of a configuration share one table
+        try:
+            if key not in made or made[key].by_seed:
+                made[key] = _make(request, varying, places, identify, match)
+        except ValueError as error:
+            raise ValueError(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
+        run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
+        found = configurations.setdefault(made[key].configuration.label, made[key].configuration)
+        if any(run.run_id == other.run_id for other in found.runs):
+            continue  # it differs in what changes no number
+        record = RunFolder(run.folder.parent, ".", run.run_id).read_record()
+        found.runs.append(run)
+        found.statuses.append(None if record is None else record["status"])
+        runs.append(run)
+    return Plan(sweep.study, sweep.seeds, list(configurations.values()), runs)
+
+
+@dataclass
+class _Made:
+    """What the seeds of a configuration share."""
+
+    configuration: Configuration
+    flags: dict[str, Any]
+    identity: dict[str, Any]
+    cost: float | None
+    by_seed: bool
+    """Whether more than the seed itself depends on the seed."""
+
+    def run(self, seed: int, study: Path) -> PlannedRun:
+        self.identity["training"]["seed"] = seed
+        name = run_id(self.identity)
+        arguments = tuple(as_flags({**self.flags, "seed": seed}))
+        label = f"{self.configuration.label} · seed {seed}"
+        return PlannedRun(name, label, arguments, study / name, self.cost)
+
+
+def _make(
+    request: RunRequest,
+    varying: Sequence[str],
+    places: dict[str, Any],
+    identify: Identify,
+    match: Match | None,
+) -> _Made:
+    flags, reference = {**request.flags, "seed": request.seed}, None
+    config = config_of({**flags, **places})
+    identity, model, corpus = identify(config)
+    if match is not None:
+        ffn_dim, reference = matched(model, match)
+        if ffn_dim is not None:
+            flags |= {"ffn_dim": ffn_dim}
+            if model.coupler_type == DENSE:
+                flags["coupler_option"] = [*flags.get("coupler_option", []), f"{DENSE}.match=none"]
+            config = config_of({**flags, **places})
+            identity, model, corpus = identify(config)
+    cost = model_cost(model)
+    per_token = None if cost.flops is None else 3 * cost.flops / model.max_seq_length
+    total = None if per_token is None else per_token * _training_tokens(config, corpus)
+    configuration = Configuration(_label(request, varying), cost, reference, per_token)
+    return _Made(configuration, flags, identity, total, config.training.curriculum is not None)
+
+
+def _training_tokens(config: RunConfig, corpus: Any) -> int:
+    """Return about how many tokens the training sees; a curriculum and a batch schedule see others."""
+    training, length = config.training, config.model.max_seq_length
+    blocks = corpus.splits["train"].num_tokens // length
+    batches = min(config.data.num_train_samples or blocks, blocks) // training.batch_size
+    batches = min(batches, training.max_batches_per_epoch or batches)
+    limits = [] if training.epochs is None else [training.epochs * batches]
+    if training.max_steps is not None or not limits:
+        limits.append(training.max_steps or DEFAULT_MAX_STEPS)
+    return min(limits) * training.batch_size * length
+
+
+def _varying(tables: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the flags in which some runs differ, in the order in which they first appear."""
+    values: dict[str, set[str]] = {}
+    complete = [resolved(table) for table in {id(table): table for table in tables}.values()]
+    names = dict.fromkeys(name for table in complete for name in table)
+    for name in names:
+        values[name] = {repr(table.get(name)) for table in complete}
+    return [name for name in names if len(values[name]) > 1]
+
+
+def _label(request: RunRequest, varying: Sequence[str]) -> str:
+    """Return what is special about a run, for people: ``GNN · num_experts 4``."""
+    table = {"coupler_type": "HGNN", **resolved(request.flags)}
+    names = ["coupler_type", *(name for name in varying if name != "coupler_type")]
+    parts = []
+    for name in names:
+        value = table.get(name)
+        if isinstance(value, list):
+            value = " ".join(map(str, value))
+        if value not in (None, ""):
+            parts.append(str(value) if name in PLAIN or isinstance(value, str) else f"{name} {value}")
+    return " · ".join(parts)

@@ -1,0 +1,215 @@
+"""What a sweep is: from a TOML file to its runs, each a table of flags and a seed.
+
+Each key of ``[grid]`` is an axis with its values as points; ``[zip]`` is one axis, with a point for each
+place of its lists. The configurations are the product of the axes in the order of the file, the first
+axis slowest. A ``[[union]]`` part shares what stands at the top: its own flags win over ``[base]``, the
+top's axes come before its own, and both conditions count. ``where`` comes first, then ``[random]``.
+Configurations that make the same run are kept once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import tomllib
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.config import PlacesConfig
+from bench.flags import Table, as_flags, complete, defaults, layered, resolved
+from bench.sweeps.blocks import PART_KEYS, TOP_KEYS, Part, check_top_keys, read_part, read_seeds
+from bench.sweeps.condition import Condition
+
+MOST = 200_000  # configurations that are looked at, and runs
+UNSET = object()
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One run: its flags by field, and its seed.
+
+    The values are plain: None, numbers, text (also paths), lists. ``preset`` may be among them. The runs
+    of one configuration share one table, so nobody may change it.
+    """
+
+    flags: Table
+    seed: int
+
+    def arguments(self) -> list[str]:
+        """Return the flags of ``python -m bench.run`` that make this run."""
+        return as_flags({**self.flags, "seed": self.seed})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs of a sweep: seeds outermost, so that an interrupted one leaves complete comparisons."""
+
+    study: str
+    seeds: list[int]
+    runs: list[RunRequest]
+    match: Any = None
+    """As the file says it, not checked."""
+    hypotheses: Any = None
+    """As the file says them, not checked."""
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Return the sweep of a TOML file; its study is the file's name where it gives none.
+
+    Raises:
+        ValueError: naming the file, the key, what is wrong and what is allowed.
+    """
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not entries:
+            raise ValueError(f"it is empty; allowed: {', '.join(TOP_KEYS)}.")
+        return sweep_of(entries, study=path.stem)
+    except OSError as error:
+        raise ValueError(f"sweep {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"sweep {path} is not TOML: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"sweep {path}: {error}") from error
+
+
+def sweep_of(entries: Table, study: str) -> Sweep:
+    """Return the sweep that a file's entries describe; ``study`` is its name where they give none.
+
+    Raises:
+        ValueError: naming the key, what is wrong and what is allowed.
+    """
+    check_top_keys(entries)
+    name = entries.get("study", study)
+    if not isinstance(name, str):
+        raise ValueError(f"study is {name!r}; it must be text.")
+    PlacesConfig(study=name)  # refuses what is no folder name
+    seeds = read_seeds(entries.get("seeds", 1))
+    top = read_part({key: value for key, value in entries.items() if key in PART_KEYS})
+    configurations = _put_together(top, _union(entries.get("union")))
+    if len(configurations) * len(seeds) > MOST:
+        raise ValueError(
+            f"{len(configurations)} configurations × {len(seeds)} seeds; a sweep has at most {MOST} runs."
+        )
+    runs = [RunRequest(flags, seed) for seed in seeds for flags in configurations]
+    return Sweep(name, list(seeds), runs, entries.get("match"), entries.get("hypotheses"))
+
+
+def _union(tables: Any) -> list[Part]:
+    """Return the parts of ``[[union]]``; none where there is no union."""
+    if tables is None:
+        return []
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ValueError("union must be a list of parts, each with the heading [[union]].")
+    if not tables:
+        raise ValueError("union has no parts: a sweep of zero runs; give it some, or leave it out.")
+    parts = []
+    for number, table in enumerate(tables, 1):
+        try:
+            parts.append(read_part(table, "union."))
+        except ValueError as error:
+            raise ValueError(f"[[union]] part {number}: {error}") from error
+    return parts
+
+
+def _put_together(top: Part, parts: list[Part]) -> list[Table]:
+    """Return the configurations of all parts, each once, as ``[random]`` at the top draws them.
+
+    Raises:
+        ValueError: there is none; two conditions or axes contradict each other; there are too many.
+    """
+    found: list[Table] = []
+    for number, part in enumerate(parts or [Part()], 1):
+        try:
+            found += _configurations(top, part)
+        except ValueError as error:
+            raise ValueError(f"[[union]] part {number}: {error}" if parts else str(error)) from error
+    if not found:
+        assert top.where is not None
+        looked = sum(_size(top, part) for part in parts or [Part()])
+        raise ValueError(_none_left(top.where, looked))
+    return _drawn(_distinct(found), top.draw, top.base)
+
+
+def _configurations(top: Part, part: Part) -> list[Table]:
+    swept = {name for axis in top.axes for name in axis[0]}
+    for name in sorted(swept & part.places.keys()):
+        raise ValueError(f"{part.places[name]} and {top.places[name]} are the same flag; keep one of them.")
+    if _size(top, part) > MOST:
+        raise ValueError(f"{_size(top, part)} configurations; a sweep looks at no more than {MOST}.")
+    pairs = itertools.product(_product(top.base, top.axes), _product(part.base, part.axes))
+    found = [layered(shared, own) for shared, own in pairs]
+    if top.where:
+        found = _kept(found, top.where)
+    if part.where and found:
+        looked, found = len(found), _kept(found, part.where)
+        if not found:
+            raise ValueError(_none_left(part.where, looked))
+    return _drawn(_distinct(found), part.draw, top.base) if part.draw and found else found
+
+
+def _size(*parts: Part) -> int:
+    return math.prod(len(axis) for part in parts for axis in part.axes)
+
+
+def _product(base: Table, axes: list[list[Table]]) -> list[Table]:
+    points = [base]
+    for axis in axes:
+        points = [{**point, **flags} for point in points for flags in axis]
+    return points
+
+
+def _kept(found: Iterable[Table], where: Condition) -> list[Table]:
+    try:
+        return [flags for flags in found if where.holds(complete(flags))]
+    except ValueError as error:
+        raise ValueError(f"where: {error}") from error
+
+
+def _none_left(where: Condition, looked: int) -> str:
+    return f"a sweep of zero runs: where = {where.text!r} removes all {looked} configurations."
+
+
+def _distinct(found: Iterable[Table]) -> list[Table]:
+    """Return the configurations that make different runs, the first of each."""
+    kept: dict[Hashable, Table] = {}
+    usual = defaults()
+    for flags in found:
+        values = resolved(flags)
+        kept.setdefault(
+            frozenset(
+                (name, tuple(value) if isinstance(value, list) else value)
+                for name, value in values.items()
+                if value != usual[name]
+            ),
+            flags,
+        )
+    return list(kept.values())
+
+
+def _drawn(found: list[Table], draw: tuple[int, int] | None, base: Table) -> list[Table]:
+    """Return n configurations drawn at random, in their order.
+
+    The hash of its flags and the seed decides about each: a larger n keeps what a smaller one drew, and
+    so does another value in ``base``, the flags that all share.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if draw is None:
+        return found
+    count, seed = draw
+    if count > len(found):
+        raise ValueError(
+            f"[random]: n is {count}; it must be at most {len(found)}, all configurations there are."
+        )
+
+    def rank(flags: Table) -> bytes:
+        own = {name: value for name, value in flags.items() if base.get(name, UNSET) != value}
+        return hashlib.sha256(f"{seed} {json.dumps(own, sort_keys=True)}".encode()).digest()
+
+    chosen = {id(flags) for flags in sorted(found, key=rank)[:count]}
+    return [flags for flags in found if id(flags) in chosen]

@@ -1,0 +1,268 @@
+"""The work of a sweep: which run starts when, what ends it, and what is left. Everything is in the records.
+
+Nothing is kept but the runs' own folders, so that a sweep killed at any moment, even by kill -9, goes
+on when it is called again: a finished run has its record, any other is continued from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.records.store import cannot_write
+from bench.sweeps.executor import Executor, Outcome, PlannedRun, Stop, SweepResult, Task
+from bench.sweeps.folders import Unwritable, is_busy, look
+from bench.sweeps.forecast import Forecast
+from bench.sweeps.guard import Signals, sweep_lock
+from bench.sweeps.live import Display, View
+from bench.sweeps.outcome import Again, Attempt, judge
+
+POLL_SECONDS = 0.05
+BUSY_SECONDS = 1.0
+Command = Callable[[PlannedRun], Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a user says about a sweep's work."""
+
+    retry: frozenset[str] = frozenset()
+    """Statuses that are run again; the names of ``executor.RETRIES`` stand for several."""
+    force: bool = False
+    """Run everything again; earlier records are kept as run_id.1."""
+    fail_fast: bool = False
+    """The first run that fails stops the sweep."""
+    time_budget_seconds: float | None = None
+    """Start no run that is not expected to end in time, and interrupt what still runs then. A cheap run
+    may start before a dear one that no longer fits; one of which nothing is known starts."""
+    run_timeout_seconds: float | None = None
+    """End a run that takes longer, with status timeout."""
+
+
+@dataclass
+class _Waiting:
+    run: PlannedRun
+    flags: tuple[str, ...] | None = None
+    """How to start it; None: as its folder says when its turn comes."""
+    not_before: float = 0.0
+    told: bool = False
+
+
+def execute(
+    runs: Sequence[PlannedRun],
+    executor: Executor,
+    *,
+    results_dir: Path,
+    study: str,
+    places: Sequence[str] = (),
+    choices: Choices | None = None,
+    wait: bool = False,
+    again: str = "the same command",
+    console: Console | None = None,
+    command: Command | None = None,
+) -> SweepResult:
+    """Do all runs that are not done, in their order, and return what became of each.
+
+    ``places`` are flags for every child (data folder, device, …), ``again`` the command that goes on
+    after an interruption, ``command`` what runs a child in place of ``python -m bench.run``. With
+    ``wait``, another sweep of the same study is waited for. SIGINT or SIGTERM starts nothing more and
+    lets the children save their state; a second one ends them at once. To be called from the main thread.
+
+    Raises:
+        ValueError: another sweep is at the study, the results cannot be written, or a record is from a
+            newer version; nothing was started.
+    """
+    choices, began = choices or Choices(), time.monotonic()
+    once = list({run.run_id: run for run in runs}.values())
+    display = Display(console or Console(highlight=False), len(once), executor.slots)
+    own = ["--results-dir", str(results_dir), "--study", study, *places, "--quiet"]
+    command = command or (lambda run: [sys.executable, "-m", "bench.run", *run.arguments, *own])
+    result = SweepResult(once)
+    with (
+        Signals().installed() as signals,
+        sweep_lock(
+            results_dir / study, wait=wait, tell=display.line, given_up=lambda: signals.count > 0
+        ) as held,
+    ):
+        if held:
+            _Work(result, executor, choices, command, display, signals, began).do()
+        else:
+            result.stopped = "signal"
+    result.seconds = time.monotonic() - began
+    display.summary(result, again)
+    return result
+
+
+class _Work:
+    """The queue, the running children, and the clock."""
+
+    def __init__(
+        self,
+        result: SweepResult,
+        executor: Executor,
+        choices: Choices,
+        command: Command,
+        display: Display,
+        signals: Signals,
+        began: float,
+    ) -> None:
+        self.result, self.executor, self.choices, self.command = result, executor, choices, command
+        self.display, self.signals = display, signals
+        budget = choices.time_budget_seconds
+        self.deadline = None if budget is None else began + budget
+        self.forecast = Forecast()
+        self.queue: list[_Waiting] = []
+        self.running: dict[str, Attempt] = {}
+
+    def do(self) -> None:
+        """Work until nothing is left or something stops it; no child outlives this."""
+        self._scan()
+        try:
+            with self.display.shown():
+                while self.running or (self.queue and not self.result.stopped):
+                    self._watch()
+                    self._collect()
+                    self._fill()
+                    self.display.refresh(self._view)
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for run_id in self.running:
+                self.executor.stop(run_id, at_once=True)
+        if self.result.stopped == "budget":
+            self.result.left_for_budget += len(self.queue)
+
+    def _scan(self) -> None:
+        """Read every record once: what is done is done, the rest is queued."""
+        done = []
+        for run in self.result.runs:
+            found = look(run, self.choices.retry, self.choices.force)
+            if found.outcome is not None:
+                done.append((run, found.outcome))
+            if found.flags is not None:
+                self.queue.append(_Waiting(run))
+            elif found.outcome is not None:
+                self.result.outcomes[run.run_id] = found.outcome
+        self.display.found(self.result.outcomes)
+        if self.queue:
+            for run, outcome in done:
+                self.forecast.learn(run, outcome)
+
+    def _watch(self) -> None:
+        """Heed signals, the sweep's time budget and the runs' time limit."""
+        now, limit = time.monotonic(), self.choices.run_timeout_seconds
+        if self.signals.count:
+            if self.result.stopped != "signal":
+                self.display.line("stopping: each run saves its state; a second signal ends them at once …")
+            self._stop("signal")
+        if self.signals.count > 1:
+            for run_id in self.running:
+                self.executor.stop(run_id, at_once=True)
+        if self.deadline is not None and now >= self.deadline:
+            self._stop("budget")
+        for run_id, attempt in self.running.items():
+            if limit is not None and attempt.stopped is None and attempt.seconds > limit:
+                attempt.stopped, attempt.time_limit = "timeout", limit
+                self.executor.stop(run_id)
+
+    def _stop(self, why: Stop, message: str | None = None) -> None:
+        """Start nothing more, and ask what runs to save its state; a signal outranks all other reasons."""
+        if self.result.stopped is None or why == "signal":
+            self.result.stopped = why
+        self.result.message = self.result.message or message
+        for run_id, attempt in self.running.items():
+            if attempt.stopped is None:
+                attempt.stopped = "sweep"
+                self.executor.stop(run_id)
+
+    def _collect(self) -> None:
+        """Judge what has ended."""
+        for run_id, exit_status in self.executor.ended().items():
+            attempt = self.running.pop(run_id)
+            try:
+                verdict = judge(attempt, exit_status)
+            except Unwritable as error:
+                self._stop("unwritable", str(error))
+                verdict = Outcome("interrupted", "its end could not be recorded")
+            if isinstance(verdict, Again):
+                self._queue_again(attempt, verdict)
+                continue
+            self.result.outcomes[run_id] = verdict
+            self.forecast.learn(attempt.task.run, verdict, attempt.seconds)
+            self.display.ended(attempt.task.run, verdict, attempt)
+            if verdict.failed and self.choices.fail_fast:
+                self._stop("failure")
+
+    def _queue_again(self, attempt: Attempt, verdict: Again) -> None:
+        run = attempt.task.run
+        if verdict.why == "busy":
+            self.queue.append(_Waiting(run, not_before=time.monotonic() + BUSY_SECONDS))
+            return
+        self.display.line(f"{run.label}: its checkpoint is of no use; it starts at the beginning")
+        self.queue.insert(0, _Waiting(run, verdict.flags))
+
+    def _fill(self) -> None:
+        """Start runs while there are free slots."""
+        while not self.result.stopped and len(self.running) < self.executor.slots:
+            try:
+                waiting = self._next()
+                if waiting is None:
+                    return
+                self._start(waiting)
+            except Unwritable as error:
+                self._stop("unwritable", str(error))
+
+    def _next(self) -> _Waiting | None:
+        """Take the first run of the queue that may start now."""
+        now = time.monotonic()
+        for place, waiting in enumerate(self.queue):
+            if waiting.not_before > now:
+                continue
+            expected = self.forecast.expected(waiting.run) if self.deadline is not None else None
+            if self.deadline is not None and now + (expected or 0.0) > self.deadline:
+                continue
+            if is_busy(waiting.run):
+                waiting.not_before = now + BUSY_SECONDS
+                if not waiting.told:
+                    self.display.line(f"{waiting.run.label}: another process is at it; waiting for that")
+                waiting.told = True
+                continue
+            return self.queue.pop(place)
+        if not self.running and self.queue and all(waiting.not_before <= now for waiting in self.queue):
+            self._stop("budget")  # nothing fits any more
+        return None
+
+    def _start(self, waiting: _Waiting) -> None:
+        run, flags = waiting.run, waiting.flags
+        if flags is None:
+            found = look(run, self.choices.retry, self.choices.force)
+            if found.flags is None and found.outcome is not None:  # another process has done it meanwhile
+                self.result.outcomes[run.run_id] = found.outcome
+                return
+            flags = found.flags or ()
+        log = run.folder.parent / ".logs" / f"{run.run_id}.log"
+        task = Task(run, [*self.command(run), *flags], log)
+        try:
+            attempt = Attempt.begin(task, flags)
+        except OSError as error:
+            raise Unwritable(cannot_write(run.folder.parent, error)) from error
+        try:
+            self.executor.start(task)
+        except OSError as error:
+            raise Unwritable(f"run {run.label} cannot be started: {error}") from error
+        self.running[run.run_id] = attempt
+        self.display.started(run, resumed="--resume" in flags)
+
+    def _view(self) -> View:
+        """Return what the table shows."""
+        expected = [self.forecast.expected(waiting.run) for waiting in self.queue]
+        for attempt in self.running.values():
+            whole = self.forecast.expected(attempt.task.run)
+            expected.append(None if whole is None else max(0.0, whole - attempt.seconds))
+        known = [seconds for seconds in expected if seconds is not None]
+        left = sum(known) / self.executor.slots if len(known) == len(expected) else None
+        return View(list(self.running.values()), len(self.queue), self.result.outcomes, left)

@@ -74,6 +74,12 @@ def make_room(prepared: Prepared, reporter: Reporter) -> None:
 
 
 def _checked(state: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
+    there, here = state["identity"]["data"]["sha256"], prepared.identity["data"]["sha256"]
+    if there != here:
+        raise ValueError(
+            f"the checkpoint is of another text or tokenizer (vocabulary and text {there[:12]} there, "
+            f"{here[:12]} here); name the data that it was trained on."
+        )
     differing = differing_fields(state["identity"], prepared.identity)
     if differing:
         raise ValueError(f"the checkpoint is of another run: {'; '.join(differing)}.")

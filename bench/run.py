@@ -41,6 +41,7 @@ def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
 
     from bench import existing
     from bench.analysis.summary import print_summary
+    from bench.data.validation import BatchValidationError
     from bench.device import keep_freed_memory
     from bench.prepare import prepare
     from bench.progress import Reporter
@@ -62,7 +63,7 @@ def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
                 record = _run_session(session)
                 if config.places.plots:
                     _draw(prepared, reporter)
-    except ValueError as error:
+    except (ValueError, BatchValidationError) as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console)
     return EXIT_STATUS.get(record["status"], 1)

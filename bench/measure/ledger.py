@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.training.plan import EpochPlan
-from gnnmoe.head import IGNORED
+from bench.training.step import real_targets
 
 COUNTED = ("batches", "samples", "tokens")
 
@@ -62,7 +62,7 @@ class Ledger:
             BatchAccountingError: it is one more than planned, or larger.
         """
         account, shape = self.epochs[-1], tuple(batch["input_ids"].shape)
-        tokens = int((batch["targets"] != IGNORED).sum())
+        tokens = real_targets(batch)
         for name, count in zip(COUNTED, (1, shape[0], tokens), strict=True):
             account.got[name] += count
         key = "x".join(map(str, shape))
@@ -91,7 +91,7 @@ class Ledger:
         """Count an evaluation's targets.
 
         Raises:
-            BatchAccountingError: not every target was scored exactly once.
+            BatchAccountingError: more or fewer targets were scored than there are.
         """
         account = self.evaluations.setdefault(name, {"evaluations": 0, "asked": 0, "got": 0})
         account["evaluations"] += 1

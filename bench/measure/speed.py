@@ -15,8 +15,7 @@ import torch
 
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure.memory import measure_memory
-from bench.training.step import Batch, make_optimizer, to_device, training_step
-from gnnmoe.head import IGNORED
+from bench.training.step import Batch, make_optimizer, real_targets, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 
 
@@ -34,7 +33,7 @@ def measure_speed(
     copied = copy.deepcopy(model).train()
     optimizer = make_optimizer(copied, training)
     on_device = [to_device(batch, device) for batch in batches]
-    tokens = [int((batch["targets"] != IGNORED).sum()) for batch in batches]
+    tokens = [real_targets(batch) for batch in batches]
 
     def step(number: int) -> None:
         training_step(copied, on_device[number % len(batches)], optimizer, training.max_grad_norm)

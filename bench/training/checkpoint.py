@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -98,6 +98,9 @@ class Trainer:
                 self._evaluate()
             self.hooks.after_step()
         self.model.load_state_dict(self._best_state)
+        set_epoch(
+            self.train_loader, self.plan.place(self.plan.total_steps - 1)[0]
+        )  # also where nothing was left
         return self.done
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class Trainer:
             set_epoch(self.train_loader, epoch)
             planned = self.plan.epoch(epoch)
             self.hooks.on_epoch(planned)
-            yield from islice(self.train_loader, start, planned.batches)
+            yield from islice(self.train_loader, start, planned.batches if planned.cut else None)
             self.hooks.after_epoch()
 
     def _step(self, batch: Batch) -> None:

@@ -21,6 +21,8 @@ class EpochPlan:
     batches: int
     samples: int
     tokens: int
+    cut: bool = False
+    """Whether the training leaves some of the loader's batches out."""
 
 
 class TrainingPlan:
@@ -30,15 +32,16 @@ class TrainingPlan:
         checked = check_unchanged(loader)
         self._sampler, self._length = checked.sampler_obj, checked.dataset_obj.length
         self._most = config.max_batches_per_epoch
-        limits = []
-        if config.epochs is not None:
-            limits.append(sum(self.batches_in(epoch) for epoch in range(config.epochs)))
-        if config.max_steps is not None or config.epochs is None:
-            limits.append(config.max_steps or DEFAULT_MAX_STEPS)
-        self.total_steps = min(limits)
-        self._ends = [self.batches_in(0)]  # steps done at the end of each epoch
-        while self._ends[-1] <= self.total_steps:
-            self._ends.append(self._ends[-1] + self.batches_in(len(self._ends)))
+        steps = config.max_steps
+        if steps is None and config.epochs is None:
+            steps = DEFAULT_MAX_STEPS
+        self._ends: list[int] = []  # steps done at the end of each epoch
+        while (config.epochs is None or len(self._ends) < config.epochs) and (
+            steps is None or not self._ends or self._ends[-1] < steps
+        ):
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before + self.batches_in(len(self._ends)))
+        self.total_steps = self._ends[-1] if steps is None else min(steps, self._ends[-1])
 
     def batches_in(self, epoch: int) -> int:
         """Return the batches of a whole epoch."""
@@ -55,12 +58,13 @@ class TrainingPlan:
         batches = min(self.batches_in(number), self.total_steps - self._before(number))
         size = self._sampler.size_in(number)
         samples = min(batches * size, self._sampler.share_in(number))
-        return EpochPlan(number, size, batches, samples, samples * self._length)
+        cut = batches < self._sampler.batches_in(number)
+        return EpochPlan(number, size, batches, samples, samples * self._length, cut)
 
     def epochs(self) -> float:
         """Return how many epochs there are, the last perhaps in part."""
-        epoch, done = self.place(self.total_steps)
-        return epoch + done / self.batches_in(epoch)
+        epoch, before = self.place(self.total_steps - 1)
+        return epoch + (before + 1) / self.batches_in(epoch)
 
     def _before(self, epoch: int) -> int:
         return self._ends[epoch - 1] if epoch else 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.config import TrainingConfig
+from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 
 Batch = dict[str, Tensor]
@@ -48,6 +49,11 @@ def training_step(
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     return output["loss"].detach(), norm.detach()
+
+
+def real_targets(batch: Batch) -> int:
+    """Return how many targets of a batch count: those that are not −100."""
+    return int((batch["targets"] != IGNORED).sum())
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -105,6 +105,15 @@ def test_a3_the_training_stops_where_the_loader_loses_a_batch(corpus, monkeypatc
         made.run()
 
 
+def test_a3_the_training_stops_where_the_loader_yields_too_many(corpus, monkeypatch):
+    made = trainer(corpus, max_steps=None, epochs=1)
+    sampler = type(made.train_loader.batch_sampler)
+    whole = sampler.__iter__
+    monkeypatch.setattr(sampler, "__iter__", lambda self: iter([*whole(self), [0, 1, 2, 3]]))
+    with pytest.raises(BatchAccountingError, match=r"32 batches expected, 33 came"):
+        made.run()
+
+
 def test_scoring_a_token_too_few_or_twice_is_an_error():
     ledger = Ledger()
     ledger.evaluated("validation", 100, 100)
@@ -250,3 +259,22 @@ def test_the_table_shows_asked_got_and_a_tick(tiny, capsys):
     (tokens,) = [line.split() for line in lines if "training tokens" in line]
     assert tokens == ["training", "tokens", "256", "256", "✓"]
     assert [line for line in lines if "asked" in line and "got" in line]
+
+
+def test_c7_labels_that_are_not_shifted_inputs_are_wrong_input_and_nothing_is_written(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    from bench.data.blocks import TrainBlocks
+
+    whole = TrainBlocks.__getitems__
+
+    def unshifted(self, indices):
+        batch = whole(self, indices)
+        return {**batch, "targets": batch["input_ids"].clone()}
+
+    monkeypatch.setattr(TrainBlocks, "__getitems__", unshifted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--coupler", "mean", *tiny])
+    assert stopped.value.code == 2
+    assert "fails the check 'shift'" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

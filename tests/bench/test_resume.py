@@ -211,7 +211,7 @@ def test_a_checkpoint_cut_short_is_refused(run, interrupted, capsys):
 def test_a_checkpoint_of_another_schema_is_refused(run, interrupted, capsys):
     path = interrupted / "checkpoint.pt"
     torch.save({**load_checkpoint(path), "schema": 99}, path)
-    assert "has schema 99; this version reads 1" in refusal(capsys, [*run, "--resume"])
+    assert "has schema 99; this version reads 2" in refusal(capsys, [*run, "--resume"])
 
 
 def test_a_checkpoint_elsewhere_is_continued(run, interrupted, undisturbed, tmp_path):
@@ -259,3 +259,25 @@ def test_the_fields_that_differ():
         "y: 2 there, 5 here", "b: 3 there, None here", "c: None there, 4 here",
     ]  # fmt: skip
     assert differing_fields(there, there) == []
+
+
+@pytest.mark.core("resume")
+@pytest.mark.parametrize("step", [2, 5, 9, "evaluating"])
+def test_schedule_and_curriculum_go_on_where_they_were(tiny, monkeypatch, step):
+    """Batch sizes, the blocks served, the ledger and what is measured afterwards are those of the last epoch."""
+    flags = [*tiny, *FLAGS, "--epochs", "3", "--max-batches-per-epoch", "3", "--batch-schedule", "0:4,1:8,2:12",
+             "--curriculum", "rarity", "--min-steps-per-epoch", "1"]  # fmt: skip
+    whole = elsewhere(flags, "whole")
+    assert main([*whole, "--quiet"]) == 0
+    with monkeypatch.context() as patch:
+        if step == "evaluating":
+            patch.setattr("bench.session.check_trained_isolation", lambda *_, **__: interrupt())
+        else:
+            act_at_step(patch, step, interrupt)
+        assert main(flags) == 130
+    assert main([*flags, "--resume"]) == 0
+    folder, expected = only_folder(results_of(flags)), only_folder(results_of(whole))
+    assert_equal_but_for_times(folder, expected)
+    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, expected))
+    assert theirs["used"]["batch_shapes"] == {"4x16": 3, "8x16": 3, "12x16": 3}
+    assert ours["speed"]["step_tokens"] == theirs["speed"]["step_tokens"] == [192, 192]

@@ -137,8 +137,9 @@ FACTS = (leak, weights_that_weigh_nothing, linear, random_signs, not_causal)
 def main(arguments: list[str]) -> int:
     """Show the facts that ``arguments`` number, or all."""
     warnings.simplefilter("ignore")
-    if any(argument not in {"1", "2", "3", "4", "5"} for argument in arguments):
-        print(f"error: {' '.join(arguments)} are no facts; give numbers from 1 to 5.", file=sys.stderr)
+    wrong = [argument for argument in arguments if argument not in {"1", "2", "3", "4", "5"}]
+    if wrong:
+        print(f"error: {wrong[0]} is no fact; give numbers from 1 to 5.", file=sys.stderr)
         return 2
     for number in [int(argument) for argument in arguments] or range(1, 6):
         fact = FACTS[number - 1]

@@ -20,7 +20,8 @@ class GNNMoEConfig:
     coupler_type: str = "HGNN"
     """Coupler: a registered name (an unknown one lists them all), package.module:Class or file.py:Class."""
     hgnn_conv_type: str = "HypergraphConv"
-    """HGNN: the hypergraph layer; HypergraphConv (the documented formula) or PyGHypergraphConv."""
+    """HGNN: the hypergraph layer; HypergraphConv (the documented formula), PyGHypergraphConv, HGNNConv,
+    HNHN, HypergraphAttention, AllDeepSets, AllSetTransformer or EDHNN."""
     static_hyperedge_strategy: str = "all_pairs"
     """HGNN: which experts share a hyperedge; all_pairs, all_triplets, pairs_and_triplets, all, k_subsets:k=3,
     ring:k=2, random:k=3,m=8,seed=0 or file:edges.json (a JSON list of member lists)."""

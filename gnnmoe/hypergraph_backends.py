@@ -2,7 +2,7 @@
 
 All take ``x`` (N, E, D), the layer's weight and bias, the hyperedge index and the hyperedge
 weights, and agree in float64 to 1e-10. ``loop`` is what the original experiments ran; it is kept
-as the thing to be replaced.
+as the thing to be replaced. Only ``vectorized`` also runs under ``torch.func.vmap`` with stacked parameters.
 """
 
 from __future__ import annotations

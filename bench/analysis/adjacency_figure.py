@@ -1,4 +1,4 @@
-"""Who listens to whom: the graph coupler's adjacency as heat maps."""
+"""Who listens to whom: the couplers' adjacency as heat maps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def adjacency_plot(run: RunData) -> Plot | None:
                 grid[row, column].remove()
                 continue
             _draw_heat_map(grid[row, column], drawn[layer, name], norm)
-            title = f"layer {layer} · graph layer {name.removeprefix('adjacency_')}"
+            own = name.removeprefix("adjacency").removeprefix("_")
+            title = f"layer {layer}" + (f" · graph layer {own}" if own else "")
             grid[row, column].set_title(printable(shorten(title, 40)), loc="left", fontsize=8)
             grid[row, column].set_xlabel("speaks (expert)" if row == len(layers) - 1 else "")
             grid[row, column].set_ylabel("listens (expert)" if column == 0 else "")

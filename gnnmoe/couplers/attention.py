@@ -117,7 +117,7 @@ class AttentionCoupler(Coupler):
     def communication(
         self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Add ``attention_k`` (E, E) of each round k where there are inputs: row i listens to column j.
+        """Add ``adjacency_k`` (E, E) of each round k where there are inputs: row i listens to column j.
 
         The mean over heads and over the tokens given.
         """
@@ -127,7 +127,7 @@ class AttentionCoupler(Coupler):
                 x_NED = expert_outputs.flatten(0, 1)
                 for k, layer in enumerate(self.layers):
                     x_NED, attention_NHEE = layer(x_NED)
-                    parts[f"attention_{k}"] = attention_NHEE.mean((0, 1))
+                    parts[f"adjacency_{k}"] = attention_NHEE.mean((0, 1))
         return parts
 
     def inert_parameters(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
 from gnnmoe.hypergraph import FORMULAS, hyperedge_index, static_hyperedges
 from gnnmoe.hypergraph_backends import BACKENDS, require_backend
-from gnnmoe.hypergraph_layers import CONV_TYPES, HypergraphLayer, StaticConvolution
+from gnnmoe.hypergraph_layers import CONV_TYPES, HypergraphLayer
 from gnnmoe.naming import unknown_name
 
 if TYPE_CHECKING:
@@ -155,17 +155,32 @@ class HGNNExpertCoupler(Coupler):
         return own + linear_flops(tokens, self.config.embed_dim, self.config.embed_dim)
 
     def static_communication(self) -> dict[str, Tensor]:
-        """Return the effective hyperedge weights (M), where there are hyperedges.
+        """Return the effective hyperedge weights (M) and ``adjacency`` (E, E), where there are hyperedges.
 
-        For static layers also ``propagation`` (E, E): row i holds what expert i hears of each expert.
+        Row i of the adjacency holds what expert i hears of each expert: the matrix that a static layer
+        applies; in other layers what the hypergraph and its weights alone would give.
         """
         if not self._members:
             return {}
         weights_M = self.effective_hyperedge_weights()
-        found = {"hyperedge_weights": weights_M}
-        first = self._hypergraph_layers()[0]
-        if isinstance(first, StaticConvolution):
-            found["propagation"] = first.propagation(weights_M)
+        adjacency_EE = self._hypergraph_layers()[0].adjacency(weights_M)
+        return {"hyperedge_weights": weights_M, "adjacency": adjacency_EE}
+
+    @torch.no_grad()
+    def communication(
+        self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the static parts, ``mixing``, and ``membership_k`` (E, M) of each layer that attends."""
+        found = super().communication(expert_outputs, layer_input)
+        if expert_outputs is None or not self._members:
+            return found
+        start_NED = x_NED = expert_outputs.flatten(0, 1)
+        weights_M = self.effective_hyperedge_weights()
+        for number, layer in enumerate(self._hypergraph_layers()):
+            membership_EM = layer.membership(x_NED, weights_M)
+            if membership_EM is not None:
+                found[f"membership_{number}"] = membership_EM
+            x_NED = self._update(x_NED, layer(x_NED, weights_M, start_NED))
         return found
 
     def member_names(self) -> dict[str, list[str]]:

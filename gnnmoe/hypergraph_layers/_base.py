@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.hypergraph import Members, hyperedge_index, incidence, safe_reciprocal
+from gnnmoe.hypergraph import Members, hyperedge_index, incidence, propagation_matrix, safe_reciprocal
 
 
 class HypergraphLayer(nn.Module, ABC):
@@ -49,6 +49,18 @@ class HypergraphLayer(nn.Module, ABC):
     def inert_parameters(self) -> dict[str, str]:
         """Return parameters that have no gradient on this hypergraph: name → the reason."""
         return {}
+
+    def adjacency(self, weights_M: Tensor) -> Tensor:
+        """Return who hears whom (E, E), by the hypergraph and its weights alone: D⁻¹ H W B⁻¹ Hᵀ."""
+        return propagation_matrix(self.incidence_EM, weights_M, "HypergraphConv")
+
+    def membership(self, x_NED: Tensor, weights_M: Tensor) -> Tensor | None:
+        """Return how much each hyperedge counts for each expert (E, M), averaged over the tokens.
+
+        None where that does not depend on the content.
+        """
+        del x_NED, weights_M
+        return None
 
     def weights_cancel(self) -> bool:
         """Return whether no expert has two hyperedges to weigh against each other."""

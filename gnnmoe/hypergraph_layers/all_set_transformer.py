@@ -38,15 +38,20 @@ class AttentionPooling(nn.Module):
         An empty set gives the query alone.
         """
         (N, S, D), (H, K) = x_NSD.shape, self.query.shape
-        scores_NSH = (self.key(x_NSD).view(N, S, H, K) * self.query).sum(-1)
         values_NHSK = self.value(x_NSD).view(N, S, H, K).transpose(1, 2)
+        shares_NHTS = self.shares(x_NSD, sets_TS, log_weights_S)
+        pooled_NHTK = torch.matmul(shares_NHTS.to(values_NHSK.dtype), values_NHSK)
+        return self.finish(pooled_NHTK.transpose(1, 2).reshape(N, len(sets_TS), D))
+
+    def shares(self, x_NSD: Tensor, sets_TS: Tensor, log_weights_S: Tensor | None = None) -> Tensor:
+        """Return how much each element counts in each set, by head (N, H, T, S); zeros for an empty set."""
+        (N, S, _), (H, K) = x_NSD.shape, self.query.shape
+        scores_NSH = (self.key(x_NSD).view(N, S, H, K) * self.query).sum(-1)
         scores_NHTS = scores_NSH.mT[:, :, None, :]
         if log_weights_S is not None:
             scores_NHTS = scores_NHTS + log_weights_S
         masked_NHTS = scores_NHTS.masked_fill(~sets_TS, torch.finfo(scores_NHTS.dtype).min)
-        shares_NHTS = masked_NHTS.softmax(-1) * sets_TS
-        pooled_NHTK = torch.matmul(shares_NHTS.to(values_NHSK.dtype), values_NHSK)
-        return self.finish(pooled_NHTK.transpose(1, 2).reshape(N, len(sets_TS), D))
+        return masked_NHTS.softmax(-1) * sets_TS
 
     def finish(self, pooled: Tensor) -> Tensor:
         """Add the query and the feed-forward part to what attention found (…, D)."""
@@ -98,6 +103,12 @@ class AllSetTransformer(HypergraphLayer):
         belongs_EM = self.incidence_EM > 0
         z_NMD = self.to_hyperedges(x_NED, belongs_EM.T)
         return self.to_experts(z_NMD, belongs_EM, weights_M.log())
+
+    def membership(self, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+        """Return the shares of the second pooling (E, M), averaged over the tokens and the heads."""
+        belongs_EM = self.incidence_EM > 0
+        z_NMD = self.to_hyperedges(x_NED, belongs_EM.T)
+        return self.to_experts.shares(z_NMD, belongs_EM, weights_M.log()).mean((0, 1))
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Pool set by set."""

@@ -45,17 +45,25 @@ class HypergraphAttention(HypergraphLayer):
     def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
         """Return (N, E, D)."""
         del start_NED
-        H_EM = self.incidence_EM
-        mapped_NED = F.linear(x_NED, self.weight)
-        scores_NE2 = F.linear(mapped_NED, self.scores)
-        of_hyperedges_NM = self.mean_of_members(scores_NE2[..., 1:])[..., 0]
-        scores_NEM = F.leaky_relu(scores_NE2[..., :1] + of_hyperedges_NM[:, None, :], NEGATIVE_SLOPE)
-        masked_NEM = scores_NEM.masked_fill(H_EM == 0, torch.finfo(scores_NEM.dtype).min)
-        incidence_NEM = (masked_NEM.softmax(-1) * H_EM).to(mapped_NED.dtype)
+        H_EM, mapped_NED = self.incidence_EM, F.linear(x_NED, self.weight)
+        incidence_NEM = self._incidence(mapped_NED).to(mapped_NED.dtype)
         per_edge_M = weights_M * safe_reciprocal(H_EM.sum(0))
         z_NMD = torch.matmul((incidence_NEM * per_edge_M.to(mapped_NED.dtype)).mT, mapped_NED)
         per_expert_E = safe_reciprocal(H_EM @ weights_M)
         return per_expert_E[:, None] * torch.matmul(incidence_NEM, z_NMD) + self.bias
+
+    def _incidence(self, mapped_NED: Tensor) -> Tensor:
+        """Return H̃ (N, E, M): a softmax over the hyperedges of each expert."""
+        scores_NE2 = F.linear(mapped_NED, self.scores)
+        of_hyperedges_NM = self.mean_of_members(scores_NE2[..., 1:])[..., 0]
+        scores_NEM = F.leaky_relu(scores_NE2[..., :1] + of_hyperedges_NM[:, None, :], NEGATIVE_SLOPE)
+        masked_NEM = scores_NEM.masked_fill(self.incidence_EM == 0, torch.finfo(scores_NEM.dtype).min)
+        return masked_NEM.softmax(-1) * self.incidence_EM
+
+    def membership(self, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+        """Return H̃ (E, M), averaged over the tokens."""
+        del weights_M
+        return self._incidence(F.linear(x_NED, self.weight)).mean(0)
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Score every pair of an expert and one of its hyperedges, then sum over both in turn."""

@@ -50,8 +50,8 @@ class StaticConvolution(HypergraphLayer):
         del start_NED
         return BACKENDS[self.backend](self, x_NED, weights_M)
 
-    def propagation(self, weights_M: Tensor) -> Tensor:
-        """Return P (E, E): row i holds what expert i hears of each expert."""
+    def adjacency(self, weights_M: Tensor) -> Tensor:
+        """Return P (E, E), which the layer applies: row i holds what expert i hears of each expert."""
         return propagation_matrix(self.incidence_EM, weights_M, self.formula)
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:

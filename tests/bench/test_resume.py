@@ -264,9 +264,9 @@ def test_the_fields_that_differ():
 @pytest.mark.core("resume")
 @pytest.mark.parametrize("step", [2, 5, 9, "evaluating"])
 def test_schedule_and_curriculum_go_on_where_they_were(tiny, monkeypatch, step):
-    """Batch sizes, the blocks served, the ledger and what is measured afterwards are those of the last epoch."""
-    flags = [*tiny, *FLAGS, "--epochs", "3", "--max-batches-per-epoch", "3", "--batch-schedule", "0:4,1:8,2:12",
-             "--curriculum", "rarity", "--min-steps-per-epoch", "1"]  # fmt: skip
+    """Batch sizes, blocks, ledger and what is measured afterwards are those of the last epoch."""
+    flags = [*tiny, *FLAGS, "--epochs", "3", "--max-batches-per-epoch", "3", "--min-steps-per-epoch", "1"]
+    flags += ["--batch-schedule", "0:4,1:8,2:12", "--curriculum", "rarity"]
     whole = elsewhere(flags, "whole")
     assert main([*whole, "--quiet"]) == 0
     with monkeypatch.context() as patch:

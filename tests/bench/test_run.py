@@ -112,7 +112,7 @@ def test_history_and_communication_over_steps(tiny):
     assert not np.allclose(weights[-1], 1.0, atol=1e-4)
     summary = record["communication"]["layer_0"]
     assert list(summary["hyperedge_weights"]) == ["{0,1}", "{0,2}", "{0,3}", "{1,2}", "{1,3}", "{2,3}"]
-    for name in ("mixing", "propagation"):
+    for name in ("mixing", "adjacency"):
         assert trace[f"layer_0.{name}"].shape[:2] == (3, 4)
     assert sum(summary["mixing"].values()) == pytest.approx(1.0, abs=1e-5)
 

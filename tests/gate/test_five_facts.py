@@ -34,6 +34,12 @@ def test_fact_3_pairs_and_triplets_are_one_function_unless_the_hyperedge_is_a_ne
     assert float(apart["HNHN"]) > 1e-3
 
 
+def test_fact_3_the_propagation_of_a_complete_graph_is_the_formula(capsys):
+    rate, off = re.findall(r"= ([0-9.]+): off by (\S+)", shown(3, capsys))[0]
+    assert float(rate) == (5 - 2) / (2 * 4)
+    assert float(off) < 1e-12
+
+
 def test_fact_4_probabilities_are_those_of_the_spec(capsys):
     text = shown(4, capsys)
     assert re.findall(r"probability (\S+)", text) == ["0.85", "0.17"]
@@ -50,5 +56,6 @@ def test_all_five_and_nothing_else(capsys):
     assert "error: 6" in capsys.readouterr().err
     state = torch.get_rng_state()
     assert five_facts.main([]) == 0
-    assert [f"Fact {n}:" in capsys.readouterr().out for n in (1,)] == [True]
+    text = capsys.readouterr().out
+    assert [f"Fact {number}:" in text for number in range(1, 6)] == [True] * 5
     torch.set_rng_state(state)

@@ -46,9 +46,9 @@ def test_attention_is_torchs_own_with_a_residual(num_heads):
     assert len(coupler.layers) == 2
     assert_near(coupler(x), coupler.combiner(y.mean(1)).view(B, L, D))
     communication = coupler.communication(x)
-    assert set(communication) == {"attention_0", "attention_1", "mixing"}
+    assert set(communication) == {"adjacency_0", "adjacency_1", "mixing"}
     for k, expected in enumerate(maps):
-        assert_near(communication[f"attention_{k}"], expected)
+        assert_near(communication[f"adjacency_{k}"], expected)
 
 
 @attention_core
@@ -68,7 +68,7 @@ def test_attention_by_hand_for_two_experts_of_width_one():
 @attention_core
 def test_attention_rows_listen_and_sum_to_one():
     coupler = make_coupler(coupler_type="attention", gnn_layers=1)
-    attention = coupler.communication(normal(B, L, E, D))["attention_0"]
+    attention = coupler.communication(normal(B, L, E, D))["adjacency_0"]
     assert_near(attention.sum(1), torch.ones(E))
     assert (attention.sum(0) - 1).abs().max() > 1e-2
     # all listen to expert 2 where its key answers every query
@@ -79,7 +79,7 @@ def test_attention_rows_listen_and_sum_to_one():
         layer.query.weight.zero_()
         layer.query.bias.fill_(1.0)
         layer.key.weight.fill_(10.0)
-    assert_near(coupler.communication(x)["attention_0"], torch.eye(E)[2].expand(E, E))
+    assert_near(coupler.communication(x)["adjacency_0"], torch.eye(E)[2].expand(E, E))
 
 
 @attention_core
@@ -87,7 +87,7 @@ def test_attention_does_not_know_the_order_of_the_experts():
     coupler = make_coupler(coupler_type="attention")
     x, order = normal(B, L, E, D), [2, 0, 3, 1]
     assert_near(coupler(x[:, :, order]), coupler(x))
-    before, after = (coupler.communication(v)["attention_1"] for v in (x, x[:, :, order]))
+    before, after = (coupler.communication(v)["adjacency_1"] for v in (x, x[:, :, order]))
     assert (after - before).abs().max() > 1e-3
     assert_near(after, before[order][:, order])
 

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gnnmoe import ExpertBlock, GNNMoEModel, coupler_names
+from gnnmoe.cost import model_cost
 from gnnmoe.couplers import coupler_identity
 from tests.gnnmoe._support import assert_near, make_model, small_config, token_ids
 
@@ -43,6 +44,16 @@ def test_matched_in_parameters_to_half_a_hidden_unit_a_layer(like, experts):
     target = model(coupler_type=like, num_experts=experts).parameter_counts()["total"]
     found = dense(experts, match="params", like=like)
     assert abs(found.parameter_counts()["total"] - target) <= len(found.layers) * (2 * 16 + 1) / 2
+
+
+@pytest.mark.parametrize("quantity", ["params", "flops"])
+def test_the_twin_has_the_runs_own_layers_and_hypergraph(quantity):
+    fields = {"gnn_layers": 3, "hgnn_conv_type": "HNHN", "static_hyperedge_strategy": "all_triplets"}
+    target = model_cost(small_config(embed_dim=16, num_experts=5, **fields))
+    options = {"match": quantity, "like": "HGNN"}
+    found = small_config(embed_dim=16, num_experts=5, coupler_type="dense", coupler_options=options, **fields)
+    step = {"params": 2 * (2 * 16 + 1), "flops": 2 * 8 * 4 * 16}[quantity]  # two layers, one hidden unit
+    assert abs(getattr(model_cost(found), quantity) - getattr(target, quantity)) <= step / 2
 
 
 @pytest.mark.parametrize("like", LIKE)

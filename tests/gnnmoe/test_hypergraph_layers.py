@@ -152,7 +152,7 @@ def test_dense_oracle_of_hgnnconv():
     P = dense_oracle(layer.incidence_EM, W, "HGNNConv")
     assert_near(P, P.T)
     assert_near(run(layer, X, W, X), P @ X @ layer.weight.T + layer.bias)
-    assert_near(layer.propagation(W), P)
+    assert_near(layer.adjacency(W), P)
 
 
 def test_dense_oracle_of_hnhn():
@@ -256,6 +256,36 @@ def test_inert_parameters_are_right_on_every_strategy(conv_type):
         found = gradients(coupler(normal(2, 3, E, 6)), parameters.values())
         for name, gradient in zip(parameters, found, strict=True):
             assert bool(gradient.abs().max() > 1e-9) == (name not in inert), (strategy, E, name)
+
+
+@every_conv_type
+def test_communication_tells_weights_adjacency_and_what_a_layer_attends_to(conv_type):
+    """By member names, adjacency and mixing; the membership where it depends on the content."""
+    coupler = make_coupler(hgnn_conv_type=conv_type, num_experts=4)
+    x = normal(2, 3, 4, 6)
+    found = coupler.communication(x)
+    attends = conv_type in ("HypergraphAttention", "AllSetTransformer")
+    memberships = {"membership_0", "membership_1"} if attends else set()
+    assert found.keys() == {"hyperedge_weights", "adjacency", "mixing"} | memberships
+    H, w = coupler.layers[0].incidence_EM, coupler.effective_hyperedge_weights()
+    formula = conv_type if conv_type not in NOT_STATIC else "HypergraphConv"
+    assert_near(found["adjacency"], dense_oracle(H, w, formula))
+    for name in memberships:
+        assert found[name].shape == (4, 6)
+        assert_near(found[name].sum(1), torch.ones(4))
+        assert torch.count_nonzero(found[name] * (1 - H)) == 0
+        uniform = H / H.sum(1, keepdim=True)
+        assert (found[name] - uniform).abs().max() > 1e-3
+
+
+def test_membership_is_the_mean_over_tokens_of_the_formulas_softmax():
+    layer = make_layer(MIXED, 4, "HypergraphAttention", D=4)
+    mapped = X @ layer.weight.T
+    to_edges, _ = means(MIXED, 4, W)
+    scores = (mapped @ layer.scores[0])[:, :, None] + (to_edges @ mapped @ layer.scores[1])[:, None, :]
+    H = layer.incidence_EM
+    expected = F.leaky_relu(scores, 0.2).masked_fill(H == 0, -torch.inf).softmax(-1).mean(0)
+    assert_near(layer.membership(X, W), expected)
 
 
 @pytest.mark.parametrize(

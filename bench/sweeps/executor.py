@@ -39,6 +39,28 @@ class PlannedRun:
     """Keys of its record that are known beforehand (config, seed, …), for one that dies before it writes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What a user says about a sweep's work."""
+
+    retry: frozenset[str] = frozenset()
+    """``failed``, ``oom`` or ``all``: run these again; their earlier records are kept as run_id.1."""
+    force: bool = False
+    """Run everything again; earlier records are kept as run_id.1."""
+    fail_fast: bool = False
+    """The first run that fails stops the sweep."""
+    time_budget_seconds: float | None = None
+    """Start no run that is not expected to end in time, and interrupt what still runs then. A cheap run
+    may start before a dear one that no longer fits; one of which nothing is known starts."""
+    run_timeout_seconds: float | None = None
+    """End a run that takes longer, with status timeout."""
+
+    @property
+    def retried(self) -> frozenset[str]:
+        """The statuses that are run again."""
+        return frozenset().union(*(RETRIES[name] for name in self.retry))
+
+
 @dataclass(frozen=True)
 class Task:
     """One child process: its command, and the file to which its output is added."""
@@ -107,10 +129,9 @@ class SweepResult:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many runs have each status; ``not started`` counts those without one."""
+        """How many runs have each status; ``left`` counts those without one."""
         return Counter(
-            self.outcomes[run.run_id].status if run.run_id in self.outcomes else "not started"
-            for run in self.runs
+            self.outcomes[run.run_id].status if run.run_id in self.outcomes else "left" for run in self.runs
         )
 
     @property

@@ -104,4 +104,5 @@ def written_at(path: Path) -> tuple[int, ...] | None:
 
 
 def folder_of(run: PlannedRun) -> RunFolder:
+    """Return the run's folder as the store sees it."""
     return RunFolder(run.folder.parent.parent, run.folder.parent.name, run.run_id)

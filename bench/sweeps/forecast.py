@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from bench.sweeps.executor import Outcome, PlannedRun
@@ -20,11 +21,13 @@ class Forecast:
         self._rates: list[float] = []
         self._durations: list[float] = []
         self._around: list[float] = []
+        self._medians: list[float | None] = []
 
     def learn(self, run: PlannedRun, outcome: Outcome, elapsed: float | None = None) -> None:
         """Take in a run that ended; ``elapsed`` is what its process took, where this sweep started it."""
         if outcome.seconds is None or (elapsed is None and not made_here(outcome.environment)):
             return
+        self._medians = []
         self._durations.append(outcome.seconds)
         if run.cost:
             self._rates.append(outcome.seconds / run.cost)
@@ -33,10 +36,14 @@ class Forecast:
 
     def expected(self, run: PlannedRun) -> float | None:
         """Return the seconds that the run's process is expected to take, None where nothing is known."""
-        around = statistics.median(self._around) if self._around else START_SECONDS
-        if run.cost and self._rates:
-            return run.cost * statistics.median(self._rates) + around
-        return statistics.median(self._durations) + around if self._durations else None
+        if not self._medians:
+            lists = self._rates, self._durations, self._around
+            self._medians = [statistics.median(values) if values else None for values in lists]
+        rate, duration, around = self._medians
+        around = START_SECONDS if around is None else around
+        if run.cost and rate is not None:
+            return run.cost * rate + around
+        return None if duration is None else duration + around
 
 
 def made_here(environment: Mapping[str, Any]) -> bool:
@@ -46,8 +53,13 @@ def made_here(environment: Mapping[str, Any]) -> bool:
         return False
     if environment.get("device_type") != "cpu":  # asking a GPU for its name would start CUDA here
         return True
+    return environment.get("device_name") == _processor()
+
+
+@cache
+def _processor() -> str:
     import torch
 
     from bench.measure.environment import device_name
 
-    return environment.get("device_name") == device_name(torch.device("cpu"))
+    return device_name(torch.device("cpu"))

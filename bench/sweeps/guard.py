@@ -45,7 +45,7 @@ class Signals:
 
 @contextmanager
 def sweep_lock(
-    study: Path, *, wait: bool, tell: Callable[[str], None], given_up: Callable[[], bool]
+    study: Path, wait: bool, tell: Callable[[str], None], given_up: Callable[[], bool]
 ) -> Iterator[bool]:
     """Keep every other sweep out of the study's folder while the block lasts; the kernel frees a dead one's.
 

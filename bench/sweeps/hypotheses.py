@@ -60,6 +60,17 @@ def load_hypotheses(path: Path) -> list[Hypothesis]:
         raise ValueError(f"hypotheses {path}: {error}") from error
 
 
+def hypotheses_of(entry: Any, folder: Path) -> list[Hypothesis]:
+    """Return the hypotheses that a sweep file names (a path from its own folder) or states; or none.
+
+    Raises:
+        ValueError: as ``load_hypotheses``.
+    """
+    if entry is None:
+        return []
+    return load_hypotheses(folder / entry) if isinstance(entry, str) else read_hypotheses(entry)
+
+
 def read_hypotheses(tables: Any) -> list[Hypothesis]:
     """Return the hypotheses that a list of tables states.
 

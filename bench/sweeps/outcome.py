@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,6 +23,7 @@ from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, ou
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory",
                  "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")  # fmt: skip
+TELLING = re.compile(r"error: |status +\w+: |([\w.]+\.)?\w+(Error|Exception)\b")
 ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -43,12 +45,25 @@ class Attempt:
     """Why the sweep asked it to end."""
     time_limit: float | None = None
     started: float = field(default_factory=time.monotonic)
+    start: str = field(default_factory=lambda: _now())
     record_before: tuple[int, ...] | None = None
     log_before: int = 0
 
     def __post_init__(self) -> None:
         self.record_before = written_at(self.task.run.folder / "record.json")
         self.log_before = self.task.log.stat().st_size if self.task.log.exists() else 0
+
+    @classmethod
+    def begin(cls, task: Task, flags: tuple[str, ...]) -> Attempt:
+        """Write the command into the task's log; a child's output is what comes after it.
+
+        Raises:
+            OSError: the log cannot be written, so no record could be either.
+        """
+        task.log.parent.mkdir(exist_ok=True)
+        with task.log.open("a") as log:
+            log.write(f"{_now()} $ {shlex.join(task.command)}\n")
+        return cls(task, flags)
 
     @property
     def seconds(self) -> float:
@@ -115,7 +130,8 @@ def _cause(exit_status: int, tail: Sequence[str]) -> str:
         return f"killed by signal {-exit_status} ({name}){perhaps}"
     if exit_status == 0:
         return "ended with exit status 0, but left no finished record under the planned run_id"
-    return tail[-1] if tail else f"ended with exit status {exit_status} and said nothing"
+    telling = [line for line in tail if TELLING.match(line)] or tail  # the last one may be a path
+    return telling[-1] if telling else f"ended with exit status {exit_status} and said nothing"
 
 
 def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> Outcome:
@@ -124,7 +140,7 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> 
     error = error[:TAIL_CHARACTERS]
     text = "\n".join(tail)[-TAIL_CHARACTERS:]
     in_record = f"{error}\nlast lines of its output:\n{text}" if len(tail) > 1 or text != error else error
-    spent = {"end": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    spent = {"end": _now()}
     try:
         _wait_for_the_dead(run)
         with store.locked():
@@ -134,9 +150,8 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> 
                 record["time"] = record["time"] | spent | {"seconds": seconds}
                 store.write_record(record | {"status": status, "error": in_record})
             else:
-                start = datetime.fromtimestamp(time.time() - attempt.seconds, UTC)
-                spent = {"start": start.strftime("%Y-%m-%dT%H:%M:%SZ"), **spent,
-                         "seconds": {"total": attempt.seconds}, "resumed_at_step": None}  # fmt: skip
+                spent |= {"start": attempt.start, "seconds": {"total": attempt.seconds}}
+                spent |= {"resumed_at_step": None}
                 _create(store, _record_of_none(run, attempt, status, in_record) | {"time": spent})
             store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
     except OSError as failure:
@@ -169,3 +184,7 @@ def _wait_for_the_dead(run: PlannedRun, patience: float = 5.0) -> None:
     deadline = time.monotonic() + patience
     while is_busy(run) and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

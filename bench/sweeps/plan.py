@@ -12,6 +12,7 @@ from bench.config import DEFAULT_MAX_STEPS, RunConfig
 from bench.flags import as_flags, config_of, resolved
 from bench.records.schema import run_id
 from bench.records.store import RunFolder
+from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, matched
 from bench.sweeps.spec import RunRequest, Sweep
 from gnnmoe.config import GNNMoEConfig
@@ -22,24 +23,13 @@ Identify = Callable[[RunConfig], tuple[dict[str, Any], GNNMoEConfig, Any]]
 PLAIN = {"coupler_type", "preset"}  # flags whose values speak for themselves in a label
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """One run of a plan, ready to be started."""
-
-    run_id: str
-    label: str
-    arguments: tuple[str, ...]
-    """Flags of ``python -m bench.run``, less those that say where things are."""
-    folder: Path
-    cost: float | None
-    """Predicted FLOPs of the whole training, forward and backward; None where a coupler does not say."""
-
-
 @dataclass
 class Configuration:
     """What the runs that differ in their seed only have in common."""
 
     label: str
+    flags: dict[str, Any]
+    """Plain, by field; the seed is the first run's."""
     model: Cost
     reference: Cost | None
     """What ``match`` asked for; None without it."""
@@ -104,6 +94,7 @@ class _Made:
     flags: dict[str, Any]
     identity: dict[str, Any]
     cost: float | None
+    steps: int
     by_seed: bool
     """Whether more than the seed itself depends on the seed."""
 
@@ -112,7 +103,8 @@ class _Made:
         name = run_id(self.identity)
         arguments = tuple(as_flags({**self.flags, "seed": seed}))
         label = f"{self.configuration.label} · seed {seed}"
-        return PlannedRun(name, label, arguments, study / name, self.cost)
+        known = {"seed": seed}
+        return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known)
 
 
 def _make(
@@ -135,21 +127,23 @@ def _make(
             identity, model, corpus = identify(config)
     cost = model_cost(model)
     per_token = None if cost.flops is None else 3 * cost.flops / model.max_seq_length
-    total = None if per_token is None else per_token * _training_tokens(config, corpus)
-    configuration = Configuration(_label(request, varying), cost, reference, per_token)
-    return _Made(configuration, flags, identity, total, config.training.curriculum is not None)
+    steps = _training_steps(config, corpus)
+    tokens = steps * config.training.batch_size * config.model.max_seq_length
+    total = None if per_token is None else per_token * tokens
+    configuration = Configuration(_label(request, varying), flags, cost, reference, per_token)
+    return _Made(configuration, flags, identity, total, steps, config.training.curriculum is not None)
 
 
-def _training_tokens(config: RunConfig, corpus: Any) -> int:
-    """Return about how many tokens the training sees; a curriculum and a batch schedule see others."""
-    training, length = config.training, config.model.max_seq_length
-    blocks = corpus.splits["train"].num_tokens // length
+def _training_steps(config: RunConfig, corpus: Any) -> int:
+    """Return about how many steps the training has; a curriculum and a batch schedule have others."""
+    training = config.training
+    blocks = corpus.splits["train"].num_tokens // config.model.max_seq_length
     batches = min(config.data.num_train_samples or blocks, blocks) // training.batch_size
     batches = min(batches, training.max_batches_per_epoch or batches)
     limits = [] if training.epochs is None else [training.epochs * batches]
     if training.max_steps is not None or not limits:
         limits.append(training.max_steps or DEFAULT_MAX_STEPS)
-    return min(limits) * training.batch_size * length
+    return min(limits)
 
 
 def _varying(tables: Sequence[dict[str, Any]]) -> list[str]:

@@ -57,8 +57,10 @@ class Sweep:
     """As the file says them, not checked."""
 
 
-def load_sweep(path: Path) -> Sweep:
-    """Return the sweep of a TOML file; its study is the file's name where it gives none.
+def load_sweep(path: Path, seeds: int | None = None) -> Sweep:
+    """Return the sweep of a TOML file, with ``seeds`` in place of its own where given.
+
+    Its study is the file's name where it gives none.
 
     Raises:
         ValueError: naming the file, the key, what is wrong and what is allowed.
@@ -67,7 +69,7 @@ def load_sweep(path: Path) -> Sweep:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
         if not entries:
             raise ValueError(f"it is empty; allowed: {', '.join(TOP_KEYS)}.")
-        return sweep_of(entries, study=path.stem)
+        return sweep_of(entries if seeds is None else {**entries, "seeds": seeds}, study=path.stem)
     except OSError as error:
         raise ValueError(f"sweep {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:

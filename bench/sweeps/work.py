@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.records.store import cannot_write
-from bench.sweeps.executor import Executor, Outcome, PlannedRun, Stop, SweepResult, Task
+from bench.sweeps.executor import Choices, Executor, Outcome, PlannedRun, Stop, SweepResult, Task
 from bench.sweeps.folders import Unwritable, is_busy, look
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import Signals, sweep_lock
@@ -25,23 +25,6 @@ from bench.sweeps.outcome import Again, Attempt, judge
 POLL_SECONDS = 0.05
 BUSY_SECONDS = 1.0
 Command = Callable[[PlannedRun], Sequence[str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What a user says about a sweep's work."""
-
-    retry: frozenset[str] = frozenset()
-    """Statuses that are run again; the names of ``executor.RETRIES`` stand for several."""
-    force: bool = False
-    """Run everything again; earlier records are kept as run_id.1."""
-    fail_fast: bool = False
-    """The first run that fails stops the sweep."""
-    time_budget_seconds: float | None = None
-    """Start no run that is not expected to end in time, and interrupt what still runs then. A cheap run
-    may start before a dear one that no longer fits; one of which nothing is known starts."""
-    run_timeout_seconds: float | None = None
-    """End a run that takes longer, with status timeout."""
 
 
 @dataclass
@@ -79,15 +62,13 @@ def execute(
     """
     choices, began = choices or Choices(), time.monotonic()
     once = list({run.run_id: run for run in runs}.values())
-    display = Display(console or Console(highlight=False), len(once), executor.slots)
+    display = Display(console or Console(highlight=False), once, executor.slots)
     own = ["--results-dir", str(results_dir), "--study", study, *places, "--quiet"]
     command = command or (lambda run: [sys.executable, "-m", "bench.run", *run.arguments, *own])
     result = SweepResult(once)
     with (
         Signals().installed() as signals,
-        sweep_lock(
-            results_dir / study, wait=wait, tell=display.line, given_up=lambda: signals.count > 0
-        ) as held,
+        sweep_lock(results_dir / study, wait, display.line, lambda: signals.count > 0) as held,
     ):
         if held:
             _Work(result, executor, choices, command, display, signals, began).do()
@@ -140,7 +121,7 @@ class _Work:
         """Read every record once: what is done is done, the rest is queued."""
         done = []
         for run in self.result.runs:
-            found = look(run, self.choices.retry, self.choices.force)
+            found = look(run, self.choices.retried, self.choices.force)
             if found.outcome is not None:
                 done.append((run, found.outcome))
             if found.flags is not None:
@@ -239,7 +220,7 @@ class _Work:
     def _start(self, waiting: _Waiting) -> None:
         run, flags = waiting.run, waiting.flags
         if flags is None:
-            found = look(run, self.choices.retry, self.choices.force)
+            found = look(run, self.choices.retried, self.choices.force)
             if found.flags is None and found.outcome is not None:  # another process has done it meanwhile
                 self.result.outcomes[run.run_id] = found.outcome
                 return

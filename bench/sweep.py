@@ -1,0 +1,186 @@
+"""``python -m bench.sweep FILE.toml``: many runs, isolated and resumable, paired by seed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from bench.cli import fail, parse, show_warnings_plainly
+
+if TYPE_CHECKING:
+    from bench.sweeps.matching import Match
+    from bench.sweeps.plan import Plan
+    from bench.sweeps.spec import Sweep
+
+PROG = "python -m bench.sweep"
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """Run every configuration of a sweep file, or of --sweep, with every seed.
+
+    Finished runs are skipped and interrupted ones continued, so the same command goes on where it was
+    stopped. Exit status: 0 all ok, 1 a run failed, 2 wrong input, 130 stopped.
+    """
+
+    file: Annotated[Path | None, tyro.conf.Positional] = None
+    """The sweep file (TOML)."""
+    sweep: tuple[str, ...] = ()
+    """In place of a file: flags and their values, such as coupler=GNN,HGNN num_experts=2,4,8."""
+    seeds: int | None = None
+    """Seeds 0, 1, … (this many; default: the file's, or 1)."""
+    match: str | None = None
+    """Make all models equal: "params HGNN" or "flops mean" solves for the width of the experts."""
+    dry_run: bool = False
+    """Print the plan and do nothing."""
+    retry: Literal["failed", "oom", "all"] | None = None
+    """Run again what failed (crashed, diverged, timeout, gate_failed), what ran out of memory, or both."""
+    force: bool = False
+    """Run everything again; earlier records are kept as run_id.1."""
+    fail_fast: bool = False
+    """Stop at the first run that fails."""
+    wait: bool = False
+    """Wait for another sweep of the same study instead of leaving."""
+    time_budget: str | None = None
+    """Start no run that is not expected to end in this time: 90s, 9m, 1.5h."""
+    run_timeout: str | None = None
+    """End a run that takes longer: 90s, 9m, 1.5h."""
+    slots: int | None = None
+    """Runs side by side (default: one a GPU; on a CPU one a core, each with one thread)."""
+    results_dir: Path = Path("results")
+    """Folder of all results."""
+    study: str | None = None
+    """Runs that belong together (default: the file's name)."""
+    data_dir: Path | None = None
+    """Folder of the text (default: the environment variable GNNMOE_DATA_DIR)."""
+    data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
+    """As for bench.run."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """As for bench.run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan and run what the flags ask for; return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config = parse(SweepConfig, arguments, prog=PROG)
+    show_warnings_plainly()
+    from rich.console import Console
+
+    from bench.sweeps.dry_run import show_plan
+
+    console = Console(highlight=False)
+    try:
+        budget, timeout = (
+            seconds_of("time_budget", config.time_budget),
+            seconds_of("run_timeout", config.run_timeout),
+        )
+        sweep = read_sweep(config)
+        with console.status("planning …"):
+            plan, match = plan_sweep(config, sweep)
+        if config.dry_run:
+            show_plan(plan, match, console)
+            return 0
+        return run_plan(config, plan, budget, timeout, shlex.join([*PROG.split(), *arguments]))
+    except ValueError as error:
+        fail(str(error))
+
+
+def read_sweep(config: SweepConfig) -> Sweep:
+    """Return the sweep of the file or of the line of shell.
+
+    Raises:
+        ValueError: neither or both are given, or something is wrong in it.
+    """
+    from bench.sweeps.shorthand import parse_shorthand
+    from bench.sweeps.spec import load_sweep
+
+    if (config.file is None) == (not config.sweep):
+        raise ValueError(f"give a sweep file or --sweep, and not both: {PROG} sweeps/couplers.toml")
+    if config.seeds is not None and config.seeds < 1:
+        raise ValueError(f"seeds is {config.seeds}; it must be at least 1.")
+    if config.file is None:
+        sweep = parse_shorthand(config.sweep, seeds=config.seeds or 1, study=config.study or "sweep")
+    else:
+        sweep = load_sweep(config.file, seeds=config.seeds)
+    return replace(sweep, study=config.study or sweep.study)
+
+
+def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None]:
+    """Return the plan; hypotheses that its runs cannot answer are refused here, before any run.
+
+    Raises:
+        ValueError: a run cannot be, or a hypothesis is wrong.
+    """
+    from bench.prepare import Identifier
+    from bench.sweeps.hypotheses import check_against, hypotheses_of
+    from bench.sweeps.matching import Match
+    from bench.sweeps.plan import make_plan
+
+    asked = config.match or sweep.match
+    match = None if asked is None else Match.parse(asked)
+    plan = make_plan(sweep, places_of(config), Identifier(), match)
+    hypotheses = hypotheses_of(sweep.hypotheses, Path() if config.file is None else config.file.parent)
+    check_against(hypotheses, [found.flags for found in plan.configurations])
+    return plan, match
+
+
+def run_plan(
+    config: SweepConfig, plan: Plan, budget: float | None, timeout: float | None, command: str
+) -> int:
+    """Run what is left of the plan and return the exit status.
+
+    Raises:
+        ValueError: another sweep is at the study, or the results cannot be written.
+    """
+    from bench.device import resolve_device
+    from bench.flags import as_flags
+    from bench.sweeps.executor import Choices
+    from bench.sweeps.local import LocalExecutor, slots_for
+    from bench.sweeps.work import execute
+
+    slots = slots_for(resolve_device(config.device).type, config.slots)
+    places = places_of(config)
+    own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
+    result = execute(
+        plan.runs, LocalExecutor(slots), results_dir=config.results_dir, study=plan.study,
+        places=as_flags(own), wait=config.wait, again=command,
+        choices=Choices(
+            retry=frozenset([config.retry] if config.retry else ()), force=config.force,
+            fail_fast=config.fail_fast, time_budget_seconds=budget, run_timeout_seconds=timeout,
+        ),
+    )  # fmt: skip
+    return result.exit_status
+
+
+def places_of(config: SweepConfig) -> dict[str, Any]:
+    """Return the places of every run, as plain flags."""
+    places: dict[str, Any] = {"results_dir": str(config.results_dir), "device": config.device,
+                              "data_source": config.data_source}  # fmt: skip
+    return places if config.data_dir is None else {**places, "data_dir": str(config.data_dir)}
+
+
+def seconds_of(name: str, text: str | None) -> float | None:
+    """Return a duration in seconds.
+
+    Raises:
+        ValueError: it is not a number with s, m or h, or not greater than 0.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)([smh]?)", text.strip())
+    seconds = float(found[1]) * UNITS[found[2] or "s"] if found else 0.0
+    if seconds <= 0:
+        raise ValueError(f"{name} is {text!r}; write a duration such as 90s, 9m or 1.5h.")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())

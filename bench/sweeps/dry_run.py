@@ -1,0 +1,55 @@
+"""The plan of a sweep as a table: what there is to do, what it costs, and what is there already."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.sweeps.matching import Match
+from bench.sweeps.plan import Configuration, Plan
+
+MOST_ROWS = 40
+DONE = ("ok", "gate_failed")
+
+
+def show_plan(plan: Plan, match: Match | None, console: Console) -> None:
+    """Print the plan in at most 80 columns."""
+    seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"
+    title = f"{plan.study}: {len(plan.configurations)} configurations × {seeds}"
+    table = Table(title=title, title_justify="left", width=80, box=None, padding=(0, 1, 0, 0))
+    table.add_column("configuration", overflow="fold", ratio=1)
+    headings = ["parameters", "FLOPs a token", *(["off by"] if match else []), "done", "left"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for configuration in plan.configurations[:MOST_ROWS]:
+        table.add_row(*_row(configuration, match))
+    console.print(table)
+    if len(plan.configurations) > MOST_ROWS:
+        console.print(f"… and {len(plan.configurations) - MOST_ROWS:,} more")
+    statuses = [status for found in plan.configurations for status in found.statuses]
+    done = sum(status in DONE for status in statuses)
+    failed = sum(status not in (None, "interrupted", *DONE) for status in statuses)
+    console.print(
+        f"{len(plan.runs):,} runs: {done:,} done, {failed:,} failed, {len(plan.runs) - done - failed:,} to do"
+    )
+    needed, comparisons = plan.seeds_needed(), max(1, len(plan.configurations) - 1)
+    if len(plan.configurations) > 1:
+        enough = "enough" if len(plan.seeds) >= needed else f"NOT enough: {len(plan.seeds)} given"
+        others = f"{comparisons} other{'s' * (comparisons > 1)}"
+        console.print(
+            f"one configuration against the {others} at p ≤ 0.05 takes {needed} paired seeds ({enough})"
+        )
+
+
+def _row(configuration: Configuration, match: Match | None) -> list[str]:
+    model, per_token = configuration.model, configuration.flops_per_token
+    done = sum(status in DONE for status in configuration.statuses)
+    cells = [
+        configuration.label,
+        f"{model.params:,}",
+        "?" if per_token is None else f"{per_token / 1e6:,.2f} M",
+    ]
+    if match is not None and configuration.reference is not None:
+        asked, got = (getattr(cost, match.quantity) for cost in (configuration.reference, model))
+        cells.append(f"{100 * (got / asked - 1):+.2f} %")
+    return [*cells, str(done), str(len(configuration.runs) - done)]

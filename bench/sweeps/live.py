@@ -1,0 +1,191 @@
+"""What a person sees of a sweep: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from bench.sweeps.executor import Outcome, PlannedRun, SweepResult
+from bench.sweeps.folders import written_at
+from bench.sweeps.outcome import Attempt
+
+REFRESH_SECONDS = 0.5
+SHOWN_FAILURES = 20
+
+
+@dataclass(frozen=True)
+class View:
+    """What the table shows; ``seconds_left`` is None where nothing is known."""
+
+    running: Sequence[Attempt]
+    queued: int
+    outcomes: Mapping[str, Outcome]
+    seconds_left: float | None
+
+
+class Display:
+    """Shows a sweep of ``runs`` on ``console``."""
+
+    def __init__(self, console: Console, runs: Sequence[PlannedRun], slots: int) -> None:
+        self.console, self.total, self.slots = console, len(runs), slots
+        self._labels = {run.run_id: run.label for run in runs}
+        self._live: Live | None = None
+        self._refreshed = -math.inf
+        self._done = 0
+
+    def line(self, text: str) -> None:
+        """Print one line, above the table where there is one."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def found(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Say what was done before."""
+        self._done = len(outcomes)
+        said = f"; done before: {_counts(Counter(found.status for found in outcomes.values()))}"
+        slots = f"{self.slots} slot{'s' if self.slots > 1 else ''}"
+        self.line(f"{self.total} runs in {slots}{said if outcomes else ''}")
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the table while the block lasts, on a terminal.
+
+        No thread refreshes it: children are forked from this process.
+        """
+        if not self.console.is_terminal:
+            yield
+            return
+        with Live(console=self.console, auto_refresh=False, transient=True) as self._live:
+            yield
+        self._live = None
+
+    def started(self, run: PlannedRun, *, resumed: bool) -> None:
+        """Say that a run starts; the table shows it where there is one."""
+        if self._live is None:
+            self.line(f"{'continues' if resumed else 'starts':12} {run.label}")
+
+    def ended(self, run: PlannedRun, outcome: Outcome, attempt: Attempt) -> None:
+        """Say what became of a run."""
+        self._done += 1
+        what = ", ".join(part for part in (_quality(outcome), _time(attempt.seconds)) if part)
+        self.line(f"{outcome.status:12} {run.label}: {what} ({self._done} of {self.total})")
+        if outcome.failed:
+            self.line(f"{'':12} {_short(outcome.error or '', 200)}")
+
+    def refresh(self, view: Callable[[], View]) -> None:
+        """Draw the table anew when it is time."""
+        if self._live is not None and time.monotonic() - self._refreshed >= REFRESH_SECONDS:
+            self._live.update(self.table(view()), refresh=True)
+            self._refreshed = time.monotonic()
+
+    def table(self, view: View) -> RenderableType:
+        """Return a row for each running run, the counts and the best so far; 80 columns are enough."""
+        table = Table(box=None, show_header=False, width=self.console.width, padding=(0, 1, 0, 0))
+        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column(width=10, no_wrap=True, justify="right")
+        table.add_column(width=34, no_wrap=True, overflow="ellipsis")
+        room = max(1, self.console.height - 6)
+        for attempt in view.running[:room]:
+            run = attempt.task.run
+            table.add_row(
+                Text(run.label), _time(attempt.seconds), Text(last_validation(attempt) or "preparing")
+            )
+        lines = [f"… and {len(view.running) - room} more"] if len(view.running) > room else []
+        failed = sum(found.failed for found in view.outcomes.values())
+        left = "" if view.seconds_left is None else f" · about {_time(view.seconds_left)} left"
+        lines.append(f"{len(view.outcomes)} of {self.total} done · {len(view.running)} running · "
+                     f"{failed} failed · {view.queued} to come{left}")  # fmt: skip
+        best = _best(view.outcomes)
+        if best is not None:
+            lines.append(f"best: {_quality(view.outcomes[best])} {self._labels[best]}")
+        text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+        return Group(table, text)
+
+    def summary(self, result: SweepResult, again: str) -> None:
+        """Say how the sweep ended, what failed and why, and how to go on."""
+        best = _best(result.outcomes)
+        words = f"{len(result.runs)} runs in {_time(result.seconds)}: {_counts(result.counts)}"
+        if best is not None:
+            words += f"; best: {_quality(result.outcomes[best])}, {self._labels[best]}"
+        self.line(words)
+        failures = [(run_id, found) for run_id, found in result.outcomes.items() if found.failed]
+        for run_id, found in failures[:SHOWN_FAILURES]:
+            self.line(
+                f"{found.status:12} {self._labels[run_id]} ({run_id}): {_short(found.error or '', 160)}"
+            )
+        if len(failures) > SHOWN_FAILURES:
+            self.line(f"{'':12} … and {len(failures) - SHOWN_FAILURES} more")
+        if failures:
+            self.line(f"the output of each run lies in {result.runs[0].folder.parent / '.logs'}")
+        if result.message:
+            self.line(f"error: {result.message}")
+        if result.left_for_budget:
+            self.line(f"{result.left_for_budget} runs were left: they would not have ended within the time "
+                      "budget")  # fmt: skip
+        if result.stopped is not None:
+            self.line(f"to go on where it stopped: {again}")
+
+
+def last_validation(attempt: Attempt) -> str | None:
+    """Return ``step 40/120: perplexity 480.1`` from the end of the history; None before its first step."""
+    run = attempt.task.run
+    if written_at(run.folder / "record.json") == attempt.record_before:  # the history is an earlier one's
+        return None
+    last, step = None, None
+    for row in reversed(_last_rows(run.folder / "history.jsonl")):
+        with suppress(ValueError, KeyError, TypeError, ZeroDivisionError):  # a row that is being written
+            entry = json.loads(row)
+            step = step or entry["step"]
+            if entry["kind"] == "validation":
+                last = f"perplexity {math.exp(min(entry['nll_sum'] / entry['tokens'], 700.0)):,.1f}"
+                break
+    if step is None:
+        return None
+    place = f"step {step}" + (f"/{run.steps}" if run.steps else "")
+    return f"{place}: {last}" if last else place
+
+
+def _last_rows(path: Path, size: int = 2**16) -> list[str]:
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        return file.read().decode(errors="replace").splitlines()
+    return []
+
+
+def _best(outcomes: Mapping[str, Outcome]) -> str | None:
+    """Return the run_id of the ok run with the lowest perplexity."""
+    known = {
+        key: found.perplexity for key, found in outcomes.items()
+        if found.status == "ok" and found.perplexity is not None
+    }  # fmt: skip
+    return min(known, key=lambda key: known[key]) if known else None
+
+
+def _counts(counts: Counter[str]) -> str:
+    order = sorted(counts.items(), key=lambda item: (item[0] != "ok", item[0] == "left", item[0]))
+    return ", ".join(f"{number} {status}" for status, number in order) or "nothing"
+
+
+def _quality(outcome: Outcome) -> str:
+    return "" if outcome.perplexity is None else f"perplexity {outcome.perplexity:,.1f}"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _short(text: str, length: int) -> str:
+    line = text.partition("\n")[0]
+    return line if len(line) <= length else line[: length - 1] + "…"

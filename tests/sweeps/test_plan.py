@@ -1,0 +1,211 @@
+"""The plan of a sweep: ids, costs, matching, what is there already; and ``bench.sweep --dry-run``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.cli import parse
+from bench.config import RunConfig
+from bench.prepare import Identifier, prepare
+from bench.records.store import RunFolder
+from bench.sweep import main, seconds_of
+from bench.sweeps.matching import Match, matched
+from bench.sweeps.plan import Plan, make_plan
+from bench.sweeps.spec import load_sweep, sweep_of
+from gnnmoe import GNNMoEConfig
+from gnnmoe.cost import model_cost
+
+REPOSITORY = Path(__file__).parents[2]
+BASE = {"embed_dim": 8, "max_seq_length": 16, "batch_size": 4, "max_steps": 6, "num_layers": 1}
+GRID = {"coupler": ["mean", "HGNN", "dense"], "num_experts": [2, 4]}
+
+
+@pytest.fixture
+def places(small_data_dir, tmp_path) -> dict[str, str]:
+    return {"results_dir": str(tmp_path / "results"), "data_dir": str(small_data_dir)}
+
+
+def plan_of(places, match: str | None = None, **entries) -> Plan:
+    sweep = sweep_of({"base": BASE, "grid": GRID, "seeds": 3, **entries}, "study")
+    return make_plan(sweep, places, Identifier(), None if match is None else Match.parse(match))
+
+
+def test_ids_folders_and_flags_are_those_of_the_runs_themselves(places):
+    plan = plan_of(places)
+    assert len(plan.runs) == 18
+    assert len({run.run_id for run in plan.runs}) == 18
+    for run in plan.runs[::5]:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in places.items()]
+        config = parse(RunConfig, [*run.arguments, *flags, "--study", "study"], presets=True)
+        prepared = prepare(config)
+        assert prepared.run_id == run.run_id
+        assert prepared.folder.path == run.folder
+
+
+def test_seeds_are_outermost_and_configurations_hold_their_runs(places):
+    plan = plan_of(places)
+    labels = [run.label for run in plan.runs]
+    assert labels[:3] == [
+        "mean · num_experts 2 · seed 0",
+        "mean · num_experts 4 · seed 0",
+        "HGNN · num_experts 2 · seed 0",
+    ]
+    assert labels[6:] == [label.replace("seed 0", f"seed {seed}") for seed in (1, 2) for label in labels[:6]]
+    for configuration in plan.configurations:
+        assert [run.label.rpartition(" ")[2] for run in configuration.runs] == ["0", "1", "2"]
+
+
+def test_costs_are_those_of_the_model(places):
+    for configuration in plan_of(places).configurations:
+        coupler, experts = configuration.label.split(" · num_experts ")
+        flags = [*configuration.runs[0].arguments, "--data-dir", places["data_dir"]]
+        words = Identifier()(parse(RunConfig, flags))[1].vocab_size
+        config = GNNMoEConfig(
+            coupler_type=coupler, num_experts=int(experts), embed_dim=8, max_seq_length=16, num_layers=1,
+            vocab_size=words,
+        )  # fmt: skip
+        cost = model_cost(config)
+        assert configuration.model == cost
+        assert cost.flops is not None
+        assert configuration.flops_per_token == 3 * cost.flops / 16
+        for run in configuration.runs:
+            assert run.cost == configuration.flops_per_token * 6 * 4 * 16
+            assert run.steps == 6
+
+
+@pytest.mark.parametrize("quantity", ["params", "flops"])
+def test_matched_models_are_as_large_as_the_reference_and_run_so(places, quantity):
+    plan = plan_of(places, match=f"{quantity} HGNN")
+    for configuration in plan.configurations:
+        assert configuration.reference is not None
+        asked, got = (getattr(c, quantity) for c in (configuration.reference, configuration.model))
+        assert got == pytest.approx(asked, rel=0.02)
+        if configuration.label.startswith("HGNN"):
+            assert got == asked
+        config = parse(RunConfig, [*configuration.runs[0].arguments, "--data-dir", places["data_dir"]])
+        assert model_cost(Identifier()(config)[1]) == configuration.model  # the flags say it all
+    unmatched = {run.run_id for run in plan_of(places).runs}
+    changed = [run for run in plan.runs if run.run_id not in unmatched]
+    assert len(changed) == 12  # all but the reference's own
+
+
+def test_a_match_is_relative_to_the_same_model_with_the_reference_coupler():
+    config = GNNMoEConfig(coupler_type="GNN", num_experts=3, embed_dim=16)
+    width, target = matched(config, Match.parse("params HGNN"))
+    assert target == model_cost(replace(config, coupler_type="HGNN"))
+    assert width is not None
+    left = model_cost(replace(config, ffn_dim=width)).params - target.params
+    assert abs(left) <= 2 * 3 * (2 * 16 + 1) / 2  # half a hidden unit of every expert
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("params", "write a quantity and a coupler"),
+        ("parms HGNN", "unknown quantity to match 'parms'.*mean 'params'"),
+        ("params HGN", "mean 'HGNN'"),
+        ("params dense", "dense is as large as it is made"),
+        (7, "match is 7"),
+    ],
+)
+def test_a_wrong_match_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Match.parse(text)
+
+
+def test_what_is_there_already_is_counted(places):
+    plan = plan_of(places)
+    for run, status in zip(plan.runs, ("ok", "interrupted", "crashed"), strict=False):
+        folder = RunFolder(run.folder.parent, ".", run.run_id)
+        run.folder.mkdir(parents=True)
+        (folder.path / "record.json").write_text("{}" if status == "crashed" else "")
+    again = plan_of(places)
+    assert [found.statuses[0] for found in again.configurations[:4]] == ["damaged"] * 3 + [None]
+
+
+def test_a_run_that_cannot_be_is_named(places):
+    with pytest.raises(ValueError, match=r"run HGNN · num_experts 2 \(seed 0\): unknown hgnn_conv_type"):
+        plan_of(places, base={**BASE, "hgnn_conv_type": "HNNH"})
+    with pytest.raises(ValueError, match="num_heads is 3 and does not divide"):
+        plan_of(places, base={**BASE, "num_heads": 3})
+
+
+@pytest.mark.parametrize(("configurations", "needed"), [(2, 6), (4, 7), (9, 9), (13, 9), (14, 10), (26, 10)])
+def test_the_seeds_that_comparisons_need(configurations, needed):
+    """2 / 2ⁿ is the least p of n paired seeds: 7 for 3 comparisons, 9 for 8 to 12, 10 for 13 to 25."""
+    plan = Plan("s", [0], [None] * configurations, [])  # pyright: ignore[reportArgumentType]
+    assert plan.seeds_needed() == needed
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_ready_files_can_be_planned(path, places, capsys):
+    if path.stem == "hypotheses":
+        return
+    assert main([str(path), "--dry-run", "--data-dir", places["data_dir"]]) == 0
+    assert f"{len(load_sweep(path).runs):,} runs: 0 done" in capsys.readouterr().out
+
+
+def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    flags = ["--results-dir", places["results_dir"], "--data-dir", places["data_dir"], "--dry-run"]
+    words = ["coupler=mean,HGNN,topk", "static_hyperedge_strategy=all_pairs,all_triplets", "gnn_layers=1,2"]
+    assert main(["--sweep", *words, "--seeds", "2", "--match", "params HGNN", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "12 configurations × 2 seeds" in shown
+    assert "NOT enough: 2 given" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give a sweep file or --sweep"),
+        (["nowhere.toml"], "nowhere.toml cannot be read"),
+        (["--sweep", "coupler=HGN"], "run HGN (seed 0): unknown coupler 'HGN'"),
+        (["--sweep", "coupler=mean", "--seeds", "0"], "seeds is 0"),
+        (["--sweep", "coupler=mean", "--time-budget", "soon"], "time_budget is 'soon'"),
+        (["--sweep", "coupler=mean", "--match", "size HGNN"], "unknown quantity to match 'size'"),
+        (["--sweep", "copler=mean"], "unknown key 'copler'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(flags, message, places, tmp_path, capsys):
+    own = ["--data-dir", places["data_dir"], "--results-dir", places["results_dir"]]
+    with pytest.raises(SystemExit) as stopped:
+        main([*flags, *own])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_hypotheses_that_no_run_answers_are_refused_before_any_run(places, tmp_path, capsys):
+    (tmp_path / "h.toml").write_text(
+        '[[hypothesis]]\nstatement = "x"\nbetter = {coupler = "GNN"}\nthan = {coupler = "mean"}\n'
+    )
+    (tmp_path / "s.toml").write_text('hypotheses = "h.toml"\n[grid]\ncoupler = ["mean", "HGNN"]\n')
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "s.toml"), "--data-dir", places["data_dir"], "--dry-run"])
+    assert "hypothesis 1: better = {'coupler_type': 'GNN'} selects no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("9m", 540), ("1.5h", 5400), (None, None)]
+)
+def test_durations(text, seconds):
+    assert seconds_of("time_budget", text) == seconds
+
+
+def test_planning_costs_each_distinct_model_once(places, monkeypatch):
+    """Ten thousand runs are planned in seconds; here: 2,000 runs of 4 models build 4 couplers."""
+    import gnnmoe.cost
+
+    gnnmoe.cost._coupler_cost.cache_clear()
+    plan_of(places, grid={"coupler": ["mean", "HGNN"], "num_experts": [2, 4], "learning_rate": [1e-3, 2e-3]},
+            seeds=250)  # fmt: skip
+    assert gnnmoe.cost._coupler_cost.cache_info().misses == 4

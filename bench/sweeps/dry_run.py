@@ -36,9 +36,7 @@ def show_plan(plan: Plan, match: Match | None, console: Console) -> None:
     if len(plan.configurations) > 1:
         enough = "enough" if len(plan.seeds) >= needed else f"NOT enough: {len(plan.seeds)} given"
         others = f"{comparisons} other{'s' * (comparisons > 1)}"
-        console.print(
-            f"one configuration against the {others} at p ≤ 0.05 takes {needed} paired seeds ({enough})"
-        )
+        console.print(f"one against the {others} at p ≤ 0.05 takes {needed} paired seeds ({enough})")
 
 
 def _row(configuration: Configuration, match: Match | None) -> list[str]:

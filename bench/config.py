@@ -56,10 +56,10 @@ class DataConfig:
     """Which text, and how much of it."""
 
     dataset_name: Annotated[str | None, tyro.conf.arg(aliases=("--dataset",))] = None
-    """Text data set on the hub; wikitext is WikiText-2. Named, it must be had; unnamed, an
-    embedded text serves where neither a folder nor the hub can be reached."""
-    dataset_config_name: str = "wikitext-2-v1"
-    """Configuration of the data set."""
+    """Text data set on the hub; wikitext is WikiText-2. Named, by this or by its configuration, it
+    must be had; unnamed, an embedded text serves where neither a folder nor the hub can be reached."""
+    dataset_config_name: str | None = None
+    """Configuration of the data set (None: wikitext-2-v1 for wikitext, none for others)."""
     text_column: str = "text"
     """Column of the data set that holds the text."""
     tokenizer: str = "word"
@@ -90,7 +90,7 @@ class TrainingConfig:
     max_batches_per_epoch: int | None = None
     """End an epoch after this many batches."""
     min_steps_per_epoch: int = 10
-    """Refuse data that give an epoch fewer batches than this: the batch is too large for them."""
+    """Refuse data that give an epoch fewer batches than this (max_batches_per_epoch may cut it further)."""
     batch_schedule: str | None = None
     """Batch size by epoch, such as 0:16,2:32 (16 from epoch 0 on, 32 from epoch 2 on)."""
     curriculum: str | None = None
@@ -122,8 +122,6 @@ class TrainingConfig:
         check_positive(self, "batch_size", "max_steps", "epochs", "max_batches_per_epoch",
                        "min_steps_per_epoch",
                        "learning_rate", "eval_every", "max_grad_norm")  # fmt: skip
-        if self.curriculum is not None and self.epochs is None:
-            raise ValueError("a curriculum paces itself by epochs; say how many, with --epochs.")
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1].")
         if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:

@@ -1,34 +1,102 @@
-"""The difficulty model of a curriculum: a finished run's checkpoint as a function that scores blocks."""
+"""The difficulty model of a curriculum: a finished run's checkpoint, and the scores it gives to blocks.
+
+Scoring takes minutes where the text is large, so the scores are kept in the cache.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bench.data.blocks import TrainBlocks
+from bench.data.cache import cache_folder, cached
 from bench.data.corpus import Corpus
+from bench.data.curriculum import ScoreBlocks, model_scores
 from bench.training.checkpoint import load_checkpoint
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 
+FORMAT = 1  # one more whenever the same checkpoint would give other scores, or they are stored differently
+_REMEDY = "name the checkpoint.pt of a finished run"
 
-def checkpoint_scorer(path: Path, corpus: Corpus, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function from inputs and targets (B, L) to the mean nll in nats of each block (B,).
+
+def difficulty_scores(
+    path: Path,
+    blocks: TrainBlocks,
+    *,
+    corpus: Corpus,
+    device: torch.device,
+    announce: Callable[[str], None] | None = None,
+    cache_dir: Path | None = None,
+) -> np.ndarray:
+    """Return the mean nll in nats that a checkpoint's model gives each block, (blocks,) float64.
+
+    From the cache (see ``cache_folder``) where the same bytes scored the same blocks before, else
+    computed and put there; ``announce`` is told before, in one sentence. Raises ValueError as
+    ``checkpoint_scorer``.
+    """
+
+    def make() -> np.ndarray:
+        score = checkpoint_scorer(path, blocks.length, corpus, device)
+        if announce is not None:
+            announce(f"scoring {len(blocks):,} blocks by {path} …")
+        return model_scores(blocks, score)
+
+    key = _key(path, blocks, corpus)
+    return cached(
+        cache_folder(cache_dir) / "difficulty" / f"{key}.npz",
+        "set of difficulty scores",
+        make,
+        read=lambda file: _read(file, key, len(blocks)),
+        write=lambda file, scores: np.savez(file, key=np.array(key), scores=scores),
+    )
+
+
+def _key(path: Path, blocks: TrainBlocks, corpus: Corpus) -> str:
+    try:
+        with path.open("rb") as file:
+            checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error.strerror}); {_REMEDY}.") from error
+    indices = hashlib.sha256(blocks.indices.numpy().astype("<i8").tobytes()).hexdigest()
+    parts = [FORMAT, checkpoint, corpus.sha256, blocks.length, indices]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _read(file: IO[bytes], key: str, num_blocks: int) -> np.ndarray:
+    with np.load(file, allow_pickle=False) as stored:
+        if str(stored["key"]) != key:
+            raise ValueError("it belongs to another checkpoint or text")
+        scores = stored["scores"]
+    if scores.shape != (num_blocks,) or scores.dtype != np.float64:
+        raise ValueError(f"it does not hold {num_blocks} scores")
+    return scores
+
+
+def checkpoint_scorer(path: Path, length: int, corpus: Corpus, device: torch.device) -> ScoreBlocks:
+    """Return a function from inputs and targets (B, ``length``) to the mean nll in nats of each block (B,).
 
     Raises:
-        ValueError: the checkpoint is damaged, of another text, or of a coupler that lies in a file.
+        ValueError: the file is no checkpoint of a run that got as far as an evaluation, of another
+            text, of shorter sequences, or of a coupler that lies in a file.
     """
-    state = load_checkpoint(path)
-    identity: dict[str, Any] = state.get("identity", {})
-    if identity.get("data", {}).get("sha256") != corpus.sha256:
-        raise ValueError(
-            f"the curriculum's difficulty model {path} was trained on another text or with another "
-            f"tokenizer; name a checkpoint of a run on {corpus.name} {corpus.config_name}."
+    fields, weights = _contents(path, corpus)
+    model = _model(path, fields, weights, corpus.vocabulary.size)
+    trained = model.config.max_seq_length
+    if trained < length:
+        raise _unfit(
+            path,
+            f"was trained at max_seq_length {trained}, but this run's blocks have {length} tokens; "
+            f"use --max-seq-length {trained} or less, or a checkpoint trained at {length} or more",
         )
-    model = _model(path, identity["model"], state.get("model") or state["trainer"]["best_model"], corpus)
     model.to(device).eval()
 
     def score(input_ids: Tensor, targets: Tensor) -> Tensor:
@@ -37,13 +105,40 @@ def checkpoint_scorer(path: Path, corpus: Corpus, device: torch.device) -> Calla
     return score
 
 
-def _model(path: Path, fields: dict[str, Any], weights: dict[str, Tensor], corpus: Corpus) -> GNNMoEModel:
+def _contents(path: Path, corpus: Corpus) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the model's fields and its best weights."""
+    state = load_checkpoint(path, _REMEDY)
     try:
-        model = GNNMoEModel(GNNMoEConfig(**{"vocab_size": corpus.vocabulary.size, **fields}), seed=0)
+        fields, text = state["identity"]["model"], state["identity"]["data"]["sha256"]
+        weights = state["model"] if "model" in state else state["trainer"]["best_model"]
+    except (KeyError, TypeError) as error:
+        raise _unfit(
+            path, f"is no checkpoint of a run ({type(error).__name__}: {error}); {_REMEDY}"
+        ) from error
+    if text != corpus.sha256:
+        there = f"{corpus.name} {corpus.config_name}".strip()
+        raise _unfit(
+            path,
+            "was trained on another text or with another tokenizer; "
+            f"name a checkpoint of a run on {there} with the tokenizer {corpus.tokenizer}",
+        )
+    if not weights:
+        raise _unfit(path, f"is of a run that was interrupted before its first evaluation; {_REMEDY}")
+    return fields, weights
+
+
+def _model(path: Path, fields: dict[str, Any], weights: dict[str, Tensor], words: int) -> GNNMoEModel:
+    try:
+        model = GNNMoEModel(GNNMoEConfig(**{"vocab_size": words, **fields}), seed=0)
         model.load_state_dict(weights)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the curriculum's difficulty model {path} cannot be built again "
-            f"({str(error).splitlines()[0]}); use one whose coupler is registered."
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise _unfit(
+            path,
+            f"cannot be built again ({reason}); use one whose coupler is registered, made by this version",
         ) from error
     return model
+
+
+def _unfit(path: Path, reason: str) -> ValueError:
+    return ValueError(f"the curriculum's difficulty model {path} {reason}.")

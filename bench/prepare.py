@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.config import RunConfig
+from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
 from bench.data.blocks import TrainBlocks
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum, make_curriculum
 from bench.data.loader import BlockLoader, create_loader
+from bench.data.sampler import Extent
+from bench.data.sources import known_as
 from bench.data.validation import validate_first_batch
 from bench.device import resolve_device
-from bench.difficulty import checkpoint_scorer
+from bench.difficulty import difficulty_scores
 from bench.gate import refuse_wrong_names
 from bench.records.schema import config_dict, identity, run_id
 from bench.records.store import RunFolder, check_writable
@@ -65,6 +69,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_writable(config.places.results_dir)
     device = resolve_device(config.places.device)
     refuse_wrong_names(config.model.resolved(1))  # before the data are read
+    _refuse_curriculum_without_epochs(config.training)
     corpus = load_corpus(**_corpus_arguments(config))
     _refuse_another_text(config, corpus)
     model_config = config.model.resolved(corpus.vocabulary.size)
@@ -91,7 +96,8 @@ class Identifier:
         Raises:
             ValueError: as ``prepare``, for what can be seen without building the model.
         """
-        key = repr((_corpus_arguments(config), config.data.dataset_name))
+        _refuse_curriculum_without_epochs(config.training)
+        key = repr((_corpus_arguments(config), _asked_by_name(config)))
         if key not in self._corpora:
             corpus = load_corpus(**_corpus_arguments(config))
             _refuse_another_text(config, corpus)
@@ -119,17 +125,29 @@ def _identity(
 
 
 def _order_of(loader: BlockLoader) -> dict[str, Any] | None:
-    """Return what a curriculum changes: its pace, and the order of the blocks by content."""
+    """Return what a curriculum changes: its pace, and the order of the blocks by content.
+
+    None where every epoch has all blocks: then order and numbers are those without a curriculum.
+    """
     curriculum = loader.sampler_obj.curriculum
-    if curriculum is None:
+    if curriculum is None or curriculum.size(0) == len(curriculum.scores):
         return None
     order = curriculum.easiest_first.astype("<i8").tobytes()
-    return {**curriculum.to_record(), "order_sha256": hashlib.sha256(order).hexdigest()}
+    return {
+        "blocks_by_epoch": curriculum.to_record()["blocks_by_epoch"],
+        "order_sha256": hashlib.sha256(order).hexdigest(),
+    }
+
+
+def _asked_by_name(config: RunConfig) -> tuple[str, str] | None:
+    """Return the data set and the configuration that must be had; None where any text will do."""
+    names = config.data.dataset_name, config.data.dataset_config_name
+    return None if names == (None, None) else known_as(*names)
 
 
 def _corpus_arguments(config: RunConfig) -> dict[str, Any]:
-    source, named = config.places.data_source, config.data.dataset_name is not None
-    if source == "auto" and named:  # asked for by name: no embedded text in its place
+    source = config.places.data_source
+    if source == "auto" and _asked_by_name(config):  # no embedded text in its place
         has_folder = config.places.data_dir is not None or os.environ.get("GNNMOE_DATA_DIR")
         source = "folder" if has_folder else "hub"
     return {
@@ -148,13 +166,16 @@ def _refuse_another_text(config: RunConfig, corpus: Corpus) -> None:
     Raises:
         ValueError: naming both.
     """
-    asked = (config.data.dataset_name, config.data.dataset_config_name)
-    if asked[0] is not None and asked != (corpus.name, corpus.config_name):
-        raise ValueError(
-            f"asked for {asked[0]} {asked[1]} by name, but the {corpus.source} holds "
-            f"{corpus.name} {corpus.config_name} ({corpus.verdict}); "
-            "drop --dataset-name to use it, or name another --data-dir."
-        )
+    asked, data = _asked_by_name(config), config.data
+    if asked is None or asked == (corpus.name, corpus.config_name):
+        return
+    flags = {"--dataset": data.dataset_name, "--dataset-config-name": data.dataset_config_name}
+    given = " and ".join(flag for flag, value in flags.items() if value is not None)
+    raise ValueError(
+        f"asked for {' '.join(asked).strip()} by name, but the {corpus.source} holds "
+        f"{f'{corpus.name} {corpus.config_name}'.strip()} ({corpus.verdict}); "
+        f"drop {given} to use it, or name another --data-dir."
+    )
 
 
 def _refuse_missing_rows(model_config: GNNMoEConfig, corpus: Corpus) -> None:
@@ -176,6 +197,7 @@ def _loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[st
     size = training.batch_size
     shared: dict[str, Any] = {
         "max_seq_length": length, "seed": seed, "num_workers": config.places.num_workers_dataloader,
+        "pin_memory": device.type == "cuda",
     }  # fmt: skip
     evaluated = {**shared, "num_samples": config.data.num_eval_samples}
     half = max(1, length // 2)
@@ -183,7 +205,7 @@ def _loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[st
         "train": create_loader(
             corpus, "train", size, num_samples=config.data.num_train_samples,
             batch_schedule=training.batch_schedule, curriculum=_curriculum(config, corpus, device),
-            min_batches=training.min_steps_per_epoch, **shared,
+            min_batches=training.min_steps_per_epoch, extent=_extent(training), **shared,
         ),
         "val": create_loader(corpus, "val", size, **evaluated),
         "val_final": create_loader(corpus, "val", size, stride=half, **evaluated),
@@ -193,6 +215,18 @@ def _loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[st
     return loaders
 
 
+def _extent(training: TrainingConfig) -> Extent:
+    steps = training.max_steps
+    if steps is None and training.epochs is None:
+        steps = DEFAULT_MAX_STEPS
+    return Extent(training.epochs, steps, training.max_batches_per_epoch)
+
+
+def _refuse_curriculum_without_epochs(training: TrainingConfig) -> None:
+    if training.curriculum is not None and training.epochs is None:
+        raise ValueError("a curriculum paces itself by epochs; say how many, with --epochs.")
+
+
 def _curriculum(
     config: RunConfig, corpus: Corpus, device: torch.device
 ) -> Callable[[TrainBlocks], Curriculum] | None:
@@ -200,13 +234,14 @@ def _curriculum(
     if training.curriculum is None:
         return None
     scorer, epochs = training.curriculum, training.epochs
-    assert epochs is not None, "the config refuses a curriculum without epochs"
+    assert epochs is not None, "refused before"
+    announce = None if config.places.quiet else partial(print, file=sys.stderr, flush=True)
 
     def make(blocks: TrainBlocks) -> Curriculum:
         return make_curriculum(
             blocks, corpus.vocabulary, scorer, pacing=training.curriculum_pacing, epochs=epochs,
             start=training.curriculum_start, seed=training.seed, strict=training.strict_curriculum,
-            load_model=lambda path: checkpoint_scorer(path, corpus, device),
+            score_by_checkpoint=partial(difficulty_scores, corpus=corpus, device=device, announce=announce),
         )  # fmt: skip
 
     return make

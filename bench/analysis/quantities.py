@@ -45,9 +45,13 @@ def trigram_perplexity(record: Record, split: str = "validation") -> float | Non
 
 def _perplexity(record: Record, split: str, key: str, per: str = "tokens") -> float | None:
     quality = record["quality"]
-    if not is_measured(quality) or not is_measured(quality[split]):
+    if not is_measured(quality) or not is_measured(quality[split]) or key not in quality[split]:
         return None
-    nats = quality[split][key] / quality[split][per]
+    return exp_or_infinity(quality[split][key] / quality[split][per])
+
+
+def exp_or_infinity(nats: float) -> float:
+    """Return exp(nats), infinity where no float is so large."""
     return math.exp(nats) if nats < 700 else math.inf
 
 

@@ -60,8 +60,10 @@ def _quality(record: Record, split: str) -> str:
     if value is None or bits is None:
         return ""
     scored = record["quality"][split]
-    lines = quantities.unigram_perplexity(record, split), quantities.trigram_perplexity(record, split)
-    text = f"perplexity {value:,.1f} (unigram {lines[0]:,.1f}, trigram {lines[1]:,.1f})"
+    lines = {"unigram": quantities.unigram_perplexity(record, split),
+             "trigram": quantities.trigram_perplexity(record, split)}  # fmt: skip
+    simple = ", ".join(f"{name} {line:,.1f}" for name, line in lines.items() if line is not None)
+    text = f"perplexity {value:,.1f} ({simple})"
     if scored["words"] != scored["tokens"]:
         text += f" a token, {quantities.word_perplexity(record, split):,.1f} a word"
     return (

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from bench.analysis.plot_style import BLUE, ORANGE, SKY, Plot, log_ticks, new_figure, step_axis
+from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.run_data import Row, RunData
 from bench.measure.quantity import is_measured
 
@@ -59,11 +60,6 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
     return smoothed
 
 
-def perplexity(loss: float) -> float:
-    """Return exp(loss), infinity where no float is so large."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def _table(run: RunData, smoothed: list[float]) -> list[list[Any]]:
     train = {row["step"]: (row, value) for row, value in zip(run.train, smoothed, strict=True)}
     evaluated = {row["step"]: row for row in run.validation}
@@ -75,7 +71,7 @@ def _table(run: RunData, smoothed: list[float]) -> list[list[Any]]:
             cells[1:6] = row["tokens"], row["loss"], value, row["learning_rate"], row["gradient_norm"]
         if step in evaluated:
             loss = _loss(evaluated[step])
-            cells[6:] = evaluated[step]["tokens"], loss, perplexity(loss)
+            cells[6:] = evaluated[step]["tokens"], loss, exp_or_infinity(loss)
         rows.append(cells)
     return rows
 
@@ -121,12 +117,12 @@ def _draw_evaluation(axes: Axes, run: RunData) -> None:
         return
     losses = [_loss(row) for row in run.validation]
     best = min(range(len(losses)), key=losses.__getitem__)
-    label = f"best perplexity {_number(perplexity(losses[best]))}, step {run.validation[best]['step']:,}"
+    label = f"best perplexity {_number(exp_or_infinity(losses[best]))}, step {run.validation[best]['step']:,}"
     steps, marker = [row["step"] for row in run.validation], _marker(losses, MARKED)
     axes.plot(steps, losses, color=BLUE, marker=marker, markersize=4, label=label)
     lines = _reference_losses(run)
     for (name, loss), style in zip(lines.items(), ("--", ":"), strict=False):
-        label = f"{name} {_number(perplexity(loss))}"
+        label = f"{name} {_number(exp_or_infinity(loss))}"
         axes.axhline(loss, color="black", linestyle=style, linewidth=1.2, label=label)
     _legend(axes)
     known = [*losses, *lines.values()]

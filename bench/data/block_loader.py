@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class BlockLoader(DataLoader[Any]):
             collate_fn=_identity,  # the blocks hand out whole batches
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_ignore_ctrl_c,
             pin_memory=pin_memory,
             # Without a generator of its own, iter() would draw from torch's global one.
             generator=torch.Generator().manual_seed(stream_seed(sampler.seed, "data.workers")),
@@ -153,6 +155,11 @@ def check_unchanged(loader: DataLoader[Any]) -> BlockLoader:
 
 def _which(thing: object) -> str:
     return f"{type(thing).__name__} {id(thing):x}"
+
+
+def _ignore_ctrl_c(_: int) -> None:
+    """Leave Ctrl-C to the parent: it reaches all processes, and the parent may still need the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _identity(batch: Any) -> Any:

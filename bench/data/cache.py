@@ -1,6 +1,7 @@
-"""The cache of prepared corpora: one file for each content, safe where several runs write at once.
+"""What can be made again is kept in files: here a prepared corpus, elsewhere reference lines and scores.
 
-A file can be deleted at any time; a broken one is made again. Nothing in it is executed (no pickle).
+Safe where several runs write at once. A file can be deleted at any time; a broken one is made again.
+Nothing in it is executed (no pickle).
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import json
 import os
 import secrets
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -21,8 +24,10 @@ from bench.data.split import SPLITS, Split
 from bench.data.tokenizer import Content
 from bench.data.vocabulary import Vocabulary
 
-FORMAT = 1  # one more whenever the same source would be prepared or stored differently
+FORMAT = 2  # one more whenever the same source would be prepared or stored differently
+LEFT_OVER_SECONDS = 3600.0  # a temporary file this old is of a writer that was killed
 _NUMBERS = ("num_tokens", "num_words", "num_lines", "num_bytes", "sha256")
+Made = TypeVar("Made")
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
@@ -36,39 +41,60 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
 
 
 def cached_content(identity: list[Any], make: Callable[[], Content], folder: Path) -> Content:
-    """Return the content that ``identity`` (JSON) names: from ``folder``, else made and put there.
-
-    A broken file is replaced, a folder that cannot be used is passed over; each gives one warning.
-    Raises what ``make`` raises.
-    """
+    """Return the content that ``identity`` (JSON) names: from ``folder``, else made; see ``cached``."""
     key = sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()
     path = folder / f"corpus-{key[:32]}.npz"
+    return cached(
+        path,
+        "prepared corpus",
+        make,
+        read=lambda file: _read(file, key),
+        write=lambda file, content: _write(file, content, key),
+    )
+
+
+def cached(
+    path: Path,
+    what: str,
+    make: Callable[[], Made],
+    *,
+    read: Callable[[IO[bytes]], Made | None],
+    write: Callable[[IO[bytes], Made], None],
+) -> Made:
+    """Return what ``read`` finds in the file at ``path``, else what ``make`` returns, which ``write`` keeps.
+
+    ``read`` returns None for a file that is out of date and raises for one that is broken. A broken
+    file is replaced, a folder that cannot be used is passed over; each gives one warning about
+    ``what``. Raises what ``make`` raises.
+    """
     try:
-        return _read(path, key)
+        with path.open("rb") as file:
+            found = read(file)
+        if found is not None:
+            return found
     except OSError:
         pass  # absent, or out of reach: then writing fails too, and says so
     except Exception as error:  # garbage fails in many ways: zip, numpy, JSON, a missing key
-        warnings.warn(
-            f"the cached corpus {path} is broken ({_reason(error)}); it is prepared anew", stacklevel=3
-        )
-    content = make()
+        warnings.warn(f"the {what} in {path} is broken ({_reason(error)}); it is made anew", stacklevel=4)
+    made = make()
     try:
-        replace_file(path, lambda file: _write(file, content, key))
+        replace_file(path, lambda file: write(file, made))
     except OSError as error:
         warnings.warn(
-            f"the prepared corpus cannot be kept in {folder} ({_reason(error)}), so each run prepares it "
-            "again; set GNNMOE_CACHE_DIR to a folder that can be written",
-            stacklevel=3,
+            f"the {what} cannot be kept in {path.parent} ({_reason(error)}), so each run makes it again; "
+            "set GNNMOE_CACHE_DIR to a folder that can be written",
+            stacklevel=4,
         )
-    return content
+    return made
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let ``write`` fill a new file, then put it at ``path``: readers see all of it or nothing.
 
-    Raises OSError, and leaves no part of a file behind.
+    Raises OSError, and leaves no part of a file behind; what killed writers left there goes too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_over(path)
     part = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with part.open("xb") as file:
@@ -77,6 +103,14 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _remove_left_over(path: Path) -> None:
+    before = time.time() - LEFT_OVER_SECONDS
+    for part in path.parent.glob(f".*{path.suffix}-*-*.tmp"):
+        with suppress(OSError):  # another process was quicker
+            if part.stat().st_mtime < before:
+                part.unlink()
 
 
 def _reason(error: Exception) -> str:
@@ -90,6 +124,7 @@ def _write(file: IO[bytes], content: Content, key: str) -> None:
         "format": FORMAT,
         "key": key,
         "num_distinct_words": content.num_distinct_words,
+        "merges_sha256": content.merges_sha256,
         "splits": {name: {field: getattr(splits[name], field) for field in _NUMBERS} for name in SPLITS},
     }
     arrays: dict[str, Any] = {
@@ -115,15 +150,15 @@ def _compact(values: np.ndarray) -> np.ndarray:
     return values.astype(np.min_scalar_type(int(values.max())))
 
 
-def _read(path: Path, key: str) -> Content:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+def _read(file: IO[bytes], key: str) -> Content:
+    with np.load(file, allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
         if (about["format"], about["key"]) != (FORMAT, key):
             raise ValueError("it belongs to another corpus or format")
         words = arrays["words"].tobytes().decode()
         vocabulary = Vocabulary(tuple(words.split("\n")), arrays["counts"])
         splits = {name: _read_split(name, arrays, about["splits"][name], vocabulary.size) for name in SPLITS}
-        return Content(vocabulary, splits, about["num_distinct_words"])
+        return Content(vocabulary, splits, about["num_distinct_words"], about["merges_sha256"])
 
 
 def _read_split(name: str, arrays: Any, numbers: dict[str, Any], num_ids: int) -> Split:

@@ -14,7 +14,7 @@ from typing import Any
 from bench.data.cache import cache_folder, cached_content
 from bench.data.embedded import MIN_COUNT, embedded_texts
 from bench.data.folder import read_folder
-from bench.data.sources import REMEDY, Text, digest, read_named
+from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, read_named
 from bench.data.split import SPLITS, Split, article_lines, canonical_lines
 from bench.data.tokenizer import Content, Documents, bpe_size, tokenize, tokenizer_version
 from bench.data.vocabulary import Vocabulary
@@ -41,7 +41,8 @@ class Corpus:
     the published WikiText-2 (the weakest of its splits: "official", "same counts" or "other"), by its
     words whatever the tokenizer; ``splits`` has the keys "train", "validation" and "test"; ``warning``
     is one sentence to show on screen and in every table, or None; ``tokenizer`` is "word" or
-    "bpe:SIZE"; ``files`` has the SHA-256 of each file of a folder, by its name.
+    "bpe:SIZE", with the size asked for; ``files`` has the SHA-256 of each file of a folder, by its
+    name; ``merges_sha256`` is the hash of what BPE found, "" at word level.
     """
 
     name: str
@@ -53,13 +54,14 @@ class Corpus:
     warning: str | None = None
     tokenizer: str = "word"
     files: Mapping[str, str] = field(default_factory=dict)
+    merges_sha256: str = ""
 
     @property
     def sha256(self) -> str:
         """Identity of text and tokens; results of corpora that differ here never share a table."""
         parts = [*(self.splits[name].sha256 for name in SPLITS), self.vocabulary.sha256]
-        if self.tokenizer != "word":
-            parts.append(self.tokenizer)
+        if self.merges_sha256:
+            parts += ["bpe", self.merges_sha256]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def to_record(self) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def load_corpus(
     data_dir: Path | None = None,
     source: str = "auto",
     dataset_name: str = "wikitext",
-    dataset_config_name: str = "wikitext-2-v1",
+    dataset_config_name: str | None = None,
     tokenizer: str = "word",
     text_column: str = "text",
     cache_dir: Path | None = None,
@@ -93,13 +95,15 @@ def load_corpus(
 
     ``auto``: ``data_dir``, else the folder in GNNMOE_DATA_DIR, else the local cache of ``datasets``,
     else the hub, else the embedded corpus with a warning. ``folder``: one of the first two. ``hub``:
-    the data set by name, from the cache or the hub, with no fall-back. ``embedded``: Python's help
-    texts. ``tokenizer``: "word", or "bpe:SIZE" for byte-level BPE trained on the training split.
+    the data set by name (see ``known_as``), from the cache or the hub, with no fall-back. ``embedded``:
+    Python's help texts. A data set that was read and cannot serve is an error in any case.
+    ``tokenizer``: "word", or "bpe:SIZE" for byte-level BPE trained on the training split.
     ``text_column`` is the column of parquet files and of data sets by name. Raises ValueError with
     the remedy; warns once of a cache that is broken or cannot be written.
     """
     size = bpe_size(tokenizer)
-    found = _find(data_dir, source, dataset_name, dataset_config_name, text_column)
+    tokenizer = "word" if size is None else f"bpe:{size}"
+    found = _find(data_dir, source, *known_as(dataset_name, dataset_config_name), text_column)
     identity = [tokenizer, tokenizer_version(tokenizer), found.min_count, found.digest]
     content = cached_content(
         identity, lambda: tokenize(found.documents(), tokenizer, found.min_count), cache_folder(cache_dir)
@@ -154,7 +158,7 @@ def _find(
     try:
         text = read_named(dataset_name, dataset_config_name, text_column)
     except ValueError as error:
-        if source == "auto":
+        if source == "auto" and not isinstance(error, UnfitDataset):
             return _embedded(str(error))
         raise ValueError(f"{error}; {REMEDY}") from error
     return _Found(dataset_name, dataset_config_name, text.origin, text.digest, text)
@@ -194,6 +198,7 @@ def _corpus(found: _Found, content: Content, tokenizer: str) -> Corpus:
         warning=found.warning,
         tokenizer=tokenizer,
         files={} if found.text is None else found.text.files,
+        merges_sha256=content.merges_sha256,
     )
 
 

@@ -23,6 +23,8 @@ from gnnmoe.seeds import stream_seed
 
 ScoreBlocks = Callable[[Tensor, Tensor], Tensor]
 """Inputs and targets (B, L) int64 → the mean nll of each block (B,) in nats."""
+ScoreByCheckpoint = Callable[[Path, TrainBlocks], np.ndarray]
+"""A checkpoint that is there, and blocks → what its model gives them, as ``model_scores`` returns it."""
 
 PACINGS = ("linear", "competence_sqrt")
 _CHUNK = 4096  # blocks scored at once by rarity
@@ -104,12 +106,12 @@ def make_curriculum(
     start: float = 0.2,
     seed: int = 0,
     strict: bool = False,
-    load_model: Callable[[Path], ScoreBlocks] | None = None,
+    score_by_checkpoint: ScoreByCheckpoint | None = None,
 ) -> Curriculum:
     """Return the curriculum of ``blocks`` by ``scorer``: "rarity" or "model:CHECKPOINT".
 
-    ``load_model`` turns a checkpoint into a function that scores blocks. Where the checkpoint is
-    missing, a random order that ``seed`` fixes serves, with one warning.
+    ``score_by_checkpoint`` is for the latter. Where the checkpoint is missing, a random order that
+    ``seed`` fixes serves, with one warning.
 
     Raises:
         DifficultyModelMissing: the checkpoint is missing and ``strict`` is set.
@@ -122,8 +124,8 @@ def make_curriculum(
     if kind == "rarity":
         scores = rarity_scores(blocks, vocabulary)
     elif path and Path(path).is_file():
-        assert load_model is not None, "whoever allows a model as scorer says how to load it"
-        scores = model_scores(blocks, load_model(Path(path)))
+        assert score_by_checkpoint is not None, "whoever allows a model as scorer says how it scores"
+        scores = score_by_checkpoint(Path(path), blocks)
     else:
         scores, source = _random_scores(path, len(blocks), seed, strict), "random_fallback"
     return Curriculum(scores, pacing, epochs, start, source)

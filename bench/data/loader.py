@@ -20,7 +20,7 @@ from bench.data.block_loader import (
 from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
-from bench.data.sampler import EpochBatchSampler, resolve_shard
+from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, resolve_shard
 from bench.data.schedule import BatchSchedule
 from gnnmoe.naming import unknown_name
 
@@ -51,6 +51,7 @@ def create_loader(
     curriculum: Curriculum | Callable[[TrainBlocks], Curriculum] | None = None,
     batch_schedule: BatchSchedule | str | None = None,
     min_batches: int = 1,
+    extent: Extent = ENDLESS,
 ) -> BlockLoader:
     """Return batches ``{"input_ids": (B, L), "targets": (B, L)}`` int64 of a split of a corpus or folder.
 
@@ -58,9 +59,10 @@ def create_loader(
     "test": ``EvalWindows`` (``stride`` = the length by default), in stream order, whatever the seed
     and the epoch, each on one rank. ``num_samples``: a random subset of training blocks, nested and
     fixed by the seed; the first blocks of an evaluation. ``curriculum``: also a function of the
-    blocks. ``min_batches``: the fewest that an epoch may have. ``num_workers`` "auto" =
-    min(4, cores // 2); ``pin_memory`` None = only where CUDA is available. ``distributed``: rank and
-    world size come from ``torch.distributed`` where not given. Raises ValueError with the remedy.
+    blocks. ``min_batches``: the fewest that an epoch within ``extent`` may have. ``num_workers``
+    "auto" = min(4, cores // 2); ``pin_memory`` None = only where CUDA is available, so give False
+    where the batches stay on the CPU all the same. ``distributed``: rank and world size come from
+    ``torch.distributed`` where not given. Raises ValueError with the remedy.
     """
     training = _require_split(corpus, split) == "train"
     if isinstance(corpus, Path | str):
@@ -81,7 +83,7 @@ def create_loader(
         schedule=_schedule(batch_schedule, batch_size),
     )
     sampler.move_to(require_at_least("epoch", epoch, 0) if training else 0)
-    _refuse_too_few(sampler, blocks, split, min_batches)
+    _refuse_too_few(sampler, blocks, split, min_batches, extent)
     if blocks.note:
         warnings.warn(blocks.note, stacklevel=2)
     pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -147,7 +149,11 @@ def _workers(asked: int | str) -> int:
 
 
 def _refuse_too_few(
-    sampler: EpochBatchSampler, blocks: TrainBlocks | EvalWindows, split: str, min_batches: int
+    sampler: EpochBatchSampler,
+    blocks: TrainBlocks | EvalWindows,
+    split: str,
+    min_batches: int,
+    extent: Extent,
 ) -> None:
     """Refuse batches so large that an epoch has hardly any, in the smallest epoch there will be.
 
@@ -156,7 +162,7 @@ def _refuse_too_few(
     """
     if sampler.contiguous and sampler.shard.world_size > 1:
         return  # a rank of a small evaluation may have nothing to do
-    epoch = sampler.smallest_epoch()
+    epoch = sampler.smallest_epoch(extent)
     batches = sampler.batches_in(epoch)
     if batches >= min_batches and batches:
         return

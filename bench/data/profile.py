@@ -81,11 +81,14 @@ def profile_loader(
     ValueError for what ``create_loader`` refuses.
     """
     start = time.perf_counter()
-    options: dict[str, Any] = {"max_seq_length": max_seq_length, "num_workers": num_workers}
+    device = device or torch.device("cpu")
+    options: dict[str, Any] = {
+        "max_seq_length": max_seq_length, "num_workers": num_workers, "pin_memory": device.type == "cuda",
+    }  # fmt: skip
     loader = create_loader(corpus, "train", batch_size, **options)
     validate_first_batch(loader)
     seconds = corpus_seconds + time.perf_counter() - start
-    timed = list(_timed(loader, batches, device or torch.device("cpu")))
+    timed = list(_timed(loader, batches, device))
     fetch = np.array([taken for taken, _, _ in timed])
     limit = LIMIT_MS * max(1.0, batch_size * max_seq_length / _LIMIT_TOKENS)
     checks = [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,18 @@ class Shard:
 
 
 ALONE = Shard()
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a loader will be served: what ends first, None where it sets no end."""
+
+    epochs: int | None = None
+    max_steps: int | None = None
+    max_batches_per_epoch: int | None = None
+
+
+ENDLESS = Extent()
 
 
 def resolve_shard(distributed: bool, rank: int | None, world_size: int | None) -> Shard:
@@ -139,11 +153,33 @@ class EpochBatchSampler(Sampler[list[int]]):
         """Return this rank's batches in a whole epoch."""
         return self._batches(self.samples_in(epoch), self.size_in(epoch))
 
-    def smallest_epoch(self) -> int:
-        """Return the epoch with the fewest batches, the first of these."""
-        epochs = 1 if self.curriculum is None else self.curriculum.epochs
-        changes = 0 if self.schedule is None else self.schedule.last_change
-        return min(range(max(epochs, changes + 1)), key=self.batches_in)
+    def smallest_epoch(self, extent: Extent = ENDLESS) -> int:
+        """Return the epoch with the fewest batches within ``extent``, the first of these.
+
+        It is one at which the schedule begins or changes: a curriculum never serves fewer samples
+        than in the epoch before.
+        """
+        return min(self._changes_within(extent), key=self.batches_in)
+
+    def _changes_within(self, extent: Extent) -> Iterator[int]:
+        steps = 0
+        changes = [0] if self.schedule is None else [epoch for epoch, _ in self.schedule.sizes]
+        for change, following in zip_longest(changes, changes[1:]):
+            yield change
+            if following is None or following >= (extent.epochs or math.inf):
+                return
+            if extent.max_steps is not None:
+                steps += self._steps_between(change, following, extent)
+                if steps >= extent.max_steps:
+                    return
+
+    def _steps_between(self, first: int, end: int, extent: Extent) -> int:
+        """Return the batches of the epochs from ``first`` on and before ``end``; one size holds in them."""
+        grown = 0 if self.curriculum is None else self.curriculum.epochs - 1  # from here on all are alike
+        growing = range(first, max(first, min(end, grown)))
+        most = extent.max_batches_per_epoch or sys.maxsize
+        alike = (end - growing.stop) * min(self.batches_in(growing.stop), most)
+        return alike + sum(min(self.batches_in(epoch), most) for epoch in growing)
 
     @property
     def remainder(self) -> int:

@@ -43,7 +43,10 @@ class BatchSchedule:
         """Return the samples a batch in ``epoch``."""
         return next(size for first, size in reversed(self.sizes) if first <= epoch)
 
-    @property
-    def last_change(self) -> int:
-        """The epoch from which the size stays."""
-        return self.sizes[-1][0]
+    def simplified(self, epochs: int | None = None) -> BatchSchedule:
+        """Return the schedule without what changes no size, in the first ``epochs`` where given."""
+        reached = [pair for pair in self.sizes if epochs is None or pair[0] < max(1, epochs)]
+        sizes = [None, *(size for _, size in reached)]
+        return BatchSchedule(
+            tuple(pair for pair, before in zip(reached, sizes, strict=False) if pair[1] != before)
+        )

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.data.split import SPLITS
+from gnnmoe.naming import unknown_name
 
 PROBE_SECONDS = 2.0
+WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
+"""The configurations of wikitext, the first by default."""
 REMEDY = (
     "pass --data-dir DIR or set GNNMOE_DATA_DIR to a folder with wiki.train.tokens, wiki.valid.tokens and "
     "wiki.test.tokens (or with train.txt, validation.txt and test.txt, or with the parquet files "
@@ -54,6 +57,26 @@ def join_rows(rows: Iterable[str | None]) -> str:
     return "".join(row if row.endswith("\n") else f"{row}\n" for row in (row or "" for row in rows))
 
 
+def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, str]:
+    """Return the data set and configuration that are meant, the latter "" where there is none.
+
+    Wikitext, also where no name is given, by its name on the hub or by one of its configurations, is
+    ("wikitext", configuration). Raises ValueError for a configuration that wikitext lacks.
+    """
+    if dataset_name in WIKITEXT:
+        if config_name not in (None, dataset_name):
+            raise ValueError(
+                f"the data set {dataset_name} is a configuration of wikitext, and {config_name} is asked for "
+                "too; give one of them"
+            )
+        return "wikitext", dataset_name
+    if dataset_name not in (None, "wikitext", "Salesforce/wikitext"):
+        return dataset_name, config_name or ""
+    if config_name not in (None, *WIKITEXT):
+        raise ValueError(unknown_name("configuration of wikitext", config_name, WIKITEXT))
+    return "wikitext", config_name or WIKITEXT[0]
+
+
 class UnfitDataset(ValueError):
     """A data set that was read and cannot serve: no such split, no such column, no text."""
 
@@ -65,6 +88,7 @@ def read_named(dataset_name: str, config_name: str, text_column: str = "text") -
     is no connection. Raises ValueError with the reason.
     """
     repository = "Salesforce/wikitext" if dataset_name == "wikitext" else dataset_name
+    title = _title(repository, config_name)
     try:
         return _named("cache", read_cache(repository, config_name, text_column))
     except UnfitDataset:
@@ -72,16 +96,25 @@ def read_named(dataset_name: str, config_name: str, text_column: str = "text") -
     except Exception:  # whatever is wrong with the cache, the hub may still serve
         if not hub_reachable():
             raise ValueError(
-                f"{repository} ({config_name}) is not in the local cache of `datasets`, "
-                "and the hub cannot be reached"
+                f"{title} is not in the local cache of `datasets`, and the hub cannot be reached"
             ) from None
     try:
         return _named("hub", read_hub(repository, config_name, text_column))
     except UnfitDataset:
         raise
     except Exception as error:  # `datasets` raises many kinds: connection, access, disk
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"`datasets` could not load {repository} ({config_name}): {reason}") from error
+        raise ValueError(f"`datasets` could not load {title}: {_reason(error)}") from error
+
+
+def _title(repository: str, config_name: str) -> str:
+    return f"{repository} ({config_name})" if config_name else repository
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    if lines[0].startswith("Config name is missing"):  # the next line has those there are
+        return f"{' '.join(lines[:2])}; name one by --dataset-config-name"
+    return lines[0]
 
 
 def _named(origin: str, texts: Mapping[str, str]) -> Text:
@@ -101,7 +134,7 @@ def read_cache(repository: str, config_name: str, text_column: str) -> dict[str,
         version="auto",
         hash="auto",
     )
-    return _split_texts(builder.as_dataset(), f"{repository} ({config_name})", text_column)
+    return _split_texts(builder.as_dataset(), _title(repository, config_name), text_column)
 
 
 def read_hub(repository: str, config_name: str, text_column: str) -> dict[str, str]:
@@ -109,7 +142,7 @@ def read_hub(repository: str, config_name: str, text_column: str) -> dict[str, s
     from datasets import load_dataset
 
     dataset = load_dataset(repository, config_name or None)
-    return _split_texts(dataset, f"{repository} ({config_name})", text_column)
+    return _split_texts(dataset, _title(repository, config_name), text_column)
 
 
 def _split_texts(dataset: Any, name: str, text_column: str) -> dict[str, str]:

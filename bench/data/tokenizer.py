@@ -6,6 +6,8 @@ the word ``<unk>`` stays one token. A word ``<eos>`` in the text is the mark, as
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,11 +29,16 @@ Documents = Mapping[str, tuple[Sequence[str], Sequence[int]]]
 
 @dataclass(frozen=True, eq=False)
 class Content:
-    """A prepared text: what the cache holds. ``num_distinct_words`` is the vocabulary at word level."""
+    """A prepared text: what the cache holds.
+
+    ``num_distinct_words`` is the vocabulary at word level; ``merges_sha256`` is the hash of the merges
+    that BPE found, "" at word level.
+    """
 
     vocabulary: Vocabulary
     splits: Mapping[str, Split]
     num_distinct_words: int
+    merges_sha256: str = ""
 
 
 def bpe_size(spec: str) -> int | None:
@@ -81,7 +88,8 @@ def tokenize(documents: Documents, spec: str, min_count: int = 1) -> Content:
     num_distinct_words = vocabulary.size
     if size is None:
         return Content(vocabulary, _by_words(words, table, vocabulary), num_distinct_words)
-    return Content(*_by_pieces(words, table, _train(documents["train"][0], size)), num_distinct_words)
+    bpe = _train(documents["train"][0], size)
+    return Content(*_by_pieces(words, table, bpe), num_distinct_words, _merges_sha256(bpe))
 
 
 def _by_words(words: Mapping[str, Words], table: WordTable, vocabulary: Vocabulary) -> dict[str, Split]:
@@ -131,6 +139,11 @@ def _train(lines: Iterable[str], size: int) -> Any:
     bpe.train_from_iterator(_training_text(lines), trainer)
     bpe.encode_special_tokens = True  # "(<unk>" within a word is text; the word <unk> is set apart above
     return bpe
+
+
+def _merges_sha256(bpe: Any) -> str:
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    return hashlib.sha256(json.dumps(merges).encode()).hexdigest()
 
 
 def _training_text(lines: Iterable[str]) -> Iterator[str]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.device import is_out_of_memory
+
 
 class CheckFailed(Exception):
     """Raised by a check that found something wrong; the text says what."""
@@ -50,7 +52,8 @@ class GateReport:
 def run_check(name: str, body: Callable[[], str]) -> Check:
     """Run ``body``, which returns the detail of a pass, and raises where the check fails.
 
-    What is under test is a stranger's code, so whatever it raises is a failure, not a crash.
+    What is under test is a stranger's code, so whatever it raises is a failure, not a crash; but for
+    running out of memory, which comes out again.
     """
     start = time.perf_counter()
     try:
@@ -58,5 +61,7 @@ def run_check(name: str, body: Callable[[], str]) -> Check:
     except CheckFailed as failure:
         passed, detail = False, str(failure)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # that says something about the machine, not about the coupler
         passed, detail = False, f"it raised {type(error).__name__}: {error}"
     return Check(name, passed, detail, time.perf_counter() - start)

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.config import DEFAULT_MAX_STEPS, RunConfig
+from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
+from bench.data.schedule import BatchSchedule
 from bench.measure.quantity import not_measured
 
 SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning
@@ -71,11 +72,20 @@ def identity(
     for name in [name for name in training if name.startswith("curriculum")]:
         del training[name]  # it counts by the order it gives
     training["curriculum"] = curriculum
+    training["batch_schedule"] = _schedule(config.training)
     data = {name: groups["data"][name] for name in ("num_train_samples", "num_eval_samples", "evaluate_test")}
     return {
         "model": model, "training": training, "measure": measure, "data": {**data, "sha256": data_sha256},
         "device_type": device_type, "world_size": world_size, "schema": SCHEMA_VERSION.split(".")[0],
     }  # fmt: skip
+
+
+def _schedule(training: TrainingConfig) -> str | None:
+    """Return the batch sizes by epoch in one spelling, None where they are all ``batch_size``."""
+    if training.batch_schedule is None:
+        return None
+    schedule = BatchSchedule.parse(training.batch_schedule).simplified(training.epochs)
+    return None if schedule.sizes == ((0, training.batch_size),) else str(schedule)
 
 
 def run_id(identity: dict[str, Any]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +34,24 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[str, Any]:
     """Return what ``save_checkpoint`` wrote, on the CPU.
 
     Raises:
-        ValueError: there is no such file, it is cut short, or it has another schema.
+        ValueError: there is no such file, or it is no checkpoint, cut short or of another schema;
+            with the ``remedy``.
     """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what is no checkpoint fails in many ways: an IndexError of the unpickler, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"checkpoint {path} is damaged or cut short ({reason}); --force starts again."
-        ) from error
+        raise ValueError(f"checkpoint {path} is damaged or cut short ({reason}); {remedy}.") from error
     schema = state.get("schema") if isinstance(state, dict) else None
     if schema != CHECKPOINT_SCHEMA:
         known = f"this version reads {CHECKPOINT_SCHEMA}"
-        raise ValueError(f"checkpoint {path} has schema {schema}; {known}. --force starts again.")
+        raise ValueError(f"checkpoint {path} has schema {schema}; {known}; {remedy}.")
     return state
 
 

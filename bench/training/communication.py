@@ -68,7 +68,7 @@ def summarize_communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, 
         assert isinstance(layer, GNNMoELayer)
         names = layer.coupler.member_names()
         summary[f"layer_{number}"] = {
-            name: _readable(value.double().cpu(), names.get(name)) for name, value in parts.items()
+            name: _readable(value.cpu().double(), names.get(name)) for name, value in parts.items()
         }
     return summary
 

@@ -104,6 +104,15 @@ def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, flags, s
         assert part in message
 
 
+def test_a_curriculum_without_epochs_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--results-dir", str(tmp_path / "results"), "--curriculum", "rarity"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: a curriculum paces itself by epochs; say how many, with --epochs.\n"
+    )
+
+
 def test_cuda_without_a_gpu_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     message = refusal(capsys, tmp_path / "results", "--device", "cuda")

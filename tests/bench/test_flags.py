@@ -37,6 +37,7 @@ ORIGINAL = [
     ("seed", "11", "training", "seed", 11),
     ("dataset_name", "wikitext", "data", "dataset_name", "wikitext"),
     ("dataset_config_name", "wikitext-103-v1", "data", "dataset_config_name", "wikitext-103-v1"),
+    ("dataset_config_name", "wikitext-2-v1", "data", "dataset_config_name", "wikitext-2-v1"),
     ("num_train_samples", "100", "data", "num_train_samples", 100),
     ("num_eval_samples", "50", "data", "num_eval_samples", 50),
     ("checkpoint_dir", "kept", "places", "checkpoint_dir", Path("kept")),
@@ -151,6 +152,61 @@ def test_the_vocabulary_of_the_model_config():
             ValueError, match=f"vocab_size is {wrong}; it must be a whole number of at least 1"
         ):
             ModelConfig(vocab_size=wrong)
+
+
+def test_pinning_follows_the_device_of_the_run(small_data_dir, tmp_path, monkeypatch):
+    """C2: a GPU in the machine does not matter to a run on the CPU."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    flags = ["--evaluate-test", "--num-eval-samples", "4", "--device"]
+    found = prepared(small_data_dir, tmp_path, *flags, "cpu")
+    assert [loader.pin_memory for loader in found.loaders.values()] == [False] * 4
+    found = prepared(small_data_dir, tmp_path, *flags, "cuda")
+    assert [loader.pin_memory for loader in found.loaders.values()] == [True] * 4
+
+
+def test_a_schedule_is_checked_as_far_as_the_training_goes(small_data_dir, tmp_path):
+    """A6: an epoch that is never reached refuses nothing; one that is does."""
+    flags = ["--num-eval-samples", "4", "--batch-schedule", "0:4,999:512"]
+    assert prepared(small_data_dir, tmp_path, *flags, "--max-steps", "12")
+    assert prepared(small_data_dir, tmp_path, *flags, "--epochs", "999")
+    assert prepared(small_data_dir, tmp_path, *flags[:3], "0:4,100000000:512")
+    with pytest.raises(ValueError, match="batch_size 512 with drop_last gives no batch in epoch 999"):
+        prepared(small_data_dir, tmp_path, *flags, "--epochs", "1000")
+
+
+@pytest.mark.parametrize("flags", ["--epochs 1", "--epochs 3 --curriculum-start 1"])
+def test_a_curriculum_with_all_blocks_is_the_run_without_one(small_data_dir, tmp_path, flags):
+    """Also in its batches: the same blocks in the same order."""
+    given = ["--num-eval-samples", "4", *flags.split()]
+    plain = prepared(small_data_dir, tmp_path, *given)
+    paced = prepared(small_data_dir, tmp_path, *given, "--curriculum", "rarity")
+    assert paced.run_id == plain.run_id
+    for epoch in range(3):
+        for found in (plain, paced):
+            found.loaders["train"].sampler_obj.move_to(epoch)
+        orders = [found.loaders["train"].sampler_obj.order().tolist() for found in (plain, paced)]
+        assert orders[0] == orders[1]
+    slower = [
+        "--num-eval-samples",
+        "4",
+        "--curriculum",
+        "rarity",
+        "--epochs",
+        "3",
+        "--min-steps-per-epoch",
+        "1",
+    ]
+    assert prepared(small_data_dir, tmp_path, *slower).identity["training"]["curriculum"] is not None
+
+
+def test_two_paces_over_two_epochs_are_one(small_data_dir, tmp_path):
+    """The first epoch has the start's share and the last all, so no number differs."""
+    flags = "--num-eval-samples 4 --curriculum rarity --epochs 2 --min-steps-per-epoch 1".split()
+    ids = {
+        prepared(small_data_dir, tmp_path, *flags, "--curriculum-pacing", pacing).run_id
+        for pacing in ("linear", "competence_sqrt")
+    }
+    assert len(ids) == 1
 
 
 def test_workers_reach_every_loader_and_change_no_number(small_data_dir, tmp_path):

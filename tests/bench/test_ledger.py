@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_the_counts_go_on_after_a_checkpoint():
     assert second.batch_shapes == {"4x3": 2}
 
 
-def trainer(corpus, loader=None, **settings) -> Trainer:
+def trainer(corpus, loader=None, **settings) -> Any:
     config = TrainingConfig(**{"batch_size": 4, "warmup_steps": 1, "eval_every": 1000, **settings})
     model_config = GNNMoEConfig(
         coupler_type="mean", embed_dim=8, num_layers=1, max_seq_length=16, vocab_size=corpus.vocabulary.size
@@ -148,7 +149,7 @@ def test_c8_the_schedule_of_batch_sizes_is_what_the_ledger_sees(corpus):
     loader = create_loader(corpus, "train", 4, max_seq_length=16, batch_schedule="0:4,1:8,3:16")
     made = trainer(corpus, loader, max_steps=None, epochs=4)
     made.run()
-    epochs = made.hooks.ledger.to_record()["epochs"]  # pyright: ignore[reportAttributeAccessIssue]
+    epochs = made.hooks.ledger.to_record()["epochs"]
     assert [epoch["batch_size"] for epoch in epochs] == [4, 8, 8, 16]
     assert [epoch["got"]["samples"] for epoch in epochs] == [128, 128, 128, 128]
     assert [epoch["got"]["batches"] for epoch in epochs] == [32, 16, 16, 8]

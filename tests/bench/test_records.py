@@ -34,6 +34,7 @@ VALUES = {
     "coupler_type": "mean", "hgnn_conv_type": "PyGHypergraphConv", "static_hyperedge_strategy": "all",
     "coupler_options": {"residual": False}, "dropout_rate": 0.5, "adam_betas": (0.5, 0.5),
     "learning_rate": 0.5, "weight_decay": 0.5, "min_lr_ratio": 0.5, "max_grad_norm": 0.5,
+    "batch_schedule": "0:16,1:32",
 }  # fmt: skip
 BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_gate",
                   "text_column", "tokenizer",  # the data count by their content
@@ -66,10 +67,20 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
         ("model", "coupler_option", ("residual=True",)),
         ("measure", "allow_failed_gate", True),
         ("data", "dataset_name", "wikitext"),
+        ("data", "dataset_config_name", "wikitext-2-v1"),
+        ("training", "batch_schedule", "0:16"),
+        ("training", "batch_schedule", "0:16,3:16"),
     ],
 )
 def test_the_same_run_said_in_other_words_has_the_same_id(group, name, value):
     assert run_id(with_field(group, name, value), DATA, "cpu") == run_id(RunConfig(), DATA, "cpu")
+
+
+def test_one_batch_schedule_has_one_id():
+    one = run_id(with_field("training", "batch_schedule", "0:16,3:32"), DATA, "cpu")
+    for text in ("0:16,03:32", " 0:016 , 3:32", "0:16,2:16,3:32,4:32"):
+        assert run_id(with_field("training", "batch_schedule", text), DATA, "cpu") == one
+    assert run_id(with_field("training", "batch_schedule", "0:16,4:32"), DATA, "cpu") != one
 
 
 def test_fields_that_a_coupler_never_reads_do_not_count():

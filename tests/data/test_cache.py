@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ def test_a_broken_entry_is_rebuilt_and_said_once(tiny_dir, tmp_path, damage):
     fresh = load_corpus(data_dir=tiny_dir, cache_dir=folder)
     path = _only_file(folder)
     damage(path)
-    with pytest.warns(UserWarning, match="is broken .* it is prepared anew") as caught:
+    with pytest.warns(UserWarning, match="is broken .* it is made anew") as caught:
         _same(load_corpus(data_dir=tiny_dir, cache_dir=folder), fresh)
     assert len(caught) == 1
     assert str(path) in str(caught[0].message)
@@ -168,6 +169,25 @@ def test_an_entry_that_can_be_neither_read_nor_replaced(tiny_dir, tmp_path):
         _same(load_corpus(data_dir=tiny_dir, cache_dir=folder), fresh)
     assert len(caught) == 1
     assert list(folder.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_after_an_hour(tmp_path):
+    """Temporary files of the same kind only, and none that may still be written."""
+    names = [
+        ".a.npz-1-ff.tmp",
+        ".b.npz-22-ab12.tmp",
+        ".young.npz-3-ff.tmp",
+        ".a.txt-1-ff.tmp",
+        "a.npz",
+        ".tmp",
+    ]
+    old = time.time() - 3700
+    for name in names:
+        (tmp_path / name).touch()
+        if "young" not in name:
+            os.utime(tmp_path / name, (old, old))
+    cache.replace_file(tmp_path / "c.npz", lambda file: np.save(file, np.zeros(1)))
+    assert {path.name for path in tmp_path.iterdir()} == {*names[2:], "c.npz"}
 
 
 def test_two_processes_prepare_at_once(small_data_dir, tmp_path):

@@ -124,24 +124,24 @@ def test_a_model_orders_the_blocks(worded, tmp_path):
     """A10: the scorer model:CHECKPOINT."""
     checkpoint = tmp_path / "checkpoint.pt"
     checkpoint.touch()
-    loaded = []
+    asked = []
 
-    def load_model(path):
-        loaded.append(path)
-        return lambda inputs, targets: -torch.arange(len(inputs)).float()
+    def score(path, blocks):
+        asked.append(path)
+        return -np.arange(len(blocks), dtype=float)
 
     loader = create_loader(
         worded, "train", 1, max_seq_length=80, drop_last=False,
         curriculum=lambda blocks: make_curriculum(
             blocks, worded.vocabulary, f"model:{checkpoint}", pacing="linear", epochs=2, start=0.3,
-            load_model=load_model,
+            score_by_checkpoint=score,
         ),
     )  # fmt: skip
     blocks, curriculum = len(loader.dataset_obj), loader.sampler_obj.curriculum
     assert curriculum is not None
     assert curriculum.order_source == "model"
     assert sorted(loader.sampler_obj.served()) == list(range(blocks - round(0.3 * blocks), blocks))
-    assert loaded == [checkpoint]
+    assert asked == [checkpoint]
 
 
 @pytest.mark.parametrize("scorer", ["model:", "model", "model:/nowhere/checkpoint.pt"])

@@ -253,7 +253,7 @@ def test_automatic_workers(make_corpus, monkeypatch, cores, workers):
 
 
 def test_pinning_where_there_is_cuda(make_corpus, monkeypatch):
-    """C2: pin_memory None follows the device; a wish is granted."""
+    """C2: the default where nobody says which device the batches go to; a wish is granted."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert create_loader(make_corpus(30), "train", 4, max_seq_length=3).pin_memory is True
     assert create_loader(make_corpus(30), "train", 4, max_seq_length=3, pin_memory=False).pin_memory is False

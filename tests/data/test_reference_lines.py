@@ -79,7 +79,7 @@ def test_an_older_format_is_replaced_without_a_word(tiny, tmp_path, calls):
 def test_a_folder_that_cannot_be_written_only_warns(tiny, tmp_path):
     expected = reference_nll(tiny, "test", 5, tmp_path / "good")
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="not kept") as caught:
+    with pytest.warns(UserWarning, match="cannot be kept") as caught:
         assert reference_nll(tiny, "test", 5, tmp_path / "file") == expected
     assert len(caught) == 1
 
@@ -126,3 +126,9 @@ def test_reference_lines_of_wikitext(wikitext, cache_dir, split, tokens, unigram
     assert time.perf_counter() - start < 60
     assert round(np.exp(found["unigram"] / num_scored)) == unigram
     assert np.exp(found["kneser_ney_trigram"] / num_scored) == pytest.approx(trigram, rel=0.005)
+
+
+def test_a_vocabulary_too_large_for_the_trigram_has_a_unigram_only(small_data_dir, monkeypatch):
+    corpus = load_corpus(data_dir=small_data_dir)
+    monkeypatch.setattr("bench.data.reference_lines.LARGEST_VOCABULARY", corpus.vocabulary.size - 1)
+    assert set(reference_nll(corpus, "test", 10)) == {"unigram"}

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from bench.data import sampler as sampler_module
 from bench.data.blocks import IGNORED, EvalWindows
+from bench.data.curriculum import Curriculum
 from bench.data.loader import create_loader, set_batch_size, set_epoch
-from bench.data.sampler import EpochBatchSampler, Shard, resolve_shard
+from bench.data.sampler import EpochBatchSampler, Extent, Shard, resolve_shard
 from bench.data.schedule import BatchSchedule
 
 pytestmark = pytest.mark.core("loader")
@@ -153,6 +154,74 @@ def test_a_batch_size_changed_within_an_epoch_loses_no_sample(make_corpus):
 def test_wrong_schedules(text, message):
     with pytest.raises(ValueError, match=message):
         BatchSchedule.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs", "simple"),
+    [
+        ("0:16,03:32", None, "0:16,3:32"),
+        ("0:16,2:16,3:32,4:32,5:16", None, "0:16,3:32,5:16"),
+        ("0:16,1:016", None, "0:16"),
+        ("0:16,2:32", 2, "0:16"),
+        ("0:16,2:32", 3, "0:16,2:32"),
+    ],
+)
+def test_a_schedule_has_one_simple_form(text, epochs, simple):
+    schedule = BatchSchedule.parse(text)
+    assert str(schedule.simplified(epochs)) == simple
+    last = 8 if epochs is None else epochs
+    assert [schedule.size(e) for e in range(last)] == [
+        BatchSchedule.parse(simple).size(e) for e in range(last)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "extent", "epoch"),
+    [
+        ("0:4,100000000:8", Extent(), 100_000_000),
+        ("0:4,100000000:8", Extent(max_steps=10**12), 100_000_000),
+        ("0:4,100000000:8", Extent(epochs=100_000_000), 0),
+        ("0:9999,100000000:4", Extent(max_steps=12), 0),
+        ("0:4,2:8", Extent(epochs=2), 0),
+        ("0:4,2:8", Extent(epochs=3), 2),
+        ("0:4,2:8,3:4", Extent(), 2),
+        ("0:4,2:8", Extent(max_steps=50), 0),  # 25 batches an epoch
+        ("0:4,2:8", Extent(max_steps=51), 2),
+        ("0:4,2:8", Extent(max_steps=21, max_batches_per_epoch=10), 2),
+        ("0:4,2:8", Extent(epochs=2, max_steps=51), 0),
+    ],
+)
+def test_the_smallest_epoch_is_one_that_is_reached(schedule, extent, epoch):
+    """A6: at once, however far away the changes lie."""
+    parsed = BatchSchedule.parse(schedule)
+    (sampler,) = make_samplers(100, parsed.size(0), 1, schedule=parsed)
+    assert sampler.smallest_epoch(extent) == epoch
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    changes=st.dictionaries(st.integers(1, 6), st.integers(1, 40)),
+    first=st.integers(1, 40),
+    curriculum=st.none() | st.integers(1, 5),
+    epochs=st.none() | st.integers(1, 7),
+    steps=st.none() | st.integers(1, 60),
+    most=st.none() | st.integers(1, 5),
+)
+def test_the_smallest_epoch_by_going_through_all(changes, first, curriculum, epochs, steps, most):
+    """A5, A6: with a curriculum, a schedule and every limit."""
+    schedule = BatchSchedule(((0, first), *sorted(changes.items())))
+    paced = None if curriculum is None else Curriculum(np.arange(50.0), "linear", curriculum, start=0.3)
+    (sampler,) = make_samplers(50, first, 1, schedule=schedule, curriculum=paced, drop_last=False)
+    reached, done = [], 0
+    for epoch in range(12 if epochs is None else epochs):
+        if steps is not None and done >= steps:
+            break
+        reached.append(epoch)
+        done += min(sampler.batches_in(epoch), most or 10**9)
+    fewest = min(map(sampler.batches_in, reached))
+    found = sampler.smallest_epoch(Extent(epochs, steps, most))
+    assert found in reached
+    assert sampler.batches_in(found) == fewest
 
 
 def test_a_schedule_says_what_it_is():

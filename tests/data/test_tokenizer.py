@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -118,6 +120,23 @@ def test_fewer_pieces_than_asked_for_is_said(tiny_dir):
         with pytest.warns(UserWarning, match="bpe:500 asked for; the training text gives only 2"):
             corpus = load_corpus(data_dir=tiny_dir, tokenizer="bpe:500")
     assert 258 <= corpus.vocabulary.size < 500
+
+
+def test_the_same_pieces_are_the_same_text_whatever_was_asked_for(tiny_dir):
+    """A corpus's identity: what the tokenizer is, not how its size was said."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer pieces than asked for
+        found = [load_corpus(data_dir=tiny_dir, tokenizer=spec) for spec in ("bpe:9000", "bpe:10000")]
+    padded, plain = (load_corpus(data_dir=tiny_dir, tokenizer=spec) for spec in ("bpe:0260", "bpe:260"))
+    assert found[0].sha256 == found[1].sha256 != plain.sha256
+    assert padded.to_record() == plain.to_record()
+    assert plain.tokenizer == "bpe:260"
+
+
+def test_the_merges_count_for_the_identity(tiny_dir):
+    corpus = load_corpus(data_dir=tiny_dir, tokenizer="bpe:260")
+    assert corpus.merges_sha256
+    assert dataclasses.replace(corpus, merges_sha256="0").sha256 != corpus.sha256
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,10 @@ def test_missing_keys_are_named():
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, text, message):
     path = tmp_path / "h.toml"
-    with pytest.raises(ValueError, match="h.toml cannot be read"):
+    with pytest.raises(ValueError, match=r"h\.toml cannot be read"):
         load_hypotheses(path)
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"h.toml.*{message}"):
+    with pytest.raises(ValueError, match=rf"h\.toml.*{message}"):
         load_hypotheses(path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig
 from bench.flags import as_flags, config_of, resolved
-from bench.records.schema import run_id
+from bench.records.schema import config_dict, run_id
 from bench.records.store import RunFolder
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, matched
@@ -95,6 +95,9 @@ class _Made:
     identity: dict[str, Any]
     cost: float | None
     steps: int
+    config: dict[str, Any]
+    """As a record holds it; the seed is the first run's."""
+    data: dict[str, Any]
     by_seed: bool
     """Whether more than the seed itself depends on the seed."""
 
@@ -103,7 +106,8 @@ class _Made:
         name = run_id(self.identity)
         arguments = tuple(as_flags({**self.flags, "seed": seed}))
         label = f"{self.configuration.label} · seed {seed}"
-        known = {"seed": seed}
+        config = {**self.config, "training": {**self.config["training"], "seed": seed}}
+        known = {"seed": seed, "config": config, "data": self.data}
         return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known)
 
 
@@ -131,7 +135,10 @@ def _make(
     tokens = steps * config.training.batch_size * config.model.max_seq_length
     total = None if per_token is None else per_token * tokens
     configuration = Configuration(_label(request, varying), flags, cost, reference, per_token)
-    return _Made(configuration, flags, identity, total, steps, config.training.curriculum is not None)
+    by_seed = config.training.curriculum is not None
+    return _Made(
+        configuration, flags, identity, total, steps, config_dict(config), corpus.to_record(), by_seed
+    )
 
 
 def _training_steps(config: RunConfig, corpus: Any) -> int:

@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text, message):
 def test_the_sweep_must_be_able_to_answer():
     check_against(read_hypotheses([GOOD]), CONFIGURATIONS)
     nobody = read_hypotheses([{**GOOD, "than": {"coupler": "mean"}}])
-    with pytest.raises(ValueError, match="than = .*mean.* selects no run of the sweep"):
+    with pytest.raises(ValueError, match=r"than = .*mean.* selects no run of the sweep"):
         check_against(nobody, CONFIGURATIONS)
     both = read_hypotheses([{**GOOD, "than": {"coupler": "HGNN"}}])
     with pytest.raises(ValueError, match="a run is on both sides"):

@@ -71,9 +71,10 @@ def _problem(element: Any, num_experts: float) -> str:
     """Return what is wrong with one hyperedge; nothing where it is right."""
     if not isinstance(element, list):
         return f"{json.dumps(element)} is not a list; the file must be a list of lists of experts"
-    for member in element:
+    for member in element:  # all types first: to Python, true is 1 once more
         if type(member) is not int:
             return f"member {json.dumps(member)} is not an integer"
+    for member in element:
         if not 0 <= member < num_experts:
             count = "" if num_experts == math.inf else f" for {num_experts} experts"
             return f"member {member} is out of range{count}; experts are counted from 0"

@@ -15,15 +15,16 @@ import random
 import warnings
 from collections.abc import Callable
 from itertools import combinations
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 from gnnmoe.hyperedge_file import read_hyperedges
 from gnnmoe.naming import unknown_name
+from gnnmoe.strategy_text import REQUIRED as REQUIRED
+from gnnmoe.strategy_text import Parameters, read_arguments
 
 Members = tuple[int, ...]  # sorted
 Strategy = Callable[..., list[Members]]
-REQUIRED = inspect.Parameter.empty
+MOST_HYPEREDGES = 100_000
 
 STRATEGIES: dict[str, Strategy] = {}
 
@@ -44,18 +45,19 @@ def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
 @register_strategy("all_pairs")
 def all_pairs(num_experts: int) -> list[Members]:
     """Every pair of experts, in lexicographic order: E (E − 1) / 2 hyperedges."""
-    return list(combinations(range(num_experts), 2))
+    return _subsets(num_experts, 2)
 
 
 @register_strategy("all_triplets")
 def all_triplets(num_experts: int) -> list[Members]:
     """Every three experts, in lexicographic order: E (E − 1) (E − 2) / 6 hyperedges."""
-    return list(combinations(range(num_experts), 3))
+    return _subsets(num_experts, 3)
 
 
 @register_strategy("pairs_and_triplets")
 def pairs_and_triplets(num_experts: int) -> list[Members]:
     """All pairs, then all triplets."""
+    _refuse_too_many(math.comb(num_experts, 2) + math.comb(num_experts, 3))
     return all_pairs(num_experts) + all_triplets(num_experts)
 
 
@@ -69,7 +71,7 @@ def all_experts(num_experts: int) -> list[Members]:
 def k_subsets(num_experts: int, *, k: int = 3) -> list[Members]:
     """Every k experts, in lexicographic order: C(E, k) hyperedges. ValueError where k < 2."""
     _check_k(k)
-    return list(combinations(range(num_experts), k))
+    return _subsets(num_experts, k)
 
 
 @register_strategy("ring")
@@ -78,6 +80,7 @@ def ring(num_experts: int, *, k: int = 2) -> list[Members]:
     _check_k(k)
     if num_experts <= k:
         return [tuple(range(k))] if num_experts == k else []
+    _refuse_too_many(num_experts)
     return [tuple(sorted((i + j) % num_experts for j in range(k))) for i in range(num_experts)]
 
 
@@ -100,7 +103,8 @@ def random_subsets(num_experts: int, *, k: int = 3, m: int | None = None, seed: 
     if m is not None and m > possible > 0:
         there_are = f"hyperedges of {k} out of {num_experts} experts: {possible}, all of them taken."
         warnings.warn(f"random: m is {m}; {there_are}", stacklevel=2)
-    count, generator = min(num_experts if m is None else m, possible), random.Random(seed)
+    count, generator = _number_drawn(num_experts, k, m), random.Random(seed)
+    _refuse_too_many(count)
     if 2 * count >= possible:  # most of them: to list them all is quicker than to draw doubles
         subsets = list(combinations(range(num_experts), k))
         return [subsets[position] for position in _draw(generator, possible, count)]
@@ -127,6 +131,25 @@ def _check_k(k: int) -> None:
         raise ValueError(f"k is {k}; it must be at least 2: a hyperedge of one expert has nobody to talk to.")
 
 
+def _subsets(num_experts: int, k: int) -> list[Members]:
+    _refuse_too_many(math.comb(num_experts, k))
+    return list(combinations(range(num_experts), k))
+
+
+def _number_drawn(num_experts: int, k: int, m: int | None) -> int:
+    return min(num_experts if m is None else m, math.comb(num_experts, k))
+
+
+def _refuse_too_many(count: int) -> None:
+    """Refuse a number of hyperedges above the limit, before any of them is made."""
+    if count > MOST_HYPEREDGES:
+        number = f"{count:,}" if count < 10**18 else f"about 10^{math.log10(count):.0f}"
+        raise ValueError(
+            f"the strategy has {number} hyperedges with so many experts; at most {MOST_HYPEREDGES:,} are "
+            "allowed: take fewer experts, or draw some, as in random:k=3,m=1000."
+        )
+
+
 def _draw(generator: random.Random, n: int, count: int) -> Members:
     """Return ``count`` of 0 to n − 1, sorted, every choice as likely (Floyd's algorithm).
 
@@ -143,18 +166,22 @@ def static_hyperedges(num_experts: int, strategy: str) -> list[Members]:
     """Return the members of each hyperedge; an empty list where E is too small to have any.
 
     Raises:
-        ValueError: there is no such strategy, it cannot have these arguments, or E is negative.
+        ValueError: there is no such strategy, it cannot have these arguments, E is negative, or there
+            would be more than ``MOST_HYPEREDGES``.
     """
     name, arguments = _parse(strategy)
     if num_experts < 0:
         raise ValueError(f"num_experts is {num_experts}; it must not be negative.")
-    return STRATEGIES[name](num_experts, **arguments)
+    members = STRATEGIES[name](num_experts, **arguments)
+    _refuse_too_many(len(members))  # of a file, or of a strategy that does not ask
+    return members
 
 
-def strategy_identity(strategy: str) -> str:
+def strategy_identity(strategy: str, num_experts: int | None = None) -> str:
     """Return one text for every spelling of a strategy, with all that can change its hyperedges.
 
-    All arguments stand in the order of the signature; for a file, a hash of its member lists.
+    All arguments stand in the order of the signature; for a file, a hash of its member lists. With
+    ``num_experts`` the m of ``random`` is the number of hyperedges that it draws.
 
     Raises:
         ValueError: as ``static_hyperedges``, but for numbers that only the strategy itself refuses.
@@ -162,7 +189,10 @@ def strategy_identity(strategy: str) -> str:
     name, arguments = _parse(strategy)
     if name == "file":
         members = json.dumps(read_hyperedges(**arguments))
-        arguments = {"sha256": hashlib.sha256(members.encode()).hexdigest()[:12]}
+        arguments: dict[str, Any] = {"sha256": hashlib.sha256(members.encode()).hexdigest()[:12]}
+    if name == "random" and num_experts is not None:
+        _check_k(arguments["k"])
+        arguments["m"] = _number_drawn(num_experts, arguments["k"], arguments["m"])
     listed = ",".join(f"{key}={value}" for key, value in arguments.items())
     return f"{name}:{listed}" if listed else name
 
@@ -181,7 +211,7 @@ def default_strategies() -> list[str]:
     return [name for name in STRATEGIES if REQUIRED not in strategy_arguments(name).values()]
 
 
-def _parameters(name: str) -> dict[str, inspect.Parameter]:
+def _parameters(name: str) -> Parameters:
     if name not in STRATEGIES:
         raise ValueError(unknown_name("static_hyperedge_strategy", name, STRATEGIES))
     parameters = inspect.signature(STRATEGIES[name], eval_str=True).parameters
@@ -191,55 +221,4 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 def _parse(strategy: str) -> tuple[str, dict[str, Any]]:
     """Return the name, and every argument with its value, in the order of the signature."""
     name, colon, text = strategy.partition(":")
-    parameters = _parameters(name)
-    try:
-        given = _given(text, parameters) if colon else {}
-        return name, {key: _value(parameter, given.get(key)) for key, parameter in parameters.items()}
-    except ValueError as error:
-        raise ValueError(f"strategy {strategy!r}: {error}. {_usage(name, parameters)}.") from None
-
-
-def _usage(name: str, parameters: dict[str, inspect.Parameter]) -> str:
-    if not parameters:
-        return f"{name} takes no arguments; write {name!r}"
-    takes = [f"{key} ({'required' if p.default is REQUIRED else f'default {p.default}'})"
-             for key, p in parameters.items()]  # fmt: skip
-    first, parameter = next(iter(parameters.items()))
-    example = f"{name}:edges.json" if parameter.annotation is str else f"{name}:{first}=3"
-    return f"{name} takes {', '.join(takes)}; for example {example!r}"
-
-
-def _given(text: str, parameters: dict[str, inspect.Parameter]) -> dict[str, str]:
-    """Return the text of each argument that is set."""
-    given: dict[str, str] = {}
-    first, *others = parameters or [""]
-    if first and not others and parameters[first].annotation is str:
-        return {first: text.removeprefix(f"{first}=")}
-    for part in text.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals and not given:
-            key, value = first or key, key
-        if key not in parameters:
-            raise ValueError(f"there is no argument {key!r}")
-        if key in given:
-            raise ValueError(f"{key} is given twice")
-        given[key] = value
-    return given
-
-
-def _value(parameter: inspect.Parameter, text: str | None) -> Any:
-    """Return ``text`` as the type of the parameter's annotation; its default where there is no text."""
-    if text is None and parameter.default is not REQUIRED:
-        return parameter.default
-    if not text:
-        raise ValueError(f"{parameter.name} has no value")
-    types = get_args(parameter.annotation) or (parameter.annotation,)
-    if text == "None" and NoneType in types:
-        return None
-    if int not in types:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        kind = "a whole number or None" if NoneType in types else "a whole number"
-        raise ValueError(f"{parameter.name} is {text!r}; it must be {kind}") from None
+    return name, read_arguments(name, text if colon else None, _parameters(name))

@@ -2,11 +2,20 @@
 
 Read in this order: ``report`` (what a check gives), ``subject`` (what is checked, on which
 numbers), ``isolation`` and ``dependence`` (no token sees another), ``behaviour`` and
-``agreement`` (the other checks of a coupler), ``causality`` (the whole model), ``gate``.
+``agreement`` (the other checks of a coupler), ``causality`` (the whole model), ``communication``
+(what a coupler says of itself), ``gate``.
 """
 
-from bench.gate.gate import CHECKS, refuse_wrong_names, run_gate
+from bench.gate.gate import CHECKS, refuse_wrong_hypergraph, refuse_wrong_names, run_gate
 from bench.gate.report import Check, GateReport
 from bench.gate.trained import check_trained_isolation
 
-__all__ = ["CHECKS", "Check", "GateReport", "check_trained_isolation", "refuse_wrong_names", "run_gate"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "GateReport",
+    "check_trained_isolation",
+    "refuse_wrong_hypergraph",
+    "refuse_wrong_names",
+    "run_gate",
+]

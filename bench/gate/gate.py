@@ -9,11 +9,15 @@ import torch
 from bench.gate.agreement import agrees_with_reference
 from bench.gate.behaviour import batch_isolation, bf16, gradients, no_memory
 from bench.gate.causality import causality
+from bench.gate.communication import communication
 from bench.gate.isolation import token_isolation
 from bench.gate.report import GateReport, run_check
 from bench.gate.subject import Subject, global_random_state_kept
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import build_coupler
+from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.naming import unknown_name
+from gnnmoe.strategies import strategy_identity
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "token_isolation": token_isolation,
@@ -22,6 +26,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "causality": causality,
     "reference": agrees_with_reference,
     "gradients": gradients,
+    "communication": communication,
     "bf16": bf16,
 }
 
@@ -41,13 +46,14 @@ def run_gate(config: GNNMoEConfig, *, seed: int = 0, device: torch.device | str 
 
 
 def refuse_wrong_names(config: GNNMoEConfig) -> None:
-    """Build the coupler once, for the messages about its name and options.
+    """Check the hypergraph's names, and build the coupler once, for the messages about its name and options.
 
     Whatever else goes wrong in its constructor is its own fault, which the gate reports.
 
     Raises:
         ValueError: there is no such coupler, strategy or option.
     """
+    refuse_wrong_hypergraph(config)
     try:
         with torch.random.fork_rng(devices=[]):
             build_coupler(config)
@@ -55,3 +61,14 @@ def refuse_wrong_names(config: GNNMoEConfig) -> None:
         raise
     except Exception:
         return
+
+
+def refuse_wrong_hypergraph(config: GNNMoEConfig) -> None:
+    """Check the names that only a hypergraph coupler looks up, so that no other swallows a misspelt one.
+
+    Raises:
+        ValueError: there is no such conv type or strategy, or the strategy cannot have these arguments.
+    """
+    if config.hgnn_conv_type not in CONV_TYPES:
+        raise ValueError(unknown_name("hgnn_conv_type", config.hgnn_conv_type, CONV_TYPES))
+    strategy_identity(config.static_hyperedge_strategy)

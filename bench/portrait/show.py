@@ -16,7 +16,8 @@ from bench.portrait.mixing import Mixing
 from bench.portrait.portrait import Portrait
 from bench.portrait.verdict import amount, nonlinear_by, power
 
-FLOPS_FAILURE = "FLOPs formula wrong: "
+FLOPS = "FLOPs formula"
+FLOPS_FAILURE = f"{FLOPS} wrong: "
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,21 @@ class Row:
     report: GateReport
     portrait: Portrait | str
     """The portrait, or why there is none."""
+
+    @property
+    def flops_mismatch(self) -> str:
+        """How its FLOPs formula is wrong; empty where it is not, or nothing was measured."""
+        return self.portrait.cost.flops_mismatch if isinstance(self.portrait, Portrait) else ""
+
+    @property
+    def failures(self) -> list[str]:
+        """The names of what failed."""
+        return [check.name for check in self.report.failures] + ([FLOPS] if self.flops_mismatch else [])
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate passed it, and it costs what it says."""
+        return self.report.passed and not self.flops_mismatch
 
 
 def mark(passed: bool) -> Text:
@@ -83,7 +99,7 @@ def show_all(rows: Sequence[Row], left_out: dict[str, str], console: Console) ->
     table.add_column("FLOPs\na token", justify="right")
     table.add_column("before the shared combiner it …", overflow="fold")
     for row in rows:
-        table.add_row(Text(row.name), mark(row.report.passed), *_cells(row.portrait))
+        table.add_row(Text(row.name), mark(row.passed), *_cells(row.portrait))
     console.print(table)
     if left_out:
         reasons = [f"{name} ({reason.rstrip('.')})" for name, reason in left_out.items()]
@@ -91,10 +107,10 @@ def show_all(rows: Sequence[Row], left_out: dict[str, str], console: Console) ->
     for row in rows:
         for check in row.report.failures:
             console.print(Text(f"{row.name}: {check.name}: {check.detail}", style="bold red"))
-        if isinstance(row.portrait, Portrait) and row.portrait.cost.flops_mismatch:
-            text = f"{row.name}: {FLOPS_FAILURE}{row.portrait.cost.flops_mismatch}"
+        if row.flops_mismatch:
+            text = f"{row.name}: {FLOPS_FAILURE}{row.flops_mismatch}"
             console.print(Text(text, style="bold red"))
-    failed = [row.name for row in rows if not row.report.passed]
+    failed = [row.name for row in rows if not row.passed]
     if failed:
         text = f"FAILED: {len(failed)} of {len(rows)}: {', '.join(failed)}"
         console.print(Text(text, style="bold red"))

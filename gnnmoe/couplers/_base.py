@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
 
 
+COUPLER_FIELDS = ("gnn_layers", "hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
+"""The fields of the config that are there for some couplers only."""
+
+
 class Coupler(nn.Module, ABC):
     """Mixes the outputs of E experts, token by token: (B, L, E, D) → (B, L, D).
 
@@ -26,14 +30,20 @@ class Coupler(nn.Module, ABC):
     name: ClassVar[str] = ""
     """Set by ``@register_coupler``."""
     config_fields: ClassVar[tuple[str, ...] | None] = None
-    """Which of ``gnn_layers`` and the ``hgnn_`` fields it reads; None: perhaps all of them. Two
-    configs that differ in other fields only are one run."""
+    """Which of ``COUPLER_FIELDS`` it reads; None: perhaps all of them. Two configs that differ in other
+    fields only are one run. Like the two methods below it counts for this class, not for its subclasses."""
 
     @classmethod
     def fields_read(cls, options: dict[str, Any]) -> tuple[str, ...] | None:
         """Return ``config_fields`` as they are with these options of its own."""
         del options
         return cls.config_fields
+
+    @classmethod
+    def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
+        """Return ``options`` in one form for all that give the same model, less what has no effect."""
+        del config
+        return options
 
     def __init__(self, config: GNNMoEConfig) -> None:
         super().__init__()
@@ -114,21 +124,29 @@ def combiner(embed_dim: int) -> nn.Sequential:
 
 
 def effective_mixing(coupler: Coupler, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-    """Return the mean over tokens of ‖∂y/∂x_e‖ (Frobenius), normalised to sum 1: shape (E,).
+    """Return the mean over tokens of ‖∂y/∂x_e‖ (Frobenius), normalised token by token: shape (E,).
 
-    All zeros where the output depends on no expert.
+    A token whose output depends on no expert counts as zeros; where none is like that, the sum is 1.
 
-    For a coupler that is a weighted sum of the experts and one map for all of them, these are
-    the weights themselves. Costs one backward pass for each of the D outputs.
+    For a coupler that maps a weighted sum of a token's experts, these are the weights' absolute values
+    over their sum, averaged over the tokens. Costs one backward pass for each of the D outputs.
     """
     inputs = expert_outputs.detach().clone().requires_grad_(True)
     with torch.enable_grad():
         output = coupler(inputs, None if layer_input is None else layer_input.detach())
-        squared = torch.zeros(inputs.shape[:3], device=inputs.device, dtype=torch.float64)
+        squared = torch.zeros(
+            inputs.shape[:3], device=inputs.device, dtype=_accumulation_dtype(inputs.device)
+        )
         for column in output.flatten(0, 1).sum(0).unbind():
             (gradient,) = torch.autograd.grad(
                 column, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            squared += gradient.double().square().sum(-1)
-    share = squared.sqrt().mean((0, 1))
-    return (share / share.sum().clamp_min(torch.finfo(share.dtype).tiny)).to(expert_outputs.dtype)
+            squared += gradient.to(squared.dtype).square().sum(-1)
+    norm_BLE = squared.sqrt()
+    total_BL1 = norm_BLE.sum(-1, keepdim=True).clamp_min(torch.finfo(norm_BLE.dtype).tiny)
+    return (norm_BLE / total_BL1).mean((0, 1)).to(expert_outputs.dtype)
+
+
+def _accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -6,18 +6,22 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from gnnmoe.couplers._base import Coupler
+from gnnmoe.couplers._base import COUPLER_FIELDS, Coupler
 
 EMPTY = inspect.Parameter.empty
 DOCUMENTED = (".. math::", "Shapes:", "Source:")
 OPTION_TYPES = (bool, int, float, str, type(None))
+FIELDS_ARE = f"None, or a tuple of some of {', '.join(COUPLER_FIELDS)}"
 SIGNATURES = {
     "forward": {"expert_outputs": EMPTY, "layer_input": None},
     "reference": {"expert_outputs": EMPTY, "layer_input": None},
     "auxiliary_losses": {"expert_outputs": EMPTY, "layer_input": None},
     "communication": {"expert_outputs": None, "layer_input": None},
+    "flops": {"tokens": EMPTY},
+    "fields_read": {"options": EMPTY},
+    "canonical_options": {"config": EMPTY, "options": EMPTY},
 }
-"""Parameters after self, with their defaults, of the methods that the harness calls."""
+"""Parameters after self or cls, with their defaults, of the methods that the harness calls."""
 
 
 def check_contract(cls: Any, name: str | None = None) -> None:
@@ -39,7 +43,7 @@ def _breach(cls: Any) -> str | None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         return f"it does not implement {' and '.join(missing)}; every abstract method must be written."
-    return _in_constructor(cls) or _in_methods(cls) or _in_docstring(cls)
+    return _in_constructor(cls) or _in_methods(cls) or _in_fields(cls) or _in_docstring(cls)
 
 
 def _in_constructor(cls: type[Coupler]) -> str | None:
@@ -95,6 +99,8 @@ def _in_methods(cls: type[Coupler]) -> str | None:
         found = _parameters(cls, method)
         if found is None:
             return f"{method} is no method; write it as one."
+        if _is_classmethod(Coupler, method) and not _is_classmethod(cls, method):
+            return f"{method} is no classmethod; put @classmethod above it."
         named = {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD}
         if len(named) != len(found) or list(named.items()) != list(wanted.items()):
             return (
@@ -122,6 +128,21 @@ def _as_parameters(wanted: dict[str, Any]) -> list[inspect.Parameter]:
 
 def _shown(parameters: list[inspect.Parameter]) -> str:
     return str(inspect.Signature([p.replace(annotation=EMPTY) for p in parameters]))
+
+
+def _is_classmethod(cls: type[Coupler], method: str) -> bool:
+    return isinstance(inspect.getattr_static(cls, method), classmethod)
+
+
+def _in_fields(cls: type[Coupler]) -> str | None:
+    if are_fields(cls.config_fields):
+        return None
+    return f"config_fields is {cls.config_fields!r}; it must be {FIELDS_ARE}."
+
+
+def are_fields(value: Any) -> bool:
+    """Return whether ``value`` can stand in ``config_fields``."""
+    return value is None or (isinstance(value, tuple) and all(name in COUPLER_FIELDS for name in value))
 
 
 def _in_docstring(cls: type[Coupler]) -> str | None:

@@ -59,19 +59,19 @@ def is_file(text: str) -> bool:
     return text.rpartition(":")[0].endswith(".py")
 
 
-def lasting_name(text: str) -> str:
-    """Return what names a coupler wherever it lies: of a file, ``Class@`` and 12 digits of its sha256.
+def file_name(text: str) -> str:
+    """Return what names the class of a file wherever that lies: ``Class@`` and 12 digits of its sha256.
 
     Raises:
         ValueError: as ``class_by_path``.
     """
-    return f"{text.rpartition(':')[2]}@{_file(text).sha256[:12]}" if is_file(text) else text
+    return f"{text.rpartition(':')[2]}@{_file(text).sha256[:12]}"
 
 
 def _imported(module_name: str, text: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"coupler {text!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error})."
         ) from error
@@ -106,7 +106,7 @@ def _executed(path: Path, source: bytes, text: str) -> ModuleType:
     sys.modules[name] = module  # where pickle and dataclasses look a class up
     try:
         exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         if earlier is not None:
             sys.modules[name] = earlier

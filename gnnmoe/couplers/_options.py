@@ -5,17 +5,14 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from gnnmoe.couplers._base import Coupler
-from gnnmoe.couplers._loading import lasting_name
-from gnnmoe.couplers._registry import coupler_class
+from gnnmoe.couplers._base import COUPLER_FIELDS, Coupler
+from gnnmoe.couplers._contract import FIELDS_ARE, are_fields
+from gnnmoe.couplers._registry import coupler_class, lasting_name
 from gnnmoe.naming import unknown_name
 from gnnmoe.strategies import strategy_identity
 
 if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
-
-COUPLER_FIELDS = ("gnn_layers", "hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
-"""The fields of the config that are there for some couplers only."""
 
 
 def build_coupler(config: GNNMoEConfig) -> Coupler:
@@ -77,20 +74,53 @@ def coupler_identity(config: GNNMoEConfig) -> dict[str, Any]:
     """Return the fields of ``config`` that can change the model: those its coupler never reads are out.
 
     ``vocab_size`` is out too, since it follows from the data. A coupler that lies in a file counts
-    by the content of the file, not by the folder; so do hyperedges.
+    by the content of the file, not by the folder; so do hyperedges. Options and strategies count in
+    one form for all that give the same model.
+
+    Raises:
+        ValueError: as ``build_coupler``, but for values that only the coupler itself refuses.
     """
-    options = resolved_options(config)
-    read = coupler_class(config.coupler_type).fields_read(options)
+    cls, options = coupler_class(config.coupler_type), resolved_options(config)
+    read = fields_read_by(cls, options)
     unread = set(COUPLER_FIELDS) - set(COUPLER_FIELDS if read is None else read)
     fields = {
         **config.to_dict(),
         "coupler_type": lasting_name(config.coupler_type),
-        "coupler_options": options,
+        "coupler_options": _canonical(cls, config, options),
         "ffn_dim": config.expert_width,
     }
     if "static_hyperedge_strategy" not in unread:
-        fields["static_hyperedge_strategy"] = strategy_identity(config.static_hyperedge_strategy)
+        strategy, num_experts = config.static_hyperedge_strategy, config.num_experts
+        fields["static_hyperedge_strategy"] = strategy_identity(strategy, num_experts)
     return {name: value for name, value in fields.items() if name not in unread | {"vocab_size"}}
+
+
+def fields_read_by(cls: type[Coupler], options: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return which of ``COUPLER_FIELDS`` the coupler reads; None: perhaps all of them.
+
+    Only what stands in the class itself counts: what it inherits was said of another class.
+
+    Raises:
+        ValueError: its ``fields_read`` gives something else.
+    """
+    if "fields_read" not in vars(cls):
+        return vars(cls).get("config_fields")
+    fields = cls.fields_read(options)
+    if not are_fields(fields):
+        raise ValueError(f"fields_read of coupler {cls.name} gives {fields!r}; it must be {FIELDS_ARE}.")
+    return fields
+
+
+def _canonical(cls: type[Coupler], config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options in the form that the class itself, not one it inherits from, calls canonical."""
+    if "canonical_options" not in vars(cls):
+        return options
+    found = cls.canonical_options(config, dict(options))
+    if not isinstance(found, dict) or not found.keys() <= options.keys():
+        raise ValueError(
+            f"canonical_options of coupler {cls.name} gives {found!r}; it must be some of {options}."
+        )
+    return found
 
 
 def _as_type_of(default: Any, value: Any, what: str) -> Any:

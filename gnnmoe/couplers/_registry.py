@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._contract import check_contract
-from gnnmoe.couplers._loading import class_by_path
+from gnnmoe.couplers._loading import class_by_path, file_name, is_file
 from gnnmoe.naming import unknown_name
 
 _COUPLERS: dict[str, type[Coupler]] = {}
@@ -41,8 +41,8 @@ def register_coupler(name: str) -> Callable[[CouplerClass], CouplerClass]:
 
 
 @cache
-def _discover() -> None:
-    """Import every coupler file of this folder and every installed entry point, once."""
+def _discover() -> frozenset[str]:
+    """Import every coupler file of this folder and every installed entry point, once; return the names."""
     package = importlib.import_module("gnnmoe.couplers")
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
@@ -50,10 +50,11 @@ def _discover() -> None:
     for point in entry_points(group="gnnmoe.couplers"):
         try:
             register_coupler(point.name)(point.load())
-        except Exception as error:  # a stranger's package must not take the other couplers along
+        except (Exception, SystemExit) as error:  # a stranger's package must not take the others along
             warnings.warn(
                 f"coupler {point.name!r} of an installed package is left out: {error}", stacklevel=2
             )
+    return frozenset(_COUPLERS)
 
 
 def coupler_names() -> list[str]:
@@ -75,3 +76,18 @@ def coupler_class(name: str) -> type[Coupler]:
         own = "Your own: package.module:Class or path/to/file.py:Class."
         raise ValueError(f"{unknown_name('coupler', name, _COUPLERS)} {own}")
     return _COUPLERS[name]
+
+
+def lasting_name(name: str) -> str:
+    """Return what names a coupler wherever it lies, and however it is named.
+
+    Of a file, ``Class@`` and 12 digits of its sha256; of a class that discovery finds, its registered
+    name; else ``name``.
+
+    Raises:
+        ValueError: as ``coupler_class``.
+    """
+    cls = coupler_class(name)
+    if is_file(name):
+        return file_name(name)
+    return cls.name if cls.name in _discover() and _COUPLERS.get(cls.name) is cls else name

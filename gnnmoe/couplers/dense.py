@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gnnmoe.couplers._base import Coupler
+from gnnmoe.couplers._options import coupler_option_defaults, fields_read_by
 from gnnmoe.couplers._registry import coupler_class, register_coupler
 from gnnmoe.naming import unknown_name
 
@@ -56,7 +57,16 @@ class DenseCoupler(Coupler):
     @classmethod
     def fields_read(cls, options: dict[str, Any]) -> tuple[str, ...] | None:
         """Return what the coupler reads that it is matched to."""
-        return () if options["match"] == "none" else coupler_class(options["like"]).config_fields
+        if options["match"] == "none":
+            return ()
+        like = coupler_class(options["like"])
+        return fields_read_by(like, coupler_option_defaults(like))
+
+    @classmethod
+    def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
+        """Drop ``like`` where it is matched to nothing."""
+        del config
+        return {"match": "none"} if options["match"] == "none" else options
 
     def expert_shape(self) -> tuple[int, int]:
         """Return one block and its hidden width."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,12 @@ class HGNNExpertCoupler(Coupler):
             self.hyperedge_weights = nn.Parameter(
                 torch.randn(self._num_hyperedges) if self.edge_weights == "raw" else start
             )
+
+    @classmethod
+    def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
+        """Drop ``edge_weights`` where none are learned: all are 1 then."""
+        learned = config.hgnn_learnable_edge_weights
+        return {name: value for name, value in options.items() if learned or name != "edge_weights"}
 
     @staticmethod
     def generate_static_hyperedges(num_experts: int, strategy: str) -> tuple[Tensor, int]:

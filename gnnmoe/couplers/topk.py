@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,11 @@ class TopKCoupler(Coupler):
         self.load_balance_alpha, self.z_loss_weight = load_balance_alpha, z_loss_weight
         self.router = nn.Linear(config.embed_dim, config.num_experts, bias=False)  # W_r
         nn.init.normal_(self.router.weight, std=ROUTER_STD)
+
+    @classmethod
+    def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
+        """Return k as it is used: all experts, where it is more than there are."""
+        return {**options, "k": min(options["k"], config.num_experts)}
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D), by ``layer_input`` (B, L, D)."""

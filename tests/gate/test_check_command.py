@@ -22,7 +22,7 @@ def test_honest_coupler_passes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*SMALL, "--coupler", "mean"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("✓") == 7
+    assert shown.count("✓") == 8
     assert "passed: mean at 4 experts" in shown
     assert re.search(r"parameters +304, ", shown)  # 16² + 16 + 2 · 16, all in the combiner
     assert re.search(r"FLOPs a token +512 ", shown)
@@ -52,14 +52,22 @@ def test_a_coupler_that_cannot_be_built_is_reported_not_raised(capsys):
     assert "no portrait: it raised ZeroDivisionError" in shown
 
 
-def test_a_portrait_follows_a_failed_gate_and_shows_dead_parameters_and_a_wrong_formula(capsys, monkeypatch):
+def test_a_portrait_follows_a_failed_gate_and_shows_dead_parameters(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*SMALL, "--coupler", "tests.gate.couplers:Dead"]) == 1
     shown = capsys.readouterr().out
     assert "unread (not declared in inert_parameters())" in shown
     assert "verdict: " in shown
-    assert main([*SMALL, "--coupler", "tests.gate.portrait_couplers:WrongFlops"]) == 0
-    assert "FLOPs formula wrong: flops(12) says 12, " in capsys.readouterr().out
+
+
+def test_a_wrong_flops_formula_is_a_failure(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([*SMALL, "--coupler", "tests.gate.portrait_couplers:WrongFlops"]) == 1
+    shown = capsys.readouterr().out
+    assert "✗" not in shown
+    assert "leaks nothing, but costs other than it says: its FLOPs formula is wrong." in shown
+    assert "FLOPs formula wrong: flops(12) says 12, " in shown
+    assert "passed" not in shown
 
 
 @pytest.fixture
@@ -96,6 +104,15 @@ def test_all_checks_the_named_coupler_too_and_fails_with_its_details(few, capsys
     assert max(map(len, shown.splitlines())) <= 80
 
 
+def test_all_fails_where_a_flops_formula_is_wrong(few, capsys):
+    wrong = "tests.gate.portrait_couplers:WrongFlops"
+    assert main([*SMALL, "--all", "--coupler", wrong]) == 1
+    shown = capsys.readouterr().out
+    assert (shown.count("✓"), shown.count("✗")) == (len(ALL), 1)
+    assert f"{wrong}: FLOPs formula wrong: flops(12) says 12, " in " ".join(shown.split())
+    assert f"FAILED: 1 of 5: {wrong}" in shown
+
+
 def names(**fields) -> list[str]:
     return [entry.name for entry in list_couplers(ModelConfig(**fields).resolved(ANY_VOCABULARY))[0]]
 
@@ -130,6 +147,11 @@ def test_the_named_coupler_is_added_once_and_with_its_options():
         (["--coupler", "HGNN", "--static-hyperedge-strategy", "all_pair"], "all_pairs"),
         (["--coupler", "mean", "--coupler-option", "k=2"], "unknown option of coupler mean 'k'"),
         (["--all", "--coupler", "maen"], "Did you mean 'mean'?"),
+        (["--coupler", "mean", "--hgnn-conv-type", "HNH"], "unknown hgnn_conv_type 'HNH'; allowed: "),
+        (["--coupler", "mean", "--static-hyperedge-strategy", "all_pair"], "Did you mean 'all_pairs'?"),
+        (["--coupler", "mean", "--static-hyperedge-strategy", "ring:n=2"], "there is no argument 'n'"),
+        (["--all", "--hgnn-conv-type", "HNH"], "Did you mean 'HNHN'?"),
+        (["--all", "--static-hyperedge-strategy", "all_pair"], "Did you mean 'all_pairs'?"),
     ],
 )
 def test_wrong_input_is_one_message(arguments, text, capsys):

@@ -172,7 +172,7 @@ def test_communication_is_small_detached_and_static_where_it_says_so(fields):
         assert torch.equal(value, full[name])
     for name, value in full.items():
         assert not value.requires_grad
-        assert value.numel() <= 5 * 5
+        assert value.numel() <= 5 * 20  # experts × hyperedges
         assert value.shape == longer[name].shape
     assert all(parameter.grad is None for parameter in coupler.parameters())
     matrices = coupler.get_expert_communication_matrices()
@@ -184,7 +184,7 @@ def test_communication_is_small_detached_and_static_where_it_says_so(fields):
 
 @every_coupler
 def test_mixing_is_the_share_of_each_expert_in_the_output(fields):
-    """Mean over tokens of ‖∂y/∂x_e‖, normalised: recomputed from one Jacobian per token."""
+    """Mean over tokens of ‖∂y/∂x_e‖, normalised for each token: recomputed from one Jacobian per token."""
     coupler = make_coupler(**fields)
     x, layer_input = inputs()
     mixing = coupler.communication(x, layer_input)["mixing"]
@@ -196,8 +196,7 @@ def test_mixing_is_the_share_of_each_expert_in_the_output(fields):
         )
         assert isinstance(jacobian, Tensor)
         norms.append(jacobian.square().sum((0, 2)).sqrt())  # (D, E, D) → (E)
-    expected = torch.stack(norms).mean(0)
-    assert_near(mixing, expected / expected.sum())
+    assert_near(mixing, torch.stack([norm / norm.sum() for norm in norms]).mean(0))
 
 
 @every_coupler

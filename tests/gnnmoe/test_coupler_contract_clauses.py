@@ -44,6 +44,8 @@ FORWARD = "def forward(self, expert_outputs, layer_input=None):"
 REFERENCE = "def reference(self, expert_outputs, layer_input=None):"
 WANTED = r"it must take \(expert_outputs, layer_input=None\) after self"
 EXTRA = REFERENCE + "\n        pass\n\n    def "
+CLASSMETHOD = REFERENCE + "\n        pass\n\n    @classmethod\n    def "
+FIELDS_ARE = r"it must be None, or a tuple of some of gnn_layers, hgnn_conv_type, static_hyperedge_strategy, "
 CLAUSES = {
     "subclass": ("Mixer(Coupler)", "Mixer", "it is not a subclass of gnnmoe.Coupler"),
     "docstring": ('"""The mean.', 'f"""The mean.', "it has no docstring of its own"),
@@ -99,6 +101,33 @@ CLAUSES = {
     "communication": (
         REFERENCE, EXTRA + "communication(self, expert_outputs, layer_input=None):",
         r"communication takes .*; it must take \(expert_outputs=None, layer_input=None\) after self",
+    ),
+    "flops": (
+        REFERENCE, EXTRA + "flops(self, batch, length):",
+        r"flops takes \(batch, length\); it must take \(tokens\) after self",
+    ),
+    "fields by text": (
+        "def __init__(", "config_fields = 'gnn_layers'\n\n    def __init__(",
+        f"config_fields is 'gnn_layers'; {FIELDS_ARE}",
+    ),
+    "fields by list": (
+        "def __init__(", "config_fields = ['gnn_layers']\n\n    def __init__(",
+        rf"config_fields is \['gnn_layers'\]; {FIELDS_ARE}",
+    ),
+    "unknown field": (
+        "def __init__(", "config_fields = ('gnn_layers', 'gnn_layer')\n\n    def __init__(",
+        rf"config_fields is \('gnn_layers', 'gnn_layer'\); {FIELDS_ARE}",
+    ),
+    "fields of an instance": (
+        REFERENCE, EXTRA + "fields_read(self, options):", "fields_read is no classmethod; put @classmethod",
+    ),
+    "fields_read": (
+        REFERENCE, CLASSMETHOD + "fields_read(cls):",
+        r"fields_read takes \(\); it must take \(options\) after self",
+    ),
+    "canonical_options": (
+        REFERENCE, CLASSMETHOD + "canonical_options(cls, options):",
+        r"canonical_options takes .*; it must take \(config, options\) after self",
     ),
 }  # fmt: skip
 every_clause = pytest.mark.parametrize(("honest", "broken", "message"), CLAUSES.values(), ids=CLAUSES)
@@ -192,5 +221,11 @@ def test_the_base_class_has_the_signatures_that_it_asks_for():
     from gnnmoe.couplers._contract import SIGNATURES
 
     for method, wanted in SIGNATURES.items():
-        found = list(inspect.signature(getattr(Coupler, method)).parameters.values())[1:]
+        function = getattr(Coupler, method)
+        found = list(inspect.signature(getattr(function, "__func__", function)).parameters.values())[1:]
         assert {p.name: p.default for p in found} == wanted
+
+
+@pytest.mark.parametrize("value", ["None", "()", "('gnn_layers', 'hgnn_conv_type')"])
+def test_config_fields_may_be_nothing_or_names_of_fields(value):
+    check_contract(mixer(changed("def __init__(", f"config_fields = {value}\n\n    def __init__(")))

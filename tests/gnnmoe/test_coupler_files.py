@@ -134,7 +134,7 @@ def test_identity_names_the_class_and_the_content():
     assert identity(f"{EXAMPLE}:NormCoupler")["coupler_type"].startswith("NormCoupler@")
     assert len(identity(f"{EXAMPLE}:NormCoupler")["coupler_type"]) == len("NormCoupler@") + 12
     assert identity("mean")["coupler_type"] == "mean"
-    by_module = "gnnmoe.couplers.mean:MeanCoupler"
+    by_module = "examples.twenty_line_coupler:NormCoupler"
     assert identity(by_module)["coupler_type"] == by_module
 
 
@@ -173,6 +173,7 @@ def test_an_option_may_be_prefixed_by_the_path_or_the_file_name(mine):
         ("x = 1\0", "Scaled", r"wrong\.py cannot be loaded \(.*null bytes"),
         ("import no_such", "Scaled", r"cannot be loaded \(ModuleNotFoundError: No module named 'no_such'"),
         ("1 / 0", "Scaled", r"cannot be loaded \(ZeroDivisionError: division by zero\)"),
+        ("import sys; sys.exit(3)", "Scaled", r"cannot be loaded \(SystemExit: 3\)"),
         (
             MINE,
             "Scald",

@@ -167,6 +167,18 @@ def test_a_missing_dependency_of_a_coupler_is_not_hidden(tmp_path, monkeypatch):
         build("needs_something:Coupler")
 
 
+def test_a_module_that_stops_the_program_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "stops_all.py").write_text("raise SystemExit('usage: …')", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'stops_all' cannot be imported \(SystemExit: usage: …\)"):
+        build("stops_all:Coupler")
+    point = EntryPoint("stops", "stops_all:Coupler", "gnnmoe.couplers")
+    monkeypatch.setattr(_registry, "entry_points", lambda group: [point])
+    _registry._discover.cache_clear()
+    with pytest.warns(UserWarning, match="'stops' of an installed package is left out: usage: …"):
+        assert "mean" in coupler_names()
+
+
 def test_unknown_option_is_refused_with_the_nearest(third_party):
     with pytest.raises(ValueError, match=r"unknown option of coupler HGNN 'residul'.*mean 'residual'"):
         build("HGNN", residul=True)

@@ -16,6 +16,8 @@ BAD_FILES = {  # for four experts
     "text": (b'[[0,"1"]]', ', line 1: member "1" is not an integer.'),
     "number": (b"[[0],\n[0, 1.0]]", ", line 2: member 1.0 is not an integer."),
     "bool": (b"[[0],\n\n[0,\ntrue]]", ", line 3: member true is not an integer."),
+    "bool beside 1": (b"[[0],\n[1, true]]", ", line 2: member true is not an integer."),
+    "1.0 beside 1": (b"[[1, 1.0]]", ", line 1: member 1.0 is not an integer."),
     "deeper": (b"[[[0]]]", ", line 1: member [0] is not an integer."),
     "flat": (b"[\n3]", ", line 2: 3 is not a list; the file must be a list of lists of experts."),
     "object": (b'\n{"0": 1}', ", line 2: not a list; the file must be a list of lists of experts."),

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import time
 from collections import Counter
 from itertools import chain, combinations
@@ -183,6 +184,30 @@ def test_arguments_out_of_range_are_refused(strategy, message):
         static_hyperedges(0, strategy)
     with pytest.raises(ValueError, match="num_experts is -1; it must not be negative"):
         static_hyperedges(-1, strategy)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "E", "number"),
+    [
+        ("all_pairs", 448, "100,128"), ("all_triplets", 86, "102,340"), ("pairs_and_triplets", 85, "102,340"),
+        ("k_subsets:k=32", 64, "about 10^18"), ("k_subsets:k=20000", 40000, "about 10^12039"),
+        ("ring", 100_001, "100,001"), ("random:m=100001", 200, "100,001"), ("random", 100_001, "100,001"),
+    ],
+)  # fmt: skip
+def test_more_hyperedges_than_the_limit_are_refused_before_any_is_made(strategy, E, number, monkeypatch):
+    monkeypatch.setattr("gnnmoe.strategies.combinations", lambda *_: pytest.fail("enumerated"))
+    monkeypatch.setattr("gnnmoe.strategies._draw", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=re.escape(f"has {number} hyperedges")) as caught:
+        static_hyperedges(E, strategy)
+    assert "at most 100,000 are allowed" in str(caught.value)
+
+
+def test_as_many_hyperedges_as_the_limit_are_made(monkeypatch):
+    assert len(static_hyperedges(447, "all_pairs")) == 99_681
+    assert len(static_hyperedges(200, "random:m=100000")) == 100_000
+    monkeypatch.setitem(STRATEGIES, "doubled", lambda num_experts: [(0, 1)] * 100_001)
+    with pytest.raises(ValueError, match="has 100,001 hyperedges"):
+        static_hyperedges(2, "doubled")
 
 
 @pytest.mark.parametrize("strategy", BAD_TEXTS)

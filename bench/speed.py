@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.table import Table
 
     from bench.device import resolve_device
+    from bench.gate import refuse_wrong_hypergraph
     from bench.measure.coupler_speed import time_forms
     from bench.measure.environment import device_name
     from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = config.model.resolved(1)
     console = Console(highlight=False)
     try:
+        refuse_wrong_hypergraph(model)
         device = resolve_device(config.device)
         timings = []
         with console.status("timing …") as status:

@@ -188,3 +188,13 @@ def test_the_benchmark_prints_a_table_of_80_columns(run_command):
     assert max(map(len, done.stdout.splitlines())) <= 80
     for form in ("vectorized", "pyg", "loop", "reference()"):
         assert form in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--hgnn-conv-type", "--static-hyperedge-strategy"])
+def test_the_benchmark_refuses_a_misspelt_name_that_its_coupler_never_reads(flag, capsys):
+    from bench import speed
+
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(["--coupler", "mean", flag, "nope"])
+    assert stopped.value.code == 2
+    assert "'nope'; allowed: " in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """The leak gate: a coupler's perplexity counts only if every check here passes.
 
 Read in this order: ``report`` (what a check gives), ``subject`` (what is checked, on which
-numbers), ``isolation`` and ``dependence`` (no token sees another), ``behaviour`` and
+numbers), ``isolation``, ``few_forwards`` and ``dependence`` (no token sees another), ``behaviour`` and
 ``agreement`` (the other checks of a coupler), ``causality`` (the whole model), ``communication``
 (what a coupler says of itself), ``gate``.
 """

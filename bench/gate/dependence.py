@@ -52,6 +52,33 @@ def dependence(coupler: Coupler, inputs: Inputs, moved: Inputs, which: int) -> T
     return sees.fill_diagonal_(False)
 
 
+@torch.no_grad()
+def halve(coupler: Coupler, inputs: Inputs, moved: Inputs, s: int) -> str:
+    """Name one token that output ``s`` sees, in ⌈log₂ N⌉ + 2 forwards.
+
+    Output s differs between ``inputs`` and ``moved``, which agree in token s. Of the tokens that differ,
+    those that move it together are halved until one is left.
+    """
+
+    def seen(tokens: Tensor, which: Sequence[int]) -> bool:
+        changed = with_tokens_moved(inputs, moved, which, torch.isin(numbers_BL, tokens))
+        return not torch.equal(call(coupler, changed).flatten(0, 1)[s], base_D)
+
+    B, L = inputs[1].shape[:2]
+    numbers_BL = torch.arange(B * L, device=inputs[1].device).view(B, L)
+    both = range(len(SOURCES))
+    base_D = call(coupler, inputs).flatten(0, 1)[s]
+    tokens = (inputs[1] != moved[1]).any(-1).flatten().nonzero().flatten()
+    while len(tokens) > 1:
+        half, rest = tokens.chunk(2)
+        if seen(half, both):
+            tokens = half
+        else:
+            inputs, tokens = with_tokens_moved(inputs, moved, both, torch.isin(numbers_BL, half)), rest
+    source = SOURCES[0 if seen(tokens, [0]) else 1]
+    return pair(s, int(tokens[0]), source, L)
+
+
 def with_tokens_moved(inputs: Inputs, moved: Inputs, which: Sequence[int], mask_BL: Tensor) -> Inputs:
     """Return a copy of ``inputs``, in ``which`` of them the tokens of ``mask_BL`` taken from ``moved``.
 
@@ -68,14 +95,17 @@ def describe(found: list[Tensor], length: int) -> str:
     kinds: dict[str, str] = {}
     for source, sees in zip(SOURCES, found, strict=True):
         for s, t in sees.nonzero().tolist():
-            kind = _kind(s, t, length)
-            seer, seen = (f"of sequence {token // length}" for token in (s, t))
-            text = f"token {s % length} {seer} sees the {source} of token {t % length} {seen} ({kind})"
-            kinds.setdefault(kind, text)
+            kinds.setdefault(_kind(s, t, length), pair(s, t, source, length))
     for worst in ("its future", "another sequence"):
         if worst in kinds:
             return kinds[worst]
     return f"causal but not token-isolated: it mixes a token's own past; refused. {kinds['its past']}"
+
+
+def pair(s: int, t: int, source: str, length: int) -> str:
+    """Say that output s moves with an input of token t."""
+    seer, seen = (f"token {token % length} of sequence {token // length}" for token in (s, t))
+    return f"{seer} sees the {source} of {seen} ({_kind(s, t, length)})"
 
 
 def _kind(s: int, t: int, length: int) -> str:

@@ -1,7 +1,8 @@
 """What a coupler is: linear or not, static or not, how many maps, and what it costs.
 
-Read in this order: ``readout`` (what is looked at), ``mixing`` (its numbers), ``verdict`` (the
-sentence), ``cost``, ``portrait`` (all of it), ``roster`` (every coupler there is), ``show``.
+Read in this order: ``readout`` (what is looked at), ``deviation`` (how differences are measured),
+``probes`` (values), ``maps`` (Jacobians), ``mixing`` (all of its numbers), ``verdict`` (the sentence),
+``cost``, ``portrait`` (all of it), ``roster`` (every coupler there is), ``show``.
 """
 
 from bench.portrait.mixing import NoMixing

@@ -19,7 +19,7 @@ SCALES = (1.0, 0.1, 1e3)  # of the inputs: a kink, a threshold or a saturation m
 BATCH = 2 * len(SCALES)
 MANY = 64  # sequences, for what must hold for every token
 MANY_SCALES = (*SCALES, 3.0)
-DRAWS = 3
+DRAWS = 2
 NEARLY_NOTHING = 1e-3  # of the inputs, in place of 0, where a norm may have no value
 
 

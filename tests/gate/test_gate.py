@@ -147,3 +147,14 @@ def test_record_is_json():
     assert list(record["checks"]) == list(CHECKS)
     assert set(record["checks"]["causality"]) == {"passed", "detail", "seconds"}
     assert record["checks"]["causality"]["passed"] is True
+
+
+def test_running_out_of_memory_is_no_verdict_on_the_coupler(monkeypatch):
+    """A sweep records it as oom: the machine was too small, and nothing is known of the coupler."""
+
+    def greedy(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+
+    monkeypatch.setitem(CHECKS, "token_isolation", greedy)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        run_gate(GNNMoEConfig(coupler_type="mean", embed_dim=8, max_seq_length=8))

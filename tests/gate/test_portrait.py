@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from bench.gate import run_gate
 from bench.gate.subject import Subject
 from bench.portrait import NoMixing, Portrait, draw_portrait
 from bench.portrait.maps import effective_rank, jacobians
@@ -119,16 +118,6 @@ VERDICTS = [
     (HERE + "TokenMaps", "is linear in the experts, by maps that depend on the token (effective rank 1.00)"),
     (HERE + "TinyNonlinearity", "is not linear in the experts (by 0.0006)" + MEAN_ALONE),
     (HERE + "LateKink", "is not linear in the experts (by 0.04 at inputs of size 1000)" + MEAN_ALONE),
-    (HERE + "SquaredWhereLarge", "is not linear in the experts (by 1)"),
-    (HERE + "OneExpertWhereLarge", "is a weighted mean whose weights depend on the token (to 1e-16)"),
-    (HERE + "OneExpertInAWindow", "is the mean over experts + a term that depends on the token at most "
-                                  "tokens, but not at all (off by 1 at another)"),
-    (HERE + "OneSmallTanh", "is not linear in the experts (by 0.4)" + MEAN_ALONE),
-    (HERE + "OneSmallExpert", "is linear and static, but treats experts by different maps "
-                              "(effective rank 1.00; off one map by 0.8)"),
-    (HERE + "OneSmallGate", "is linear in the experts, by maps that depend on the token "
-                            "(effective rank 1.00)"),
-    (HERE + "OneSmallPosition", "equals mean + Linear + a term that depends on the token to 1e-16"),
     (HERE + "LateKinkOfOne", "is not linear in the experts (by 0.4 at inputs of size 1000)"),
     (HERE + "OrthogonalMaps", "is linear and static, but treats experts by different maps "
                               "(effective rank 2.00; off one map by 1)"),
@@ -219,54 +208,6 @@ def test_what_does_not_end_in_the_shared_combiner_is_judged_by_its_output(couple
     drawn = portrait(HERE + coupler)
     linear = coupler == "NoCombiner"
     assert drawn.sentence.startswith(f"its output ({reason}) {'equals the mean' if linear else 'is not lin'}")
-
-
-def test_a_coupler_without_parameters_passes_the_gate_and_costs_nothing():
-    report = run_gate(config(HERE + "NoCombiner"))
-    assert not [check.name for check in report.failures if check.name in ("gradients", "no_memory")]
-    cost = portrait(HERE + "NoCombiner").cost
-    assert (cost.parameters, cost.dead_parameters) == (0, {})
-
-
-def test_costs_are_those_of_the_real_width_although_mixing_is_looked_at_in_a_narrow_copy():
-    drawn = portrait("mean", embed_dim=64)
-    assert drawn.cost.parameters == 64 * 64 + 64 + 2 * 64
-    assert drawn.cost.flops_per_token == 2 * 64 * 64
-    assert drawn.mixing.width == 16
-    assert portrait("mean", embed_dim=48, num_heads=12).mixing.width == 24
-    assert portrait(HERE + "NeedsWidth", embed_dim=32).mixing.width == 32
-
-
-@pytest.mark.parametrize(
-    ("coupler", "counted", "mismatch"),
-    [
-        ("mean", False, ""),
-        (HERE + "NoFlops", True, ""),
-        (HERE + "WrongFlops", False, "flops(6) says 6, torch.utils.flop_counter counts 768"),
-    ],
-)
-def test_flops_formula_is_compared_with_the_counter(coupler, counted, mismatch):
-    cost = portrait(coupler).cost
-    assert (cost.flops_counted, cost.flops_mismatch) == (counted, mismatch)
-    assert cost.flops_per_token == (1 if mismatch else 2 * 8 * 8)
-
-
-def test_flops_of_another_backend_are_those_of_the_default():
-    loop = portrait("HGNN", num_experts=3, coupler_options={"backend": "loop"}).cost
-    assert loop == portrait("HGNN", num_experts=3).cost
-    assert not loop.flops_mismatch
-
-
-@pytest.mark.parametrize(
-    ("coupler", "dead"),
-    [
-        ("mean", {}),
-        ("tests.gate.couplers:Dead", {"unread": "not declared in inert_parameters()"}),
-        ("tests.gate.couplers:DeclaredDead", {"unread": "kept for old checkpoints"}),
-    ],
-)
-def test_dead_parameters_are_named_with_the_reason(coupler, dead):
-    assert portrait(coupler).cost.dead_parameters == dead
 
 
 @pytest.mark.parametrize(("coupler", "reads"), [("Static", False), ("Gate", True), ("PlusLargeInput", True)])

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_warnings_plainly()
     from rich.console import Console
 
+    from bench.device import is_out_of_memory
     from bench.gate import refuse_wrong_names, run_gate
     from bench.portrait.show import Row, show_portrait
 
@@ -52,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_wrong_names(model)
     except ValueError as error:
         fail(str(error))
-    report = run_gate(model, seed=config.seed)
+    try:
+        report = run_gate(model, seed=config.seed)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fail("memory ran out, so nothing is known of the coupler; check it at a smaller width or length.")
     row = Row(model.coupler_type, report, portrait_or_reason(model, config.seed))
     show(row, model, console)
     show_portrait(row.portrait, console)

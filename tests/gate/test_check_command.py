@@ -45,6 +45,17 @@ def test_leaking_coupler_fails():
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+def test_running_out_of_memory_is_one_message(capsys, monkeypatch):
+    def greedy(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+
+    monkeypatch.setattr("bench.gate.run_gate", greedy)
+    with pytest.raises(SystemExit) as stopped:
+        main([*SMALL, "--coupler", "mean"])
+    assert stopped.value.code == 2
+    assert "memory ran out, so nothing is known of the coupler" in capsys.readouterr().err
+
+
 def test_a_coupler_that_cannot_be_built_is_reported_not_raised(capsys):
     assert main([*SMALL, "--coupler", "tests.gate.couplers:Unbuildable"]) == 1
     shown = capsys.readouterr().out

@@ -110,14 +110,14 @@ def _draw_loss(axes: Axes, train: list[Row], smoothed: list[float], span: int) -
 
 def _draw_evaluation(axes: Axes, run: RunData) -> None:
     """Draw one curve with two scales: perplexity = exp(loss), so the right axis is logarithmic."""
-    _panel(axes, "Evaluation on validation", "loss (nats a token)")
+    _panel(axes, "Perplexity on validation", "loss (nats a token)")
     if not run.validation:
         axes.text(0.5, 0.5, "no evaluation was reached", transform=axes.transAxes, ha="center")
         axes.set_yticks([])
         return
     losses = [_loss(row) for row in run.validation]
     best = min(range(len(losses)), key=losses.__getitem__)
-    label = f"best perplexity {_number(exp_or_infinity(losses[best]))}, step {run.validation[best]['step']:,}"
+    label = f"best {_number(exp_or_infinity(losses[best]))} at step {run.validation[best]['step']:,}"
     steps, marker = [row["step"] for row in run.validation], _marker(losses, MARKED)
     axes.plot(steps, losses, color=BLUE, marker=marker, markersize=4, label=label)
     lines = _reference_losses(run)
@@ -146,7 +146,7 @@ def _reference_losses(run: RunData) -> dict[str, float]:
     scored = quality["validation"]
     if any(row["tokens"] != scored["tokens"] for row in run.validation):
         return {}
-    names = {"unigram": "unigram_nll_sum", "Kneser-Ney trigram": "kneser_ney_trigram_nll_sum"}
+    names = {"unigram": "unigram_nll_sum", "trigram": "kneser_ney_trigram_nll_sum"}
     return {name: scored[key] / scored["tokens"] for name, key in names.items() if key in scored}
 
 

@@ -23,7 +23,14 @@ def made_run(folder: Path, coupler: str = "HGNN", steps: int = STEPS, **changes:
     folder.mkdir(parents=True)
     model = {"coupler_type": coupler, "hgnn_conv_type": "HypergraphConv",
              "static_hyperedge_strategy": "all_pairs", "num_experts": 3}  # fmt: skip
-    validation = {"nll_sum": 300.5, "tokens": TOKENS, "unigram_nll_sum": 341.25, "length": 16, "stride": 8}
+    validation = {
+        "nll_sum": 300.5,
+        "tokens": TOKENS,
+        "unigram_nll_sum": 341.25,
+        "kneser_ney_trigram_nll_sum": 273.0,
+        "length": 16,
+        "stride": 8,
+    }
     known = {
         "run_id": "0123456789ab", "study": "made", "run_name": "made", "status": "ok", "seed": 3,
         "config": {"model": model, "training": {"max_grad_norm": 1.0}}, "data": {"source": "folder"},

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.cli import parse
 from bench.config import RunConfig
@@ -212,3 +213,25 @@ def test_planning_costs_each_distinct_model_once(places, monkeypatch):
     plan_of(places, grid={"coupler": ["mean", "HGNN"], "num_experts": [2, 4], "learning_rate": [1e-3, 2e-3]},
             seeds=250)  # fmt: skip
     assert gnnmoe.cost._coupler_cost.cache_info().misses == 4
+
+
+def test_at_one_seed_all_couplers_see_the_same_batches_and_start_alike(places):
+    """Paired by construction: trunk, experts and batches, bit for bit; another seed has others."""
+    from gnnmoe import GNNMoEModel
+
+    def made(coupler: str, seed: int):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**BASE, **places}.items()]
+        prepared = prepare(parse(RunConfig, [*flags, "--coupler", coupler, "--seed", str(seed)]))
+        state = GNNMoEModel(prepared.model_config, seed=seed).state_dict()
+        shared = {name: value for name, value in state.items() if ".coupler." not in name}
+        return [batch["input_ids"] for batch in prepared.loaders["train"]], shared
+
+    batches, start = made("mean", 3)
+    for coupler in ("HGNN", "GNN", "topk", "attention"):
+        other, state = made(coupler, 3)
+        assert all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
+        assert state.keys() == start.keys()
+        assert all(torch.equal(value, start[name]) for name, value in state.items())
+    other, state = made("mean", 4)
+    assert not all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
+    assert not torch.equal(state["token_embedding.weight"], start["token_embedding.weight"])

@@ -63,7 +63,7 @@ def sweep_lock(
         if not (held := _try(file)):
             message = f"another sweep{_holder(file)} is at {study}"
             if not wait:
-                raise ValueError(f"{message}; wait for it to end, or let this one wait.")
+                raise ValueError(f"{message}; wait for it to end, or pass --wait.")
             tell(f"{message}; waiting for it to end …")
         while not held and not given_up():
             time.sleep(POLL_SECONDS)

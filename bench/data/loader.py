@@ -36,7 +36,7 @@ def create_loader(
     split: str,
     batch_size: int,
     *,
-    max_seq_length: int,
+    max_seq_length: int = 128,
     seed: int = 0,
     epoch: int = 0,
     num_samples: int | None = None,

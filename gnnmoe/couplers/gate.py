@@ -62,8 +62,7 @@ class GateCoupler(Coupler):
 
     def flops(self, tokens: int) -> int:
         """Count the logits, the weighted sum and the combiner."""
-        E, D = self.config.num_experts, self.config.embed_dim
-        return linear_flops(tokens, D, E) + linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
+        return routed_flops(tokens, self.config.num_experts, self.config.embed_dim)
 
     def communication(
         self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
@@ -104,3 +103,9 @@ def router_logits(router: nn.Linear, layer_input: Tensor) -> Tensor:
     dtype = torch.promote_types(layer_input.dtype, torch.float32)
     with torch.autocast(layer_input.device.type, enabled=False):
         return nn.functional.linear(layer_input.to(dtype), router.weight.to(dtype))
+
+
+def routed_flops(tokens: int, num_experts: int, embed_dim: int) -> int:
+    """Return the FLOPs of the logits, the weighted sum over all experts and the combiner."""
+    both = linear_flops(tokens, embed_dim, num_experts) + linear_flops(tokens, num_experts, embed_dim)
+    return both + linear_flops(tokens, embed_dim, embed_dim)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.couplers._base import Coupler, linear_flops
+from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._registry import register_coupler
-from gnnmoe.couplers.gate import ROUTER_STD, needed, router_logits
+from gnnmoe.couplers.gate import ROUTER_STD, needed, routed_flops, router_logits
 from gnnmoe.couplers.static import weighted_sum
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ class TopKCoupler(Coupler):
 
     def flops(self, tokens: int) -> int:
         """Count the logits, the weighted sum over all experts and the combiner."""
-        E, D = self.config.num_experts, self.config.embed_dim
-        return linear_flops(tokens, D, E) + linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
+        return routed_flops(tokens, self.config.num_experts, self.config.embed_dim)
 
     def communication(
         self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None

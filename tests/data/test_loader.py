@@ -226,6 +226,7 @@ def test_a_folder_serves_as_corpus(small_data_dir):
     assert loader.dataset_obj is loader.dataset
     assert loader.sampler_obj is loader.batch_sampler
     assert loader.sampler_obj.batch_size == 4
+    assert create_loader(small_data_dir, "train", 4).dataset_obj.length == 128
 
 
 def test_a_wrong_split_or_folder_names_what_is_there(tmp_path, make_corpus, small_data_dir):

@@ -44,8 +44,8 @@ class RunData:
         return f"at step {self.record['quality']['best_step']:,}, the best on validation"
 
 
-def read_run(folder: Path) -> RunData:
-    """Read a run folder; what is not there is empty.
+def read_record(folder: Path) -> Record:
+    """Read the record of a run folder.
 
     Raises:
         ValueError: there is no record.json, or it is cut short or of another schema.
@@ -60,7 +60,16 @@ def read_run(folder: Path) -> RunData:
     missing = [key for key in KEYS if key not in record]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it is of another schema.")
-    history = _history(folder / "history.jsonl")
+    return record
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder; what is not there is empty.
+
+    Raises:
+        ValueError: as ``read_record``.
+    """
+    record, history = read_record(folder), _history(folder / "history.jsonl")
     return RunData(record, history["train"], history["validation"], _trace(folder / "communication.npz"))
 
 

@@ -111,15 +111,28 @@ class RunFolder:
             file.write(f"{stamp} {line}\n")
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
-        handle, temporary = tempfile.mkstemp(dir=self.path, prefix=f".{name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                write(file)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(self.path / name)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        _write_whole(self.path / name, write)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it: it is there whole or not at all.
+
+    Raises:
+        OSError: the disk refuses; nothing half-written stays.
+    """
+    _write_whole(path, lambda file: file.write(data))
+
+
+def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def interrupted_records(study: Path) -> list[Record]:

@@ -9,21 +9,27 @@
     by = 0.01
 
 ``better`` and ``than`` select runs by their flags, each at least one configuration of the sweep. ``by`` is
-the share by which the perplexity (lower is better) or the throughput must be better, 0 by default.
+the share by which the perplexity (lower is better) or the throughput must be better, 0 by default. A sweep
+keeps what it was told, with the time, in ``hypotheses.json`` of the study's folder, before its first run.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.flags import Table, checked, complete, run_flags
+from bench.records.store import cannot_write, write_whole
 from gnnmoe.naming import unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second")
+STATED = "hypotheses.json"
 KEYS = ("statement", "better", "than", "by", "quantity")
 
 
@@ -105,6 +111,46 @@ def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Tab
                 )
         if any(value in chosen["than"] for value in chosen["better"]):
             raise ValueError(f"hypothesis {number}: a run is on both sides; select more closely.")
+
+
+def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
+    """Write the hypotheses with the time into the study's folder; what was stated before keeps its time.
+
+    Others than before are set aside as ``hypotheses.1.json``.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    path = study / STATED
+    try:
+        if not hypotheses or (path.exists() and stated(study)[0] == list(hypotheses)):
+            return
+        if path.exists():
+            number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.json").exists())
+            path.rename(path.with_suffix(f".{number}.json"))
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        text = json.dumps({"stated": now, "hypotheses": [asdict(found) for found in hypotheses]}, indent=2)
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise ValueError(cannot_write(path, error)) from error
+
+
+def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
+    """Return the hypotheses that a sweep kept in the study's folder, and when they were stated.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = study / STATED
+    if not path.exists():
+        return [], None
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return [Hypothesis(**found) for found in kept["hypotheses"]], kept["stated"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}; a sweep writes it anew once it is gone."
+        ) from error
 
 
 def selects(flags: Table, values: Table) -> bool:

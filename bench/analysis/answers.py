@@ -1,0 +1,128 @@
+"""Hypotheses answered: what was stated before the runs, against their records."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.analysis import quantities
+from bench.analysis.numbers import Interval, counted, p_value, percent
+from bench.analysis.over_seeds import losses, summary
+from bench.analysis.statistics import Answer, answer_claims
+from bench.analysis.study import Configuration, Group
+from bench.flags import Table, defaults
+from bench.sweeps.hypotheses import Hypothesis, selects
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One hypothesis with its answer; without one where no seed of the study has both sides."""
+
+    hypothesis: Hypothesis
+    better: tuple[str, ...]
+    """Labels of the configurations that are said to be better."""
+    than: tuple[str, ...]
+    differences: tuple[float, ...]
+    """By seed: ln of the ratio of the two sides, less where the hypothesis' better side is better."""
+    answer: Answer | None
+
+    @property
+    def kind(self) -> str:
+        """Supported, refuted or inconclusive."""
+        return "inconclusive" if self.answer is None else self.answer.kind
+
+    def ratio(self) -> tuple[float, Interval | None] | None:
+        """Return the ratio of the quantity, better over than, with its 95 % interval."""
+        if self.answer is None:
+            return None
+        sign = 1 if self.hypothesis.quantity == "perplexity" else -1
+        paired, margin = self.answer.paired, _margin(self.hypothesis)
+        value = math.exp(sign * (paired.mean - margin))
+        if paired.interval is None:
+            return value, None
+        low, high = sorted(math.exp(sign * (end - margin)) for end in paired.interval)
+        return value, (low, high)
+
+    def words(self) -> str:
+        """Return the answer and its evidence in a sentence."""
+        found = self.ratio()
+        if found is None or self.answer is None:
+            return f"inconclusive: {self._why_not()}."
+        ratio, ends = found
+        about = f" (95 % interval {percent(ends[0], 2)} to {percent(ends[1], 2)})" if ends else ""
+        quantity = "tokens/s" if self.hypothesis.quantity == "tokens_per_second" else "perplexity"
+        sides = " against ".join(_side(labels) for labels in (self.better, self.than))
+        seeds, p = counted(self.answer.paired.n, "paired seed"), p_value(self.answer.p_adjusted)
+        return f"{self.kind}: {quantity} {percent(ratio, 2)}{about}, {sides}, {seeds}, p {p}."
+
+    def _why_not(self) -> str:
+        sides = {"better": self.better, "than": self.than}
+        missing = [side for side, labels in sides.items() if not labels]
+        return f"no run is selected by {' and '.join(missing)}" if missing else "no seed counts on both sides"
+
+
+def answer_hypotheses(hypotheses: Sequence[Hypothesis], groups: Sequence[Group]) -> list[Answered]:
+    """Answer hypotheses from the first group that has runs on both sides; Holm over all that are answered.
+
+    Where a side selects several configurations, their mean by seed counts.
+    """
+    found = [_evidence(hypothesis, groups) for hypothesis in hypotheses]
+    margins = [_margin(hypothesis) for hypothesis in hypotheses]
+    shifted = [np.array(differences) + margin
+               for margin, (*_, differences) in zip(margins, found, strict=True) if differences]  # fmt: skip
+    answers = iter(answer_claims(shifted))
+    return [Answered(hypothesis, better, than, differences, next(answers) if differences else None)
+            for hypothesis, (better, than, differences) in zip(hypotheses, found, strict=True)]  # fmt: skip
+
+
+Evidence = tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]
+
+
+def _evidence(hypothesis: Hypothesis, groups: Sequence[Group]) -> Evidence:
+    best: Evidence = ((), (), ())
+    for group in groups:
+        better, than = (_selected(flags, group) for flags in (hypothesis.better, hypothesis.than))
+        ours, theirs = (_by_seed(side, hypothesis.quantity) for side in (better, than))
+        differences = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+        labels = tuple(tuple(one.label for one in side) for side in (better, than))
+        if differences:
+            return labels[0], labels[1], differences
+        if sum(map(bool, labels)) > sum(map(bool, best[:2])):
+            best = labels[0], labels[1], ()
+    return best
+
+
+def _selected(flags: Table, group: Group) -> list[Configuration]:
+    return [found for found in group.configurations if selects(flags, _values(found))]
+
+
+def _values(configuration: Configuration) -> dict[str, Any]:
+    """Return the value of every flag of a configuration; what no record says (the preset) is the default."""
+    config = configuration.runs[0].record["config"]
+    return {**defaults(), "preset": None, **{k: v for fields in config.values() for k, v in fields.items()}}
+
+
+def _by_seed(side: Sequence[Configuration], quantity: str) -> dict[int, float]:
+    """Return the mean by seed of a side's losses, or of −ln(tokens/s), over the seeds that all have."""
+    if quantity == "perplexity":
+        values = [losses(found).values for found in side]
+    else:
+        rates = [summary(found, quantities.tokens_per_second).values for found in side]
+        values = [{seed: -math.log(rate) for seed, rate in some.items()} for some in rates]
+    seeds = set.intersection(*map(set, values)) if values else set()
+    return {seed: statistics.fmean(some[seed] for some in values) for seed in seeds}
+
+
+def _margin(hypothesis: Hypothesis) -> float:
+    """Return by how much ln of the ratio must be below 0."""
+    share = hypothesis.by
+    return -math.log1p(-share) if hypothesis.quantity == "perplexity" else math.log1p(share)
+
+
+def _side(labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"the mean of {', '.join(labels)}"

@@ -1,0 +1,176 @@
+"""The tables of a comparison: every configuration against the reference, and against every other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.analysis import quantities
+from bench.analysis.comparison import Comparison, Difference, Row
+from bench.analysis.numbers import (
+    counted,
+    mebibytes,
+    millions,
+    number,
+    p_value,
+    percent,
+    perplexities,
+    signed,
+    span,
+)  # fmt: skip
+from bench.analysis.quantities import exp_or_infinity
+from bench.analysis.run_tables import mixed_code
+from bench.analysis.study import Group
+from bench.analysis.tables import Cells, Table, make_table, statuses
+from bench.measure.quantity import is_measured
+
+AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
+FULL_TEST_TOKENS = 245_569
+OLD_CODE = "†"
+
+
+def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
+    """Return one row a configuration, the reference first, then the reference lines."""
+    rows = [(_figures(row), _texts(row, comparison)) for row in comparison.rows]
+    rows += [({"configuration": name, "perplexity": value, "status": "reference line"},
+              {"configuration": name, "perplexity": number(value), "status": "reference line"})
+             for name, value in reference_lines(comparison.group)]  # fmt: skip
+    best = comparison.best()
+    bold = [place for place, row in enumerate(comparison.rows) if row.configuration is best]
+    caption = f"Couplers against {comparison.reference.label}: {comparison.group.setting.words()}"
+    return make_table(f"comparison{suffix}", caption, rows, bold=frozenset(bold), notes=_notes(comparison))
+
+
+def pairs_table(comparison: Comparison, suffix: str = "") -> Table:
+    """Return one row for every two configurations, judged as one family."""
+    rows = [(_pair_figures(pair), _pair_texts(pair)) for pair in comparison.pairs]
+    caption = (
+        f"Every two configurations: differences of the first from the second; {counted(len(rows), 'pair')}"
+    )
+    return make_table(f"pairs{suffix}", caption, rows, notes=["p after Holm over all pairs of this table."])
+
+
+def reference_lines(group: Group) -> list[tuple[str, float]]:
+    """Return name and perplexity of simple models on the tokens that were scored, and of a published one."""
+    records = [run.record for run in group.runs if run.counts]
+    lines: dict[str, float] = {}
+    for record in records:
+        values = {"unigram": quantities.unigram_perplexity(record),
+                  "Kneser-Ney trigram": quantities.trigram_perplexity(record)}  # fmt: skip
+        for name, value in values.items():
+            if value is not None:
+                lines.setdefault(f"{name}, validation split", value)
+    if any(_scored_all_of_test(record) for record in records):
+        lines.setdefault(*AWD_LSTM)
+    return list(lines.items())
+
+
+def _figures(row: Row) -> Cells:
+    against, cost, loss = row.against, row.cost, row.loss
+    low, high = perplexities(loss.interval) or (None, None)
+    paired = None if against is None else against.paired
+    return {
+        "configuration": row.configuration.label, "coupler": row.configuration.coupler, "n": loss.n,
+        "perplexity": None if loss.mean is None else exp_or_infinity(loss.mean),
+        "perplexity_low": low, "perplexity_high": high,
+        "loss_nats": loss.mean, "loss_standard_deviation_nats": loss.standard_deviation,
+        **_difference_figures(against),
+        "bootstrap_low_nats": _end(against and against.bootstrap, 0),
+        "bootstrap_high_nats": _end(against and against.bootstrap, 1),
+        "articles_low_nats": _end(against and against.articles, 0),
+        "articles_high_nats": _end(against and against.articles, 1),
+        "perplexity_ratio": None if paired is None else exp_or_infinity(paired.mean),
+        "test_perplexity": None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean),
+        "tokens_per_second": row.tokens_per_second.mean,
+        "peak_memory_bytes": row.peak_memory_bytes.mean,
+        "step_time_ratio_to_mean_coupler": cost and cost.step_time_ratio.mean,
+        "memory_over_mean_coupler_bytes": cost and cost.memory_bytes,
+        "flops_over_mean_coupler_per_token": cost and cost.flops_per_token,
+        "parameters": row.parameters, "coupler_parameters": row.coupler_parameters,
+        "training_flops_per_token": row.flops_per_token, "status": statuses(row.configuration.runs),
+    }  # fmt: skip
+
+
+def _texts(row: Row, comparison: Comparison) -> Cells:
+    against, cost, loss = row.against, row.cost, row.loss
+    verdict = "reference" if row.configuration is comparison.reference else ""
+    value = None if loss.mean is None else exp_or_infinity(loss.mean)
+    ratio = "" if cost is None else percent(cost.step_time_ratio.mean, 0)
+    extra = "" if cost is None else mebibytes(cost.memory_bytes, sign=True)
+    test = {} if not any(other.test_loss.n for other in comparison.rows) else {
+        "test perplexity": number(None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean))
+    }  # fmt: skip
+    return {
+        "configuration": row.configuration.label + _mark(row, comparison), "n": str(loss.n),
+        "perplexity": f"{number(value)} {span(perplexities(loss.interval))}".strip(), **test,
+        "difference (nats)": "" if against is None else
+        f"{signed(against.paired.mean)} {span(against.paired.interval, 4, sign=True)}".strip(),
+        "p": p_value(against.p_adjusted) if against else "",
+        "verdict": against.verdict.words() if against else verdict,
+        "tokens/s": number(row.tokens_per_second.mean, 0),
+        "peak memory": mebibytes(row.peak_memory_bytes.mean),
+        "cost over mean": ", ".join(part for part in (ratio and f"{ratio} time", extra) if part),
+        "parameters": number(row.parameters, 0),
+        "FLOPs a token": millions(row.flops_per_token), "status": statuses(row.configuration.runs),
+    }  # fmt: skip
+
+
+def _difference_figures(against: Difference | None) -> Cells:
+    paired = None if against is None else against.paired
+    return {
+        "difference_nats": paired and paired.mean,
+        "difference_low_nats": _end(paired and paired.interval, 0),
+        "difference_high_nats": _end(paired and paired.interval, 1),
+        "difference_low_90_nats": _end(paired and paired.interval_90, 0),
+        "difference_high_90_nats": _end(paired and paired.interval_90, 1),
+        "seeds_paired": paired and paired.n, "p": paired and paired.p,
+        "p_holm": against and against.p_adjusted,
+        "verdict": against and against.verdict.words(),
+    }  # fmt: skip
+
+
+def _pair_figures(pair: Difference) -> Cells:
+    names = {"first": pair.candidate.label, "second": pair.reference.label}
+    return {**names, **_difference_figures(pair)}
+
+
+def _pair_texts(pair: Difference) -> Cells:
+    paired = pair.paired
+    return {
+        "first": pair.candidate.label, "second": pair.reference.label, "seeds": str(paired.n),
+        "difference (nats)": f"{signed(paired.mean)} {span(paired.interval, 4, sign=True)}".strip(),
+        "perplexity": percent(exp_or_infinity(paired.mean)), "p": p_value(pair.p_adjusted),
+        "first is": pair.verdict.words(),
+    }  # fmt: skip
+
+
+def _end(interval: tuple[float, float] | None, place: int) -> float | None:
+    return None if interval is None else interval[place]
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    notes = [
+        "Perplexity is exp of the mean loss over seeds, with its 95 % t interval; differences are paired by "
+        "seed, p is of an exact sign-flip test after Holm over "
+        f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
+        "coupler, of separate runs."
+    ]
+    if comparison.group.embedded:
+        notes.insert(0, "NOT WIKITEXT-2: these figures are of the embedded text.")
+    codes = mixed_code(comparison.group.runs)
+    if len(codes) > 1:
+        found = ", ".join(f"{text[:12]} ({counted(count, 'run')})" for text, count in codes.items())
+        notes.append(f"{OLD_CODE} some runs of this row are of another code than most: {found}.")
+    return notes
+
+
+def _mark(row: Row, comparison: Comparison) -> str:
+    codes = mixed_code(comparison.group.runs)
+    own = mixed_code(row.configuration.runs)
+    return f" {OLD_CODE}" if codes and set(own) - {next(iter(codes))} else ""
+
+
+def _scored_all_of_test(record: dict[str, Any]) -> bool:
+    test, data = record["quality"].get("test"), record["data"]
+    wikitext = (data.get("name"), data.get("config_name"), data.get("tokenizer")) == (
+        "wikitext", "wikitext-2-v1", "word")  # fmt: skip
+    return is_measured(test) and wikitext and test["tokens"] == FULL_TEST_TOKENS

@@ -1,0 +1,65 @@
+"""What a coupler costs: its model beside the same model with the mean coupler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.analysis import quantities
+from bench.analysis.labels import OF_HYPERGRAPHS
+from bench.analysis.over_seeds import Summary, summary
+from bench.analysis.study import Configuration, Group, Run
+from bench.measure.quantity import is_measured
+from bench.records.schema import Record
+
+OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_options", "gnn_layers", "ffn_dim"}
+"""Settings in which a model may differ from the same model with the mean coupler."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a configuration costs beside the same model with the mean coupler."""
+
+    mean: Configuration
+    step_time_ratio: Summary
+    """Median step over the mean coupler's median step, by seed; of separate runs, not in turn."""
+    memory_bytes: float | None
+    parameters: int | None
+    flops_per_token: float | None
+    """Of training."""
+
+
+def any_measured(configuration: Configuration) -> Record | None:
+    """Return a record that tells the size of the model; failed runs can tell it too."""
+    runs: list[Run] = [*configuration.counted.values(), *configuration.runs]
+    return next((run.record for run in runs if is_measured(run.record["parameters"])), None)
+
+
+def training_flops(record: Record | None) -> float | None:
+    """Return the FLOPs a token of a training step, None where they were not counted."""
+    if record is None or not is_measured(record["flops"]):
+        return None
+    return record["flops"]["training_flops_per_token"]
+
+
+def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
+    """Return what a configuration costs beside its mean coupler; None for that one, or without one."""
+    mean = next((other for other in group.configurations
+                 if other.coupler == "mean" and _same_model(other, configuration)), None)  # fmt: skip
+    if mean is None or mean is configuration:
+        return None
+    ours, theirs = (summary(one, quantities.median_step_seconds).values for one in (configuration, mean))
+    ratio = {seed: ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+    memory = [summary(one, quantities.peak_memory_bytes).mean for one in (configuration, mean)]
+    records = [any_measured(one) for one in (configuration, mean)]
+    sizes = [None if record is None else record["parameters"]["total"] for record in records]
+    flops = [training_flops(record) for record in records]
+    return Cost(mean, Summary(ratio), *(_less(*pair) for pair in (memory, sizes, flops)))  # pyright: ignore
+
+
+def _less(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _same_model(one: Configuration, other: Configuration) -> bool:
+    names = (one.settings.keys() | other.settings.keys()) - OF_COUPLERS
+    return all(one.settings.get(name) == other.settings.get(name) for name in names)

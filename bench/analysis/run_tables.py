@@ -1,0 +1,83 @@
+"""The tables of single runs: all of them, and those that do not count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.analysis import quantities
+from bench.analysis.numbers import mebibytes, number
+from bench.analysis.study import Configuration, Group, Run
+from bench.analysis.tables import Cells, Table, make_table
+from bench.measure.quantity import is_measured
+
+
+def runs_table(groups: Sequence[Group]) -> Table:
+    """Return one row a run, failed ones too."""
+    rows = [(cells, _run_texts(cells)) for group in groups for found in group.configurations
+            for run in found.runs for cells in [run_figures(run, found)]]  # fmt: skip
+    return make_table("runs", "Runs", rows)
+
+
+def failures_table(groups: Sequence[Group], unreadable: Sequence[tuple[Path, str]]) -> Table:
+    """Return one row a run that does not count, with the reason."""
+    rows = []
+    for group in groups:
+        for found in group.configurations:
+            for run in found.runs:
+                if not run.counts:
+                    rows.append(_failure(found.label, run.seed, run.record["run_id"], run.status,
+                                         run.record["error"] or ""))  # fmt: skip
+    rows += [_failure("", None, folder.name, "unreadable", why) for folder, why in unreadable]
+    return make_table("failures", "Runs that do not count", rows)
+
+
+def run_figures(run: Run, configuration: Configuration) -> Cells:
+    """Return what a table says of one run, raw."""
+    record = run.record
+    config, environment = record["config"], record["environment"]
+    used, tuned = record["used"], record["tuned"]
+    seconds = record["time"].get("seconds") or {}
+    return {
+        "run_id": record["run_id"], "name": record["run_name"], "configuration": configuration.label,
+        "seed": run.seed, "status": run.status, "perplexity": quantities.perplexity(record),
+        "loss_nats": run.loss(), "test_perplexity": quantities.perplexity(record, "test"),
+        "tokens_per_second": quantities.tokens_per_second(record),
+        "peak_memory_bytes": quantities.peak_memory_bytes(record),
+        "requested_batch_size": config["training"].get("batch_size"),
+        "tuned_batch_size": tuned.get("batch_size") if is_measured(tuned) else None,
+        "used_batch_shapes": " ".join(used["batch_shapes"]) if is_measured(used) else None,
+        "steps": used["steps"] if is_measured(used) else None,
+        "seconds": seconds.get("total"), "start": record["time"].get("start"),
+        "code": str(environment.get("code_sha256") or "")[:12] if is_measured(environment) else "",
+        "command": record["command"],
+    }  # fmt: skip
+
+
+def mixed_code(runs: Sequence[Run]) -> dict[str, int]:
+    """Return how many runs each hash of the code made, the most frequent first."""
+    hashes = [run.record["environment"].get("code_sha256") for run in runs
+              if is_measured(run.record["environment"])]  # fmt: skip
+    return dict(Counter(text for text in hashes if text).most_common())
+
+
+def _run_texts(cells: Cells) -> Cells:
+    batch = [cells["requested_batch_size"], cells["tuned_batch_size"], cells["used_batch_shapes"]]
+    return {
+        "run": cells["run_id"], "name": cells["name"] or "", "configuration": cells["configuration"],
+        "seed": str(cells["seed"]), "status": cells["status"], "perplexity": number(cells["perplexity"]),
+        "tokens/s": number(cells["tokens_per_second"], 0),
+        "peak memory": mebibytes(cells["peak_memory_bytes"]),
+        "batch asked / tuned / used": " / ".join("" if part is None else str(part) for part in batch),
+        "seconds": number(cells["seconds"], 0), "code": cells["code"],
+    }  # fmt: skip
+
+
+def _failure(label: str, seed: int | None, run_id: str, status: str, error: str) -> tuple[Cells, Cells]:
+    cells = {"configuration": label, "seed": seed, "run_id": run_id, "status": status, "error": error}
+    return cells, {
+        **cells,
+        "seed": "" if seed is None else str(seed),
+        "error": error.partition("\n")[0][:200],
+    }

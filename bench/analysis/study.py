@@ -1,0 +1,245 @@
+"""A study read for comparison: which runs are seeds of one configuration, and which may share a table."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.analysis.labels import Settings, labels, settings_of
+from bench.analysis.run_data import RunData, read_record, read_run
+from bench.measure.quantity import is_measured
+from bench.records.schema import Record
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its record, and on demand its history, its weights over time and its losses by article."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.record["seed"]
+
+    @property
+    def status(self) -> str:
+        """The status of the record."""
+        return self.record["status"]
+
+    @property
+    def counts(self) -> bool:
+        """Whether the run may enter a comparison: it ended well and its perplexity was measured."""
+        return self.status == "ok" and self.loss() is not None
+
+    def loss(self, split: str = "validation") -> float | None:
+        """Return the mean loss of ``split`` in nats a token, None where it was not measured."""
+        quality = self.record["quality"]
+        if not is_measured(quality) or not is_measured(quality.get(split)):
+            return None
+        return quality[split]["nll_sum"] / quality[split]["tokens"]
+
+    @cached_property
+    def data(self) -> RunData:
+        """The history and the weights over time; read when first asked for."""
+        return read_run(self.folder)
+
+    @cached_property
+    def articles(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Σ nll and tokens of each article of the final validation, each (A,); None without the file."""
+        path = self.folder / "nll.npz"
+        if not path.is_file():
+            return None
+        with np.load(path) as arrays:
+            if "validation_nll" not in arrays:
+                return None
+            nll, article = arrays["validation_nll"].astype(np.float64), arrays["validation_document"]
+        return np.bincount(article, weights=nll), np.bincount(article).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Runs that differ in their seed only."""
+
+    label: str
+    settings: Settings
+    """The value of every field of the config that can change a number, but the seed."""
+    runs: tuple[Run, ...]
+    """By seed; failed ones too."""
+
+    @cached_property
+    def counted(self) -> dict[int, Run]:
+        """The runs that may enter a comparison, by seed."""
+        return {run.seed: run for run in self.runs if run.counts}
+
+    @property
+    def coupler(self) -> str:
+        """The name of the coupler."""
+        return self.settings["coupler_type"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What must be equal for numbers to share a table; None where a run did not get far enough to tell."""
+
+    corpus: tuple[Any, ...] | None
+    """Name, configuration, tokenizer, hash."""
+    device: tuple[Any, ...] | None
+    """Type, name, and on a CPU the number of threads: sums and speeds differ between one and two."""
+    protocol: tuple[Any, ...] | None
+    """Tokens scored, length and stride of the final validation."""
+    used: tuple[Any, ...] | None
+    """Batch sizes that were used, and the length."""
+
+    @classmethod
+    def of(cls, record: Record, allow_unequal: bool) -> Setting:
+        """Return the setting of a run; with ``allow_unequal`` protocol and used sizes count as equal."""
+        protocol, used = (None, None) if allow_unequal else (_protocol(record), _used(record))
+        return cls(_corpus(record), _device(record), protocol, used)
+
+    def fits(self, other: Setting) -> bool:
+        """Whether the two agree in everything that both know."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return all(a is None or b is None or a == b for a, b in pairs)
+
+    def words(self) -> str:
+        """Return the setting in words."""
+        parts = []
+        if self.corpus:
+            name, config_name, tokenizer, sha256 = self.corpus
+            names = " ".join(part for part in (name, config_name) if part)
+            parts.append(f"{names} ({tokenizer}, {sha256[:12]})")
+        if self.device:
+            kind, name, threads = self.device
+            parts.append(f"{name}, {threads} thread{'s' * (threads > 1)}" if threads else f"{kind}: {name}")
+        if self.protocol:
+            tokens, length, stride = self.protocol
+            parts.append(f"scored on {tokens:,} tokens at length {length}, stride {stride}")
+        if self.used:
+            sizes, length = self.used
+            parts.append(f"batch {' and '.join(map(str, sizes))} × {length}")
+        return " · ".join(parts) or "nothing measured"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Configurations that may share a table."""
+
+    setting: Setting
+    configurations: list[Configuration]
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the text is the embedded one, which every table and plot must say."""
+        return any(run.record["data"].get("source") == "embedded" for run in self.runs)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, failed ones too."""
+        return [run for configuration in self.configurations for run in configuration.runs]
+
+
+@dataclass(frozen=True)
+class Study:
+    """All runs of a study, in groups that may share a table, the largest first."""
+
+    name: str
+    path: Path
+    groups: list[Group]
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    """Folders whose record cannot be read, and why."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, failed ones too."""
+        return [run for group in self.groups for run in group.runs]
+
+
+def load_study(path: Path, allow_unequal: bool = False) -> Study:
+    """Read the records of every run folder in ``path``, but for runs that were set aside (``run_id.1``).
+
+    Raises:
+        ValueError: ``path`` is no folder or holds no record.
+    """
+    if not path.is_dir():
+        raise ValueError(f"there is no study {path}; python -m bench.report ls lists those there are.")
+    runs, unreadable = [], []
+    for file in sorted(path.glob("*/record.json")):
+        try:
+            record = read_record(file.parent)
+        except ValueError as error:
+            unreadable.append((file.parent, str(error)))
+            continue
+        if record["run_id"] == file.parent.name:
+            runs.append(Run(file.parent, record))
+    if not runs:
+        why = f": {unreadable[0][1]}" if unreadable else "; run something with --study first."
+        raise ValueError(f"study {path} holds no record that can be read{why}")
+    return Study(path.name, path, grouped(runs, allow_unequal), unreadable)
+
+
+def grouped(runs: Sequence[Run], allow_unequal: bool = False) -> list[Group]:
+    """Return runs as groups that may share a table, the largest first, each of labelled configurations."""
+    by_setting: dict[Setting, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: _unknown(run.record, allow_unequal)):
+        setting = Setting.of(run.record, allow_unequal)
+        by_setting[next((known for known in by_setting if known.fits(setting)), setting)].append(run)
+    groups = [(setting, _configurations(some)) for setting, some in by_setting.items()]
+    names = iter(labels([settings for _, found in groups for settings, _ in found]))
+    result = [
+        Group(setting, [Configuration(next(names), settings, tuple(some)) for settings, some in found])
+        for setting, found in groups
+    ]
+    return sorted(result, key=lambda group: -len(group.runs))
+
+
+def _configurations(runs: Iterable[Run]) -> list[tuple[Settings, list[Run]]]:
+    found: dict[str, tuple[Settings, list[Run]]] = {}
+    for run in sorted(runs, key=lambda run: (run.record["time"].get("start") or "", run.seed)):
+        settings = settings_of(run.record["config"])
+        key = json.dumps(settings, sort_keys=True, default=str)
+        found.setdefault(key, (settings, []))[1].append(run)
+    return [(settings, sorted(some, key=lambda run: run.seed)) for settings, some in found.values()]
+
+
+def _unknown(record: Record, allow_unequal: bool) -> int:
+    return sum(part is None for part in vars(Setting.of(record, allow_unequal)).values())
+
+
+def _corpus(record: Record) -> tuple[Any, ...] | None:
+    data = record["data"]
+    return tuple(data.get(key) for key in ("name", "config_name", "tokenizer", "sha256")) \
+        if is_measured(data) and data.get("sha256") else None  # fmt: skip
+
+
+def _device(record: Record) -> tuple[Any, ...] | None:
+    environment = record["environment"]
+    if not is_measured(environment):
+        return None
+    kind = environment["device_type"]
+    return kind, environment["device_name"], environment["threads"] if kind == "cpu" else None
+
+
+def _protocol(record: Record) -> tuple[Any, ...] | None:
+    quality = record["quality"]
+    if not is_measured(quality) or not is_measured(quality.get("validation")):
+        return None
+    return tuple(quality["validation"][key] for key in ("tokens", "length", "stride"))
+
+
+def _used(record: Record) -> tuple[Any, ...]:
+    """Return batch sizes and length: those used, or those asked for where the run did not get so far."""
+    used, config = record["used"], record["config"]
+    epochs = used["ledger"]["epochs"] if is_measured(used) else []
+    sizes = {epoch["batch_size"] for epoch in epochs} or {config["training"]["batch_size"]}
+    return tuple(sorted(sizes)), config["model"]["max_seq_length"]

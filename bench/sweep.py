@@ -15,6 +15,7 @@ import tyro
 from bench.cli import fail, parse, show_warnings_plainly
 
 if TYPE_CHECKING:
+    from bench.sweeps.hypotheses import Hypothesis
     from bench.sweeps.matching import Match
     from bench.sweeps.plan import Plan
     from bench.sweeps.spec import Sweep
@@ -84,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         sweep = read_sweep(config)
         with console.status("planning …"):
-            plan, match = plan_sweep(config, sweep)
+            plan, match, hypotheses = plan_sweep(config, sweep)
         if config.dry_run:
             show_plan(plan, match, console)
             return 0
-        return run_plan(config, plan, budget, timeout, shlex.join([*PROG.split(), *arguments]))
+        command = shlex.join([*PROG.split(), *arguments])
+        return run_plan(config, plan, hypotheses, budget, timeout, command)
     except ValueError as error:
         fail(str(error))
 
@@ -113,8 +115,8 @@ def read_sweep(config: SweepConfig) -> Sweep:
     return replace(sweep, study=config.study or sweep.study)
 
 
-def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None]:
-    """Return the plan; hypotheses that its runs cannot answer are refused here, before any run.
+def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, list[Hypothesis]]:
+    """Return the plan and its hypotheses; those that its runs cannot answer are refused, before any run.
 
     Raises:
         ValueError: a run cannot be, or a hypothesis is wrong.
@@ -129,13 +131,18 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None]:
     plan = make_plan(sweep, places_of(config), Identifier(), match)
     hypotheses = hypotheses_of(sweep.hypotheses, Path() if config.file is None else config.file.parent)
     check_against(hypotheses, [found.flags for found in plan.configurations])
-    return plan, match
+    return plan, match, hypotheses
 
 
 def run_plan(
-    config: SweepConfig, plan: Plan, budget: float | None, timeout: float | None, command: str
+    config: SweepConfig,
+    plan: Plan,
+    hypotheses: Sequence[Hypothesis],
+    budget: float | None,
+    timeout: float | None,
+    command: str,
 ) -> int:
-    """Run what is left of the plan and return the exit status.
+    """State the hypotheses, run what is left of the plan and return the exit status.
 
     Raises:
         ValueError: another sweep is at the study, or the results cannot be written.
@@ -143,6 +150,7 @@ def run_plan(
     from bench.device import resolve_device
     from bench.flags import as_flags
     from bench.sweeps.executor import Choices
+    from bench.sweeps.hypotheses import state
     from bench.sweeps.local import LocalExecutor, slots_for
     from bench.sweeps.work import execute
 
@@ -152,6 +160,7 @@ def run_plan(
     result = execute(
         plan.runs, LocalExecutor(slots), results_dir=config.results_dir, study=plan.study,
         places=as_flags(own), wait=config.wait, again=command,
+        before=lambda: state(hypotheses, config.results_dir / plan.study),
         choices=Choices(
             retry=frozenset([config.retry] if config.retry else ()), force=config.force,
             fail_fast=config.fail_fast, time_budget_seconds=budget, run_timeout_seconds=timeout,

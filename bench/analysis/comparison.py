@@ -108,11 +108,13 @@ def compare(group: Group, reference: str | None = None) -> Comparison:
     """
     chosen = _reference(group, reference)
     others = [found for found in group.configurations if found is not chosen]
-    against = {pair.candidate.label: pair for pair in _family([(found, chosen) for found in others])}
+    against = {
+        pair.candidate.label: pair for pair in difference_family([(found, chosen) for found in others])
+    }
     rows = [_row(found, group, against.get(found.label)) for found in group.configurations]
     rows.sort(key=lambda row: (row.configuration is not chosen, row.loss.mean is None, row.loss.mean or 0.0))
     ordered = [row.configuration for row in rows]
-    pairs = _family([(b, a) for a, b in itertools.combinations(ordered, 2)])
+    pairs = difference_family([(b, a) for a, b in itertools.combinations(ordered, 2)])
     return Comparison(group, chosen, rows, pairs)
 
 
@@ -127,8 +129,8 @@ def _reference(group: Group, label: str | None) -> Configuration:
     return next((one for one in measured if one.coupler == "mean"), measured[0])
 
 
-def _family(pairs: Sequence[tuple[Configuration, Configuration]]) -> list[Difference]:
-    """Return the differences of one family of comparisons; pairs without a common seed are left out."""
+def difference_family(pairs: Sequence[tuple[Configuration, Configuration]]) -> list[Difference]:
+    """Return candidate less reference for a family of pairs; those without a common seed are left out."""
     known = []
     for candidate, reference in pairs:
         ours, theirs = losses(candidate).values, losses(reference).values
@@ -136,7 +138,10 @@ def _family(pairs: Sequence[tuple[Configuration, Configuration]]) -> list[Differ
         if by_seed:
             known.append((candidate, reference, by_seed))
     judged = compare_family([np.array(list(by_seed.values())) for _, _, by_seed in known])
-    return [Difference(*found, *verdict) for found, verdict in zip(known, judged, strict=True)]
+    return [
+        Difference(candidate, reference, by_seed, paired, p, verdict)
+        for (candidate, reference, by_seed), (paired, p, verdict) in zip(known, judged, strict=True)
+    ]
 
 
 def _row(configuration: Configuration, group: Group, against: Difference | None) -> Row:

@@ -61,10 +61,9 @@ class Report:
     def headline(self) -> str:
         """Return what the study holds in one line."""
         runs = self.study.runs
-        seeds = len({run.seed for run in runs})
-        configurations = sum(len(group.configurations) for group in self.study.groups)
-        return (f"{counted(len(runs), 'run')} ({statuses(runs)}), {counted(configurations, 'configuration')}, "
-                f"{counted(seeds, 'seed')}")  # fmt: skip
+        seeds = counted(len({run.seed for run in runs}), "seed")
+        number = sum(len(group.configurations) for group in self.study.groups)
+        return f"{counted(len(runs), 'run')} ({statuses(runs)}), {counted(number, 'configuration')}, {seeds}"
 
     def warnings(self) -> list[str]:
         """Return what a reader must not miss."""
@@ -73,8 +72,8 @@ class Report:
             found.append("NOT WIKITEXT-2: runs of this study are on the embedded text.")
         if len(self.sections) > 1:
             found.append(
-                f"{len(self.sections)} tables, since corpus, device, evaluation or used batch and length differ; "
-                "--allow-unequal puts those that differ in the last two into one."
+                f"{len(self.sections)} tables, since corpus, device, evaluation, or used batch and length "
+                "differ; --allow-unequal puts those that differ in the last two into one."
             )
         if self.study.unreadable:
             found.append(f"{counted(len(self.study.unreadable), 'record')} cannot be read; see the failures.")

@@ -48,11 +48,11 @@ class Table:
 
     def latex(self) -> str:
         """Return the table in LaTeX, for a document that loads the package booktabs."""
-        style = self.shown.map(_plain_letters).style.format(escape="latex").hide(axis="index")
-        style = style.format_index(escape="latex", axis="columns")
+        style: Any = self.shown.map(_plain_letters).style.format(escape="latex")
+        style = style.hide(axis="index").format_index(escape="latex", axis="columns")
         if self.bold and len(self.shown.columns):
             cells = pd.IndexSlice[sorted(self.bold), [self.shown.columns[0]]]
-            style = style.map(lambda _: "textbf:--rwrap;", subset=cells)  # pyright: ignore
+            style = style.map(lambda _: "textbf:--rwrap;", subset=cells)
         numeric = "l" + "r" * (len(self.shown.columns) - 1)
         text = style.to_latex(hrules=True, column_format=numeric)
         notes = "\n".join(f"% {_plain_letters(note)}" for note in [self.caption, *self.notes])

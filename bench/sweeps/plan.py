@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from bench.records.schema import config_dict, run_id
 from bench.records.store import RunFolder
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, matched
+from bench.sweeps.seeds import seeds_needed
 from bench.sweeps.spec import RunRequest, Sweep
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.cost import Cost, model_cost
@@ -50,12 +50,8 @@ class Plan:
     runs: list[PlannedRun]
 
     def seeds_needed(self) -> int:
-        """Return how many seeds a sign-flip test needs to tell one configuration from all others.
-
-        With n paired seeds its p is 2 / 2ⁿ at least; m comparisons at 0.05 need n ≥ ⌈1 + log₂(m / 0.05)⌉.
-        """
-        comparisons = max(1, len(self.configurations) - 1)
-        return math.ceil(1 + math.log2(comparisons / 0.05))
+        """Return how many seeds a sign-flip test needs to tell one configuration from all others."""
+        return seeds_needed(max(1, len(self.configurations) - 1))
 
 
 def make_plan(sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match | None = None) -> Plan:

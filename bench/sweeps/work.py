@@ -48,12 +48,14 @@ def execute(
     again: str = "the same command",
     console: Console | None = None,
     command: Command | None = None,
+    before: Callable[[], None] | None = None,
 ) -> SweepResult:
     """Do all runs that are not done, in their order, and return what became of each.
 
     ``places`` are flags for every child (data folder, device, …), ``again`` the command that goes on
-    after an interruption, ``command`` what runs a child in place of ``python -m bench.run``. With
-    ``wait``, another sweep of the same study is waited for. SIGINT or SIGTERM starts nothing more and
+    after an interruption, ``command`` what runs a child in place of ``python -m bench.run``, ``before``
+    what is done before the first run, when no other sweep is at the study. With ``wait``, another sweep
+    of the same study is waited for. SIGINT or SIGTERM starts nothing more and
     lets the children save their state; a second one ends them at once. To be called from the main thread.
 
     Raises:
@@ -71,6 +73,8 @@ def execute(
         sweep_lock(results_dir / study, wait, display.line, lambda: signals.count > 0) as held,
     ):
         if held:
+            if before is not None:
+                before()
             _Work(result, executor, choices, command, display, signals, began).do()
         else:
             result.stopped = "signal"

@@ -1,0 +1,69 @@
+"""What there is: the studies of a results folder, and the runs of a study, as tables of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from bench.analysis.numbers import number
+from bench.analysis.quantities import perplexity
+from bench.analysis.study import load_study
+from bench.analysis.tables import statuses
+
+WIDTH = 80
+
+
+def studies_listing(studies: Sequence[Path], results_dir: Path) -> Table:
+    """Return a row a study: its runs by status, its couplers, and when its last run began."""
+    table = _table()
+    table.add_column("study", overflow="fold", ratio=2)
+    table.add_column("runs", overflow="fold", ratio=1)
+    table.add_column("couplers", overflow="fold", ratio=2)
+    table.add_column("last run", no_wrap=True)
+    for path in studies:
+        name = path.relative_to(results_dir).as_posix()
+        try:
+            study = load_study(path)
+        except ValueError as error:
+            table.add_row(escape(name), "", escape(str(error)), "")
+            continue
+        couplers = {found.coupler: None for group in study.groups for found in group.configurations}
+        starts = [run.record["time"].get("start") or "" for run in study.runs]
+        cells = [
+            name,
+            statuses(study.runs),
+            ", ".join(couplers),
+            max(starts, default="")[:16].replace("T", " "),
+        ]
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def runs_listing(path: Path) -> Table:
+    """Return a row a run of a study."""
+    study = load_study(path)
+    table = _table()
+    table.add_column("run", no_wrap=True)
+    table.add_column("configuration", overflow="fold", ratio=1)
+    table.add_column("seed", justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("perplexity", justify="right", no_wrap=True)
+    table.add_column("began", no_wrap=True)
+    for group in study.groups:
+        for found in group.configurations:
+            for run in found.runs:
+                record = run.record
+                name = f"{found.label} ({record['run_name']})" if record["run_name"] else found.label
+                start = (record["time"].get("start") or "")[5:16].replace("T", " ")
+                cells = [record["run_id"], name, str(run.seed), run.status, number(perplexity(record)), start]
+                table.add_row(*map(escape, cells))
+    for folder, why in study.unreadable:
+        table.add_row(escape(folder.name), escape(why), "", "unreadable", "", "")
+    return table
+
+
+def _table() -> Table:
+    return Table(width=WIDTH, box=None, padding=(0, 1, 0, 0), show_edge=False)

@@ -1,0 +1,64 @@
+"""The comparison of two sides on the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from statistics import fmean
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench.analysis.comparison import Difference
+from bench.analysis.numbers import number, p_value, percent, signed, span
+from bench.analysis.over_seeds import losses
+from bench.analysis.quantities import exp_or_infinity
+from bench.analysis.study import Configuration
+from bench.analysis.two_sides import QUANTITIES, Side
+
+WIDTH = 80
+
+
+def print_differences(first: Side, second: Side, differences: Sequence[Difference], console: Console) -> None:
+    """Print for each pair the perplexities, the paired difference with its verdict, and what it costs."""
+    console.print(f"A: {first.name}\nB: {second.name}", markup=False)
+    for difference in differences:
+        console.print()
+        console.print(_title(difference), style="bold", markup=False)
+        table = Table(width=WIDTH, box=None, padding=(0, 1, 0, 0), show_edge=False)
+        for name in ("", "A", "B", "B over A"):
+            table.add_column(name, justify="left" if name in ("", "B over A") else "right", overflow="fold")
+        for row in _rows(difference):
+            table.add_row(*map(escape, row))
+        console.print(table)
+        verdict = f"B is {difference.verdict.words()}; p {p_value(difference.p_adjusted)}"
+        if len(differences) > 1:
+            verdict += f" after Holm over {len(differences)} comparisons"
+        console.print(textwrap.fill(verdict, WIDTH), markup=False)
+
+
+def _title(difference: Difference) -> str:
+    names = list(dict.fromkeys([difference.reference.label, difference.candidate.label]))
+    seeds = ", ".join(map(str, difference.by_seed))
+    return " → ".join(names) + f" (seeds {seeds})"
+
+
+def _rows(difference: Difference) -> list[list[str]]:
+    paired = difference.paired
+    means = [_mean_loss(side, difference) for side in (difference.reference, difference.candidate)]
+    rows = [["perplexity", *(number(exp_or_infinity(mean), 2) for mean in means),
+             percent(exp_or_infinity(paired.mean), 2)],
+            ["loss (nats)", *(number(mean, 4) for mean in means),
+             f"{signed(paired.mean)} {span(paired.interval, 4, sign=True)}"]]  # fmt: skip
+    for name, ratio in QUANTITIES.items():
+        found = ratio(difference)
+        if name != "ppl" and found is not None:
+            rows.append([name, "", "", percent(found, 2)])
+    return rows
+
+
+def _mean_loss(side: Configuration, difference: Difference) -> float:
+    """Return the mean loss of a side over the seeds that both have."""
+    values = losses(side).values
+    return fmean(values[seed] for seed in difference.by_seed)

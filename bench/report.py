@@ -1,0 +1,223 @@
+"""``python -m bench.report STUDY``: verdicts, tables, plots and one page; also compare, ls, show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from bench.cli import fail, parse, show_warnings_plainly
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.analysis.report import Report
+
+PROG = "python -m bench.report"
+USAGE = f"""\
+{PROG} STUDY         verdicts, tables, plots and one page of a study
+{PROG} compare A B   two studies, configurations (STUDY:LABEL) or runs
+{PROG} ls [STUDY]    the studies, or the runs of one
+{PROG} show ID       the record of one run
+Each with --help."""
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Say which coupler is better, by how much and at what cost; write it as tables, plots and one page.
+
+    Also: compare A B (two studies, configurations STUDY:LABEL, or runs), ls (studies, or the runs of one),
+    show ID (the record of one run); each with --help. Exit status: 0 done, 1 --verify found a difference,
+    2 wrong input.
+    """
+
+    study: Annotated[str, tyro.conf.Positional]
+    """A study's name, or the path of its folder."""
+    results_dir: Path = Path("results")
+    """Folder of all results."""
+    reference: str | None = None
+    """Configuration that the others are compared with, by its label (default: the mean coupler)."""
+    hypotheses: Path | None = None
+    """Hypotheses to answer (default: those that the sweep kept)."""
+    out: Path | None = None
+    """Folder of the report (default: report, in the study's folder)."""
+    allow_unequal: bool = False
+    """Compare also what differs in evaluation, batch or length."""
+    plots: bool = True
+    """Draw the plots."""
+    verify: bool = False
+    """Recompute the report that is there from the records, as it was made, and say where it differs."""
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """Compare B with A, paired by seed: what changed, and whether it is beyond the noise.
+
+    A study is its name or path, a configuration STUDY:LABEL, a run its id or the beginning of it. Exit
+    status: 0 done, 1 a --fail-if holds or cannot be told, 2 wrong input.
+    """
+
+    a: Annotated[str, tyro.conf.Positional]
+    """What is compared with."""
+    b: Annotated[str, tyro.conf.Positional]
+    """What is judged."""
+    results_dir: Path = Path("results")
+    """Folder of all results."""
+    fail_if: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A change from A to B to fail on: "ppl > 1%", "tokens/s < -5%"; also test_ppl, memory, step_time and
+    parameters. May be given several times."""
+    allow_unequal: bool = False
+    """Compare also what differs in evaluation, batch or length."""
+
+
+@dataclass(kw_only=True)
+class ListConfig:
+    """List the studies, or the runs of one study."""
+
+    study: Annotated[str | None, tyro.conf.Positional] = None
+    """A study's name, or the path of its folder."""
+    results_dir: Path = Path("results")
+    """Folder of all results."""
+
+
+@dataclass(kw_only=True)
+class ShowConfig:
+    """Show the record of one run, as bench.run did at its end."""
+
+    run_id: Annotated[str, tyro.conf.Positional]
+    """The run's id, or the beginning of it."""
+    results_dir: Path = Path("results")
+    """Folder of all results."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the first word says; return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        print(USAGE, file=sys.stderr)
+        return 2
+    config_type, act = COMMANDS.get(arguments[0], (ReportConfig, report))
+    name = f" {arguments.pop(0)}" if arguments[0] in COMMANDS else ""
+    config = parse(config_type, arguments, prog=PROG + name)
+    show_warnings_plainly()
+    from rich.console import Console
+
+    try:
+        return act(config, Console(highlight=False))
+    except ValueError as error:
+        fail(str(error))
+    except BrokenPipeError:  # | head
+        return 0
+
+
+def report(config: ReportConfig, console: Console) -> int:
+    """Make, show and write a report, or verify the one that is there."""
+    from bench.analysis.find import the_study
+    from bench.analysis.report_files import PAGE, problems_of, read_options, write_report
+    from bench.analysis.report_show import print_report
+
+    path = the_study(config.study, config.results_dir)
+    folder = config.out or path / "report"
+    if config.verify:
+        options = read_options(folder)
+        with console.status("recomputing …"):
+            made = _make(path, options)
+            problems = problems_of(made, options, folder)
+        for problem in problems:
+            console.print(f"differs: {problem}", markup=False, soft_wrap=True)
+        what = f"{len(made.study.runs):,} records, {len(made.tables)} tables and the page of {folder}"
+        console.print(f"{'NOT verified' if problems else 'verified'}: {what}", markup=False, soft_wrap=True)
+        return 1 if problems else 0
+    options = _options(config, path)
+    with console.status("reading the records …"):
+        made = _make(path, options)
+    print_report(made, console)
+    with console.status("drawing and writing …"):
+        write_report(made, options, folder, plots=config.plots)
+    console.print(f"page: {folder / PAGE}", markup=False, soft_wrap=True)
+    console.print(f"tables and plots: {folder}", markup=False, soft_wrap=True)
+    return 0
+
+
+def compare(config: CompareConfig, console: Console) -> int:
+    """Compare two sides and check the limits."""
+    from bench.analysis.two_sides import Limit, compare_sides, read_side
+    from bench.analysis.two_sides_show import print_differences
+
+    limits = [Limit.parse(text) for text in config.fail_if]
+    first, second = (read_side(text, config.results_dir) for text in (config.a, config.b))
+    differences = compare_sides(first, second, config.allow_unequal)
+    print_differences(first, second, differences, console)
+    failed = False
+    for limit in limits:
+        for difference in differences:
+            fails, why = limit.verdict(difference)
+            failed |= fails
+            console.print(f"{difference.candidate.label}: {why}", markup=False)
+    return 1 if failed else 0
+
+
+def list_studies(config: ListConfig, console: Console) -> int:
+    """List the studies or the runs of one."""
+    from bench.analysis.find import studies_in, the_study
+    from bench.analysis.listing import runs_listing, studies_listing
+
+    if config.study is not None:
+        console.print(runs_listing(the_study(config.study, config.results_dir)))
+        return 0
+    found = studies_in(config.results_dir)
+    if not found:
+        raise ValueError(
+            f"{config.results_dir} holds no study; python -m bench.run or bench.sweep makes one."
+        )
+    console.print(studies_listing(found, config.results_dir))
+    return 0
+
+
+def show(config: ShowConfig, console: Console) -> int:
+    """Show one run's record."""
+    from bench.analysis.find import find_runs
+    from bench.analysis.summary import print_summary
+
+    [run] = find_runs(config.run_id, config.results_dir)
+    print_summary(run.record, run.folder, console)
+    console.print(f"command: {run.record['command']}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
+    from bench.sweeps.hypotheses import load_hypotheses, stated
+
+    if config.hypotheses is None:
+        hypotheses, when = stated(path)
+    else:
+        hypotheses, when = load_hypotheses(config.hypotheses), None
+    return {"reference": config.reference, "allow_unequal": config.allow_unequal, "stated": when,
+            "hypotheses": [asdict(found) for found in hypotheses]}  # fmt: skip
+
+
+def _make(path: Path, options: dict[str, Any]) -> Report:
+    from bench.analysis.report import make_report
+    from bench.analysis.study import load_study
+    from bench.sweeps.hypotheses import Hypothesis
+
+    try:
+        hypotheses = [Hypothesis(**found) for found in options["hypotheses"]]
+        study = load_study(path, options["allow_unequal"])
+        return make_report(study, options["reference"], hypotheses, options["stated"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the options of the report are of another version ({error}); make it anew."
+        ) from error
+
+
+COMMANDS: dict[str, tuple[type, Any]] = {
+    "compare": (CompareConfig, compare), "ls": (ListConfig, list_studies), "show": (ShowConfig, show),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())

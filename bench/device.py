@@ -37,9 +37,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether ``error`` means that memory ran out, and nothing else."""
+    """Say whether ``error`` means that memory ran out, and nothing else.
+
+    By type, ``torch.OutOfMemoryError`` and Python's ``MemoryError``; by text, what torch raises as a
+    plain ``RuntimeError`` (the CPU allocator, cuBLAS, MPS) or ``AcceleratorError`` (the CUDA runtime).
+    An error of any other type only quotes such a text.
+    """
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+        type(error) in (RuntimeError, torch.AcceleratorError)
+        and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
     )
 
 
@@ -56,3 +62,12 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_TRIM_THRESHOLD, 2**30)
     mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+def release_freed_memory() -> None:
+    """Give what ``keep_freed_memory`` lets the C library keep back to the system (glibc's malloc_trim)."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)

@@ -1,0 +1,231 @@
+"""Running out of memory: what counts as it (B9), and that all memory comes back (B10)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.device import OUT_OF_MEMORY_TEXTS, is_out_of_memory
+from bench.measure import recovery
+from bench.measure.recovery import Outcome, attempt
+from bench.training.batch_size import NoFeasibleBatch, Trial
+from tests.bench._fake_memory import FakeMemory
+
+REPOSITORY = Path(__file__).parents[2]
+REAL = {
+    "cpu": "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 16777216 bytes. Error code 12 (Cannot allocate memory)",
+    "cublas": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "mps": "MPS backend out of memory (MPS allocated: 8.83 GiB, other allocations: 135.00 MiB)",
+    "cuda": "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+}
+
+
+@pytest.mark.parametrize("text", REAL.values(), ids=REAL.keys())
+def test_b9_out_of_memory_by_its_text(text):
+    """B9: torch raises these as a plain RuntimeError."""
+    assert is_out_of_memory(RuntimeError(text))
+    assert is_out_of_memory(torch.AcceleratorError(text))
+
+
+def test_b9_each_text_is_needed():
+    """B9: the four texts, and each real message has exactly one of them."""
+    assert sorted(sum(text in real for real in REAL.values()) for text in OUT_OF_MEMORY_TEXTS) == [1] * 4
+
+
+def test_b9_out_of_memory_by_its_type():
+    assert is_out_of_memory(torch.OutOfMemoryError("anything"))
+    assert is_out_of_memory(MemoryError())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("CUDA error: out of memory"),
+        KeyError("out of memory"),
+        NotImplementedError("CUDA error: out of memory"),
+        NoFeasibleBatch([Trial(1, "RuntimeError: CUDA error: out of memory")], 1),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"),
+        RuntimeError("this page is out of memory lane"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        KeyboardInterrupt("CUDA error: out of memory"),
+    ],
+    ids=lambda error: f"{type(error).__name__}:{str(error)[:20]}",
+)
+def test_b9_every_other_error_comes_out(error):
+    assert not is_out_of_memory(error)
+
+    def fails():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        attempt(fails)
+    assert raised.value is error
+
+
+def test_an_attempt_that_runs_gives_its_value():
+    assert attempt(lambda: 7) == Outcome(value=7)
+    assert attempt(lambda: None).ran
+
+
+def test_a_failed_attempt_says_why():
+    memory = FakeMemory(fixed_bytes=100, bytes_per_sample=10, limit_bytes=1000)
+    assert [attempt(lambda size=size: memory.step(size)).ran for size in (1, 90, 91)] == [True, True, False]
+    assert attempt(lambda: memory.step(91)).failure == (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 1010 bytes"
+    )
+    assert memory.largest == 90
+    assert memory.tried == [1, 90, 91, 91]
+
+
+def filled(alive: list[weakref.ref], then=None) -> None:
+    """Hold tensors in two frames and in a cycle, then run out of memory."""
+    tensor = torch.zeros(1000)
+    cycle = [torch.zeros(1000)]
+    cycle.append(cycle)  # pyright: ignore[reportArgumentType]
+    alive += [weakref.ref(tensor), weakref.ref(cycle[0])]
+
+    def deeper():
+        inner = torch.zeros(1000)
+        alive.append(weakref.ref(inner))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    try:
+        deeper()
+    except RuntimeError as error:
+        if then is not None:
+            then(error)
+        raise
+
+
+def chained(alive: list[weakref.ref], then=None) -> None:
+    try:
+        filled(alive, then)
+    except RuntimeError as error:
+        raise MemoryError("in the update") from error
+
+
+@pytest.mark.parametrize("function", [filled, chained])
+@pytest.mark.parametrize("held", [False, True], ids=["error dropped", "error held elsewhere"])
+def test_b10_nothing_of_a_failed_attempt_stays_alive(function, held):
+    """B10: no tensor, not in the frames, not in a cycle, and not where someone keeps the error."""
+    alive: list[weakref.ref] = []
+    kept: list[BaseException] = []
+    assert not attempt(lambda: function(alive, kept.append if held else None)).ran
+    assert [reference() for reference in alive] == [None] * 3
+    assert len(kept) == held
+
+
+def test_b10_recovery_runs_outside_the_except_block(monkeypatch):
+    """B10: there, no error is being handled, and its frames are gone but for cycles."""
+    alive: list[weakref.ref] = []
+    seen: list[tuple[object, list[bool]]] = []
+
+    def recover():
+        seen.append((sys.exc_info()[0], [reference() is None for reference in alive]))
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    attempt(lambda: filled(alive))
+    assert seen == [(None, [True, False, True])]
+
+
+def test_recovery_empties_the_cache_of_the_device(monkeypatch):
+    emptied = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append("cuda"))
+    recovery.recover()
+    assert emptied == ["cuda"]
+
+
+CHILD = """
+import resource, sys, torch
+from bench.config import TrainingConfig
+from bench.device import keep_freed_memory
+from bench.measure.preserve import preserved
+from bench.measure.recovery import attempt
+from bench.training.step import make_optimizer, training_step
+from gnnmoe import GNNMoEConfig, GNNMoEModel
+
+ROOM = 96 * 2**20
+torch.set_num_threads(1)
+model = GNNMoEModel(GNNMoEConfig(embed_dim=16, num_layers=1, max_seq_length=64, vocab_size=100), seed=0)
+training = TrainingConfig()
+optimizer = make_optimizer(model, training)
+
+def nearly_everything():
+    # In small pieces: the C library's heap has the room, with small things lying about in it.
+    return [torch.ones(2**18, dtype=torch.uint8) for _ in range(ROOM * 8 // 10 // 2**18)]
+
+def step(rows):
+    ids = torch.zeros(rows, 64, dtype=torch.int64)
+    return float(training_step(model, dict(input_ids=ids, targets=ids), optimizer, 1.0)[0])
+
+with preserved(model, optimizer):
+    assert attempt(lambda: step(4)).ran
+used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData:"))
+resource.setrlimit(resource.RLIMIT_DATA, (used + ROOM, used + ROOM))
+
+before = [p.clone() for p in model.parameters()]
+for trial in range(3):  # the next trial can use what the one before had
+    if trial == 1:
+        keep_freed_memory()  # as the commands do: what is freed stays with the C library
+    with preserved(model, optimizer):
+        failed = attempt(lambda: step(2048))
+    assert "DefaultCPUAllocator: can't allocate memory" in failed.failure, failed
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert all(p.grad is None for p in model.parameters()) and not optimizer.state
+    assert attempt(nearly_everything).ran, trial
+assert attempt(lambda: step(4)).ran
+
+def fill(hold):
+    while True:
+        hold.append(torch.ones(2**20))
+
+held = []
+assert not attempt(lambda: fill(held)).ran and len(held) > 4
+assert not attempt(nearly_everything).ran  # what is held elsewhere is not freed: the limit is real
+held.clear()
+assert attempt(nearly_everything).ran
+print("recovered")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")
+def test_b10_a_true_out_of_memory_gives_its_memory_back():
+    """B10, B7: a child under RLIMIT_DATA runs out of memory in a training step, three times over.
+
+    After each, parameters are the same bits, no gradient and no optimizer state is left, and nearly
+    all the room can be had.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.stdout == "recovered\n", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_b10_gpu_memory_is_back_at_the_baseline():
+    """B10 (gpu): after a true out-of-memory, twice, nearly all the device can be had again."""
+    recovery.recover()
+    baseline = torch.cuda.memory_allocated()
+    room = torch.cuda.mem_get_info()[0]
+
+    def fill():
+        held = []
+        while True:
+            held.append(torch.empty(room // 8, dtype=torch.uint8, device="cuda"))
+
+    for _ in range(2):
+        assert "out of memory" in str(attempt(fill).failure)
+        assert torch.cuda.memory_allocated() == baseline
+        assert attempt(lambda: torch.empty(int(room * 0.9), dtype=torch.uint8, device="cuda").numel()).ran

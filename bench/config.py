@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from bench.shape_config import ShapeConfig
 from gnnmoe.config import GNNMoEConfig
 
 DEFAULT_MAX_STEPS = 120
@@ -80,7 +81,7 @@ class TrainingConfig:
     """Optimizer, schedule and length of the training."""
 
     batch_size: int = 16
-    """Sequences in a batch."""
+    """Sequences of one update, over all micro-batches and ranks."""
     max_steps: int | None = None
     """Optimizer steps in all (default: 120 where epochs is not given). Given, the epochs of a preset
     or of a --config file do not count."""
@@ -146,6 +147,40 @@ class MeasureConfig:
 
 
 @dataclass(kw_only=True)
+class MemoryConfig(ShapeConfig):
+    """How much of a batch is run at once: a micro-batch, whose gradients add up to the batch's."""
+
+    micro_batch_size: int | None = None
+    """Sequences to run at once; must divide batch_size (None: the whole batch)."""
+    tune_batch_size: bool = False
+    """Before training, find the largest micro-batch that fits into memory_target of memory_budget."""
+    memory_budget: str | None = None
+    """Memory that a search may fill: 16GiB, a share such as 0.5, or device (None: all of the device's)."""
+    memory_target: float = 0.85
+    """Share of the budget that a trial's peak may reach: the one safety factor."""
+    tune_mode: Literal["binsearch", "power"] = "binsearch"
+    """power doubles until a size fails; binsearch goes on to exactly the largest that fits."""
+    tune_init: int | None = None
+    """Size of the first trial (None: batch_size, so that nothing is split where nothing must be)."""
+    tune_max_trials: int = 12
+    """Try at most this many sizes; failures count."""
+    tune_max_seconds: float = 110.0
+    """Begin no trial that is not expected to end within this time."""
+    tune_max_batch_size: int | None = None
+    """Try no size above this."""
+    tune_fallback: bool = False
+    """Where a search fails, train with the configured size; the record says failed."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "micro_batch_size", "tune_init", "tune_max_trials", "tune_max_seconds",
+                       "tune_max_batch_size")  # fmt: skip
+        if not 0.0 < self.memory_target <= 1.0:
+            raise ValueError(f"memory_target is {self.memory_target}; it must lie in (0, 1].")
+        if self.tune_batch_size and self.micro_batch_size is not None:
+            raise ValueError("tune_batch_size finds the micro-batch: drop micro_batch_size, or the search.")
+
+
+@dataclass(kw_only=True)
 class PlacesConfig:
     """Where things are and what they are called: nothing here changes a number."""
 
@@ -199,6 +234,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     places: PlacesConfig = field(default_factory=PlacesConfig)
 
 

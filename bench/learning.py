@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from bench.controlling import control_for
 from bench.data.blocks import EvalWindows
 from bench.measure.ledger import Ledger
+from bench.measure.recovery import attempt
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record
 from bench.training.checkpoint import save_checkpoint
 from bench.training.communication import CommunicationTrace, probe_tokens
+from bench.training.controller import OUT_OF_MEMORY, Decision
 from bench.training.interruption import Interruption
 from bench.training.loop import Trained, Trainer
 from bench.training.plan import EpochPlan
+from bench.training.recovering import Recovery, Shapes
+from bench.training.shape import cut
 from bench.training.step import Batch
+from bench.tuning import micro_batch_size
 from gnnmoe.model import GNNMoEModel
 
 
 class Learning:
     """Trains a prepared run's model and keeps what happens; the hooks of its trainer.
 
-    ``state`` is a checkpoint to go on from, bit for bit on a CPU with the same number of threads.
+    ``state`` is a checkpoint to go on from, bit for bit on a CPU with the same number of threads;
+    ``tuned`` the record of the search for its micro-batch, where there was one.
     """
 
     def __init__(
@@ -31,16 +39,22 @@ class Learning:
         reporter: Reporter,
         interruption: Interruption,
         state: dict[str, Any] | None,
+        tuned: dict[str, Any] | None = None,
     ) -> None:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
         config, loaders = prepared.config.training, prepared.loaders
-        self.trainer = Trainer(model, loaders["train"], loaders["val"], config, prepared.device, self)
+        self.tuned = tuned
+        self.trainer = Trainer(
+            model, loaders["train"], loaders["val"], config, prepared.device, self,
+            attempt=attempt, micro_batch_size=micro_batch_size(prepared.config, tuned),
+        )  # fmt: skip
+        self.trainer.control = control_for(prepared, self.trainer, tuned, self.on_decision)
         tokens = next(iter(loaders["val"]))["input_ids"]
         windows = loaders["val"].dataset
         assert isinstance(windows, EvalWindows)
         self._validation_tokens = windows.num_scored
         self.trace = CommunicationTrace(probe_tokens(tokens).to(prepared.device))
-        self.ledger = Ledger()
+        self.ledger = Ledger(tuned["micro_batch_size"] if tuned else None)
         self.every = prepared.config.places.checkpoint_every or config.eval_every
         if state is None:
             self.trace.sample(0, model)
@@ -49,6 +63,11 @@ class Learning:
             self.trace.load_state_dict(state["trace"])
             self.ledger.load_state_dict(state["ledger"])
             prepared.folder.write_history(state["history"])
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows that are run at once, fewer than at first where memory ran out; None: whole batches."""
+        return self.trainer.recovering.micro_batch_size
 
     def run(self) -> Trained:
         """Train to the end; a signal stops at the end of a step, with a checkpoint.
@@ -72,9 +91,22 @@ class Learning:
             "batch_shapes": self.ledger.batch_shapes, "steps": done["updates"]["got"],
             "tokens": done["tokens"]["got"], "total_steps": plan.total_steps,
             "epochs": round(plan.epochs(), 6),
-            "precision": "fp32", "world_size": 1, "ledger": self.ledger.to_record(),
+            "precision": "fp32", "world_size": 1, "ledger": self.ledger.to_record(), **self._pieces(),
         }  # fmt: skip
         self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
+
+    def _pieces(self) -> dict[str, Any]:
+        """Return how batches were run: the pieces counted, and micro-batch × accumulation at the end."""
+        sizes = sorted({account.batch_size for account in self.ledger.epochs})
+        batch_size = sizes[-1] if sizes else self.prepared.config.training.batch_size
+        micro, control = min(batch_size, self.micro_batch_size or batch_size), self.trainer.control
+        return {
+            "batch_sizes": sizes, "micro_batch_shapes": self.ledger.micro_batch_shapes,
+            "micro_batch_size": micro, "accumulation": -(-batch_size // micro),
+            "recoveries": self.trainer.recovering.to_record(),
+            "lengths": sorted({int(key.split("x")[1]) for key in self.ledger.micro_batch_shapes}),
+            "control": control.controller.to_record() if control else [],
+        }  # fmt: skip
 
     def on_epoch(self, plan: EpochPlan) -> None:
         """Open the epoch's account."""
@@ -84,9 +116,31 @@ class Learning:
         """Count a batch; return its real targets."""
         return self.ledger.batch(batch)
 
-    def on_update(self) -> None:
-        """Count an optimizer step."""
-        self.ledger.update()
+    def on_update(self, shapes: Shapes) -> None:
+        """Count an optimizer step, and the pieces of its batch."""
+        self.ledger.update(shapes)
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        """Say the first time, and log each time, that memory ran out and how the training goes on."""
+        text = (
+            f"step {recovery.step} ran out of memory: the same batch again, and all that follow, in "
+            f"micro-batches of {recovery.micro_batch_size} instead of {recovery.failed_micro_batch_size}"
+        )
+        self.prepared.folder.log(f"{text} ({recovery.error})")
+        if len(self.trainer.recovering.recoveries) == 1:
+            self.reporter.line(f"note: {text}; smaller ones where need be")
+
+    def on_decision(self, decision: Decision) -> None:
+        """Keep and say a change of the shape in which batches are run."""
+        self.prepared.folder.append_history({"kind": "shape", **asdict(decision)})
+        self.prepared.folder.log(str(decision))
+        if decision.reason != OUT_OF_MEMORY:  # which on_recovery says
+            self.reporter.line(f"note: {decision}")
+
+    def as_run(self, batch: Batch) -> Batch:
+        """Return a batch in sequences of the length at which the training ended."""
+        control = self.trainer.control
+        return cut(batch, control.controller.shape.length) if control else batch
 
     def after_epoch(self) -> None:
         """Close the epoch's account."""
@@ -110,7 +164,7 @@ class Learning:
         if self.interruption.requested or steps % self.every == 0 or steps == self.trainer.plan.total_steps:
             state = {
                 "trainer": self.trainer.state_dict(), "trace": self.trace.state_dict(),
-                "ledger": self.ledger.state_dict(),
+                "ledger": self.ledger.state_dict(), "tuned": self.tuned,
             }  # fmt: skip
             history = self.prepared.folder.read_history()
             save_checkpoint(self.prepared.checkpoint, {**self._identity(), **state, "history": history})

@@ -24,6 +24,7 @@ from bench.data.sources import known_as
 from bench.data.validation import validate_first_batch
 from bench.device import resolve_device
 from bench.difficulty import difficulty_scores
+from bench.fitting import refuse_wrong_sizes
 from bench.gate import refuse_wrong_names
 from bench.records.schema import config_dict, identity, run_id
 from bench.records.store import RunFolder, check_writable
@@ -74,7 +75,8 @@ def prepare(config: RunConfig) -> Prepared:
     _refuse_another_text(config, corpus)
     model_config = config.model.resolved(corpus.vocabulary.size)
     _refuse_missing_rows(model_config, corpus)
-    loaders = _loaders(config, corpus, device)
+    refuse_wrong_sizes(config, model_config, device)
+    loaders = make_loaders(config, corpus, device)
     for loader in loaders.values():
         validate_first_batch(loader)
     known_by = _identity(config, model_config, corpus, device, _order_of(loaders["train"]))
@@ -107,7 +109,7 @@ class Identifier:
         _refuse_missing_rows(model_config, corpus)
         order = None
         if config.training.curriculum is not None:
-            order = _order_of(_loaders(config, corpus, device)["train"])
+            order = _order_of(make_loaders(config, corpus, device)["train"])
         return _identity(config, model_config, corpus, device, order), model_config, corpus
 
 
@@ -192,7 +194,8 @@ def _refuse_missing_rows(model_config: GNNMoEConfig, corpus: Corpus) -> None:
         )
 
 
-def _loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[str, BlockLoader]:
+def make_loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[str, BlockLoader]:
+    """Return the loaders of ``Prepared``; raises ValueError as ``create_loader``."""
     training, length, seed = config.training, config.model.max_seq_length, config.training.seed
     size = training.batch_size
     shared: dict[str, Any] = {

@@ -16,6 +16,7 @@ import torch
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import is_out_of_memory
+from bench.fitting import at_length, find_shape
 from bench.gate import GateReport, check_trained_isolation, run_gate
 from bench.learning import Learning
 from bench.measure.environment import describe_environment
@@ -25,10 +26,12 @@ from bench.measure.speed import measure_speed
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict, new_record
+from bench.training.batch_size import NoFeasibleBatch
 from bench.training.communication import probe_tokens, summarize_communication
 from bench.training.evaluation import evaluate
 from bench.training.interruption import Interruption
 from bench.training.loop import Diverged
+from bench.tuning import find_micro_batch, requested
 from gnnmoe.model import GNNMoEModel
 
 
@@ -61,8 +64,7 @@ class Session:
             environment=describe_environment(prepared.device, config.model.coupler_type),
             data=prepared.corpus.to_record() | {"training_blocks": _subset(prepared)},
             tuned=not_measured("no batch-size search was asked for"),
-            requested={"batch_size": config.training.batch_size,
-                       "max_seq_length": config.model.max_seq_length},
+            requested=requested(config),
         )  # fmt: skip
         resumed_at = state["trainer"]["done"]["steps"] if state else None
         self.record["time"] = {
@@ -89,7 +91,8 @@ class Session:
         except Diverged as error:
             self._end("diverged", str(error))
         except Exception as error:
-            status = "oom" if is_out_of_memory(error) else "crashed"
+            ran_out = is_out_of_memory(error) or isinstance(error, NoFeasibleBatch)
+            status = "oom" if ran_out else "crashed"
             self._end(status, f"{type(error).__name__}: {error}", log=traceback.format_exc())
         except BaseException:
             self._end("interrupted", "stopped from outside")
@@ -118,19 +121,27 @@ class Session:
         with self._phase("gate", "checking the coupler"):
             report = run_gate(self.prepared.model_config, seed=config.training.seed, device=gate_device)
             self._judge(report)
+        tuned = None
+        if config.memory.tune_batch_size:
+            with self._phase("tune", "searching for the largest micro-batch that fits"):
+                tuned = self._tune()
+        if config.memory.fit_shape:
+            with self._phase("fit", "fitting length and micro-batch to the memory"):
+                tuned = self._fit()
         with self._phase("build", "building the model"):
             model = self._build()
         with self._phase("train", "training"):
-            learning = self._train(model)
+            learning = self._train(model, tuned)
         with self._phase("evaluate", "evaluating"):
             batch = next(iter(self.prepared.loaders["train"]))
-            again = check_trained_isolation(model, batch["input_ids"].to(device))
+            again = check_trained_isolation(model, batch["input_ids"][: learning.micro_batch_size].to(device))
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
             self._evaluate(model, learning)
         with self._phase("speed", "measuring speed and memory"):
-            batches = list(islice(iter(self.prepared.loaders["train"]), config.measure.speed_steps))
+            served = islice(iter(self.prepared.loaders["train"]), config.measure.speed_steps)
+            batches = [learning.as_run(batch) for batch in served]
             self.record["speed"], self.record["memory"] = measure_speed(
-                model, batches, config.training, config.measure, device
+                model, batches, config.training, config.measure, device, learning.micro_batch_size
             )
         learning.keep_best()
 
@@ -149,6 +160,33 @@ class Session:
         if not report.passed and not self.prepared.config.measure.allow_failed_gate:
             raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
 
+    def _tune(self) -> dict[str, Any]:
+        """Search before there is a model; a run that goes on keeps what was found when it began.
+
+        Raises:
+            NoFeasibleBatch, SearchFailed: the search failed, and no fallback was asked for.
+        """
+        earlier = self.state.get("tuned") if self.state else None
+        self.record["tuned"], failure = find_micro_batch(self.prepared, earlier, self.reporter.line)
+        if failure is not None and not self.prepared.config.memory.tune_fallback:
+            raise failure
+        return self.record["tuned"]
+
+    def _fit(self) -> dict[str, Any]:
+        """Find the run's length and micro-batch, and let everything after have that length.
+
+        Raises:
+            NoFeasibleBatch: nothing fits, and no fallback was asked for.
+        """
+        earlier = self.state.get("tuned") if self.state else None
+        found, failure = find_shape(self.prepared, earlier, self.reporter.line)
+        self.record["tuned"] = found
+        if failure is not None and not self.prepared.config.memory.tune_fallback:
+            raise failure
+        self.prepared = at_length(self.prepared, found["length"])
+        self.record["data"]["training_blocks"] = _subset(self.prepared)
+        return self.record["tuned"]
+
     def _build(self) -> GNNMoEModel:
         model = GNNMoEModel(self.prepared.model_config, seed=self.prepared.config.training.seed)
         model.set_output_bias(torch.from_numpy(self.prepared.corpus.vocabulary.log_unigram()))
@@ -156,8 +194,8 @@ class Session:
         self.record["flops"] = {"training_flops_per_token": training_flops_per_token(model)}
         return model.to(self.prepared.device)
 
-    def _train(self, model: GNNMoEModel) -> Learning:
-        learning = Learning(self.prepared, model, self.reporter, self.interruption, self.state)
+    def _train(self, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
+        learning = Learning(self.prepared, model, self.reporter, self.interruption, self.state, tuned)
         try:
             learning.run()
         finally:
@@ -171,7 +209,7 @@ class Session:
         for split, loader in (("validation", loaders["val_final"]), ("test", loaders.get("test"))):
             if loader is None:
                 continue
-            result, windows = evaluate(model, loader, device), loader.dataset
+            result, windows = evaluate(model, loader, device, learning.micro_batch_size), loader.dataset
             assert isinstance(windows, EvalWindows)
             learning.ledger.evaluated(f"{split} at the end", windows.num_scored, result.tokens)
             words, text_bytes = windows.split.words_and_bytes(result.tokens)

@@ -99,7 +99,7 @@ class Setting:
     protocol: tuple[Any, ...] | None
     """Tokens scored, length and stride of the final validation."""
     used: tuple[Any, ...] | None
-    """Batch sizes that were used, and the length."""
+    """Batch sizes that were used, and lengths: more than one where a controller changed it."""
 
     @classmethod
     def of(cls, record: Record, allow_unequal: bool) -> Setting:
@@ -126,8 +126,8 @@ class Setting:
             tokens, length, stride = self.protocol
             parts.append(f"scored on {tokens:,} tokens at length {length}, stride {stride}")
         if self.used:
-            sizes, length = self.used
-            parts.append(f"batch {' and '.join(map(str, sizes))} × {length}")
+            sizes, lengths = (" and ".join(map(str, numbers)) for numbers in self.used)
+            parts.append(f"batch {sizes} × {lengths}")
         return " · ".join(parts) or "nothing measured"
 
 
@@ -238,8 +238,9 @@ def _protocol(record: Record) -> tuple[Any, ...] | None:
 
 
 def _used(record: Record) -> tuple[Any, ...]:
-    """Return batch sizes and length: those used, or those asked for where the run did not get so far."""
+    """Return batch sizes and lengths: those used, or those asked for where the run did not get so far."""
     used, config = record["used"], record["config"]
     epochs = used["ledger"]["epochs"] if is_measured(used) else []
     sizes = {epoch["batch_size"] for epoch in epochs} or {config["training"]["batch_size"]}
-    return tuple(sorted(sizes)), config["model"]["max_seq_length"]
+    lengths = (used.get("lengths") if is_measured(used) else None) or [config["model"]["max_seq_length"]]
+    return tuple(sorted(sizes)), tuple(lengths)

@@ -46,6 +46,7 @@ def _rows(record: Record) -> list[tuple[str, str]]:
     rows = [("status", record["status"] + (f": {record['error']}" if record["error"] else ""))]
     rows.append(("data", _data(record["data"])))
     rows += [(split, _quality(record, split)) for split in ("validation", "test")]
+    rows.append(("batch", _batch(record)))
     rows += [("speed", _speed(record)), ("memory", _memory(record)), ("parameters", _parameters(record))]
     rows += _communication(record["communication"])
     rows.append(("counted", _counted(record["used"])))
@@ -70,6 +71,46 @@ def _quality(record: Record, split: str) -> str:
         f"{text}, {bits:.3f} bits a byte, on {scored['tokens']:,} tokens, length {scored['length']}, "
         f"stride {scored['stride']}"
     )
+
+
+def _batch(record: Record) -> str:
+    """Return the sizes that were asked for, found and used, side by side."""
+    asked, tuned, used = record["requested"], record["tuned"], record["used"]
+    lines = [f"asked  {asked['batch_size']} × {asked['max_seq_length']}"]
+    if asked.get("micro_batch_size") is not None:
+        lines[0] += f" in micro-batches of {asked['micro_batch_size']}"
+    if is_measured(tuned):
+        lines.append("tuned  " + _tuned(tuned))
+    if is_measured(used) and used.get("micro_batch_shapes"):
+        lines.append("used   " + _used(used))
+    return "\n".join(lines)
+
+
+def _tuned(tuned: dict[str, Any]) -> str:
+    if tuned["status"] == "failed":
+        return f"FAILED: {tuned['error']}"
+    tried = len(tuned["trials"])
+    source = (
+        "kept from an earlier search" if tuned["from_cache"] else f"{tried} size{'s' * (tried != 1)} tried"
+    )
+    return (
+        f"length {tuned['length']}, micro-batch {tuned['micro_batch_size']} of at most {tuned['cap']}, "
+        f"{source}, within {tuned['limit_bytes'] / 2**20:,.1f} MiB ({tuned['target']:.0%} of the budget)"
+    )
+
+
+def _used(used: dict[str, Any]) -> str:
+    pieces = ", ".join(f"{count:,} × ({shape.replace('x', ' × ')})"
+                       for shape, count in used["micro_batch_shapes"].items())  # fmt: skip
+    sizes = " and ".join(map(str, used["batch_sizes"]))
+    text = f"{sizes} an update, run as {pieces}; at the end {used['micro_batch_size']} at once"
+    if used["accumulation"] > 1:
+        text += f", {used['accumulation']} micro-batches an update"
+    if used["recoveries"]:
+        text += f"; out of memory {len(used['recoveries'])} times, the same batch again in smaller pieces"
+    if used.get("control"):
+        text += f"; {len(used['control'])} changes by the memory controller"
+    return text
 
 
 def _counted(used: dict[str, Any]) -> str:

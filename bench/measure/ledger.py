@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +39,8 @@ class Ledger:
         self.tuned_batch_size = tuned_batch_size
         self.epochs: list[EpochAccount] = []
         self.batch_shapes: dict[str, int] = {}
+        self.micro_batch_shapes: dict[str, int] = {}
+        self._shape: tuple[int, ...] = (0, 1)  # of the last batch
         self.evaluations: dict[str, dict[str, int]] = {}
         self._open = False
 
@@ -65,16 +69,28 @@ class Ledger:
         tokens = real_targets(batch)
         for name, count in zip(COUNTED, (1, shape[0], tokens), strict=True):
             account.got[name] += count
-        key = "x".join(map(str, shape))
+        key, self._shape = _key(shape), shape
         self.batch_shapes[key] = self.batch_shapes.get(key, 0) + 1
         over = [name for name in COUNTED if account.got[name] > account.asked[name]]
         if over or shape[0] > account.batch_size:
             raise BatchAccountingError(self._difference(account, f"a batch of {key}"))
         return tokens
 
-    def update(self) -> None:
-        """Count an optimizer step."""
+    def update(self, shapes: Sequence[tuple[int, ...]] = ()) -> None:
+        """Count an optimizer step, and the shapes of the micro-batches in which its batch was run.
+
+        Raises:
+            BatchAccountingError: their rows are not those of the batch counted before.
+        """
         self.epochs[-1].got["updates"] += 1
+        rows = sum(shape[0] for shape in shapes)
+        if shapes and sum(map(prod, shapes)) != prod(self._shape):  # cut shorter, it has more rows
+            raise BatchAccountingError(
+                f"epoch {self.epochs[-1].epoch}: a batch of {self._shape[0]} rows was served, but its "
+                f"micro-batches hold {rows} ({', '.join(map(_key, shapes))})"
+            )
+        for shape in shapes:
+            self.micro_batch_shapes[_key(shape)] = self.micro_batch_shapes.get(_key(shape), 0) + 1
 
     def end_epoch(self) -> None:
         """Close the epoch.
@@ -120,13 +136,15 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs to go on counting."""
-        return {**self.to_record(), "batch_shapes": dict(self.batch_shapes)}
+        return {**self.to_record(), "batch_shapes": dict(self.batch_shapes),
+                "micro_batch_shapes": dict(self.micro_batch_shapes)}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
         self.tuned_batch_size = state["tuned_batch_size"]
         self.epochs = [EpochAccount(**account) for account in state["epochs"]]
         self.batch_shapes, self.evaluations = dict(state["batch_shapes"]), dict(state["evaluations"])
+        self.micro_batch_shapes = dict(state.get("micro_batch_shapes", {}))
         self._open = bool(self.epochs)
 
     def _difference(self, account: EpochAccount, where: str) -> str:
@@ -135,3 +153,7 @@ class Ledger:
             f"{account.asked[name]:,} {name} expected, {account.got[name]:,} came" for name in account.got
         )
         return f"epoch {account.epoch} at {where}: batch size {account.batch_size} ({tuned}); {counts}"
+
+
+def _key(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

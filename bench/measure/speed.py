@@ -25,10 +25,12 @@ def measure_speed(
     training: TrainingConfig,
     measure: MeasureConfig,
     device: torch.device,
+    micro_batch_size: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Time full training steps on a copy of ``model``; return the record's ``speed`` and ``memory``.
 
-    The batches are used in turn. All step times are kept; tokens are the targets that count.
+    The batches are used in turn, in micro-batches where a size is given. All step times are kept;
+    tokens are the targets that count.
     """
     copied = copy.deepcopy(model).train()
     optimizer = make_optimizer(copied, training)
@@ -36,7 +38,8 @@ def measure_speed(
     tokens = [real_targets(batch) for batch in batches]
 
     def step(number: int) -> None:
-        training_step(copied, on_device[number % len(batches)], optimizer, training.max_grad_norm)
+        batch = on_device[number % len(batches)]
+        training_step(copied, batch, optimizer, training.max_grad_norm, micro_batch_size)
 
     for number in range(measure.speed_warmup_steps):
         step(number)

@@ -77,7 +77,27 @@ def identity(
     return {
         "model": model, "training": training, "measure": measure, "data": {**data, "sha256": data_sha256},
         "device_type": device_type, "world_size": world_size, "schema": SCHEMA_VERSION.split(".")[0],
+        **_memory(config),
     }  # fmt: skip
+
+
+def _memory(config: RunConfig) -> dict[str, Any]:
+    """Return what decides how batches are split, which moves the last digits; nothing where they are whole.
+
+    A run that searches has its identity before the answer is known: it counts by what it asks of the
+    search. The answer also depends on the device, and stands in the record.
+    """
+    memory, training = config.memory, config.training
+    shaped = memory.fit_shape or memory.control_memory
+    if memory.tune_batch_size or shaped:
+        asked = {name: value for name, value in dataclasses.asdict(memory).items()
+                 if (name != "micro_batch_size" or memory.control_memory)
+                 and (shaped or not name.startswith(("shape_", "fit_", "control_")))}  # fmt: skip
+        return {"memory": {**asked, "tune_init": memory.tune_init or training.batch_size}}
+    whole = memory.micro_batch_size == training.batch_size and _schedule(training) is None
+    if memory.micro_batch_size is None or whole:
+        return {}
+    return {"memory": {"micro_batch_size": memory.micro_batch_size}}
 
 
 def _schedule(training: TrainingConfig) -> str | None:

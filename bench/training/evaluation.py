@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from bench.training.step import to_device
+from bench.training.step import split, to_device
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 
@@ -34,15 +34,21 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: GNNMoEModel, loader: DataLoader, device: torch.device) -> Evaluation:
-    """Score every target of ``loader`` that is not ignored; the model's mode is put back after."""
+def evaluate(
+    model: GNNMoEModel, loader: DataLoader, device: torch.device, rows: int | None = None
+) -> Evaluation:
+    """Score every target of ``loader`` that is not ignored; the model's mode is put back after.
+
+    ``rows``: windows to run at once (None: a whole batch), which changes no more than the rounding.
+    """
     was_training = model.training
     model.eval()
     parts = []
     for batch in loader:
         batch = to_device(batch, device)
-        nll = model.token_nll(batch["input_ids"], batch["targets"])
-        parts.append(nll[batch["targets"] != IGNORED].float().cpu().numpy())
+        for part in split(batch, rows):
+            nll = model.token_nll(part["input_ids"], part["targets"])
+            parts.append(nll[part["targets"] != IGNORED].float().cpu().numpy())
     model.train(was_training)
     nll = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
     return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)

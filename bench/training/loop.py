@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from bench.config import TrainingConfig
 from bench.data.loader import set_epoch
+from bench.training.controlled import StepControl
 from bench.training.evaluation import evaluate
 from bench.training.plan import EpochPlan, TrainingPlan
+from bench.training.recovering import Attempt, Recovering, Recovery, Shapes
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
@@ -45,8 +47,11 @@ class Hooks(Protocol):
         """Count a batch before it is trained on; return its real targets."""
         ...
 
-    def on_update(self) -> None:
-        """Count an optimizer step."""
+    def on_update(self, shapes: Shapes) -> None:
+        """Count an optimizer step, and the shapes of the pieces in which its batch was run."""
+
+    def on_recovery(self, recovery: Recovery) -> None:
+        """Take note that memory ran out and that the same batch is done again in smaller pieces."""
 
     def on_step(self, row: dict[str, Any]) -> None:
         """Take the numbers of one step."""
@@ -62,7 +67,11 @@ class Hooks(Protocol):
 
 
 class Trainer:
-    """Trains a model in place; the state that is best on validation is what it ends with."""
+    """Trains a model in place; the state that is best on validation is what it ends with.
+
+    ``micro_batch_size``: rows to run at once, in training and evaluation (None: whole batches). A step
+    that runs out of memory is done again in smaller ones; ``attempt`` gives back what it held.
+    """
 
     def __init__(
         self,
@@ -72,11 +81,17 @@ class Trainer:
         config: TrainingConfig,
         device: torch.device,
         hooks: Hooks,
+        *,
+        attempt: Attempt,
+        micro_batch_size: int | None = None,
     ) -> None:
         self.model, self.config, self.device, self.hooks = model, config, device, hooks
         self.train_loader, self.val_loader = train_loader, val_loader
         self.optimizer = make_optimizer(model, config)
         self.plan = TrainingPlan(train_loader, config)
+        self.recovering = Recovering(micro_batch_size, math.gcd(*self.plan.batch_sizes()), device, attempt)
+        self.control: StepControl | None = None
+        """Sets, measures and proves the shape of each step, where there is one; put here before ``run``."""
         self.done = Trained()
         self._best_state: dict[str, Tensor] = {}
         self._random: tuple[Tensor, list[Tensor]] | None = None
@@ -108,6 +123,8 @@ class Trainer:
         return {
             "model": self.model.state_dict(), "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(), "done": asdict(self.done),
+            "recovering": self.recovering.state_dict(),
+            "control": self.control.controller.state_dict() if self.control else None,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }  # fmt: skip
@@ -118,6 +135,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._best_state = {name: value.to(self.device) for name, value in state["best_model"].items()}
         self.done = Trained(**state["done"])
+        if "recovering" in state:  # checkpoints of before there were micro-batches lack it
+            self.recovering.load_state_dict(state["recovering"])
+        if self.control is not None and state.get("control") is not None:
+            self.control.controller.load_state_dict(state["control"])
         self._random = state["random"], state["random_cuda"]
 
     def _batches(self) -> Iterator[Batch]:
@@ -127,6 +148,8 @@ class Trainer:
             set_epoch(self.train_loader, epoch)
             planned = self.plan.epoch(epoch)
             self.hooks.on_epoch(planned)
+            if self.control is not None and start == 0:
+                self.control.begin_epoch(self.done.steps)
             yield from islice(self.train_loader, start, planned.batches if planned.cut else None)
             self.hooks.after_epoch()
 
@@ -135,18 +158,36 @@ class Trainer:
         rate = learning_rate(self.done.steps, self.plan.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss, norm = training_step(
-            self.model, to_device(batch, self.device), self.optimizer, self.config.max_grad_norm
-        )
+        if self.control is not None:
+            batch = self.control.prepared(batch, self.recovering)
+
+        def step(micro_batch_size: int | None, shapes: Shapes) -> tuple[Tensor, Tensor]:
+            there = to_device(batch, self.device)
+            return training_step(
+                self.model, there, self.optimizer, self.config.max_grad_norm, micro_batch_size, shapes
+            )
+
+        loss, norm, shapes = self.recovering(
+            step if self.control is None else self.control.watched(step),
+            len(batch["input_ids"]), self.done.steps + 1, self._recovered,
+        )  # fmt: skip
         self.done.steps += 1
-        self.hooks.on_update()
+        self.hooks.on_update(shapes)
+        if self.control is not None:
+            self.control.after_step(self.done.steps, self.recovering)
         self._check(float(loss), "training loss")
         self.hooks.on_step(self._row("train") | {
             "loss": float(loss), "learning_rate": rate, "gradient_norm": float(norm), "tokens": tokens,
         })  # fmt: skip
 
+    def _recovered(self, recovery: Recovery) -> None:
+        if self.control is not None:
+            self.control.recovered(recovery)
+        self.hooks.on_recovery(recovery)
+
     def _evaluate(self) -> None:
-        result = evaluate(self.model, self.val_loader, self.device)
+        rows = self.recovering.micro_batch_size
+        result = evaluate(self.model, self.val_loader, self.device, rows)
         self._check(result.nll_sum, "validation loss")
         if result.nll_sum < self.done.best_nll_sum:
             self.done.best_nll_sum, self.done.best_step = result.nll_sum, self.done.steps

@@ -61,6 +61,10 @@ class TrainingPlan:
         cut = batches < self._sampler.batches_in(number)
         return EpochPlan(number, size, batches, samples, samples * self._length, cut)
 
+    def batch_sizes(self) -> list[int]:
+        """Return the batch sizes of all epochs, each once, in order."""
+        return list(dict.fromkeys(self._sampler.size_in(epoch) for epoch in range(len(self._ends))))
+
     def epochs(self) -> float:
         """Return how many epochs there are, the last perhaps in part."""
         epoch, before = self.place(self.total_steps - 1)

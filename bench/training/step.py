@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.config import TrainingConfig
+from bench.device import is_out_of_memory
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 
@@ -36,19 +37,78 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
 
 
+class UpdateOutOfMemory(MemoryError):
+    """Memory ran out inside the optimizer's update, which may be half done: the step cannot be repeated."""
+
+
 def training_step(
-    model: GNNMoEModel, batch: Batch, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    model: GNNMoEModel,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    micro_batch_size: int | None = None,
+    shapes: list[tuple[int, ...]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do forward, backward, clipping and update; return the nll and the gradient norm as tensors.
 
-    Neither is read here, so on a GPU nothing waits.
+    Neither is read here, so on a GPU nothing waits. With a ``micro_batch_size`` below the batch's the
+    batch is run in pieces of so many rows, whose gradients add up to those of the whole: see
+    ``add_gradients``. The shape of what the model is given is appended to ``shapes``, piece by piece.
+    An out of memory before the update leaves parameters and optimizer as they were.
+
+    Raises:
+        UpdateOutOfMemory: memory ran out inside the update.
     """
     optimizer.zero_grad(set_to_none=True)
-    output = model(batch["input_ids"], targets=batch["targets"], return_logits=False)
-    (output["loss"] + output["auxiliary_loss"]).backward()
+    loss = add_gradients(model, batch, micro_batch_size, [] if shapes is None else shapes)
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
-    return output["loss"].detach(), norm.detach()
+    try:
+        optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise UpdateOutOfMemory(f"in the optimizer's update: {error}") from error
+        raise
+    return loss, norm.detach()
+
+
+def add_gradients(
+    model: GNNMoEModel, batch: Batch, micro_batch_size: int | None, shapes: list[tuple[int, ...]]
+) -> Tensor:
+    """Add the gradients of a batch to those of the parameters; return its nll, detached.
+
+    In pieces, the loss is the sum of the nll of all targets over the number of all targets, not a mean
+    of means: a piece's mean counts by its share of the targets that are not −100. The couplers' own
+    losses count by the same shares, so one that is no mean over tokens (a balance of the load, say) is
+    that of the pieces rather than of the batch, as it is on several ranks.
+    """
+    rows = len(batch["input_ids"])
+    if micro_batch_size is None or micro_batch_size >= rows:
+        shapes.append(tuple(batch["input_ids"].shape))
+        output = model(batch["input_ids"], targets=batch["targets"], return_logits=False)
+        (output["loss"] + output["auxiliary_loss"]).backward()
+        return output["loss"].detach()
+    total = (batch["targets"] != IGNORED).sum()
+    losses = []
+    for piece in split(batch, micro_batch_size):
+        input_ids, targets = piece["input_ids"], piece["targets"]
+        count = (targets != IGNORED).sum()
+        # A piece without targets would have the mean 0/0; with any, its share of 0 takes it out.
+        targets = torch.where(count == 0, 0, targets)
+        shapes.append(tuple(input_ids.shape))
+        output = model(input_ids, targets=targets, return_logits=False)
+        share = count.to(output["loss"].dtype) / total
+        ((output["loss"] + output["auxiliary_loss"]) * share).backward()
+        losses.append(output["loss"].detach() * share)
+        del output
+    return torch.stack(losses).sum()
+
+
+def split(batch: Batch, rows: int | None) -> list[Batch]:
+    """Return a batch in pieces of ``rows`` rows, the last perhaps smaller; whole where ``rows`` is None."""
+    if rows is None or rows >= len(batch["input_ids"]):
+        return [batch]
+    pieces = zip(*(tensor.split(rows) for tensor in batch.values()), strict=True)
+    return [dict(zip(batch, piece, strict=True)) for piece in pieces]
 
 
 def real_targets(batch: Batch) -> int:

@@ -65,7 +65,7 @@ def test_what_is_reported_is_what_was_used(tiny):
     """A3 and D1 in small: shapes, steps and tokens are counted from the tensors."""
     assert main(tiny) == 0
     _, record = only_run(results_of(tiny))
-    assert record["requested"] == {"batch_size": 4, "max_seq_length": 16}
+    assert record["requested"] == {"batch_size": 4, "max_seq_length": 16, "micro_batch_size": None}
     used = record["used"]
     assert used["batch_shapes"] == {"4x16": 4}
     assert (used["steps"], used["tokens"]) == (4, 4 * 4 * 16)

@@ -11,6 +11,7 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
 from bench.measure.ledger import Ledger
+from bench.measure.recovery import attempt
 from bench.training.communication import CommunicationTrace
 from bench.training.evaluation import evaluate
 from bench.training.loop import Trainer
@@ -41,7 +42,7 @@ def trainer(model, corpus, **settings) -> Trainer:
     )
     train = create_loader(corpus, "train", config.batch_size, max_seq_length=16)
     val = create_loader(corpus, "val", 4, max_seq_length=16)
-    return Trainer(model, train, val, config, CPU, Rows())
+    return Trainer(model, train, val, config, CPU, Rows(), attempt=attempt)
 
 
 class Rows(list):
@@ -59,8 +60,11 @@ class Rows(list):
     def after_epoch(self):
         self.ledger.end_epoch()
 
-    def on_update(self):
-        self.ledger.update()
+    def on_update(self, shapes):
+        self.ledger.update(shapes)
+
+    def on_recovery(self, recovery):
+        self.append({"kind": "recovery", "to": recovery.micro_batch_size})
 
     def on_step(self, row):
         self.append(row)

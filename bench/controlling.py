@@ -1,0 +1,63 @@
+"""What stands around the steps of a run whose shape was found or is controlled: built from its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+from bench.fitting import bounds
+from bench.measure.activation import require_batch_applied
+from bench.measure.budget import MemoryBudget, training_state_bytes
+from bench.measure.meters import meter_for
+from bench.prepare import Prepared
+from bench.training.batch_size import memory_limit
+from bench.training.controlled import Peak, StepControl
+from bench.training.controller import Controller, Decision
+from bench.training.loop import Trainer
+from bench.training.micro_batches import divisors
+from bench.training.shape import Shape, ladder
+from bench.tuning import batch_sizes, micro_batch_size
+
+
+def control_for(
+    prepared: Prepared,
+    trainer: Trainer,
+    tuned: dict[str, Any] | None,
+    announce: Callable[[Decision], object],
+) -> StepControl | None:
+    """Return the control of a run: it holds every step to the shape found, and changes it where asked.
+
+    None where no shape was found and none is controlled.
+
+    Raises:
+        ParametersNotApplied: a larger batch takes no more memory.
+    """
+    memory, length = prepared.config.memory, prepared.model_config.max_seq_length
+    rows, adapt = micro_batch_size(prepared.config, tuned), memory.control_memory
+    if not adapt and (tuned is None or rows is None):
+        return None
+    world = prepared.loaders["train"].sampler_obj.shard.world_size
+    unit = gcd(*batch_sizes(prepared.config.training)) // world
+    lengths = [length]
+    if adapt:
+        lengths = [part for part in divisors(length) if part == length or part >= bounds(prepared.config)[0]]
+        require_batch_applied(trainer.model, length, prepared.device)
+    budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(prepared.device)
+    controller = Controller(
+        ladder(lengths, divisors(unit)), Shape(min(rows or unit, unit), length),
+        limit_bytes=memory_limit(budget, memory.memory_target),
+        fixed_bytes=_always_held(trainer), adapt=adapt,
+    )  # fmt: skip
+    return StepControl(controller, trainer.model, announce, _peak(trainer) if adapt else None)
+
+
+def _always_held(trainer: Trainer) -> int:
+    """Return what a step holds from its beginning to its end: parameters, buffers, optimizer state."""
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    return training_state_bytes(trainer.model) - sum(p.numel() * p.element_size() for p in trained)
+
+
+def _peak(trainer: Trainer) -> Peak:
+    meter = meter_for(trainer.device)
+    return lambda step, batch: meter.measure(step, (trainer.model, trainer.optimizer, [batch])).judged_bytes

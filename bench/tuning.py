@@ -1,0 +1,195 @@
+"""The batch-size search of a run: from its flags to the micro-batch; in a child process on CUDA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench.config import MemoryConfig, RunConfig, TrainingConfig
+from bench.data.schedule import BatchSchedule
+from bench.measure.budget import MemoryBudget, parameters_fit, training_state_bytes
+from bench.measure.environment import device_name
+from bench.measure.search_cache import cached_search
+from bench.measure.search_process import OnTrial, Request, SearchFailed, search_here, search_in_child
+from bench.measure.trials import TrialSetup, fits_all_ranks
+from bench.training.batch_size import NoFeasibleBatch, SearchResult, Trial, largest_allowed, memory_limit
+from bench.training.micro_batches import accumulations, divisors
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.model import GNNMoEModel
+
+if TYPE_CHECKING:
+    from bench.prepare import Prepared
+
+FAILURES = (NoFeasibleBatch, SearchFailed)
+OF_THE_OPTIMIZER = ("learning_rate", "adam_betas", "weight_decay", "max_grad_norm")
+
+
+def refuse_wrong_memory(config: RunConfig, model: GNNMoEConfig, device: torch.device) -> None:
+    """Refuse what cannot be done, before anything is: uneven pieces, and budgets that cannot be.
+
+    Raises:
+        ValueError: saying what was wrong and what would do.
+    """
+    memory, sizes = config.memory, batch_sizes(config.training)
+    if memory.micro_batch_size is not None:
+        accumulations(sizes, memory.micro_batch_size)
+    if not memory.tune_batch_size:
+        if memory.memory_budget is not None and not (memory.fit_shape or memory.control_memory):
+            raise ValueError(
+                f"memory_budget {memory.memory_budget} would do nothing: it limits a search; add "
+                "--tune-batch-size, or drop it."
+            )
+        return
+    if memory.tune_init is not None:
+        accumulations(sizes, memory.tune_init, name="tune_init")
+    refuse_small_budget(memory, model, device)
+
+
+def refuse_small_budget(memory: MemoryConfig, model: GNNMoEConfig, device: torch.device) -> None:
+    """Refuse a budget that is none, or in which not even the parameters fit.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    with torch.device("meta"):
+        needed = training_state_bytes(GNNMoEModel(model, seed=0))
+    parameters_fit(_budget(memory, device), needed)
+
+
+def batch_sizes(training: TrainingConfig) -> list[int]:
+    """Return the batch sizes of a training: one, or those of its schedule."""
+    if training.batch_schedule is None:
+        return [training.batch_size]
+    return [
+        size for _, size in BatchSchedule.parse(training.batch_schedule).simplified(training.epochs).sizes
+    ]
+
+
+def request_for(prepared: Prepared, *, any_size: bool = False, init: int | None = None) -> Request:
+    """Return the search of a prepared run; ``init`` overrides its config's.
+
+    For its training, micro-batches that divide its batch; with ``any_size``, all sizes that leave
+    ``min_steps_per_epoch`` updates in the smallest epoch.
+
+    Raises:
+        ValueError: no size would do.
+    """
+    memory, training = prepared.config.memory, prepared.config.training
+    sizes, sampler = batch_sizes(training), prepared.loaders["train"].sampler_obj
+    world, piece = sampler.shard.world_size, gcd(*sizes) // sampler.shard.world_size
+    # A curriculum never serves fewer blocks than in its first epoch.
+    cap = largest_allowed(
+        memory.tune_max_batch_size, sampler.samples_in(0), training.min_steps_per_epoch, world
+    )
+    budget = _budget(memory, prepared.device)
+    setup = TrialSetup(
+        model=prepared.model_config,
+        training=replace(TrainingConfig(), **{name: getattr(training, name) for name in OF_THE_OPTIMIZER}),
+        batch_size=max(sizes) // world, limit_bytes=memory_limit(budget, memory.memory_target),
+        device=str(prepared.device),
+    )  # fmt: skip
+    return Request(
+        setup, budget, memory.tune_mode, init or memory.tune_init or piece, memory.tune_max_trials,
+        memory.tune_max_seconds, cap if any_size else min(cap, piece),
+        None if any_size else tuple(divisors(piece)),
+    )  # fmt: skip
+
+
+def tune(
+    prepared: Prepared,
+    *,
+    on_trial: OnTrial,
+    say: Callable[[str], object],
+    any_size: bool = False,
+    init: int | None = None,
+) -> dict[str, Any]:
+    """Search, or take the answer of an earlier search, and agree with the other ranks; return the record.
+
+    Raises:
+        NoFeasibleBatch: nothing fits.
+        SearchFailed: the search broke off, or nothing fits on another rank.
+    """
+    request, start = request_for(prepared, any_size=any_size, init=init), time.perf_counter()
+    find = search_in_child if prepared.device.type == "cuda" else search_here
+    result, failure, kept = None, None, False
+    try:
+        result, kept = cached_search(request, lambda: find(request, on_trial), say)
+    except FAILURES as error:
+        failure = error
+    size = fits_all_ranks(result.size if result else None, prepared.device)  # the one collective
+    if failure is not None:
+        raise failure
+    if result is None or size is None:
+        raise SearchFailed("nothing fits on another rank.")
+    return {
+        "status": "ok", "micro_batch_size": size, "from_cache": kept,
+        "seconds": time.perf_counter() - start, **_about(request, prepared), **_found(result),
+    }  # fmt: skip
+
+
+def find_micro_batch(
+    prepared: Prepared, earlier: dict[str, Any] | None, say: Callable[[str], object]
+) -> tuple[dict[str, Any], Exception | None]:
+    """Return the record of a run's search and, where it failed, why; ``earlier`` is one that was done."""
+
+    def shown(trial: Trial) -> None:
+        say(f"  {trial.size} at once: {trial.failure or 'fits'}")
+
+    failure, found = None, earlier
+    if found is None:
+        try:
+            found = tune(prepared, on_trial=shown, say=say)
+        except FAILURES as error:
+            found, failure = _failed(prepared, error), error
+    if found["status"] == "ok":
+        say(f"  micro-batch {found['micro_batch_size']} of a batch of {found['batch_size']}")
+    elif prepared.config.memory.tune_fallback:
+        say(f"WARNING: the search failed, so the configured batch is used: {found['error']}")
+    return found, failure
+
+
+def _failed(prepared: Prepared, error: Exception) -> dict[str, Any]:
+    trials = [asdict(trial) for trial in error.trials] if isinstance(error, NoFeasibleBatch) else []
+    return {
+        "status": "failed", "micro_batch_size": None, "error": f"{type(error).__name__}: {error}",
+        "trials": trials, **_about(request_for(prepared), prepared),
+    }  # fmt: skip
+
+
+def requested(config: RunConfig) -> dict[str, Any]:
+    """Return the sizes asked for; what a search may change stands beside it, in ``tuned`` and ``used``."""
+    memory = config.memory
+    asked = {"batch_size": config.training.batch_size, "max_seq_length": config.model.max_seq_length,
+             "micro_batch_size": memory.micro_batch_size}  # fmt: skip
+    if memory.tune_batch_size or memory.fit_shape or memory.control_memory:
+        asked |= {"memory_budget": memory.memory_budget, "memory_target": memory.memory_target}
+    return asked
+
+
+def micro_batch_size(config: RunConfig, tuned: dict[str, Any] | None) -> int | None:
+    """Return the rows to run at once: those found, else those asked for; None: whole batches."""
+    found = tuned["micro_batch_size"] if tuned else None
+    return config.memory.micro_batch_size if found is None else found
+
+
+def _found(result: SearchResult) -> dict[str, Any]:
+    record = result.to_record()
+    return {"largest": record.pop("size"), **record}
+
+
+def _about(request: Request, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "budget_bytes": request.budget_bytes, "target": prepared.config.memory.memory_target,
+        "limit_bytes": request.setup.limit_bytes, "init_val": request.init_val,
+        "batch_size": request.setup.batch_size, "length": request.setup.model.max_seq_length,
+        "device_name": device_name(prepared.device),
+    }  # fmt: skip
+
+
+def _budget(memory: MemoryConfig, device: torch.device) -> int:
+    return MemoryBudget.parse(memory.memory_budget or "device").resolve(device)

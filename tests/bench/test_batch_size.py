@@ -1,0 +1,239 @@
+"""The pure search (A5, A7, B2 to B6, B11): which sizes are tried, and what is answered."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+
+import pytest
+
+from bench.training.batch_size import (
+    KNEE_SHARE,
+    NoFeasibleBatch,
+    SearchResult,
+    Trial,
+    knee,
+    largest_allowed,
+    memory_limit,
+    search,
+)
+from bench.training.micro_batches import divisors
+
+pytestmark = pytest.mark.core("batch_size")
+MODES = ("power", "binsearch")
+ENOUGH = 100
+
+
+class Device:
+    """What fits up to ``limit``; remembers what was tried."""
+
+    def __init__(self, limit: int, seconds: float = 0.0) -> None:
+        self.limit, self.seconds, self.now = limit, seconds, 0.0
+        self.tried: list[int] = []
+
+    def __call__(self, size: int) -> Trial:
+        self.tried.append(size)
+        self.now += self.seconds * size
+        failure = None if size <= self.limit else "out of memory"
+        return Trial(size, failure, measured_peak_bytes=100 * size, seconds=self.seconds * size)
+
+
+def found(device: Device, **settings) -> SearchResult:
+    return search(device, **{"max_trials": ENOUGH, "clock": lambda: device.now, **settings})
+
+
+def test_b2_power_tries_init_and_its_doubles_and_returns_the_last_that_ran():
+    device = Device(limit=100)
+    result = found(device, mode="power", init_val=3, cap=10_000)
+    assert device.tried == [3, 6, 12, 24, 48, 96, 192]
+    assert (result.size, result.stopped) == (96, "limit")
+
+
+def test_b2_power_halves_where_the_first_size_fails():
+    device = Device(limit=5)
+    assert found(device, mode="power", init_val=32, cap=10_000).size == 4
+    assert device.tried == [32, 16, 8, 4]
+
+
+def test_b2_power_never_passes_the_cap():
+    device = Device(limit=10_000)
+    result = found(device, mode="power", init_val=3, cap=100)
+    assert device.tried == [3, 6, 12, 24, 48, 96]
+    assert (result.size, result.stopped) == (96, "cap")
+
+
+def test_b3_b4_binsearch_finds_exactly_the_largest_that_fits_at_every_limit_cap_and_init():
+    for cap in range(1, 25):
+        for limit in range(1, 30):
+            for init in range(1, 30):
+                device = Device(limit)
+                result = found(device, mode="binsearch", init_val=init, cap=cap)
+                assert result.size == min(limit, cap), (cap, limit, init)
+                assert device.tried[0] == min(init, cap), "the first trial is init_val"
+                assert len(device.tried) == len(set(device.tried)), "no size is tried twice"
+                assert result.stopped == ("cap" if limit >= cap else "limit")
+
+
+def test_b3_the_spec_s_numbers():
+    for limit in (137, 901):
+        assert found(Device(limit), mode="binsearch", init_val=2, cap=10_000).size == limit
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b13_among_the_divisors_of_a_batch_only_they_are_tried(mode):
+    for batch in range(1, 49):
+        sizes = divisors(batch)
+        for limit in range(1, 50):
+            for init in sizes:
+                device = Device(limit)
+                result = found(device, mode=mode, init_val=init, cap=batch, among=sizes)
+                assert set(device.tried) <= set(sizes)
+                assert result.size in device.tried
+                if mode == "binsearch":
+                    assert result.size == max(size for size in sizes if size <= limit)
+
+
+def test_b4_an_init_that_is_not_among_the_sizes_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="init_val is 5, which is not among the sizes; the nearest is 4"):
+        found(Device(9), init_val=5, cap=16, among=divisors(16))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b5_the_answer_ran_and_failures_count_whatever_max_trials(mode):
+    for max_trials in range(1, 9):
+        for limit in range(1, 40):
+            for init in (1, 2, 7, 33):
+                device = Device(limit)
+                try:
+                    result = found(device, mode=mode, init_val=init, cap=64, max_trials=max_trials)
+                except NoFeasibleBatch:
+                    assert all(size > limit for size in device.tried)
+                else:
+                    assert result.size in [trial.size for trial in result.trials if trial.ran]
+                    assert result.size == max(size for size in device.tried if size <= limit)
+                assert 1 <= len(device.tried) <= max_trials
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b5_nothing_fits_names_the_smallest_peak_and_what_to_lower(mode):
+    device = Device(limit=0)
+    with pytest.raises(NoFeasibleBatch) as failure:
+        found(device, mode=mode, init_val=8, cap=64)
+    assert device.tried[-1] == 1, "down to the smallest, and not 0"
+    for part in ("no batch fits", "out of memory", "smallest peak seen: 0.0 MiB", "lower max_seq_length"):
+        assert part in str(failure.value)
+    assert "was not tried" not in str(failure.value)
+    again = pickle.loads(pickle.dumps(failure.value))  # it crosses processes
+    assert (str(again), again.trials) == (str(failure.value), failure.value.trials)
+
+
+def test_b5_where_trials_ran_out_first_the_message_says_so():
+    with pytest.raises(NoFeasibleBatch, match="1 was not tried: raise --tune-max-trials"):
+        found(Device(limit=0), init_val=64, cap=64, max_trials=2)
+
+
+def test_b6_no_trial_is_begun_that_would_not_end_in_time():
+    device = Device(limit=1000, seconds=1.0)
+    result = found(device, mode="power", init_val=1, cap=1000, max_seconds=20.0)
+    assert device.tried == [1, 2, 4, 8], "16 more seconds would make 31"
+    assert (result.size, result.stopped) == (8, "max_seconds")
+    device = Device(limit=1000, seconds=100.0)
+    assert found(device, init_val=1, cap=1000, max_seconds=20.0).size == 1, "one trial there always is"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), KeyboardInterrupt(), ValueError("no")])
+def test_b9_whatever_else_a_trial_raises_comes_out(error):
+    tried = []
+
+    def trial(size):
+        tried.append(size)
+        raise error
+
+    with pytest.raises(type(error)):
+        search(trial, init_val=8, cap=64)
+    assert tried == [8]
+
+
+def test_a5_the_cap_is_the_user_s_maximum_and_enough_updates_in_the_smallest_epoch():
+    assert largest_allowed(None, epoch_samples=100, min_steps=10) == 10
+    assert largest_allowed(8, epoch_samples=100, min_steps=10) == 8
+    assert largest_allowed(64, epoch_samples=100, min_steps=10) == 10
+    assert largest_allowed(None, epoch_samples=100, min_steps=10, world_size=2) == 5
+    with pytest.raises(ValueError, match="serves 9 blocks, too few for 10 updates"):
+        largest_allowed(None, epoch_samples=9, min_steps=10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a5_nothing_above_the_cap_is_tried_where_nothing_ever_runs_out_of_memory(mode):
+    """100 samples: Lightning's finder answers 128 and 121."""
+    for init in (1, 2, 10, 64):
+        device = Device(limit=10**9)
+        result = found(device, mode=mode, init_val=init, cap=largest_allowed(None, 100, 10))
+        assert max(device.tried) <= 10
+        assert result.size == (8 if mode == "power" and init in (1, 2) else 10)
+
+
+def test_a7_the_safety_factor_is_applied_once():
+    budget, per_sample = 1_000_000, 10_000
+    limit = memory_limit(budget, 0.85)
+    assert limit == 850_000
+
+    def trial(size):
+        peak = size * per_sample
+        return Trial(size, None if peak <= limit else "too much", measured_peak_bytes=peak)
+
+    assert search(trial, init_val=1, max_trials=ENOUGH, cap=1000).size == 85, "not 72, which is 0.85 twice"
+
+
+@pytest.mark.parametrize("target", [0.0, -0.1, 1.01, float("nan")])
+def test_a_target_outside_0_to_1_is_refused(target):
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+        memory_limit(1000, target)
+
+
+CURVES = {
+    "rising": ({1: 10, 2: 20, 4: 40, 8: 80}, 8),
+    "flat": ({1: 100, 2: 100, 4: 100}, 1),
+    "falling": ({1: 100, 2: 90, 4: 50}, 1),
+    "saturating": ({1: 50, 2: 80, 4: 96, 8: 99, 16: 100}, 4),
+    "noisy": ({1: 50, 2: 97, 4: 94, 8: 100, 16: 96}, 2),
+    "just below": ({1: 94.9, 2: 100}, 2),
+    "just at": ({1: 95.0, 2: 100}, 1),
+}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_b11_the_knee_is_the_smallest_size_within_five_percent_of_the_best(name):
+    curve, expected = CURVES[name]
+    trials = [Trial(size, tokens_per_second=speed) for size, speed in curve.items()]
+    random.Random(0).shuffle(trials)
+    assert knee(trials) == expected
+    assert KNEE_SHARE == 0.95
+
+
+def test_b11_a_size_that_failed_is_no_knee_and_without_speeds_there_is_none():
+    failed = Trial(64, "too much", tokens_per_second=1000.0)
+    assert knee([Trial(1, tokens_per_second=10.0), failed]) == 1
+    assert knee([Trial(1), failed]) is None
+
+
+def test_every_trial_is_kept_and_survives_the_record():
+    device = Device(limit=20)
+    result = found(device, init_val=8, cap=64)
+    assert [trial.size for trial in result.trials] == device.tried
+    assert {trial.failure for trial in result.trials} == {None, "out of memory"}
+    assert SearchResult.from_record(json.loads(json.dumps(result.to_record()))) == result
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mode": "guess", "cap": 4}, "must be binsearch or power"), ({"cap": 0}, "cap of a search is 0"),
+        ({"cap": 4, "max_trials": 0}, "must be 1 or more"), ({"cap": 4, "init_val": 0}, "must be 1 or more"),
+        ({"cap": 4, "among": [8]}, "none of the sizes"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        search(Device(9), **settings)

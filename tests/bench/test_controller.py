@@ -1,0 +1,425 @@
+"""The memory controller: bounds and no oscillation (D8), changes in force and exact (D1 to D3), resume."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.config import TrainingConfig
+from bench.data.corpus import load_corpus
+from bench.data.loader import create_loader, set_epoch
+from bench.measure.ledger import Ledger
+from bench.measure.recovery import attempt
+from bench.run import main
+from bench.training import loop
+from bench.training.controlled import StepControl
+from bench.training.controller import GROW_SHARE, PATIENCE, Controller, Decision
+from bench.training.loop import Trainer
+from bench.training.recovering import Recovering
+from bench.training.shape import ReportedUsedMismatch, Shape, ladder, witnessed
+from bench.training.step import split
+from gnnmoe import GNNMoEConfig, GNNMoEModel
+from tests.bench._fake_memory import FakeMemory
+
+CPU = torch.device("cpu")
+SHAPES = ladder([8, 16, 32], [1, 2, 3, 6])
+LENGTH, BATCH = 16, 4
+
+
+def controller(start: Shape = SHAPES[0], limit: int = 1000, fixed: int = 0, shapes=None) -> Controller:
+    return Controller(shapes or SHAPES, start, limit_bytes=limit, fixed_bytes=fixed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(SHAPES),
+    st.lists(st.tuples(st.integers(0, 2000), st.booleans()), max_size=120),
+)
+def test_d8_for_any_peaks_the_shapes_rise_then_fall_within_the_bounds(start, steps):
+    """D8: no oscillation, whatever is measured: once it has come down it never goes up again."""
+    control, visited = controller(start), [SHAPES.index(start)]
+    too_large: set[int] = set()
+
+    def arrive() -> None:
+        visited.append(SHAPES.index(control.shape))
+        assert not (visited[-1] > visited[-2] and visited[-1] in too_large), "taken again"
+
+    for number, (peak, new_epoch) in enumerate(steps):
+        if new_epoch:
+            control.begin_epoch(number)
+            arrive()
+        if peak > 1000:
+            too_large.add(SHAPES.index(control.shape))
+        length = control.shape.length
+        control.observe(number, peak)
+        arrive()
+        assert control.shape.length == length, "the length changes between epochs only"
+    changes = [b - a for a, b in pairwise(visited) if a != b]
+    assert changes == sorted(changes, reverse=True), "up, up, …, down, down, …"
+    assert set(changes) <= {1, -1}, "one step at a time"
+    assert len(control.decisions) <= 4 * len(SHAPES) + 1
+
+
+@pytest.mark.parametrize("fixed", [0, 300])
+def test_d8_on_a_device_it_ends_below_the_limit_and_near_it_and_stays(fixed):
+    """D8: from every start, for every limit: within the limit, and one step more would leave the band."""
+    shapes = ladder([8], [1, 2, 3, 4, 6, 8, 12])
+    for limit in range(400, 1400, 30):
+        for start in shapes:
+            memory = FakeMemory(300, 10, 10**6)
+            control = controller(start, limit, fixed, shapes)
+            seen = []
+            for number in range(80):
+                seen.append(control.shape)
+                control.observe(number, memory.bytes_of(control.shape.tokens))
+            end = control.shape
+            assert set(seen[-40:]) == {end}, "it comes to rest"
+            peak, place = memory.bytes_of(end.tokens), shapes.index(end)
+            assert peak <= limit or place == 0
+            if place + 1 < len(shapes) and fixed == 300 and peak <= limit:
+                above = memory.bytes_of(shapes[place + 1].tokens)
+                assert above > GROW_SHARE * limit, "there was room for more"
+
+
+def test_d8_it_grows_length_first_and_waits_for_the_epoch_then_rows():
+    control = controller(fixed=100)
+    for number in range(PATIENCE):
+        assert control.shape == Shape(1, 8)
+        decision = control.observe(number, 150)
+    assert decision is not None
+    assert decision.pending
+    assert (decision.to_rows, decision.to_length, decision.reason) == (1, 16, "room for more")
+    for number in range(PATIENCE, 12):
+        assert control.observe(number, 150) is None, "said once"
+    assert control.shape == Shape(1, 8)
+    control.begin_epoch(12)
+    assert control.shape == Shape(1, 16)
+    for number in range(PATIENCE):
+        control.observe(number, 150)
+    control.begin_epoch(20)
+    for number in range(2 * PATIENCE):
+        control.observe(number, 150)
+    assert control.shape == Shape(3, 32), "rows at full length, within the epoch"
+
+
+def test_d8_it_shrinks_rows_first_then_length():
+    control = controller(Shape(3, 32))
+    sizes = []
+    for number in range(6):
+        control.observe(number, 1001)
+        sizes.append(control.shape)
+    assert sizes == [Shape(2, 32), *[Shape(1, 32)] * 5]
+    assert [decision.pending for decision in control.decisions] == [False, False, True]
+    control.begin_epoch(6)
+    assert control.shape == Shape(1, 16)
+    control.observe(7, 1001)
+    control.begin_epoch(8)
+    assert control.shape == Shape(1, 8)
+    decision = control.observe(9, 1001)
+    assert decision is not None
+    assert "nothing is smaller" in decision.reason
+    assert control.observe(10, 1001) is None, "said once"
+    assert control.shape == Shape(1, 8)
+
+
+def test_d8_growth_that_waits_is_dropped_where_the_limit_is_passed_meanwhile():
+    control = controller()
+    for number in range(PATIENCE):
+        control.observe(number, 100)
+    control.observe(PATIENCE, 1001)
+    control.begin_epoch(9)
+    assert control.shape == SHAPES[0]
+
+
+def test_d8_room_must_last_before_it_grows():
+    control = controller(Shape(1, 32), limit=1000)
+    for peak in [400] * (PATIENCE - 1) + [600] + [400] * (PATIENCE - 1):
+        assert control.observe(0, peak) is None
+    assert control.observe(0, 400) is not None
+    assert control.observe(0, 475 * 2 + 1) is None
+
+
+def test_d8_after_running_out_of_memory_that_size_is_not_tried_again():
+    control = controller(Shape(3, 32))
+    decision = control.ran_out(5, 3, 1)
+    assert (decision.reason, control.shape) == ("out of memory", Shape(1, 32))
+    for number in range(50):
+        control.observe(number, 1)
+    assert control.shape == Shape(2, 32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 1500), min_size=1, max_size=40), st.data())
+def test_d8_a_resumed_controller_decides_as_one_that_was_not_stopped(peaks, data):
+    at = data.draw(st.integers(0, len(peaks)))
+    whole, control = controller(), controller()
+    for number, peak in enumerate(peaks):
+        if number == at:
+            state = json.loads(json.dumps(control.state_dict()))
+            control = controller(SHAPES[3])
+            control.load_state_dict(state)
+        for one in (whole, control):
+            if number % 7 == 0:
+                one.begin_epoch(number)
+            one.observe(number, peak)
+    assert control.state_dict() == whole.state_dict()
+
+
+def test_d8_a_resumed_controller_does_not_go_back_to_what_was_too_large():
+    control, again = controller(Shape(3, 32)), controller(Shape(3, 32))
+    control.observe(0, 1001)
+    again.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    for number in range(1, 20):
+        assert again.observe(number, 1) is None
+    assert again.shape == Shape(2, 32)
+
+
+class Told:
+    """Hooks of a trainer that count with a ledger."""
+
+    def __init__(self):
+        self.ledger, self.decisions, self.rows = Ledger(), [], []
+        self.on_epoch, self.on_batch = self.ledger.begin_epoch, self.ledger.batch
+        self.on_update, self.after_epoch = self.ledger.update, self.ledger.end_epoch
+        self.after = lambda: None
+
+    def on_recovery(self, recovery):
+        pass
+
+    def on_step(self, row):
+        self.rows.append(row)
+
+    def on_evaluation(self, row):
+        self.rows.append(row)
+
+    def after_step(self):
+        self.after()
+
+
+class Scripted(Controller):
+    """Takes the shapes of a list, one a step; lengths at the next epoch."""
+
+    def __init__(self, script: list[Shape]) -> None:
+        super().__init__(ladder([4, 8, 16], [1, 2, 4]), script[0], limit_bytes=1)
+        self.script = script
+
+    def observe(self, step: int, peak_bytes: int) -> Decision | None:
+        to = self.script[step % len(self.script)]
+        if to == self.shape:
+            return None
+        return self._moved(step, self.shapes.index(to), peak_bytes, "scripted")
+
+
+@pytest.fixture(scope="module")
+def corpus(small_data_dir):
+    return load_corpus(data_dir=small_data_dir)
+
+
+def measured(function, batch) -> int:
+    del batch
+    function()
+    return 1
+
+
+def trainer(corpus, control: Controller | None, peak=measured, workers: int = 0, **changes) -> Trainer:
+    config = TrainingConfig(
+        **{"batch_size": BATCH, "epochs": 2, "eval_every": 50, "warmup_steps": 1, **changes}
+    )
+    model = GNNMoEModel(
+        GNNMoEConfig(embed_dim=8, num_layers=1, num_heads=2, max_seq_length=LENGTH, num_experts=2,
+                     vocab_size=corpus.vocabulary.size), seed=0,
+    )  # fmt: skip
+    train = create_loader(corpus, "train", BATCH, max_seq_length=LENGTH, num_samples=42, num_workers=workers)
+    val = create_loader(corpus, "val", BATCH, max_seq_length=LENGTH, num_samples=4)
+    made = Trainer(model, train, val, config, CPU, Told(), attempt=attempt)
+    if control is not None:
+        made.control = StepControl(control, model, made.hooks.decisions.append, peak)  # pyright: ignore
+    return made
+
+
+def blocks_of(parts) -> list[list[int]]:
+    return sorted(row for part in parts for row in part.reshape(-1, LENGTH).tolist())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([1, 2, 4]), min_size=10, max_size=10), st.integers(0, 3))
+def test_d3_any_sequence_of_micro_batches_serves_the_same_blocks(corpus, sizes, epoch):
+    """D3: the set of blocks is the epoch's, each once, and what is left is exact after every step."""
+    loader = create_loader(corpus, "train", BATCH, max_seq_length=LENGTH, num_samples=42)
+    set_epoch(loader, epoch)
+    expected = blocks_of([batch["input_ids"] for batch in loader])
+    control = StepControl(Scripted([Shape(size, 16) for size in sizes]), torch.nn.Identity(), [].append,
+                          measured)  # fmt: skip
+    recovering = Recovering(None, BATCH, CPU, attempt)
+    pieces, left = [], len(loader)
+    for number, batch in enumerate(loader):
+        batch = control.prepared(batch, recovering)
+        assert recovering.micro_batch_size == sizes[number % 10]
+        pieces += [part["input_ids"] for part in split(batch, recovering.micro_batch_size)]
+        left -= 1
+        assert len(loader) - number - 1 == left
+        assert sum(len(piece) for piece in pieces) == BATCH * (number + 1)
+        control.controller.observe(number + 1, 1)
+    assert (left, blocks_of(pieces)) == (0, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_d2_a_change_is_in_force_at_the_next_step_also_with_workers(corpus, workers):
+    """D2, D3: by the tensors that the model sees; the ledger closes every epoch exactly."""
+    script = [Shape(rows, 16) for rows in (4, 1, 2, 2, 4, 1, 4)]
+    made = trainer(corpus, Scripted(script), workers=workers)
+    seen: list[list[tuple[int, ...]]] = []
+    with witnessed(made.model) as calls:
+
+        def after() -> None:
+            seen.append(calls[:])
+            calls.clear()
+
+        made.hooks.after = after  # pyright: ignore
+        made.run()
+    assert made.done.steps == len(seen) == 20
+    for step, shapes in enumerate(seen):
+        expected = script[step % len(script)]
+        training = shapes[: BATCH // expected.rows]
+        assert training == [(expected.rows, 16)] * (BATCH // expected.rows), step
+    totals = made.hooks.ledger.totals()  # pyright: ignore
+    assert totals["samples"] == {"asked": 80, "got": 80}
+    assert len(made.hooks.decisions) == sum(a != b for a, b in pairwise([*script * 3][:21]))  # pyright: ignore
+
+
+def test_d3_another_length_keeps_tokens_updates_and_the_ledger_exact(corpus):
+    """D3: it comes at the epoch; each update still has the tokens of the configured batch."""
+    control = controller(Shape(1, 16), limit=1000, shapes=ladder([4, 8, 16], [1, 2, 4]))
+    made = trainer(corpus, control, lambda function, batch: (function(), 1001)[1])
+    made.run()
+    ledger = made.hooks.ledger  # pyright: ignore
+    assert ledger.micro_batch_shapes == {"1x16": 10 * 4, "1x8": 10 * 8}
+    assert ledger.batch_shapes == {"4x16": 20}
+    assert {row["tokens"] for row in made.hooks.rows if row["kind"] == "train"} == {64}  # pyright: ignore
+    assert [(d.step, d.to_length, d.pending) for d in control.decisions] == [
+        (1, 8, True), (10, 8, False), (11, 4, True),
+    ]  # fmt: skip
+
+
+class OnlyTracks(Recovering):
+    """Keeps the number that it is told, and runs the whole batch all the same."""
+
+    def __call__(self, step, rows, number, announce):
+        return super().__call__(lambda _, shapes: step(None, shapes), rows, number, announce)
+
+
+def test_d1_a_wrapper_that_only_keeps_track_of_a_number_is_caught(corpus):
+    """D1: at the first step that is not what is reported."""
+    made = trainer(corpus, Scripted([Shape(4, 16), Shape(2, 16)]))
+    made.recovering = OnlyTracks(None, BATCH, CPU, attempt)
+    with pytest.raises(ReportedUsedMismatch, match="2 × 16 is reported to be run at once, but the model"):
+        made.run()
+    assert made.done.steps == 1
+    assert made.recovering.micro_batch_size == 2, "it did keep the number"
+
+
+def test_d1_a_length_that_is_not_applied_is_caught(corpus, monkeypatch):
+    monkeypatch.setattr("bench.training.controlled.cut", lambda batch, length: batch)
+    with pytest.raises(ReportedUsedMismatch, match="1 × 8 is reported"):
+        trainer(corpus, Scripted([Shape(1, 8)])).run()
+
+
+def test_d1_shapes_that_are_only_written_down_are_caught(corpus, monkeypatch):
+    """D1: a step that lists pieces it did not run; the ledger believes it, the witness does not."""
+    real = loop.training_step
+
+    def lies(model, batch, optimizer, norm, micro, shapes):
+        result = real(model, batch, optimizer, norm, None, [])
+        shapes += [(2, 16), (2, 16)]
+        return result
+
+    monkeypatch.setattr(loop, "training_step", lies)
+    with pytest.raises(ReportedUsedMismatch):
+        trainer(corpus, Scripted([Shape(2, 16)])).run()
+
+
+def test_d7_d8_the_controller_takes_note_of_a_recovery(corpus, monkeypatch):
+    """The step is done again in the smaller pieces, which are the ones that are reported."""
+    real = loop.training_step
+
+    def small(model, batch, optimizer, norm, micro, shapes):
+        if (micro or BATCH) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, batch, optimizer, norm, micro, shapes)
+
+    monkeypatch.setattr(loop, "training_step", small)
+    control = controller(Shape(4, 16), shapes=ladder([16], [1, 2, 4]))
+    made = trainer(corpus, control)
+    made.run()
+    assert made.hooks.ledger.micro_batch_shapes == {"2x16": 40}  # pyright: ignore
+    assert [(d.step, d.reason, d.to_rows) for d in control.decisions] == [(1, "out of memory", 2)]
+
+
+def test_a_control_that_changes_nothing_changes_no_bit(corpus):
+    plain = trainer(corpus, None)
+    watched = trainer(corpus, controller(Shape(4, 16), shapes=ladder([16], [1, 2, 4])))
+    plain.run()
+    watched.run()
+    for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_d8_a_resumed_training_goes_on_with_the_controller_s_state(corpus):
+    """D8: stopped in an epoch, after decisions; the same bits and the same decisions as in one go."""
+
+    def made() -> Trainer:
+        def peak(function, batch) -> int:
+            function()
+            return 900 if control.shape.rows < 2 else 1001
+
+        control = controller(Shape(4, 16), shapes=ladder([8, 16], [1, 2, 4]))
+        return trainer(corpus, control, peak)
+
+    whole, first, second = made(), made(), made()
+    whole.run()
+
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        if first.done.steps == 3:
+            raise Stop
+
+    first.hooks.after = stop  # pyright: ignore
+    with pytest.raises(Stop):
+        first.run()
+    second.load_state_dict(first.state_dict())
+    second.hooks.ledger.load_state_dict(first.hooks.ledger.state_dict())  # pyright: ignore
+    second.run()
+    assert whole.control is not None
+    assert second.control is not None
+    assert len(whole.control.controller.decisions) == 2
+    assert second.control.controller.to_record() == whole.control.controller.to_record()
+    assert second.hooks.ledger.micro_batch_shapes == whole.hooks.ledger.micro_batch_shapes  # pyright: ignore
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_controlled_run_records_and_says_every_decision(tiny, tmp_path, capsys):
+    """Each is a row of history, in the record under used, and on screen once."""
+    flags = ["--control-memory", "--memory-budget", "190KiB", "--max-steps", "8"]
+    assert main([*tiny, *flags]) == 0
+    folder = next((tmp_path / "results" / "default").glob("*"))
+    record = json.loads((folder / "record.json").read_text())
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    rows, made = [row for row in history if row["kind"] == "shape"], record["used"]["control"]
+    assert made
+    assert [{k: v for k, v in row.items() if k != "kind"} for row in rows] == made
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("note: step 1, peak") == 1
+    assert made[0]["peak_bytes"] > int(190 * 1024 * 0.85)
+    last = made[-1]
+    assert record["used"]["micro_batch_size"] == last["to_rows"]
+    assert f"{last['to_rows']}x16" in record["used"]["micro_batch_shapes"]
+    assert record["used"]["lengths"] == [16]
+    assert record["memory"]["peak_allocated_bytes"] < made[0]["peak_bytes"]

@@ -1,0 +1,263 @@
+"""Out of memory in training (D7): the same batch again in smaller micro-batches, nothing skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.training.loop
+from bench.config import TrainingConfig
+from bench.data.corpus import load_corpus
+from bench.data.loader import create_loader
+from bench.measure.recovery import attempt
+from bench.run import main
+from bench.training.loop import Trainer
+from bench.training.step import UpdateOutOfMemory
+from gnnmoe import GNNMoEConfig, GNNMoEModel
+from tests.bench.test_run import only_run, results_of
+from tests.bench.test_training import Rows
+
+pytestmark = pytest.mark.core("recovery")
+CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def corpus(small_data_dir):
+    return load_corpus(data_dir=small_data_dir)
+
+
+def trainer(corpus, micro: int | None = None, **settings) -> Trainer:
+    model = GNNMoEConfig(embed_dim=8, num_layers=1, max_seq_length=16, num_experts=3, dropout_rate=0.2,
+                         vocab_size=corpus.vocabulary.size)  # fmt: skip
+    config = TrainingConfig(
+        **{"batch_size": 8, "max_steps": 4, "eval_every": 2, "warmup_steps": 1, **settings}
+    )
+    train = create_loader(corpus, "train", config.batch_size, max_seq_length=16,
+                          batch_schedule=config.batch_schedule)  # fmt: skip
+    val = create_loader(corpus, "val", 4, max_seq_length=16)
+    return Trainer(GNNMoEModel(model, seed=0), train, val, config, CPU, Rows(), attempt=attempt,
+                   micro_batch_size=micro)  # fmt: skip
+
+
+def run_out(made: Trainer, fits: int, calls: list[int], at: int = 0) -> None:
+    """Let the model run out of memory on more rows than fit, from its forward number ``at`` on."""
+
+    def before(_, arguments):
+        calls.append(len(arguments[0]))
+        if made.model.training and len(arguments[0]) > fits and len(calls) > at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    made.model.register_forward_pre_hook(before)
+
+
+def rows(made: Trainer, kind: str) -> list[dict]:
+    return [row for row in made.hooks if row["kind"] == kind]  # pyright: ignore
+
+
+def same(one: Trainer, other: Trainer) -> bool:
+    pairs = zip(one.state_dict()["model"].values(), other.state_dict()["model"].values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs) and rows(one, "train") == rows(other, "train")
+
+
+def test_d7_the_same_batches_are_done_again_in_smaller_pieces_and_nothing_is_skipped(corpus):
+    """From the first step on: bit for bit the training that had this micro-batch, dropout included."""
+    recovered, expected, calls = trainer(corpus), trainer(corpus, micro=2), []
+    run_out(recovered, fits=2, calls=calls)
+    recovered.run()
+    expected.run()
+    assert calls[:6] == [8, 4, 2, 2, 2, 2]
+    assert same(recovered, expected)
+    assert [r.micro_batch_size for r in recovered.recovering.recoveries] == [4, 2]
+    assert [r.failed_micro_batch_size for r in recovered.recovering.recoveries] == [8, 4]
+    assert {r.step for r in recovered.recovering.recoveries} == {1}
+    ledger = recovered.hooks.ledger  # pyright: ignore
+    assert ledger.micro_batch_shapes == {"2x16": 16}, "what ran to its end, not what was tried"
+    assert ledger.totals()["updates"]["got"] == 4
+    assert ledger.totals()["samples"]["got"] == 32
+
+
+def test_d7_gradients_of_pieces_before_the_failing_one_are_not_counted_twice(corpus):
+    """The third piece of the first step fails; what the first two left must be gone."""
+    recovered, expected, calls = trainer(corpus, micro=2), trainer(corpus, micro=1), []
+    run_out(recovered, fits=1, calls=calls, at=2)
+    recovered.run()
+    expected.run()
+    assert calls[:4] == [2, 2, 2, 1]
+    assert same(recovered, expected)
+
+
+def test_d7_later_steps_alone_are_split(corpus):
+    recovered, plain = trainer(corpus), trainer(corpus)
+    run_out(recovered, fits=4, calls=[], at=2)  # two steps and an evaluation are whole
+    recovered.run()
+    plain.run()
+    ours, theirs = rows(recovered, "train"), rows(plain, "train")
+    assert [recovery.step for recovery in recovered.recovering.recoveries] == [3]
+    assert ours[:2] == theirs[:2]
+    assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
+    assert recovered.hooks.ledger.micro_batch_shapes == {"8x16": 2, "4x16": 4}  # pyright: ignore
+
+
+def test_d7_a_schedule_s_batches_are_all_divided(corpus):
+    made = trainer(corpus, batch_size=8, batch_schedule="0:8,1:12", max_steps=None, epochs=2)
+    run_out(made, fits=4, calls=[])
+    made.run()
+    assert made.recovering.micro_batch_size == 4
+    assert set(made.hooks.ledger.micro_batch_shapes) == {"4x16"}  # pyright: ignore
+
+
+def test_d7_retries_are_bounded_and_no_step_is_half_applied(corpus):
+    made, calls = trainer(corpus), []
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    run_out(made, fits=0, calls=calls)
+    with pytest.raises(torch.OutOfMemoryError, match="step 1 does not fit in micro-batches of 1"):
+        made.run()
+    assert calls == [8, 4, 2, 1]
+    assert all(torch.equal(before[name], value) for name, value in made.model.state_dict().items())
+    assert not made.optimizer.state
+    assert made.done.steps == 0
+
+
+def test_d7_an_update_that_ran_out_of_memory_is_never_repeated(corpus, monkeypatch):
+    """It may be half done: parameters moved in part, moments made in part."""
+    made, updates = trainer(corpus), []
+
+    def step(*_):
+        updates.append(1)
+        raise torch.OutOfMemoryError("no room for the moments")
+
+    monkeypatch.setattr(made.optimizer, "step", step)
+    with pytest.raises(UpdateOutOfMemory, match="in the optimizer's update: no room for the moments"):
+        made.run()
+    assert updates == [1]
+    assert made.recovering.recoveries == []
+
+
+def test_b9_another_error_is_not_taken_for_it(corpus, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("shape mismatch")
+
+    made = trainer(corpus)
+    monkeypatch.setattr(bench.training.loop, "training_step", failing)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        made.run()
+    assert made.recovering.recoveries == []
+
+
+@pytest.fixture
+def small_card(monkeypatch) -> None:
+    """Let training steps run out of memory on more than two rows at once."""
+    real = bench.training.loop.training_step
+
+    def step(model, batch, optimizer, norm, micro, shapes):
+        if (micro or len(batch["input_ids"])) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, batch, optimizer, norm, micro, shapes)
+
+    monkeypatch.setattr(bench.training.loop, "training_step", step)
+
+
+def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, capsys):
+    """E3: asked and used stand side by side, in the record and in the final table."""
+    assert main([*tiny, "--batch-size", "8"]) == 0
+    _, record = only_run(results_of(tiny))
+    used = record["used"]
+    assert record["status"] == "ok"
+    assert record["requested"]["batch_size"] == 8
+    assert used["batch_sizes"] == [8]
+    assert (used["micro_batch_size"], used["accumulation"]) == (2, 4)
+    assert used["micro_batch_shapes"] == {"2x16": 16}
+    assert used["ledger"]["training"]["updates"] == {"asked": 4, "got": 4}
+    steps = [(r["step"], r["failed_micro_batch_size"], r["micro_batch_size"]) for r in used["recoveries"]]
+    assert steps == [(1, 8, 4), (1, 4, 2)]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("ran out of memory") == 1
+    assert "note: step 1 ran out of memory: the same batch again, and all that follow, in micro-b" in printed
+    assert "16 × (2 × 16)" in printed
+    assert "out of memory 2 times" in printed
+
+
+def test_d7_a_run_that_cannot_be_saved_ends_as_oom(tiny, monkeypatch):
+    def failing(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.training.loop, "training_step", failing)
+    assert main(tiny) == 1
+    _, record = only_run(results_of(tiny))
+    assert record["status"] == "oom"
+    assert "step 1 does not fit in micro-batches of 1" in record["error"]
+    assert record["used"]["micro_batch_shapes"] == {}
+
+
+def test_d7_a_resumed_run_goes_on_with_its_smaller_pieces(tiny, small_card, monkeypatch):
+    flags, steps = [*tiny, "--batch-size", "8"], []
+    real = bench.training.loop.training_step
+
+    def step(*arguments):
+        steps.append(arguments[4])
+        if len(steps) == 6:  # two attempts that failed, then the fourth step
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(bench.training.loop, "training_step", step)
+    assert main(flags) == 130
+    assert main([*flags, "--resume"]) == 0
+    assert steps == [None, 4, 2, 2, 2, 2, 2, 2]
+    _, record = only_run(results_of(tiny))
+    assert len(record["used"]["recoveries"]) == 2
+    assert record["used"]["micro_batch_shapes"] == {"2x16": 16}
+
+
+TRUE = """
+import resource, json, sys
+import torch
+from bench.config import TrainingConfig
+from bench.measure.predict import predict_peak
+from bench.measure.recovery import attempt
+from bench.training.recovering import Recovering
+from bench.training.step import make_optimizer, training_step
+from gnnmoe import GNNMoEConfig, GNNMoEModel
+
+torch.set_num_threads(1)
+torch.backends.mkldnn.set_flags(False)  # its "could not create a primitive" may mean many things
+config = GNNMoEConfig(embed_dim=64, num_layers=2, max_seq_length=64, vocab_size=500)
+training = TrainingConfig()
+model = GNNMoEModel(config, seed=0)
+optimizer = make_optimizer(model, training)
+ids = torch.arange(64 * 64).view(64, 64) % 500
+batch = {"input_ids": ids, "targets": ids}
+training_step(model, {k: v[:2] for k, v in batch.items()}, optimizer, 1.0)  # loads what loads lazily
+peak = predict_peak(config, 64, 64, training, micro_batch_size=16)
+used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(1.3 * peak), -1))
+recovering = Recovering(None, 64, torch.device("cpu"), attempt)
+said = []
+for number in (1, 2, 3):
+    def step(micro, shapes):
+        return training_step(model, batch, optimizer, 1.0, micro, shapes)
+    *_, shapes = recovering(step, 64, number, said.append)
+print(json.dumps([recovering.to_record(), [list(s) for s in shapes]]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA bounds memory on Linux only")
+def test_d7_a_true_out_of_memory_is_recovered_from():
+    """In a child under RLIMIT_DATA: the allocator of the CPU really says no."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", TRUE], capture_output=True, text=True, timeout=120,
+                          env=environment, cwd=REPOSITORY)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    recoveries, shapes = json.loads(done.stdout)
+    assert recoveries, "64 rows at once did not run out of memory"
+    assert {recovery["step"] for recovery in recoveries} == {1}, "once is enough: later steps fit"
+    assert "can't allocate memory" in recoveries[0]["error"]
+    micro = recoveries[-1]["micro_batch_size"]
+    assert micro in (8, 16, 32)
+    assert shapes == [[micro, 64]] * (64 // micro)

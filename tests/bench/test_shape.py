@@ -1,0 +1,321 @@
+"""Shapes and their proof (D1, D5), the fit before training (D4), and what counts as speed (D6)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.analysis.study import Setting
+from bench.config import MeasureConfig, TrainingConfig
+from bench.fitting import FitRequest, fit_here
+from bench.measure import speed
+from bench.measure.activation import require_batch_applied
+from bench.measure.trials import TrialSetup
+from bench.run import main
+from bench.training.batch_size import NoFeasibleBatch, Trial
+from bench.training.fit import Fit, fit
+from bench.training.shape import (
+    ParametersNotApplied,
+    ReportedUsedMismatch,
+    Shape,
+    cut,
+    ladder,
+    lengths_between,
+    require_applied,
+    require_used,
+    witnessed,
+)
+from bench.training.step import split, training_step
+from bench.tune import main as tune
+from gnnmoe import GNNMoEConfig, GNNMoEModel
+from gnnmoe.head import IGNORED
+from tests.bench._fake_memory import FakeMemory
+
+CPU = torch.device("cpu")
+CONFIG = GNNMoEConfig(embed_dim=16, num_layers=1, num_heads=2, max_seq_length=32, vocab_size=64)
+SHAPES = ladder(lengths_between(16, 64, 8), [1, 2, 3, 4, 6, 12])
+
+
+def batch(rows: int = 4, length: int = 16) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(64, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+
+def test_d8_the_ladder_grows_length_first_then_rows():
+    steps = ladder([32, 16, 64], [4, 1, 2])
+    assert [str(shape) for shape in steps] == ["1 × 16", "1 × 32", "1 × 64", "2 × 64", "4 × 64"]
+    tokens = [shape.tokens for shape in SHAPES]
+    assert tokens == sorted(set(tokens))
+    assert lengths_between(10, 30, 16) == [10, 26, 30]
+    assert lengths_between(32, 32, 16) == [32]
+
+
+def test_d3_a_batch_cut_shorter_holds_the_same_tokens_and_targets():
+    whole = batch(3, 16)
+    for length in (16, 8, 4, 1):
+        parts = cut(whole, length)
+        assert parts["input_ids"].shape == (3 * 16 // length, length)
+        for name in whole:
+            assert torch.equal(parts[name].flatten(), whole[name].flatten())
+    with pytest.raises(ValueError, match="length 16 cannot be cut into sequences of 5"):
+        cut(whole, 5)
+
+
+@pytest.mark.parametrize(
+    ("said", "micro", "length", "caught"),
+    [
+        (Shape(2, 16), 2, 16, False),
+        (Shape(4, 16), None, 16, False),
+        (Shape(9, 16), None, 16, False),  # a batch has no more rows than it has
+        (Shape(2, 8), 2, 8, False),
+        (Shape(2, 16), 4, 16, True),  # the number was kept, the batch was run whole
+        (Shape(4, 16), 2, 16, True),
+        (Shape(2, 8), 2, 16, True),  # the length was kept, the batch was not cut
+    ],
+)
+def test_d1_what_is_reported_is_held_against_the_tensors_that_the_model_saw(said, micro, length, caught):
+    """D1: at the model's own door, so that no list of shapes has to be believed."""
+    model, data = GNNMoEModel(CONFIG, seed=0), cut(batch(), length)
+    with witnessed(model) as seen:
+        for part in split(data, micro):
+            model(part["input_ids"], targets=part["targets"])
+    if caught:
+        with pytest.raises(ReportedUsedMismatch, match=f"{said} is reported to be run at once, but the"):
+            require_used(said, seen, tuple(data["input_ids"].shape))
+    else:
+        require_used(said, seen, tuple(data["input_ids"].shape))
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("seen", [[], [(2, 16)], [(2, 16)] * 3])
+def test_d1_a_part_of_the_batch_is_not_the_batch(seen):
+    with pytest.raises(ReportedUsedMismatch, match="of the 4 rows"):
+        require_used(Shape(2, 16), seen, (4, 16))
+
+
+class Card:
+    """Runs shapes on a made-up device, and predicts their peaks wrongly by a factor and an offset."""
+
+    def __init__(self, limit: int, out_of_memory: int, factor: float | None = 1.0, offset: int = 0) -> None:
+        self.memory = FakeMemory(fixed_bytes=1000, bytes_per_sample=10, limit_bytes=out_of_memory)
+        self.limit, self.factor, self.offset = limit, factor, offset
+        self.ran: list[Shape] = []
+
+    def peak(self, shape: Shape) -> int:
+        return self.memory.bytes_of(shape.tokens)
+
+    def predict(self, shape: Shape) -> int | None:
+        return None if self.factor is None else round(self.peak(shape) * self.factor) + self.offset
+
+    def run(self, shape: Shape) -> Trial:
+        self.ran.append(shape)
+        try:
+            self.memory.step(shape.tokens)
+        except torch.OutOfMemoryError as error:
+            return Trial(shape.rows, str(error), self.predict(shape))
+        failure = None if self.peak(shape) <= self.limit else "peak above"
+        return Trial(shape.rows, failure, self.predict(shape), self.peak(shape))
+
+    def fit(self, **settings) -> Fit:
+        return fit(self.predict, self.run, SHAPES, limit_bytes=self.limit, **settings)
+
+
+@pytest.mark.parametrize("out_of_memory", [10**6, 0], ids=["runs above the limit", "runs out above it"])
+@pytest.mark.parametrize(("factor", "offset"), [(1.0, 0), (0.91, 0), (1.09, 0), (0.5, 0), (2.0, 0),
+                                                (1.0, 400), (None, 0)])  # fmt: skip
+def test_d4_the_final_peak_lies_within_one_step_below_the_target(factor, offset, out_of_memory):
+    """D4: for every limit, however wrong the prediction, and the answer is the largest that fits."""
+    for limit in range(1000 + 160, 1000 + 12 * 640 + 100, 37):
+        card = Card(limit, out_of_memory or limit, factor, offset)
+        found = card.fit(max_trials=40)
+        place = SHAPES.index(found.shape)
+        assert found.shape == [shape for shape in SHAPES if card.peak(shape) <= limit][-1]
+        assert len(card.ran) == len(set(card.ran)), "no shape is run twice"
+        assert found.found.trial.measured_peak_bytes == card.peak(found.shape) <= limit
+        if found.stopped == "limit":
+            step = card.peak(SHAPES[place + 1]) - card.peak(found.shape)
+            assert limit - step < card.peak(found.shape)
+            assert SHAPES[place + 1] in card.ran, "that it is too large was tried, not only predicted"
+        else:
+            assert (found.stopped, place) == ("largest", len(SHAPES) - 1)
+        if factor in (1.0, 0.91, 1.09) and not offset:
+            assert found.found.expected_bytes == pytest.approx(card.peak(found.shape), rel=0.1)
+            assert len(card.ran) <= 4
+
+
+def test_d4_the_prediction_is_corrected_by_what_was_measured():
+    card = Card(limit=3000, out_of_memory=10**6, factor=0.5)
+    found = card.fit()
+    assert found.tries[0].expected_bytes == card.predict(found.tries[0].shape)
+    for tried in found.tries[1:]:
+        assert tried.expected_bytes == pytest.approx(tried.trial.measured_peak_bytes, abs=2)
+
+
+def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none():
+    assert Card(3000, 10**6, None).fit(max_trials=2).stopped == "max_trials"
+    ticks = iter(range(100))
+    found = Card(3000, 10**6, None).fit(max_seconds=2.5, clock=lambda: next(ticks))
+    assert found.stopped == "max_seconds"
+    assert found.found.trial.ran
+    with pytest.raises(NoFeasibleBatch, match="smallest peak seen"):
+        Card(900, 10**6).fit()
+
+
+def request(limit: int, device: str = "cpu", config: GNNMoEConfig = CONFIG, rows=(1, 2, 4)) -> FitRequest:
+    setup = TrialSetup(config, TrainingConfig(), max(rows), limit, device)
+    full = config.max_seq_length
+    return FitRequest(setup, limit, tuple(ladder([full // 2, full], rows)), 8, 100.0)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Fit:
+    return fit_here(request(700_000))
+
+
+def test_d4_on_tracked_tensors_prediction_and_measurement_agree(fitted):
+    """D4: real steps on the CPU; the shape after the one found is above the limit."""
+    ran = [tried for tried in fitted.tries if tried.trial.measured_peak_bytes is not None]
+    assert ran
+    for tried in ran:
+        assert tried.expected_bytes == pytest.approx(tried.trial.measured_peak_bytes, rel=0.1)
+    peak = fitted.found.trial.measured_peak_bytes
+    assert peak is not None
+    assert peak <= fitted.limit_bytes
+    above = [t.trial for t in fitted.tries if t.shape.tokens > fitted.shape.tokens]
+    assert fitted.stopped == "limit"
+    assert above
+    assert all((t.measured_peak_bytes or t.predicted_peak_bytes or 0) > 700_000 for t in above)
+
+
+def test_d5_doubling_the_batch_raises_the_measured_activations():
+    """D5: and a model that only says that it takes the whole batch is found out."""
+    model = GNNMoEModel(CONFIG, seed=0)
+    before = torch.get_rng_state()
+    require_batch_applied(model, 16, CPU)
+    assert torch.equal(before, torch.get_rng_state())
+
+    class RunsOneRow(GNNMoEModel):
+        def forward(self, input_ids, *, targets=None, **options):
+            assert targets is not None
+            return super().forward(input_ids[:1], targets=targets[:1], **options)
+
+    with pytest.raises(ParametersNotApplied, match="parameters not applied: 1 sequences at once take"):
+        require_batch_applied(RunsOneRow(CONFIG, seed=0), 16, CPU)
+
+
+@pytest.mark.parametrize(("small", "large", "caught"), [(10, 20, False), (10, 10, True), (10, 9, True)])
+def test_d5_equal_or_falling_memory_is_an_error(small, large, caught):
+    readings = {3: small, 6: large}
+    if caught:
+        with pytest.raises(ParametersNotApplied, match="6 take"):
+            require_applied(readings.__getitem__, 3)
+    else:
+        require_applied(readings.__getitem__, 3)
+
+
+def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):
+    """D6: a made-up clock; copying, the memory pass, warm-up and whatever ran before do not count."""
+    now = [1000.0]
+
+    def step(model, data, optimizer, norm, micro=None):
+        now[0] += 2.0
+        return training_step(model, data, optimizer, norm, micro)
+
+    def slow(*arguments):
+        now[0] += 500.0
+        return {}
+
+    monkeypatch.setattr(speed, "training_step", step)
+    monkeypatch.setattr(speed, "measure_memory", slow)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    padded = batch()
+    padded["targets"][1:, 3:] = IGNORED
+    for _ in range(2):  # the second time as after an earlier run
+        slow()
+        measured, _ = speed.measure_speed(
+            GNNMoEModel(CONFIG, seed=0), [batch(), padded], TrainingConfig(),
+            MeasureConfig(speed_warmup_steps=3, speed_steps=4), CPU, 2,
+        )  # fmt: skip
+        assert measured["step_seconds"] == [2.0] * 4
+        assert measured["step_tokens"] == [16 + 3 * 3, 64, 16 + 3 * 3, 64]
+
+
+def test_bench_tune_fits_and_says_what_to_use(tiny, capsys):
+    """D4: by the command, with predicted, corrected and measured peaks; nothing is trained."""
+    keep = [flag for flag in tiny if flag not in ("--no-plots",)]
+    for name in ("--speed-warmup-steps", "--speed-steps"):
+        at = keep.index(name)
+        del keep[at : at + 2]
+    assert tune([*keep, "--fit-shape", "--shape-min-length", "16", "--memory-budget", "1MiB", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "length 16, 4 at once of a batch of 4: nothing larger is allowed" in said
+    assert "--max-seq-length 16 --micro-batch-size 4" in said
+
+
+def record_of(folder) -> dict:
+    return json.loads(next((folder / "default").glob("*/record.json")).read_text())
+
+
+def test_d4_the_fitted_shape_is_what_the_run_uses(tiny, tmp_path, capsys):
+    """D4, D1: requested, tuned and used side by side; D6: the speed pass has the fitted shape too."""
+    flags = ["--fit-shape", "--memory-budget", "140KiB", "--shape-length-step", "4"]
+    assert main([*tiny, *flags]) == 0
+    record = record_of(tmp_path / "results")
+    asked, tuned, used = record["requested"], record["tuned"], record["used"]
+    assert (asked["max_seq_length"], asked["batch_size"], asked["memory_budget"]) == (16, 4, "140KiB")
+    length, rows = tuned["length"], tuned["micro_batch_size"]
+    assert tuned["stopped"] == "limit"
+    assert length < 16
+    assert tuned["measured_peak_bytes"] <= int(140 * 1024 * 0.85) == tuned["limit_bytes"]
+    assert tuned["predicted_peak_bytes"] == pytest.approx(tuned["measured_peak_bytes"], rel=0.1)
+    assert used["lengths"] == [length]
+    assert used["micro_batch_shapes"] == {f"{rows}x{length}": 4 * 4 // rows}
+    assert used["batch_shapes"] == {f"4x{length}": 4}, "the batch of an update stays"
+    assert record["quality"]["validation"]["length"] == length
+    assert record["speed"]["step_tokens"] == [4 * length] * 2
+    assert record["memory"]["peak_allocated_bytes"] <= tuned["limit_bytes"] * 1.1
+    assert f"length {length}, micro-batch {rows} of at most 4" in capsys.readouterr().out
+    other = {**record, "used": {**used, "lengths": [length, 16]}}
+    assert not Setting.of(record, False).fits(Setting.of(other, False)), "another length is not compared"
+    assert Setting.of(record, True).fits(Setting.of(other, True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--fit-shape --micro-batch-size 2", "fit_shape finds the micro-batch"),
+        ("--fit-shape --tune-batch-size", "fit_shape finds the micro-batch"),
+        ("--fit-shape --curriculum rarity --epochs 2", "a curriculum orders blocks of one length"),
+        ("--fit-shape --shape-min-length 17", "must rise"),
+        ("--fit-shape --shape-max-length 15", "must rise"),
+        ("--fit-shape --shape-length-step 0", "shape_length_step is 0"),
+        ("--control-memory --shape-max-length 32", "shape_max_length is for --fit-shape"),
+        ("--shape-min-length 4", "do nothing without"),
+        ("--fit-shape --memory-target 1.5", "memory_target is 1.5"),
+        ("--fit-shape --memory-budget 1KiB", "smaller than the"),
+        ("--control-memory --memory-budget 1KiB", "smaller than the"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tiny, tmp_path, capsys, flags, said):
+    with pytest.raises(SystemExit) as ended:
+        main([*tiny, *flags.split()])
+    assert ended.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "results" / "default").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_d4_d5_on_cuda():
+    """D4, D5 (gpu): by the allocator's reserved peak, at sizes where its rounding is small."""
+    config = replace(CONFIG, embed_dim=512, num_heads=8, num_layers=4, max_seq_length=256, vocab_size=8192)
+    found = fit_here(request(4 * 2**30, "cuda", config, rows=(1, 2, 4, 8, 16, 32, 64, 128, 256)))
+    peak = found.found.trial.measured_peak_bytes
+    assert peak is not None
+    assert peak <= found.limit_bytes
+    assert found.found.expected_bytes == pytest.approx(peak, rel=0.1)
+    assert found.stopped == "limit"
+    require_batch_applied(GNNMoEModel(config, seed=0).cuda(), 256, torch.device("cuda"))

@@ -1,0 +1,612 @@
+"""The batch-size search of a run and ``bench.tune`` (A5, A7, A8, B1, B6 to B9, B12, B13, E3)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench.training.loop
+import bench.tune
+import bench.tuning
+from bench.cli import parse
+from bench.config import RunConfig, TrainingConfig
+from bench.data.corpus import load_corpus
+from bench.measure import search_cache, search_process, trials
+from bench.measure.predict import CannotPredict, predict_peak
+from bench.measure.search_process import Request, SearchFailed, search_here, search_in_child
+from bench.measure.trials import MOST_MICRO_STEPS, Trials, TrialSetup, fits_all_ranks, why_it_fails
+from bench.prepare import prepare
+from bench.run import main
+from bench.training.batch_size import NoFeasibleBatch, Trial
+from bench.training.checkpoint import load_checkpoint
+from bench.tuning import request_for
+from gnnmoe import GNNMoEConfig
+from tests.bench._fake_memory import FakeMemory
+from tests.bench.test_run import only_run, results_of
+
+pytestmark = pytest.mark.core("tune")
+REPOSITORY = Path(__file__).parents[2]
+SMALL = GNNMoEConfig(embed_dim=8, num_heads=2, num_layers=1, max_seq_length=16, vocab_size=43)
+ALL = 10**12
+gpu = pytest.mark.gpu
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def setup(batch_size: int = 16, limit: int = ALL, **settings) -> TrialSetup:
+    return TrialSetup(SMALL, TrainingConfig(), batch_size, limit, **{"device": "cpu", **settings})
+
+
+@cache
+def peak_of(size: int, batch_size: int = 16, words: int = SMALL.vocab_size, dropout: float = 0.0) -> int:
+    pieces, model = 2 if size < batch_size else 1, replace(SMALL, vocab_size=words, dropout_rate=dropout)
+    return trials.predict_peak(
+        model, size * pieces, 16, TrainingConfig(), micro_batch_size=size, device=torch.device("cpu")
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _predictions_are_made_once():
+    """A prediction is a pure function that takes a second."""
+    known: dict[str, int] = {}
+
+    def remembered(*arguments, **named):
+        key = repr((arguments, named))
+        if key not in known:
+            known[key] = predict_peak(*arguments, **named)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "predict_peak", remembered)
+        yield
+
+
+@pytest.fixture(scope="session")
+def words(small_data_dir) -> int:
+    return load_corpus(data_dir=small_data_dir).vocabulary.size
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("GNNMOE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tuned(tiny, words) -> list[str]:
+    """A run with a batch of 16 of which 8 rows at once fit: the trial of 16 fails, that of 8 runs."""
+    flags = [*tiny, "--batch-size", "16", "--min-steps-per-epoch", "2", "--dropout-rate", "0.1"]
+    limit = (peak_of(8, 16, words, 0.1) + peak_of(16, 16, words, 0.1)) // 2
+    return [*flags, "--tune-batch-size", "--memory-target", "1.0", "--memory-budget", f"{limit}B"]
+
+
+@pytest.fixture
+def quick_trials(monkeypatch) -> list[int]:
+    """Trials that only say what was tried: everything fits."""
+    tried: list[int] = []
+
+    def trial(self, size):
+        tried.append(size)
+        return Trial(size, tokens_per_second=1.0)
+
+    monkeypatch.setattr(Trials, "__call__", trial)
+    return tried
+
+
+def without_search(flags: list[str]) -> list[str]:
+    start = flags.index("--tune-batch-size")
+    return [flag for place, flag in enumerate(flags) if not start <= place < start + 5]
+
+
+def arrays(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value for file in ("nll.npz", "communication.npz")
+            for name, value in np.load(folder / file).items()}  # fmt: skip
+
+
+def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned, words, capsys):
+    """B7: after a failing and a passing trial; A7, E3: asked, tuned and used stand side by side."""
+    assert main(tuned) == 0
+    folder, record = only_run(results_of(tuned))
+    printed = " ".join(capsys.readouterr().out.split())
+    found, used = record["tuned"], record["used"]
+    assert [(t["size"], t["failure"] is None) for t in found["trials"]] == [(16, False), (2, True),
+                                                                          (4, True), (8, True)]  # fmt: skip
+    assert (found["status"], found["micro_batch_size"], found["from_cache"]) == ("ok", 8, False)
+    assert record["requested"]["batch_size"] == 16
+    assert record["requested"]["micro_batch_size"] is None
+    assert (used["batch_sizes"], used["micro_batch_size"], used["accumulation"]) == ([16], 8, 2)
+    assert used["micro_batch_shapes"] == {"8x16": 8}
+    assert used["batch_shapes"] == {"16x16": 4}
+    assert used["ledger"]["tuned_batch_size"] == 8
+    assert record["memory"]["peak_allocated_bytes"] == pytest.approx(peak_of(8, 16, words, 0.1), rel=0.1)
+    assert record["memory"]["peak_allocated_bytes"] <= found["limit_bytes"]
+    for part in ("asked 16 × 16", "micro-batch 8 of at most 16, 4 sizes tried", "run as 8 × (8 × 16)",
+                 "16 at once: peak above", "8 at once: fits", "micro-batch 8 of a batch of 16"):  # fmt: skip
+        assert part in printed
+
+    plain = [*without_search(tuned), "--micro-batch-size", "8", "--study", "plain"]
+    assert main(plain) == 0
+    (path,) = results_of(tuned).glob("plain/*/record.json")
+    other, expected = path.parent, json.loads(path.read_text())
+    assert (folder / "history.jsonl").read_text() == (other / "history.jsonl").read_text()
+    ours, theirs = arrays(folder), arrays(other)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert record["quality"] == expected["quality"]
+    assert {**used, "ledger": None} == {**expected["used"], "ledger": None}
+    ours, theirs = (load_checkpoint(path / "checkpoint.pt")["model"] for path in (folder, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_b1_the_search_ends_before_the_training_begins_at_step_0(tuned, monkeypatch, quick_trials):
+    events = []
+    search, run = search_process.search, bench.training.loop.Trainer.run
+
+    def searching(*arguments, **named):
+        events.append("tune begins")
+        result = search(*arguments, **named)
+        events.append("tune ends")
+        return result
+
+    def training(self):
+        events.append(f"training begins at step {self.done.steps}")
+        return run(self)
+
+    monkeypatch.setattr(search_process, "search", searching)
+    monkeypatch.setattr(bench.training.loop.Trainer, "run", training)
+    assert main(tuned) == 0
+    assert events == ["tune begins", "tune ends", "training begins at step 0"]
+    folder, _ = only_run(results_of(tuned))
+    log = (folder / "log.txt").read_text()
+    assert log.index("searching for the largest micro-batch") < log.index("building") < log.index("training")
+
+
+def test_b1_without_the_flag_no_probe_runs(tiny, monkeypatch):
+    def probe(*_):
+        raise AssertionError("a probe ran")
+
+    monkeypatch.setattr(Trials, "__call__", probe)
+    assert main(tiny) == 0
+    _, record = only_run(results_of(tiny))
+    assert record["tuned"] == {"value": None, "reason": "no batch-size search was asked for"}
+    assert record["used"]["micro_batch_shapes"] == record["used"]["batch_shapes"] == {"4x16": 4}
+    assert (record["used"]["micro_batch_size"], record["used"]["accumulation"]) == (4, 1)
+
+
+def test_b8_the_answer_is_kept_and_any_change_searches_again(tuned, monkeypatch, quick_trials):
+    tried = quick_trials
+
+    def trials_of(*flags: str) -> int:
+        tried.clear()
+        prepared = prepare(parse(RunConfig, [*tuned, *flags]))
+        said = []
+        bench.tuning.tune(prepared, on_trial=lambda _: None, say=said.append)
+        assert not said
+        return len(tried)
+
+    assert trials_of() > 0
+    assert trials_of() == 0
+    for flags in (["--seed", "1"], ["--max-steps", "7"], ["--study", "other"]):
+        assert trials_of(*flags) == 0, f"{flags} changes nothing that a batch takes"
+    for flags in (["--max-seq-length", "8"], ["--embed-dim", "16"], ["--coupler", "mean"],
+                  ["--memory-budget", "2GiB"], ["--memory-target", "0.9"], ["--weight-decay", "0.2"],
+                  ["--tune-mode", "power"], ["--batch-size", "8"]):  # fmt: skip
+        assert trials_of(*flags) > 0, flags
+    here = search_cache.place_of(request_for(prepare(parse(RunConfig, tuned))))
+    for name in ("torch", "code_sha256", "threads"):
+        with monkeypatch.context() as patch:
+            elsewhere = replace(here, **{name: "x"})
+            patch.setattr(search_cache, "place_of", lambda _, elsewhere=elsewhere: elsewhere)
+            assert trials_of() > 0, name
+
+
+def test_b8_an_answer_from_another_device_is_searched_again_and_said_once(tuned, monkeypatch, capsys):
+    request = request_for(prepare(parse(RunConfig, tuned)))
+    said, made = [], []
+
+    def make():
+        made.append(1)
+        return search_process.concluded([Trial(8)], "binsearch", [8], "cap")
+
+    kept = []
+    for name in ("A100", "A100", "H100", "H100", "A100"):
+        monkeypatch.setattr(search_cache, "device_name", lambda _, name=name: name)
+        kept.append(search_cache.cached_search(request, make, said.append)[1])
+    assert kept == [False, True, False, True, True]
+    assert len(made) == 2
+    assert said == ["the batch size was tuned before on A100; searching again on this device"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"place": {}, "result": {}}]'])
+def test_b8_a_broken_file_is_searched_again(tuned, content, cache_dir):
+    request = request_for(prepare(parse(RunConfig, tuned)))
+    path = cache_dir / f"batch-size-{search_cache._key(request)}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    made = search_process.concluded([Trial(8)], "binsearch", [8], "cap")
+    assert search_cache.cached_search(request, lambda: made, print) == (made, False)
+    assert search_cache.cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
+
+
+@pytest.fixture
+def nothing_fits(monkeypatch) -> None:
+    def trial(self, size):
+        return Trial(size, "peak above 1 KiB", measured_peak_bytes=size * 2**20)
+
+    monkeypatch.setattr(Trials, "__call__", trial)
+
+
+def test_a8_a_search_that_fails_ends_the_run_loudly(tuned, nothing_fits):
+    assert main(tuned) == 1
+    _, record = only_run(results_of(tuned))
+    assert record["status"] == "oom"
+    assert "NoFeasibleBatch: no batch fits" in record["error"]
+    assert "smallest peak seen: 1.0 MiB" in record["error"]
+    assert "lower max_seq_length" in record["error"]
+    assert record["tuned"]["status"] == "failed"
+    assert [trial["size"] for trial in record["tuned"]["trials"]] == [16, 2, 1]
+    assert record["used"]["value"] is None
+
+
+def test_a8_with_a_fallback_the_configured_size_is_used_and_the_record_says_failed(
+    tuned, nothing_fits, capsys
+):
+    assert main([*tuned, "--tune-fallback"]) == 0
+    _, record = only_run(results_of(tuned))
+    assert record["tuned"]["status"] == "failed"
+    assert record["used"]["micro_batch_shapes"] == {"16x16": 4}
+    assert record["used"]["ledger"]["tuned_batch_size"] is None
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "WARNING: the search failed" in printed
+    assert "tuned FAILED: NoFeasibleBatch" in printed
+
+
+def test_b9_another_error_in_a_trial_crashes_the_run(tuned, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(trials, "training_step", failing)
+    monkeypatch.setattr(trials, "predict_peak", lambda *_, **__: 1)
+    assert main([*tuned, "--tune-fallback"]) == 1
+    _, record = only_run(results_of(tuned))
+    assert (record["status"], record["error"]) == ("crashed", "RuntimeError: shape mismatch")
+
+
+def test_a_resumed_run_keeps_what_was_found_and_does_not_search_again(tuned, monkeypatch, quick_trials):
+    tuned = [*tuned, "--tune-max-batch-size", "8"]
+    real, steps = bench.training.loop.training_step, []
+
+    def step(*arguments):
+        steps.append(arguments[4])
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(bench.training.loop, "training_step", step)
+    assert main(tuned) == 130
+    monkeypatch.setattr("bench.tuning.tune", lambda *_, **__: pytest.fail("searched again"))
+    assert main([*tuned, "--resume"]) == 0
+    assert steps == [8] * 5
+    _, record = only_run(results_of(tuned))
+    assert record["tuned"]["micro_batch_size"] == record["used"]["micro_batch_size"] == 8
+
+
+def test_a_run_has_its_id_before_the_search_and_a_micro_batch_counts(tiny):
+    def run_id(*flags: str) -> str:
+        return prepare(parse(RunConfig, [*tiny, *flags])).run_id
+
+    plain = run_id()
+    assert run_id("--micro-batch-size", "4") == plain, "the whole batch is no split"
+    assert run_id("--memory-target", "0.5") == run_id("--tune-mode", "power") == plain, "nothing is searched"
+    tunes = [["--tune-batch-size", *flags] for flags in (
+        [], ["--memory-budget", "1GiB"], ["--memory-target", "0.5"], ["--tune-mode", "power"],
+        ["--tune-init", "2"], ["--tune-max-batch-size", "2"])]  # fmt: skip
+    ids = [plain, run_id("--micro-batch-size", "2"), *(run_id(*flags) for flags in tunes)]
+    assert len(set(ids)) == len(ids)
+    assert run_id("--tune-batch-size", "--tune-init", "4") == ids[2], "4 is where it begins anyhow"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--micro-batch-size", "3"], "does not divide the batch of 4; the nearest that does is 2"),
+        (["--micro-batch-size", "4", "--batch-schedule", "0:4,1:6"], "4 and 6; the nearest that does is 2"),
+        (["--micro-batch-size", "0"], "micro_batch_size is 0"),
+        (["--memory-target", "1.5"], "memory_target is 1.5; it must lie in (0, 1]"),
+        (["--memory-target", "0"], "it must lie in (0, 1]"),
+        (["--tune-batch-size", "--memory-budget", "16 apples"], "apples"),
+        (["--tune-batch-size", "--memory-budget", "1KiB"], "is smaller than"),
+        (["--tune-batch-size", "--tune-init", "3"], "tune_init is 3, which does not divide"),
+        (["--tune-batch-size", "--micro-batch-size", "2"], "drop micro_batch_size, or the search"),
+        (["--memory-budget", "1GiB"], "would do nothing"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_with_status_2_and_nothing_is_written(tiny, flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*tiny, *flags])
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not results_of(tiny).exists()
+
+
+def test_a_micro_batch_asked_for_is_used(tiny):
+    assert main([*tiny, "--micro-batch-size", "2"]) == 0
+    _, record = only_run(results_of(tiny))
+    assert record["requested"]["micro_batch_size"] == 2
+    assert record["used"]["micro_batch_shapes"] == {"2x16": 8}
+    assert record["used"]["accumulation"] == 2
+
+
+@pytest.mark.parametrize("flags", [["--curriculum", "rarity", "--epochs", "2"], []])
+def test_a5_the_smallest_curriculum_epoch_binds(tiny, flags):
+    config = parse(RunConfig, [*tiny, "--tune-batch-size", "--min-steps-per-epoch", "3", *flags])
+    prepared = prepare(config)
+    sampler = prepared.loaders["train"].sampler_obj
+    smallest = min(sampler.samples_in(epoch) for epoch in range(2))
+    assert (smallest < len(prepared.loaders["train"].dataset_obj)) == bool(flags)
+    assert request_for(prepared, any_size=True).cap == smallest // 3
+    assert request_for(prepared).cap == 4, "no micro-batch is larger than the batch"
+    config.memory.tune_max_batch_size = 2
+    assert request_for(prepared, any_size=True).cap == request_for(prepared).cap == 2
+
+
+def test_b6_a_trial_has_so_many_micro_steps_whatever_the_accumulation():
+    for batch_size in (4, 8, 40_000):
+        trial = Trials(setup(batch_size))(4)
+        assert trial.ran
+        assert trial.micro_steps == (4 if batch_size == 4 else MOST_MICRO_STEPS)
+        assert trial.measured_peak_bytes == trial.predicted_peak_bytes == peak_of(4, batch_size)
+        assert (trial.tokens_per_second or 0) > 0
+
+
+def test_trials_do_whole_steps_and_leave_the_random_state(monkeypatch):
+    steps, real = [], trials.training_step
+
+    def step(model, batch, *arguments):
+        steps.append((tuple(batch["input_ids"].shape), int((batch["targets"] < 0).sum())))
+        return real(model, batch, *arguments)
+
+    monkeypatch.setattr(trials, "training_step", step)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    Trials(setup())(4)
+    assert steps == [((8, 16), 0)] * 4, "full length, no target ignored, two pieces"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_b10_a_trial_that_runs_out_of_memory_fails_and_the_next_one_runs(monkeypatch):
+    memory, real = FakeMemory(0, 1, limit_bytes=5), trials.training_step
+
+    def step(model, batch, optimizer, norm, size, shapes):
+        memory.step(size)
+        return real(model, batch, optimizer, norm, size, shapes)
+
+    monkeypatch.setattr(trials, "training_step", step)
+    run = Trials(setup(batch_size=8))
+    first, second = run(8), run(4)
+    assert "OutOfMemoryError: CUDA out of memory" in (first.failure or "")
+    assert (first.measured_peak_bytes, first.tokens_per_second) == (None, None)
+    assert first.predicted_peak_bytes == peak_of(8, 8)
+    assert second.ran
+    assert memory.tried == [8, 4, 4, 4, 4]
+
+
+def test_a_trial_fails_above_the_limit_and_where_the_allocator_retried():
+    assert why_it_fails(100, 100, 0) is None
+    assert why_it_fails(101, 100, 0) == "peak above 100 B"
+    assert why_it_fails(50, 100, 2) == "the allocator had to retry 2 times"
+    assert Trials(setup(limit=peak_of(4)))(4).ran
+    over = Trials(setup(limit=peak_of(4) - 1))(4)
+    assert not over.ran
+    assert over.measured_peak_bytes == peak_of(4)
+    assert over.tokens_per_second is None, "what does not fit is not timed"
+
+
+def test_b4_a_first_trial_runs_whatever_is_predicted_and_later_hopeless_ones_do_not(monkeypatch):
+    run = Trials(setup(limit=peak_of(1)))
+    first, second = run(8), run(4)
+    assert first.measured_peak_bytes == peak_of(8)
+    assert (second.micro_steps, second.measured_peak_bytes) == (0, None)
+    assert "not run: far above" in (second.failure or "")
+    monkeypatch.setattr(trials, "free_host_bytes", lambda: 1000)
+    assert "1000 B are free here" in (Trials(setup())(8).failure or ""), "Linux would kill the process"
+
+
+def test_a_coupler_whose_peak_cannot_be_predicted_is_tried_all_the_same(monkeypatch):
+    def unpredictable(*_, **__):
+        raise CannotPredict("it reads its numbers")
+
+    monkeypatch.setattr(trials, "predict_peak", unpredictable)
+    trial = Trials(setup())(4)
+    assert trial.ran
+    assert trial.predicted_peak_bytes is None
+
+
+def test_b6_a_child_s_search_is_the_same_and_what_it_raises_comes_out():
+    limit = (peak_of(8) + peak_of(16)) // 2
+    request = Request(setup(limit=limit), ALL, "binsearch", 16, 10, 100.0, 16, among=(1, 2, 4, 8, 16))
+    told: list[Trial] = []
+    child, here = search_in_child(request, told.append), search_here(request, lambda _: None)
+    assert tuple(told) == child.trials
+    assert (child.size, child.stopped) == (here.size, here.stopped) == (8, "limit")
+    same = [(t.size, t.failure, t.measured_peak_bytes) for t in here.trials]
+    assert [(t.size, t.failure, t.measured_peak_bytes) for t in child.trials] == same
+
+
+def test_b6_a_child_is_ended_at_its_deadline():
+    request = Request(setup(), ALL, "binsearch", 16, 10, 0.2, 16)
+    with pytest.raises(SearchFailed, match="no trial ended within"):
+        search_in_child(request, lambda _: None)
+
+
+class Pipe:
+    """The parent's end of a pipe on which these messages come."""
+
+    def __init__(self, *messages):
+        self.messages = list(messages)
+
+    def poll(self, seconds):
+        return bool(self.messages)
+
+    def recv(self):
+        message = self.messages.pop(0)
+        if message is EOFError:
+            raise EOFError
+        return message
+
+
+class Dead:
+    exitcode = -9
+
+    def join(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "said"),
+    [
+        (NoFeasibleBatch([Trial(1, "no")], 1), NoFeasibleBatch, "no batch fits"),
+        ("Traceback …\nRuntimeError: shape mismatch", SearchFailed, "shape mismatch"),
+        (EOFError, SearchFailed, "exit code -9"),
+    ],
+)
+def test_b9_what_goes_wrong_in_a_child_is_loud(message, error, said):
+    kept = []
+    with pytest.raises(error, match=said):
+        search_process._answer(Pipe(Trial(2), message), Dead(), 0.0, kept.append)  # pyright: ignore
+    assert [trial.size for trial in kept] == [2]
+
+
+RANKS = """
+import sys, torch.distributed as dist
+import torch
+from bench.measure.trials import fits_all_ranks
+from bench.training.batch_size import Trial, search
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+real, inside = dist.all_reduce, []
+dist.all_reduce = lambda *a, **k: (inside.append(1), real(*a, **k))
+limit = (137, 901)[rank]
+result = search(lambda n: Trial(n, None if n <= limit else "no"), init_val=2, max_trials=50, cap=5000)
+assert result.size == limit and not inside, "a collective inside a trial"
+device = torch.device("cpu")
+print(fits_all_ranks(result.size, device), fits_all_ranks(None if rank else 7, device), len(inside))
+"""
+
+
+def test_b12_two_ranks_agree_on_the_smaller_answer(tmp_path):
+    """Two gloo processes, limits 137 and 901; where nothing fits on one rank it does on none."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", RANKS]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]  # fmt: skip
+    for rank in ranks:
+        out, err = rank.communicate(timeout=100)
+        assert rank.returncode == 0, err[-2000:]
+        assert out.split() == ["137", "None", "2"]
+
+
+def test_b12_alone_nothing_is_asked_of_others():
+    assert fits_all_ranks(901, torch.device("cpu")) == 901
+    assert fits_all_ranks(None, torch.device("cpu")) is None
+
+
+@pytest.fixture
+def command(tiny, monkeypatch) -> list[str]:
+    monkeypatch.setenv("COLUMNS", "80")
+    places = tiny.index("--data-dir")
+    return [*TINY_TUNE, *tiny[places:]]
+
+
+TINY_TUNE = (
+    "--embed-dim 8 --num-heads 2 --num-layers 1 --max-seq-length 16 --batch-size 16 --min-steps-per-epoch 2"
+    " --num-eval-samples 8"
+).split()
+
+
+def test_the_command_prints_trials_limit_and_knee_in_80_columns(command, words, capsys):
+    limit = peak_of(40, 16, words)
+    flags = [*command, "--memory-target", "0.5", "--memory-budget", f"{2 * limit}B", "--tune-init", "40"]
+    flags += ["--tune-max-batch-size", "41"]
+    assert bench.tune.main(flags) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(printed.out.split())
+    assert "largest that ran: 40 of at most 41: more does not fit." in text
+    assert "knee: 40, the smallest within 5 % of the best tokens/s." in text
+    for part in ("a batch of 16 runs whole.", "predicted", "measured", "tokens/s", "✗ peak above"):
+        assert part in text
+    (row,) = [line for line in lines if "✓ knee" in line or "✓ largest" in line]
+    assert row.split()[1] == row.split()[2] == f"{limit / 2**20:.1f}", "predicted and measured side by side"
+    assert "40 at once: fits" in printed.err, "progress"
+    assert not results_of(command).exists()
+    assert bench.tune.main([*flags, "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert "kept from an earlier search" in " ".join(printed.out.split())
+    assert "at once" not in printed.err
+
+
+def test_the_command_says_how_to_split_a_batch_that_does_not_fit(command, words, capsys):
+    limit = (peak_of(8, 16, words) + peak_of(16, 16, words)) // 2
+    flags = ["--memory-target", "1", "--memory-budget", f"{limit}B", "--tune-init", "8"]
+    assert bench.tune.main([*command, *flags, "--tune-max-batch-size", "8"]) == 0
+    assert "as 2 micro-batches of 8 (--micro-batch-size 8)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_s_exit_status(command, nothing_fits, capsys):
+    for flags in (["--memory-budget", "lots"], ["--memory-target", "2"], ["--memory-budget", "1KiB"]):
+        with pytest.raises(SystemExit) as stop:
+            bench.tune.main([*command, *flags])
+        assert stop.value.code == 2, flags
+    assert bench.tune.main(command) == 1
+    assert "error: no batch fits" in capsys.readouterr().err
+
+
+@gpu
+@no_gpu
+def test_gpu_a5_b6_a_search_on_the_device_in_a_child(tuned, tmp_path):
+    """A5, B6: in a child, within two minutes, never above the cap, the parent's device untouched."""
+    before = torch.cuda.memory_allocated()
+    flags = [*without_search(tuned), "--tune-batch-size", "--device", "cuda"]
+    assert main(flags) == 0
+    _, record = only_run(results_of(tuned))
+    assert record["tuned"]["micro_batch_size"] == 16
+    assert record["tuned"]["seconds"] < 120
+    assert all(t["micro_steps"] <= MOST_MICRO_STEPS for t in record["tuned"]["trials"])
+    assert torch.cuda.memory_allocated() == before
+
+
+@gpu
+@no_gpu
+def test_gpu_b10_a_small_budget_on_a_large_card_is_kept_to(tmp_path):
+    """The child's allocator gets the budget, so a size that does not fit runs out of memory for real."""
+    model = GNNMoEConfig(embed_dim=256, num_layers=4, max_seq_length=128, vocab_size=33278)
+    budget = 2 * 2**30
+    setup = TrialSetup(model, TrainingConfig(), 4096, int(budget * 0.85), "cuda")
+    request = Request(setup, budget, "binsearch", 4096, 12, 100.0, 4096)
+    result = search_in_child(request, lambda _: None)
+    assert 1 <= result.size < 4096
+    best = next(trial for trial in result.trials if trial.size == result.size)
+    assert best.measured_peak_bytes is not None
+    assert best.measured_peak_bytes <= setup.limit_bytes
+
+
+@gpu
+@no_gpu
+def test_gpu_b7_a_run_with_a_search_is_the_run_with_its_answer(tuned):
+    flags = [*without_search(tuned), "--device", "cuda", "--tune-batch-size", "--tune-max-batch-size", "8"]
+    assert main(flags) == 0
+    folder, record = only_run(results_of(tuned))
+    assert record["used"]["micro_batch_size"] == 8
+    plain = [*without_search(tuned), "--device", "cuda", "--micro-batch-size", "8", "--study", "plain"]
+    assert main(plain) == 0
+    (path,) = results_of(tuned).glob("plain/*/record.json")
+    assert (folder / "history.jsonl").read_text() == (path.parent / "history.jsonl").read_text()

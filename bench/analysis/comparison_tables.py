@@ -19,7 +19,7 @@ from bench.analysis.numbers import (
 )  # fmt: skip
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.run_tables import mixed_code
-from bench.analysis.study import Group
+from bench.analysis.study import Group, text_warnings
 from bench.analysis.tables import Cells, Table, make_table, statuses
 from bench.measure.quantity import is_measured
 
@@ -43,10 +43,9 @@ def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
 def pairs_table(comparison: Comparison, suffix: str = "") -> Table:
     """Return one row for every two configurations, judged as one family."""
     rows = [(_pair_figures(pair), _pair_texts(pair)) for pair in comparison.pairs]
-    caption = (
-        f"Every two configurations: differences of the first from the second; {counted(len(rows), 'pair')}"
-    )
-    return make_table(f"pairs{suffix}", caption, rows, notes=["p after Holm over all pairs of this table."])
+    caption = f"Every two configurations: the first less the second; {counted(len(rows), 'pair')}"
+    notes = [*text_warnings([comparison.group]), "p after Holm over all pairs of this table."]
+    return make_table(f"pairs{suffix}", caption, rows, notes=notes)
 
 
 def reference_lines(group: Group) -> list[tuple[str, float]]:
@@ -149,13 +148,12 @@ def _end(interval: tuple[float, float] | None, place: int) -> float | None:
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = [
+        *text_warnings([comparison.group]),
         "Perplexity is exp of the mean loss over seeds, with its 95 % t interval; differences are paired by "
         "seed, p is of an exact sign-flip test after Holm over "
         f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
-        "coupler, of separate runs."
+        "coupler, of separate runs.",
     ]
-    if comparison.group.embedded:
-        notes.insert(0, "NOT WIKITEXT-2: these figures are of the embedded text.")
     codes = mixed_code(comparison.group.runs)
     if len(codes) > 1:
         found = ", ".join(f"{text[:12]} ({counted(count, 'run')})" for text, count in codes.items())

@@ -12,7 +12,7 @@ from bench.analysis.comparison_tables import comparison_table, pairs_table
 from bench.analysis.numbers import counted
 from bench.analysis.plot_style import Plot, plot_style
 from bench.analysis.run_tables import failures_table, runs_table
-from bench.analysis.study import Study
+from bench.analysis.study import Study, text_warnings
 from bench.analysis.study_plots import study_plots
 from bench.analysis.tables import Table, statuses
 from bench.analysis.weights import WeightsReading, read_weights
@@ -67,9 +67,7 @@ class Report:
 
     def warnings(self) -> list[str]:
         """Return what a reader must not miss."""
-        found = []
-        if any(group.embedded for group in self.study.groups):
-            found.append("NOT WIKITEXT-2: runs of this study are on the embedded text.")
+        found = text_warnings(self.study.groups)
         if len(self.sections) > 1:
             found.append(
                 f"{len(self.sections)} tables, since corpus, device, evaluation, or used batch and length "

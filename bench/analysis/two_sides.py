@@ -14,7 +14,8 @@ from bench.analysis.marginal import any_measured
 from bench.analysis.numbers import percent
 from bench.analysis.over_seeds import losses, summary
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.study import Configuration, Run, Setting, grouped, load_study
+from bench.analysis.setting import Setting
+from bench.analysis.study import Configuration, Run, grouped, load_study
 from gnnmoe.naming import unknown_name
 
 

@@ -57,8 +57,8 @@ class ReportConfig:
 class CompareConfig:
     """Compare B with A, paired by seed: what changed, and whether it is beyond the noise.
 
-    A study is its name or path, a configuration STUDY:LABEL, a run its id or the beginning of it. Exit
-    status: 0 done, 1 a --fail-if holds or cannot be told, 2 wrong input.
+    A study is its name or path, a configuration STUDY:LABEL, a run its id or the beginning of it, or
+    STUDY/ID. Exit status: 0 done, 1 a --fail-if holds or cannot be told, 2 wrong input.
     """
 
     a: Annotated[str, tyro.conf.Positional]
@@ -89,7 +89,7 @@ class ShowConfig:
     """Show the record of one run, as bench.run did at its end."""
 
     run_id: Annotated[str, tyro.conf.Positional]
-    """The run's id, or the beginning of it."""
+    """The run's id, or the beginning of it, or STUDY/ID."""
     results_dir: Path = Path("results")
     """Folder of all results."""
 

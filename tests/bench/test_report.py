@@ -210,3 +210,15 @@ def test_hypotheses_keep_the_time_at_which_they_were_first_stated(results):
     state([other], study)
     assert stated(study)[0] == [other]
     assert (study / "hypotheses.1.json").read_text() == first
+
+
+def test_the_readme_shows_what_the_command_prints_of_the_committed_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("COLUMNS", "80")
+    block = (REPOSITORY / "README.md").read_text().split("$ python -m bench.report small")[1].split("```")[0]
+    arguments, *shown = block.splitlines()
+    study = str(REPOSITORY / "results" / "reference" / "small")
+    assert main([study, *arguments.split(), "--no-plots", "--out", str(tmp_path / "report")]) == 0
+    printed = [line.rstrip().replace("\u00a0", " ") for line in capsys.readouterr().out.splitlines()]
+    assert len(shown) > 20
+    assert [line for line in shown if line not in (*printed, "…")] == []

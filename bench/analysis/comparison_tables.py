@@ -81,7 +81,7 @@ def _figures(row: Row) -> Cells:
         "test_perplexity": None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean),
         "tokens_per_second": row.tokens_per_second.mean,
         "peak_memory_bytes": row.peak_memory_bytes.mean,
-        "step_time_ratio_to_mean_coupler": cost and cost.step_time_ratio.mean,
+        "step_time_ratio_to_mean_coupler": cost and cost.step_time_ratio(),
         "memory_over_mean_coupler_bytes": cost and cost.memory_bytes,
         "flops_over_mean_coupler_per_token": cost and cost.flops_per_token,
         "parameters": row.parameters, "coupler_parameters": row.coupler_parameters,
@@ -93,7 +93,7 @@ def _texts(row: Row, comparison: Comparison) -> Cells:
     against, cost, loss = row.against, row.cost, row.loss
     verdict = "reference" if row.configuration is comparison.reference else ""
     value = None if loss.mean is None else exp_or_infinity(loss.mean)
-    ratio = "" if cost is None else percent(cost.step_time_ratio.mean, 0)
+    ratio = "" if cost is None else percent(cost.step_time_ratio(), 0)
     extra = "" if cost is None else mebibytes(cost.memory_bytes, sign=True)
     test = {} if not any(other.test_loss.n for other in comparison.rows) else {
         "test perplexity": number(None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean))

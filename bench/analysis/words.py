@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.analysis.comparison import Comparison, Row
 from bench.analysis.marginal import Cost
-from bench.analysis.numbers import counted, mebibytes, number, p_value, percent, perplexities, signed, span
+from bench.analysis.numbers import counted, mebibytes, p_value, percent, perplexities, signed, span
 from bench.analysis.quantities import exp_or_infinity
 from bench.sweeps.seeds import seeds_needed
 
@@ -53,11 +53,10 @@ def _cost(cost: Cost | None) -> str:
     if cost is None:
         return ""
     parts = []
-    time = cost.step_time_ratio
-    if time.mean is not None:
-        ends = time.interval
+    time, ends = cost.step_time_ratio(), cost.step_time_interval()
+    if time is not None:
         about = f" ({percent(ends[0], 0)} to {percent(ends[1], 0)})" if ends else ""
-        parts.append(f"{percent(time.mean, 0)} time a step{about}")
+        parts.append(f"{percent(time, 0)} time a step{about}")
     if cost.memory_bytes is not None:
         parts.append(f"{mebibytes(cost.memory_bytes, sign=True)} of memory")
     if cost.parameters is not None:
@@ -73,5 +72,6 @@ def _too_few(comparison: Comparison) -> str:
     seeds = [row.against.paired.n for row in comparison.rows if row.against is not None]
     if not seeds or max(seeds) >= seeds_needed(count):
         return ""
-    return (f"With {counted(max(seeds), 'seed')} no difference can be told from noise here: "
-            f"{counted(count, 'comparison')} at p ≤ 0.05 take {number(seeds_needed(count), 0)}.")  # fmt: skip
+    have, need = counted(max(seeds), "seed"), seeds_needed(count)
+    return (f"With {have} no difference can be told from noise here: {need} are needed for "
+            f"{counted(count, 'comparison')} at p ≤ 0.05.")  # fmt: skip

@@ -7,6 +7,7 @@ identity.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -176,6 +177,9 @@ class PlacesConfig:
     """Processes that load data beside the training (0: none; auto: half the cores, at most 4)."""
     plots: bool = True
     """Draw the run's plots at its end."""
+    track: Literal["tensorboard"] | None = None
+    """Show the run in TensorBoard while it trains, from the folder tensorboard in its own
+    (pip install 'gnnmoe[track]')."""
     quiet: bool = False
     """Print the final table only."""
 
@@ -188,6 +192,10 @@ class PlacesConfig:
             raise ValueError(
                 f"study is {self.study!r}; it must be a plain folder name of at most 100 letters, digits, "
                 "'_', '-' and '.'."
+            )
+        if self.track is not None and importlib.util.find_spec(self.track) is None:
+            raise ValueError(
+                f"track is {self.track}, which is not installed; pip install 'gnnmoe[track]' installs it."
             )
 
 

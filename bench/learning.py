@@ -9,6 +9,7 @@ from bench.measure.ledger import Ledger
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record
+from bench.track import Tracker
 from bench.training.checkpoint import save_checkpoint
 from bench.training.communication import CommunicationTrace, probe_tokens
 from bench.training.interruption import Interruption
@@ -31,8 +32,10 @@ class Learning:
         reporter: Reporter,
         interruption: Interruption,
         state: dict[str, Any] | None,
+        tracker: Tracker,
     ) -> None:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
+        self.tracker = tracker
         config, loaders = prepared.config.training, prepared.loaders
         self.trainer = Trainer(model, loaders["train"], loaders["val"], config, prepared.device, self)
         tokens = next(iter(loaders["val"]))["input_ids"]
@@ -49,6 +52,7 @@ class Learning:
             self.trace.load_state_dict(state["trace"])
             self.ledger.load_state_dict(state["ledger"])
             prepared.folder.write_history(state["history"])
+        tracker.begin(model, self.trace, self.trainer.done.steps)
 
     def run(self) -> Trained:
         """Train to the end; a signal stops at the end of a step, with a checkpoint.
@@ -67,6 +71,7 @@ class Learning:
 
     def write(self, record: Record) -> None:
         """Write what was used and the communication so far into ``record`` and its folder."""
+        self.tracker.close()
         plan, done = self.trainer.plan, self.ledger.totals()
         record["used"] = {
             "batch_shapes": self.ledger.batch_shapes, "steps": done["updates"]["got"],
@@ -95,6 +100,7 @@ class Learning:
     def on_step(self, row: dict[str, Any]) -> None:
         """Keep and show a step."""
         self.prepared.folder.append_history(row)
+        self.tracker.row(row)
         self.reporter.step(row)
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
@@ -102,6 +108,8 @@ class Learning:
         self.ledger.evaluated("validation in training", self._validation_tokens, row["tokens"])
         self.trace.sample(row["step"], self.model)
         self.prepared.folder.append_history(row)
+        self.tracker.row(row)
+        self.tracker.sample(self.trace)
         self.reporter.evaluated(row)
 
     def after_step(self) -> None:
@@ -113,6 +121,7 @@ class Learning:
                 "ledger": self.ledger.state_dict(),
             }  # fmt: skip
             history = self.prepared.folder.read_history()
+            self.tracker.flush()
             save_checkpoint(self.prepared.checkpoint, {**self._identity(), **state, "history": history})
         if self.interruption.requested:
             raise KeyboardInterrupt

@@ -25,6 +25,7 @@ from bench.measure.speed import measure_speed
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict, new_record
+from bench.track import Tracker
 from bench.training.communication import probe_tokens, summarize_communication
 from bench.training.evaluation import evaluate
 from bench.training.interruption import Interruption
@@ -52,6 +53,7 @@ class Session:
     ) -> None:
         self.prepared, self.reporter = prepared, reporter
         self.interruption, self.state = interruption, state
+        self.tracker = Tracker(prepared)
         config = prepared.config
         self.seconds = dict(prepared.seconds)
         self.started = time.perf_counter()
@@ -111,6 +113,7 @@ class Session:
             record.update(
                 status="crashed", error=f"{error or status}; the record cannot be written: {failure}"
             )
+        self.tracker.finish(record)
 
     def _phases(self) -> None:
         config, device = self.prepared.config, self.prepared.device
@@ -157,7 +160,7 @@ class Session:
         return model.to(self.prepared.device)
 
     def _train(self, model: GNNMoEModel) -> Learning:
-        learning = Learning(self.prepared, model, self.reporter, self.interruption, self.state)
+        learning = Learning(self.prepared, model, self.reporter, self.interruption, self.state, self.tracker)
         try:
             learning.run()
         finally:

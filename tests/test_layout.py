@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ORDER = "config flags device data gate portrait training measure records sweeps analysis".split()
 COMMANDS = set(
-    "run sweep report speed check tune prepare session existing learning difficulty progress cli layers"
+    "run sweep report speed check tune prepare session existing learning difficulty progress track cli layers"
     " __main__".split()
 )
 

@@ -108,7 +108,7 @@ class Study:
         grace: float = 60.0,
         wait: bool = False,
         command: Callable[[PlannedRun], Sequence[str]] | None = None,
-        before: Callable[[], None] | None = None,
+        before: Callable[[], object] = lambda: None,
         **choices: Any,
     ) -> SweepResult:
         return execute(

@@ -71,7 +71,8 @@ def agreement(weights_SM: np.ndarray) -> Agreement | None:
         return None
     seeds, members = weights_SM.shape
     pairs = list(combinations(weights_SM, 2))
-    taus = [stats.kendalltau(one, other, method="asymptotic")[0] for one, other in pairs]  # its p is not used
+    method = "auto" if members <= MAX_KENDALL_MEMBERS else "asymptotic"  # of its p, which is not used
+    taus = [stats.kendalltau(one, other, method=method)[0] for one, other in pairs]
     tau = float(np.nan_to_num(taus).mean())  # NaN: a seed without an order agrees with none
     many = members > MAX_KENDALL_MEMBERS
     p = float(stats.friedmanchisquare(*weights_SM.T)[1]) if many else _permutation_p(weights_SM)

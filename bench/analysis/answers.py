@@ -18,6 +18,8 @@ from bench.analysis.study import Configuration, Group
 from bench.flags import Table, defaults
 from bench.sweeps.hypotheses import Hypothesis, selects
 
+MOST_NAMED = 4
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -125,4 +127,5 @@ def _margin(hypothesis: Hypothesis) -> float:
 
 
 def _side(labels: Sequence[str]) -> str:
-    return labels[0] if len(labels) == 1 else f"the mean of {', '.join(labels)}"
+    few = ", ".join(labels) if len(labels) <= MOST_NAMED else f"{len(labels)} configurations"
+    return few if len(labels) == 1 else f"the mean of {few}"

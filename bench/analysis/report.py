@@ -134,4 +134,4 @@ def _when(study: Study, stated: str | None) -> str:
     earlier = sum(bool(start) and start < stated for start in starts)
     if not earlier:
         return f"stated {stated}, before the first run"
-    return f"stated {stated}, when {earlier} of {counted(len(starts), 'run')} had started"
+    return f"stated {stated}, when {earlier:,} of {counted(len(starts), 'run')} had started"

@@ -69,7 +69,7 @@ def _run_texts(cells: Cells) -> Cells:
         "seed": str(cells["seed"]), "status": cells["status"], "perplexity": number(cells["perplexity"]),
         "tokens/s": number(cells["tokens_per_second"], 0),
         "peak memory": mebibytes(cells["peak_memory_bytes"]),
-        "batch asked / tuned / used": " / ".join("" if part is None else str(part) for part in batch),
+        "batch asked / tuned / used": " / ".join("–" if part is None else str(part) for part in batch),
         "seconds": number(cells["seconds"], 0), "code": cells["code"],
     }  # fmt: skip
 

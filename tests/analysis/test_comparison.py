@@ -74,7 +74,9 @@ def test_the_reference_comes_first_then_the_best(comparison):
 def test_another_reference_and_an_unknown_one(path):
     group = load_study(path).groups[0]
     turned = compare(group, "GNN")
-    assert row(turned, "mean").against.verdict.kind == "better"
+    against = row(turned, "mean").against
+    assert against is not None
+    assert against.verdict.kind == "better"
     with pytest.raises(ValueError, match=r"unknown configuration 'GNM'.*Did you mean 'GNN'"):
         compare(group, "GNM")
 

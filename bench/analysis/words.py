@@ -12,17 +12,29 @@ from bench.sweeps.seeds import seeds_needed
 def verdict_sentences(comparison: Comparison) -> list[str]:
     """Return what is known of every configuration beside the reference, and what can be known at all."""
     sentences = [_sentence(row, comparison) for row in comparison.rows if row.against is not None]
-    best = comparison.best()
-    if best is not None:
-        sentences.insert(0, f"{best.label} is better than every other configuration beyond the noise.")
-    elif len(comparison.rows) > 2:
-        sentences.insert(0, "No configuration is better than every other one beyond the noise.")
+    sentences = [*_about_best(comparison), *sentences]
     missing = [row.configuration.label for row in comparison.rows
                if row.against is None and row.configuration is not comparison.reference]  # fmt: skip
     if missing:
         sentences.append(f"Not compared, without a seed that counts in common: {', '.join(missing)}.")
     few = _too_few(comparison)
     return [*sentences, few] if few else sentences
+
+
+def _about_best(comparison: Comparison) -> list[str]:
+    """Return whether one configuration beats all others, or why that cannot be told."""
+    best = comparison.best()
+    if best is not None:
+        return [f"{best.label} is better than every other configuration beyond the noise."]
+    seeds = [pair.paired.n for pair in comparison.pairs]
+    if len(comparison.rows) <= 2 or _too_few(comparison):
+        return []
+    among = len(comparison.pairs) - comparison.comparisons
+    if max(seeds) < seeds_needed(among):
+        return [f"With {counted(max(seeds), 'seed')} no single best can be named, only differences from "
+                f"{comparison.reference.label}: {seeds_needed(among)} are needed for the "
+                f"{counted(among, 'comparison')} among the others."]  # fmt: skip
+    return ["No configuration is better than every other one beyond the noise."]
 
 
 def _sentence(row: Row, comparison: Comparison) -> str:

@@ -58,7 +58,25 @@ def test_verdicts_and_their_family(comparison):
     assert len(comparison.pairs) == 6
     # the smallest possible p of 8 seeds, times what Holm makes of it in both families
     assert row(comparison, "GNN").against.p_adjusted == pytest.approx(3 * 2 / 2**8)
-    assert min(pair.p_adjusted for pair in comparison.pairs) >= 6 * 2 / 2**8 - 1e-12
+    among = [pair for pair in comparison.pairs if comparison.reference is not pair.reference]
+    assert len(among) == 3
+    assert min(pair.p_adjusted for pair in among) >= 3 * 2 / 2**8 - 1e-12
+
+
+def test_there_is_one_verdict_a_pair(comparison):
+    """Pairs with the reference are judged with the reference's family, wherever they are shown."""
+    with_reference = [row.against for row in comparison.rows if row.against]
+    found = [pair for pair in comparison.pairs if pair.reference is comparison.reference]
+    assert [id(pair) for pair in found] == [id(pair) for pair in with_reference]
+
+
+def test_no_best_is_denied_where_none_could_be_named(tmp_path):
+    """With 8 seeds the 10 comparisons among the 5 others cannot reach p ≤ 0.05."""
+    couplers = {"mean": 0.0, "gate": 0.1, "topk": 0.2, "GNN": 0.3, "attention": 0.4, "HGNN": -0.1}
+    path = made_study(tmp_path / "six", couplers, seeds=8, noise=0.003, history=2)
+    sentences = verdict_sentences(compare(load_study(path).groups[0]))
+    assert sentences[0].startswith("With 8 seeds no single best can be named")
+    assert "9 are needed for the 10 comparisons among the others" in sentences[0]
 
 
 def test_failed_runs_leave_their_seed_out_of_the_pairs(comparison):

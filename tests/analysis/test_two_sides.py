@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 
+from bench.analysis.comparison import compare
 from bench.analysis.find import find_runs, studies_in, study_folder, the_study
 from bench.analysis.study import load_study
-from bench.analysis.two_sides import Limit, compare_sides, read_side
+from bench.analysis.two_sides import QUANTITIES, Limit, compare_sides, read_side
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change
 
@@ -23,7 +25,7 @@ def results(tmp_path_factory):
 
 
 def test_two_studies_are_compared_configuration_by_configuration(results):
-    found = compare_sides(read_side("before", results), read_side("after", results))
+    found = compare_sides(read_side("before", results), read_side("after", results)).differences
     by_label = {difference.candidate.label: difference for difference in found}
     assert set(by_label) == {"mean", "GNN"}
     assert by_label["mean"].verdict.kind == "worse"
@@ -32,7 +34,7 @@ def test_two_studies_are_compared_configuration_by_configuration(results):
 
 
 def test_b_is_judged_beside_a(results):
-    [found] = compare_sides(read_side("before:GNN", results), read_side("before:mean", results))
+    [found] = compare_sides(read_side("before:GNN", results), read_side("before:mean", results)).differences
     assert found.verdict.kind == "better"
     assert found.paired.mean == pytest.approx(-0.03, abs=0.004)
 
@@ -42,10 +44,10 @@ def test_single_runs_have_no_verdict(results):
     for run in load_study(results / "before").runs:
         by_seed.setdefault(run.seed, []).append(f"before/{run.folder.name}")
     first, second = by_seed[0]
-    [found] = compare_sides(read_side(first, results), read_side(second, results))
+    [found] = compare_sides(read_side(first, results), read_side(second, results)).differences
     assert found.verdict.kind == "not resolved"
     assert found.paired.interval is None
-    with pytest.raises(ValueError, match="no seed in common"):
+    with pytest.raises(ValueError, match="no seed counts on both sides"):
         compare_sides(read_side(first, results), read_side(by_seed[1][0], results))
 
 
@@ -104,19 +106,19 @@ def test_E3_unequal_sides_are_refused(tmp_path, changes, says, passes):
     with pytest.raises(ValueError, match=says):
         compare_sides(*sides)
     if passes:
-        assert len(compare_sides(*sides, allow_unequal=True)) == 1
+        assert len(compare_sides(*sides, allow_unequal=True).differences) == 1
     else:
         with pytest.raises(ValueError, match=says):
             compare_sides(*sides, allow_unequal=True)
 
 
 def test_nothing_in_common_is_refused(results):
-    with pytest.raises(ValueError, match="no configuration in common"):
+    with pytest.raises(ValueError, match="gate: only in B"):
         compare_sides(read_side("before", results), read_side("reference/kept", results))
 
 
 def test_limits_are_on_the_change_from_a_to_b(results):
-    [mean] = compare_sides(read_side("before:mean", results), read_side("after:mean", results))
+    [mean] = compare_sides(read_side("before:mean", results), read_side("after:mean", results)).differences
     change_percent = 100 * (math.exp(mean.paired.mean) - 1)
     assert Limit.parse(f"ppl > {change_percent - 0.01:.4f}%").verdict(mean)[0]
     assert not Limit.parse(f"ppl > {change_percent + 0.01:.4f}%").verdict(mean)[0]
@@ -127,7 +129,7 @@ def test_limits_are_on_the_change_from_a_to_b(results):
 
 
 def test_what_was_not_measured_fails_a_limit(results):
-    [mean] = compare_sides(read_side("before:mean", results), read_side("after:mean", results))
+    [mean] = compare_sides(read_side("before:mean", results), read_side("after:mean", results)).differences
     fails, why = Limit.parse("test_ppl > 1%").verdict(mean)
     assert fails
     assert "was not measured" in why
@@ -142,3 +144,29 @@ def test_a_limit_of_another_form_is_refused(text):
 def test_an_unknown_quantity_is_refused():
     with pytest.raises(ValueError, match=r"unknown quantity 'memry'.*Did you mean 'memory'"):
         Limit.parse("memry > 1%")
+
+
+def test_a_colon_in_the_name_of_a_study_is_no_obstacle(results, tmp_path):
+    made_study(tmp_path / "a:b", {"mean": 0.0, "GNN": 0.0}, seeds=2, history=2)
+    assert read_side("a:b", tmp_path).label is None
+    assert read_side("a:b:GNN", tmp_path).label == "GNN"
+
+
+def test_devices_are_compared_each_with_itself(tmp_path):
+    path = made_study(tmp_path / "two", {"mean": 0.0, "GNN": 0.03}, seeds=2, history=2)
+    for run in list(path.glob("*/record.json")):
+        twin = path / run.parent.name[::-1]
+        shutil.copytree(run.parent, twin)
+        change(twin, environment__device_name="other", run_id=twin.name)
+    found = compare_sides(read_side("two:mean", tmp_path), read_side("two:GNN", tmp_path))
+    assert len(found.differences) == 2
+    assert found.missing == []
+    assert len(compare_sides(read_side("two", tmp_path), read_side("two", tmp_path)).differences) == 4
+
+
+def test_costs_are_paired_by_seed_as_in_the_report(results):
+    study = load_study(results / "before")
+    cost = next(row.cost for row in compare(study.groups[0]).rows if row.configuration.label == "GNN")
+    assert cost is not None
+    [found] = compare_sides(read_side("before:mean", results), read_side("before:GNN", results)).differences
+    assert QUANTITIES["step_time"](found) == pytest.approx(cost.step_time_ratio())

@@ -7,6 +7,7 @@ identity.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -15,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from bench.shape_config import ShapeConfig
+from bench.config_checks import check_positive
+from bench.memory_config import MemoryConfig
 from gnnmoe.config import GNNMoEConfig
 
 DEFAULT_MAX_STEPS = 120
@@ -147,40 +149,6 @@ class MeasureConfig:
 
 
 @dataclass(kw_only=True)
-class MemoryConfig(ShapeConfig):
-    """How much of a batch is run at once: a micro-batch, whose gradients add up to the batch's."""
-
-    micro_batch_size: int | None = None
-    """Sequences to run at once; must divide batch_size (None: the whole batch)."""
-    tune_batch_size: bool = False
-    """Before training, find the largest micro-batch that fits into memory_target of memory_budget."""
-    memory_budget: str | None = None
-    """Memory that a search may fill: 16GiB, a share such as 0.5, or device (None: all of the device's)."""
-    memory_target: float = 0.85
-    """Share of the budget that a trial's peak may reach: the one safety factor."""
-    tune_mode: Literal["binsearch", "power"] = "binsearch"
-    """power doubles until a size fails; binsearch goes on to exactly the largest that fits."""
-    tune_init: int | None = None
-    """Size of the first trial (None: batch_size, so that nothing is split where nothing must be)."""
-    tune_max_trials: int = 12
-    """Try at most this many sizes; failures count."""
-    tune_max_seconds: float = 110.0
-    """Begin no trial that is not expected to end within this time."""
-    tune_max_batch_size: int | None = None
-    """Try no size above this."""
-    tune_fallback: bool = False
-    """Where a search fails, train with the configured size; the record says failed."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "micro_batch_size", "tune_init", "tune_max_trials", "tune_max_seconds",
-                       "tune_max_batch_size")  # fmt: skip
-        if not 0.0 < self.memory_target <= 1.0:
-            raise ValueError(f"memory_target is {self.memory_target}; it must lie in (0, 1].")
-        if self.tune_batch_size and self.micro_batch_size is not None:
-            raise ValueError("tune_batch_size finds the micro-batch: drop micro_batch_size, or the search.")
-
-
-@dataclass(kw_only=True)
 class PlacesConfig:
     """Where things are and what they are called: nothing here changes a number."""
 
@@ -211,6 +179,9 @@ class PlacesConfig:
     """Processes that load data beside the training (0: none; auto: half the cores, at most 4)."""
     plots: bool = True
     """Draw the run's plots at its end."""
+    track: Literal["tensorboard"] | None = None
+    """Show the run in TensorBoard while it trains, from the folder tensorboard in its own
+    (pip install 'gnnmoe[track]')."""
     quiet: bool = False
     """Print the final table only."""
 
@@ -224,6 +195,10 @@ class PlacesConfig:
                 f"study is {self.study!r}; it must be a plain folder name of at most 100 letters, digits, "
                 "'_', '-' and '.'."
             )
+        if self.track is not None and importlib.util.find_spec(self.track) is None:
+            raise ValueError(
+                f"track is {self.track}, which is not installed; pip install 'gnnmoe[track]' installs it."
+            )
 
 
 @dataclass(kw_only=True)
@@ -236,15 +211,3 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     places: PlacesConfig = field(default_factory=PlacesConfig)
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Refuse a field that is 0 or negative; None passes.
-
-    Raises:
-        ValueError: naming the field and its value.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}; it must be greater than 0, and finite.")

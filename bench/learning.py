@@ -12,6 +12,7 @@ from bench.measure.recovery import attempt
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record
+from bench.track import Tracker
 from bench.training.checkpoint import save_checkpoint
 from bench.training.communication import CommunicationTrace, probe_tokens
 from bench.training.controller import OUT_OF_MEMORY, Decision
@@ -39,9 +40,11 @@ class Learning:
         reporter: Reporter,
         interruption: Interruption,
         state: dict[str, Any] | None,
+        tracker: Tracker,
         tuned: dict[str, Any] | None = None,
     ) -> None:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
+        self.tracker = tracker
         config, loaders = prepared.config.training, prepared.loaders
         self.tuned = tuned
         self.trainer = Trainer(
@@ -63,6 +66,7 @@ class Learning:
             self.trace.load_state_dict(state["trace"])
             self.ledger.load_state_dict(state["ledger"])
             prepared.folder.write_history(state["history"])
+        tracker.begin(model, self.trace, self.trainer.done.steps)
 
     @property
     def micro_batch_size(self) -> int | None:
@@ -86,6 +90,7 @@ class Learning:
 
     def write(self, record: Record) -> None:
         """Write what was used and the communication so far into ``record`` and its folder."""
+        self.tracker.close()
         plan, done = self.trainer.plan, self.ledger.totals()
         record["used"] = {
             "batch_shapes": self.ledger.batch_shapes, "steps": done["updates"]["got"],
@@ -149,6 +154,7 @@ class Learning:
     def on_step(self, row: dict[str, Any]) -> None:
         """Keep and show a step."""
         self.prepared.folder.append_history(row)
+        self.tracker.row(row)
         self.reporter.step(row)
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
@@ -156,6 +162,8 @@ class Learning:
         self.ledger.evaluated("validation in training", self._validation_tokens, row["tokens"])
         self.trace.sample(row["step"], self.model)
         self.prepared.folder.append_history(row)
+        self.tracker.row(row)
+        self.tracker.sample(self.trace)
         self.reporter.evaluated(row)
 
     def after_step(self) -> None:
@@ -167,6 +175,7 @@ class Learning:
                 "ledger": self.ledger.state_dict(), "tuned": self.tuned,
             }  # fmt: skip
             history = self.prepared.folder.read_history()
+            self.tracker.flush()
             save_checkpoint(self.prepared.checkpoint, {**self._identity(), **state, "history": history})
         if self.interruption.requested:
             raise KeyboardInterrupt

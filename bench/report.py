@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bench.analysis.report import Report
 
 PROG = "python -m bench.report"
+STOPPED, BROKEN_PIPE = 130, 141
 USAGE = f"""\
 {PROG} STUDY         verdicts, tables, plots and one page of a study
 {PROG} compare A B   two studies, configurations (STUDY:LABEL) or runs
@@ -57,8 +58,8 @@ class ReportConfig:
 class CompareConfig:
     """Compare B with A, paired by seed: what changed, and whether it is beyond the noise.
 
-    A study is its name or path, a configuration STUDY:LABEL, a run its id or the beginning of it. Exit
-    status: 0 done, 1 a --fail-if holds or cannot be told, 2 wrong input.
+    A study is its name or path, a configuration STUDY:LABEL, a run its id or the beginning of it, or
+    STUDY/ID. Exit status: 0 done, 1 a --fail-if holds or cannot be told, 2 wrong input.
     """
 
     a: Annotated[str, tyro.conf.Positional]
@@ -89,7 +90,7 @@ class ShowConfig:
     """Show the record of one run, as bench.run did at its end."""
 
     run_id: Annotated[str, tyro.conf.Positional]
-    """The run's id, or the beginning of it."""
+    """The run's id, or the beginning of it, or STUDY/ID."""
     results_dir: Path = Path("results")
     """Folder of all results."""
 
@@ -106,18 +107,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_warnings_plainly()
     from rich.console import Console
 
+    console = Console(highlight=False)
+    console.on_broken_pipe = lambda: sys.exit(BROKEN_PIPE)  # as for any command before "| head"
     try:
-        return act(config, Console(highlight=False))
+        return act(config, console)
     except ValueError as error:
         fail(str(error))
-    except BrokenPipeError:  # | head
-        return 0
+    except OSError as error:
+        fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}).")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
 
 
 def report(config: ReportConfig, console: Console) -> int:
     """Make, show and write a report, or verify the one that is there."""
     from bench.analysis.find import the_study
-    from bench.analysis.report_files import PAGE, problems_of, read_options, write_report
+    from bench.analysis.report_files import PAGE, problems_of, read_options, runs_with_losses, write_report
     from bench.analysis.report_show import print_report
 
     path = the_study(config.study, config.results_dir)
@@ -126,18 +132,21 @@ def report(config: ReportConfig, console: Console) -> int:
         options = read_options(folder)
         with console.status("recomputing …"):
             made = _make(path, options)
+            options.setdefault("files", {})
             problems = problems_of(made, options, folder)
+            losses = runs_with_losses(made)
         for problem in problems:
             console.print(f"differs: {problem}", markup=False, soft_wrap=True)
-        what = f"{len(made.study.runs):,} records, {len(made.tables)} tables and the page of {folder}"
+        what = f"{len(options['files'])} files of {folder}, from {len(made.study.runs):,} records "
+        what += f"({losses:,} of them against the losses of their tokens)"
         console.print(f"{'NOT verified' if problems else 'verified'}: {what}", markup=False, soft_wrap=True)
         return 1 if problems else 0
     options = _options(config, path)
     with console.status("reading the records …"):
         made = _make(path, options)
-    print_report(made, console)
     with console.status("drawing and writing …"):
         write_report(made, options, folder, plots=config.plots)
+    print_report(made, console)
     console.print(f"page: {folder / PAGE}", markup=False, soft_wrap=True)
     console.print(f"tables and plots: {folder}", markup=False, soft_wrap=True)
     return 0
@@ -150,11 +159,11 @@ def compare(config: CompareConfig, console: Console) -> int:
 
     limits = [Limit.parse(text) for text in config.fail_if]
     first, second = (read_side(text, config.results_dir) for text in (config.a, config.b))
-    differences = compare_sides(first, second, config.allow_unequal)
-    print_differences(first, second, differences, console)
-    failed = False
+    compared = compare_sides(first, second, config.allow_unequal)
+    print_differences(first, second, compared, console)
+    failed = bool(limits and compared.missing)
     for limit in limits:
-        for difference in differences:
+        for difference in compared.differences:
             fails, why = limit.verdict(difference)
             failed |= fails
             console.print(f"{difference.candidate.label}: {why}", markup=False)
@@ -207,12 +216,10 @@ def _make(path: Path, options: dict[str, Any]) -> Report:
 
     try:
         hypotheses = [Hypothesis(**found) for found in options["hypotheses"]]
-        study = load_study(path, options["allow_unequal"])
-        return make_report(study, options["reference"], hypotheses, options["stated"])
+        reference, allow_unequal, when = (options[key] for key in ("reference", "allow_unequal", "stated"))
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"the options of the report are of another version ({error}); make it anew."
-        ) from error
+        raise ValueError(f"the report's options are of another version ({error}); make it anew.") from error
+    return make_report(load_study(path, allow_unequal), reference, hypotheses, when)
 
 
 COMMANDS: dict[str, tuple[type, Any]] = {

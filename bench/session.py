@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
@@ -26,6 +26,7 @@ from bench.measure.speed import measure_speed
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict, new_record
+from bench.track import Tracker
 from bench.training.batch_size import NoFeasibleBatch
 from bench.training.communication import probe_tokens, summarize_communication
 from bench.training.evaluation import evaluate
@@ -55,6 +56,7 @@ class Session:
     ) -> None:
         self.prepared, self.reporter = prepared, reporter
         self.interruption, self.state = interruption, state
+        self.tracker = Tracker(prepared)
         config = prepared.config
         self.seconds = dict(prepared.seconds)
         self.started = time.perf_counter()
@@ -91,9 +93,9 @@ class Session:
         except Diverged as error:
             self._end("diverged", str(error))
         except Exception as error:
-            ran_out = is_out_of_memory(error) or isinstance(error, NoFeasibleBatch)
-            status = "oom" if ran_out else "crashed"
-            self._end(status, f"{type(error).__name__}: {error}", log=traceback.format_exc())
+            oom = is_out_of_memory(error) or isinstance(error, NoFeasibleBatch)
+            text = f"{type(error).__name__}: {error}"
+            self._end("oom" if oom else "crashed", text, log=traceback.format_exc())
         except BaseException:
             self._end("interrupted", "stopped from outside")
             raise
@@ -114,6 +116,7 @@ class Session:
             record.update(
                 status="crashed", error=f"{error or status}; the record cannot be written: {failure}"
             )
+        self.tracker.finish(record)
 
     def _phases(self) -> None:
         config, device = self.prepared.config, self.prepared.device
@@ -124,10 +127,12 @@ class Session:
         tuned = None
         if config.memory.tune_batch_size:
             with self._phase("tune", "searching for the largest micro-batch that fits"):
-                tuned = self._tune()
+                tuned = self._search(find_micro_batch)
         if config.memory.fit_shape:
             with self._phase("fit", "fitting length and micro-batch to the memory"):
-                tuned = self._fit()
+                tuned = self._search(find_shape)
+                self.prepared = at_length(self.prepared, tuned["length"])
+                self.record["data"]["training_blocks"] = _subset(self.prepared)
         with self._phase("build", "building the model"):
             model = self._build()
         with self._phase("train", "training"):
@@ -160,31 +165,16 @@ class Session:
         if not report.passed and not self.prepared.config.measure.allow_failed_gate:
             raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
 
-    def _tune(self) -> dict[str, Any]:
+    def _search(self, find: Callable[..., tuple[dict[str, Any], Exception | None]]) -> dict[str, Any]:
         """Search before there is a model; a run that goes on keeps what was found when it began.
 
         Raises:
             NoFeasibleBatch, SearchFailed: the search failed, and no fallback was asked for.
         """
         earlier = self.state.get("tuned") if self.state else None
-        self.record["tuned"], failure = find_micro_batch(self.prepared, earlier, self.reporter.line)
+        self.record["tuned"], failure = find(self.prepared, earlier, self.reporter.line)
         if failure is not None and not self.prepared.config.memory.tune_fallback:
             raise failure
-        return self.record["tuned"]
-
-    def _fit(self) -> dict[str, Any]:
-        """Find the run's length and micro-batch, and let everything after have that length.
-
-        Raises:
-            NoFeasibleBatch: nothing fits, and no fallback was asked for.
-        """
-        earlier = self.state.get("tuned") if self.state else None
-        found, failure = find_shape(self.prepared, earlier, self.reporter.line)
-        self.record["tuned"] = found
-        if failure is not None and not self.prepared.config.memory.tune_fallback:
-            raise failure
-        self.prepared = at_length(self.prepared, found["length"])
-        self.record["data"]["training_blocks"] = _subset(self.prepared)
         return self.record["tuned"]
 
     def _build(self) -> GNNMoEModel:
@@ -195,7 +185,9 @@ class Session:
         return model.to(self.prepared.device)
 
     def _train(self, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
-        learning = Learning(self.prepared, model, self.reporter, self.interruption, self.state, tuned)
+        learning = Learning(
+            self.prepared, model, self.reporter, self.interruption, self.state, self.tracker, tuned
+        )
         try:
             learning.run()
         finally:

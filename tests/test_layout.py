@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-ORDER = "shape_config config flags device data gate portrait training measure records sweeps analysis".split()
+ORDER = (
+    "config_checks memory_config config flags device data gate portrait training measure records sweeps"
+    " analysis"
+).split()
 COMMANDS = set(
-    "run sweep report speed check tune tuning prepare session existing learning difficulty progress cli"
-    " layers fitting controlling __main__".split()
+    "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
+    " cli layers fitting controlling __main__".split()
 )
 
 

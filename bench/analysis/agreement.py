@@ -57,11 +57,11 @@ def agreement(weights_SM: np.ndarray) -> Agreement | None:
 
     τ-b of two seeds is (concordant − discordant pairs of hyperedges) / √(pairs untied in the one · in the
     other); p comes from 2,000 seeded permutations, each seed's weights shuffled independently, the observed
-    counted once. Above 64 hyperedges p is that of the mean rank correlation (Spearman's, equivalent to
-    Kendall's W), whose cost does not grow with the square of M.
+    counted once. Above 64 hyperedges p is Friedman's χ² approximation, which is good for so many: a test of
+    the mean rank correlation, or of Kendall's W, whose cost does not grow with the square of M.
 
     None for fewer than two seeds or hyperedges, and where no two seeds have weights that differ.
-    Source: Kendall 1945, Biometrika 33 (τ-b); Kendall & Babington Smith 1939 (several rankings).
+    Source: Kendall 1945, Biometrika 33 (τ-b); Friedman 1937; Kendall & Babington Smith 1939 (W).
 
     Raises:
         ValueError: a weight is not finite.
@@ -71,9 +71,12 @@ def agreement(weights_SM: np.ndarray) -> Agreement | None:
         return None
     seeds, members = weights_SM.shape
     pairs = list(combinations(weights_SM, 2))
-    taus = [stats.kendalltau(one, other)[0] for one, other in pairs]
+    method = "auto" if members <= MAX_KENDALL_MEMBERS else "asymptotic"  # of its p, which is not used
+    taus = [stats.kendalltau(one, other, method=method)[0] for one, other in pairs]
     tau = float(np.nan_to_num(taus).mean())  # NaN: a seed without an order agrees with none
-    return Agreement(tau, len(pairs), _permutation_p(weights_SM), seeds, members)
+    many = members > MAX_KENDALL_MEMBERS
+    p = float(stats.friedmanchisquare(*weights_SM.T)[1]) if many else _permutation_p(weights_SM)
+    return Agreement(tau, len(pairs), p, seeds, members)
 
 
 def _permutation_p(weights_SM: np.ndarray) -> float:
@@ -83,16 +86,14 @@ def _permutation_p(weights_SM: np.ndarray) -> float:
     seeds grows with ‖Σ u‖², so no pair of seeds is ever looked at.
     """
     random = np.random.default_rng(0)
-    seeds, members = weights_SM.shape
-    concordance = _kendall if members <= MAX_KENDALL_MEMBERS else _spearman
     ranks_SM1 = stats.rankdata(weights_SM, axis=1)[:, :, None]
-    observed = concordance(ranks_SM1)[0]
+    observed = _kendall(ranks_SM1)[0]
     at_once = max(1, RANKS_AT_ONCE // weights_SM.size)
-    larger, tolerance = 0, 1e-9 * seeds**2  # equal on paper differs by rounding
+    larger, tolerance = 0, 1e-9 * len(weights_SM) ** 2  # equal on paper differs by rounding
     for start in range(0, PERMUTATIONS, at_once):
         copies = min(at_once, PERMUTATIONS - start)
         shuffled_SMR = random.permuted(np.repeat(ranks_SM1, copies, axis=2), axis=1)
-        larger += int((concordance(shuffled_SMR) >= observed - tolerance).sum())
+        larger += int((_kendall(shuffled_SMR) >= observed - tolerance).sum())
     return (1 + larger) / (1 + PERMUTATIONS)
 
 
@@ -109,11 +110,3 @@ def _kendall(ranks_SMR: np.ndarray) -> np.ndarray:
         )
         concordance_R += np.square(total).sum(axis=0)
     return concordance_R
-
-
-def _spearman(ranks_SMR: np.ndarray) -> np.ndarray:
-    """Return ‖Σ over seeds of u‖², (R,), with u the centred ranks: u·v is Spearman's ρ."""
-    centred_SMR = ranks_SMR - ranks_SMR.mean(axis=1, keepdims=True)
-    norm_S11 = np.linalg.norm(centred_SMR[:, :, :1], axis=1, keepdims=True)
-    total_MR = (centred_SMR / np.where(norm_S11 > 0, norm_S11, np.inf)).sum(axis=0)
-    return np.square(total_MR).sum(axis=0)

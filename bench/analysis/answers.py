@@ -18,6 +18,8 @@ from bench.analysis.study import Configuration, Group
 from bench.flags import Table, defaults
 from bench.sweeps.hypotheses import Hypothesis, selects
 
+MOST_NAMED = 4
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -30,6 +32,8 @@ class Answered:
     differences: tuple[float, ...]
     """By seed: ln of the ratio of the two sides, less where the hypothesis' better side is better."""
     answer: Answer | None
+    family: int = 1
+    """How many hypotheses were judged together."""
 
     @property
     def kind(self) -> str:
@@ -58,6 +62,8 @@ class Answered:
         quantity = "tokens/s" if self.hypothesis.quantity == "tokens_per_second" else "perplexity"
         sides = " against ".join(_side(labels) for labels in (self.better, self.than))
         seeds, p = counted(self.answer.paired.n, "paired seed"), p_value(self.answer.p_adjusted)
+        if self.family > 1:
+            p += f" of {self.family} hypotheses"
         return f"{self.kind}: {quantity} {percent(ratio, 2)}{about}, {sides}, {seeds}, p {p}."
 
     def _why_not(self) -> str:
@@ -76,7 +82,8 @@ def answer_hypotheses(hypotheses: Sequence[Hypothesis], groups: Sequence[Group])
     shifted = [np.array(differences) + margin
                for margin, (*_, differences) in zip(margins, found, strict=True) if differences]  # fmt: skip
     answers = iter(answer_claims(shifted))
-    return [Answered(hypothesis, better, than, differences, next(answers) if differences else None)
+    return [Answered(hypothesis, better, than, differences, next(answers) if differences else None,
+                     len(shifted))
             for hypothesis, (better, than, differences) in zip(hypotheses, found, strict=True)]  # fmt: skip
 
 
@@ -125,4 +132,5 @@ def _margin(hypothesis: Hypothesis) -> float:
 
 
 def _side(labels: Sequence[str]) -> str:
-    return labels[0] if len(labels) == 1 else f"the mean of {', '.join(labels)}"
+    few = ", ".join(labels) if len(labels) <= MOST_NAMED else f"{len(labels)} configurations"
+    return few if len(labels) == 1 else f"the mean of {few}"

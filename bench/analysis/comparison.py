@@ -79,7 +79,7 @@ class Comparison:
     rows: list[Row]
     """The reference first, then by loss; what was not measured last."""
     pairs: list[Difference]
-    """Every pair once, Holm over all of them."""
+    """Every pair once: those with the reference as in ``rows``, then the others, judged together."""
 
     @property
     def comparisons(self) -> int:
@@ -89,33 +89,34 @@ class Comparison:
     def best(self) -> Configuration | None:
         """Return the configuration that is better than every other one beyond the noise, if one is."""
         measured = [row.configuration for row in self.rows if row.loss.n]
-        wins = dict.fromkeys((found.label for found in measured), 0)
-        for pair in self.pairs:
-            kind = pair.verdict.kind
-            if kind in ("better", "worse"):
-                wins[(pair.candidate if kind == "better" else pair.reference).label] += 1
+        winners = [pair.candidate if pair.verdict.kind == "better" else pair.reference
+                   for pair in self.pairs if pair.verdict.kind in ("better", "worse")]  # fmt: skip
         rivals = len(measured) - 1
-        return next((found for found in measured if rivals and wins[found.label] == rivals), None)
+        return next((found for found in measured
+                     if rivals and sum(found is winner for winner in winners) == rivals), None)  # fmt: skip
 
 
 def compare(group: Group, reference: str | None = None) -> Comparison:
-    """Compare the configurations of a group with the one labelled ``reference``.
+    """Compare the configurations of a group with the one labelled ``reference``, and with each other.
 
-    None takes the ``mean`` coupler, else the first configuration that was measured.
+    None takes the ``mean`` coupler, else the first configuration that was measured. The comparisons with
+    the reference are one family of Holm's correction, those among the others another: one verdict a pair.
 
     Raises:
         ValueError: no configuration has this label.
     """
     chosen = _reference(group, reference)
     others = [found for found in group.configurations if found is not chosen]
-    against = {
-        pair.candidate.label: pair for pair in difference_family([(found, chosen) for found in others])
-    }
-    rows = [_row(found, group, against.get(found.label)) for found in group.configurations]
-    rows.sort(key=lambda row: (row.configuration is not chosen, row.loss.mean is None, row.loss.mean or 0.0))
-    ordered = [row.configuration for row in rows]
-    pairs = difference_family([(b, a) for a, b in itertools.combinations(ordered, 2)])
-    return Comparison(group, chosen, rows, pairs)
+    others.sort(key=lambda found: _order(losses(found).mean))
+    with_reference = difference_family([(found, chosen) for found in others])
+    against = {id(pair.candidate): pair for pair in with_reference}
+    rows = [_row(found, group, against.get(id(found))) for found in (chosen, *others)]
+    among_others = difference_family([(b, a) for a, b in itertools.combinations(others, 2)])
+    return Comparison(group, chosen, rows, [*with_reference, *among_others])
+
+
+def _order(loss: float | None) -> tuple[bool, float]:
+    return loss is None, loss or 0.0
 
 
 def _reference(group: Group, label: str | None) -> Configuration:

@@ -7,6 +7,7 @@ from typing import Any
 from bench.analysis import quantities
 from bench.analysis.comparison import Comparison, Difference, Row
 from bench.analysis.numbers import (
+    Interval,
     counted,
     mebibytes,
     millions,
@@ -19,7 +20,7 @@ from bench.analysis.numbers import (
 )  # fmt: skip
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.run_tables import mixed_code
-from bench.analysis.study import Group
+from bench.analysis.study import Group, text_warnings
 from bench.analysis.tables import Cells, Table, make_table, statuses
 from bench.measure.quantity import is_measured
 
@@ -36,32 +37,49 @@ def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
              for name, value in reference_lines(comparison.group)]  # fmt: skip
     best = comparison.best()
     bold = [place for place, row in enumerate(comparison.rows) if row.configuration is best]
+    notes = _notes(comparison)
+    if any(figures.get("articles_low_nats") is not None for figures, _ in rows):
+        notes.append("articles_low_nats to articles_high_nats, in the csv, is the 95 % interval of a difference "
+                     "over the articles scored: the noise of the evaluation, without that of the seeds.")  # fmt: skip
     caption = f"Couplers against {comparison.reference.label}: {comparison.group.setting.words()}"
-    return make_table(f"comparison{suffix}", caption, rows, bold=frozenset(bold), notes=_notes(comparison))
+    return make_table(f"comparison{suffix}", caption, rows, bold=frozenset(bold), notes=notes)
 
 
 def pairs_table(comparison: Comparison, suffix: str = "") -> Table:
     """Return one row for every two configurations, judged as one family."""
     rows = [(_pair_figures(pair), _pair_texts(pair)) for pair in comparison.pairs]
-    caption = (
-        f"Every two configurations: differences of the first from the second; {counted(len(rows), 'pair')}"
-    )
-    return make_table(f"pairs{suffix}", caption, rows, notes=["p after Holm over all pairs of this table."])
+    caption = f"Every two configurations: the first less the second; {counted(len(rows), 'pair')}"
+    own = counted(comparison.comparisons, "pair")
+    others = counted(len(rows) - comparison.comparisons, "pair")
+    family = f"p after Holm: with {comparison.reference.label} over {own}, among the others over {others}."
+    notes = [*text_warnings([comparison.group]), family]
+    return make_table(f"pairs{suffix}", caption, rows, notes=notes)
 
 
 def reference_lines(group: Group) -> list[tuple[str, float]]:
     """Return name and perplexity of simple models on the tokens that were scored, and of a published one."""
+    names = {"unigram": "unigram", "trigram": "Kneser-Ney trigram"}
+    lines = [(f"{names[name]}, validation split", value) for name, value in simple_models(group).items()]
+    published = any(_scored_all_of_test(run.record) for run in group.runs if run.counts)
+    return [*lines, AWD_LSTM] if published else lines
+
+
+def simple_models(group: Group) -> dict[str, float]:
+    """Return the perplexity of unigram and trigram on the tokens scored, where all runs agree in it.
+
+    Runs that were scored on other tokens (--allow-unequal) have other ones, and none is all of theirs.
+    """
     records = [run.record for run in group.runs if run.counts]
-    lines: dict[str, float] = {}
-    for record in records:
-        values = {"unigram": quantities.unigram_perplexity(record),
-                  "Kneser-Ney trigram": quantities.trigram_perplexity(record)}  # fmt: skip
-        for name, value in values.items():
-            if value is not None:
-                lines.setdefault(f"{name}, validation split", value)
-    if any(_scored_all_of_test(record) for record in records):
-        lines.setdefault(*AWD_LSTM)
-    return list(lines.items())
+    found = {}
+    for name, line in (
+        ("unigram", quantities.unigram_perplexity),
+        ("trigram", quantities.trigram_perplexity),
+    ):
+        values = [line(record) for record in records]
+        known = [value for value in values if value is not None]
+        if known and len(known) == len(values) and max(known) <= min(known) * (1 + 1e-9):
+            found[name] = known[0]
+    return found
 
 
 def _figures(row: Row) -> Cells:
@@ -82,7 +100,7 @@ def _figures(row: Row) -> Cells:
         "test_perplexity": None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean),
         "tokens_per_second": row.tokens_per_second.mean,
         "peak_memory_bytes": row.peak_memory_bytes.mean,
-        "step_time_ratio_to_mean_coupler": cost and cost.step_time_ratio.mean,
+        "step_time_ratio_to_mean_coupler": cost and cost.step_time_ratio(),
         "memory_over_mean_coupler_bytes": cost and cost.memory_bytes,
         "flops_over_mean_coupler_per_token": cost and cost.flops_per_token,
         "parameters": row.parameters, "coupler_parameters": row.coupler_parameters,
@@ -94,7 +112,7 @@ def _texts(row: Row, comparison: Comparison) -> Cells:
     against, cost, loss = row.against, row.cost, row.loss
     verdict = "reference" if row.configuration is comparison.reference else ""
     value = None if loss.mean is None else exp_or_infinity(loss.mean)
-    ratio = "" if cost is None else percent(cost.step_time_ratio.mean, 0)
+    ratio = "" if cost is None else percent(cost.step_time_ratio(), 0)
     extra = "" if cost is None else mebibytes(cost.memory_bytes, sign=True)
     test = {} if not any(other.test_loss.n for other in comparison.rows) else {
         "test perplexity": number(None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean))
@@ -143,19 +161,18 @@ def _pair_texts(pair: Difference) -> Cells:
     }  # fmt: skip
 
 
-def _end(interval: tuple[float, float] | None, place: int) -> float | None:
+def _end(interval: Interval | None, place: int) -> float | None:
     return None if interval is None else interval[place]
 
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = [
+        *text_warnings([comparison.group]),
         "Perplexity is exp of the mean loss over seeds, with its 95 % t interval; differences are paired by "
         "seed, p is of an exact sign-flip test after Holm over "
         f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
-        "coupler, of separate runs."
+        "coupler, of separate runs.",
     ]
-    if comparison.group.embedded:
-        notes.insert(0, "NOT WIKITEXT-2: these figures are of the embedded text.")
     codes = mixed_code(comparison.group.runs)
     if len(codes) > 1:
         found = ", ".join(f"{text[:12]} ({counted(count, 'run')})" for text, count in codes.items())

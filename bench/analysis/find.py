@@ -38,25 +38,27 @@ def the_study(name: str, results_dir: Path) -> Path:
     return found
 
 
-def find_runs(run_id: str, results_dir: Path) -> list[Run]:
-    """Return the one run whose id begins with ``run_id``, in any study.
+def find_runs(name: str, results_dir: Path) -> list[Run]:
+    """Return the one run whose id begins with ``name``, in any study; ``STUDY/ID`` says in which.
 
     Raises:
         ValueError: no run has it, or several have, or its record cannot be read.
     """
-    folders = [] if not re.fullmatch(r"[0-9a-f]{2,12}(\.\d+)?", run_id) else [
-        path for study in studies_in(results_dir) for path in sorted(study.glob(f"{run_id}*"))
-        if (path / "record.json").is_file()
-    ]  # fmt: skip
+    study, _, run_id = name.rpartition("/")
+    folder = study_folder(study, results_dir)
+    studies = studies_in(results_dir) if not study else [folder] if folder else []
+    wanted = re.fullmatch(r"[0-9a-f]{2,12}(\.\d+)?", run_id)
+    folders = [path for place in studies if wanted for path in sorted(place.glob(f"{run_id}*"))
+               if (path / "record.json").is_file()]  # fmt: skip
     exact = [path for path in folders if path.name == run_id]
     current = exact or [path for path in folders if "." not in path.name] or folders
     if not current:
         raise ValueError(
-            f"no study and no run in {results_dir} is called {run_id!r}; of the 12 hex digits of a run's id "
+            f"no study and no run in {results_dir} is called {name!r}; of the 12 hex digits of a run's id "
             "the first few are enough. python -m bench.report ls lists what there is."
         )
     if len(current) > 1:
         places = ", ".join(f"{path.parent.name}/{path.name}" for path in current[:5])
-        raise ValueError(f"{run_id!r} stands for {len(current)} runs ({places}, …); give more of the id, "
-                         "or another --results-dir.")  # fmt: skip
+        raise ValueError(f"{name!r} stands for {len(current)} runs: {places}{', …' * (len(current) > 5)}; "
+                         "name one of them so.")  # fmt: skip
     return [Run(current[0], read_record(current[0]))]

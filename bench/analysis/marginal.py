@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bench.analysis import quantities
 from bench.analysis.labels import OF_HYPERGRAPHS
-from bench.analysis.over_seeds import Summary, summary
+from bench.analysis.over_seeds import Interval, Summary, summary
+from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Configuration, Group, Run
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
@@ -20,12 +22,22 @@ class Cost:
     """What a configuration costs beside the same model with the mean coupler."""
 
     mean: Configuration
-    step_time_ratio: Summary
-    """Median step over the mean coupler's median step, by seed; of separate runs, not in turn."""
+    log_step_time_ratio: Summary
+    """ln of the median step over the mean coupler's median step, by seed; of separate runs, not in turn."""
     memory_bytes: float | None
     parameters: int | None
     flops_per_token: float | None
     """Of training."""
+
+    def step_time_ratio(self) -> float | None:
+        """Return the geometric mean over seeds of the ratio of step times, None where not measured."""
+        mean = self.log_step_time_ratio.mean
+        return None if mean is None else math.exp(mean)
+
+    def step_time_interval(self) -> Interval | None:
+        """Return the 95 % t interval of the ratio (of its logarithm), None for fewer than two seeds."""
+        found = self.log_step_time_ratio.interval
+        return None if found is None else (exp_or_infinity(found[0]), exp_or_infinity(found[1]))
 
 
 def any_measured(configuration: Configuration) -> Record | None:
@@ -48,7 +60,7 @@ def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
     if mean is None or mean is configuration:
         return None
     ours, theirs = (summary(one, quantities.median_step_seconds).values for one in (configuration, mean))
-    ratio = {seed: ours[seed] / theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+    ratio = {seed: math.log(ours[seed] / theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
     memory = [summary(one, quantities.peak_memory_bytes).mean for one in (configuration, mean)]
     records = [any_measured(one) for one in (configuration, mean)]
     sizes = [None if record is None else record["parameters"]["total"] for record in records]

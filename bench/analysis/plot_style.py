@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -30,7 +32,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 DPI = 150
 MAX_PIXELS = 20_000  # a side of the png; Agg refuses 65,536
-TITLE_SIZE, NAME_LENGTH = 10, 60
+TITLE_SIZE, NOTE_SIZE, NAME_LENGTH = 10, 8, 60
 STYLE = {
     "svg.hashsalt": "gnnmoe", "svg.fonttype": "path", "text.parse_math": False, "font.family": "DejaVu Sans",
     "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
@@ -51,24 +53,34 @@ class Plot:
 
     def files(self) -> dict[str, bytes]:
         """Return the contents of the svg, the png and the csv, by file name."""
-        svg, png, table = io.BytesIO(), io.BytesIO(), io.StringIO(newline="")
+        svg, png = io.BytesIO(), io.BytesIO()
         FigureCanvasAgg(self.figure)
-        settle(self.figure)
-        self.figure.savefig(svg, format="svg", metadata={"Date": None})
-        dpi = min(DPI, MAX_PIXELS / max(self.figure.get_size_inches()))
-        self.figure.savefig(png, format="png", dpi=dpi)
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerows([self.columns, *self.rows])
-        contents = (svg.getvalue(), png.getvalue(), table.getvalue().encode())
+        with plot_style():
+            settle(self.figure)
+            self.figure.savefig(svg, format="svg", metadata={"Date": None})
+            dpi = min(DPI, MAX_PIXELS / max(self.figure.get_size_inches()))
+            self.figure.savefig(png, format="png", dpi=dpi)
+        contents = (svg.getvalue(), png.getvalue(), self.data())
         return {f"{self.name}.{end}": data for end, data in zip(("svg", "png", "csv"), contents, strict=True)}
+
+    def data(self) -> bytes:
+        """Return the contents of the csv; nothing is drawn."""
+        table = io.StringIO(newline="")
+        csv.writer(table, lineterminator="\n").writerows([self.columns, *self.rows])
+        return table.getvalue().encode()
 
 
 def settle(figure: Figure) -> None:
-    """Lay the figure out, once: each later drawing would do it again, for half of the time."""
-    engine = figure.get_layout_engine()
+    """Lay the figure out, once: each later drawing would do it again, for half of the time.
+
+    It is done at the png's resolution: letters are a little wider or narrower at another one.
+    """
+    engine, own = figure.get_layout_engine(), figure.dpi
     if engine is not None:
+        figure.set_dpi(DPI)
         engine.execute(figure)
         figure.set_layout_engine("none")
+        figure.set_dpi(own)
 
 
 @contextmanager
@@ -86,18 +98,30 @@ def new_figure(record: Record, subject: str, width: float, height: float) -> Fig
     The header says what is shown (``subject``) and of which run, and warns where the numbers do
     not count or are not WikiText-2's.
     """
+    return headed_figure(subject, run_title(record), warnings_of(record), width, height)
+
+
+def headed_figure(
+    subject: str, title: str, warnings: Sequence[str], width: float, height: float, note: str = ""
+) -> Figure:
+    """Return an empty figure of ``width`` × ``height`` inches below a header of these texts.
+
+    ``title`` says whose numbers are shown and ``note`` how to read them; both are wrapped.
+    """
     points = 72 * (width - 0.2)
-    lines = [(subject, "black", "bold")]
-    lines += [(text, "black", "normal") for text in wrap(run_title(record), points)]
-    lines += [(text, VERMILLION, "bold") for text in wrap(" · ".join(warnings_of(record)), points, "bold")]
-    line = TITLE_SIZE * 1.35 / 72
-    header = line * len(lines) + 0.12
+    lines = [(subject, "black", "bold", TITLE_SIZE)]
+    lines += [(text, "black", "normal", TITLE_SIZE) for text in wrap(title, points)]
+    lines += [(text, VERMILLION, "bold", TITLE_SIZE) for text in wrap(" · ".join(warnings), points, "bold")]
+    lines += [(text, "#444444", "normal", NOTE_SIZE) for text in wrap(note, points, size=NOTE_SIZE)]
+    header = sum(size for *_, size in lines) * 1.35 / 72 + 0.12
     total = height + header
     figure = Figure(figsize=(width, total), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0, 1, height / total))  # pyright: ignore
-    for number, (text, colour, weight) in enumerate(lines):
-        y = 1 - (0.06 + number * line) / total
-        figure.text(0.08 / width, y, text, va="top", fontsize=TITLE_SIZE, color=colour, fontweight=weight)
+    top = 0.06
+    for text, colour, weight, size in lines:
+        figure.text(0.08 / width, 1 - top / total, text, va="top", fontsize=size, color=colour,
+                    fontweight=weight)  # fmt: skip
+        top += size * 1.35 / 72
     return figure
 
 
@@ -129,20 +153,22 @@ def printable(text: str) -> str:
     )
 
 
-def wrap(text: str, points: float, weight: str = "normal") -> list[str]:
-    """Return ``text`` in lines of at most ``points``, as wide as the title's letters really are."""
+@lru_cache(64)
+def wrap(text: str, points: float, weight: str = "normal", size: int = TITLE_SIZE) -> tuple[str, ...]:
+    """Return ``text`` in lines of at most ``points``, as wide as letters of ``size`` really are."""
     font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
-    font.set_size(TITLE_SIZE, 72)
+    font.set_size(size, 72)
 
     def width(line: str) -> float:
         font.set_text(line)
         return font.get_width_height()[0] / 64
 
-    for letters in range(len(text), 1, -1):
+    most = min(len(text), math.ceil(1.3 * points * len(text) / max(width(text), 1)))
+    for letters in range(most, 1, -1):
         lines = textwrap.wrap(text, letters)
         if all(width(line) <= points for line in lines):
-            return lines
-    return [text] * bool(text)
+            return tuple(lines)
+    return (text,) * bool(text)
 
 
 def warnings_of(record: Record) -> list[str]:
@@ -165,10 +191,18 @@ def step_axis(axes: Axes, steps: Sequence[int], margin: float = 0.0) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def log_ticks(axes: Axes, low: float, high: float) -> None:
-    """Make the y axis logarithmic from ``low`` to ``high`` with round ticks, in plain numbers."""
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
+def log_ticks(axes: Axes, low: float, high: float, axis: Literal["x", "y"] = "y") -> None:
+    """Make the y axis (or x) logarithmic from ``low`` to ``high`` with round ticks, in plain numbers."""
+    (axes.set_yscale if axis == "y" else axes.set_xscale)("log")
+    (axes.set_ylim if axis == "y" else axes.set_xlim)(low, high)
+    scale = axes.yaxis if axis == "y" else axes.xaxis
+    scale.set_major_locator(FixedLocator(round_ticks(low, high)))
+    scale.set_minor_locator(NullLocator())
+    scale.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Return the round numbers from ``low`` to ``high`` that suit a logarithmic scale."""
     ticks: list[float] = []
     for mantissas in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), ()):
         candidates = [m * 10.0**power for power in range(-12, 13) for m in mantissas]
@@ -176,9 +210,7 @@ def log_ticks(axes: Axes, low: float, high: float) -> None:
         ticks = [tick for tick in candidates if low <= tick <= high]
         if len(ticks) >= 4:
             break
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    return ticks
 
 
 def plain(value: float) -> str:

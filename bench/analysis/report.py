@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench.analysis.answers import Answered, answer_hypotheses
 from bench.analysis.comparison import Comparison, compare
 from bench.analysis.comparison_tables import comparison_table, pairs_table
 from bench.analysis.numbers import counted
 from bench.analysis.plot_style import Plot, plot_style
+from bench.analysis.run_data import read_record
 from bench.analysis.run_tables import failures_table, runs_table
-from bench.analysis.study import Study
+from bench.analysis.study import Study, load_study, text_warnings
 from bench.analysis.study_plots import study_plots
 from bench.analysis.tables import Table, statuses
 from bench.analysis.weights import WeightsReading, read_weights
 from bench.analysis.weights_figures import weights_plots
 from bench.analysis.words import verdict_sentences
-from bench.sweeps.hypotheses import Hypothesis
+from bench.sweeps.hypotheses import Hypothesis, stated
 from gnnmoe.naming import unknown_name
 
 
@@ -67,9 +70,7 @@ class Report:
 
     def warnings(self) -> list[str]:
         """Return what a reader must not miss."""
-        found = []
-        if any(group.embedded for group in self.study.groups):
-            found.append("NOT WIKITEXT-2: runs of this study are on the embedded text.")
+        found = text_warnings(self.study.groups)
         if len(self.sections) > 1:
             found.append(
                 f"{len(self.sections)} tables, since corpus, device, evaluation, or used batch and length "
@@ -89,11 +90,11 @@ def make_report(
     study: Study,
     reference: str | None = None,
     hypotheses: Sequence[Hypothesis] = (),
-    stated: str | None = None,
+    stated_at: str | None = None,
 ) -> Report:
     """Compare every group of a study, answer its hypotheses and make its tables.
 
-    ``reference`` is the label of a configuration, in the groups that have it; ``stated`` the UTC time at
+    ``reference`` is the label of a configuration, in the groups that have it; ``stated_at`` the UTC time at
     which the hypotheses were written down.
 
     Raises:
@@ -109,7 +110,7 @@ def make_report(
         sections.append(Section(suffix, comparison, comparison_table(comparison, suffix),
                                 pairs_table(comparison, suffix), read_weights(comparison)))  # fmt: skip
     answers = answer_hypotheses(hypotheses, study.groups)
-    when = _when(study, stated) if hypotheses else None
+    when = _when(study, stated_at) if hypotheses else None
     return Report(study, sections, answers, when, runs_table(study.groups),
                   failures_table(study.groups, study.unreadable))  # fmt: skip
 
@@ -127,13 +128,27 @@ def make_plots(report: Report) -> list[Plot]:
     return plots
 
 
-def _when(study: Study, stated: str | None) -> str:
-    if stated is None:
+def load_report(path: Path, reference: str | None = None, allow_unequal: bool = False) -> Report:
+    """Read the study in a folder and report on it, with the hypotheses that its sweep stated.
+
+    Raises:
+        ValueError: as ``load_study``, ``stated`` and ``make_report``.
+    """
+    hypotheses, when = stated(path)
+    return make_report(load_study(path, allow_unequal), reference, hypotheses, when)
+
+
+def _when(study: Study, time: str | None) -> str:
+    if time is None:
         return (
             "given to the report, not kept by the sweep: nothing shows that they were stated before the runs"
         )
-    starts = [run.record["time"].get("start") or "" for run in study.runs]
-    earlier = sum(bool(start) and start < stated for start in starts)
-    if not earlier:
-        return f"stated {stated}, before the first run"
-    return f"stated {stated}, when {earlier} of {counted(len(starts), 'run')} had started"
+    starts = [run.record["time"].get("start") for run in study.runs]
+    for path in study.path.glob("*.*/record.json"):  # runs that were set aside
+        with suppress(ValueError):
+            starts.append(read_record(path.parent)["time"].get("start"))
+    earlier = sum(start is None or start < time for start in starts)
+    order = "before the first run" if not earlier else (
+        f"when {earlier:,} of {counted(len(starts), 'run')} had started, or may have")  # fmt: skip
+    others = sorted(path.name for path in study.path.glob("hypotheses.*.json"))
+    return f"stated {time}, {order}" + (f"; others before: {', '.join(others)}" if others else "")

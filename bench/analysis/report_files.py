@@ -3,66 +3,71 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.analysis.page import figures_of_page, render_page
+from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
-from bench.records.store import cannot_write
+from bench.records.store import write_whole
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
 Options = dict[str, Any]
-"""What a report was made with: reference, allow_unequal, hypotheses and when they were stated."""
+"""What a report was made with: reference, allow_unequal, hypotheses, when stated; and its files' hashes."""
 
 
 def write_report(report: Report, options: Options, folder: Path, plots: bool = True) -> list[Path]:
-    """Write page, summary, tables and plots into ``folder``, in the place of an earlier report.
+    """Write page, summary, tables and plots into ``folder``; what an earlier report left over goes.
 
-    Everything is complete in a temporary folder beside it before the earlier one goes.
+    Each file is there whole or not at all, and nothing that no report wrote is touched.
 
     Raises:
         ValueError: the folder cannot be written, or holds what no report wrote.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / OPTIONS).is_file():
-        raise ValueError(f"{folder} holds files that no report wrote; choose another folder with --out.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; choose another with --out.")
+    earlier: dict[str, str] = {}
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / OPTIONS).is_file():
+            raise ValueError(f"{folder} holds files that no report wrote; choose another folder with --out.")
+        earlier = read_options(folder).get("files", {})
     drawn = {
         name: data for plot in (make_plots(report) if plots else []) for name, data in plot.files().items()
     }
-    files = {**text_files(report, options), PAGE: render_page(report, drawn)}
-    contents = {name: text.encode() for name, text in files.items()}
+    contents = {name: text.encode() for name, text in text_files(report).items()}
     contents |= {f"plots/{name}": data for name, data in drawn.items()}
+    contents[PAGE] = render_page(report, drawn).encode()
+    files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            made = Path(temporary) / "made"
-            for name, data in contents.items():
-                path = made / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-            earlier = Path(temporary) / "earlier"
-            if folder.exists():
-                folder.rename(earlier)
-            made.rename(folder)
-            for path in earlier.glob("*"):  # what others put there stays
-                if path.name not in ("tables", "plots") and not (folder / path.name).exists():
-                    path.rename(folder / path.name)
+        _write(folder / OPTIONS, {**options, "files": {**earlier, **files}})  # so that a rest is known
+        for name, data in contents.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / name, data)
+        for name in earlier.keys() - files.keys():
+            (folder / name).unlink(missing_ok=True)
+        _write(folder / OPTIONS, {**options, "files": files})
     except OSError as error:
-        raise ValueError(cannot_write(folder, error)) from error
-    return [folder / name for name in contents]
+        why = f"the report cannot be written to {folder} ({error.strerror})"
+        raise ValueError(f"{why}; choose another folder with --out.") from error
+    return [folder / name for name in files]
 
 
-def text_files(report: Report, options: Options) -> dict[str, str]:
-    """Return the contents of the summary, the options and every table, by path."""
+def _write(path: Path, options: Options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(options, indent=2) + "\n").encode())
+
+
+def text_files(report: Report) -> dict[str, str]:
+    """Return the contents of the summary and of every table, by path."""
     tables = {f"tables/{name}": text for table in report.tables for name, text in table.files().items()}
-    return {**tables, SUMMARY: _summary(report), OPTIONS: json.dumps(options, indent=2) + "\n"}
+    return {**tables, SUMMARY: _summary(report)}
 
 
 def read_options(folder: Path) -> Options:
@@ -80,24 +85,35 @@ def read_options(folder: Path) -> Options:
 
 
 def problems_of(report: Report, options: Options, folder: Path) -> list[str]:
-    """Return where the written report differs from its records, and records from their own losses."""
+    """Return where the written report differs from its records, and records from their own losses.
+
+    Tables, summary, the data of the plots and the page (with the drawings of the folder) are made again and
+    compared byte for byte; drawings are compared with the hash that was taken when they were written.
+    """
     found = [problem for run in report.study.runs for problem in _problems_of_run(run)]
-    for name, expected in text_files(report, options).items():
-        path = folder / name
-        written = path.read_text(encoding="utf-8") if path.is_file() else None
-        if written is None:
+    expected = {name: text.encode() for name, text in text_files(report).items()}
+    drawn = {
+        name.removeprefix("plots/"): folder / name for name in options["files"] if name.startswith("plots/")
+    }
+    if drawn:
+        expected |= {f"plots/{plot.name}.csv": plot.data() for plot in make_plots(report)}
+    there = {name: path.read_bytes() for name, path in drawn.items() if path.is_file()}
+    expected[PAGE] = render_page(report, there).encode()
+    for name, sha256 in options["files"].items():
+        if not (folder / name).is_file():
             found.append(f"{name} is missing")
-        elif written != expected:
-            found.append(f"{name}: {_first_difference(name, expected, written)}")
-    page = folder / PAGE
-    if not page.is_file():
-        return [*found, f"{PAGE} is missing"]
-    expected = figures_of_page(render_page(report, {}))
-    try:
-        written = figures_of_page(page.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return [*found, f"{PAGE}: {error}"]
-    return found if written == expected else [*found, f"{PAGE}: its figures are not those of the records"]
+        elif name not in expected and hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+            found.append(f"{name} is not what the report wrote")
+    for name, data in expected.items():
+        if (folder / name).is_file() and (written := (folder / name).read_bytes()) != data:
+            texts = (part.decode(errors="replace") for part in (data, written))
+            found.append(f"{name}: {_first_difference(name, *texts)}")
+    return found
+
+
+def runs_with_losses(report: Report) -> int:
+    """Return how many runs kept the losses by token that their records can be checked with."""
+    return sum((run.folder / "nll.npz").is_file() for run in report.study.runs)
 
 
 def _problems_of_run(run: Run) -> Iterator[str]:

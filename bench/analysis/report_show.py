@@ -77,5 +77,5 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
 
 
 def _wrapped(text: str, indent: str) -> str:
-    lines = text.split("\n")
+    lines = text.replace(" %", "\u00a0%").split("\n")  # a number and its sign stay on one line
     return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) if line else "" for line in lines)

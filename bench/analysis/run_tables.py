@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.analysis import quantities
 from bench.analysis.numbers import mebibytes, number
-from bench.analysis.study import Configuration, Group, Run
+from bench.analysis.study import Configuration, Group, Run, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
 from bench.measure.quantity import is_measured
 
@@ -17,7 +17,7 @@ def runs_table(groups: Sequence[Group]) -> Table:
     """Return one row a run, failed ones too."""
     rows = [(cells, _run_texts(cells)) for group in groups for found in group.configurations
             for run in found.runs for cells in [run_figures(run, found)]]  # fmt: skip
-    return make_table("runs", "Runs", rows)
+    return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
 def failures_table(groups: Sequence[Group], unreadable: Sequence[tuple[Path, str]]) -> Table:
@@ -30,7 +30,7 @@ def failures_table(groups: Sequence[Group], unreadable: Sequence[tuple[Path, str
                     rows.append(_failure(found.label, run.seed, run.record["run_id"], run.status,
                                          run.record["error"] or ""))  # fmt: skip
     rows += [_failure("", None, folder.name, "unreadable", why) for folder, why in unreadable]
-    return make_table("failures", "Runs that do not count", rows)
+    return make_table("failures", "Runs that do not count", rows, notes=text_warnings(groups))
 
 
 def run_figures(run: Run, configuration: Configuration) -> Cells:
@@ -69,7 +69,7 @@ def _run_texts(cells: Cells) -> Cells:
         "seed": str(cells["seed"]), "status": cells["status"], "perplexity": number(cells["perplexity"]),
         "tokens/s": number(cells["tokens_per_second"], 0),
         "peak memory": mebibytes(cells["peak_memory_bytes"]),
-        "batch asked / tuned / used": " / ".join("" if part is None else str(part) for part in batch),
+        "batch asked / tuned / used": " / ".join("–" if part is None else str(part) for part in batch),
         "seconds": number(cells["seconds"], 0), "code": cells["code"],
     }  # fmt: skip
 

@@ -56,9 +56,10 @@ class Table:
         numeric = "l" + "r" * (len(self.shown.columns) - 1)
         text = style.to_latex(hrules=True, column_format=numeric)
         notes = "\n".join(f"% {_plain_letters(note)}" for note in [self.caption, *self.notes])
+        text = f"{notes}\n{text}"
         for letter, command in TO_LATEX.items():
             text = text.replace(letter, command)
-        return f"{notes}\n{text}"
+        return text
 
 
 def make_table(name: str, caption: str, rows: Sequence[tuple[Cells, Cells]], **more: Any) -> Table:

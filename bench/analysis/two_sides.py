@@ -6,16 +6,23 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
 from bench.analysis import quantities
 from bench.analysis.comparison import Difference, difference_family
 from bench.analysis.find import find_runs, study_folder
-from bench.analysis.marginal import any_measured
 from bench.analysis.numbers import percent
-from bench.analysis.over_seeds import losses, summary
+from bench.analysis.over_seeds import summary
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.study import Configuration, Run, Setting, grouped, load_study
+from bench.analysis.setting import Setting
+from bench.analysis.study import Configuration, Run, grouped, load_study
+from bench.measure.quantity import is_measured
+from bench.records.schema import Record
 from gnnmoe.naming import unknown_name
+
+Quantity = Callable[[Record], float | None]
+Placed = tuple[Setting, Configuration]
+"""A configuration and the setting in which it was measured."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +34,20 @@ class Side:
     label: str | None
     """The one configuration that counts; None: all."""
 
-    def configurations(self, allow_unequal: bool) -> list[Configuration]:
-        """Return the configurations of this side."""
-        found = [one for group in grouped(self.runs, allow_unequal) for one in group.configurations]
-        return [one for one in found if self.label in (None, one.label)]
+    def configurations(self, allow_unequal: bool) -> list[Placed]:
+        """Return the configurations of this side; one of several devices is several."""
+        groups = grouped(self.runs, allow_unequal)
+        return [(group.setting, one) for group in groups for one in group.configurations
+                if self.label in (None, one.label)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compared:
+    """B less A, and what could not be compared."""
+
+    differences: list[Difference]
+    missing: list[str]
+    """In words: configurations of one side only, or without a common seed that counts."""
 
 
 def read_side(text: str, results_dir: Path) -> Side:
@@ -39,64 +56,65 @@ def read_side(text: str, results_dir: Path) -> Side:
     Raises:
         ValueError: nothing, or more than one run, has this name.
     """
-    study, colon, label = text.partition(":")
-    folder = study_folder(study, results_dir)
+    folder = study_folder(text, results_dir)
     if folder is not None:
-        runs = load_study(folder).runs
-        side = Side(text, runs, label or None)
-        known = [one.label for one in Side(text, runs, None).configurations(True)]
-        if label and label not in known:
-            raise ValueError(unknown_name(f"configuration of {study}", label, known))
-        return side
-    if colon:
-        raise ValueError(
-            f"there is no study {study!r} in {results_dir}; python -m bench.report ls lists them."
-        )
+        return Side(text, load_study(folder).runs, None)
+    for colon in (place for place, letter in enumerate(text) if letter == ":"):
+        study, label = text[:colon], text[colon + 1 :]
+        folder = study_folder(study, results_dir)
+        if folder is not None:
+            runs = load_study(folder).runs
+            known = [one.label for _, one in Side(text, runs, None).configurations(True)]
+            if label not in known:
+                raise ValueError(unknown_name(f"configuration of {study}", label, known))
+            return Side(text, runs, label)
+    if ":" in text:
+        raise ValueError(f"there is no study {text.partition(':')[0]!r} in {results_dir}; "
+                         "python -m bench.report ls lists them.")  # fmt: skip
     return Side(text, find_runs(text, results_dir), None)
 
 
-def compare_sides(first: Side, second: Side, allow_unequal: bool = False) -> list[Difference]:
+def compare_sides(first: Side, second: Side, allow_unequal: bool = False) -> Compared:
     """Return B less A for every configuration that both have, or for the one that each side names.
 
     Raises:
-        ValueError: the sides have no configuration in common, or corpus, device, evaluation, used batch or
-            length differ (the last three pass with ``allow_unequal``).
+        ValueError: nothing can be compared: no configuration or no seed is in common, or corpus, device,
+            evaluation, used batch or length differ (the last three pass with ``allow_unequal``).
     """
-    pairs = _pairs(*(side.configurations(allow_unequal) for side in (first, second)))
-    if not pairs:
-        raise ValueError(
-            f"{first.name} and {second.name} have no configuration in common; "
-            "name one of each: STUDY:CONFIGURATION."
+    ours, theirs = (side.configurations(allow_unequal) for side in (first, second))
+    pairs, missing = _pairs(
+        ours, theirs, named=bool(first.label and second.label) or len(ours) == len(theirs) == 1
+    )
+    differences = difference_family([(other, one) for one, other in pairs])
+    found = [(difference.reference, difference.candidate) for difference in differences]
+    missing += [f"{one.label}: no seed counts on both sides" for one, other in pairs
+                if not any(one is a and other is b for a, b in found)]  # fmt: skip
+    if not differences:
+        why = (
+            "; ".join(missing)
+            or "they have no configuration in common; name one of each: STUDY:CONFIGURATION"
         )
-    for ours, theirs in pairs:
-        _refuse_unequal(ours, theirs, allow_unequal)
-    found = difference_family([(theirs, ours) for ours, theirs in pairs])
-    if not found:
-        raise ValueError(
-            f"{first.name} and {second.name} have no seed in common whose runs ended ok on both sides."
-        )
-    return found
+        hint = "" if allow_unequal else " (--allow-unequal lets evaluation, batch and length differ)"
+        raise ValueError(f"{first.name} and {second.name} cannot be compared: {why}{hint}.")
+    return Compared(differences, missing)
 
 
 def _pairs(
-    ours: Sequence[Configuration], theirs: Sequence[Configuration]
-) -> list[tuple[Configuration, Configuration]]:
-    if len(ours) == len(theirs) == 1:
-        return [(ours[0], theirs[0])]
-    return [(one, other) for one in ours for other in theirs if one.settings == other.settings]
-
-
-def _refuse_unequal(ours: Configuration, theirs: Configuration, allow_unequal: bool) -> None:
-    settings = [
-        Setting.of(run.record, allow_unequal) for one in (ours, theirs) for run in one.runs if run.counts
-    ]
-    for other in settings[1:]:
-        if not settings[0].fits(other):
-            hint = "" if allow_unequal else "; --allow-unequal lets evaluation, batch and length differ"
-            raise ValueError(
-                f"{ours.label} and {theirs.label} cannot be compared: {settings[0].words()}, "
-                f"against {other.words()}{hint}."
-            )
+    ours: Sequence[Placed], theirs: Sequence[Placed], named: bool
+) -> tuple[list[tuple[Configuration, Configuration]], list[str]]:
+    """Return A and B of every comparison, and in words what has no partner that it may be compared with."""
+    pairs, missing, taken = [], [], set()
+    for setting, one in ours:
+        partners = [(place, other) for place, other in theirs if named or other.settings == one.settings]
+        fitting = [other for place, other in partners if place.fits(setting)]
+        taken |= {id(other) for _, other in partners}
+        pairs += [(one, other) for other in fitting]
+        if not partners:
+            missing.append(f"{one.label}: only in A")
+        elif not fitting:
+            missing.append(f"{one.label} in {setting.words()}, against {partners[0][0].words()}")
+    missing += [f"{other.label}: only in B" for _, other in theirs if id(other) not in taken]
+    return pairs, missing
 
 
 @dataclass(frozen=True)
@@ -132,34 +150,40 @@ class Limit:
         return fails, f"{limit}: {self.quantity} {percent(ratio, 2)}, {'FAILS' if fails else 'passes'}"
 
 
-def _ratio_of(quantity: Callable[..., float | None]) -> Callable[[Difference], float | None]:
+def measured(difference: Difference, quantity: Quantity) -> tuple[float, float] | None:
+    """Return the geometric means of A and B over the seeds that both have; None where not measured."""
+    ours, theirs = (summary(one, quantity).values for one in (difference.reference, difference.candidate))
+    seeds = [seed for seed in difference.by_seed if seed in ours and seed in theirs]
+    if not seeds:
+        return None
+    return geometric_mean(ours[seed] for seed in seeds), geometric_mean(theirs[seed] for seed in seeds)
+
+
+def _ratio_of(quantity: Quantity) -> Callable[[Difference], float | None]:
     def ratio(difference: Difference) -> float | None:
-        ours, theirs = (summary(one, quantity) for one in (difference.reference, difference.candidate))
-        return theirs.mean / ours.mean if ours.mean and theirs.mean is not None else None
+        found = measured(difference, quantity)
+        return None if found is None else found[1] / found[0]
 
     return ratio
 
 
-def _parameters(difference: Difference) -> float | None:
-    ours, theirs = (any_measured(one) for one in (difference.reference, difference.candidate))
-    if ours is None or theirs is None:
-        return None
-    return theirs["parameters"]["total"] / ours["parameters"]["total"]
+def parameters(record: Record) -> float | None:
+    """Return the number of parameters of the model."""
+    counts = record["parameters"]
+    return counts["total"] if is_measured(counts) else None
 
 
 def _perplexity(difference: Difference) -> float | None:
     return exp_or_infinity(difference.paired.mean)
 
 
-def _test_perplexity(difference: Difference) -> float | None:
-    ours, theirs = (losses(one, "test").values for one in (difference.reference, difference.candidate))
-    seeds = ours.keys() & theirs.keys()
-    return exp_or_infinity(sum(theirs[s] - ours[s] for s in seeds) / len(seeds)) if seeds else None
-
-
+MEASURED: dict[str, Quantity] = {
+    "test_ppl": lambda record: quantities.perplexity(record, "test"),
+    "tokens/s": quantities.tokens_per_second,
+    "step_time": quantities.median_step_seconds,
+    "memory": quantities.peak_memory_bytes,
+    "parameters": parameters,
+}
 QUANTITIES: dict[str, Callable[[Difference], float | None]] = {
-    "ppl": _perplexity, "test_ppl": _test_perplexity, "parameters": _parameters,
-    "tokens/s": _ratio_of(quantities.tokens_per_second),
-    "step_time": _ratio_of(quantities.median_step_seconds),
-    "memory": _ratio_of(quantities.peak_memory_bytes),
+    "ppl": _perplexity, **{name: _ratio_of(quantity) for name, quantity in MEASURED.items()},
 }  # fmt: skip

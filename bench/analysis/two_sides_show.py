@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable
 from statistics import fmean
 
 from rich.console import Console
@@ -11,31 +11,39 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.comparison import Difference
-from bench.analysis.numbers import number, p_value, percent, signed, span
+from bench.analysis.numbers import mebibytes, number, p_value, percent, signed, span
 from bench.analysis.over_seeds import losses
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Configuration
-from bench.analysis.two_sides import QUANTITIES, Side
+from bench.analysis.two_sides import MEASURED, Compared, Side, measured
 
 WIDTH = 80
+FORMATS: dict[str, Callable[[float], str]] = {
+    "tokens/s": lambda value: number(value, 0), "step_time": lambda value: f"{number(1e3 * value, 1)} ms",
+    "memory": mebibytes, "parameters": lambda value: number(value, 0),
+}  # fmt: skip
+SHOWN = {name: (quantity, FORMATS.get(name, number)) for name, quantity in MEASURED.items()}
 
 
-def print_differences(first: Side, second: Side, differences: Sequence[Difference], console: Console) -> None:
+def print_differences(first: Side, second: Side, compared: Compared, console: Console) -> None:
     """Print for each pair the perplexities, the paired difference with its verdict, and what it costs."""
     console.print(f"A: {first.name}\nB: {second.name}", markup=False)
-    for difference in differences:
+    count = len(compared.differences)
+    width = min(WIDTH, console.width)
+    for difference in compared.differences:
         console.print()
         console.print(_title(difference), style="bold", markup=False)
-        table = Table(width=WIDTH, box=None, padding=(0, 1, 0, 0), show_edge=False)
+        table = Table(width=width, box=None, padding=(0, 1, 0, 0), show_edge=False)
         for name in ("", "A", "B", "B over A"):
             table.add_column(name, justify="left" if name in ("", "B over A") else "right", overflow="fold")
         for row in _rows(difference):
             table.add_row(*map(escape, row))
         console.print(table)
-        verdict = f"B is {difference.verdict.words()}; p {p_value(difference.p_adjusted)}"
-        if len(differences) > 1:
-            verdict += f" after Holm over {len(differences)} comparisons"
-        console.print(textwrap.fill(verdict, WIDTH), markup=False)
+        verdict = f"B is {difference.verdict.words()}; p {p_value(difference.p_adjusted)}, "
+        verdict += f"after Holm over {count} comparisons" if count > 1 else "of this one comparison alone"
+        console.print(textwrap.fill(verdict, width), markup=False)
+    for text in compared.missing:
+        console.print(textwrap.fill(f"not compared: {text}", width), style="bold yellow", markup=False)
 
 
 def _title(difference: Difference) -> str:
@@ -51,10 +59,10 @@ def _rows(difference: Difference) -> list[list[str]]:
              percent(exp_or_infinity(paired.mean), 2)],
             ["loss (nats)", *(number(mean, 4) for mean in means),
              f"{signed(paired.mean)} {span(paired.interval, 4, sign=True)}"]]  # fmt: skip
-    for name, ratio in QUANTITIES.items():
-        found = ratio(difference)
-        if name != "ppl" and found is not None:
-            rows.append([name, "", "", percent(found, 2)])
+    for name, (quantity, show) in SHOWN.items():
+        found = measured(difference, quantity)
+        if found is not None:
+            rows.append([name, *map(show, found), percent(found[1] / found[0], 2)])
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.analysis.comparison import Comparison, Row
 from bench.analysis.marginal import Cost
-from bench.analysis.numbers import counted, mebibytes, number, p_value, percent, perplexities, signed, span
+from bench.analysis.numbers import counted, mebibytes, p_value, percent, perplexities, signed, span
 from bench.analysis.quantities import exp_or_infinity
 from bench.sweeps.seeds import seeds_needed
 
@@ -12,17 +12,29 @@ from bench.sweeps.seeds import seeds_needed
 def verdict_sentences(comparison: Comparison) -> list[str]:
     """Return what is known of every configuration beside the reference, and what can be known at all."""
     sentences = [_sentence(row, comparison) for row in comparison.rows if row.against is not None]
-    best = comparison.best()
-    if best is not None:
-        sentences.insert(0, f"{best.label} is better than every other configuration beyond the noise.")
-    elif len(comparison.rows) > 2:
-        sentences.insert(0, "No configuration is better than every other one beyond the noise.")
+    sentences = [*_about_best(comparison), *sentences]
     missing = [row.configuration.label for row in comparison.rows
                if row.against is None and row.configuration is not comparison.reference]  # fmt: skip
     if missing:
         sentences.append(f"Not compared, without a seed that counts in common: {', '.join(missing)}.")
     few = _too_few(comparison)
     return [*sentences, few] if few else sentences
+
+
+def _about_best(comparison: Comparison) -> list[str]:
+    """Return whether one configuration beats all others, or why that cannot be told."""
+    best = comparison.best()
+    if best is not None:
+        return [f"{best.label} is better than every other configuration beyond the noise."]
+    seeds = [pair.paired.n for pair in comparison.pairs]
+    if len(comparison.rows) <= 2 or _too_few(comparison):
+        return []
+    among = len(comparison.pairs) - comparison.comparisons
+    if max(seeds) < seeds_needed(among):
+        return [f"With {counted(max(seeds), 'seed')} no single best can be named, only differences from "
+                f"{comparison.reference.label}: {seeds_needed(among)} are needed for the "
+                f"{counted(among, 'comparison')} among the others."]  # fmt: skip
+    return ["No configuration is better than every other one beyond the noise."]
 
 
 def _sentence(row: Row, comparison: Comparison) -> str:
@@ -53,11 +65,10 @@ def _cost(cost: Cost | None) -> str:
     if cost is None:
         return ""
     parts = []
-    time = cost.step_time_ratio
-    if time.mean is not None:
-        ends = time.interval
+    time, ends = cost.step_time_ratio(), cost.step_time_interval()
+    if time is not None:
         about = f" ({percent(ends[0], 0)} to {percent(ends[1], 0)})" if ends else ""
-        parts.append(f"{percent(time.mean, 0)} time a step{about}")
+        parts.append(f"{percent(time, 0)} time a step{about}")
     if cost.memory_bytes is not None:
         parts.append(f"{mebibytes(cost.memory_bytes, sign=True)} of memory")
     if cost.parameters is not None:
@@ -73,5 +84,6 @@ def _too_few(comparison: Comparison) -> str:
     seeds = [row.against.paired.n for row in comparison.rows if row.against is not None]
     if not seeds or max(seeds) >= seeds_needed(count):
         return ""
-    return (f"With {counted(max(seeds), 'seed')} no difference can be told from noise here: "
-            f"{counted(count, 'comparison')} at p ≤ 0.05 take {number(seeds_needed(count), 0)}.")  # fmt: skip
+    have, need = counted(max(seeds), "seed"), seeds_needed(count)
+    return (f"With {have} no difference can be told from noise here: {need} are needed for "
+            f"{counted(count, 'comparison')} at p ≤ 0.05.")  # fmt: skip

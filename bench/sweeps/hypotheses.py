@@ -130,7 +130,7 @@ def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
             path.rename(path.with_suffix(f".{number}.json"))
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         text = json.dumps({"stated": now, "hypotheses": [asdict(found) for found in hypotheses]}, indent=2)
-        write_whole(path, text.encode())
+        write_whole(path, f"{text}\n".encode())
     except OSError as error:
         raise ValueError(cannot_write(path, error)) from error
 

@@ -48,19 +48,17 @@ def execute(
     again: str = "the same command",
     console: Console | None = None,
     command: Command | None = None,
-    before: Callable[[], None] | None = None,
+    before: Callable[[], object] = lambda: None,
 ) -> SweepResult:
     """Do all runs that are not done, in their order, and return what became of each.
 
     ``places`` are flags for every child (data folder, device, …), ``again`` the command that goes on
     after an interruption, ``command`` what runs a child in place of ``python -m bench.run``, ``before``
-    what is done before the first run, when no other sweep is at the study. With ``wait``, another sweep
-    of the same study is waited for. SIGINT or SIGTERM starts nothing more and
-    lets the children save their state; a second one ends them at once. To be called from the main thread.
+    what is done before the first run, when no other sweep is at the study. With ``wait``, one is waited for.
+    SIGINT or SIGTERM starts nothing more and lets the children save their state; a second ends them at once.
 
     Raises:
-        ValueError: another sweep is at the study, the results cannot be written, or a record is from a
-            newer version; nothing was started.
+        ValueError: another sweep is at it, results cannot be written, or a record is newer; nothing started.
     """
     choices, began = choices or Choices(), time.monotonic()
     once = list({run.run_id: run for run in runs}.values())
@@ -73,8 +71,7 @@ def execute(
         sweep_lock(results_dir / study, wait, display.line, lambda: signals.count > 0) as held,
     ):
         if held:
-            if before is not None:
-                before()
+            before()
             _Work(result, executor, choices, command, display, signals, began).do()
         else:
             result.stopped = "signal"

@@ -35,11 +35,13 @@ class MeanLinearCoupler(Coupler):
     def __init__(self, config: GNNMoEConfig) -> None:
         super().__init__(config)
         D = config.embed_dim
-        self.maps = nn.Sequential(*(nn.Linear(D, D) for _ in range(config.gnn_layers)))
-        for layer in self.maps:
+        self.maps = nn.Sequential()
+        for _ in range(config.gnn_layers):  # at one seed the very numbers that the hypergraph stack draws
+            layer = nn.utils.skip_init(nn.Linear, D, D)
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+            self.maps.append(layer)
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""

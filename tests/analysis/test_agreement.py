@@ -70,9 +70,6 @@ def test_the_fast_statistic_is_the_mean_tau(seeds, members, random):
     lengths = (np.ptp(weights, axis=1) > 0).sum()
     expected = lengths + seeds * (seeds - 1) * mean_tau(weights)
     assert module._kendall(weights[:, :, None]) == pytest.approx(expected, abs=1e-9)
-    rho = [np.nan_to_num(np.corrcoef(a, b)[0, 1]) for a, b in itertools.combinations(weights, 2)
-           if np.ptp(a) and np.ptp(b)]  # fmt: skip
-    assert module._spearman(weights[:, :, None]) == pytest.approx(lengths + 2 * sum(rho), abs=1e-9)
     result = agreement(weights)
     if lengths < 2:
         assert result is None
@@ -121,8 +118,9 @@ def test_ranks_stand_in_where_there_are_many_members(monkeypatch):
     assert 0.2 < by_tau < 0.5
     assert by_rank == pytest.approx(by_tau, abs=0.1)
     assert by_rank != by_tau
+    monkeypatch.setattr(module, "MAX_KENDALL_MEMBERS", 64)
     monkeypatch.setattr(module, "RANKS_AT_ONCE", 40 * 5 * 300)  # six parts, and a rest
-    assert found(weights).p == pytest.approx(by_rank, abs=0.05)
+    assert found(weights).p == pytest.approx(by_tau, abs=0.05)
 
 
 def test_what_has_no_order():

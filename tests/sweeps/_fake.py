@@ -108,11 +108,12 @@ class Study:
         grace: float = 60.0,
         wait: bool = False,
         command: Callable[[PlannedRun], Sequence[str]] | None = None,
+        before: Callable[[], object] = lambda: None,
         **choices: Any,
     ) -> SweepResult:
         return execute(
             runs, LocalExecutor([{}] * slots, grace), results_dir=self.results, study=self.name, wait=wait,
-            choices=Choices(**choices), command=command or self.command,
+            choices=Choices(**choices), command=command or self.command, before=before,
             console=Console(file=self.output, width=80, highlight=False),
         )  # fmt: skip
 

@@ -146,7 +146,7 @@ def test_the_seeds_that_comparisons_need(configurations, needed):
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_ready_files_can_be_planned(path, places, capsys):
-    if path.stem == "hypotheses":
+    if path.stem.startswith("hypotheses"):
         return
     assert main([str(path), "--dry-run", "--data-dir", places["data_dir"]]) == 0
     assert f"{len(load_sweep(path).runs):,} runs: 0 done" in capsys.readouterr().out

@@ -125,6 +125,17 @@ def test_a_second_sweep_on_the_folder_leaves_or_waits(study):
         assert study.sweep(study.runs("ok"), wait=True).exit_status == 130
 
 
+def test_what_comes_before_the_runs_is_done_by_the_sweep_that_may_run(study):
+    """Hypotheses are stated before the first run, and not by a sweep that is refused."""
+    told: list[list[str]] = []
+    with hold(study), pytest.raises(ValueError, match="another sweep"):
+        study.sweep(study.runs("ok"), before=lambda: told.append(study.calls()))
+    assert told == []
+    study.sweep(study.runs("ok"), before=lambda: told.append(study.calls()))
+    assert told == [[]], "nothing had started"
+    assert study.calls() == ["run0"]
+
+
 def test_a_run_that_another_process_is_at_is_waited_for(study):
     """As after kill -9, when an orphan still saves its state; other runs start meanwhile."""
     lock = RunFolder(study.results, study.name, "run0").locked()

@@ -1,0 +1,144 @@
+"""Where the runs of a study come from: their environments, code and data, each kind once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.analysis.numbers import number
+from bench.analysis.study import Run
+from bench.measure.quantity import is_measured
+from bench.records.schema import Record
+
+CODE = ("code_sha256", "git_commit", "git_changes_sha256")
+MEASURED = ("parameters", "flops", "quality", "speed", "memory", "communication")
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An environment, a state of the code or a corpus that some runs share."""
+
+    key: str
+    """Of its anchor: environment-1."""
+    words: str
+    """What it is, in a line."""
+    facts: Facts
+    runs: int
+    identity: str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the page says of one run beside its row."""
+
+    run_id: str
+    name: str
+    configuration: str
+    status: str
+    command: str
+    error: str | None
+    kinds: list[tuple[str, Kind]]
+    """Environment, code and data."""
+    facts: Facts
+
+
+def kinds_of(runs: Sequence[Run], key: str) -> list[Kind]:
+    """Return the kinds of ``environment``, ``code`` or ``data`` that runs have, the most frequent first."""
+    found: dict[str, tuple[Any, int]] = {}
+    for run in runs:
+        part = _part(run.record, key)
+        identity = _identity(part)
+        found[identity] = part, found.get(identity, (part, 0))[1] + 1
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    return [Kind(f"{key}-{place}", _words(part, key), list(_flat(part)), count, identity)
+            for place, (identity, (part, count)) in enumerate(ordered, 1)]  # fmt: skip
+
+
+def run_facts(run: Run, configuration: str, kinds: Mapping[str, Sequence[Kind]]) -> RunFacts:
+    """Return what is known of one run; ``kinds`` are those of all runs."""
+    record, identities = run.record, {key: _identity(_part(run.record, key)) for key in kinds}
+    own = [(key, next(kind for kind in found if kind.identity == identities[key]))
+           for key, found in kinds.items()]  # fmt: skip
+    return RunFacts(
+        run_id=record["run_id"], name=record["run_name"] or "", configuration=configuration,
+        status=run.status, command=record["command"], error=record["error"], kinds=own, facts=_facts(run),
+    )  # fmt: skip
+
+
+def gate_words(record: Record) -> str:
+    """Return the gate's verdict, with what did not pass."""
+    gate = record["gate"]
+    if not is_measured(gate):
+        return f"no verdict: {gate['reason']}" if gate else "no verdict"
+    failed = [f"{name}: {check.get('detail', '')}" for name, check in gate["checks"].items()
+              if not check.get("passed")]  # fmt: skip
+    if gate["passed"]:
+        return f"passed: {', '.join(gate['checks'])}"
+    return f"FAILED: {'; '.join(failed) or 'no check says why'}"
+
+
+def _facts(run: Run) -> Facts:
+    record, time = run.record, run.record["time"]
+    seconds = (time.get("seconds") or {}).get("total")
+    started = ", ".join(filter(None, (time.get("start"), seconds and f"{number(seconds, 1)} s")))
+    loss, test, used = run.loss(), run.loss("test"), record["used"]
+    found = [
+        ("name", record["run_name"]), ("started", started),
+        ("loss on validation", loss and f"{loss:.6f} nats a token"),
+        ("loss on test", test and f"{test:.6f} nats a token"),
+        ("steps", number(used["steps"], 0) if is_measured(used) else None),
+        ("gate", gate_words(record)), ("not measured", _not_measured(record)),
+    ]  # fmt: skip
+    return [(name, str(text)) for name, text in found if text]
+
+
+def _not_measured(record: Record) -> str:
+    """Return what was not measured, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for key in MEASURED:
+        if not is_measured(record[key]):
+            reason = (record[key] or {}).get("reason") or "no reason is known"
+            by_reason.setdefault(reason, []).append(key)
+    return "; ".join(f"{', '.join(keys)}: {reason}" for reason, keys in by_reason.items())
+
+
+def _part(record: Record, key: str) -> Any:
+    if key == "data":
+        return record["data"]
+    environment = record["environment"]
+    if not is_measured(environment):
+        return environment
+    return {name: value for name, value in environment.items() if (name in CODE) == (key == "code")}
+
+
+def _identity(part: Any) -> str:
+    return json.dumps(part, sort_keys=True, default=str)
+
+
+def _words(part: Any, key: str) -> str:
+    if not is_measured(part):
+        return f"not known: {(part or {}).get('reason') or 'no reason is known'}"
+    if key == "data":
+        names = [part.get("name"), part.get("config_name"), part.get("verdict") and f"({part['verdict']})"]
+        return " ".join(str(name) for name in names if name) + f", sha256 {part.get('sha256') or 'not known'}"
+    if key == "code":
+        dirty = ", with changes" if part.get("git_changes_sha256") else ""
+        commit = part.get("git_commit")
+        return f"sha256 {part.get('code_sha256')}" + (f", commit {commit[:12]}{dirty}" if commit else "")
+    torch = (part.get("packages") or {}).get("torch")
+    return f"{part.get('device_name')}, Python {part.get('python')}, torch {torch}"
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the names and texts of nested values, None as "none"."""
+    if isinstance(value, dict) and value and is_measured(value):
+        for key, item in value.items():
+            yield from _flat(item, f"{name} {key}".strip())
+    elif isinstance(value, dict) and value:
+        yield name or "value", f"not measured: {value['reason']}"
+    else:
+        text = "none" if value is None or value == {} else number(value, 0) if type(value) is int else value
+        yield name, str(text)

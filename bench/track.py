@@ -1,0 +1,170 @@
+"""A run in TensorBoard while it trains (``--track tensorboard``): what fails there is a note, no more.
+
+Nothing here is ever read again: records, tables and plots come from the run's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.analysis import quantities
+from bench.measure.quantity import is_measured
+from bench.prepare import Prepared
+from bench.records.schema import Record
+from bench.training.communication import CommunicationTrace
+from gnnmoe.layer import GNNMoELayer
+from gnnmoe.model import GNNMoEModel
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FOLDER = "tensorboard"
+WEIGHTS, MIXING = "hyperedge_weights", "mixing"
+RESULTS: dict[str, Callable[[Record], float | None]] = {
+    "validation perplexity": quantities.perplexity,
+    "test perplexity": lambda record: quantities.perplexity(record, "test"),
+    "tokens a second": quantities.tokens_per_second,
+    "median step (s)": quantities.median_step_seconds,
+    "peak memory (bytes)": quantities.peak_memory_bytes,
+}
+
+
+class Tracker:
+    """Writes a run's numbers into ``tensorboard`` in its folder as they come; nothing where not asked to.
+
+    By step ``train/loss``, ``train/learning_rate`` and ``train/gradient_norm``; by evaluation
+    ``validation/loss`` (nats a token), ``validation/perplexity``, ``hyperedge_weights/layer_0/{0,2}`` and
+    ``mixing/layer_0/E0``; as text ``config`` and ``result``. A disk that refuses ends this with a note.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._folder = prepared.folder.path / FOLDER
+        self._writer: SummaryWriter | None = None
+        self._begun, self._failed = False, False
+        self._members: dict[str, list[str]] = {}
+
+    def begin(self, model: GNNMoEModel, trace: CommunicationTrace, done_steps: int) -> None:
+        """Go on after ``done_steps`` steps, and write what is known by then and not there yet.
+
+        Of an earlier attempt in the same folder, the events after these steps no longer count.
+        """
+        if self._prepared.config.places.track is None:
+            return
+        for number, layer in enumerate(model.layers):
+            assert isinstance(layer, GNNMoELayer)
+            self._members[f"layer_{number}"] = layer.coupler.member_names().get(WEIGHTS, [])
+        self._begun = True
+        earlier = any(self._folder.glob("events.*"))
+        going_on = earlier and done_steps > 0
+        self._open(purge_step=None if not earlier else done_steps + 1 if going_on else 0)
+        if not going_on:
+            self._do(lambda writer: self._catch_up(writer, trace))
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Show a row of the history."""
+        self._do(lambda writer: _add_row(writer, row))
+
+    def sample(self, trace: CommunicationTrace) -> None:
+        """Show the last sample of the couplers' weights."""
+        self._do(lambda writer: self._add_sample(writer, trace.arrays(), -1))
+
+    def flush(self) -> None:
+        """Have everything on the disk: what goes on from a checkpoint saved after this lacks nothing."""
+        self._do(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        """Write what is left; from here on nothing goes on in the background."""
+        self._do(lambda writer: writer.close())
+        self._writer = None
+
+    def finish(self, record: Record) -> None:
+        """Add the ``result`` as text, but for a run that can be continued."""
+        if not self._begun or record["status"] == "interrupted":
+            return
+        steps = record["used"]["steps"] if is_measured(record["used"]) else 0
+        self._open()
+        self._do(lambda writer: writer.add_text("result", _table(record), steps))
+        self.close()
+
+    def _open(self, purge_step: int | None = None) -> None:
+        if not self._failed:
+            if not isinstance(threading.excepthook, _Quiet):
+                threading.excepthook = _Quiet(threading.excepthook)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
+            except Exception as error:
+                self._give_up(error)
+
+    def _do(self, action: Callable[[SummaryWriter], None]) -> None:
+        if self._writer is not None:
+            try:
+                action(self._writer)
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._writer, self._failed = None, True
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"note: nothing more is written for TensorBoard ({why}); the run goes on", file=sys.stderr)
+
+    def _catch_up(self, writer: SummaryWriter, trace: CommunicationTrace) -> None:
+        writer.add_text("config", _code(self._prepared.record_config), 0)
+        for line in self._prepared.folder.read_history().splitlines():
+            _add_row(writer, json.loads(line))
+        arrays = trace.arrays()
+        for place in range(len(arrays["step"])):
+            self._add_sample(writer, arrays, place)
+
+    def _add_sample(self, writer: SummaryWriter, arrays: dict[str, np.ndarray], place: int) -> None:
+        for key, values in arrays.items():
+            layer, _, part = key.partition(".")
+            if part in (WEIGHTS, MIXING) and values.ndim == 2:
+                found = values[place].tolist()
+                names = self._members[layer] if part == WEIGHTS else []
+                for name, value in zip(names or [f"E{e}" for e in range(len(found))], found, strict=True):
+                    writer.add_scalar(f"{part}/{layer}/{name}", value, int(arrays["step"][place]))
+
+
+def _add_row(writer: SummaryWriter, row: dict[str, Any]) -> None:
+    if row["kind"] == "train":
+        values = {name: row[name] for name in ("loss", "learning_rate", "gradient_norm")}
+    else:
+        loss = row["nll_sum"] / row["tokens"]
+        values = {"loss": loss, "perplexity": quantities.exp_or_infinity(loss)}
+    for name, value in values.items():
+        writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+
+def _table(record: Record) -> str:
+    """Return the end of a run as a table in Markdown; what was not measured is left out."""
+    found = {name: quantity(record) for name, quantity in RESULTS.items()}
+    if is_measured(record["parameters"]):
+        found["parameters"] = record["parameters"]["total"]
+    rows = [f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:,.6g} |"
+            for name, value in found.items() if value is not None]  # fmt: skip
+    return "\n".join(["| quantity | value |", "|---|---|", f"| status | {record['status']} |", *rows])
+
+
+def _code(value: dict[str, Any]) -> str:
+    """Return JSON as a block of code, in which Markdown reads nothing."""
+    return "\n".join(f"    {line}" for line in json.dumps(value, indent=2, ensure_ascii=False).splitlines())
+
+
+class _Quiet:
+    """Lets a writer's thread die without a traceback: the next call into the writer raises the same."""
+
+    def __init__(self, before: Callable[[threading.ExceptHookArgs], Any]) -> None:
+        self.before = before
+
+    def __call__(self, arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            self.before(arguments)

@@ -1,0 +1,244 @@
+"""Made studies: folders of runs as a sweep would write them, in a second for hundreds of runs.
+
+``made_study(tmp_path / "study", {"mean": 0.0, "HGNN all_triplets": -0.05}, seeds=8)`` writes two
+configurations of eight runs each, whose expected losses differ by 0.05 nats; ``load_study`` reads it.
+Everything follows from the arguments: the same call writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.config import RunConfig
+from bench.measure.quantity import not_measured
+from bench.records.schema import Record, config_dict, new_record
+from tests.analysis._made_traces import (
+    BATCH,
+    LENGTH,
+    Made,
+    Plan,
+    communication,
+    history_text,
+    random_of,
+    write_arrays,
+)
+
+COUPLERS = {"mean": 0.0, "gate": -0.002, "topk": 0.002, "GNN": 0.02, "HGNN all_pairs": -0.05,
+            "HGNN all_triplets": -0.01}  # fmt: skip
+COSTS = {"mean": 0.0, "gate": 0.02, "topk": 0.03, "GNN": 0.4, "HGNN": 0.15}
+"""Share of the step of the mean coupler's model that a coupler adds; 0.1 for any other."""
+UNIGRAM, TRIGRAM = 6.8436, 5.4021  # nats a token
+LATER = ("quality", "speed", "memory", "communication")
+SHA = hashlib.sha256(b"made").hexdigest()
+
+
+def made_study(
+    folder: Path, couplers: Mapping[str, float] = COUPLERS, *,
+    seeds: int | Sequence[int] = 8, noise: float = 0.01, seed_noise: float = 0.02, loss: float = 6.35,
+    experts: Sequence[int] = (4,), per_expert: float = -0.002,
+    failed: Mapping[Any, str] | None = None, names: Mapping[str, str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None, costs: Mapping[str, float] = COSTS,
+    history: int = 12, eval_every: int = 4, tokens: int = 600, articles: int = 12,
+    embedded: bool = False, arrays: bool = True, test: bool = False,
+    unmeasured: Iterable[str] = (), run_name: str | None = None,
+) -> Path:  # fmt: skip
+    """Write a study of every coupler × number of experts × seed into ``folder`` and return it.
+
+    Args:
+        folder: is made; its name is the study's.
+        couplers: configuration → expected loss in nats less ``loss``. The first word is the coupler, a
+            second one the hyperedge strategy ("HGNN all_triplets"); what else differs is in ``settings``.
+        seeds: a number, or the seeds themselves.
+        noise: standard deviation in nats of one run about its configuration and its seed; it is what a
+            paired difference sees, times √2. ``seed_noise`` is common to all runs of a seed.
+        experts: values of ``num_experts``; each expert changes the loss by ``per_expert`` nats.
+        failed: key of ``couplers``, or (key, seed), or (key, experts, seed) → status other than ok. A run
+            that ran out of memory or crashed has no quality; one that diverged has half a history, which
+            ends in NaN; one that failed the gate has no training at all.
+        names: key of ``couplers`` → the name of the coupler in the config (a path, something hostile).
+        settings: key of ``couplers`` → fields of the config that differ ({"learning_rate": 0.004}).
+        costs: key, or coupler → share of the mean coupler's step that it adds.
+        history: training steps, each a row of the history; 0 leaves the file empty. ``eval_every`` as in
+            the config.
+        tokens: scored on validation, in ``articles`` articles.
+        embedded: the text is the embedded one.
+        arrays: write nll.npz and communication.npz.
+        test: score the test split too.
+        unmeasured: keys of the record ("speed", "memory", …) that no run has.
+        run_name: of every run.
+    """
+    plan = Plan(seeds=range(seeds) if isinstance(seeds, int) else seeds, noise=noise, seed_noise=seed_noise,
+                loss=loss, history=history, eval_every=eval_every, tokens=tokens, articles=articles,
+                embedded=embedded, arrays=arrays, test=test, unmeasured=tuple(unmeasured), run_name=run_name,
+                costs=costs)  # fmt: skip
+    base, base_text = _base_record(plan), json.dumps(config_dict(RunConfig()))
+    folder.mkdir(parents=True)
+    wanted = itertools.product(plan.seeds, couplers.items(), experts)  # seeds outermost, as a sweep does
+    for place, (seed, (key, effect), number) in enumerate(wanted):
+        config = json.loads(base_text)
+        _configure(config, key, number, seed, plan, (names or {}).get(key), (settings or {}).get(key))
+        status = _status(failed or {}, key, number, seed)
+        own = random_of("loss", key, number, seed).normal(0, noise)
+        common = random_of("seed", "", 0, seed).normal(0, seed_noise)
+        expected = loss + effect + per_expert * number + own + common
+        _write(folder, Made(config, key, number, seed, status, expected), place, base, plan)
+    return folder
+
+
+def _configure(config: dict[str, Any], key: str, experts: int, seed: int, plan: Plan, name: str | None,
+               settings: Mapping[str, Any] | None) -> None:  # fmt: skip
+    coupler, _, strategy = key.partition(" ")
+    config["model"] |= {"coupler_type": name or coupler, "num_experts": experts, "max_seq_length": LENGTH}
+    if strategy:
+        config["model"]["static_hyperedge_strategy"] = strategy
+    config["training"] |= {"seed": seed, "max_steps": plan.history or 12, "eval_every": plan.eval_every}
+    config["places"]["run_name"] = plan.run_name
+    for field, value in (settings or {}).items():
+        group = next((fields for fields in config.values() if field in fields), None)
+        if group is None:
+            raise KeyError(f"no field of the config: {field}")
+        group[field] = value
+
+
+def _status(failed: Mapping[Any, str], key: str, experts: int, seed: int) -> str:
+    for asked in ((key, experts, seed), (key, seed), key):
+        if asked in failed:
+            return failed[asked]
+    return "ok"
+
+
+def _write(folder: Path, made: Made, number: int, base: Record, plan: Plan) -> None:
+    identity = json.dumps([made.config["model"], made.config["training"], plan.embedded], sort_keys=True)
+    run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    path = folder / run_id
+    path.mkdir()
+    record = base | {
+        "run_id": run_id, "study": folder.name, "status": made.status, "config": made.config,
+        "seed": made.seed, "parameters": _parameters(made), "flops": _flops(made),
+        "command": f"python -m bench.run --coupler-type={made.coupler!r} --seed={made.seed}",
+        "quality": _quality(made, plan), "speed": _speed(made, plan), "memory": _memory(made, plan),
+        "communication": communication(made), "time": base["time"] | {"start": _start(number)},
+    }  # fmt: skip
+    if made.status != "ok":
+        record["error"] = f"made to end as {made.status}"
+        missing = {"parameters", "flops", "used", *LATER} if made.status == "gate_failed" else LATER
+        record |= {key: not_measured("the run did not get this far") for key in missing}
+        record["gate"] = record["gate"] | {"passed": made.status != "gate_failed"}
+    record |= {key: not_measured("not measured here") for key in plan.unmeasured}
+    (path / "record.json").write_text(json.dumps(record))
+    (path / "history.jsonl").write_text(history_text(made, plan))
+    (path / "log.txt").write_text(f"status {made.status}\n")
+    if plan.arrays and made.status == "ok":
+        write_arrays(path, made, plan)
+
+
+def _start(number: int) -> str:
+    return (datetime(2025, 1, 1, 12) + timedelta(minutes=number)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _base_record(plan: Plan) -> Record:
+    """Return what all runs of a study have in common."""
+    steps = plan.history or 12
+    counts = {"batches": steps, "samples": steps * BATCH, "tokens": steps * BATCH * LENGTH, "updates": steps}
+    evaluations = steps // plan.eval_every + (steps % plan.eval_every > 0)
+    scored = evaluations * plan.tokens
+    ledger = {
+        "tuned_batch_size": None,
+        "epochs": [{"epoch": 0, "batch_size": BATCH, "asked": counts, "got": counts}],
+        "training": {name: {"asked": count, "got": count} for name, count in counts.items()},
+        "evaluations": {
+            "validation in training": {"evaluations": evaluations, "asked": scored, "got": scored},
+            "validation at the end": {"evaluations": 1, "asked": plan.tokens, "got": plan.tokens},
+        },
+    }
+    return new_record(
+        run_name=plan.run_name,
+        environment={
+            "python": "3.11.0", "system": "Linux x86_64",
+            "packages": {"torch": "2.13.0+cpu", "torch_geometric": "2.8.1", "torch_scatter": None,
+                         "torch_sparse": None, "numpy": "2.4.0", "datasets": "5.0.0"},
+            "device_type": "cpu", "device_name": "a made processor", "cuda": None, "driver": None,
+            "cpu_cores": 2, "threads": 1, "omp_wait_policy": "PASSIVE", "git_commit": SHA[:40],
+            "git_changes_sha256": None, "code_sha256": SHA,
+        },
+        data=_data(plan.embedded),
+        time={"start": "2025-01-01T12:00:00Z", "end": "2025-01-01T12:01:06Z", "resumed_at_step": None,
+              "seconds": {"prepare": 0.1, "gate": 1.3, "build": 0.2, "train": 50.0, "evaluate": 9.6,
+                          "speed": 4.7, "total": 65.9}},
+        requested={"batch_size": BATCH, "max_seq_length": LENGTH},
+        tuned=not_measured("no batch-size search was asked for"),
+        used={"batch_shapes": {f"{BATCH}x{LENGTH}": steps}, "steps": steps, "tokens": counts["tokens"],
+              "total_steps": steps, "epochs": 0.058852, "precision": "fp32", "world_size": 1,
+              "ledger": ledger},
+        gate={"passed": True, "checks": {name: {"passed": True, "detail": "as it must be", "seconds": 0.1}
+                                         for name in ("token_isolation", "causality", "reference")}},
+    )  # fmt: skip
+
+
+def _data(embedded: bool) -> dict[str, Any]:
+    names = {"name": "pydoc_data.topics", "config_name": "CPython 3.11", "source": "embedded",
+             "warning": "NOT WIKITEXT-2: embedded text", "python_version": "3.11.0",
+             "verdict": "not WikiText-2"} if embedded else {
+             "name": "wikitext", "config_name": "wikitext-2-v1", "source": "folder", "warning": None,
+             "python_version": None, "verdict": "official"}  # fmt: skip
+    split = {"tokens": 217646, "words": 213886, "lines": 3760, "bytes": 1121681, "documents": 60,
+             "sha256": SHA, "verdict": names["verdict"]}  # fmt: skip
+    return names | {
+        "tokenizer": "word", "sha256": hashlib.sha256(names["name"].encode()).hexdigest(),
+        "files": {f"wiki.{part}.tokens": SHA for part in ("train", "valid", "test")},
+        "vocabulary": {"size": 33278, "sha256": SHA},
+        "splits": dict.fromkeys(("train", "validation", "test"), split),
+        "training_blocks": {"count": 32634, "subset_seed": None, "curriculum": None},
+    }  # fmt: skip
+
+
+def _cost(made: Made, plan: Plan) -> float:
+    first = made.key.partition(" ")[0]
+    return plan.costs.get(made.key, plan.costs.get(first, 0.1))
+
+
+def _parameters(made: Made) -> dict[str, int]:
+    parts = {"expert": 99_968 * made.experts, "coupler": 8_576, "other": 2_167_422}
+    parts["coupler"] += {"mean": 0, "GNN": 33_604, "HGNN": 16_652}.get(made.coupler, 512)
+    return {"total": sum(parts.values()), **parts}
+
+
+def _flops(made: Made) -> dict[str, float]:
+    coupler = {"mean": 0.0, "GNN": 823_296.0, "HGNN": 417_816.0}.get(made.coupler, 6_144.0)
+    return {"training_flops_per_token": 13_181_184.0 + 599_808.0 * made.experts + coupler}
+
+
+def _quality(made: Made, plan: Plan) -> dict[str, Any]:
+    def split(loss: float) -> dict[str, Any]:
+        return {"nll_sum": loss * plan.tokens, "tokens": plan.tokens, "words": plan.tokens,
+                "bytes": 5 * plan.tokens, "unigram_nll_sum": UNIGRAM * plan.tokens,
+                "kneser_ney_trigram_nll_sum": TRIGRAM * plan.tokens, "length": LENGTH,
+                "stride": LENGTH // 2}  # fmt: skip
+
+    missing = not_measured("not asked for; --evaluate-test scores it")
+    test = split(made.loss + 0.03) if plan.test else missing
+    return {"test": test, "validation": split(made.loss), "best_step": plan.history or 12}
+
+
+def _speed(made: Made, plan: Plan) -> dict[str, Any]:
+    step = 0.05 * (1 + made.experts) * (1 + _cost(made, plan))
+    seconds = step * np.exp(made.random("speed").normal(0, 0.03, 10))
+    return {"step_seconds": seconds.tolist(), "step_tokens": [BATCH * LENGTH] * 10, "warmup_steps": 3,
+            "steady": False, "remark": "not steady: a fixed, short warm-up"}  # fmt: skip
+
+
+def _memory(made: Made, plan: Plan) -> dict[str, Any]:
+    peak = round((70e6 + 9.5e6 * made.experts) * (1 + _cost(made, plan) / 4))
+    parts = {"parameter": peak // 10, "activation": peak - 3 * (peak // 10), "optstate": 2 * (peak // 10)}
+    nothing = not_measured("only a caching allocator reserves memory")
+    return {"meter": "tracked_tensors", "peak_allocated_bytes": peak, "peak_by_part_bytes": parts,
+            "peak_reserved_bytes": nothing, "device_used_bytes": nothing,
+            "process_peak_bytes": 7 * peak}  # fmt: skip

@@ -1,0 +1,58 @@
+"""What configurations are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.analysis.labels import labels, settings_of
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    base = {"coupler_type": "HGNN", "static_hyperedge_strategy": "all_pairs", "num_experts": 4,
+            "ffn_dim": None, "coupler_option": [], "hgnn_learnable_edge_weights": True}  # fmt: skip
+    return {**base, **changes}
+
+
+def test_only_what_differs_is_named():
+    assert labels([settings(), settings(num_experts=8)]) == ["HGNN · num_experts 4", "HGNN · num_experts 8"]
+
+
+def test_fields_of_hypergraphs_are_named_only_for_couplers_in_which_they_vary():
+    found = labels([
+        settings(coupler_type="mean"),
+        settings(),
+        settings(static_hyperedge_strategy="all_triplets"),
+        settings(static_hyperedge_strategy="all_triplets", hgnn_learnable_edge_weights=False),
+    ])  # fmt: skip
+    assert found[0] == "mean"
+    assert found[1] == "HGNN · all_pairs · learned weights"
+    assert found[3] == "HGNN · all_triplets · no weights"
+
+
+def test_what_differs_between_couplers_is_named_for_all():
+    assert labels([settings(coupler_type="GNN", num_experts=2), settings()]) == [
+        "GNN · num_experts 2", "HGNN · num_experts 4"]  # fmt: skip
+
+
+def test_a_matched_width_is_named_only_where_labels_would_be_equal():
+    assert labels([settings(coupler_type="mean", ffn_dim=261), settings(ffn_dim=256)]) == ["mean", "HGNN"]
+    assert labels([settings(ffn_dim=261), settings(ffn_dim=256)]) == [
+        "HGNN · ffn_dim 261",
+        "HGNN · ffn_dim 256",
+    ]
+
+
+def test_labels_of_different_configurations_always_differ():
+    many = [
+        settings(num_experts=e, coupler_option=o) for e in (2, 4) for o in ([], ["k=2"], ["k=2", "HGNN.x=1"])
+    ]
+    found = labels(many)
+    assert len(set(found)) == len(many)
+    assert found[2] == "HGNN · num_experts 2 · k=2 x=1"
+
+
+def test_settings_leave_out_seed_places_and_options_of_other_couplers():
+    config = {"model": {"coupler_type": "mean", "coupler_option": ["HGNN.backend=loop", "k=1", "mean.a=b.c"]},
+              "training": {"seed": 3, "learning_rate": 0.1}, "places": {"study": "s"}}  # fmt: skip
+    assert settings_of(config) == {"coupler_type": "mean", "coupler_option": ["k=1", "mean.a=b.c"],
+                                   "learning_rate": 0.1}  # fmt: skip

@@ -1,0 +1,150 @@
+"""Tables: the figures of the records, in full as csv, readable as Markdown, and LaTeX that compiles."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pandas as pd
+import pytest
+
+from bench.analysis.comparison import compare
+from bench.analysis.comparison_tables import comparison_table, pairs_table, reference_lines
+from bench.analysis.run_tables import failures_table, runs_table
+from bench.analysis.study import load_study
+from tests.analysis._made_studies import made_study
+
+HOSTILE = "x & y_1 % $z$ #{} ~^\\ |é😀| <script>alert('1')</script> `*a*`"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    couplers = {"mean": 0.0, "GNN": 0.03, "HGNN all_pairs": -0.03, "HGNN all_triplets": -0.029}
+    folder = tmp_path_factory.mktemp("studies") / "made"
+    return load_study(made_study(folder, couplers, seeds=8, noise=0.003, history=2, run_name=HOSTILE,
+                                 failed={("GNN", 7): "oom"}))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def comparison(study):
+    return compare(study.groups[0])
+
+
+@pytest.fixture(scope="module")
+def tables(study, comparison):
+    return [comparison_table(comparison), pairs_table(comparison), runs_table(study.groups),
+            failures_table(study.groups, study.unreadable)]  # fmt: skip
+
+
+def test_csv_holds_every_figure_in_full(tables, comparison):
+    read = pd.read_csv(io.StringIO(tables[0].files()["comparison.csv"])).set_index("configuration")
+    for row in comparison.rows:
+        found = read.loc[row.configuration.label]
+        assert found["loss_nats"] == row.loss.mean
+        assert found["parameters"] == row.parameters
+        if row.against:
+            assert found["difference_low_nats"] == row.against.paired.interval[0]
+            assert found["p_holm"] == row.against.p_adjusted
+    assert ",8," in tables[0].files()["comparison.csv"], "counts are whole numbers"
+
+
+def test_failed_runs_are_rows(tables, study):
+    runs, failures = tables[2].figures, tables[3].figures
+    assert len(runs) == len(study.runs) == 32
+    assert list(failures["status"]) == ["oom"]
+    assert "7 ok, 1 oom" in tables[0].markdown()
+
+
+def test_reference_lines_are_marked_as_such(tables, comparison):
+    lines = dict(reference_lines(comparison.group))
+    assert list(lines) == ["unigram, validation split", "Kneser-Ney trigram, validation split"]
+    shown = tables[0].shown
+    assert (shown[shown["status"] == "reference line"]["configuration"] == list(lines)).all()
+
+
+def test_published_line_only_on_the_whole_test_split(study, comparison):
+    run = next(run for run in comparison.group.runs if run.counts)
+    before = json.dumps(run.record)
+    try:
+        run.record["quality"]["test"] = {**run.record["quality"]["validation"], "tokens": 245_569}
+        run.record["data"] |= {"name": "wikitext", "config_name": "wikitext-2-v1", "tokenizer": "word"}
+        assert ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8) in reference_lines(
+            comparison.group
+        )
+        run.record["data"]["tokenizer"] = "bpe:8000"
+        assert len(reference_lines(comparison.group)) == 2
+    finally:
+        run.record.clear()
+        run.record.update(json.loads(before))
+
+
+def test_bold_only_for_what_is_best_beyond_noise(tables, tmp_path):
+    assert not tables[0].bold, "pairs and triplets are equally good"
+    clear = load_study(
+        made_study(tmp_path / "clear", {"mean": 0.0, "GNN": 0.05}, seeds=8, noise=0.003, history=2)
+    )
+    found = comparison_table(compare(clear.groups[0]))
+    assert "**mean**" in found.markdown()
+    assert found.latex().count("\\textbf{mean}") == 1
+    assert found.markdown().count("**") == 4  # and the caption
+
+
+def test_embedded_text_is_said_in_every_table_of_it(tmp_path):
+    path = made_study(tmp_path / "embedded", {"mean": 0.0, "GNN": 0.05}, seeds=2, history=2, embedded=True)
+    comparison = compare(load_study(path).groups[0])
+    groups = [comparison.group]
+    for table in (comparison_table(comparison), pairs_table(comparison), runs_table(groups),
+                  failures_table(groups, [])):  # fmt: skip
+        assert "NOT WIKITEXT-2" in table.markdown()
+        assert "NOT WIKITEXT-2" in table.latex()
+
+
+def test_another_code_is_marked(tmp_path):
+    path = made_study(tmp_path / "mixed", {"mean": 0.0, "GNN": 0.05}, seeds=3, history=2)
+    study = load_study(path)
+    gnn = next(one for one in study.groups[0].configurations if one.label == "GNN")
+    gnn.runs[0].record["environment"]["code_sha256"] = "f" * 64
+    found = comparison_table(compare(study.groups[0])).markdown()
+    assert "GNN †" in found
+    assert "ffffffffffff (1 run)" in found
+    assert "mean †" not in found
+
+
+def test_markdown_cannot_be_broken_by_names(tables):
+    lines = [line for line in tables[2].markdown().splitlines() if line.startswith("|")]
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(bars) == 1, "every row has as many cells"
+    assert "<script>" not in tables[2].markdown()
+
+
+def test_latex_has_the_structure_of_booktabs(tables):
+    for table in tables:
+        text = table.latex()
+        for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
+            assert text.count(rule) == 1
+        body = text.split("\\midrule")[1].split("\\bottomrule")[0].strip().splitlines()
+        assert len(body) == len(table.shown)
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(table.shown.columns) - 1}
+        assert text.isascii()
+
+
+def test_latex_compiles(tables, tmp_path):
+    engine = shutil.which("pdflatex") or shutil.which("tectonic")
+    if engine is None:
+        assert "latex" not in os.environ.get("REQUIRE_OPTIONAL", ""), (
+            "pdflatex is required, and not installed"
+        )
+        pytest.skip("neither pdflatex nor tectonic is installed")
+    packages = "\\usepackage{booktabs}\\usepackage[a1paper,landscape]{geometry}"
+    head = f"\\documentclass{{article}}{packages}\\begin{{document}}\n"
+    body = "\n\n".join(table.latex() for table in tables)
+    (tmp_path / "t.tex").write_text(head + body + "\n\\end{document}\n")
+    command = [engine, "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    command = command if "pdflatex" in engine else [engine, "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "t.pdf").stat().st_size > 1000

@@ -1,0 +1,66 @@
+"""The notebook runs as it is committed, on committed records and on a made study; it holds no outputs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from bench.analysis.report import make_report
+from bench.analysis.study import load_study
+from tests.analysis._made_studies import made_study
+
+REPOSITORY = Path(__file__).parents[2]
+NOTEBOOK = REPOSITORY / "notebooks" / "analysis.ipynb"
+SMALL = REPOSITORY / "results" / "reference" / "small"
+
+
+def executed(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """Run the notebook and return all text that it shows."""
+    for name, value in {"PYTHONPATH": str(REPOSITORY), **environment}.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    shown = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            assert output.output_type != "error"
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            shown += ["svg" if "image/svg+xml" in data else data.get("text/markdown") or data["text/plain"]]
+    return "\n".join(shown)
+
+
+def test_it_is_stored_without_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+
+
+def test_it_reads_records_through_the_analysis_only():
+    source = "\n".join(cell["source"] for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
+    modules = set(re.findall(r"^(?:from|import) (bench[\w.]*)", source, re.MULTILINE))
+    assert modules
+    assert all(module.startswith("bench.analysis.") for module in modules)
+
+
+def test_it_runs_on_the_committed_records(monkeypatch):
+    text = executed(monkeypatch)
+    section = make_report(load_study(SMALL)).sections[0]
+    for sentence in section.sentences():
+        assert sentence in text
+    for reading in section.weights:
+        assert reading.sentence() in text
+    assert text.count("svg") >= 5
+
+
+def test_it_loads_any_study_by_its_name(monkeypatch, tmp_path):
+    made_study(tmp_path / "other", {"mean": 0.0, "GNN": 0.03}, seeds=2, history=2, embedded=True,
+               failed={("GNN", 1): "oom"})  # fmt: skip
+    text = executed(monkeypatch, GNNMOE_RESULTS_DIR=str(tmp_path), GNNMOE_STUDY="other")
+    assert "## other" in text
+    assert "NOT WIKITEXT-2" in text

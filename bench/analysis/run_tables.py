@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bench.analysis import quantities
 from bench.analysis.numbers import mebibytes, number
+from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Group, Run, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
 from bench.measure.quantity import is_measured
@@ -15,8 +16,9 @@ from bench.measure.quantity import is_measured
 
 def runs_table(groups: Sequence[Group]) -> Table:
     """Return one row a run, failed ones too."""
-    rows = [(cells, _run_texts(cells)) for group in groups for found in group.configurations
-            for run in found.runs for cells in [run_figures(run, found)]]  # fmt: skip
+    rows = [(cells, _run_texts(cells, len(groups) > 1)) for number, group in enumerate(groups, 1)
+            for found in group.configurations for run in found.runs
+            for cells in [run_figures(run, found, number)]]  # fmt: skip
     return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
@@ -33,9 +35,9 @@ def failures_table(groups: Sequence[Group], unreadable: Sequence[tuple[Path, str
     return make_table("failures", "Runs that do not count", rows, notes=text_warnings(groups))
 
 
-def run_figures(run: Run, configuration: Configuration) -> Cells:
-    """Return what a table says of one run, raw."""
-    record = run.record
+def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells:
+    """Return what a table says of one run, raw; ``table`` is the number of the comparison that it is in."""
+    record, setting = run.record, Setting.of(run.record, allow_unequal=False)
     config, environment = record["config"], record["environment"]
     used, tuned = record["used"], record["tuned"]
     seconds = record["time"].get("seconds") or {}
@@ -51,7 +53,8 @@ def run_figures(run: Run, configuration: Configuration) -> Cells:
         "steps": used["steps"] if is_measured(used) else None,
         "seconds": seconds.get("total"), "start": record["time"].get("start"),
         "code": str(environment.get("code_sha256") or "")[:12] if is_measured(environment) else "",
-        "command": record["command"],
+        "table": table, "corpus": setting.corpus_words(), "device": setting.device_words(),
+        "scored": setting.scored_words(), "command": record["command"],
     }  # fmt: skip
 
 
@@ -62,10 +65,12 @@ def mixed_code(runs: Sequence[Run]) -> dict[str, int]:
     return dict(Counter(text for text in hashes if text).most_common())
 
 
-def _run_texts(cells: Cells) -> Cells:
+def _run_texts(cells: Cells, several: bool) -> Cells:
+    """Return one run as it is shown, with the number of its table where there are several."""
     batch = [cells["requested_batch_size"], cells["tuned_batch_size"], cells["used_batch_shapes"]]
     return {
-        "run": cells["run_id"], "name": cells["name"] or "", "configuration": cells["configuration"],
+        "run": cells["run_id"], **({"table": str(cells["table"])} if several else {}),
+        "name": cells["name"] or "", "configuration": cells["configuration"],
         "seed": str(cells["seed"]), "status": cells["status"], "perplexity": number(cells["perplexity"]),
         "tokens/s": number(cells["tokens_per_second"], 0),
         "peak memory": mebibytes(cells["peak_memory_bytes"]),

@@ -84,6 +84,10 @@ class Learning:
         with self.interruption.deferred():
             return self.trainer.run()
 
+    def release(self) -> None:
+        """Free what only training needs: gradients, the optimizer's state and the copy of the best one."""
+        self.trainer.release()
+
     def keep_best(self) -> None:
         """Leave a checkpoint of the best weights alone: nothing is left to go on with."""
         save_checkpoint(self.prepared.checkpoint, {**self._identity(), "model": self.model.state_dict()})

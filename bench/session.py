@@ -22,6 +22,7 @@ from bench.learning import Learning
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.quantity import not_measured
+from bench.measure.recovery import attempt
 from bench.measure.speed import measure_speed
 from bench.prepare import Prepared
 from bench.progress import Reporter
@@ -143,12 +144,22 @@ class Session:
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
             self._evaluate(model, learning)
         with self._phase("speed", "measuring speed and memory"):
-            served = islice(iter(self.prepared.loaders["train"]), config.measure.speed_steps)
-            batches = [learning.as_run(batch) for batch in served]
-            self.record["speed"], self.record["memory"] = measure_speed(
-                model, batches, config.training, config.measure, device, learning.micro_batch_size
-            )
+            learning.release()
+            self._measure(model, learning)
         learning.keep_best()
+
+    def _measure(self, model: GNNMoEModel, learning: Learning) -> None:
+        """Time a copy of the model; a run is no worse where there is no memory for that copy."""
+        config, loader = self.prepared.config, self.prepared.loaders["train"]
+        batches = [learning.as_run(batch) for batch in islice(iter(loader), config.measure.speed_steps)]
+        rest = config.training, config.measure, self.prepared.device, learning.micro_batch_size
+        outcome = attempt(lambda: measure_speed(model, batches, *rest))
+        if outcome.value is not None:
+            self.record["speed"], self.record["memory"] = outcome.value
+        else:
+            reason = f"the speed pass ran out of memory for its copy of the model: {outcome.failure}"
+            self.record["speed"] = self.record["memory"] = not_measured(reason)
+            self.reporter.line("note: the speed pass ran out of memory; speed and memory are not measured")
 
     @contextmanager
     def _phase(self, name: str, description: str) -> Iterator[None]:

@@ -27,6 +27,10 @@ from bench.measure.quantity import is_measured
 AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
 FULL_TEST_TOKENS = 245_569
 OLD_CODE = "†"
+ARTICLES = (
+    "articles_low_nats to articles_high_nats, in the csv, is the 95 % interval of a difference over the "
+    "articles scored: the noise of the evaluation, without that of the seeds."
+)
 
 
 def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
@@ -39,8 +43,7 @@ def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
     bold = [place for place, row in enumerate(comparison.rows) if row.configuration is best]
     notes = _notes(comparison)
     if any(figures.get("articles_low_nats") is not None for figures, _ in rows):
-        notes.append("articles_low_nats to articles_high_nats, in the csv, is the 95 % interval of a difference "
-                     "over the articles scored: the noise of the evaluation, without that of the seeds.")  # fmt: skip
+        notes.append(ARTICLES)
     caption = f"Couplers against {comparison.reference.label}: {comparison.group.setting.words()}"
     return make_table(f"comparison{suffix}", caption, rows, bold=frozenset(bold), notes=notes)
 
@@ -71,10 +74,8 @@ def simple_models(group: Group) -> dict[str, float]:
     """
     records = [run.record for run in group.runs if run.counts]
     found = {}
-    for name, line in (
-        ("unigram", quantities.unigram_perplexity),
-        ("trigram", quantities.trigram_perplexity),
-    ):
+    lines = {"unigram": quantities.unigram_perplexity, "trigram": quantities.trigram_perplexity}
+    for name, line in lines.items():
         values = [line(record) for record in records]
         known = [value for value in values if value is not None]
         if known and len(known) == len(values) and max(known) <= min(known) * (1 + 1e-9):

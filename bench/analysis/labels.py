@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 Settings = dict[str, Any]  # the value of every field of a config that can change a number, but the seed
@@ -17,12 +18,13 @@ SHORT = {"hgnn_learnable_edge_weights": {True: "learned weights", False: "no wei
 
 
 def settings_of(config: dict[str, Any]) -> Settings:
-    """Return the fields of a record's config that make a configuration: all but seed and places."""
+    """Return the fields of a record's config that make a configuration: all but seed and places.
+
+    Of the coupler's options those that count are left, by name and without their owner.
+    """
     groups = [fields for group, fields in config.items() if group != "places"]
     settings = {name: value for fields in groups for name, value in fields.items() if name != "seed"}
-    coupler = settings["coupler_type"]
-    settings["coupler_option"] = [text for text in map(str, settings.get("coupler_option") or ())
-                                  if _concerns(text, coupler)]  # fmt: skip
+    settings["coupler_option"] = _options(settings.get("coupler_option") or (), settings["coupler_type"])
     return settings
 
 
@@ -30,7 +32,8 @@ def labels(configurations: Sequence[Settings]) -> list[str]:
     """Return a label for each configuration: its coupler, and the fields in which it differs from others.
 
     Fields of hypergraphs are named where they vary among configurations of the same coupler; all others
-    where they vary at all. Where two labels are still equal, every field in which those two differ is named.
+    where they vary at all. Where two labels are still equal, every field in which those two differ is named;
+    what then is equal though the configurations are not has a number. Equal configurations have equal labels.
     """
     couplers = dict.fromkeys(settings["coupler_type"] for settings in configurations)
     among = {name: _varying([s for s in configurations if s["coupler_type"] == name]) for name in couplers}
@@ -45,7 +48,20 @@ def labels(configurations: Sequence[Settings]) -> list[str]:
         more = _varying([configurations[place] for place in places])
         for place in places:
             found[place] = _label(configurations[place], [*named[place], *more])
-    return found
+    return _numbered(found, configurations)
+
+
+def _numbered(found: Sequence[str], configurations: Sequence[Settings]) -> list[str]:
+    """Return the labels, with a number behind those that two different configurations would share."""
+    own: dict[str, str] = {}  # configuration → label
+    for label, settings in zip(found, configurations, strict=True):
+        key = json.dumps(settings, sort_keys=True, default=str)
+        number, name = 1, label
+        while key not in own and name in own.values():
+            number += 1
+            name = f"{label} ({number})"
+        own.setdefault(key, name)
+    return [own[json.dumps(settings, sort_keys=True, default=str)] for settings in configurations]
 
 
 def _label(settings: Settings, fields: Sequence[str]) -> str:
@@ -60,7 +76,7 @@ def _part(name: str, value: Any) -> str:
     if name in SHORT:
         return SHORT[name].get(value, str(value))
     if name == "coupler_option":
-        return " ".join(text.partition(".")[2] if "." in text.partition("=")[0] else text for text in value)
+        return " ".join("=".join(_parted(text)[1:]) for text in value)
     if value is None or isinstance(value, bool | int | float):
         return f"{name} {value}"
     return str(value) if isinstance(value, str) else f"{name} {value}"
@@ -71,7 +87,21 @@ def _varying(configurations: Sequence[Settings]) -> list[str]:
     return [name for name in names if len({repr(settings.get(name)) for settings in configurations}) > 1]
 
 
-def _concerns(option: str, coupler: str) -> bool:
-    """Whether an option, ``name=value`` or ``Coupler.name=value``, is one of this coupler's."""
-    owner, dot, _ = option.partition("=")[0].rpartition(".")
-    return not dot or owner == coupler
+def _options(options: Iterable[Any], coupler: str) -> list[str]:
+    """Return the options of this coupler as ``name=value``, by name; one without owner wins, then the last.
+
+    A coupler of a file also has a name that its path does not tell: it keeps what may be its own, with owner.
+    """
+    parted = [_parted(str(option)) for option in options]
+    owned = {f"{owner}.{name}": value for owner, name, value in parted
+             if ":" in coupler and owner not in (None, coupler)}  # fmt: skip
+    owned |= {name: value for owner, name, value in parted if owner == coupler}
+    owned |= {name: value for owner, name, value in parted if owner is None}
+    return [f"{name}={value}" for name, value in sorted(owned.items())]
+
+
+def _parted(option: str) -> tuple[str | None, str, str]:
+    """Return owner, name and value of ``name=value`` or ``Coupler.name=value``; an owner can be a path."""
+    key, _, value = option.partition("=")
+    owner, dot, name = key.rpartition(".")
+    return owner if dot else None, name, value

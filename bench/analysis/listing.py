@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
 from bench.analysis.numbers import number
 from bench.analysis.quantities import perplexity
 from bench.analysis.study import load_study
 from bench.analysis.tables import statuses
+from bench.analysis.terminal import PlainTable
 
-WIDTH = 80
 
-
-def studies_listing(studies: Sequence[Path], results_dir: Path) -> Table:
+def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:
     """Return a row a study: its runs by status, its couplers, and when its last run began."""
-    table = _table()
+    table = PlainTable()
     table.add_column("study", overflow="fold", ratio=2)
     table.add_column("runs", overflow="fold", ratio=1)
     table.add_column("couplers", overflow="fold", ratio=2)
@@ -42,10 +40,10 @@ def studies_listing(studies: Sequence[Path], results_dir: Path) -> Table:
     return table
 
 
-def runs_listing(path: Path) -> Table:
+def runs_listing(path: Path) -> PlainTable:
     """Return a row a run of a study."""
     study = load_study(path)
-    table = _table()
+    table = PlainTable()
     table.add_column("run", no_wrap=True)
     table.add_column("configuration", overflow="fold", ratio=1)
     table.add_column("seed", justify="right", no_wrap=True)
@@ -63,7 +61,3 @@ def runs_listing(path: Path) -> Table:
     for folder, why in study.unreadable:
         table.add_row(escape(folder.name), escape(why), "", "unreadable", "", "")
     return table
-
-
-def _table() -> Table:
-    return Table(width=WIDTH, box=None, padding=(0, 1, 0, 0), show_edge=False)

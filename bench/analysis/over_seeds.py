@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.analysis.numbers import Interval
 from bench.analysis.significance import t_interval
 from bench.analysis.study import Configuration
 from bench.records.schema import Record
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)

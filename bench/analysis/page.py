@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -91,9 +92,19 @@ def render_page(report: Report, files: Mapping[str, bytes]) -> str:
         runs=runs, runs_table=_view(report.runs_table), failures=_view(report.failures_table),
         statuses=list(dict.fromkeys(facts.status for _, facts in runs)),
         configurations=list(dict.fromkeys(facts.configuration for _, facts in runs)),
-        command=f"python -m bench.report {shlex.quote(report.study.name)}",
+        command=f"python -m bench.report {study_arguments(report.study.path)}",
         figures=Markup(_json(figures(report.study.name, report.tables))),
     )  # fmt: skip
+
+
+def study_arguments(path: Path) -> str:
+    """Return what names a study to the command: its path below the current folder, else name and folder."""
+    place = path.resolve()
+    below = place.is_relative_to(Path.cwd()) and place != Path.cwd()
+    if below:
+        text = place.relative_to(Path.cwd()).as_posix()
+        return shlex.quote(text if "/" in text else f"./{text}")  # which is no option, and no other command
+    return f"{shlex.quote(place.name)} --results-dir {shlex.quote(str(place.parent))}"
 
 
 def figures_of_page(html: str) -> dict[str, Any]:

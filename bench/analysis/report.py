@@ -77,7 +77,9 @@ class Report:
                 "differ; --allow-unequal puts those that differ in the last two into one."
             )
         if self.study.unreadable:
-            found.append(f"{counted(len(self.study.unreadable), 'record')} cannot be read; see the failures.")
+            found.append(
+                f"{counted(len(self.study.unreadable), 'file')} of runs cannot be read; see the failures."
+            )
         failed = Counter(run.status for run in self.study.runs if not run.counts)
         if failed:
             found.append(

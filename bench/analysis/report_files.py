@@ -14,6 +14,7 @@ import numpy as np
 
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
+from bench.analysis.run_data import read_arrays
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
 from bench.records.store import write_whole
@@ -121,17 +122,21 @@ def _problems_of_run(run: Run) -> Iterator[str]:
     quality, path = run.record["quality"], run.folder / "nll.npz"
     if not is_measured(quality) or not path.is_file():
         return
-    with np.load(path) as arrays:
-        for split in ("validation", "test"):
-            if not is_measured(quality.get(split)) or f"{split}_nll" not in arrays:
-                continue
-            nll, said = arrays[f"{split}_nll"], quality[split]
-            total = float(nll.sum(dtype=np.float64))
-            if len(nll) != said["tokens"] or abs(total - said["nll_sum"]) > 1e-6 * abs(said["nll_sum"]):
-                yield (
-                    f"run {run.folder.name}: {len(nll):,} losses of {split} add up to {total:.6f}, "
-                    f"its record says {said['nll_sum']:.6f} on {said['tokens']:,}"
-                )
+    try:
+        arrays = read_arrays(path)
+    except ValueError as error:
+        yield str(error)
+        return
+    for split in ("validation", "test"):
+        if not is_measured(quality.get(split)) or f"{split}_nll" not in arrays:
+            continue
+        nll, said = arrays[f"{split}_nll"], quality[split]
+        total = float(nll.sum(dtype=np.float64))
+        if len(nll) != said["tokens"] or abs(total - said["nll_sum"]) > 1e-6 * abs(said["nll_sum"]):
+            yield (
+                f"run {run.folder.name}: {len(nll):,} losses of {split} add up to {total:.6f}, "
+                f"its record says {said['nll_sum']:.6f} on {said['tokens']:,}"
+            )
 
 
 def _first_difference(name: str, expected: str, written: str) -> str:

@@ -6,7 +6,6 @@ import textwrap
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from bench.analysis.comparison import Comparison, Row
 from bench.analysis.comparison_tables import reference_lines
@@ -14,48 +13,49 @@ from bench.analysis.numbers import number, perplexities, signed, span
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.report import Report, Section
 from bench.analysis.tables import statuses
+from bench.analysis.terminal import WIDTH, PlainTable
 
-WIDTH, MOST_ROWS, MOST_SENTENCES = 80, 30, 12
+MOST_ROWS, MOST_SENTENCES = 30, 12
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print headline, warnings, a table and the verdicts of each section, answers, and the weights."""
     console.print(f"[bold]{escape(report.study.name)}[/]: {report.headline()}")
     for warning in report.warnings():
-        console.print(_wrapped(f"! {warning}", "  "), style="bold yellow", markup=False)
+        console.print(_wrapped(f"! {warning}", "  ", console), style="bold yellow", markup=False)
     for section in report.sections:
         _print_section(section, console)
     if report.answers:
-        console.print(_wrapped(f"\nhypotheses ({report.stated})", ""), style="bold", markup=False)
+        console.print(_wrapped(f"\nhypotheses ({report.stated})", "", console), style="bold", markup=False)
         for answered in report.answers:
             text = f"- {answered.hypothesis.statement}: {answered.words()}"
-            console.print(_wrapped(text, "  "), markup=False)
+            console.print(_wrapped(text, "  ", console), markup=False)
     console.print()
 
 
 def _print_section(section: Section, console: Console) -> None:
     comparison = section.comparison
     console.print()
-    console.print(_wrapped(comparison.group.setting.words(), ""), markup=False, style="dim")
+    console.print(_wrapped(comparison.group.setting.words(), "", console), markup=False, style="dim")
     console.print(_table(comparison))
     if len(comparison.rows) > MOST_ROWS:
         console.print(f"… and {len(comparison.rows) - MOST_ROWS:,} more, in the tables")
     sentences = section.sentences()
     for sentence in sentences[:MOST_SENTENCES]:
-        console.print(_wrapped(f"- {sentence}", "  "), markup=False)
+        console.print(_wrapped(f"- {sentence}", "  ", console), markup=False)
     if len(sentences) > MOST_SENTENCES:
         console.print(f"… and {len(sentences) - MOST_SENTENCES:,} more, on the page")
     readings = [reading.sentence() for reading in section.weights]
     for sentence in readings[:MOST_SENTENCES]:
-        console.print(_wrapped(f"- {sentence}", "  "), markup=False)
+        console.print(_wrapped(f"- {sentence}", "  ", console), markup=False)
 
 
-def _table(comparison: Comparison) -> Table:
-    table = Table(width=WIDTH, box=None, padding=(0, 1, 0, 0), show_edge=False)
+def _table(comparison: Comparison) -> PlainTable:
+    table = PlainTable()
     table.add_column("configuration", overflow="fold", ratio=1)
     table.add_column("n", justify="right", no_wrap=True)
-    for name in ("perplexity [95 %]", f"nats to {comparison.reference.label}"[:20]):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("perplexity [95 %]", justify="right", no_wrap=True)
+    table.add_column(f"nats to {escape(comparison.reference.label)}", justify="right", max_width=20)
     table.add_column("verdict", overflow="fold", width=14)
     for row in comparison.rows[:MOST_ROWS]:
         table.add_row(*map(escape, _cells(row, comparison)))
@@ -76,6 +76,7 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
     return [label, str(loss.n), value, signed(against.paired.mean), words]
 
 
-def _wrapped(text: str, indent: str) -> str:
+def _wrapped(text: str, indent: str, console: Console) -> str:
     lines = text.replace(" %", "\u00a0%").split("\n")  # a number and its sign stay on one line
-    return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) if line else "" for line in lines)
+    width = min(WIDTH, console.width)
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent) if line else "" for line in lines)

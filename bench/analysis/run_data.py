@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.analysis.record_check import check_record
 from bench.measure.quantity import is_measured
-from bench.records.schema import KEYS, Record
+from bench.records.schema import Record
 
 Row = dict[str, Any]
+NLL, TRACE = "nll.npz", "communication.npz"
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
+"""What reading arrays from a damaged file raises."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class RunData:
     train: list[Row]
     validation: list[Row]
     trace: dict[str, np.ndarray]
-    """``step`` (T,) and, by ``layer_0.name``, values with time as first axis; empty without the file."""
+    """``step`` (T,) and, by ``layer_0.name``, values with time as first axis; empty without a sound file."""
 
     def parts(self, prefix: str) -> dict[int, dict[str, Any]]:
         """Return layer → name → value of the record's communication, for names that begin so."""
@@ -48,18 +54,22 @@ def read_record(folder: Path) -> Record:
     """Read the record of a run folder.
 
     Raises:
-        ValueError: there is no record.json, or it is cut short or of another schema.
+        ValueError: there is no record.json, or it cannot be read, is cut short, is of another schema or lacks
+            what the analysis reads; names the file and the key.
     """
     path = folder / "record.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no run folder: it holds no record.json.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is cut short: {error}.") from error
-    missing = [key for key in KEYS if key not in record]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it is of another schema.")
+    try:
+        check_record(record)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
     return record
 
 
@@ -70,16 +80,39 @@ def read_run(folder: Path) -> RunData:
         ValueError: as ``read_record``.
     """
     record, history = read_record(folder), _history(folder / "history.jsonl")
-    return RunData(record, history["train"], history["validation"], _trace(folder / "communication.npz"))
+    return RunData(record, history["train"], history["validation"], _trace(folder / TRACE))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an npz file.
+
+    Raises:
+        ValueError: it is not there, is cut short or is no npz file; names it.
+    """
+    if not zipfile.is_zipfile(path):  # a .npy file would be read too, and be no arrays by name
+        raise ValueError(f"{path} is missing, cut short or no npz file")
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except DAMAGE as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def damaged_arrays(folder: Path) -> list[str]:
+    """Return why the npz files of a run folder cannot be read; only their ends are looked at."""
+    paths = [folder / name for name in (NLL, TRACE)]
+    return [f"{path} is cut short or no npz file; the report is made without it"
+            for path in paths if path.is_file() and not zipfile.is_zipfile(path)]  # fmt: skip
 
 
 def _history(path: Path) -> dict[str, list[Row]]:
     """Return the rows by kind and in the order of steps; of two rows for a step the later counts.
 
-    A killed process can leave a last line cut short: it is passed over.
+    A killed process can leave a last line cut short: it is passed over, as is what is no row.
     """
     rows: dict[str, dict[int, Row]] = {"train": {}, "validation": {}}
-    for row in _rows(path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for row in _rows(text.splitlines()):
         rows.setdefault(row["kind"], {})[row["step"]] = row
     return {kind: [found[step] for step in sorted(found)] for kind, found in rows.items()}
 
@@ -87,13 +120,20 @@ def _history(path: Path) -> dict[str, list[Row]]:
 def _rows(lines: Iterable[str]) -> Iterable[Row]:
     for line in lines:
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
+            yield row
 
 
 def _trace(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
+    """Return the arrays over time, without those that are not as long as their steps."""
+    try:
+        arrays = read_arrays(path)
+    except ValueError:
         return {}
-    with np.load(path) as arrays:
-        return dict(arrays)
+    shape = arrays["step"].shape if "step" in arrays else ()
+    if len(shape) != 1 or not shape[0]:
+        return {}
+    return {name: values for name, values in arrays.items() if values.shape[:1] == shape}

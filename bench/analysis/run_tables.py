@@ -8,15 +8,18 @@ from pathlib import Path
 
 from bench.analysis import quantities
 from bench.analysis.numbers import mebibytes, number
+from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Group, Run, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
 from bench.measure.quantity import is_measured
+from bench.records.schema import Record
 
 
 def runs_table(groups: Sequence[Group]) -> Table:
     """Return one row a run, failed ones too."""
-    rows = [(cells, _run_texts(cells)) for group in groups for found in group.configurations
-            for run in found.runs for cells in [run_figures(run, found)]]  # fmt: skip
+    rows = [(cells, _run_texts(cells, len(groups) > 1)) for number, group in enumerate(groups, 1)
+            for found in group.configurations for run in found.runs
+            for cells in [run_figures(run, found, number)]]  # fmt: skip
     return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
@@ -33,11 +36,11 @@ def failures_table(groups: Sequence[Group], unreadable: Sequence[tuple[Path, str
     return make_table("failures", "Runs that do not count", rows, notes=text_warnings(groups))
 
 
-def run_figures(run: Run, configuration: Configuration) -> Cells:
-    """Return what a table says of one run, raw."""
-    record = run.record
+def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells:
+    """Return what a table says of one run, raw; ``table`` is the number of the comparison that it is in."""
+    record, setting = run.record, Setting.of(run.record, allow_unequal=False)
     config, environment = record["config"], record["environment"]
-    used, tuned = record["used"], record["tuned"]
+    used = record["used"]
     seconds = record["time"].get("seconds") or {}
     return {
         "run_id": record["run_id"], "name": record["run_name"], "configuration": configuration.label,
@@ -46,12 +49,26 @@ def run_figures(run: Run, configuration: Configuration) -> Cells:
         "tokens_per_second": quantities.tokens_per_second(record),
         "peak_memory_bytes": quantities.peak_memory_bytes(record),
         "requested_batch_size": config["training"].get("batch_size"),
-        "tuned_batch_size": tuned.get("batch_size") if is_measured(tuned) else None,
-        "used_batch_shapes": " ".join(used["batch_shapes"]) if is_measured(used) else None,
+        **_sizes(record),
         "steps": used["steps"] if is_measured(used) else None,
         "seconds": seconds.get("total"), "start": record["time"].get("start"),
         "code": str(environment.get("code_sha256") or "")[:12] if is_measured(environment) else "",
-        "command": record["command"],
+        "table": table, "corpus": setting.corpus_words(), "device": setting.device_words(),
+        "scored": setting.scored_words(), "command": record["command"],
+    }  # fmt: skip
+
+
+def _sizes(record: Record) -> Cells:
+    """Return length and micro-batch as they were found by a search, and as they were used."""
+    used, tuned = record["used"], record["tuned"]
+    found = tuned if is_measured(tuned) else {}
+    ran = used if is_measured(used) else {}
+    return {
+        "tuned_status": found.get("status"), "tuned_length": found.get("length"),
+        "tuned_micro_batch_size": found.get("micro_batch_size"),
+        "used_batch_shapes": " ".join(ran.get("batch_shapes", ())) or None,
+        "used_micro_batch_size": ran.get("micro_batch_size"), "used_accumulation": ran.get("accumulation"),
+        "recoveries": len(ran["recoveries"]) if "recoveries" in ran else None,
     }  # fmt: skip
 
 
@@ -62,10 +79,16 @@ def mixed_code(runs: Sequence[Run]) -> dict[str, int]:
     return dict(Counter(text for text in hashes if text).most_common())
 
 
-def _run_texts(cells: Cells) -> Cells:
-    batch = [cells["requested_batch_size"], cells["tuned_batch_size"], cells["used_batch_shapes"]]
+def _run_texts(cells: Cells, several: bool) -> Cells:
+    """Return one run as it is shown, with the number of its table where there are several."""
+    tuned = "failed" if cells["tuned_status"] == "failed" else cells["tuned_micro_batch_size"]
+    used, pieces = cells["used_batch_shapes"], cells["used_accumulation"] or 1
+    if used and pieces > 1:
+        used += f" in {pieces} pieces"
+    batch = [cells["requested_batch_size"], tuned, used]
     return {
-        "run": cells["run_id"], "name": cells["name"] or "", "configuration": cells["configuration"],
+        "run": cells["run_id"], **({"table": str(cells["table"])} if several else {}),
+        "name": cells["name"] or "", "configuration": cells["configuration"],
         "seed": str(cells["seed"]), "status": cells["status"], "perplexity": number(cells["perplexity"]),
         "tokens/s": number(cells["tokens_per_second"], 0),
         "peak memory": mebibytes(cells["peak_memory_bytes"]),

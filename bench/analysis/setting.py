@@ -20,36 +20,68 @@ class Setting:
     protocol: tuple[Any, ...] | None
     """Tokens scored, length and stride of the final validation."""
     used: tuple[Any, ...] | None
-    """Batch sizes that were used, and the length."""
+    """Batch sizes that were used, and lengths: several where a controller changed it."""
+    asked: tuple[Any, ...] | None = None
+    """Batch size and length that were asked for: not always what was used, since a size can be tuned."""
 
     @classmethod
     def of(cls, record: Record, allow_unequal: bool) -> Setting:
         """Return the setting of a run; with ``allow_unequal`` protocol and used sizes count as equal."""
         protocol, used = (None, None) if allow_unequal else (_protocol(record), _used(record))
-        return cls(_corpus(record), _device(record), protocol, used)
+        wanted = None if allow_unequal else asked(record)
+        return cls(_corpus(record), _device(record), protocol, used, wanted)
+
+    @property
+    def unknown(self) -> int:
+        """How many parts a run did not get far enough to tell."""
+        return self._parts().count(None)
 
     def fits(self, other: Setting) -> bool:
         """Whether the two agree in everything that both know."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        pairs = zip(self._parts(), other._parts(), strict=True)
         return all(a is None or b is None or a == b for a, b in pairs)
+
+    def _parts(self) -> list[tuple[Any, ...] | None]:
+        return [self.corpus, self.device, self.protocol, self.used]
+
+    def corpus_words(self) -> str:
+        """Return the corpus in words, empty where it is not known."""
+        if not self.corpus:
+            return ""
+        name, config_name, tokenizer, sha256 = self.corpus
+        return f"{' '.join(part for part in (name, config_name) if part)} ({tokenizer}, {sha256[:12]})"
+
+    def device_words(self) -> str:
+        """Return the device in words, empty where it is not known."""
+        if not self.device:
+            return ""
+        kind, name, threads = self.device
+        return f"{name}, {threads} thread{'s' * (threads > 1)}" if threads else f"{kind}: {name}"
+
+    def scored_words(self) -> str:
+        """Return what was scored in words, empty where nothing was."""
+        if not self.protocol:
+            return ""
+        tokens, length, stride = self.protocol
+        return f"{tokens:,} tokens at length {length}, stride {stride}"
 
     def words(self) -> str:
         """Return the setting in words."""
-        parts = []
-        if self.corpus:
-            name, config_name, tokenizer, sha256 = self.corpus
-            names = " ".join(part for part in (name, config_name) if part)
-            parts.append(f"{names} ({tokenizer}, {sha256[:12]})")
-        if self.device:
-            kind, name, threads = self.device
-            parts.append(f"{name}, {threads} thread{'s' * (threads > 1)}" if threads else f"{kind}: {name}")
+        parts = [self.corpus_words(), self.device_words()]
         if self.protocol:
-            tokens, length, stride = self.protocol
-            parts.append(f"scored on {tokens:,} tokens at length {length}, stride {stride}")
+            parts.append(f"scored on {self.scored_words()}")
         if self.used:
             sizes, lengths = (" and ".join(map(str, numbers)) for numbers in self.used)
             parts.append(f"batch {sizes} × {lengths}")
-        return " · ".join(parts) or "nothing measured"
+        elif self.asked:
+            parts.append("batch {} × {} asked for".format(*self.asked))
+        return " · ".join(filter(None, parts)) or "nothing measured"
+
+
+def asked(record: Record) -> tuple[Any, ...]:
+    """Return the batch size and the length that a run asked for."""
+    config = record["config"]
+    return config["training"].get("batch_size"), config["model"].get("max_seq_length")
 
 
 def _corpus(record: Record) -> tuple[Any, ...] | None:
@@ -73,10 +105,11 @@ def _protocol(record: Record) -> tuple[Any, ...] | None:
     return tuple(quality["validation"][key] for key in ("tokens", "length", "stride"))
 
 
-def _used(record: Record) -> tuple[Any, ...]:
-    """Return batch sizes and lengths: those used, or those asked for where the run did not get so far."""
-    used, config = record["used"], record["config"]
-    epochs = used["ledger"]["epochs"] if is_measured(used) else []
-    sizes = {epoch["batch_size"] for epoch in epochs} or {config["training"]["batch_size"]}
-    lengths = (used.get("lengths") if is_measured(used) else None) or [config["model"]["max_seq_length"]]
+def _used(record: Record) -> tuple[Any, ...] | None:
+    """Return the batch sizes and the lengths that were used; None where the run did not train."""
+    used = record["used"]
+    sizes = {epoch["batch_size"] for epoch in used["ledger"]["epochs"]} if is_measured(used) else set()
+    if not sizes:
+        return None
+    lengths = used.get("lengths") or [record["config"]["model"].get("max_seq_length")]
     return tuple(sorted(sizes)), tuple(lengths)

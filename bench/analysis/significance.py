@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special, stats
 
+from bench.analysis.numbers import Interval
+
 CONFIDENCE = 0.95
 EXACT_SEEDS = 20
 RANDOM_FLIPS = 100_000
 SUMS_AT_ONCE = 2**22  # 32 MiB of float64
-
-Interval = tuple[float, float]
 
 
 def t_interval(values: np.ndarray | Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.analysis.labels import Settings, labels, settings_of
-from bench.analysis.run_data import RunData, read_record, read_run
-from bench.analysis.setting import Setting
+from bench.analysis.run_data import NLL, RunData, damaged_arrays, read_arrays, read_record, read_run
+from bench.analysis.setting import Setting, asked
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
 
@@ -56,15 +55,18 @@ class Run:
 
     @cached_property
     def articles(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Σ nll and tokens of each article of the final validation, each (A,); None without the file."""
-        path = self.folder / "nll.npz"
-        if not path.is_file():
-            return None
-        with np.load(path) as arrays:
-            if "validation_nll" not in arrays:
-                return None
+        """Σ nll and tokens of each article of the final validation, each (A,); None without a sound file."""
+        try:
+            arrays = read_arrays(self.folder / NLL)
             nll, article = arrays["validation_nll"].astype(np.float64), arrays["validation_document"]
-        return np.bincount(article, weights=nll), np.bincount(article).astype(np.float64)
+            return np.bincount(article, weights=nll), np.bincount(article).astype(np.float64)
+        except (ValueError, KeyError, TypeError):  # missing, damaged, or without the losses of validation
+            return None
+
+    @cached_property
+    def key(self) -> str:
+        """What all seeds of a configuration have in common, as text."""
+        return json.dumps(settings_of(self.record["config"]), sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Study:
     path: Path
     groups: list[Group]
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
-    """Folders whose record cannot be read, and why."""
+    """Folders whose record, or whose arrays, cannot be read, and why."""
 
     @property
     def runs(self) -> list[Run]:
@@ -145,19 +147,24 @@ def load_study(path: Path, allow_unequal: bool = False) -> Study:
             continue
         if record["run_id"] == file.parent.name:
             runs.append(Run(file.parent, record))
+            unreadable += [(file.parent, why) for why in damaged_arrays(file.parent)]
     if not runs:
         why = f": {unreadable[0][1]}" if unreadable else "; run something with --study first."
         raise ValueError(f"study {path} holds no record that can be read{why}")
-    return Study(path.name, path, grouped(runs, allow_unequal), unreadable)
+    return Study(path.resolve().name, path, grouped(runs, allow_unequal), unreadable)
 
 
 def grouped(runs: Sequence[Run], allow_unequal: bool = False) -> list[Group]:
     """Return runs as groups that may share a table, the largest first, each of labelled configurations."""
-    by_setting: dict[Setting, list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: _unknown(run.record, allow_unequal)):
-        setting = Setting.of(run.record, allow_unequal)
-        by_setting[next((known for known in by_setting if known.fits(setting)), setting)].append(run)
-    groups = [(setting, _configurations(some)) for setting, some in by_setting.items()]
+    settings_of_runs = [(Setting.of(run.record, allow_unequal), run) for run in runs]
+    by_setting: list[tuple[Setting, list[Run]]] = []
+    for setting, run in sorted(settings_of_runs, key=lambda both: both[0].unknown):
+        home = _home(setting, run, by_setting)
+        if home is None:
+            by_setting.append((setting, [run]))
+        else:
+            home.append(run)
+    groups = [(setting, _configurations(some)) for setting, some in by_setting]
     names = iter(labels([settings for _, found in groups for settings, _ in found]))
     result = [
         Group(setting, [Configuration(next(names), settings, tuple(some)) for settings, some in found])
@@ -166,14 +173,25 @@ def grouped(runs: Sequence[Run], allow_unequal: bool = False) -> list[Group]:
     return sorted(result, key=lambda group: -len(group.runs))
 
 
+def _home(setting: Setting, run: Run, groups: Iterable[tuple[Setting, list[Run]]]) -> list[Run] | None:
+    """Return the runs of the group that a run belongs to, None where it begins its own.
+
+    A run that ended before everything is known stands with its own configuration; without one there, and
+    where nothing was used, with runs that asked for the batch and length that it asked for.
+    """
+    fitting = [some for known, some in groups if known.fits(setting)]
+    if setting.unknown:
+        own = max(fitting, key=lambda some: sum(other.key == run.key for other in some), default=[])
+        if any(other.key == run.key for other in own):
+            return own
+        if setting.used is None and setting.asked is not None:
+            wanted = setting.asked
+            fitting = [some for some in fitting if any(asked(other.record) == wanted for other in some)]
+    return fitting[0] if fitting else None
+
+
 def _configurations(runs: Iterable[Run]) -> list[tuple[Settings, list[Run]]]:
     found: dict[str, tuple[Settings, list[Run]]] = {}
     for run in sorted(runs, key=lambda run: (run.record["time"].get("start") or "", run.seed)):
-        settings = settings_of(run.record["config"])
-        key = json.dumps(settings, sort_keys=True, default=str)
-        found.setdefault(key, (settings, []))[1].append(run)
+        found.setdefault(run.key, (settings_of(run.record["config"]), []))[1].append(run)
     return [(settings, sorted(some, key=lambda run: run.seed)) for settings, some in found.values()]
-
-
-def _unknown(record: Record, allow_unequal: bool) -> int:
-    return sum(part is None for part in vars(Setting.of(record, allow_unequal)).values())

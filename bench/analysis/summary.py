@@ -107,9 +107,12 @@ def _used(used: dict[str, Any]) -> str:
     if used["accumulation"] > 1:
         text += f", {used['accumulation']} micro-batches an update"
     if used["recoveries"]:
-        text += f"; out of memory {len(used['recoveries'])} times, the same batch again in smaller pieces"
+        times = len(used["recoveries"])
+        often = "once" if times == 1 else f"{times} times"
+        text += f"; out of memory {often}, the same batch again in smaller pieces"
     if used.get("control"):
-        text += f"; {len(used['control'])} changes by the memory controller"
+        changes = len(used["control"])
+        text += f"; {changes} change{'s' * (changes > 1)} by the memory controller"
     return text
 
 

@@ -11,7 +11,12 @@ from typing import Any
 import pandas as pd
 
 Cells = dict[str, Any]
-TO_LATEX = {"−": "$-$", "·": "$\\cdot$", "×": "$\\times$", "±": "$\\pm$", "≤": "$\\leq$", "†": "\\dag{}"}
+TO_LATEX = {
+    "−": "$-$", "·": "$\\cdot$", "×": "$\\times$", "±": "$\\pm$", "≤": "$\\leq$", "†": "\\dag{}",
+    "–": "--", "…": "\\ldots{}", "→": "$\\rightarrow$",
+}  # fmt: skip
+KNOWN_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("×÷ÐðÞþ")
+"""Of Latin-1, what LaTeX reads in UTF-8 with its usual fonts."""
 
 
 @dataclass(frozen=True)
@@ -82,5 +87,5 @@ def _escape_markdown(text: str) -> str:
 
 def _plain_letters(text: str) -> str:
     """Return ``text`` in one line, with "?" for letters that LaTeX may not know."""
-    known = [letter if letter.isascii() or letter in TO_LATEX else "?" for letter in " ".join(text.split())]
-    return "".join(known)
+    return "".join(letter if letter.isascii() or letter in TO_LATEX or letter in KNOWN_LETTERS else "?"
+                   for letter in " ".join(text.split()))  # fmt: skip

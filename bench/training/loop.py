@@ -118,6 +118,12 @@ class Trainer:
         )  # also where nothing was left
         return self.done
 
+    def release(self) -> None:
+        """Free gradients, the optimizer's state and the copy of the best state; nothing is trained after."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self._best_state = {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that ``load_state_dict`` needs to go on bit for bit, at the end of a step."""
         return {

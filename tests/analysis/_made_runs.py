@@ -33,6 +33,7 @@ def made_run(folder: Path, coupler: str = "HGNN", steps: int = STEPS, **changes:
     }
     known = {
         "run_id": "0123456789ab", "study": "made", "run_name": "made", "status": "ok", "seed": 3,
+        "command": "",
         "config": {"model": model, "training": {"max_grad_norm": 1.0}}, "data": {"source": "folder"},
         "parameters": {"total": 1000, "expert": 600, "coupler": 150, "other": 250},
         "quality": {"validation": validation, "test": not_measured("not asked for"), "best_step": steps},

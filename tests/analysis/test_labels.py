@@ -54,5 +54,32 @@ def test_labels_of_different_configurations_always_differ():
 def test_settings_leave_out_seed_places_and_options_of_other_couplers():
     config = {"model": {"coupler_type": "mean", "coupler_option": ["HGNN.backend=loop", "k=1", "mean.a=b.c"]},
               "training": {"seed": 3, "learning_rate": 0.1}, "places": {"study": "s"}}  # fmt: skip
-    assert settings_of(config) == {"coupler_type": "mean", "coupler_option": ["k=1", "mean.a=b.c"],
+    assert settings_of(config) == {"coupler_type": "mean", "coupler_option": ["a=b.c", "k=1"],
                                    "learning_rate": 0.1}  # fmt: skip
+
+
+def options_of(coupler: str, *options: str) -> list[str]:
+    return settings_of({"model": {"coupler_type": coupler, "coupler_option": options}})["coupler_option"]
+
+
+def test_an_option_is_the_same_with_its_owner_and_without():
+    assert options_of("gate", "gate.k=1") == options_of("gate", "k=1") == ["k=1"]
+    assert options_of("gate", "b=2", "gate.k=1") == options_of("gate", "k=1", "b=2")
+    assert options_of("gate", "k=2", "gate.k=1") == ["k=2"], "without an owner wins, as in gnnmoe"
+
+
+def test_options_of_a_coupler_in_a_file_are_named_without_its_path():
+    path = "examples/x.py:NormCoupler"
+    found = [{"coupler_type": path, "coupler_option": options_of(path, f"{path}.p={p}")} for p in (1, 2)]
+    assert labels(found) == [f"{path} · p=1", f"{path} · p=2"]
+    whole = [settings(coupler_type=path, coupler_option=[f"{path}.p={p}"]) for p in (1, 2)]
+    assert labels(whole) == [f"{path} · p=1", f"{path} · p=2"]
+    assert options_of(path, "norm.p=1") != options_of(path, "norm.p=2"), "norm may be its name"
+
+
+def test_what_would_be_equal_still_has_a_number():
+    found = labels([settings(static_hyperedge_strategy=value) for value in ("2", "2 (2)", None, "2")])
+    assert found[0] == found[3] == "HGNN · 2", "the same configuration, in two tables"
+    alike = labels([settings(num_experts=value) for value in ("4", 4, "num_experts 4")])
+    assert len({*found}) == len({*alike}) == 3
+    assert "HGNN · num_experts 4 (2)" in alike

@@ -127,3 +127,42 @@ def test_a_folder_without_records_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no record"):
         load_study(tmp_path / "empty")
+
+
+def test_runs_that_were_tuned_share_a_table_with_those_that_ran_out_of_memory(tmp_path):
+    path = made_study(tmp_path / "made", {"mean": 0.0, "GNN": 0.02, "gate": 0.0}, seeds=3, history=2,
+                      failed={("GNN", 1): "oom", "gate": "oom"})  # fmt: skip
+    nothing = {"value": None, "reason": "out of memory"}
+    for coupler in ("mean", "GNN", "gate"):
+        for run in runs_of(path, coupler):
+            failed = json.loads((run / "record.json").read_text())["status"] == "oom"
+            change(run, **({"used": nothing} if failed else {"used__ledger__epochs": [{"batch_size": 8}]}))
+    [group] = load_study(path).groups
+    assert len(group.runs) == 9
+    assert "batch 8 × " in group.setting.words()
+
+
+def test_a_failed_run_goes_to_the_table_of_its_own_configuration(study):
+    nothing = {"value": None, "reason": "out of memory"}
+    for run in runs_of(study, "GNN"):
+        change(run, used__ledger__epochs=[{"batch_size": 999}])
+    change(runs_of(study, "GNN")[0], status="oom", used=nothing, quality=nothing)
+    found = [
+        {(one.label, len(one.runs)) for one in group.configurations} for group in load_study(study).groups
+    ]
+    assert sorted(found, key=str) == [{("GNN", 3)}, {("mean", 3)}]
+
+
+def test_failed_runs_that_asked_for_other_batches_are_told_apart_in_words(study):
+    nothing = {"value": None, "reason": "out of memory"}
+    for run, size in zip(runs_of(study, "GNN"), (4096, 4096, 8192), strict=True):
+        change(run, status="oom", used=nothing, quality=nothing, config__training__batch_size=size)
+    words = [group.setting.words() for group in load_study(study).groups]
+    assert [text.rpartition(" · ")[2].partition(" × ")[0] for text in words] == [
+        "batch 16", "batch 4096", "batch 8192"]  # fmt: skip
+    assert len(load_study(study, allow_unequal=True).groups) == 1
+
+
+def test_a_study_is_named_by_its_folder_wherever_one_stands(study, monkeypatch):
+    monkeypatch.chdir(study)
+    assert load_study(Path()).name == "made"

@@ -18,7 +18,8 @@ from bench.analysis.run_tables import failures_table, runs_table
 from bench.analysis.study import load_study
 from tests.analysis._made_studies import made_study
 
-HOSTILE = "x & y_1 % $z$ #{} ~^\\ |é😀| <script>alert('1')</script> `*a*`"
+LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"
+HOSTILE = f"{LETTERS} 1–2 … → Ω " + "x & y_1 % $z$ #{} ~^\\ |é😀| <script>alert('1')</script> `*a*`"
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_latex_has_the_structure_of_booktabs(tables):
         body = text.split("\\midrule")[1].split("\\bottomrule")[0].strip().splitlines()
         assert len(body) == len(table.shown)
         assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(table.shown.columns) - 1}
-        assert text.isascii()
+        assert set(text) <= {*map(chr, range(128)), *LETTERS}
 
 
 def test_latex_compiles(tables, tmp_path):
@@ -148,3 +149,45 @@ def test_latex_compiles(tables, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "t.pdf").stat().st_size > 1000
+
+
+def test_letters_of_latin_1_stay_in_latex_and_others_do_not(tables):
+    text = tables[2].latex()
+    assert f"{LETTERS} 1--2 \\ldots{{}} $\\rightarrow$ ?" in text
+
+
+def test_runs_say_which_table_they_are_in_and_what_may_not_be_mixed(tmp_path, study):
+    path = made_study(tmp_path / "two", {"mean": 0.0, "GNN": 0.05}, seeds=2, history=2)
+    for file in path.glob("*/record.json"):
+        record = json.loads(file.read_text())
+        if record["config"]["model"]["coupler_type"] == "GNN":
+            record["environment"]["device_name"] = "another processor"
+            record["quality"]["validation"]["stride"] = 7
+            file.write_text(json.dumps(record))
+    table = runs_table(load_study(path).groups)
+    assert list(table.shown["table"]) == ["1", "1", "2", "2"]
+    assert list(table.figures["table"]) == [1, 1, 2, 2]
+    said = table.figures.set_index("configuration")
+    for label, device, stride in (("mean", "a made processor", 32), ("GNN", "another processor", 7)):
+        found = said.loc[label].iloc[0]
+        assert found["device"].startswith(device)
+        assert found["scored"].endswith(f"stride {stride}")
+        assert found["corpus"].startswith("wikitext wikitext-2-v1 (word, ")
+    assert "table" not in runs_table(study.groups).shown
+
+
+def test_reference_lines_that_not_all_runs_agree_in_are_left_out(tmp_path):
+    study = load_study(made_study(tmp_path / "made", {"mean": 0.0}, seeds=3, history=2))
+    [group] = study.groups
+    assert len(reference_lines(group)) == 2
+    group.runs[0].record["quality"]["validation"]["unigram_nll_sum"] *= 1.01
+    assert [name for name, _ in reference_lines(group)] == ["Kneser-Ney trigram, validation split"]
+    del group.runs[1].record["quality"]["validation"]["kneser_ney_trigram_nll_sum"]
+    assert reference_lines(group) == []
+
+
+def test_what_the_interval_over_articles_is_stands_in_the_notes(tables, tmp_path):
+    assert any("articles_low_nats" in note for note in tables[0].notes)
+    path = made_study(tmp_path / "bare", {"mean": 0.0, "GNN": 0.05}, seeds=2, history=2, arrays=False)
+    notes = comparison_table(compare(load_study(path).groups[0])).notes
+    assert not any("articles" in note for note in notes)

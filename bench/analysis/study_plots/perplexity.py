@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from bench.analysis import quantities
 from bench.analysis.comparison import Difference, Row
+from bench.analysis.comparison_tables import simple_models
 from bench.analysis.numbers import MINUS, number, perplexities
 from bench.analysis.plot_style import BLUE, GREEN, GREY, VERMILLION, Plot
 from bench.analysis.quantities import exp_or_infinity
@@ -67,21 +67,6 @@ def perplexity_plot(frame: Frame) -> Plot | None:
     return Plot("perplexity", figure, COLUMNS, _table(frame, rows))
 
 
-def reference_lines(frame: Frame) -> dict[str, float]:
-    """Return the losses in nats of simple models on the very tokens that the runs were scored on."""
-    records = [run.record for run in frame.comparison.group.runs if run.counts]
-    found = {}
-    for name, line in (
-        ("unigram", quantities.unigram_perplexity),
-        ("trigram", quantities.trigram_perplexity),
-    ):
-        values = {line(record) for record in records}
-        known = [value for value in values if value is not None]
-        if known and len(known) == len(values) and max(known) <= min(known) * (1 + 1e-9):
-            found[name] = known[0]
-    return found
-
-
 def _rows(frame: Frame) -> list[Row]:
     failed = [row for row in frame.comparison.rows if row.loss.mean is None]
     return [*frame.measured, *failed]
@@ -120,7 +105,7 @@ def _draw_perplexities(axes: Axes, frame: Frame, rows: list[Row]) -> None:
              if value < BEYOND] or [1.0]  # fmt: skip
     bounded = [both if both and both[1] < BEYOND else None for both in ends]
     low, high, log = scale_of(known, bounded, ratio=3)
-    lines = [value for value in reference_lines(frame).values() if _on_scale(value, low, high)]
+    lines = [value for value in simple_models(frame.comparison.group).values() if _on_scale(value, low, high)]
     low, high = (
         min([low, *(value / 1.02 for value in lines)]),
         max([high, *(value * 1.02 for value in lines)]),
@@ -152,7 +137,7 @@ def _draw_lines(axes: Axes, frame: Frame) -> None:
     """Mark the simple models above the panel: a line where it is on scale, else an arrow to where it lies."""
     axes.set_title("Perplexity", loc="left", fontweight="bold", pad=28)
     low, high = axes.get_xlim()
-    for level, (name, value) in enumerate(reference_lines(frame).items()):
+    for level, (name, value) in enumerate(simple_models(frame.comparison.group).items()):
         text, height = f"{name} {number(value, 1 if value < 1e3 else 0)}", 3 + 11 * level
         transform = axes.get_xaxis_transform()
         place, align = (high, "right") if value > high else (low, "left")
@@ -233,7 +218,7 @@ def _table(frame: Frame, rows: list[Row]) -> list[list[Any]]:
         for seed, loss in row.loss.values.items():
             own = against.by_seed.get(seed) if against else None
             table.append([label, seed, 1, exp_or_infinity(loss), None, None, loss, own, *[None] * 6])
-    for name, value in reference_lines(frame).items():
+    for name, value in simple_models(frame.comparison.group).items():
         table.append(
             [f"{name} (reference line)", None, None, value, None, None, math.log(value), *[None] * 7]
         )

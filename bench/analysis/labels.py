@@ -14,6 +14,7 @@ ONLY_IF_NEEDED = (
     "vocab_size",
     "coupler_options",
 )  # follow from a match, from the data, from options
+OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")  # where asked for
 SHORT = {"hgnn_learnable_edge_weights": {True: "learned weights", False: "no weights"}}
 
 
@@ -22,7 +23,10 @@ def settings_of(config: dict[str, Any]) -> Settings:
 
     Of the coupler's options those that count are left, by name and without their owner.
     """
-    groups = [fields for group, fields in config.items() if group != "places"]
+    groups = [fields for group, fields in config.items() if group not in ("places", "memory")]
+    groups.append(
+        {name: value for name, value in config.get("memory", {}).items() if value and name in OF_MEMORY}
+    )
     settings = {name: value for fields in groups for name, value in fields.items() if name != "seed"}
     settings["coupler_option"] = _options(settings.get("coupler_option") or (), settings["coupler_type"])
     return settings

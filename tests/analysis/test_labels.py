@@ -83,3 +83,12 @@ def test_what_would_be_equal_still_has_a_number():
     alike = labels([settings(num_experts=value) for value in ("4", 4, "num_experts 4")])
     assert len({*found}) == len({*alike}) == 3
     assert "HGNN · num_experts 4 (2)" in alike
+
+
+def test_memory_counts_only_where_something_was_asked_of_it():
+    """Runs from before these flags, and those that leave them alone, are one configuration."""
+    plain = {"model": {"coupler_type": "mean"}, "training": {"seed": 0}}
+    asked_nothing = {"micro_batch_size": None, "tune_batch_size": False, "memory_target": 0.85}
+    assert settings_of({**plain, "memory": asked_nothing}) == settings_of(plain)
+    split = settings_of({**plain, "memory": {**asked_nothing, "micro_batch_size": 4}})
+    assert labels([split, settings_of(plain)]) == ["mean · micro_batch_size 4", "mean"]

@@ -71,7 +71,7 @@ def _numbered(found: Sequence[str], configurations: Sequence[Settings]) -> list[
 def _label(settings: Settings, fields: Sequence[str]) -> str:
     parts = [str(settings["coupler_type"])]
     for name in dict.fromkeys(fields):
-        if name != "coupler_type" and (text := _part(name, settings.get(name))):
+        if name != "coupler_type" and name in settings and (text := _part(name, settings.get(name))):
             parts.append(text)
     return " · ".join(parts)
 

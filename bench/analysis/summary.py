@@ -102,6 +102,8 @@ def _tuned(tuned: dict[str, Any]) -> str:
 def _used(used: dict[str, Any]) -> str:
     pieces = ", ".join(f"{count:,} × ({shape.replace('x', ' × ')})"
                        for shape, count in used["micro_batch_shapes"].items())  # fmt: skip
+    if len(used["micro_batch_shapes"]) == used["accumulation"] == 1 and not used["recoveries"]:
+        return f"{pieces}, each an update"
     sizes = " and ".join(map(str, used["batch_sizes"]))
     text = f"{sizes} an update, run as {pieces}; at the end {used['micro_batch_size']} at once"
     if used["accumulation"] > 1:

@@ -104,7 +104,9 @@ def request_for(prepared: Prepared, say: Say) -> FitRequest:
         batch_size=max(sizes) // world, limit_bytes=memory_limit(budget, memory.memory_target),
         device=str(prepared.device),
     )  # fmt: skip
-    shapes = ladder(lengths, divisors(gcd(*sizes) // world))
+    most = memory.tune_max_batch_size or max(sizes)
+    rows = [part for part in divisors(gcd(*sizes) // world) if part <= most]
+    shapes = ladder(lengths, rows)
     return FitRequest(setup, budget, tuple(shapes), memory.tune_max_trials, memory.tune_max_seconds)
 
 

@@ -70,8 +70,9 @@ class Learning:
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Rows that are run at once, fewer than at first where memory ran out; None: whole batches."""
-        return self.trainer.recovering.micro_batch_size
+        """Rows that the last update ran at once; None: whole batches."""
+        last = self.ledger.last_shapes
+        return self.trainer.recovering.micro_batch_size if not last else last[0][0] if len(last) > 1 else None
 
     def run(self) -> Trained:
         """Train to the end; a signal stops at the end of a step, with a checkpoint.
@@ -107,11 +108,10 @@ class Learning:
     def _pieces(self) -> dict[str, Any]:
         """Return how batches were run: the pieces counted, and micro-batch × accumulation at the end."""
         sizes = sorted({account.batch_size for account in self.ledger.epochs})
-        batch_size = sizes[-1] if sizes else self.prepared.config.training.batch_size
-        micro, control = min(batch_size, self.micro_batch_size or batch_size), self.trainer.control
+        last, control = self.ledger.last_shapes, self.trainer.control
         return {
             "batch_sizes": sizes, "micro_batch_shapes": self.ledger.micro_batch_shapes,
-            "micro_batch_size": micro, "accumulation": -(-batch_size // micro),
+            "micro_batch_size": last[0][0] if last else None, "accumulation": len(last) or None,
             "recoveries": self.trainer.recovering.to_record(),
             "lengths": sorted({int(key.split("x")[1]) for key in self.ledger.micro_batch_shapes}),
             "control": control.controller.to_record() if control else [],
@@ -147,9 +147,9 @@ class Learning:
             self.reporter.line(f"note: {decision}")
 
     def as_run(self, batch: Batch) -> Batch:
-        """Return a batch in sequences of the length at which the training ended."""
-        control = self.trainer.control
-        return cut(batch, control.controller.shape.length) if control else batch
+        """Return a batch in sequences of the length that the last update was run in."""
+        last = self.ledger.last_shapes
+        return cut(batch, last[0][1]) if last else batch
 
     def after_epoch(self) -> None:
         """Close the epoch's account."""

@@ -66,7 +66,7 @@ def _sizes(record: Record) -> Cells:
     return {
         "tuned_status": found.get("status"), "tuned_length": found.get("length"),
         "tuned_micro_batch_size": found.get("micro_batch_size"),
-        "used_batch_shapes": " ".join(ran.get("batch_shapes", ())) or None,
+        "used_shapes": " ".join(ran.get("micro_batch_shapes") or ran.get("batch_shapes", ())) or None,
         "used_micro_batch_size": ran.get("micro_batch_size"), "used_accumulation": ran.get("accumulation"),
         "recoveries": len(ran["recoveries"]) if "recoveries" in ran else None,
     }  # fmt: skip
@@ -82,7 +82,7 @@ def mixed_code(runs: Sequence[Run]) -> dict[str, int]:
 def _run_texts(cells: Cells, several: bool) -> Cells:
     """Return one run as it is shown, with the number of its table where there are several."""
     tuned = "failed" if cells["tuned_status"] == "failed" else cells["tuned_micro_batch_size"]
-    used, pieces = cells["used_batch_shapes"], cells["used_accumulation"] or 1
+    used, pieces = cells["used_shapes"], cells["used_accumulation"] or 1
     if used and pieces > 1:
         used += f" in {pieces} pieces"
     batch = [cells["requested_batch_size"], tuned, used]

@@ -41,6 +41,8 @@ class Ledger:
         self.batch_shapes: dict[str, int] = {}
         self.micro_batch_shapes: dict[str, int] = {}
         self._shape: tuple[int, ...] = (0, 1)  # of the last batch
+        self.last_shapes: list[tuple[int, ...]] = []
+        """Of the pieces of the last update, as the model saw them."""
         self.evaluations: dict[str, dict[str, int]] = {}
         self._open = False
 
@@ -89,6 +91,7 @@ class Ledger:
                 f"epoch {self.epochs[-1].epoch}: a batch of {self._shape[0]} rows was served, but its "
                 f"micro-batches hold {rows} ({', '.join(map(_key, shapes))})"
             )
+        self.last_shapes = [tuple(shape) for shape in shapes] or self.last_shapes
         for shape in shapes:
             self.micro_batch_shapes[_key(shape)] = self.micro_batch_shapes.get(_key(shape), 0) + 1
 
@@ -137,7 +140,8 @@ class Ledger:
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs to go on counting."""
         return {**self.to_record(), "batch_shapes": dict(self.batch_shapes),
-                "micro_batch_shapes": dict(self.micro_batch_shapes)}  # fmt: skip
+                "micro_batch_shapes": dict(self.micro_batch_shapes),
+                "last_shapes": list(self.last_shapes)}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
@@ -145,6 +149,7 @@ class Ledger:
         self.epochs = [EpochAccount(**account) for account in state["epochs"]]
         self.batch_shapes, self.evaluations = dict(state["batch_shapes"]), dict(state["evaluations"])
         self.micro_batch_shapes = dict(state.get("micro_batch_shapes", {}))
+        self.last_shapes = [tuple(shape) for shape in state.get("last_shapes", ())]
         self._open = bool(self.epochs)
 
     def _difference(self, account: EpochAccount, where: str) -> str:

@@ -43,7 +43,8 @@ def cached_search(
 
     The key holds the model's config with its length, the dtype, the optimizer's settings, the limit
     and the search's own settings; beside it stands the ``Place``. An answer for the same key from
-    another device is not used, and ``say`` is told so. Raises what ``make`` raises, which is not kept.
+    another device is not used, and ``say`` is told so. Neither what ``make`` raises is kept, nor a
+    search that ended for want of time or of free memory of the host.
     """
     path = cache_folder() / f"batch-size-{_key(request)}.json"
     place, known = place_of(request), _read(path)
@@ -54,6 +55,8 @@ def cached_search(
     if others and not any(found["place"]["device_name"] == place.device_name for found in known):
         say(f"the batch size was tuned before on {', '.join(sorted(others))}; searching again on this device")
     made = make()
+    if made.of_the_moment:
+        return made, False
     kept = [*known, {"place": asdict(place), "result": made.to_record()}]
     text = json.dumps(kept[-20:])
     try:

@@ -17,7 +17,7 @@ from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.measure.preserve import preserved
 from bench.measure.recovery import attempt
-from bench.training.batch_size import Trial
+from bench.training.batch_size import FREE_HERE, Trial
 from bench.training.step import Batch, make_optimizer, training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
@@ -90,7 +90,7 @@ class Trials:
         """Return why a size need not be run to know that it fails; the first one always is, if it can be."""
         free = free_host_bytes() if self._device.type == "cpu" else None
         if free is not None and predicted > free:
-            return f"only {format_bytes(free)} are free here"  # Linux would kill the process, untold
+            return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process, untold
         limit = self.setup.limit_bytes
         if self._begun and predicted > limit * SURE_SHARE:
             return f"far above {format_bytes(limit)}"

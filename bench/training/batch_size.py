@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 Mode = Literal["binsearch", "power"]
 Stopped = Literal["limit", "cap", "max_trials", "max_seconds"]
 KNEE_SHARE = 0.95  # of the best tokens/s: larger batches than the first to reach it gain next to nothing
+FREE_HERE = "are free here"  # why a trial was not run on a host that is short of memory
 REMEDY = "lower max_seq_length, embed_dim, num_layers or num_experts, or raise --memory-budget"
 
 
@@ -50,6 +51,12 @@ class SearchResult:
     stopped: Stopped
     """What ended the search: the limit was found, the cap fits, or trials or time ran out."""
     trials: tuple[Trial, ...]
+
+    @property
+    def of_the_moment(self) -> bool:
+        """Whether another time might give more: it ended for want of time, or of free memory of the host."""
+        short = any(trial.failure is not None and FREE_HERE in trial.failure for trial in self.trials)
+        return short or self.stopped == "max_seconds"
 
     def to_record(self) -> dict[str, Any]:
         """Return everything, ready for JSON."""
@@ -126,8 +133,9 @@ def search(
     trials: list[Trial] = []
     start = clock()
     while (stopped := plan.stopped(len(trials))) is None:
-        if trials and max_seconds is not None:
-            expected = trials[-1].seconds * plan.size / trials[-1].size
+        ran = [trial for trial in trials if trial.micro_steps or trial.ran]  # others took no time
+        if ran and max_seconds is not None:
+            expected = ran[-1].seconds * plan.size / ran[-1].size
             if clock() - start + expected > max_seconds:
                 stopped = "max_seconds"
                 break

@@ -237,3 +237,32 @@ def test_every_trial_is_kept_and_survives_the_record():
 def test_settings_that_make_no_sense_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         search(Device(9), **settings)
+
+
+def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next():
+    """B6: 128 was predicted away in no time; 96 would take half again as long as 64 did."""
+    now = [0.0]
+
+    def trial(size: int) -> Trial:
+        if size == 128:
+            now[0] += 0.05
+            return Trial(size, "not run: far above the limit", seconds=0.05)
+        now[0] += 60.0
+        return Trial(size, seconds=60.0, micro_steps=4)
+
+    result = search(
+        trial, mode="binsearch", init_val=64, max_trials=9, cap=128, max_seconds=110.0, clock=lambda: now[0]
+    )
+    assert (result.size, result.stopped) == (64, "max_seconds")
+    assert now[0] < 110
+
+
+def test_b8_what_another_moment_might_better_is_not_kept():
+    fits = Trial(4, micro_steps=4, seconds=1.0)
+    short = Trial(8, "not run: only 1.0 MiB are free here")
+    large = Trial(8, "not run: far above 2.0 MiB")
+    limit, again = (
+        SearchResult(4, None, "binsearch", 16, "limit", (fits, other)) for other in (large, short)
+    )
+    late = SearchResult(4, None, "binsearch", 16, "max_seconds", (fits,))
+    assert [result.of_the_moment for result in (limit, again, late)] == [False, True, True]

@@ -419,7 +419,27 @@ def test_a_controlled_run_records_and_says_every_decision(tiny, tmp_path, capsys
     assert said.count("note: step 1, peak") == 1
     assert made[0]["peak_bytes"] > int(190 * 1024 * 0.85)
     last = made[-1]
-    assert record["used"]["micro_batch_size"] == last["to_rows"]
+    assert record["used"]["micro_batch_size"] * record["used"]["accumulation"] == 4
     assert f"{last['to_rows']}x16" in record["used"]["micro_batch_shapes"]
     assert record["used"]["lengths"] == [16]
     assert record["memory"]["peak_allocated_bytes"] < made[0]["peak_bytes"]
+
+
+def test_a_decision_after_the_last_step_is_not_reported_as_used(tiny, tmp_path):
+    """D1: one step at the whole batch is too much, and nothing comes after it."""
+    flags = ["--control-memory", "--memory-budget", "150KiB", "--max-steps", "1", "--eval-every", "1"]
+    assert main([*tiny, *flags]) == 0
+    record = json.loads(next((tmp_path / "results" / "default").glob("*/record.json")).read_text())
+    used = record["used"]
+    assert used["control"], "the step was over the target"
+    assert used["micro_batch_shapes"] == {"4x16": 1}
+    assert (used["micro_batch_size"], used["accumulation"]) == (4, 1)
+
+
+def test_a_cut_length_counts_in_the_pieces_of_an_update(tiny, tmp_path):
+    """D3: rows × pieces of the last update hold the tokens of its batch, whatever the length."""
+    flags = ["--control-memory", "--memory-budget", "120KiB", "--max-steps", "8", "--eval-every", "8"]
+    assert main([*tiny, *flags, "--max-batches-per-epoch", "3"]) == 0
+    used = json.loads(next((tmp_path / "results" / "default").glob("*/record.json")).read_text())["used"]
+    assert used["lengths"] == [8, 16]
+    assert used["micro_batch_size"] * used["accumulation"] * 8 == 4 * 16

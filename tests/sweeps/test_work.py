@@ -77,8 +77,12 @@ def test_slots_run_side_by_side_and_no_more_than_there_are(study):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_runs_save_their_state_and_the_next_call_goes_on(study, number):
     runs = study.runs("endless", "endless", "ok")
-    with later(send(number), began(study, "run0", "run1")):
-        result = study.sweep(runs, 2)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may have been started under nohup
+    try:
+        with later(send(number), began(study, "run0", "run1")):
+            result = study.sweep(runs, 2)
+    finally:
+        signal.signal(number, before)
     assert (result.stopped, result.exit_status) == ("signal", 130)
     assert result.counts == {"interrupted": 2, "left": 1}
     assert study.record()["error"] == "stopped from outside", "the child wrote it, not the sweep"

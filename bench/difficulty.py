@@ -110,6 +110,8 @@ def _contents(path: Path, corpus: Corpus) -> tuple[dict[str, Any], dict[str, Ten
     state = load_checkpoint(path, _REMEDY)
     try:
         fields, text = state["identity"]["model"], state["identity"]["data"]["sha256"]
+        if state.get("tuned"):  # interrupted: its model has the length found, its identity the one asked for
+            fields = {**fields, "max_seq_length": state["tuned"]["length"]}
         weights = state["model"] if "model" in state else state["trainer"]["best_model"]
     except (KeyError, TypeError) as error:
         raise _unfit(

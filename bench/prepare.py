@@ -24,8 +24,8 @@ from bench.data.sources import known_as
 from bench.data.validation import validate_first_batch
 from bench.device import resolve_device
 from bench.difficulty import difficulty_scores
-from bench.fitting import refuse_wrong_sizes
 from bench.gate import refuse_wrong_names
+from bench.memory_checks import refuse_wrong_flags, refuse_wrong_sizes
 from bench.records.schema import config_dict, identity, run_id
 from bench.records.store import RunFolder, check_writable
 from gnnmoe.config import GNNMoEConfig
@@ -98,6 +98,7 @@ class Identifier:
         Raises:
             ValueError: as ``prepare``, for what can be seen without building the model.
         """
+        refuse_wrong_flags(config.memory)
         _refuse_curriculum_without_epochs(config.training)
         key = repr((_corpus_arguments(config), _asked_by_name(config)))
         if key not in self._corpora:
@@ -196,10 +197,9 @@ def _refuse_missing_rows(model_config: GNNMoEConfig, corpus: Corpus) -> None:
 
 def make_loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[str, BlockLoader]:
     """Return the loaders of ``Prepared``; raises ValueError as ``create_loader``."""
-    training, length, seed = config.training, config.model.max_seq_length, config.training.seed
-    size = training.batch_size
+    training, size, length = config.training, config.training.batch_size, config.model.max_seq_length
     shared: dict[str, Any] = {
-        "max_seq_length": length, "seed": seed, "num_workers": config.places.num_workers_dataloader,
+        "max_seq_length": length, "seed": training.seed, "num_workers": config.places.num_workers_dataloader,
         "pin_memory": device.type == "cuda",
     }  # fmt: skip
     evaluated = {**shared, "num_samples": config.data.num_eval_samples}

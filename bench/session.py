@@ -16,8 +16,9 @@ import torch
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import is_out_of_memory
-from bench.fitting import at_length, find_shape
+from bench.fitting import at_length, find_shape, identity_at_length
 from bench.gate import GateReport, check_trained_isolation, run_gate
+from bench.gate.trained import rows_to_judge
 from bench.learning import Learning
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
@@ -121,31 +122,32 @@ class Session:
 
     def _phases(self) -> None:
         config, device = self.prepared.config, self.prepared.device
-        gate_device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-        with self._phase("gate", "checking the coupler"):
-            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=gate_device)
-            self._judge(report)
         tuned = None
-        if config.memory.tune_batch_size:
-            with self._phase("tune", "searching for the largest micro-batch that fits"):
-                tuned = self._search(find_micro_batch)
-        if config.memory.fit_shape:
+        if config.memory.fit_shape:  # first, since what is judged is the model that is trained
             with self._phase("fit", "fitting length and micro-batch to the memory"):
                 tuned = self._search(find_shape)
                 self.prepared = at_length(self.prepared, tuned["length"])
                 self.record["data"]["training_blocks"] = _subset(self.prepared)
+        gate_device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        with self._phase("gate", "checking the coupler"):
+            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=gate_device)
+            self._judge(report)
+        if config.memory.tune_batch_size:
+            with self._phase("tune", "searching for the largest micro-batch that fits"):
+                tuned = self._search(find_micro_batch)
         with self._phase("build", "building the model"):
             model = self._build()
         with self._phase("train", "training"):
             learning = self._train(model, tuned)
         with self._phase("evaluate", "evaluating"):
-            batch = next(iter(self.prepared.loaders["train"]))
-            again = check_trained_isolation(model, batch["input_ids"][: learning.micro_batch_size].to(device))
+            ids = rows_to_judge(self.prepared.loaders["train"], learning.micro_batch_size)
+            again = check_trained_isolation(model, ids.to(device))
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
             self._evaluate(model, learning)
         with self._phase("speed", "measuring speed and memory"):
             learning.release()
             self._measure(model, learning)
+        self.prepared.identity = identity_at_length(self.prepared)  # nothing goes on from this checkpoint
         learning.keep_best()
 
     def _measure(self, model: GNNMoEModel, learning: Learning) -> None:
@@ -196,9 +198,8 @@ class Session:
         return model.to(self.prepared.device)
 
     def _train(self, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
-        learning = Learning(
-            self.prepared, model, self.reporter, self.interruption, self.state, self.tracker, tuned
-        )
+        learning = Learning(self.prepared, model, self.reporter, self.interruption,
+                            self.state, self.tracker, tuned)  # fmt: skip
         try:
             learning.run()
         finally:
@@ -236,8 +237,7 @@ class Session:
 
 def _subset(prepared: Prepared) -> dict[str, Any]:
     """Return which blocks are trained on: how many, and the seed that chose them where not all."""
-    loader = prepared.loaders["train"]
-    chosen = prepared.config.data.num_train_samples is not None
+    loader, chosen = prepared.loaders["train"], prepared.config.data.num_train_samples is not None
     curriculum = loader.sampler_obj.curriculum
     return {
         "count": len(loader.dataset_obj),

@@ -16,7 +16,7 @@ ORDER = (
 ).split()
 COMMANDS = set(
     "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
-    " cli layers fitting controlling __main__".split()
+    " cli layers fitting controlling memory_checks __main__".split()
 )
 
 

@@ -47,8 +47,8 @@ def predict_peak(
     Forward, backward, clipping and update with the optimizer's state in place, as ``training_step``
     does them, in pieces where a ``micro_batch_size`` says so. On the CPU (the default device) it
     equals what ``TrackedMeter`` reads of the real step; for another device it is the allocated
-    bytes, without the allocator's reserve and the context. No tensor is given memory, and no random
-    number is drawn.
+    bytes, cuBLAS's workspaces included, without the allocator's reserve and the context. No tensor
+    is given memory, and no random number is drawn.
 
     The head works in chunks, so the time grows with the tokens. Above ``EXACT_TOKENS`` the peak is
     drawn out along a line through two smaller batches: the memory at each moment of a step is a
@@ -61,15 +61,28 @@ def predict_peak(
         CannotPredict: the coupler's operations depend on the numbers in its tensors.
         ValueError: ``length`` is more than the model's ``max_seq_length``.
     """
-    step = _Step(model_config, length, training, device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    step = _Step(model_config, length, training, device)
+    library = 2 * cublas_workspace_bytes(device)  # the forward's thread and the backward's have one each
     split = micro_batch_size is not None and micro_batch_size < batch_size
     if batch_size * length <= EXACT_TOKENS:
-        return step.peak(batch_size, micro_batch_size)
+        return step.peak(batch_size, micro_batch_size) + library
     if not split:
-        return step.along_a_line(batch_size, pieces=1)
+        return step.along_a_line(batch_size, pieces=1) + library
     assert micro_batch_size is not None
     tokens_alone = (batch_size - 2 * micro_batch_size) * length  # of the pieces that wait: ids and targets
-    return step.along_a_line(micro_batch_size, pieces=2) + 2 * 8 * tokens_alone
+    return step.along_a_line(micro_batch_size, pieces=2) + 2 * 8 * tokens_alone + library
+
+
+def cublas_workspace_bytes(device: torch.device) -> int:
+    """Return what a thread's cuBLAS handle takes from torch's allocator with its first product.
+
+    Source: ``getChosenWorkspaceSize`` in PyTorch's ``aten/src/ATen/cuda/CublasHandlePool.cpp``; the
+    32 MiB were also seen on an H100. ``CUBLAS_WORKSPACE_CONFIG`` changes it.
+    """
+    if device.type != "cuda":
+        return 0
+    return 32 * 2**20 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 8320 * 2**10
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bench.measure.budget import format_bytes, host_memory_bytes
 from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.measure.preserve import preserved
-from bench.measure.recovery import attempt
+from bench.measure.recovery import attempt, recover
 from bench.training.batch_size import FREE_HERE, Trial
 from bench.training.step import Batch, make_optimizer, training_step
 from gnnmoe.config import GNNMoEConfig
@@ -56,12 +56,13 @@ class Trials:
     def __init__(self, setup: TrialSetup) -> None:
         self.setup, self._device = setup, torch.device(setup.device)
         self._begun = False
+        self._known: dict[int, int | None] = {}
 
     def __call__(self, size: int) -> Trial:
         """Return what ``size`` did."""
         start = time.perf_counter()
         shapes: list[tuple[int, ...]] = []
-        predicted = self._predicted(size)
+        predicted = self.predicted(size)
         hopeless = predicted is not None and self._hopeless(predicted)
         self._begun = True
         if hopeless:
@@ -76,7 +77,13 @@ class Trials:
         """Return how many pieces a trial's batches have: two stand for any number of them."""
         return MOST_PIECES if size < self.setup.batch_size else 1
 
-    def _predicted(self, size: int) -> int | None:
+    def predicted(self, size: int) -> int | None:
+        """Return the peak in bytes predicted of ``size``, worked out once; None where it cannot be."""
+        if size not in self._known:
+            self._known[size] = self._predict(size)
+        return self._known[size]
+
+    def _predict(self, size: int) -> int | None:
         setup = self.setup
         try:
             return predict_peak(
@@ -99,6 +106,7 @@ class Trials:
     def _run(self, size: int, shapes: list[tuple[int, ...]]) -> tuple[str | None, int, float | None]:
         """Return why the size fails (None: it does not), its peak in bytes and its tokens/s."""
         setup = self.setup
+        recover()  # what the trial before left in the cache would be freed by a retry, and judged as one
         retries = allocator_retries(self._device)
         model = GNNMoEModel(setup.model, seed=0).to(self._device).train()
         optimizer = make_optimizer(model, setup.training)

@@ -10,9 +10,9 @@ import torch
 
 from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
-from bench.fitting import FitRequest, fit_here
 from bench.measure import speed
 from bench.measure.activation import require_batch_applied
+from bench.measure.fit_process import FitRequest, fit_here
 from bench.measure.trials import TrialSetup
 from bench.run import main
 from bench.training.batch_size import NoFeasibleBatch, Trial
@@ -103,11 +103,13 @@ class Card:
         self.memory = FakeMemory(fixed_bytes=1000, bytes_per_sample=10, limit_bytes=out_of_memory)
         self.limit, self.factor, self.offset = limit, factor, offset
         self.ran: list[Shape] = []
+        self.asked: set[Shape] = set()
 
     def peak(self, shape: Shape) -> int:
         return self.memory.bytes_of(shape.tokens)
 
     def predict(self, shape: Shape) -> int | None:
+        self.asked.add(shape)
         return None if self.factor is None else round(self.peak(shape) * self.factor) + self.offset
 
     def run(self, shape: Shape) -> Trial:
@@ -157,11 +159,35 @@ def test_d4_the_prediction_is_corrected_by_what_was_measured():
 def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none():
     assert Card(3000, 10**6, None).fit(max_trials=2).stopped == "max_trials"
     ticks = iter(range(100))
-    found = Card(3000, 10**6, None).fit(max_seconds=2.5, clock=lambda: next(ticks))
+    found = Card(3000, 10**6, None).fit(max_seconds=1.5, clock=lambda: next(ticks))
     assert found.stopped == "max_seconds"
     assert found.found.trial.ran
     with pytest.raises(NoFeasibleBatch, match="smallest peak seen"):
         Card(900, 10**6).fit()
+
+
+def test_a_fit_begins_no_trial_that_is_not_expected_to_end_in_time():
+    """B6, as a search does: a second a token, so after 64 × 1 there is no time for 64 × 4."""
+    card, now = Card(3000, 10**6, None), [0.0]
+
+    def run(shape: Shape) -> Trial:
+        now[0] += shape.tokens
+        return replace(card.run(shape), seconds=shape.tokens)
+
+    for seconds, ran in ((64 + 255, 1), (64 + 256, 2)):
+        card.ran.clear()
+        now[0] = 0.0
+        found = fit(card.predict, run, SHAPES, limit_bytes=3000, max_seconds=seconds, clock=lambda: now[0])
+        assert (found.stopped, [shape.tokens for shape in card.ran]) == ("max_seconds", [64, 256][:ran])
+        assert found.shape == Shape(1, 64)
+
+
+def test_a_fit_predicts_only_along_one_bisection():
+    """A prediction takes a second: 4 of 12 shapes are asked for, the second trial's among them."""
+    for limit in range(1000 + 160, 1000 + 12 * 640 + 100, 37):
+        card = Card(limit, 10**6)
+        card.fit()
+        assert len(card.asked) <= 4
 
 
 def request(limit: int, device: str = "cpu", config: GNNMoEConfig = CONFIG, rows=(1, 2, 4)) -> FitRequest:

@@ -107,7 +107,7 @@ def at_length(prepared: Prepared, length: int) -> Prepared:
 def identity_at_length(prepared: Prepared) -> dict[str, Any]:
     """Return the run's identity with the length that its model has: what its weights are loaded by.
 
-    The run_id stays the hash of what was asked for, which --resume compares.
+    For the checkpoint of a finished run only: --resume compares what was asked for, and so does the run_id.
     """
     model = {**prepared.identity["model"], "max_seq_length": prepared.model_config.max_seq_length}
     return {**prepared.identity, "model": model}

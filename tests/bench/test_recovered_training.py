@@ -184,15 +184,12 @@ def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, ca
     assert "out of memory 2 times" in printed
 
 
-@pytest.mark.parametrize("control", [[], ["--control-memory"]])
 @pytest.mark.parametrize(
-    "schedule",
-    ["--batch-size 16 --batch-schedule 0:16,3:24 --epochs 2", "--batch-size 36 --batch-schedule 0:36,3:9"],
+    "schedule", ["4 --batch-schedule 0:4,3:6 --epochs 2", "10 --batch-schedule 0:10,3:5"]
 )
-def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card, schedule, control):
+def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card, schedule):
     """Three steps, of the first size: what a recovery may run is what a controller may."""
-    flags = ["--max-steps", "3", "--min-steps-per-epoch", "2", *control, *schedule.split()]
-    assert main([*tiny, *flags]) == 0
+    assert main([*tiny, "--control-memory", "--max-steps", "3", "--batch-size", *schedule.split()]) == 0
     _, record = only_run(results_of(tiny))
     (size,) = record["used"]["batch_sizes"]
     assert record["used"]["micro_batch_shapes"] == {"2x16": 3 * size // 2}

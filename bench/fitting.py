@@ -9,6 +9,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from bench.data.validation import validate_first_batch
+from bench.loaders import make_loaders
 from bench.measure.environment import device_name
 from bench.measure.fit_process import FitRequest, fit_here, fit_in_child
 from bench.measure.search_process import agreed
@@ -92,8 +93,6 @@ def _find_shape(prepared: Prepared, say: Say) -> dict[str, Any]:
 
 def at_length(prepared: Prepared, length: int) -> Prepared:
     """Return the run with another length throughout: model, training blocks and evaluation windows."""
-    from bench.prepare import make_loaders
-
     if length == prepared.model_config.max_seq_length:
         return prepared
     config = replace(prepared.config, model=replace(prepared.config.model, max_seq_length=length))

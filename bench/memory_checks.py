@@ -59,6 +59,9 @@ def refuse_wrong_sizes(config: RunConfig, model: GNNMoEConfig, device: torch.dev
             accumulations(batch_sizes(config.training), getattr(memory, name), name=name)
     if not (memory.tune_batch_size or memory.fit_shape or memory.control_memory):
         return
+    if memory.control_memory and config.execution.compile:
+        raise ValueError("control_memory changes the shape of the steps, and each would be compiled anew: "
+                         "drop --compile, or --control-memory.")  # fmt: skip
     if memory.fit_shape and (memory.tune_batch_size or memory.micro_batch_size is not None):
         raise ValueError("fit_shape finds the micro-batch: drop tune_batch_size and micro_batch_size, or it.")
     if memory.fit_shape and config.training.curriculum is not None:

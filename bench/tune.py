@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import DataConfig, MemoryConfig, ModelConfig, PlacesConfig, RunConfig, TrainingConfig
+from bench.config import (
+    DataConfig,
+    ExecutionConfig,
+    MemoryConfig,
+    ModelConfig,
+    PlacesConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
 
@@ -23,6 +31,7 @@ class TuneConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     places: PlacesConfig = field(default_factory=PlacesConfig)
 
@@ -34,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         memory = _switched_on(config.memory)
         run = RunConfig(model=config.model, data=config.data, training=config.training,
-                        memory=replace(memory, tune_init=None), places=config.places)  # fmt: skip
+                        memory=replace(memory, tune_init=None), execution=config.execution,
+                        places=config.places)  # fmt: skip
         return _search(run, memory.tune_init)
     except ValueError as error:
         fail(str(error))

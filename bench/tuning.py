@@ -66,6 +66,7 @@ def trials_of(prepared: Prepared) -> tuple[TrialSetup, int]:
         model=prepared.model_config, training=replace(TrainingConfig(), **optimizer),
         batch_size=max(batch_sizes(training)) // prepared.loaders["train"].sampler_obj.shard.world_size,
         limit_bytes=memory_limit(budget, memory.memory_target), device=str(prepared.device),
+        execution=prepared.config.execution,
     ), budget  # fmt: skip
 
 

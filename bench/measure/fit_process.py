@@ -14,7 +14,6 @@ from bench.measure.trials import Trials, TrialSetup
 from bench.training.batch_size import Trial
 from bench.training.fit import Fit, OnTry, Tried, concluded, fit
 from bench.training.shape import Shape
-from gnnmoe.model import GNNMoEModel
 
 
 @dataclass(frozen=True)
@@ -67,5 +66,4 @@ def _fit(request: FitRequest, seconds: float, send: Send) -> Fit:
 def _require_applied(setup: TrialSetup) -> None:
     device, length = torch.device(setup.device), setup.model.max_seq_length
     with preserved():
-        model = GNNMoEModel(setup.model, seed=0).to(device).train()
-        require_batch_applied(model, length, device)
+        require_batch_applied(setup.build(), length, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from bench.config import MeasureConfig, TrainingConfig
 from bench.measure import speed
 from bench.measure.activation import require_batch_applied
 from bench.measure.fit_process import FitRequest, fit_here
+from bench.measure.protocol import time_steps
 from bench.measure.trials import TrialSetup
 from bench.run import main
 from bench.training.batch_size import NoFeasibleBatch, Trial
@@ -250,21 +252,18 @@ def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):
         now[0] += 2.0
         return training_step(model, data, optimizer, norm, micro)
 
-    def slow(*arguments):
-        now[0] += 500.0
-        return {}
-
     monkeypatch.setattr(speed, "training_step", step)
-    monkeypatch.setattr(speed, "measure_memory", slow)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    timed = functools.partial(time_steps, clock=lambda: now[0])
+    monkeypatch.setattr(speed, "time_steps", timed)
     padded = batch()
     padded["targets"][1:, 3:] = IGNORED
+    measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
     for _ in range(2):  # the second time as after an earlier run
-        slow()
-        measured, _ = speed.measure_speed(
-            GNNMoEModel(CONFIG, seed=0), [batch(), padded], TrainingConfig(),
-            MeasureConfig(speed_warmup_steps=3, speed_steps=4), CPU, 2,
-        )  # fmt: skip
+        now[0] += 500.0
+        steps = speed.TrainingSteps(GNNMoEModel(CONFIG, seed=0), [batch(), padded], TrainingConfig(), 2)
+        now[0] += 500.0
+        measured = speed.measure_speed(steps, measure, CPU)
+        speed.peak_memory(steps, CPU)
         assert measured["step_seconds"] == [2.0] * 4
         assert measured["step_tokens"] == [16 + 3 * 3, 64, 16 + 3 * 3, 64]
 

@@ -11,7 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny shapes: a second thread only costs
 REPOSITORY = Path(__file__).parents[1]
@@ -28,7 +27,7 @@ def _no_data_folder_from_outside(monkeypatch):
 def _no_gpu_but_where_marked(request, monkeypatch):
     """A test says what it needs: unmarked ones do the same where there is a GPU as where there is none."""
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bench.speeding.jobs import Job
-    from bench.speeding.record import SpeedRecord
     from bench.speeding.rows import Row
 
 STOPPED = 130
@@ -67,7 +66,8 @@ class SpeedConfig:
     data_dir: Path | None = None
     """Text for the harness's row of --suite cpu, as in bench.run."""
     plot: bool = False
-    """Draw cost by E and by N, where there are several; a suite always does."""
+    """Draw cost by E and by N, where there are several; a suite always does. With --table: anew, from the
+    record."""
     table: tuple[Path, ...] = ()
     """Measure nothing: print the tables of these records, folders or files."""
     page: Path | None = None
@@ -194,7 +194,7 @@ def _measure(
         record.end(status)
     _show(record.data, record.rows, what in ("cpu", "gpu"), console)
     if config.plot or what in ("cpu", "gpu"):
-        _draw(record, console)
+        _draw(record.path, record.data, record.rows, console)
     console.print(f"record: {record.path}", markup=False, soft_wrap=True)
 
 
@@ -210,15 +210,15 @@ def _show(data: dict[str, Any], rows: list[Row], targets: bool, console: Console
         console.print(f"left out: {text}", markup=False)
 
 
-def _draw(record: SpeedRecord, console: Console) -> None:
+def _draw(folder: Path, data: dict[str, Any], rows: list[Row], console: Console) -> None:
     from bench.analysis.plot_style import write_plots
     from bench.speeding.figure import cost_plot
 
-    plot = cost_plot(record.rows, record.data["machine"].get("device", ""))
+    plot = cost_plot(rows, data["machine"].get("device", ""))
     if plot is None:
         console.print("no plot: fewer than two sizes were timed")
         return
-    write_plots(record.path, [plot])
+    write_plots(folder, [plot])
 
 
 def _print_records(config: SpeedConfig, console: Console) -> int:
@@ -229,10 +229,12 @@ def _print_records(config: SpeedConfig, console: Console) -> int:
     from bench.speeding.targets import verdicts
 
     records = [read_record(place) for place in config.table]
-    for data, rows in records:
+    for place, (data, rows) in zip(config.table, records, strict=True):
         console.print(f"{data['name']}: {data['machine'].get('device')}, {data['start']}, {data['status']}",
                       style="bold", markup=False)  # fmt: skip
         _show(data, rows, False, console)
+        if config.plot:
+            _draw(place if place.is_dir() else place.parent, data, rows, console)
     print_verdicts(verdicts([row for _, rows in records for row in rows]), console)
     if config.page is not None:
         write_page(config.page, records)

@@ -225,8 +225,12 @@ class TestCommand:
             (n, e) for n in ("static", "GNN") for e in (2, 3)
         }
         assert {path.name for path in folder.glob("cost.*")} == {"cost.svg", "cost.png", "cost.csv"}
-        assert speed.main(["--table", str(folder)]) == 0
+        drawn = (folder / "cost.csv").read_text()
+        for path in folder.glob("cost.*"):
+            path.unlink()
+        assert speed.main(["--table", str(folder), "--plot"]) == 0
         assert "not measured here: S1" in capsys.readouterr().out
+        assert (folder / "cost.csv").read_text() == drawn
 
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001", "--results-dir", str(tmp_path)]

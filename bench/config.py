@@ -188,6 +188,9 @@ class PlacesConfig:
     track: Literal["tensorboard"] | None = None
     """Show the run in TensorBoard while it trains, from the folder tensorboard in its own
     (pip install 'gnnmoe[track]')."""
+    reuse_gate: bool = False
+    """Take the gate's verdict of another seed of this configuration, where the study has one by the same code
+    on the same device, instead of checking again (bench.sweep does; trained isolation is always checked)."""
     quiet: bool = False
     """Print the final table only."""
 

@@ -16,8 +16,9 @@ from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import is_out_of_memory
 from bench.fitting import at_length, find_shape, identity_at_length
-from bench.gate import GateReport, check_trained_isolation, run_gate
+from bench.gate import GateReport, check_trained_isolation
 from bench.gate.trained import rows_to_judge
+from bench.gating import gate_of
 from bench.learning import Learning
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
@@ -127,9 +128,8 @@ class Session:
                 tuned = self._search(find_shape)
                 self.prepared = at_length(self.prepared, tuned["length"])
                 self.record["data"]["training_blocks"] = _subset(self.prepared)
-        gate_device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
         with self._phase("gate", "checking the coupler"):
-            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=gate_device)
+            report = gate_of(self.prepared, self.record["environment"])
             self._judge(report)
         if config.memory.tune_batch_size:
             with self._phase("tune", "searching for the largest micro-batch that fits"):

@@ -163,6 +163,7 @@ def run_plan(
     slots = slots_for(resolve_device(config.device).type, config.slots)
     places = places_of(config)
     own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
+    own["reuse_gate"] = True  # the gate once a configuration, not once a seed
     result = execute(
         plan.runs, LocalExecutor(slots), results_dir=config.results_dir, study=plan.study,
         places=as_flags(own), wait=config.wait, again=command,

@@ -228,6 +228,8 @@ def _gate(gate: dict[str, Any]) -> str:
     parts = [f"✗ failed: {', '.join(failed)}"] * bool(failed) + [f"✓ passed: {', '.join(passed)}"] * bool(
         passed
     )
+    reused = {check["reused_from"]: None for check in gate["checks"].values() if "reused_from" in check}
+    parts += [f"all but trained isolation as checked by run {name}" for name in reused]
     return "\n".join(parts)
 
 

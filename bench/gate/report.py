@@ -23,6 +23,8 @@ class Check:
     detail: str
     """One sentence or two: what was tried, or what was wrong."""
     seconds: float
+    reused_from: str | None = None
+    """The run that made this check, where it was not made anew (``bench.gating``)."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,15 @@ class GateReport:
         return bool(self.checks) and not self.failures
 
     def to_record(self) -> dict[str, Any]:
-        """Return ``{"passed": …, "checks": {name: {"passed", "detail", "seconds"}}}`` for JSON."""
+        """Return ``{"passed": …, "checks": {name: {"passed", "detail", "seconds"}}}`` for JSON.
+
+        A check that was not made anew has 0 seconds and ``reused_from``, the run that made it.
+        """
         entries = {check.name: asdict(check) for check in self.checks}
         for entry in entries.values():
             del entry["name"]
+            if entry["reused_from"] is None:
+                del entry["reused_from"]
         return {"passed": self.passed, "checks": entries}
 
 

@@ -1,0 +1,65 @@
+"""A run's gate: checked here and now, or, in a sweep, taken from another seed's run of the same configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.gate import Check, GateReport, run_gate
+from bench.gate.gate import CHECKS
+from bench.measure.quantity import is_measured
+from bench.prepare import Prepared
+from bench.records.schema import Record, run_id
+from bench.records.store import RunFolder
+
+SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themselves
+OF_COMMITS = ("git_commit", "git_changes_sha256")  # code_sha256 says what they say of what is run
+
+
+def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
+    """Return the gate's verdict on the configuration that a run trains, before there are trained weights.
+
+    With ``reuse_gate`` it is that of a run in the same study whose identity differs in its seed only
+    (hyperedges, data and schema count), in an equal ``environment``: device, threads, versions, and the hash
+    of the code with the coupler's own file. Nothing is waited for, so two runs that start at once both check.
+    Only a verdict that passed is taken, and each of its checks says whose it is.
+    """
+    config = prepared.config
+    if config.places.reuse_gate and not config.memory.fit_shape:  # its length is found run by run
+        for record in _other_seeds(prepared):
+            if is_measured(record["environment"]) and _same(record["environment"], environment):
+                report = _passed(record)
+                if report is not None:
+                    prepared.folder.log(f"its checks are those of run {report.checks[0].reused_from}")
+                    return report
+    device = torch.device("cpu") if prepared.device.type == "mps" else prepared.device  # mps has no float64
+    return run_gate(prepared.model_config, seed=config.training.seed, device=device)
+
+
+def _other_seeds(prepared: Prepared) -> Iterator[Record]:
+    """Yield the records of the study that are of this configuration; the run's id is the hash of all of it."""
+    places, identity = prepared.config.places, prepared.identity
+    for seed in range(SEEDS_LOOKED_AT):
+        name = run_id({**identity, "training": {**identity["training"], "seed": seed}})
+        record = None if name == prepared.run_id else RunFolder(
+            places.results_dir, places.study, name).read_record()  # fmt: skip
+        if record is not None and record["status"] != "damaged":
+            yield record
+
+
+def _same(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether two environments are one, but for commits that changed nothing in the code."""
+    return all(there.get(name) == value for name, value in here.items() if name not in OF_COMMITS)
+
+
+def _passed(record: Record) -> GateReport | None:
+    """Return the verdicts of a record as reused ones, None where a check is missing or did not pass."""
+    checks = record["gate"]["checks"] if is_measured(record["gate"]) else {}
+    if not all(checks.get(name, {}).get("passed") for name in CHECKS):
+        return None
+    return GateReport(
+        [Check(name, True, checks[name]["detail"], 0.0, checks[name].get("reused_from") or record["run_id"])
+         for name in CHECKS]
+    )  # fmt: skip

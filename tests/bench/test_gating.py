@@ -1,0 +1,119 @@
+"""The gate once a configuration: what a run may take from another seed's run, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import gating
+from bench.gate import CHECKS
+from bench.run import main
+
+REUSE = "--reuse-gate"
+
+
+@pytest.fixture
+def run(tiny, monkeypatch, capsys):
+    """Run once with these flags; returns its record and how often the gate was run."""
+    calls = []
+    plain = gating.run_gate
+    monkeypatch.setattr(gating, "run_gate", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    results = Path(tiny[tiny.index("--results-dir") + 1])
+
+    def go(*flags: str, status: int = 0):
+        calls.clear()
+        before = set(results.glob("*/*/record.json"))
+        assert main([*tiny, *flags]) == status
+        [path] = set(results.glob("*/*/record.json")) - before
+        return json.loads(path.read_text()), len(calls)
+
+    return go
+
+
+def test_another_seed_takes_the_verdict_and_says_whose_it_is(run, capsys):
+    first, checked = run("--seed", "0", REUSE)
+    assert checked == 1
+    assert not any("reused_from" in check for check in first["gate"]["checks"].values())
+    capsys.readouterr()
+    second, checked = run("--seed", "1", REUSE)
+    assert checked == 0
+    assert f"all but trained isolation as checked by run {first['run_id']}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert second["gate"]["passed"]
+    for name in CHECKS:
+        ours, theirs = (record["gate"]["checks"][name] for record in (second, first))
+        assert ours == {**theirs, "seconds": 0.0, "reused_from": first["run_id"]}
+    own = second["gate"]["checks"]["trained_isolation"]
+    assert "reused_from" not in own
+    assert own["seconds"] > 0
+    third, checked = run("--seed", "2", REUSE)  # of a verdict that was taken itself: the first run's name
+    assert (checked, third["gate"]["checks"]["causality"]["reused_from"]) == (0, first["run_id"])
+
+
+def test_a_run_by_itself_always_checks(run):
+    run("--seed", "0")
+    assert run("--seed", "1")[1] == 1
+
+
+def test_what_differs_in_more_than_its_seed_is_checked(run):
+    run("--seed", "0", REUSE)
+    assert run("--seed", "1", REUSE, "--num-experts", "3")[1] == 1
+    assert run("--seed", "1", REUSE, "--study", "other")[1] == 1
+
+
+def test_another_code_or_device_is_checked_and_another_commit_is_not(run, monkeypatch):
+    run("--seed", "0", REUSE)
+    plain, seed = gating._same, 0
+    for changes, checks in (({"code_sha256": "0" * 64}, 1), ({"device_name": "another"}, 1),
+                            ({"threads": 99}, 1), ({"git_commit": "0" * 40}, 0)):  # fmt: skip
+        monkeypatch.setattr(
+            gating, "_same", lambda there, here, changes=changes: plain(there, {**here, **changes})
+        )
+        seed += 1
+        assert run("--seed", str(seed), REUSE)[1] == checks, changes
+
+
+def test_a_changed_file_of_a_coupler_is_checked_again(run, tmp_path):
+    """The coupler that passed as one that adds nothing up over tokens is refused once it does."""
+    file = tmp_path / "own_coupler.py"
+    source = (Path(__file__).parents[2] / "examples" / "twenty_line_coupler.py").read_text()
+    file.write_text(source)
+    coupler = ("--coupler", f"{file}:NormCoupler")
+    run(*coupler, "--seed", "0", REUSE)
+    assert run(*coupler, "--seed", "1", REUSE)[1] == 0
+    honest = "return self.combiner((weights * expert_outputs).sum(2))"
+    assert honest in source
+    file.write_text(source.replace(honest, honest[:-1] + " + expert_outputs.mean(1, keepdim=True).sum(2))"))
+    record, checked = run(*coupler, "--seed", "2", REUSE, status=1)
+    assert (checked, record["status"]) == (1, "gate_failed")
+
+
+def test_a_verdict_that_did_not_pass_is_never_taken(run):
+    leak = ("--coupler", "examples.leaking_coupler:LeakingCoupler", "--num-experts", "4")
+    run(*leak, "--seed", "0", REUSE, status=1)
+    assert run(*leak, "--seed", "1", REUSE, status=1)[1] == 1
+
+
+def test_a_damaged_record_is_passed_over(run, tmp_path):
+    first, _ = run("--seed", "0", REUSE)
+    (path,) = (tmp_path / "results").glob(f"*/{first['run_id']}/record.json")
+    path.write_text("{")
+    assert run("--seed", "1", REUSE)[1] == 1
+
+
+def test_a_sweep_asks_for_it(monkeypatch, tmp_path, small_data_dir):
+    from bench import sweep
+    from bench.sweeps import work
+
+    asked = []
+    monkeypatch.setattr(work, "execute", lambda *a, **k: asked.append(k["places"]) or _Done())
+    assert sweep.main(["--sweep", "coupler=mean", "--results-dir", str(tmp_path),
+                       "--data-dir", str(small_data_dir)]) == 0  # fmt: skip
+    assert REUSE in asked[0]
+
+
+class _Done:
+    exit_status = 0

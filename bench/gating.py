@@ -1,4 +1,4 @@
-"""A run's gate: checked here and now, or, in a sweep, taken from another seed's run of the same configuration."""
+"""A run's gate: checked here and now or, in a sweep, taken from another seed of the same configuration."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
 
 
 def _other_seeds(prepared: Prepared) -> Iterator[Record]:
-    """Yield the records of the study that are of this configuration; the run's id is the hash of all of it."""
+    """Yield the records of the study that are of this configuration: the run's id is the hash of it."""
     places, identity = prepared.config.places, prepared.identity
     for seed in range(SEEDS_LOOKED_AT):
         name = run_id({**identity, "training": {**identity["training"], "seed": seed}})

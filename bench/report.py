@@ -52,6 +52,17 @@ class ReportConfig:
     """Draw the plots."""
     verify: bool = False
     """Recompute the report that is there from the records, as it was made, and say where it differs."""
+    page: Path | None = None
+    """In place of a report, put its table and answers into this page, between the study's marks."""
+    redact: Path | None = None
+    """In place of a report, write the study into this new folder, to be published: without checkpoints and
+    losses of tokens, and without a path or a name of this machine."""
+    hide: tuple[str, ...] = ()
+    """With --redact: more names to hide, such as the host that ran it."""
+
+    def __post_init__(self) -> None:
+        if sum([self.verify, self.page is not None, self.redact is not None]) > 1:
+            raise ValueError("--verify, --page and --redact are three different things; give one of them.")
 
 
 @dataclass(kw_only=True)
@@ -127,6 +138,11 @@ def report(config: ReportConfig, console: Console) -> int:
     from bench.analysis.report_show import print_report
 
     path = the_study(config.study, config.results_dir)
+    if config.redact is not None:
+        from bench.analysis.redact import redact_study
+
+        console.print(redact_study(path, config.redact, config.hide), markup=False, soft_wrap=True)
+        return 0
     folder = config.out or path / "report"
     if config.verify:
         options = read_options(folder)
@@ -144,6 +160,11 @@ def report(config: ReportConfig, console: Console) -> int:
     options = _options(config, path)
     with console.status("reading the records …"):
         made = _make(path, options)
+    if config.page is not None:
+        from bench.analysis.study_page import write_study
+
+        write_study(config.page, made)
+        return 0
     with console.status("drawing and writing …"):
         write_report(made, options, folder, plots=config.plots)
     print_report(made, console)
@@ -180,9 +201,7 @@ def list_studies(config: ListConfig, console: Console) -> int:
         return 0
     found = studies_in(config.results_dir)
     if not found:
-        raise ValueError(
-            f"{config.results_dir} holds no study; python -m bench.run or bench.sweep makes one."
-        )
+        raise ValueError(f"{config.results_dir} holds no study; bench.run or bench.sweep makes one.")
     console.print(studies_listing(found, config.results_dir))
     return 0
 

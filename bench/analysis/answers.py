@@ -19,6 +19,8 @@ from bench.flags import Table, defaults
 from bench.sweeps.hypotheses import Hypothesis, selects
 
 MOST_NAMED = 4
+THROUGHPUT = "tokens_per_second"
+WORDS = {"perplexity": "perplexity", THROUGHPUT: "tokens/s", "peak_memory": "peak memory of a step"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Answered:
         """Return the ratio of the quantity, better over than, with its 95 % interval."""
         if self.answer is None:
             return None
-        sign = 1 if self.hypothesis.quantity == "perplexity" else -1
+        sign = -1 if self.hypothesis.quantity == THROUGHPUT else 1
         paired, margin = self.answer.paired, _margin(self.hypothesis)
         value = math.exp(sign * (paired.mean - margin))
         if paired.interval is None:
@@ -59,7 +61,7 @@ class Answered:
             return f"inconclusive: {self._why_not()}."
         ratio, ends = found
         about = f" (95 % interval {percent(ends[0], 2)} to {percent(ends[1], 2)})" if ends else ""
-        quantity = "tokens/s" if self.hypothesis.quantity == "tokens_per_second" else "perplexity"
+        quantity = WORDS[self.hypothesis.quantity]
         sides = " against ".join(_side(labels) for labels in (self.better, self.than))
         seeds, p = counted(self.answer.paired.n, "paired seed"), p_value(self.answer.p_adjusted)
         if self.family > 1:
@@ -115,12 +117,14 @@ def _values(configuration: Configuration) -> dict[str, Any]:
 
 
 def _by_seed(side: Sequence[Configuration], quantity: str) -> dict[int, float]:
-    """Return the mean by seed of a side's losses, or of −ln(tokens/s), over the seeds that all have."""
+    """Return the mean by seed of a side's losses, of −ln(tokens/s) or ln(bytes), over the seeds all have."""
     if quantity == "perplexity":
         values = [losses(found).values for found in side]
     else:
-        rates = [summary(found, quantities.tokens_per_second).values for found in side]
-        values = [{seed: -math.log(rate) for seed, rate in some.items()} for some in rates]
+        reading, sign = (quantities.tokens_per_second, -1) if quantity == THROUGHPUT else (
+            quantities.peak_memory_bytes, 1)  # fmt: skip
+        found = [summary(one, reading).values for one in side]
+        values = [{seed: sign * math.log(value) for seed, value in some.items()} for some in found]
     seeds = set.intersection(*map(set, values)) if values else set()
     return {seed: statistics.fmean(some[seed] for some in values) for seed in seeds}
 
@@ -128,7 +132,7 @@ def _by_seed(side: Sequence[Configuration], quantity: str) -> dict[int, float]:
 def _margin(hypothesis: Hypothesis) -> float:
     """Return by how much ln of the ratio must be below 0."""
     share = hypothesis.by
-    return -math.log1p(-share) if hypothesis.quantity == "perplexity" else math.log1p(share)
+    return math.log1p(share) if hypothesis.quantity == THROUGHPUT else -math.log1p(-share)
 
 
 def _side(labels: Sequence[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from bench.analysis.comparison import Comparison, compare
 from bench.analysis.comparison_tables import comparison_table, pairs_table
 from bench.analysis.numbers import counted
 from bench.analysis.plot_style import Plot, plot_style
-from bench.analysis.run_data import read_record
+from bench.analysis.run_data import set_aside
 from bench.analysis.run_tables import failures_table, runs_table
 from bench.analysis.study import Study, load_study, text_warnings
 from bench.analysis.study_plots import study_plots
@@ -146,9 +145,7 @@ def _when(study: Study, time: str | None) -> str:
             "given to the report, not kept by the sweep: nothing shows that they were stated before the runs"
         )
     starts = [run.record["time"].get("start") for run in study.runs]
-    for path in study.path.glob("*.*/record.json"):  # runs that were set aside
-        with suppress(ValueError):
-            starts.append(read_record(path.parent)["time"].get("start"))
+    starts += [run["start"] for run in set_aside(study.path)]
     earlier = sum(start is None or start < time for start in starts)
     order = "before the first run" if not earlier else (
         f"when {earlier:,} of {counted(len(starts), 'run')} had started, or may have")  # fmt: skip

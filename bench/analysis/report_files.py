@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
-from bench.analysis.run_data import read_arrays
+from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
 from bench.records.store import write_whole
@@ -113,28 +111,31 @@ def problems_of(report: Report, options: Options, folder: Path) -> list[str]:
 
 
 def runs_with_losses(report: Report) -> int:
-    """Return how many runs kept the losses by token that their records can be checked with."""
-    return sum((run.folder / "nll.npz").is_file() for run in report.study.runs)
+    """Return how many runs kept losses, by token or article, that their records can be checked with."""
+    return sum(_has_losses(run) for run in report.study.runs)
+
+
+def _has_losses(run: Run) -> bool:
+    return any((run.folder / name).is_file() for name in (NLL, ARTICLES))
 
 
 def _problems_of_run(run: Run) -> Iterator[str]:
-    """Yield where the losses by token that a run kept do not add up to what its record says."""
-    quality, path = run.record["quality"], run.folder / "nll.npz"
-    if not is_measured(quality) or not path.is_file():
+    """Yield where the losses by token or article that a run kept do not add up to what its record says."""
+    quality = run.record["quality"]
+    if not is_measured(quality) or not _has_losses(run):
         return
-    try:
-        arrays = read_arrays(path)
-    except ValueError as error:
-        yield str(error)
-        return
-    for split in ("validation", "test"):
-        if not is_measured(quality.get(split)) or f"{split}_nll" not in arrays:
+    for split in SPLITS:
+        try:
+            sums = article_sums(run.folder, split)
+        except (ValueError, KeyError, TypeError) as error:
+            yield f"run {run.folder.name}: {error}"
+            return
+        if sums is None or not is_measured(quality.get(split)):
             continue
-        nll, said = arrays[f"{split}_nll"], quality[split]
-        total = float(nll.sum(dtype=np.float64))
-        if len(nll) != said["tokens"] or abs(total - said["nll_sum"]) > 1e-6 * abs(said["nll_sum"]):
+        said, total, count = quality[split], float(sums[0].sum()), int(sums[1].sum())
+        if count != said["tokens"] or abs(total - said["nll_sum"]) > 1e-6 * abs(said["nll_sum"]):
             yield (
-                f"run {run.folder.name}: {len(nll):,} losses of {split} add up to {total:.6f}, "
+                f"run {run.folder.name}: {count:,} losses of {split} add up to {total:.6f}, "
                 f"its record says {said['nll_sum']:.6f} on {said['tokens']:,}"
             )
 

@@ -6,6 +6,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from bench.measure.quantity import is_measured
 from bench.records.schema import Record
 
 Row = dict[str, Any]
-NLL, TRACE = "nll.npz", "communication.npz"
+NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
+ARTICLES, REDACTED = "articles.npz", "redacted.json"
+"""What a redacted study has in the place of ``NLL``, and what says that it is one."""
+SPLITS = ("validation", "test")
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 """What reading arrays from a damaged file raises."""
 
@@ -79,7 +83,7 @@ def read_run(folder: Path) -> RunData:
     Raises:
         ValueError: as ``read_record``.
     """
-    record, history = read_record(folder), _history(folder / "history.jsonl")
+    record, history = read_record(folder), _history(folder / HISTORY)
     return RunData(record, history["train"], history["validation"], _trace(folder / TRACE))
 
 
@@ -98,9 +102,41 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return Σ nll in nats and the tokens of each article that was scored, each (A,) in float64.
+
+    From the losses of tokens where the run has them, else from the sums that a redacted study keeps. None
+    where ``split`` is in neither.
+
+    Raises:
+        ValueError: neither file is there, or the one that is cannot be read.
+    """
+    if not (folder / NLL).is_file() and (folder / ARTICLES).is_file():
+        arrays, names = read_arrays(folder / ARTICLES), (f"{split}_nll_sum", f"{split}_tokens")
+        return None if names[0] not in arrays else (arrays[names[0]], arrays[names[1]])
+    arrays = read_arrays(folder / NLL)
+    if f"{split}_nll" not in arrays:
+        return None
+    nll, article = arrays[f"{split}_nll"].astype(np.float64), arrays[f"{split}_document"]
+    return np.bincount(article, weights=nll), np.bincount(article).astype(np.float64)
+
+
+def set_aside(study: Path) -> list[dict[str, Any]]:
+    """Return run_id, status and start of the runs set aside, also of those that a redaction left out."""
+    found = []
+    for path in sorted(study.glob("*.*/record.json")):
+        with suppress(ValueError):
+            record = read_record(path.parent)
+            found.append({"run_id": path.parent.name, "status": record["status"],
+                          "start": record["time"].get("start")})  # fmt: skip
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found += json.loads((study / REDACTED).read_text(encoding="utf-8"))["set_aside"]
+    return found
+
+
 def damaged_arrays(folder: Path) -> list[str]:
     """Return why the npz files of a run folder cannot be read; only their ends are looked at."""
-    paths = [folder / name for name in (NLL, TRACE)]
+    paths = [folder / name for name in (NLL, ARTICLES, TRACE)]
     return [f"{path} is cut short or no npz file; the report is made without it"
             for path in paths if path.is_file() and not zipfile.is_zipfile(path)]  # fmt: skip
 

@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.analysis.labels import Settings, labels, settings_of
-from bench.analysis.run_data import NLL, RunData, damaged_arrays, read_arrays, read_record, read_run
+from bench.analysis.run_data import RunData, article_sums, damaged_arrays, read_record, read_run
 from bench.analysis.setting import Setting, asked
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
-
-SPLITS = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,8 @@ class Run:
     def articles(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Σ nll and tokens of each article of the final validation, each (A,); None without a sound file."""
         try:
-            arrays = read_arrays(self.folder / NLL)
-            nll, article = arrays["validation_nll"].astype(np.float64), arrays["validation_document"]
-            return np.bincount(article, weights=nll), np.bincount(article).astype(np.float64)
-        except (ValueError, KeyError, TypeError):  # missing, damaged, or without the losses of validation
+            return article_sums(self.folder, "validation")
+        except (ValueError, KeyError, TypeError):  # missing, damaged, or without documents
             return None
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench.records.store import write_whole
+from bench.records.marked import between, write_between
 from bench.speeding.rows import Row, derived
 from bench.speeding.table import compact, heading, verdict_cells
 from bench.speeding.targets import CURVE, PARITY, verdicts
@@ -24,13 +24,9 @@ def write_page(path: Path, records: Records) -> None:
     """Put the tables of ``records`` between the marks of a page.
 
     Raises:
-        ValueError: the page cannot be read, or has no such marks.
+        ValueError: the page cannot be read or written, or has no such marks.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--page {path} cannot be read ({error.strerror}).") from error
-    write_whole(path, with_tables(text, records).encode())
+    write_between(path, lambda text: with_tables(text, records))
 
 
 def with_tables(text: str, records: Records) -> str:
@@ -39,11 +35,7 @@ def with_tables(text: str, records: Records) -> str:
     Raises:
         ValueError: it has no such marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no place for tables; put these two lines in it:\n{BEGIN}\n{END}")
-    return f"{before}{BEGIN}\n\n{tables(records)}\n{END}{after}"
+    return between(text, (BEGIN, END), tables(records))
 
 
 def tables(records: Records) -> str:

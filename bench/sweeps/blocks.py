@@ -14,7 +14,9 @@ from gnnmoe.naming import unknown_name
 PART_KEYS = ("base", "grid", "zip", "where", "random")
 TOP_KEYS = (*PART_KEYS, "union", "seeds", "study", "match", "hypotheses")
 OWNED = {
-    **dict.fromkeys(("results_dir", "resume", "force", "run_name", "quiet", "reuse_gate"), "the sweep sets it itself"),
+    **dict.fromkeys(
+        ("results_dir", "resume", "force", "run_name", "quiet", "reuse_gate"), "the sweep sets it itself"
+    ),
     **dict.fromkeys(("resume_checkpoint", "checkpoint_dir"), "every run of a sweep has its own checkpoint"),
     "seed": "the seeds of all runs stand at the top of the file, as in seeds = 10",
     "study": 'the study of all runs stands at the top of the file, as in study = "name"',

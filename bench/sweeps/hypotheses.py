@@ -9,8 +9,9 @@
     by = 0.01
 
 ``better`` and ``than`` select runs by their flags, each at least one configuration of the sweep. ``by`` is
-the share by which the perplexity (lower is better) or the throughput must be better, 0 by default. A sweep
-keeps what it was told, with the time, in ``hypotheses.json`` of the study's folder, before its first run.
+the share by which the ``quantity`` must be better, 0 by default: the perplexity (lower is better), the
+tokens_per_second, or the peak_memory of a training step (what tensors take; lower is better). A sweep keeps
+what it was told, with the time, in ``hypotheses.json`` of the study's folder, before its first run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bench.flags import Table, checked, complete, run_flags
 from bench.records.store import cannot_write, write_whole
 from gnnmoe.naming import unknown_name
 
-QUANTITIES = ("perplexity", "tokens_per_second")
+QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
 STATED = "hypotheses.json"
 KEYS = ("statement", "better", "than", "by", "quantity")
 

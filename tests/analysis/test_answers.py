@@ -38,14 +38,17 @@ PAIRS = {"coupler_type": "HGNN", "static_hyperedge_strategy": "all_pairs"}
         (asked(MEAN, GATE), "inconclusive"),
         (asked(MEAN, GNN, by=0.05, quantity="tokens_per_second"), "supported"),
         (asked(GNN, MEAN, quantity="tokens_per_second"), "refuted"),
+        (asked(MEAN, GNN, by=0.10, quantity="peak_memory"), "supported"),
+        (asked(MEAN, GNN, by=0.30, quantity="peak_memory"), "refuted"),
+        (asked(GNN, MEAN, quantity="peak_memory"), "refuted"),
+        (asked(PAIRS, HGNN, quantity="peak_memory"), "inconclusive"),
     ],
 )
 def test_answers(groups, hypothesis, kind):
     [found] = answer_hypotheses([hypothesis], groups)
     assert found.kind == kind
-    assert found.words().startswith(
-        f"{kind}: {'tokens/s' if 'tokens' in hypothesis.quantity else 'perplexity'}"
-    )
+    words = {"perplexity": "perplexity", "tokens_per_second": "tokens/s", "peak_memory": "peak memory"}
+    assert found.words().startswith(f"{kind}: {words[hypothesis.quantity]}")
 
 
 def test_the_evidence_is_the_ratio_itself_not_the_shifted_one(groups):

@@ -1,0 +1,75 @@
+"""The table and the answers of a study on a page for people, written between two marks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tabulate import tabulate
+
+from bench.analysis.comparison import Row
+from bench.analysis.comparison_tables import reference_lines
+from bench.analysis.numbers import mebibytes, millions, number, p_value, percent, perplexities, signed, span
+from bench.analysis.quantities import exp_or_infinity
+from bench.analysis.report import Report, Section
+from bench.analysis.tables import statuses
+from bench.records.marked import between, write_between
+
+COLUMNS = ["configuration", "n", "perplexity [95 %]", "nats to {}", "p", "verdict", "time a step",
+           "peak memory", "parameters"]  # fmt: skip
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return the two lines between which a page has a study."""
+    return tuple(f"<!-- {end} of what bench.report {name} --page writes -->" for end in ("begin", "end"))  # pyright: ignore[reportReturnType]
+
+
+def write_study(path: Path, report: Report) -> None:
+    """Put a study between its marks on a page.
+
+    Raises:
+        ValueError: the page cannot be read or written, or has no such marks.
+    """
+    write_between(path, lambda text: with_study(text, report))
+
+
+def with_study(text: str, report: Report) -> str:
+    """Return a page's text with the study between its marks.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    return between(text, marks(report.study.name), study_markdown(report))
+
+
+def study_markdown(report: Report) -> str:
+    """Return headline, warnings, the table of each group and the answers to the hypotheses, in Markdown."""
+    parts = [f"{report.headline()}.", *(f"**{warning}**" for warning in report.warnings())]
+    for section in report.sections:
+        parts += [f"{section.comparison.group.setting.words()}.", _table(section)]
+    if report.answers:
+        said = [f"- {found.hypothesis.statement}: **{found.kind}**{found.words().removeprefix(found.kind)}"
+                for found in report.answers]  # fmt: skip
+        parts += [f"Hypotheses, {report.stated}:", "\n".join(said)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(section: Section) -> str:
+    comparison = section.comparison
+    rows = [_cells(row) for row in comparison.rows]
+    rows += [[name, "", number(value), "", "", "reference line", "", "", ""]
+             for name, value in reference_lines(comparison.group)]  # fmt: skip
+    headings = [name.format(comparison.reference.label) for name in COLUMNS]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
+    return tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
+
+
+def _cells(row: Row) -> list[str]:
+    loss, against, cost = row.loss, row.against, row.cost
+    if loss.mean is None:
+        return [row.configuration.label, "0", "", "", "", statuses(row.configuration.runs), "", "", ""]
+    value = f"{number(exp_or_infinity(loss.mean))} {span(perplexities(loss.interval))}".strip()
+    judged = ["", "", "reference"] if against is None else [
+        signed(against.paired.mean), p_value(against.p_adjusted), against.verdict.words()]  # fmt: skip
+    return [row.configuration.label, str(loss.n), value, *judged,
+            percent(cost.step_time_ratio(), 0) if cost else "",
+            mebibytes(row.peak_memory_bytes.mean), millions(row.parameters)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a leak is worth: one model trained twice, with and without it: ``python -m examples.perplexity_of_a_leak``.
+"""What a leak is worth: one model, trained with and without it: ``python -m examples.perplexity_of_a_leak``.
 
 The two start alike, see the same batches of the embedded text and differ in one number: how far the hyperedge
 ids of the next token are shifted. PyG's ``Batch`` shifts them by E, which merges hyperedges of neighbouring
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,27 +59,31 @@ def main(steps: int = 200) -> int:
     """Train with and without the leak and print the perplexities."""
     torch.set_num_threads(1)
     corpus = load_corpus(source="embedded")
-    blocks = {name: _blocks(torch.from_numpy(corpus.splits[name].stream)) for name in ("train", "validation")}
-    config = GNNMoEConfig(coupler_type="examples.perplexity_of_a_leak:BatchedCoupler", embed_dim=32, num_heads=2,
-                          num_layers=2, num_experts=4, max_seq_length=LENGTH,
-                          vocab_size=corpus.vocabulary.size)  # fmt: skip
+    train, validation = (
+        _blocks(torch.from_numpy(corpus.splits[name].stream)) for name in ("train", "validation")
+    )
+    config = GNNMoEConfig(
+        coupler_type="examples.perplexity_of_a_leak:BatchedCoupler", embed_dim=32, num_heads=2, num_layers=2,
+        num_experts=4, max_seq_length=LENGTH, vocab_size=corpus.vocabulary.size,
+    )  # fmt: skip
     print(f"{corpus.vocabulary.size:,} words: a guess that knows nothing has that perplexity")
     for leaks in (True, False):
         torch.manual_seed(0)
         model = GNNMoEModel(config)
         _let_leak(model, leaks)
         optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-        for inputs, targets in _batches(blocks["train"], steps):
+        for inputs, targets in _batches(train, steps):
             optimizer.zero_grad()
             model(inputs, targets=targets, return_logits=False)["loss"].backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        print(f"{'leaking' if leaks else 'honest '}: perplexity {_perplexity(model, blocks['validation']):8.1f}"
-              f" on validation, after {steps} steps")  # fmt: skip
+        name, value = "leaking" if leaks else "honest ", _perplexity(model, validation)
+        print(f"{name}: perplexity {value:8.1f} on validation, after {steps} steps")
         if leaks:
             _let_leak(model, False)
-            print(f"         perplexity {_perplexity(model, blocks['validation']):8.1f}"
-                  " of the same weights, where no token sees another's hyperedges")  # fmt: skip
+            value = _perplexity(model, validation)
+            alone = "of the same weights, where no token sees another's hyperedges"
+            print(f"         perplexity {value:8.1f} {alone}")
     return 0
 
 
@@ -98,15 +103,15 @@ def _batches(blocks: tuple[Tensor, Tensor], steps: int) -> Iterator[tuple[Tensor
 @torch.no_grad()
 def _perplexity(model: GNNMoEModel, blocks: tuple[Tensor, Tensor]) -> float:
     model.eval()
-    losses = [model(inputs, targets=targets, return_logits=False)["loss"].item()
-              for inputs, targets in zip(*(part[:EVALUATED].split(BATCH) for part in blocks), strict=True)]  # fmt: skip
+    some = zip(*(part[:EVALUATED].split(BATCH) for part in blocks), strict=True)
+    losses = [model(inputs, targets=targets, return_logits=False)["loss"].item() for inputs, targets in some]
     model.train()
     return math.exp(sum(losses) / len(losses))
 
 
 def _let_leak(model: GNNMoEModel, leaks: bool) -> None:
     for layer in model.layers:
-        layer.coupler.leaks = leaks
+        cast(BatchedCoupler, layer.coupler).leaks = leaks
 
 
 if __name__ == "__main__":

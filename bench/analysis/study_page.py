@@ -14,8 +14,8 @@ from bench.analysis.report import Report, Section
 from bench.analysis.tables import statuses
 from bench.records.marked import between, write_between
 
-COLUMNS = ["configuration", "n", "perplexity [95 %]", "nats to {}", "p", "verdict", "time a step",
-           "peak memory", "parameters"]  # fmt: skip
+COLUMNS = ["configuration", "n", "perplexity [95 %]", "nats to {}", "p", "verdict",
+           "time a step over mean", "peak memory", "parameters"]  # fmt: skip
 
 
 def marks(name: str) -> tuple[str, str]:
@@ -42,7 +42,10 @@ def with_study(text: str, report: Report) -> str:
 
 
 def study_markdown(report: Report) -> str:
-    """Return headline, warnings, the table of each group and the answers to the hypotheses, in Markdown."""
+    """Return headline, warnings, the table of each group and the answers to the hypotheses, in Markdown.
+
+    Time is that of a step beside the same model with the mean coupler, where the two were timed in turn.
+    """
     parts = [f"{report.headline()}.", *(f"**{warning}**" for warning in report.warnings())]
     for section in report.sections:
         parts += [f"{section.comparison.group.setting.words()}.", _table(section)]
@@ -59,7 +62,8 @@ def _table(section: Section) -> str:
     rows += [[name, "", number(value), "", "", "reference line", "", "", ""]
              for name, value in reference_lines(comparison.group)]  # fmt: skip
     headings = [name.format(comparison.reference.label) for name in COLUMNS]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
+    kept = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
+    escaped = [[row[place].replace("|", "\\|") for place in kept] for row in (headings, *rows)]
     return tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
 
 
@@ -71,5 +75,5 @@ def _cells(row: Row) -> list[str]:
     judged = ["", "", "reference"] if against is None else [
         signed(against.paired.mean), p_value(against.p_adjusted), against.verdict.words()]  # fmt: skip
     return [row.configuration.label, str(loss.n), value, *judged,
-            percent(cost.step_time_ratio(), 0) if cost else "",
+            percent(cost.step_time_ratio(), 0) if cost and cost.in_turn else "",
             mebibytes(row.peak_memory_bytes.mean), millions(row.parameters)]  # fmt: skip

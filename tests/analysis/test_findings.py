@@ -1,0 +1,44 @@
+"""docs/findings.md says what its commands say: the figures it quotes are recomputed."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from bench.speeding.record import FILE, read_record
+from examples import five_facts
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = (REPOSITORY / "docs" / "findings.md").read_text(encoding="utf-8")
+SPEED = REPOSITORY / "results" / "reference" / "speed"
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_the_facts_print_what_the_page_pastes(number, capsys):
+    assert five_facts.main([str(number)]) == 0
+    pasted = PAGE.split(f"$ python -m examples.five_facts {number}\n")[1].split("```")[0].split("\n$ ")[0]
+    rounding = re.compile(r"\d\.\de-1\d|0\.0e\+00")  # of float64, by the machine
+    shown = [rounding.sub("ε", line) for line in capsys.readouterr().out.strip().splitlines()]
+    by_seed = re.compile(r"(?<=differ by )\d\.\de-0\d")  # random inputs
+    assert [by_seed.sub("δ", line) for line in shown] == [
+        by_seed.sub("δ", rounding.sub("ε", line)) for line in pasted.strip().splitlines()
+    ]
+
+
+def test_the_couplers_timed_alone_are_those_of_the_records():
+    rows = [row for path in sorted(SPEED.glob(f"*/{FILE}")) for row in read_record(path)[1]]
+    assert rows, "the records that the page quotes are gone"
+    for device, form, what in (
+        ("cpu", "vectorized", "ms"), ("cuda", "vectorized", "ms"), ("cuda", "compiled", "ms"),
+        ("cpu", "vectorized", "MiB"), ("cuda", "vectorized", "MiB"),
+    ):  # fmt: skip
+        found = []
+        for subject in ("HGNN", "GNN"):
+            cases = (subject, f"{subject} alone")
+            [row] = [row for row in rows if (row.device, row.form) == (device, form) and row.case in cases]
+            value = 1e3 * statistics.median(row.seconds) if what == "ms" else (row.saved_bytes or 0) / 2**20
+            found.append(f"{value:,.0f}" if value >= 100 else f"{value:#.3g}")
+        assert f"{found[0]} against {found[1]} {what}" in PAGE, (device, form, found)

@@ -65,7 +65,7 @@ def study(tmp_path) -> Path:
 def plant(run: Path) -> None:
     """Name places, host and user in every text that a run has, but for the names that say what it is."""
     record = json.loads((run / "record.json").read_text())
-    every = f"{' and '.join(PLACES)} at {DOMAIN}, {HOST}:8265 by {LOGIN}"
+    every = f"{' and '.join(PLACES)} at {DOMAIN}, {HOST}:8265 by {LOGIN}, in mine/secretlab results/made/x"
     record["command"] = (
         "/home/amelia/.venv/bin/python -m bench.run --coupler-type=GNN '--data_dir=/home/amelia/wiki copy' "
         "--results-dir secretlab --config ../amelia/x.toml --checkpoint-dir=/scratch/secretlab "
@@ -75,7 +75,7 @@ def plant(run: Path) -> None:
     record["run_name"] = record["config"]["places"]["run_name"] = f"of {every}"
     record["config"]["places"] |= {
         "data_dir": "/scratch/secretlab/wiki-copy",
-        "results_dir": "secretlab",
+        "results_dir": "mine/secretlab results",
         "checkpoint_dir": "/tmp/a b",
     }
     record["environment"] |= {"cuda_home": "/scratch/secretlab/cuda", "where": HOST}
@@ -218,20 +218,22 @@ def test_a_damaged_file_is_named_and_nothing_is_written(study, tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_leaves_what_was_there(study, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["write_bytes", "rename"])
+def test_a_full_disk_leaves_what_was_there(study, tmp_path, monkeypatch, method):
+    """While the files are written, and when the old folder is already out of the way."""
     out = tmp_path / "out"
     redact_study(study, out)
     before = bytes_of(out)
     (runs_of(study, "GNN")[0] / "log.txt").write_text("another\n")
-    plain, count = Path.write_bytes, []
+    plain, names = getattr(Path, method), []
 
-    def full(self, data):
-        count.append(1)
-        if len(count) == 40:
+    def full(self, *arguments):
+        names.append(self.name)
+        if len(names) == 40 or self.name == "new":
             raise OSError(28, "No space left on device")
-        return plain(self, data)
+        return plain(self, *arguments)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, method, full)
     with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
         redact_study(study, out)
     assert bytes_of(out) == before

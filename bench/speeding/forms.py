@@ -19,6 +19,8 @@ from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
 from gnnmoe.seeds import RandomStreams
 
 DEFAULT, REFERENCE = "vectorized", "reference()"
+Result = tuple[Tensor, tuple[Tensor | None, ...]]
+"""The output, and the gradients of expert outputs, layer input and parameters (None: it plays no part)."""
 INPUT_SETS = 3  # used in turn: one that was just read may still lie in a cache
 
 
@@ -120,13 +122,12 @@ class Runner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.module(*self.inputs.sets[number % INPUT_SETS])
 
-    def step(self, number: int) -> tuple[Tensor, Tensor]:
-        """Do forward and backward; return the output and the gradient of the expert outputs."""
+    def step(self, number: int) -> Result:
+        """Do forward and backward; return the output and all gradients."""
         output = self.forward(number)
         leaves = [*self.inputs.sets[number % INPUT_SETS], *self.parameters]
         cotangent = self.inputs.cotangent(number, output.dtype)
-        gradients = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
-        return output, gradients[0]
+        return output, torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
 
     def accumulate(self) -> None:
         """Do forward and backward as a training does, into the gradients of all leaves, and drop these."""
@@ -135,13 +136,14 @@ class Runner:
         for leaf in (*self.inputs.sets[0], *self.parameters):
             leaf.grad = None
 
-    def reference_in_float32(self) -> tuple[Tensor, Tensor]:
+    def reference_in_float32(self) -> Result:
         """Return what ``step(0)`` should give, by ``reference()`` in float32."""
         x, u = (tensor.detach().float().requires_grad_(True) for tensor in self.inputs.sets[0])
         with products_in("fp32"):
             output = self.coupler.reference(x, u)
-            (gradient,) = torch.autograd.grad(output, [x], self.inputs.cotangent(0, output.dtype))
-        return output.detach(), gradient
+            cotangent = self.inputs.cotangent(0, output.dtype)
+            gradients = torch.autograd.grad(output, [x, u, *self.parameters], cotangent, allow_unused=True)
+        return output.detach(), gradients
 
     def known(self) -> list[Tensor]:
         """Return what is there before a step."""

@@ -187,7 +187,7 @@ def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path):
     ]
     run(jobs, record, budget=8.0, clock=clock)
     assert [one.seconds for one in record.rows] == [[4.0], [5.0]]
-    assert [text.partition(":")[0] for text in record.data["left_out"]] == ["large", "c"]
+    assert record.data["left_out"] == ["large (about 9 s)", "c"]
 
 
 def test_a_kill_loses_no_row(tmp_path):
@@ -347,8 +347,10 @@ def test_the_plot_has_a_line_for_each_coupler_and_the_floor():
     plot = cost_plot(made_rows(), "a processor")
     assert plot is not None
     [axes] = plot.figure.axes  # one number of tokens only
-    assert [line.get_label() for line in axes.get_lines()] == ["static", "HGNN", "floor"]
+    assert [line.get_label() for line in axes.get_lines()] == ["static", "HGNN", "floor by bytes"]
     assert np.asarray(axes.get_lines()[0].get_ydata()) == pytest.approx([20.0, 40.0])
+    floors = [1e3 * (one.bytes_floor_seconds or 0) for one in made_rows() if one.subject == "static"]
+    assert np.asarray(axes.get_lines()[2].get_ydata()) == pytest.approx(floors[-2:])
     assert len(plot.rows) == 4
     assert cost_plot(made_rows()[:4], "a processor") is None
 

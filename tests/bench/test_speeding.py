@@ -326,6 +326,17 @@ def made_rows() -> list[Row]:
     ]  # fmt: skip
 
 
+def test_a_busy_machine_widens_no_table(capsys):
+    """Steps that take seconds, against floors of microseconds."""
+    forms = ("vectorized", "compiled", "pyg", "loop", "reference()")
+    slow = row("", 123.4, forward_seconds=[99.1], floor_seconds=1e-6, roofline_seconds=1e-6)
+    rows = [replace(slow, form=form, largest_difference=3e-7) for form in forms]
+    print_rows(rows, Console(width=80, highlight=False))
+    shown = capsys.readouterr().out
+    assert "123,400k" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_the_tables_fit_into_80_columns_and_name_what_is_wrong(capsys):
     console = Console(width=80, highlight=False)
     print_rows(made_rows(), console)

@@ -106,7 +106,7 @@ class BatchedExperts(nn.Module):
         missing_keys: list[str],
         *rest: list[str],
     ) -> None:
-        """Stack the experts (``state_dict`` is a copy), as they are now where one is absent; torch loads that."""
+        """Stack what is there (``state_dict`` is a copy), in its gaps what is now; torch loads that."""
         now: dict[str, Any] = {}
         self._save_to_state_dict(now, prefix, keep_vars=False)
         absent = [key for key in now if key not in state_dict]

@@ -50,7 +50,7 @@ class Scales:
 
 
 def threads_of_a_run(device: torch.device) -> int:
-    """Return how many threads a run of a sweep has on this device: as its slot says, else as many as here."""
+    """Return how many threads a run of a sweep has on this device: as its slot says, else as here."""
     (slot,) = slots_for(device.type, 1)
     return int(slot.get("OMP_NUM_THREADS", torch.get_num_threads()))
 
@@ -59,7 +59,7 @@ def match_here(model: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
     """Return the match of one model; one by time that was found before on this machine is found again.
 
     No two measurements are equal, and another width would be another run: a sweep could not go on where
-    it was stopped. Kept in the project's cache folder, for this model, device, torch, a run's threads and code.
+    it was stopped. Kept in the project's cache folder, for model, device, torch, a run's threads and code.
 
     Raises:
         ValueError: as ``matched``; or the answer cannot be kept.

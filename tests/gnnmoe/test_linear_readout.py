@@ -92,7 +92,7 @@ def test_as_few_rows_as_can_be_are_mapped(E, gnn_layers, residual, rows):
 @pytest.mark.parametrize("conv_type", [*FORMULAS, "HNHN"])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 def test_bf16_leaves_what_is_no_larger_than_e_by_m_in_float32(activation, conv_type):
-    """P, degrees and rows of weights cost nothing beside the tokens, and every token's sum has their error."""
+    """P, degrees and rows of weights cost nothing beside the tokens, and every token has their error."""
     coupler = make_coupler(
         dtype=torch.float32, hgnn_conv_type=conv_type, coupler_options={"activation": activation}
     )

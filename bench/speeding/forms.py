@@ -61,16 +61,22 @@ def _with_backend(config: GNNMoEConfig, backend: str) -> GNNMoEConfig:
     return replace(config, coupler_options={**config.coupler_options, "backend": backend})
 
 
+def experts_given(config: GNNMoEConfig) -> int:
+    """Return how many experts a layer of a model has with this coupler: with ``dense`` one block."""
+    with torch.random.fork_rng(devices=[]):  # a coupler draws its parameters
+        return build_coupler(config).expert_shape()[0]
+
+
 class Inputs:
     """Random expert outputs, layer inputs and cotangents, in sets, as a model has them.
 
     Expert outputs lie expert by expert, in bf16 where that is the precision; the layer's input is of the
-    residual stream, which stays float32.
+    residual stream, which stays float32. There are as many experts as a layer with the coupler has.
     """
 
     def __init__(self, config: GNNMoEConfig, batch: int, precision: str, device: torch.device) -> None:
         self.device = device
-        L, E, D = config.max_seq_length, config.num_experts, config.embed_dim
+        L, E, D = config.max_seq_length, experts_given(config), config.embed_dim
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:

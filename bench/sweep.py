@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
+from bench.sweeps.durations import seconds_of
 
 if TYPE_CHECKING:
     from bench.sweeps.hypotheses import Hypothesis
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from bench.sweeps.spec import Sweep
 
 PROG = "python -m bench.sweep"
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(kw_only=True)
@@ -181,21 +180,6 @@ def places_of(config: SweepConfig) -> dict[str, Any]:
     places: dict[str, Any] = {"results_dir": str(config.results_dir), "device": config.device,
                               "data_source": config.data_source}  # fmt: skip
     return places if config.data_dir is None else {**places, "data_dir": str(config.data_dir)}
-
-
-def seconds_of(name: str, text: str | None) -> float | None:
-    """Return a duration in seconds.
-
-    Raises:
-        ValueError: it is not a number with s, m or h, or not greater than 0.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)([smh]?)", text.strip())
-    seconds = float(found[1]) * UNITS[found[2] or "s"] if found else 0.0
-    if seconds <= 0:
-        raise ValueError(f"{name} is {text!r}; write a duration such as 90s, 9m or 1.5h.")
-    return seconds
 
 
 if __name__ == "__main__":

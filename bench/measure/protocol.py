@@ -84,7 +84,7 @@ def time_steps(
 
     ``clock`` returns seconds; CUDA is timed by its events instead.
     """
-    return time_in_turn({"": step}, device=device, warmup=warmup, rounds=steps, clock=clock)[""]
+    return _time({"": step}, device, warmup, steps, clock, idle=False)[""]
 
 
 def time_in_turn(
@@ -98,8 +98,15 @@ def time_in_turn(
     """Warm up each by itself, then time them in turn: ``rounds`` rounds of one step of each.
 
     Every other round goes backwards, so that a machine that slows down slows all of them alike. The
-    times of one round belong together (``bench.measure.rates.paired_ratios``).
+    times of one round belong together (``bench.measure.rates.paired_ratios``). Each step begins on an idle
+    device.
     """
+    return _time(steps, device, warmup, rounds, clock, idle=True)
+
+
+def _time(
+    steps: Mapping[str, Step], device: torch.device, warmup: Warmup, rounds: int, clock: Clock, idle: bool
+) -> dict[str, StepTimes]:
     assert rounds > 0
     assert steps
     warmed = {name: _warm_up(step, device, warmup, clock) for name, step in steps.items()}
@@ -107,7 +114,7 @@ def time_in_turn(
     order = [(name, number) for number in range(rounds) for name in there[:: -1 if number % 2 else 1]]
     calls = [(steps[name], len(warmed[name][0]) + number) for name, number in order]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    found = _seconds(calls, device, clock, idle=len(steps) > 1)
+    found = _seconds(calls, device, clock, idle)
     for (name, _), value in zip(order, found, strict=True):
         seconds[name].append(value)
     return {name: StepTimes(seconds[name], *warmed[name]) for name in steps}

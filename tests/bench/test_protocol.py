@@ -226,8 +226,12 @@ def test_in_turn_each_begins_on_an_idle_device(monkeypatch):
     device = FakeEvents(monkeypatch)
     steps = {"one": device.step, "two": device.step}
     times = time_in_turn(steps, device=CUDA, warmup=Warmup.fixed(0), rounds=2)
-    assert device.calls[-14:] == [*["synchronize", "record", "step", "record"] * 4, "synchronize"][-14:]
+    assert device.calls[-17:] == [*["synchronize", "record", "step", "record"] * 4, "synchronize"]
     assert {name: one.seconds for name, one in times.items()} == {"one": [1.0, 2.0], "two": [1.0, 2.0]}
+    time_in_turn(
+        {"one": device.step}, device=CUDA, warmup=Warmup.fixed(0), rounds=2
+    )  # alone as beside others
+    assert device.calls[-9:] == [*["synchronize", "record", "step", "record"] * 2, "synchronize"]
 
 
 def test_the_clock_is_not_read_on_cuda(monkeypatch):

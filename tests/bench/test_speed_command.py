@@ -244,10 +244,10 @@ class TestCommand:
         assert (folder / "cost.csv").read_text() == drawn
 
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
-        arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001", "--results-dir", str(tmp_path)]
+        arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments]) == 0
         out = " ".join(capsys.readouterr().out.split())
-        assert "left out: GNN, E 4, D 8, B 2, L 4: " in out
+        assert "left out for want of time: GNN, E 4, D 8, B 2, L 4" in out
 
     @pytest.mark.parametrize(("arguments", "message"), [
         ("--coupler mean --hgnn-conv-type nope", "'nope'; allowed: "),

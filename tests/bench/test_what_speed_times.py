@@ -51,6 +51,7 @@ def test_a_row_by_hand(precision, size, flops_a_second, bound):
     total, combiner = 2 * N * E * D, 2 * N * D * D
     assert row.flops == 3 * (total + combiner)
     assert row.floor_bytes == (3 * E + 2) * N * D * size
+    assert row.flops is not None
     times = {"flops": row.flops / flops_a_second, "bytes": row.floor_bytes / 1e6}
     assert row.floor_seconds == pytest.approx(times[bound]) == pytest.approx(max(times.values()))
     products = [(total, E + 1), (2 * total, 2 * E + 1), *[(combiner, 3)] * 3]

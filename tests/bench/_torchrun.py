@@ -23,7 +23,8 @@ class Torchrun:
         launch = f"-m torch.distributed.run --standalone --nproc-per-node={ranks} -m bench.run".split()
         environment = {
             **{key: value for key, value in os.environ.items() if key != "GNNMOE_DATA_DIR"},
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80",
+            "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, *launch, *flags, "--results-dir", str(results)],

@@ -45,8 +45,8 @@ class TrainingSteps:
         """Train on batch ``number`` (modulo), in micro-batches where a size is given."""
         batch = self.batches[number % len(self.batches)]
         training_step(
-            self._parallel, batch, self.optimizer, self.training.max_grad_norm, self.micro_batch_size,
-            ranks=self.ranks,
+            self._parallel, batch, self.optimizer, self.training.max_grad_norm, self.micro_batch_size, None,
+            self.ranks,
         )  # fmt: skip
 
     def tokens(self, number: int) -> int:

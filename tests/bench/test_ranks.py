@@ -19,7 +19,7 @@ from bench.training.ranks import ALONE, Ranks, refuse_shared_device
 from gnnmoe.seeds import stream_seed
 
 REPOSITORY = Path(__file__).parents[2]
-EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # float64
 
 
 @pytest.fixture(scope="module")

@@ -162,6 +162,7 @@ class Session:
             self._measure(model, learning)
         self.prepared.identity = identity_at_length(self.prepared)  # nothing goes on from this checkpoint
         learning.keep_best()
+        self.prepared.ranks.meet()
 
     def _measure(self, model: GNNMoEModel, learning: Learning) -> None:
         prepared, say = self.prepared, self.reporter.line

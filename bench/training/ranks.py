@@ -124,6 +124,10 @@ class Ranks:
         """Say whether it is so on any rank."""
         return self.totals([int(flag)])[0] > 0
 
+    def meet(self) -> None:
+        """Wait until all are here."""
+        self.any(False)
+
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in the order of the ranks; anything that can be pickled."""
         if self.alone:

@@ -129,10 +129,10 @@ def train(ranks: Ranks, corpus: Corpus, dropout: float) -> dict[str, Any]:
     """Train six steps; return rows, seed of the dropout, parameters, ledger and the state's random states."""
     made = model(corpus.vocabulary.size, 16, dropout_rate=dropout)
     config = TrainingConfig(batch_size=4, max_steps=6, eval_every=3, warmup_steps=1, max_batches_per_epoch=4)
-    share = {"max_seq_length": 16, "rank": ranks.rank, "world_size": ranks.world_size}
-    loaders = [create_loader(corpus, split, 4 // ranks.world_size, **share) for split in ("train", "val")]
+    share: dict[str, Any] = {"max_seq_length": 16, "rank": ranks.rank, "world_size": ranks.world_size}
+    train, val = (create_loader(corpus, split, 4 // ranks.world_size, **share) for split in ("train", "val"))
     rows = Rows(ranks)
-    trainer = Trainer(made, *loaders, config, CPU, rows, attempt=at_once, ranks=ranks)
+    trainer = Trainer(made, train, val, config, CPU, rows, attempt=at_once, ranks=ranks)
     trainer.run()
     return {
         "rows": list(rows), "seed": torch.initial_seed(), "ledger": rows.ledger.to_record(),

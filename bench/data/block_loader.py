@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class BlockLoader(DataLoader[Any]):
             collate_fn=_identity,  # the blocks hand out whole batches
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=partial(_leave_to_the_parent, _signals(sampler)),
             pin_memory=pin_memory,
             # Without a generator of its own, iter() would draw from torch's global one.
             generator=torch.Generator().manual_seed(stream_seed(sampler.seed, "data.workers")),
@@ -157,9 +158,17 @@ def _which(thing: object) -> str:
     return f"{type(thing).__name__} {id(thing):x}"
 
 
-def _ignore_ctrl_c(_: int) -> None:
-    """Leave Ctrl-C to the parent: it reaches all processes, and the parent may still need the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _signals(sampler: EpochBatchSampler) -> list[signal.Signals]:
+    """Return the signals that reach workers though they are for their parent, who may still need them.
+
+    Ctrl-C reaches all processes of a terminal, and torchrun's SIGTERM all those of a rank.
+    """
+    return [signal.SIGINT, *([signal.SIGTERM] if sampler.shard.world_size > 1 else [])]
+
+
+def _leave_to_the_parent(signals: list[signal.Signals], _: int) -> None:
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _identity(batch: Any) -> Any:

@@ -99,6 +99,7 @@ def test_stopped_and_continued_is_as_undisturbed(tmp_path, capsys):
     Another number of ranks is another run, which has nothing to go on with.
     """
     flags = [*FLAGS, "--max-steps", "400", "--eval-every", "200", "--dropout-rate", "0.1", "--quiet"]
+    flags += ["--num-workers-dataloader", "1"]  # whom torchrun's signal reaches too
     undisturbed = Torchrun(flags, tmp_path / "undisturbed")
     assert undisturbed.ended()[0] == 0
     torchrun = Torchrun(flags, tmp_path / "stopped").when_it_has(20, stop_all)

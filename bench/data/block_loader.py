@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class BlockLoader(DataLoader[Any]):
             collate_fn=_identity,  # the blocks hand out whole batches
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=partial(_leave_to_the_parent, _signals(sampler)),
+            worker_init_fn=_ignore_ctrl_c if sampler.shard.world_size == 1 else _leave_group,
             pin_memory=pin_memory,
             # Without a generator of its own, iter() would draw from torch's global one.
             generator=torch.Generator().manual_seed(stream_seed(sampler.seed, "data.workers")),
@@ -158,17 +158,15 @@ def _which(thing: object) -> str:
     return f"{type(thing).__name__} {id(thing):x}"
 
 
-def _signals(sampler: EpochBatchSampler) -> list[signal.Signals]:
-    """Return the signals that reach workers though they are for their parent, who may still need them.
-
-    Ctrl-C reaches all processes of a terminal, and torchrun's SIGTERM all those of a rank.
-    """
-    return [signal.SIGINT, *([signal.SIGTERM] if sampler.shard.world_size > 1 else [])]
+def _ignore_ctrl_c(_: int) -> None:
+    """Leave Ctrl-C to the parent: it reaches all processes, and the parent may still need the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _leave_to_the_parent(signals: list[signal.Signals], _: int) -> None:
-    for number in signals:
-        signal.signal(number, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """Leave Ctrl-C to the parent, and torchrun's signals too, which go to the whole group of a rank."""
+    _ignore_ctrl_c(worker)
+    os.setpgid(0, 0)
 
 
 def _identity(batch: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -33,11 +34,20 @@ class Torchrun:
 
     def rank(self, number: int) -> int:
         """Return the process id of a rank."""
-        agent = self.process.pid
-        for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        for child in self._children():
             if f"\0RANK={number}\0" in "\0" + Path(f"/proc/{child}/environ").read_text():
-                return int(child)
+                return child
         raise LookupError(f"no rank {number}")
+
+    def _children(self) -> list[int]:
+        agent = self.process.pid
+        return [int(child) for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+
+    def _kill(self) -> None:
+        if self.process.poll() is None:
+            for child in self._children():
+                os.kill(child, signal.SIGKILL)
+            self.process.kill()
 
     def when_it_has(self, steps: int, action: Callable[[Torchrun], object]) -> Torchrun:
         """Do ``action`` as soon as the history has so many rows."""
@@ -48,7 +58,7 @@ class Torchrun:
                 action(self)
                 return self
             time.sleep(0.005)
-        self.process.kill()
+        self._kill()
         raise AssertionError(f"no {steps} steps: {self.process.communicate()}")
 
     def ended(self) -> tuple[int, str, str]:
@@ -56,7 +66,7 @@ class Torchrun:
         try:
             stdout, stderr = self.process.communicate(timeout=PATIENCE_SECONDS)
         finally:
-            self.process.kill()
+            self._kill()
         return self.process.returncode, stdout, stderr
 
     @property

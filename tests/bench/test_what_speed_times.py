@@ -49,10 +49,9 @@ def test_a_row_by_hand(precision, size, flops_a_second, bound):
         "case", forms_of("static", SMALL), BATCH, MadeUp(flops_a_second, 1e6), precision, QUIET
     )
     total, combiner = 2 * N * E * D, 2 * N * D * D
-    assert row.flops == 3 * (total + combiner)
-    assert row.floor_bytes == (3 * E + 2) * N * D * size
-    assert row.flops is not None
-    times = {"flops": row.flops / flops_a_second, "bytes": row.floor_bytes / 1e6}
+    flops, moved = 3 * (total + combiner), (3 * E + 2) * N * D * size
+    assert (row.flops, row.floor_bytes) == (flops, moved)
+    times = {"flops": flops / flops_a_second, "bytes": moved / 1e6}
     assert row.floor_seconds == pytest.approx(times[bound]) == pytest.approx(max(times.values()))
     products = [(total, E + 1), (2 * total, 2 * E + 1), *[(combiner, 3)] * 3]
     seconds = [max(flops / flops_a_second, rows * N * D * size / 1e6) for flops, rows in products]

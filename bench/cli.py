@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -15,6 +18,7 @@ LAYERS_HELP = (
     "--preset NAME puts the flags of a preset before your own; presets: {}. Default: quick.\n"
     "--config FILE.toml puts a file's flags (num_experts = 8) after the preset's and before your own."
 )
+OTHERS_WAIT_SECONDS = 10.0
 Config = TypeVar("Config")
 
 
@@ -47,6 +51,25 @@ def fail(message: str) -> NoReturn:
     """Print ``error: message`` and exit with status 2: wrong input, nothing written."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def silent_but_on_the_first_rank() -> Iterator[None]:
+    """Print nothing in a process that torchrun started as another rank than 0.
+
+    Wrong input is wrong on all ranks. The first says so, and the others wait for torchrun to end them
+    with it: torchrun ends all as soon as one has ended.
+    """
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123
+        try:
+            yield
+        except SystemExit as end:
+            if end.code:
+                time.sleep(OTHERS_WAIT_SECONDS)
+            raise
 
 
 def show_warnings_plainly() -> None:

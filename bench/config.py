@@ -183,6 +183,8 @@ class PlacesConfig:
     """Save a checkpoint every so many steps (default: at every evaluation)."""
     num_workers_dataloader: int | Literal["auto"] = 0
     """Processes that load data beside the training (0: none; auto: half the cores, at most 4)."""
+    rank_timeout: float = 600.0
+    """Under torchrun: seconds that a rank waits for the others before the run ends as crashed."""
     plots: bool = True
     """Draw the run's plots at its end."""
     track: Literal["tensorboard"] | None = None
@@ -195,6 +197,7 @@ class PlacesConfig:
     """Print the final table only."""
 
     def __post_init__(self) -> None:
+        check_positive(self, "rank_timeout")
         if self.num_workers_dataloader != "auto" and self.num_workers_dataloader < 0:
             raise ValueError(
                 f"num_workers_dataloader is {self.num_workers_dataloader}; it must be 0 or more, or auto."

@@ -16,6 +16,7 @@ from bench.training.controller import Controller, Decision
 from bench.training.loop import Trainer
 from bench.training.micro_batches import divisors
 from bench.training.shape import Shape, ladder
+from bench.training.step import Batch
 from bench.tuning import micro_batch_size
 
 
@@ -43,7 +44,9 @@ def control_for(
     if adapt:
         lengths = [part for part in divisors(length) if part == length or part >= bounds(prepared.config)[0]]
         require_batch_applied(trainer.model, length, prepared.device)
-    budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(prepared.device)
+    budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(
+        prepared.device, prepared.ranks.sharing(prepared.device)
+    )
     controller = Controller(
         ladder(lengths, pieces), Shape(min(rows or pieces[-1], pieces[-1]), length),
         limit_bytes=memory_limit(budget, memory.memory_target),
@@ -60,4 +63,9 @@ def _always_held(trainer: Trainer) -> int:
 
 def _peak(trainer: Trainer) -> Peak:
     meter = meter_for(trainer.device)
-    return lambda step, batch: meter.measure(step, (trainer.model, trainer.optimizer, [batch])).judged_bytes
+
+    def peak(step: Callable[[], object], batch: Batch) -> int:
+        reading = meter.measure(step, (trainer.model, trainer.optimizer, [batch]))
+        return trainer.ranks.largest(reading.judged_bytes)  # so that all ranks decide the same
+
+    return peak

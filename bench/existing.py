@@ -99,13 +99,18 @@ def _nothing_to_resume(prepared: Prepared) -> str:
     message = f"no run with this config was interrupted in study {prepared.config.places.study!r}"
     ours = _comparable(prepared.record_config)
     others = [
-        (differing_fields(_comparable(record["config"]), ours), record["run_id"])
+        (differing_fields(_comparable(record["config"]), ours) + _ranks(record, prepared), record["run_id"])
         for record in interrupted_records(prepared.folder.path.parent)
     ]
     if not others:
         return f"{message}, nor with another; drop --resume to start."
     differing, run_id = min(others, key=lambda other: len(other[0]))
     return f"{message}; the nearest, {run_id}, differs: {'; '.join(differing) or 'in its data or device'}."
+
+
+def _ranks(record: Record, prepared: Prepared) -> list[str]:
+    there, here = record["environment"].get("world_size", 1), prepared.ranks.world_size
+    return [f"{there} rank{'s' * (there > 1)} there, {here} here"] if there != here else []
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from dataclasses import asdict, replace
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from bench.data.validation import validate_first_batch
-from bench.loaders import make_loaders
+from bench.loaders import make_loaders, validate_first_batches
 from bench.measure.environment import device_name
 from bench.measure.fit_process import FitRequest, fit_here, fit_in_child
 from bench.measure.search_process import agreed
@@ -96,9 +95,8 @@ def at_length(prepared: Prepared, length: int) -> Prepared:
     if length == prepared.model_config.max_seq_length:
         return prepared
     config = replace(prepared.config, model=replace(prepared.config.model, max_seq_length=length))
-    loaders = make_loaders(config, prepared.corpus, prepared.device)
-    for loader in loaders.values():
-        validate_first_batch(loader)
+    loaders = make_loaders(config, prepared.corpus, prepared.device, prepared.ranks)
+    validate_first_batches(loaders)
     model_config = replace(prepared.model_config, max_seq_length=length)
     return replace(prepared, config=config, model_config=model_config, loaders=loaders)
 

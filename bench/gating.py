@@ -27,7 +27,8 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
     Only a verdict that passed is taken, and each of its checks says whose it is.
     """
     config = prepared.config
-    if config.places.reuse_gate and not config.memory.fit_shape:  # its length is found run by run
+    own = config.memory.fit_shape or not prepared.ranks.alone  # its length, or what all ranks do
+    if config.places.reuse_gate and not own:
         for record in _other_seeds(prepared):
             if is_measured(record["environment"]) and _same(record["environment"], environment):
                 report = _passed(record)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
 from bench.controlling import control_for
 from bench.data.blocks import EvalWindows
 from bench.measure.ledger import Ledger
-from bench.measure.recovery import attempt
+from bench.measure.recovery import at_once, attempt
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record
@@ -45,19 +47,19 @@ class Learning:
     ) -> None:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
         self.tracker = tracker
-        config, loaders = prepared.config.training, prepared.loaders
+        config, loaders, ranks = prepared.config.training, prepared.loaders, prepared.ranks
         self.tuned = tuned
         self.trainer = Trainer(
             model, loaders["train"], loaders["val"], config, prepared.device, self,
-            attempt=attempt, micro_batch_size=micro_batch_size(prepared.config, tuned),
+            attempt=attempt if ranks.alone else at_once, ranks=ranks,
+            micro_batch_size=micro_batch_size(prepared.config, tuned),
         )  # fmt: skip
         self.trainer.control = control_for(prepared, self.trainer, tuned, self.on_decision)
-        tokens = next(iter(loaders["val"]))["input_ids"]
         windows = loaders["val"].dataset
         assert isinstance(windows, EvalWindows)
         self._validation_tokens = windows.num_scored
-        self.trace = CommunicationTrace(probe_tokens(tokens).to(prepared.device))
-        self.ledger = Ledger(tuned["micro_batch_size"] if tuned else None)
+        self.trace = CommunicationTrace(probed(prepared))
+        self.ledger = Ledger(tuned["micro_batch_size"] if tuned else None, ranks)
         self.every = prepared.config.places.checkpoint_every or config.eval_every
         if state is None:
             self.trace.sample(0, model)
@@ -91,7 +93,7 @@ class Learning:
 
     def keep_best(self) -> None:
         """Leave a checkpoint of the best weights alone: nothing is left to go on with."""
-        save_checkpoint(self.prepared.checkpoint, {**self._identity(), "model": self.model.state_dict()})
+        self._save({"model": self.model.state_dict()})
 
     def write(self, record: Record) -> None:
         """Write what was used and the communication so far into ``record`` and its folder."""
@@ -102,7 +104,8 @@ class Learning:
             "tokens": done["tokens"]["got"], "total_steps": plan.total_steps,
             "epochs": round(plan.epochs(), 6),
             "execution": self.prepared.execution.to_record(), "precision": self.prepared.execution.precision,
-            "world_size": 1, "ledger": self.ledger.to_record(), **self._pieces(),
+            "world_size": self.prepared.ranks.world_size, "backend": self.prepared.ranks.backend,
+            "ledger": self.ledger.to_record(), **self._pieces(),
         }  # fmt: skip
         self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
 
@@ -172,18 +175,27 @@ class Learning:
         self.reporter.evaluated(row)
 
     def after_step(self) -> None:
-        """Save a checkpoint when it is time or when a signal came; then stop."""
-        steps = self.trainer.done.steps
-        if self.interruption.requested or steps % self.every == 0 or steps == self.trainer.plan.total_steps:
+        """Save a checkpoint when it is time or when a signal came to any rank; then stop, all of them."""
+        steps, requested = self.trainer.done.steps, self.prepared.ranks.any(self.interruption.requested)
+        if requested or steps % self.every == 0 or steps == self.trainer.plan.total_steps:
             state = {
                 "trainer": self.trainer.state_dict(), "trace": self.trace.state_dict(),
                 "ledger": self.ledger.state_dict(), "tuned": self.tuned,
             }  # fmt: skip
             history = self.prepared.folder.read_history()
             self.tracker.flush()
-            save_checkpoint(self.prepared.checkpoint, {**self._identity(), **state, "history": history})
-        if self.interruption.requested:
+            self._save({**state, "history": history})
+        if requested:
             raise KeyboardInterrupt
 
-    def _identity(self) -> dict[str, Any]:
-        return {"run_id": self.prepared.run_id, "identity": self.prepared.identity}
+    def _save(self, state: dict[str, Any]) -> None:
+        if self.prepared.ranks.first:
+            known_by = {"run_id": self.prepared.run_id, "identity": self.prepared.identity}
+            save_checkpoint(self.prepared.checkpoint, {**known_by, **state})
+
+
+def probed(prepared: Prepared) -> Tensor:
+    """Return the validation tokens (B, L) on which couplers are asked, on the device; alike on all ranks."""
+    windows, rows = prepared.loaders["val"].dataset_obj, prepared.config.training.batch_size
+    batch = windows.__getitems__(list(range(min(rows, len(windows)))))
+    return probe_tokens(batch["input_ids"]).to(prepared.device)

@@ -16,23 +16,34 @@ from bench.data.corpus import Corpus
 from bench.data.curriculum import Curriculum, make_curriculum
 from bench.data.loader import BlockLoader, create_loader
 from bench.data.sampler import Extent
+from bench.data.schedule import BatchSchedule
+from bench.data.validation import validate_first_batch
 from bench.difficulty import difficulty_scores
+from bench.training.ranks import ALONE, Ranks
 
 
-def make_loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dict[str, BlockLoader]:
-    """Return the loaders of ``Prepared``; raises ValueError as ``create_loader``."""
+def make_loaders(
+    config: RunConfig, corpus: Corpus, device: torch.device, ranks: Ranks = ALONE
+) -> dict[str, BlockLoader]:
+    """Return the loaders of ``Prepared``, each with this rank's part of the batches.
+
+    Raises:
+        ValueError: as ``create_loader``.
+    """
     training, length, seed = config.training, config.model.max_seq_length, config.training.seed
-    size = training.batch_size
+    size = max(1, training.batch_size // ranks.world_size)
     shared: dict[str, Any] = {
         "max_seq_length": length, "seed": seed, "num_workers": config.places.num_workers_dataloader,
         "pin_memory": device.type == "cuda",
+        "rank": ranks.rank, "world_size": ranks.world_size,
     }  # fmt: skip
     evaluated = {**shared, "num_samples": config.data.num_eval_samples}
     half = max(1, length // 2)
     loaders = {
         "train": create_loader(
             corpus, "train", size, num_samples=config.data.num_train_samples,
-            batch_schedule=training.batch_schedule, curriculum=_curriculum(config, corpus, device),
+            batch_schedule=_schedule(training, ranks.world_size),
+            curriculum=_curriculum(config, corpus, device),
             min_batches=training.min_steps_per_epoch, extent=_extent(training), **shared,
         ),
         "val": create_loader(corpus, "val", size, **evaluated),
@@ -41,6 +52,26 @@ def make_loaders(config: RunConfig, corpus: Corpus, device: torch.device) -> dic
     if config.data.evaluate_test:
         loaders["test"] = create_loader(corpus, "test", size, stride=half, **shared)
     return loaders
+
+
+def validate_first_batches(loaders: dict[str, BlockLoader]) -> None:
+    """Look at the first batch of each loader; a rank of a small evaluation may have none.
+
+    Raises:
+        BatchValidationError: naming the first check that failed.
+    """
+    for loader in loaders.values():
+        sampler = loader.sampler_obj
+        if sampler.shard.rank == 0 or not sampler.contiguous or len(sampler):
+            validate_first_batch(loader)
+
+
+def _schedule(training: TrainingConfig, world_size: int) -> BatchSchedule | None:
+    """Return the schedule of one rank's part of the batches."""
+    if training.batch_schedule is None:
+        return None
+    sizes = BatchSchedule.parse(training.batch_schedule).sizes
+    return BatchSchedule(tuple((epoch, size // world_size) for epoch, size in sizes))
 
 
 def _extent(training: TrainingConfig) -> Extent:

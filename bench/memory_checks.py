@@ -7,6 +7,7 @@ import torch
 from bench.config import MemoryConfig, RunConfig
 from bench.measure.budget import MemoryBudget, parameters_fit, training_state_bytes
 from bench.training.micro_batches import accumulations
+from bench.training.ranks import ALONE, Ranks
 from bench.tuning import batch_sizes
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
@@ -46,7 +47,9 @@ def refuse_wrong_flags(memory: MemoryConfig) -> None:
             )
 
 
-def refuse_wrong_sizes(config: RunConfig, model: GNNMoEConfig, device: torch.device) -> None:
+def refuse_wrong_sizes(
+    config: RunConfig, model: GNNMoEConfig, device: torch.device, ranks: Ranks = ALONE
+) -> None:
     """Refuse what cannot be done about batch, length and memory, before anything is.
 
     Raises:
@@ -54,9 +57,11 @@ def refuse_wrong_sizes(config: RunConfig, model: GNNMoEConfig, device: torch.dev
     """
     memory, full = config.memory, config.model.max_seq_length
     refuse_wrong_flags(memory)
+    sizes, world = batch_sizes(config.training), ranks.world_size
+    accumulations(sizes, 1, world)
     for name in ("micro_batch_size", "tune_init"):
         if getattr(memory, name) is not None:
-            accumulations(batch_sizes(config.training), getattr(memory, name), name=name)
+            accumulations(sizes, getattr(memory, name), world, name=name)
     if not (memory.tune_batch_size or memory.fit_shape or memory.control_memory):
         return
     if memory.control_memory and config.execution.compile:
@@ -73,7 +78,8 @@ def refuse_wrong_sizes(config: RunConfig, model: GNNMoEConfig, device: torch.dev
         )
     with torch.device("meta"):
         needed = training_state_bytes(GNNMoEModel(model, seed=0))
-    parameters_fit(MemoryBudget.parse(memory.memory_budget or "device").resolve(device), needed)
+    budget = MemoryBudget.parse(memory.memory_budget or "device")
+    parameters_fit(budget.resolve(device, ranks.sharing(device)), needed)
 
 
 def bounds(config: RunConfig) -> tuple[int, int]:

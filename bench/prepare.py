@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from bench.config import RunConfig
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import BlockLoader
 from bench.data.sources import known_as
-from bench.data.validation import validate_first_batch
 from bench.gate import refuse_wrong_names
-from bench.loaders import make_loaders, order_of, refuse_curriculum_without_epochs
+from bench.loaders import make_loaders, order_of, refuse_curriculum_without_epochs, validate_first_batches
 from bench.memory_checks import refuse_wrong_flags, refuse_wrong_sizes
 from bench.records.schema import config_dict, identity, run_id
-from bench.records.store import RunFolder, check_writable
+from bench.records.store import ReadOnlyFolder, RunFolder, check_writable
 from bench.training.execution import Execution
+from bench.training.ranks import ALONE, Ranks
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import coupler_identity
 
@@ -40,6 +40,8 @@ class Prepared:
     identity: dict[str, Any]
     """Everything that can change one of the run's numbers; the run_id is its hash."""
     seconds: dict[str, float]
+    ranks: Ranks = ALONE
+    """The processes that share each of its batches."""
 
     @property
     def device(self) -> torch.device:
@@ -58,15 +60,18 @@ class Prepared:
         return self.folder.path / "checkpoint.pt" if folder is None else folder / f"{self.run_id}.pt"
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Check everything that a user can get wrong, and load the data.
+def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
+    """Check everything that a user can get wrong, and load the data; all but the first rank keep silent.
 
     Raises:
         ValueError: saying what was wrong, what is allowed and what to do.
     """
     start = time.perf_counter()
-    check_writable(config.places.results_dir)
-    execution = Execution.of(config)
+    if ranks.first:
+        check_writable(config.places.results_dir)
+    else:
+        config = replace(config, places=replace(config.places, quiet=True, plots=False, track=None))
+    execution = Execution.of(config, ranks)
     device = execution.device
     refuse_wrong_names(config.model.resolved(1))  # before the data are read
     refuse_curriculum_without_epochs(config.training)
@@ -74,15 +79,17 @@ def prepare(config: RunConfig) -> Prepared:
     _refuse_another_text(config, corpus)
     model_config = config.model.resolved(corpus.vocabulary.size)
     _refuse_missing_rows(model_config, corpus)
-    refuse_wrong_sizes(config, model_config, device)
-    loaders = make_loaders(config, corpus, device)
-    for loader in loaders.values():
-        validate_first_batch(loader)
-    known_by = _identity(config, model_config, corpus, device, order_of(loaders["train"]))
+    refuse_wrong_sizes(config, model_config, device, ranks)
+    loaders = make_loaders(config, corpus, device, ranks)
+    validate_first_batches(loaders)
+    order = order_of(loaders["train"])
+    known_by = _identity(config, model_config, corpus, device, order, ranks.world_size)
     name = run_id(known_by)
-    folder = RunFolder(config.places.results_dir, config.places.study, name)
+    folder = (RunFolder if ranks.first else ReadOnlyFolder)(
+        config.places.results_dir, config.places.study, name
+    )
     seconds = {"prepare": time.perf_counter() - start}
-    return Prepared(config, model_config, execution, corpus, loaders, folder, name, known_by, seconds)
+    return Prepared(config, model_config, execution, corpus, loaders, folder, name, known_by, seconds, ranks)
 
 
 class Identifier:
@@ -119,11 +126,12 @@ def _identity(
     corpus: Corpus,
     device: torch.device,
     order: dict[str, Any] | None,
+    world_size: int = 1,
 ) -> dict[str, Any]:
     model = coupler_identity(model_config)
     if model_config.vocab_size != corpus.vocabulary.size:  # else it follows from the data
         model["vocab_size"] = model_config.vocab_size
-    return identity(config, model, corpus.sha256, device.type, curriculum=order)
+    return identity(config, model, corpus.sha256, device.type, world_size, curriculum=order)
 
 
 def _asked_by_name(config: RunConfig) -> tuple[str, str] | None:

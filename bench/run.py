@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from bench.cli import fail, parse, show_warnings_plainly
+from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from bench.records.schema import Record
     from bench.session import Session
     from bench.training.interruption import Interruption
+    from bench.training.ranks import Ranks
 
 PROG = "python -m bench.run"
 EXIT_STATUS = {"ok": 0, "interrupted": 130}
@@ -24,22 +26,37 @@ EXIT_STATUS = {"ok": 0, "interrupted": 130}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; return the exit status (0 ok, 2 wrong input, 130 stopped, else 1)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config = parse(RunConfig, arguments, prog=PROG, presets=True)
-    show_warnings_plainly()
-    from bench.training.interruption import Interruption
+    with silent_but_on_the_first_rank():
+        config = parse(RunConfig, arguments, prog=PROG, presets=True)
+        show_warnings_plainly()
+        from bench.training.interruption import Interruption
 
-    try:
-        with Interruption().installed() as interruption:
-            return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return EXIT_STATUS["interrupted"]
+        try:
+            with Interruption().installed() as interruption:
+                return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return EXIT_STATUS["interrupted"]
 
 
 def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
+    from bench.training.ending import watched
+    from bench.training.ranks import Ranks
+
+    try:
+        ranks = Ranks.join(config.places.device, config.places.rank_timeout)
+    except ValueError as error:
+        fail(str(error))
+    with watched(ranks):
+        status = _run_on(ranks, config, command, interruption)
+    if status == 0:
+        ranks.leave()
+    return status
+
+
+def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interruption) -> int:
     from rich.console import Console
 
-    from bench import existing
     from bench.analysis.summary import print_summary
     from bench.data.validation import BatchValidationError
     from bench.device import keep_freed_memory
@@ -51,22 +68,38 @@ def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
     console = Console(highlight=False)
     reporter = Reporter(console, quiet=config.places.quiet)
     try:
-        prepared = prepare(config)
-        with prepared.folder.locked():
-            record = existing.finished_record(prepared, reporter)
+        prepared = ranks.in_turn(lambda: prepare(config, ranks))
+        reporter.quiet = prepared.config.places.quiet
+        with ExitStack() as stack:
+            record, state = ranks.from_first(lambda: _look(prepared, reporter, stack))
             if record is None:
-                state = existing.state_to_resume(prepared, reporter)
-                existing.make_room(prepared, reporter)
                 session = Session(prepared, command, reporter, interruption, state)
-                session.begin()
+                ranks.from_first(session.begin)
                 _announce(prepared, reporter)
                 record = _run_session(session)
-                if config.places.plots:
+                if prepared.config.places.plots:
                     _draw(prepared, reporter)
     except (ValueError, BatchValidationError) as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console)
     return EXIT_STATUS.get(record["status"], 1)
+
+
+def _look(
+    prepared: Prepared, reporter: Reporter, stack: ExitStack
+) -> tuple[Record | None, dict[str, Any] | None]:
+    """Return the record of the run if it is finished, else the state to go on from, if there is one.
+
+    The run is locked until ``stack`` ends. Raises ValueError where there is something to decide first.
+    """
+    from bench import existing
+
+    stack.enter_context(prepared.folder.locked())
+    record, state = existing.finished_record(prepared, reporter), None
+    if record is None:
+        state = existing.state_to_resume(prepared, reporter)
+        existing.make_room(prepared, reporter)
+    return record, state
 
 
 def _announce(prepared: Prepared, reporter: Reporter) -> None:

@@ -9,17 +9,14 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import torch
 
-from bench.data.blocks import EvalWindows
-from bench.data.reference_lines import reference_nll
 from bench.device import is_out_of_memory
 from bench.fitting import at_length, find_shape, identity_at_length
 from bench.gate import GateReport, check_trained_isolation
 from bench.gate.trained import rows_to_judge
 from bench.gating import gate_of
-from bench.learning import Learning
+from bench.learning import Learning, probed
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.quantity import not_measured
@@ -28,10 +25,11 @@ from bench.measure.speed_pass import SpeedPass
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict, new_record
+from bench.scoring import score
 from bench.track import Tracker
 from bench.training.batch_size import NoFeasibleBatch
-from bench.training.communication import probe_tokens, summarize_communication
-from bench.training.evaluation import evaluate
+from bench.training.communication import summarize_communication
+from bench.training.ending import End, agreed_end, why
 from bench.training.interruption import Interruption
 from bench.training.loop import Diverged
 from bench.tuning import find_micro_batch, micro_batch_size, requested
@@ -40,6 +38,19 @@ from gnnmoe.model import GNNMoEModel
 
 class GateFailed(Exception):
     """The coupler failed the gate: its perplexity would not count."""
+
+
+def _end_of(error: BaseException) -> End:
+    """Return what an error means for the record of a run that it ended."""
+    if isinstance(error, GateFailed):
+        return End("gate_failed", str(error))
+    if isinstance(error, Diverged):
+        return End("diverged", str(error))
+    if not isinstance(error, Exception):
+        return End("interrupted", "stopped from outside")
+    oom = is_out_of_memory(error) or isinstance(error, NoFeasibleBatch)
+    log = "".join(traceback.format_exception(error))
+    return End("oom" if oom else "crashed", f"{type(error).__name__}: {error}", log)
 
 
 class Session:
@@ -65,7 +76,8 @@ class Session:
         self.record: Record = new_record(
             run_id=prepared.run_id, study=config.places.study, run_name=config.places.run_name,
             status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
-            environment=describe_environment(prepared.device, config.model.coupler_type),
+            environment=describe_environment(prepared.device, config.model.coupler_type)
+            | {"world_size": prepared.ranks.world_size, "backend": prepared.ranks.backend},
             data=prepared.corpus.to_record() | {"training_blocks": _subset(prepared)},
             tuned=not_measured("no batch-size search was asked for"),
             requested=requested(config),
@@ -90,17 +102,13 @@ class Session:
         """
         try:
             self._phases()
-        except GateFailed as error:
-            self._end("gate_failed", str(error))
-        except Diverged as error:
-            self._end("diverged", str(error))
-        except Exception as error:
-            oom = is_out_of_memory(error) or isinstance(error, NoFeasibleBatch)
-            text = f"{type(error).__name__}: {error}"
-            self._end("oom" if oom else "crashed", text, log=traceback.format_exc())
-        except BaseException:
-            self._end("interrupted", "stopped from outside")
-            raise
+        except BaseException as error:
+            if not self.prepared.ranks.alone:
+                self.interruption.over()  # torchrun sends a signal to all ranks when one has ended
+            end = agreed_end(self.prepared.ranks, _end_of(error), why(error))
+            self._end(end.status, end.error, end.log)
+            if not isinstance(error, Exception):
+                raise
         else:
             passed = self.record["gate"]["passed"]
             self._end("ok" if passed else "gate_failed", None if passed else "trained by --allow-failed-gate")
@@ -144,6 +152,7 @@ class Session:
             learning = self._train(model, tuned)
         with self._phase("evaluate", "evaluating"):
             ids = rows_to_judge(self.prepared.loaders["train"], learning.micro_batch_size)
+            ids = self.prepared.ranks.gather(ids)[0]  # the same rows on all ranks, so the same verdict
             dtype = self.prepared.execution.autocast_dtype
             again = check_trained_isolation(model, ids.to(device), autocast_dtype=dtype)
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
@@ -153,10 +162,12 @@ class Session:
             self._measure(model, learning)
         self.prepared.identity = identity_at_length(self.prepared)  # nothing goes on from this checkpoint
         learning.keep_best()
+        self.prepared.ranks.meet()
 
     def _measure(self, model: GNNMoEModel, learning: Learning) -> None:
         prepared, say = self.prepared, self.reporter.line
-        speed_pass = SpeedPass(prepared.config, prepared.device, prepared.folder.path, say)
+        folder, ranks = prepared.folder.path, prepared.ranks
+        speed_pass = SpeedPass(prepared.config, prepared.device, folder, say, ranks)
         self.record["speed"], self.record["memory"] = speed_pass.run(
             model, prepared.loaders["train"], learning.as_run, learning.micro_batch_size
         )
@@ -206,32 +217,11 @@ class Session:
         return learning
 
     def _evaluate(self, model: GNNMoEModel, learning: Learning) -> None:
-        device, loaders = self.prepared.device, self.prepared.loaders
-        quality: dict[str, Any] = {"test": not_measured("not asked for; --evaluate-test scores it")}
-        arrays: dict[str, np.ndarray] = {}
-        for split, loader in (("validation", loaders["val_final"]), ("test", loaders.get("test"))):
-            if loader is None:
-                continue
-            result, windows = evaluate(model, loader, device, learning.micro_batch_size), loader.dataset
-            assert isinstance(windows, EvalWindows)
-            learning.ledger.evaluated(f"{split} at the end", windows.num_scored, result.tokens)
-            words, text_bytes = windows.split.words_and_bytes(result.tokens)
-            lines = reference_nll(self.prepared.corpus, split, result.tokens)
-            quality[split] = {
-                "nll_sum": result.nll_sum, "tokens": result.tokens, "words": words, "bytes": text_bytes,
-                **{f"{line}_nll_sum": nll_sum for line, nll_sum in lines.items()},
-                "length": windows.length, "stride": windows.stride,
-            }  # fmt: skip
-            arrays |= {
-                f"{split}_nll": result.nll,
-                f"{split}_document": windows.document_ids().astype(np.int32),
-            }
-        quality["best_step"] = learning.trainer.done.best_step
+        quality, arrays = score(self.prepared, model, learning)
         self.record["used"]["ledger"] = learning.ledger.to_record()
         self.record["quality"] = quality
         self.prepared.folder.write_arrays("nll.npz", arrays)
-        tokens = next(iter(loaders["val"]))["input_ids"]
-        self.record["communication"] = summarize_communication(model, probe_tokens(tokens).to(device))
+        self.record["communication"] = summarize_communication(model, probed(self.prepared))
 
 
 def _subset(prepared: Prepared) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bench.config import RunConfig, TrainingConfig
 from bench.data.schedule import BatchSchedule
 from bench.measure.budget import MemoryBudget
@@ -17,6 +19,8 @@ from bench.measure.search_process import OnTrial, Request, SearchFailed, agreed,
 from bench.measure.trials import TrialSetup
 from bench.training.batch_size import NoFeasibleBatch, SearchResult, Trial, largest_allowed, memory_limit
 from bench.training.micro_batches import divisors
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.model import GNNMoEModel
 
 if TYPE_CHECKING:
     from bench.prepare import Prepared
@@ -60,14 +64,24 @@ def request_for(prepared: Prepared, *, any_size: bool = False, init: int | None 
 def trials_of(prepared: Prepared) -> tuple[TrialSetup, int]:
     """Return what all trials of a prepared run have in common, and its memory budget in bytes."""
     memory, training = prepared.config.memory, prepared.config.training
-    budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(prepared.device)
+    ranks, device = prepared.ranks, prepared.device
+    budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(device, ranks.sharing(device))
+    limit = memory_limit(budget, memory.memory_target)
+    if not ranks.alone:  # a trial has none
+        limit -= exchange_bytes(prepared.model_config)
     optimizer = {name: getattr(training, name) for name in OF_THE_OPTIMIZER}
     return TrialSetup(
         model=prepared.model_config, training=replace(TrainingConfig(), **optimizer),
-        batch_size=max(batch_sizes(training)) // prepared.loaders["train"].sampler_obj.shard.world_size,
-        limit_bytes=memory_limit(budget, memory.memory_target), device=str(prepared.device),
+        batch_size=max(batch_sizes(training)) // ranks.world_size,
+        limit_bytes=limit, device=str(device),
         execution=prepared.config.execution,
     ), budget  # fmt: skip
+
+
+def exchange_bytes(model: GNNMoEConfig) -> int:
+    """Return the bytes in which a rank sums its gradients with the others': as many as they take."""
+    with torch.device("meta"):
+        return sum(p.numel() * p.element_size() for p in GNNMoEModel(model, seed=0).parameters())
 
 
 def tune(
@@ -88,7 +102,7 @@ def tune(
     find = search_in_child if prepared.device.type == "cuda" else search_here
     result, failure, kept = None, None, False
     try:
-        result, kept = cached_search(request, lambda: find(request, on_trial), say)
+        result, kept = cached_search(request, lambda: find(request, on_trial), say, keep=prepared.ranks.first)
     except FAILURES as error:
         failure = error
     size = agreed(result.size if result else None, failure, prepared.device)

@@ -16,7 +16,7 @@ class Setting:
     corpus: tuple[Any, ...] | None
     """Name, configuration, tokenizer, hash."""
     device: tuple[Any, ...] | None
-    """Type, name, and on a CPU the number of threads: sums and speeds differ between one and two."""
+    """Type, name, on a CPU the number of threads, and the ranks: sums and speeds differ with both."""
     protocol: tuple[Any, ...] | None
     """Tokens scored, length and stride of the final validation."""
     used: tuple[Any, ...] | None
@@ -55,8 +55,9 @@ class Setting:
         """Return the device in words, empty where it is not known."""
         if not self.device:
             return ""
-        kind, name, threads = self.device
-        return f"{name}, {threads} thread{'s' * (threads > 1)}" if threads else f"{kind}: {name}"
+        kind, name, threads, ranks = self.device
+        one = f"{name}, {threads} thread{'s' * (threads > 1)}" if threads else f"{kind}: {name}"
+        return f"{one}, {ranks} ranks" if ranks > 1 else one
 
     def scored_words(self) -> str:
         """Return what was scored in words, empty where nothing was."""
@@ -95,7 +96,8 @@ def _device(record: Record) -> tuple[Any, ...] | None:
     if not is_measured(environment):
         return None
     kind = environment["device_type"]
-    return kind, environment["device_name"], environment["threads"] if kind == "cpu" else None
+    threads = environment["threads"] if kind == "cpu" else None
+    return kind, environment["device_name"], threads, environment.get("world_size", 1)
 
 
 def _protocol(record: Record) -> tuple[Any, ...] | None:

@@ -106,11 +106,12 @@ def _used(used: dict[str, Any]) -> str:
     pieces = ", ".join(f"{count:,} × ({shape.replace('x', ' × ')})"
                        for shape, count in used["micro_batch_shapes"].items())  # fmt: skip
     if len(used["micro_batch_shapes"]) == used["accumulation"] == 1 and not used["recoveries"]:
-        return f"{pieces}, each an update"
+        return f"{pieces}, each an update" + _on_ranks(used)
     sizes = " and ".join(map(str, used["batch_sizes"]))
     text = f"{sizes} an update, run as {pieces}; at the end {used['micro_batch_size']} at once"
     if used["accumulation"] > 1:
         text += f", {used['accumulation']} micro-batches an update"
+    text += _on_ranks(used)
     if used["recoveries"]:
         times = len(used["recoveries"])
         often = "once" if times == 1 else f"{times} times"
@@ -119,6 +120,11 @@ def _used(used: dict[str, Any]) -> str:
         changes = len(used["control"])
         text += f"; {changes} change{'s' * (changes > 1)} by the memory controller"
     return text
+
+
+def _on_ranks(used: dict[str, Any]) -> str:
+    ranks = used["world_size"]
+    return f", on each of {ranks} ranks" if ranks > 1 else ""
 
 
 def _counted(used: dict[str, Any]) -> str:

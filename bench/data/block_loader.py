@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -41,7 +42,7 @@ class BlockLoader(DataLoader[Any]):
             collate_fn=_identity,  # the blocks hand out whole batches
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=_ignore_ctrl_c if sampler.shard.world_size == 1 else _leave_group,
             pin_memory=pin_memory,
             # Without a generator of its own, iter() would draw from torch's global one.
             generator=torch.Generator().manual_seed(stream_seed(sampler.seed, "data.workers")),
@@ -160,6 +161,12 @@ def _which(thing: object) -> str:
 def _ignore_ctrl_c(_: int) -> None:
     """Leave Ctrl-C to the parent: it reaches all processes, and the parent may still need the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _leave_group(worker: int) -> None:
+    """Leave Ctrl-C to the parent, and torchrun's signals too, which go to the whole group of a rank."""
+    _ignore_ctrl_c(worker)
+    os.setpgid(0, 0)
 
 
 def _identity(batch: Any) -> Any:

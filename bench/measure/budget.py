@@ -67,13 +67,15 @@ class MemoryBudget:
             raise ValueError(f"memory budget {text!r} is less than a byte; {ALLOWED}")
         return cls(text, explicit_bytes=int(number * factor))
 
-    def resolve(self, device: torch.device) -> int:
-        """Return the budget in bytes; an amount larger than the device has is refused.
+    def resolve(self, device: torch.device, sharing: int = 1) -> int:
+        """Return the budget of a process in bytes; an amount larger than there is for it is refused.
+
+        ``sharing``: the processes that have the device's memory together, in equal parts.
 
         Raises:
             ValueError: the device has less, or does not say what it has.
         """
-        total = device_memory_bytes(device)
+        total = device_memory_bytes(device) // sharing
         if self.explicit_bytes is None:
             return int(total * self.share)
         if self.explicit_bytes > total:

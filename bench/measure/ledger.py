@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.training.plan import EpochPlan
+from bench.training.ranks import ALONE, Ranks
 from bench.training.step import real_targets
 
 COUNTED = ("batches", "samples", "tokens")
@@ -32,16 +33,18 @@ class EpochAccount:
 class Ledger:
     """Counts batches, samples, real targets and updates of a training, and the targets of evaluations.
 
-    A target is real where it is not −100. ``tuned_micro_batch_size`` is what a search gave: rows to
-    run at once, never the batch of an update.
+    On several ranks a batch is that of all of them together, by a sum over the ranks; pieces are this
+    rank's. A target is real where it is not −100. ``tuned_micro_batch_size`` is what a search gave: rows
+    to run at once, never the batch of an update.
     """
 
-    def __init__(self, tuned_micro_batch_size: int | None = None) -> None:
+    def __init__(self, tuned_micro_batch_size: int | None = None, ranks: Ranks = ALONE) -> None:
+        self._ranks = ranks
         self.tuned_micro_batch_size = tuned_micro_batch_size
         self.epochs: list[EpochAccount] = []
         self.batch_shapes: dict[str, int] = {}
         self.micro_batch_shapes: dict[str, int] = {}
-        self._shape: tuple[int, ...] = (0, 1)  # of the last batch
+        self._shape: tuple[int, ...] = (0, 1)  # of this rank's last batch
         self.last_shapes: list[tuple[int, ...]] = []
         """Of the pieces of the last update, as the model saw them."""
         self.evaluations: dict[str, dict[str, int]] = {}
@@ -63,19 +66,19 @@ class Ledger:
         self._open = True
 
     def batch(self, batch: dict[str, Tensor]) -> int:
-        """Count a batch that is trained on; return its real targets.
+        """Count a batch that is trained on; return its real targets, over all ranks.
 
         Raises:
             BatchAccountingError: it is one more than planned, or larger.
         """
-        account, shape = self.epochs[-1], tuple(batch["input_ids"].shape)
-        tokens = real_targets(batch)
-        for name, count in zip(COUNTED, (1, shape[0], tokens), strict=True):
+        account, self._shape = self.epochs[-1], tuple(batch["input_ids"].shape)
+        rows, tokens = self._ranks.totals([self._shape[0], real_targets(batch)])
+        for name, count in zip(COUNTED, (1, rows, tokens), strict=True):
             account.got[name] += count
-        key, self._shape = _key(shape), shape
+        key = _key((rows, *self._shape[1:]))
         self.batch_shapes[key] = self.batch_shapes.get(key, 0) + 1
         over = [name for name in COUNTED if account.got[name] > account.asked[name]]
-        if over or shape[0] > account.batch_size:
+        if over or rows > account.batch_size:
             raise BatchAccountingError(self._difference(account, f"a batch of {key}"))
         return tokens
 

@@ -51,6 +51,11 @@ def profile_steps(step: Callable[[int], object], folder: Path, device: torch.dev
     return _costliest(profiler.key_averages(), on_cuda)
 
 
+def steps_of_a_profile(device: torch.device) -> int:
+    """Return how often ``profile_steps`` takes a step: what other ranks do meanwhile."""
+    return WARM_UP_STEPS + STEPS + (device.type == "cuda")
+
+
 def _costliest(averages: Iterable[Any], on_cuda: bool) -> list[Operation]:
     """Return the operations with most time of their own; on CUDA that of the kernels that they launched.
 

@@ -20,6 +20,8 @@ from bench.measure.rates import tokens_per_second as tokens_per_second
 Step = Callable[[int], object]
 """One step, given its number; warm-up steps are numbered 0, 1, …, timed ones go on from there."""
 Clock = Callable[[], float]
+Agree = Callable[[float], float]
+"""Makes one number of those of several ranks, so that all of them warm up equally long."""
 
 WINDOW_STEPS, MOST_WARMUP_STEPS, TOLERANCE = 10, 50, 0.02
 CUDA_SIZE, CPU_SIZE = 8192, 1024  # rows of the square matrices of ``matrix_rate``
@@ -78,13 +80,19 @@ class StepTimes:
 
 
 def time_steps(
-    step: Step, *, device: torch.device, warmup: Warmup, steps: int, clock: Clock = time.perf_counter
+    step: Step,
+    *,
+    device: torch.device,
+    warmup: Warmup,
+    steps: int,
+    clock: Clock = time.perf_counter,
+    agree: Agree = float,
 ) -> StepTimes:
     """Warm up and time ``steps`` calls of ``step``, each by itself.
 
     ``clock`` returns seconds; CUDA is timed by its events instead.
     """
-    return _time({"": step}, device, warmup, steps, clock, idle=False)[""]
+    return _time({"": step}, device, warmup, steps, clock, agree, idle=False)[""]
 
 
 def time_in_turn(
@@ -94,22 +102,30 @@ def time_in_turn(
     warmup: Warmup,
     rounds: int,
     clock: Clock = time.perf_counter,
+    agree: Agree = float,
 ) -> dict[str, StepTimes]:
     """Warm up each by itself, then time them in turn: ``rounds`` rounds of one step of each.
 
     Every other round goes backwards, so that a machine that slows down slows all of them alike. The
     times of one round belong together (``bench.measure.rates.paired_ratios``). Each step begins on an idle
-    device.
+    device. ``agree``: see ``Agree``.
     """
-    return _time(steps, device, warmup, rounds, clock, idle=True)
+    return _time(steps, device, warmup, rounds, clock, agree, idle=True)
 
 
 def _time(
-    steps: Mapping[str, Step], device: torch.device, warmup: Warmup, rounds: int, clock: Clock, idle: bool
+    steps: Mapping[str, Step],
+    device: torch.device,
+    warmup: Warmup,
+    rounds: int,
+    clock: Clock,
+    agree: Agree,
+    *,
+    idle: bool,
 ) -> dict[str, StepTimes]:
     assert rounds > 0
     assert steps
-    warmed = {name: _warm_up(step, device, warmup, clock) for name, step in steps.items()}
+    warmed = {name: _warm_up(step, device, warmup, clock, agree) for name, step in steps.items()}
     there = list(steps)
     order = [(name, number) for number in range(rounds) for name in there[:: -1 if number % 2 else 1]]
     calls = [(steps[name], len(warmed[name][0]) + number) for name, number in order]
@@ -121,7 +137,7 @@ def _time(
 
 
 def _warm_up(
-    step: Step, device: torch.device, warmup: Warmup, clock: Clock
+    step: Step, device: torch.device, warmup: Warmup, clock: Clock, agree: Agree
 ) -> tuple[list[float], bool, float | None]:
     """Return the seconds of the warm-up's steps, whether they are steady, and the last move."""
     if not warmup.until_steady:
@@ -133,7 +149,7 @@ def _warm_up(
         window = _seconds([(step, number) for number in numbers], device, clock)
         seconds += window
         before, median = median, statistics.median(window)
-        moved = None if before is None else abs(median / before - 1)
+        moved = None if before is None else agree(abs(median / before - 1))
     assert moved is not None
     return seconds, moved < TOLERANCE, moved
 

@@ -51,6 +51,14 @@ def attempt(function: Callable[[], T]) -> Outcome[T]:
     return Outcome(failure=failure)
 
 
+def at_once(function: Callable[[], T]) -> Outcome[T]:
+    """Run ``function`` as ``attempt`` does, but let an out of memory come out.
+
+    For steps of several ranks: the others wait in a sum for one that failed, and none can go back.
+    """
+    return Outcome(value=function())
+
+
 def _without_neighbours(text: str) -> str:
     """Return CUDA's message up to its size; the rest tells of other processes and of options."""
     return re.sub(r"(Tried to allocate [\d.]+ \w+\.).*", r"\1", text, flags=re.DOTALL)

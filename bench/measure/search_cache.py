@@ -37,9 +37,10 @@ def place_of(request: Request) -> Place:
 
 
 def cached_search(
-    request: Request, make: Callable[[], SearchResult], say: Callable[[str], object]
+    request: Request, make: Callable[[], SearchResult], say: Callable[[str], object], *, keep: bool = True
 ) -> tuple[SearchResult, bool]:
-    """Return the answer to ``request``, and whether it is one that was kept; else it is made and kept.
+    """Return the answer to ``request``, and whether it is one that was kept; else it is made, and kept
+    where the caller may ``keep`` it.
 
     The key holds the model's config with its length, the dtype, the optimizer's settings, the limit
     and the search's own settings; beside it stands the ``Place``. An answer for the same key from
@@ -55,7 +56,7 @@ def cached_search(
     if others and not any(found["place"]["device_name"] == place.device_name for found in known):
         say(f"the batch size was tuned before on {', '.join(sorted(others))}; searching again on this device")
     made = make()
-    if made.of_the_moment:
+    if made.of_the_moment or not keep:
         return made, False
     kept = [*known, {"place": asdict(place), "result": made.to_record()}]
     text = json.dumps(kept[-20:])

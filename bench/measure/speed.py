@@ -16,12 +16,16 @@ import torch
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure.memory import built_bytes, measure_memory
 from bench.measure.protocol import Clock, StepTimes, Warmup, time_steps
+from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, make_optimizer, real_targets, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 
 
 class TrainingSteps:
-    """A model that trains for the measurement's sake, with an optimizer of its own, on batches in turn."""
+    """A model that trains for the measurement's sake, with an optimizer of its own, on batches in turn.
+
+    On several ``ranks`` the batches are this rank's parts.
+    """
 
     def __init__(
         self,
@@ -29,19 +33,24 @@ class TrainingSteps:
         batches: Sequence[Batch],
         training: TrainingConfig,
         micro_batch_size: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.batches, self.training = model.train(), list(batches), training
+        self.ranks, self._parallel = ranks, ranks.parallel(model)
         self.optimizer = make_optimizer(model, training)
         self.micro_batch_size = micro_batch_size
-        self._tokens = [real_targets(batch) for batch in batches]
+        self._tokens = ranks.totals([real_targets(batch) for batch in batches])
 
     def step(self, number: int) -> None:
         """Train on batch ``number`` (modulo), in micro-batches where a size is given."""
         batch = self.batches[number % len(self.batches)]
-        training_step(self.model, batch, self.optimizer, self.training.max_grad_norm, self.micro_batch_size)
+        training_step(
+            self._parallel, batch, self.optimizer, self.training.max_grad_norm, self.micro_batch_size, None,
+            self.ranks,
+        )  # fmt: skip
 
     def tokens(self, number: int) -> int:
-        """Return how many targets count in batch ``number``."""
+        """Return how many targets count in batch ``number``, over all ranks."""
         return self._tokens[number % len(self._tokens)]
 
     def forget(self) -> None:
@@ -59,12 +68,18 @@ def warmup_of(measure: MeasureConfig) -> Warmup:
 def measure_speed(steps: TrainingSteps, measure: MeasureConfig, device: torch.device) -> dict[str, Any]:
     """Time training steps; return what the record's ``speed`` says of them.
 
-    All step times are kept, those of the warm-up apart; tokens are the targets that count.
+    All step times are kept, those of the warm-up apart; tokens are the targets that count. Of several
+    ranks the times are those of the slowest, and the tokens are of all.
     """
-    times = time_steps(steps.step, device=device, warmup=warmup_of(measure), steps=measure.speed_steps)
+    times = time_steps(
+        steps.step, device=device, warmup=warmup_of(measure), steps=measure.speed_steps,
+        agree=steps.ranks.largest,
+    )  # fmt: skip
+    rank, times = steps.ranks.worst(times, key=lambda times: sum(times.seconds))
     numbers = range(times.warmup_steps, times.warmup_steps + measure.speed_steps)
     return {
         "step_seconds": times.seconds,
+        "rank": rank,
         "step_tokens": [steps.tokens(number) for number in numbers],
         **warmup_record(times),
     }
@@ -84,7 +99,7 @@ def peak_memory(steps: TrainingSteps, device: torch.device) -> dict[str, Any]:
     """Return the record's ``memory``: of one steady step, and by phase.
 
     ``by_phase``, in bytes: what is held once everything is *built*; the peaks of the *first_step*,
-    which makes the optimizer's state, and of a *steady* one.
+    which makes the optimizer's state, and of a *steady* one. All is of one rank, the one that takes most.
     """
     steps.forget()
     owners = (steps.model, steps.optimizer, steps.batches)
@@ -92,7 +107,9 @@ def peak_memory(steps: TrainingSteps, device: torch.device) -> dict[str, Any]:
     first, steady = (measure_memory(lambda: steps.step(0), owners, device) for _ in range(2))
     phases = {"built": built, **{name: found["peak_allocated_bytes"]
                                  for name, found in (("first_step", first), ("steady", steady))}}  # fmt: skip
-    return {**steady, "by_phase": phases}
+    own = {**steady, "by_phase": phases}
+    rank, largest = steps.ranks.worst(own, key=lambda found: found["peak_allocated_bytes"])
+    return {**largest, "rank": rank}
 
 
 def fetched(

@@ -7,24 +7,26 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bench.config import RunConfig
 from bench.measure.flops import training_flops_per_token
 from bench.measure.marginal import marginal_cost
-from bench.measure.profile import TRACE, profile_steps
+from bench.measure.profile import TRACE, profile_steps, steps_of_a_profile
 from bench.measure.protocol import matrix_rate, tokens_per_second
 from bench.measure.quantity import not_measured
 from bench.measure.rates import utilisation
-from bench.measure.recovery import attempt
+from bench.measure.recovery import Outcome, at_once, attempt
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
 from bench.training.execution import Execution
+from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch
 from gnnmoe.model import GNNMoEModel
 
 Quantities = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class SpeedPass:
     """The run's, where a profile goes."""
     say: Callable[[str], object]
     """Prints a line."""
+    ranks: Ranks = ALONE
+    """The processes that take each step together."""
 
     @property
     def execution(self) -> Execution:
@@ -65,7 +69,7 @@ class SpeedPass:
         self, model: GNNMoEModel, batches: list[Batch], fetch_seconds: list[float], rows: int | None
     ) -> tuple[Quantities, Quantities]:
         measure = self.config.measure
-        outcome = attempt(lambda: self._measure(model, batches, rows))
+        outcome = self._attempt(lambda: self._measure(model, batches, rows))
         if outcome.value is None:
             self.say("note: the speed pass ran out of memory; speed and memory are not measured")
             nothing = not_measured(f"the speed pass ran out of memory: {outcome.failure}")
@@ -79,12 +83,15 @@ class SpeedPass:
             self._profile(steps)
         return speed, memory
 
+    def _attempt(self, function: Callable[[], T]) -> Outcome[T]:
+        return attempt(function) if self.ranks.alone else at_once(function)
+
     def _measure(
         self, model: GNNMoEModel, batches: list[Batch], rows: int | None
     ) -> tuple[TrainingSteps, Quantities, Quantities]:
         copied = copy.deepcopy(model).to(self.device)
         self.execution.compile(copied)
-        steps = TrainingSteps(copied, batches, self.config.training, rows)
+        steps = TrainingSteps(copied, batches, self.config.training, rows, self.ranks)
         speed = measure_speed(steps, self.config.measure, self.device)
         memory = self._memory(steps)
         steps.forget()
@@ -111,7 +118,8 @@ class SpeedPass:
     def _matrix_rate(self) -> float | Quantities:
         if self.device.type != "cuda":
             return not_measured("a run measures it on CUDA only; python -m bench.speed does everywhere")
-        return matrix_rate(self.device, self.execution.autocast_dtype or torch.float32)
+        rate = matrix_rate(self.device, self.execution.autocast_dtype or torch.float32)
+        return sum(self.ranks.gather(rate))
 
     def _compiling(self, speed: Quantities) -> float | Quantities:
         """Return what the warm-up took beyond as many median steps: compiling, where it was asked for."""
@@ -121,7 +129,11 @@ class SpeedPass:
         return sum(max(0.0, seconds - median) for seconds in speed["warmup_seconds"])
 
     def _profile(self, steps: TrainingSteps) -> None:
-        outcome = attempt(lambda: profile_steps(steps.step, self.folder, self.device))
+        if not self.ranks.first:
+            for number in range(steps_of_a_profile(self.device)):
+                steps.step(number)
+            return
+        outcome = self._attempt(lambda: profile_steps(steps.step, self.folder, self.device))
         if outcome.value is None:
             self.say("note: the profile ran out of memory")
             return
@@ -132,7 +144,9 @@ class SpeedPass:
     def _marginal(self, steps: TrainingSteps, memory: Quantities) -> Quantities:
         config = self.config
         seed, measure = config.training.seed, config.measure
-        outcome = attempt(lambda: marginal_cost(steps, memory, measure, self.execution, self.device, seed))
+        outcome = self._attempt(
+            lambda: marginal_cost(steps, memory, measure, self.execution, self.device, seed)
+        )
         return outcome.value or not_measured(f"ran out of memory beside the mean coupler: {outcome.failure}")
 
 

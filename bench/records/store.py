@@ -114,6 +114,31 @@ class RunFolder:
         _write_whole(self.path / name, write)
 
 
+class ReadOnlyFolder(RunFolder):
+    """The folder of a run as all its ranks but the first have it: nothing is written, and nothing locked."""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Do nothing: the first rank has the lock."""
+        yield
+
+    def create(self, record: Record) -> None:
+        """Do nothing."""
+
+    def log(self, line: str) -> None:
+        """Do nothing."""
+
+    def append_history(self, row: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def read_history(self) -> str:
+        """Return nothing: it is the first rank's."""
+        return ""
+
+    def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+        """Do nothing."""
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it: it is there whole or not at all.
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.floors import TRAINING, floor_bytes, roofline_seconds
 from bench.measure.protocol import Step
-from bench.speeding.forms import Form, Inputs, Result, Runner
+from bench.speeding.forms import Form, Inputs, Result, Runner, experts_given
 from bench.speeding.machine import Machine, products_in
 from bench.speeding.memory import peak_bytes, saved_bytes
 from bench.speeding.parity import Parity
@@ -90,7 +90,7 @@ def _row(case: str, form: Form, batch: int, machine: Machine, precision: str, tu
         case=case, subject=form.subject, form=form.name, device=machine.device.type, precision=precision,
         batch=batch, length=L, experts=E, width=D, layers=config.gnn_layers, seconds=turn.seconds,
         first_seconds=turn.first_seconds, error=turn.error,
-        floor_bytes=floor_bytes(batch * L, E, D, ELEMENT_BYTES[precision]),
+        floor_bytes=floor_bytes(batch * L, experts_given(config), D, ELEMENT_BYTES[precision]),
         matrix_flops_per_second=machine.rates(precision).flops_per_second,
         copy_bytes_per_second=machine.rates(precision).bytes_per_second,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from bench.training.ranks import ALONE, Ranks
 from bench.training.step import split, to_device
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
@@ -35,9 +36,15 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: GNNMoEModel, loader: DataLoader, device: torch.device, rows: int | None = None
+    model: GNNMoEModel,
+    loader: DataLoader,
+    device: torch.device,
+    rows: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Score every target of ``loader`` that is not ignored; the model's mode is put back after.
+
+    On several ``ranks`` each scores its own stretch, and all return the evaluation of the whole.
 
     ``rows``: windows to run at once (None: a whole batch), which changes no more than the rounding.
     """
@@ -51,4 +58,5 @@ def evaluate(
             parts.append(nll[part["targets"] != IGNORED].float().cpu().numpy())
     model.train(was_training)
     nll = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-    return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)
+    own = Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)
+    return own if ranks.alone else merged(ranks.gather(own))

@@ -9,6 +9,7 @@ import torch
 
 from bench.config import ExecutionConfig, RunConfig
 from bench.device import resolve_device
+from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, add_gradients, to_device
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
@@ -43,9 +44,9 @@ class Execution:
             )
 
     @classmethod
-    def of(cls, config: RunConfig) -> Execution:
-        """Return how the run of this config is computed here; raises as the class."""
-        return cls(config.execution, resolve_device(config.places.device))
+    def of(cls, config: RunConfig, ranks: Ranks = ALONE) -> Execution:
+        """Return how the run of this config is computed on this rank; raises as the class."""
+        return cls(config.execution, ranks.device(resolve_device(config.places.device)))
 
     @property
     def experts(self) -> str:

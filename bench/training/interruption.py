@@ -12,12 +12,17 @@ from typing import Any
 class Interruption:
     """Turns SIGINT and SIGTERM into a request while a block defers them, else into KeyboardInterrupt.
 
-    A second signal interrupts at once in any case.
+    A second signal interrupts at once in any case. After ``over`` none does anything.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._deferring = False
+        self._over = False
+
+    def over(self) -> None:
+        """Heed no signal from here on: how the run ends is known, and is being written down."""
+        self._over = True
 
     @contextmanager
     def installed(self) -> Iterator[Interruption]:
@@ -42,6 +47,8 @@ class Interruption:
             self._deferring = False
 
     def _handle(self, *_: Any) -> None:
+        if self._over:
+            return
         if not self._deferring or self.requested:
             raise KeyboardInterrupt
         self.requested = True

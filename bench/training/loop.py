@@ -18,7 +18,8 @@ from bench.data.loader import set_epoch
 from bench.training.controlled import StepControl
 from bench.training.evaluation import evaluate
 from bench.training.plan import EpochPlan, TrainingPlan
-from bench.training.recovering import Attempt, Recovering, Recovery, Shapes
+from bench.training.ranks import ALONE, Ranks
+from bench.training.recovering import Attempt, Recovering, Recovery, Shapes, set_random_state
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
@@ -44,7 +45,7 @@ class Hooks(Protocol):
         """Take the plan of an epoch that begins or goes on."""
 
     def on_batch(self, batch: Batch) -> int:
-        """Count a batch before it is trained on; return its real targets."""
+        """Count a batch before it is trained on; return its real targets, over all ranks."""
         ...
 
     def on_update(self, shapes: Shapes) -> None:
@@ -70,7 +71,8 @@ class Trainer:
     """Trains a model in place; the state that is best on validation is what it ends with.
 
     ``micro_batch_size``: rows to run at once, in training and evaluation (None: whole batches). A step
-    that runs out of memory is done again in smaller ones; ``attempt`` gives back what it held.
+    that runs out of memory is done again in smaller ones; ``attempt`` gives back what it held. On several
+    ``ranks`` each trains on its own loader's batches, and all have the same losses and parameters.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Trainer:
         *,
         attempt: Attempt,
         micro_batch_size: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.config, self.device, self.hooks = model, config, device, hooks
+        self.ranks, self._parallel = ranks, ranks.parallel(model)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.optimizer = make_optimizer(model, config)
         self.plan = TrainingPlan(train_loader, config)
@@ -97,7 +101,7 @@ class Trainer:
         """Whether a step's loss is read while the device does the next step, so that it never waits."""
         self._unread: tuple[dict[str, Any], Tensor, Tensor] | None = None
         self._best_state: dict[str, Tensor] = {}
-        self._random: tuple[Tensor, list[Tensor]] | None = None
+        self._random: tuple[Tensor, Tensor | None] | None = None
 
     def run(self) -> Trained:
         """Train to the end, from wherever it stands, and load the best state.
@@ -105,10 +109,9 @@ class Trainer:
         Raises:
             Diverged: a loss is NaN or infinite; the model keeps its last state.
         """
-        torch.manual_seed(stream_seed(self.config.seed, "dropout"))
+        torch.manual_seed(stream_seed(self.config.seed, self.ranks.stream("dropout")))
         if self._random is not None:
-            torch.set_rng_state(self._random[0])
-            torch.cuda.set_rng_state_all(self._random[1])
+            set_random_state(self._random, self.device)
         self.model.train()
         for batch in self._batches():
             self._step(batch)
@@ -126,21 +129,22 @@ class Trainer:
         """Free gradients, the optimizer's state and the copy of the best state; nothing is trained after."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
-        self._best_state = {}
+        self._best_state, self._parallel = {}, self.model
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that ``load_state_dict`` needs to go on bit for bit, at the end of a step.
 
-        The hooks have been told of all steps up to it.
+        The hooks have been told of all steps up to it. Random states are those of each rank, in a list.
         """
         self.report()
+        on_cuda = self.device.type == "cuda"
         return {
             "model": self.model.state_dict(), "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(), "done": asdict(self.done),
             "recovering": self.recovering.state_dict(),
             "control": self.control.controller.state_dict() if self.control else None,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "random": self.ranks.gather(torch.get_rng_state()),
+            "random_cuda": self.ranks.gather(torch.cuda.get_rng_state(self.device) if on_cuda else None),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,7 +157,12 @@ class Trainer:
             self.recovering.load_state_dict(state["recovering"])
         if self.control is not None and state.get("control") is not None:
             self.control.controller.load_state_dict(state["control"])
-        self._random = state["random"], state["random_cuda"]
+        cpu, cuda = state["random"], state["random_cuda"]
+        if isinstance(
+            cpu, Tensor
+        ):  # in checkpoints of before there were ranks; cuda has all GPUs' of the one
+            cpu, cuda = [cpu], [cuda[0] if cuda else None]
+        self._random = cpu[self.ranks.rank], cuda[self.ranks.rank]
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the batches from step ``done.steps`` on: epoch and place in it follow from the step."""
@@ -178,8 +187,9 @@ class Trainer:
         def step(micro_batch_size: int | None, shapes: Shapes) -> tuple[Tensor, Tensor]:
             there = to_device(batch, self.device)
             return training_step(
-                self.model, there, self.optimizer, self.config.max_grad_norm, micro_batch_size, shapes
-            )
+                self._parallel, there, self.optimizer, self.config.max_grad_norm, micro_batch_size, shapes,
+                self.ranks,
+            )  # fmt: skip
 
         loss, norm, shapes = self.recovering(
             step if self.control is None else self.control.watched(step),
@@ -213,7 +223,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         rows = self.recovering.micro_batch_size
-        result = evaluate(self.model, self.val_loader, self.device, rows)
+        result = evaluate(self.model, self.val_loader, self.device, rows, self.ranks)
         self._check(result.nll_sum, "validation loss", self.done.steps)
         if result.nll_sum < self.done.best_nll_sum:
             self.done.best_nll_sum, self.done.best_step = result.nll_sum, self.done.steps

@@ -14,7 +14,7 @@ from bench.data.block_loader import check_unchanged
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What one epoch serves to this process."""
+    """What one epoch serves, to all ranks together."""
 
     epoch: int
     batch_size: int
@@ -56,13 +56,13 @@ class TrainingPlan:
     def epoch(self, number: int) -> EpochPlan:
         """Return the plan of an epoch; the last one ends with the training."""
         batches = min(self.batches_in(number), self.total_steps - self._before(number))
-        size = self._sampler.size_in(number)
-        samples = min(batches * size, self._sampler.share_in(number))
+        size, world = self._sampler.size_in(number), self._sampler.shard.world_size
+        samples = min(batches * size, self._sampler.share_in(number)) * world  # ranks have equal shares
         cut = batches < self._sampler.batches_in(number)
-        return EpochPlan(number, size, batches, samples, samples * self._length, cut)
+        return EpochPlan(number, size * world, batches, samples, samples * self._length, cut)
 
     def batch_sizes(self) -> list[int]:
-        """Return the batch sizes of all epochs, each once, in order."""
+        """Return the batch sizes of all epochs on this rank, each once, in order."""
         return list(dict.fromkeys(self._sampler.size_in(epoch) for epoch in range(len(self._ends))))
 
     def epochs(self) -> float:

@@ -83,7 +83,7 @@ class Recovering:
             if outcome.failure is None:
                 return *outcome.value, shapes
             self._shrink(rows, number, outcome.failure, announce)
-            _set_random_state(random, self._device)
+            set_random_state(random, self._device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs to go on with the same micro-batches."""
@@ -122,7 +122,8 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Put torch's random state back, on the CPU and, where there is one, on the CUDA device."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

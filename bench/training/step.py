@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bench.config import TrainingConfig
 from bench.device import is_out_of_memory
+from bench.training.ranks import ALONE, Ranks
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 
@@ -43,25 +44,28 @@ class UpdateOutOfMemory(MemoryError):
 
 
 def training_step(
-    model: GNNMoEModel,
+    model: nn.Module,
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     micro_batch_size: int | None = None,
     shapes: list[tuple[int, ...]] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Do forward, backward, clipping and update; return the nll and the gradient norm as tensors.
 
-    Neither is read here, so on a GPU nothing waits. With a ``micro_batch_size`` below the batch's the
-    batch is run in pieces of so many rows, whose gradients add up to those of the whole: see
-    ``add_gradients``. The shape of what the model is given is appended to ``shapes``, piece by piece.
-    An out of memory before the update leaves parameters and optimizer as they were.
+    Neither is read here, so on a GPU nothing waits. On several ``ranks`` the model is what
+    ``Ranks.parallel`` makes of it, the batch this rank's part, and both numbers are the whole batch's.
+    With a ``micro_batch_size`` below the batch's the batch is run in pieces of so many rows, whose
+    gradients add up to those of the whole: see ``add_gradients``. The shape of what the model is given
+    is appended to ``shapes``, piece by piece. An out of memory before the update leaves parameters and
+    optimizer as they were.
 
     Raises:
         UpdateOutOfMemory: memory ran out inside the update.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = add_gradients(model, batch, micro_batch_size, [] if shapes is None else shapes)
+    loss = add_gradients(model, batch, micro_batch_size, [] if shapes is None else shapes, ranks)
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     try:
         optimizer.step()
@@ -73,40 +77,50 @@ def training_step(
 
 
 def add_gradients(
-    model: GNNMoEModel, batch: Batch, micro_batch_size: int | None, shapes: list[tuple[int, ...]]
+    model: nn.Module,
+    batch: Batch,
+    micro_batch_size: int | None,
+    shapes: list[tuple[int, ...]],
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Add the gradients of a batch to those of the parameters; return its nll, detached.
 
-    In pieces, the loss is the sum of the nll of all targets over the number of all targets, not a mean
-    of means: a piece's mean counts by its share of the targets that are not −100. The couplers' own
-    losses count by the same shares, so one that is no mean over tokens (a balance of the load, say) is
-    that of the pieces rather than of the batch, as it is on several ranks.
+    In pieces, or on several ranks, the loss is the sum of the nll of all targets over the number of all
+    targets, not a mean of means: a piece's mean counts by its share of the targets that are not −100.
+    The couplers' own losses count by the same shares, so one that is no mean over tokens (a balance of
+    the load, say) is that of the pieces rather than of the batch, as it is on several ranks.
     """
     rows = len(batch["input_ids"])
-    if micro_batch_size is None or micro_batch_size >= rows:
+    if ranks.alone and (micro_batch_size is None or micro_batch_size >= rows):
         shapes.append(tuple(batch["input_ids"].shape))
         output = model(batch["input_ids"], targets=batch["targets"], return_logits=False)
         (output["loss"] + output["auxiliary_loss"]).backward()
         return output["loss"].detach().clone()  # CUDA graphs write the next one into the same memory
-    total = (batch["targets"] != IGNORED).sum()
-    losses = []
-    for piece in split(batch, micro_batch_size):
+    total = ranks.sum((batch["targets"] != IGNORED).sum())
+    losses, pieces = [], split(batch, micro_batch_size)
+    for number, piece in enumerate(pieces, 1):
         input_ids, targets = piece["input_ids"], piece["targets"]
         count = (targets != IGNORED).sum()
         # A piece without targets would have the mean 0/0; with any, its share of 0 takes it out.
         targets = targets.masked_fill(count == 0, 0)
         shapes.append(tuple(input_ids.shape))
-        output = model(input_ids, targets=targets, return_logits=False)
-        share = count.to(output["loss"].dtype) / total
-        ((output["loss"] + output["auxiliary_loss"]) * share).backward()
-        if model.is_compiled and not losses:
+        with ranks.in_one_backward(model, last=number == len(pieces)):
+            output = model(input_ids, targets=targets, return_logits=False)
+            share = count.to(output["loss"].dtype) / total
+            loss = (output["loss"] + output["auxiliary_loss"]) * share
+            (loss * ranks.world_size).backward()  # of which the ranks' mean is taken
+        if not losses and len(pieces) > 1 and _is_compiled(model):
             _own_gradients(model)
         losses.append(output["loss"].detach() * share)
-        del output
-    return torch.stack(losses).sum()
+        del output, loss
+    return ranks.sum(torch.stack(losses).sum())
 
 
-def _own_gradients(model: GNNMoEModel) -> None:
+def _is_compiled(model: nn.Module) -> bool:
+    return any(module.is_compiled for module in model.modules() if isinstance(module, GNNMoEModel))
+
+
+def _own_gradients(model: nn.Module) -> None:
     """Copy the gradients: of CUDA graphs they lie where the next piece's will be written."""
     for parameter in model.parameters():
         if parameter.grad is not None:

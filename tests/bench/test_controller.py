@@ -333,7 +333,7 @@ def test_d1_shapes_that_are_only_written_down_are_caught(corpus, monkeypatch):
     """D1: a step that lists pieces it did not run; the ledger believes it, the witness does not."""
     real = loop.training_step
 
-    def lies(model, batch, optimizer, norm, micro, shapes):
+    def lies(model, batch, optimizer, norm, micro, shapes, ranks):
         result = real(model, batch, optimizer, norm, None, [])
         shapes += [(2, 16), (2, 16)]
         return result
@@ -347,10 +347,10 @@ def test_d7_d8_the_controller_takes_note_of_a_recovery(corpus, monkeypatch):
     """The step is done again in the smaller pieces, which are the ones that are reported."""
     real = loop.training_step
 
-    def small(model, batch, optimizer, norm, micro, shapes):
+    def small(model, batch, optimizer, norm, micro, shapes, ranks):
         if (micro or BATCH) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(model, batch, optimizer, norm, micro, shapes)
+        return real(model, batch, optimizer, norm, micro, shapes, ranks)
 
     monkeypatch.setattr(loop, "training_step", small)
     control = controller(Shape(4, 16), shapes=ladder([16], [1, 2, 4]))

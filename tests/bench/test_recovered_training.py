@@ -156,10 +156,10 @@ def small_card(monkeypatch) -> None:
     """Let training steps run out of memory on more than two rows at once."""
     real = bench.training.loop.training_step
 
-    def step(model, batch, optimizer, norm, micro, shapes):
+    def step(model, batch, optimizer, norm, micro, shapes, ranks):
         if (micro or len(batch["input_ids"])) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, batch, optimizer, norm, micro, shapes)
+        return real(model, batch, optimizer, norm, micro, shapes, ranks)
 
     monkeypatch.setattr(bench.training.loop, "training_step", step)
 

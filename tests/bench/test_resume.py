@@ -118,7 +118,7 @@ def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypa
             act_at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert main([*run, "--resume"] if step == 5 else run) == 130
     with monkeypatch.context() as patch:
-        patch.setattr("bench.session.evaluate", lambda *_: interrupt())
+        patch.setattr("bench.scoring.evaluate", lambda *_: interrupt())
         assert main([*run, "--resume"]) == 130
     assert main([*run, "--resume"]) == 0
     assert_equal_but_for_times(only_folder(results_of(run)), undisturbed)

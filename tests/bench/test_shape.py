@@ -248,7 +248,7 @@ def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):
     """D6: a made-up clock; copying, the memory pass, warm-up and whatever ran before do not count."""
     now = [1000.0]
 
-    def step(model, data, optimizer, norm, micro=None):
+    def step(model, data, optimizer, norm, micro, *_):
         now[0] += 2.0
         return training_step(model, data, optimizer, norm, micro)
 

@@ -1,0 +1,44 @@
+"""The final evaluation of a run: raw sums for its record, and the nll of every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bench.data.blocks import EvalWindows
+from bench.data.reference_lines import reference_nll
+from bench.learning import Learning
+from bench.measure.quantity import not_measured
+from bench.prepare import Prepared
+from bench.training.evaluation import evaluate
+from gnnmoe.model import GNNMoEModel
+
+
+def score(
+    prepared: Prepared, model: GNNMoEModel, learning: Learning
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the record's ``quality``, and by split the nll in nats (T,) and the document of each target.
+
+    On several ranks each scores a stretch of the text, and all return the whole.
+    """
+    loaders, device = prepared.loaders, prepared.device
+    quality: dict[str, Any] = {"test": not_measured("not asked for; --evaluate-test scores it")}
+    arrays: dict[str, np.ndarray] = {}
+    for split, loader in (("validation", loaders["val_final"]), ("test", loaders.get("test"))):
+        if loader is None:
+            continue
+        result = evaluate(model, loader, device, learning.micro_batch_size, prepared.ranks)
+        windows = loader.dataset
+        assert isinstance(windows, EvalWindows)
+        learning.ledger.evaluated(f"{split} at the end", windows.num_scored, result.tokens)
+        words, text_bytes = windows.split.words_and_bytes(result.tokens)
+        lines = reference_nll(prepared.corpus, split, result.tokens)
+        quality[split] = {
+            "nll_sum": result.nll_sum, "tokens": result.tokens, "words": words, "bytes": text_bytes,
+            **{f"{line}_nll_sum": nll_sum for line, nll_sum in lines.items()},
+            "length": windows.length, "stride": windows.stride,
+        }  # fmt: skip
+        arrays |= {f"{split}_nll": result.nll, f"{split}_document": windows.document_ids().astype(np.int32)}
+    quality["best_step"] = learning.trainer.done.best_step
+    return quality, arrays

@@ -1,0 +1,235 @@
+"""The processes of one run, each with a share of every batch: all that they do together goes through here.
+
+Alone, everything here does nothing. Under torchrun each process is a rank of ``torch.distributed``: gloo for
+what lies on a CPU, NCCL for what lies on GPUs, of which each local rank has one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from bench.data.sampler import Shard
+from bench.data.validation import BatchValidationError
+
+if TYPE_CHECKING:
+    from gnnmoe.model import GNNMoEModel
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+LOST_TEXTS = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run; every method but the properties is called by all of them alike.
+
+    A collective that waits for another rank longer than the time-out of ``join`` raises, on every rank.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Its number on this machine, which is that of its GPU."""
+    local_world_size: int = 1
+    backend: str | None = None
+    """What the gradients are summed by; None: there is one process."""
+    store: Store | None = None
+    """Text by name that all ranks see, also those that wait in no collective."""
+
+    @classmethod
+    def join(cls, device: str, timeout_seconds: float, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """Return this process's rank by the variables that torchrun sets, once all ranks are there.
+
+        ``device``: auto, cpu, cuda or mps.
+
+        Raises:
+            ValueError: more ranks on this machine than it has GPUs, a device that cannot be shared, or
+                a launcher that does not say all.
+        """
+        world_size = int(environment.get("WORLD_SIZE", "1"))
+        if world_size == 1:
+            return ALONE
+        rank = int(environment["RANK"])
+        local = int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+        refuse_shared_device(device, local[1], torch.cuda.device_count() if on_cuda else None)
+        if on_cuda:
+            torch.cuda.set_device(local[0])
+        timeout = timedelta(seconds=timeout_seconds)
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=PrefixStore("collectives", store),
+            rank=rank, world_size=world_size, timeout=timeout,
+        )  # fmt: skip
+        return cls(rank, world_size, *local, "nccl" if on_cuda else "gloo", store)
+
+    def leave(self) -> None:
+        """End what ``join`` began, where all ranks came to their end."""
+        if not self.alone:
+            dist.destroy_process_group()
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other."""
+        return self.world_size == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def shard(self) -> Shard:
+        """Which samples are this rank's."""
+        return Shard(self.rank, self.world_size)
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return this rank's own of the devices of that type."""
+        return torch.device("cuda", self.local_rank) if device.type == "cuda" and not self.alone else device
+
+    def sharing(self, device: torch.device) -> int:
+        """Return how many ranks have the memory of this device together: a GPU is one's own."""
+        return 1 if device.type == "cuda" else self.local_world_size
+
+    def stream(self, name: str) -> str:
+        """Return the name of this rank's own random stream; the first's is that of a process alone."""
+        return name if self.first else f"{name}.{self.rank}"
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum over all ranks of a tensor, where it lies; on a GPU the host does not wait."""
+        if self.alone:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    def totals(self, counts: Sequence[int]) -> list[int]:
+        """Return the sums of counts over all ranks, one for each."""
+        return self.sum(torch.tensor(counts, dtype=torch.int64)).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Say whether it is so on any rank."""
+        return self.totals([int(flag)])[0] > 0
+
+    def meet(self) -> None:
+        """Wait until all are here."""
+        self.any(False)
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of the ranks; anything that can be pickled."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def largest(self, value: Number) -> Number:
+        """Return the largest of the ranks' values."""
+        return max(self.gather(value))
+
+    def worst(self, value: T, key: Callable[[T], float]) -> tuple[int, T]:
+        """Return the rank whose value has the largest ``key``, the first of these, and its value."""
+        return max(enumerate(self.gather(value)), key=lambda found: key(found[1]))
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """Return what ``function`` returns on the first rank, where alone it is called.
+
+        Raises:
+            ValueError: it did there; in the same words on all ranks.
+        """
+        return function() if self.alone else self.gather(self._tried(function, self.first))[0]
+
+    def in_turn(self, function: Callable[[], T]) -> T:
+        """Return what ``function`` returns here; the first rank calls it before the others.
+
+        So what it downloads or puts in a cache is there for them.
+
+        Raises:
+            ValueError: the user was refused on one rank; in the same words on all.
+        """
+        if self.alone:
+            return function()
+        first, others = (self._tried(function, here) for here in (self.first, not self.first))
+        return first if self.first else others
+
+    def _tried(self, function: Callable[[], Any], here: bool) -> Any:
+        value, refusal = None, None
+        if here:
+            try:
+                value = function()
+            except (ValueError, BatchValidationError) as error:
+                refusal = str(error)
+        for words in self.gather(refusal):
+            if words is not None:
+                raise ValueError(words)
+        return value
+
+    def parallel(self, model: GNNMoEModel) -> nn.Module:
+        """Return what to call in the model's place: its backward leaves the ranks' mean gradient in each.
+
+        The parameters stay the model's own. Gradients are summed while the backward goes on.
+        """
+        if self.alone:
+            return model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # broadcast_buffers has another name from torch 2.13 on
+            return DistributedDataParallel(
+                model, broadcast_buffers=False, gradient_as_bucket_view=True,
+                find_unused_parameters=_leaves_parameters_out(model),
+            )  # fmt: skip
+
+    def in_one_backward(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Return the context of one piece of a batch: only in the ``last`` the ranks wait for each other."""
+        return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+ALONE = Ranks()
+
+
+def refuse_shared_device(device: str, local_world_size: int, gpus: int | None) -> None:
+    """Refuse more ranks on one machine than it has devices; ``gpus``: None on a CPU, which all share.
+
+    Raises:
+        ValueError: saying how many there may be.
+    """
+    if device == "mps":
+        raise ValueError(
+            "device mps is one, and cannot be shared by ranks; use --device cpu, or no torchrun."
+        )
+    if gpus is not None and local_world_size > gpus:
+        raise ValueError(
+            f"{local_world_size} ranks on a machine with {gpus} GPU{'s' * (gpus != 1)}: each needs one of "
+            f"its own; use --nproc-per-node={gpus}, or --device cpu."
+        )
+
+
+def lost(error: BaseException) -> bool:
+    """Say whether ``error`` means that a collective found another rank gone or silent."""
+    return isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and any(text in str(error) for text in LOST_TEXTS)
+    )
+
+
+def _leaves_parameters_out(model: GNNMoEModel) -> bool:
+    """Say whether a loss does not depend on some parameter, which DDP has to be told."""
+    training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=parameters[0].device)
+    devices = [ids.device] if ids.is_cuda else []
+    with torch.random.fork_rng(devices):
+        loss = type(model.eval()).forward(model, ids, targets=ids, return_logits=False)["loss"]
+    gradients = torch.autograd.grad(cast(Tensor, loss), parameters, allow_unused=True)
+    model.train(training)
+    return any(gradient is None for gradient in gradients)

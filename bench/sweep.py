@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
+from bench.sweeps.cluster import elsewhere, resources_for
+from bench.sweeps.durations import seconds_of
+from bench.sweeps.executor import Resources
+from bench.sweeps.executors import LOCAL, check_name, make_executor, with_options
 
 if TYPE_CHECKING:
     from bench.sweeps.hypotheses import Hypothesis
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from bench.sweeps.spec import Sweep
 
 PROG = "python -m bench.sweep"
-UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(kw_only=True)
@@ -55,7 +57,15 @@ class SweepConfig:
     run_timeout: str | None = None
     """End a run that takes longer: 90s, 9m, 1.5h."""
     slots: int | None = None
-    """Runs side by side (default: one a GPU; on a CPU one a core, each with one thread)."""
+    """Runs side by side (default: one a GPU; on a CPU one a core, each with one thread; on a Ray cluster as
+    many as it has room for; on Slurm 64 in the queue)."""
+    executor: str = "local"
+    """Where runs run: local (this machine), ray or slurm. A cluster must see this folder, the Python and
+    the results under the same paths."""
+    cpus_per_run: int | None = None
+    """On a cluster: cores of a run, and its threads (default: 1; with a GPU 4)."""
+    gpus_per_run: int | None = None
+    """On a cluster: 1 for a run on a GPU (default with --device cuda), else 0."""
     results_dir: Path = Path("results")
     """Folder of all results."""
     study: str | None = None
@@ -65,13 +75,13 @@ class SweepConfig:
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """As for bench.run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """As for bench.run."""
+    """As for bench.run; on a cluster cuda where a run has a GPU, whatever this machine has."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan and run what the flags ask for; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config = parse(SweepConfig, arguments, prog=PROG)
+    config = parse(with_options(SweepConfig), arguments, prog=PROG)
     show_warnings_plainly()
     from rich.console import Console
 
@@ -83,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds_of("time_budget", config.time_budget),
             seconds_of("run_timeout", config.run_timeout),
         )
+        config, resources = on_its_device(config)
         sweep = read_sweep(config)
         with console.status("planning …"):
             plan, match, hypotheses = plan_sweep(config, sweep)
@@ -90,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_plan(plan, match, console)
             return 0
         command = shlex.join([*PROG.split(), *arguments])
-        return run_plan(config, plan, hypotheses, budget, timeout, command)
+        return run_plan(config, plan, hypotheses, resources, budget, timeout, command)
     except ValueError as error:
         fail(str(error))
 
@@ -128,7 +139,8 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
 
     asked = config.match or sweep.match
     match = None if asked is None else Match.parse(asked)
-    plan = make_plan(sweep, places_of(config), Identifier(), match)
+    identify = Identifier() if config.executor == LOCAL else elsewhere(Identifier(), config.device)
+    plan = make_plan(sweep, places_of(config), identify, match)
     hypotheses = hypotheses_of(sweep.hypotheses, Path() if config.file is None else config.file.parent)
     check_against(hypotheses, [found.flags for found in plan.configurations])
     return plan, match, hypotheses
@@ -138,6 +150,7 @@ def run_plan(
     config: SweepConfig,
     plan: Plan,
     hypotheses: Sequence[Hypothesis],
+    resources: Resources,
     budget: float | None,
     timeout: float | None,
     command: str,
@@ -145,21 +158,23 @@ def run_plan(
     """State the hypotheses, run what is left of the plan and return the exit status.
 
     Raises:
-        ValueError: another sweep is at the study, or the results cannot be written.
+        ValueError: another sweep is at the study, the results cannot be written, or the executor's
+            package or its cluster is missing.
     """
     from bench.device import resolve_device
     from bench.flags import as_flags
-    from bench.sweeps.executor import Choices
+    from bench.sweeps.executor import Choices, Wanted
     from bench.sweeps.hypotheses import state
-    from bench.sweeps.local import LocalExecutor, slots_for
     from bench.sweeps.work import execute
 
-    slots = slots_for(resolve_device(config.device).type, config.slots)
+    device = resolve_device(config.device).type if config.executor == LOCAL else config.device
+    logs = config.results_dir / plan.study / ".logs"
+    wanted = Wanted(device=device, logs=logs, slots=config.slots, resources=resources)
     places = places_of(config)
     own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
     result = execute(
-        plan.runs, LocalExecutor(slots), results_dir=config.results_dir, study=plan.study,
-        places=as_flags(own), wait=config.wait, again=command,
+        plan.runs, make_executor(config.executor, config, wanted), results_dir=config.results_dir,
+        study=plan.study, places=as_flags(own), wait=config.wait, again=command, launcher=resources.launcher,
         before=lambda: state(hypotheses, config.results_dir / plan.study),
         choices=Choices(
             retry=frozenset([config.retry] if config.retry else ()), force=config.force,
@@ -169,26 +184,29 @@ def run_plan(
     return result.exit_status
 
 
+def on_its_device(config: SweepConfig) -> tuple[SweepConfig, Resources]:
+    """Return the config with the device that runs have on a cluster, and what each asks for there.
+
+    Raises:
+        ValueError: there is no such executor, or these resources are not for it.
+    """
+    check_name(config.executor)
+    asked = config.cpus_per_run, config.gpus_per_run
+    if config.executor == LOCAL:
+        if asked != (None, None):
+            raise ValueError(
+                "cpus_per_run and gpus_per_run are for a cluster; here, --slots says how many run."
+            )
+        return config, Resources()
+    device, resources = resources_for(config.device, *asked)
+    return replace(config, device=device), resources
+
+
 def places_of(config: SweepConfig) -> dict[str, Any]:
     """Return the places of every run, as plain flags."""
     places: dict[str, Any] = {"results_dir": str(config.results_dir), "device": config.device,
                               "data_source": config.data_source}  # fmt: skip
     return places if config.data_dir is None else {**places, "data_dir": str(config.data_dir)}
-
-
-def seconds_of(name: str, text: str | None) -> float | None:
-    """Return a duration in seconds.
-
-    Raises:
-        ValueError: it is not a number with s, m or h, or not greater than 0.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)([smh]?)", text.strip())
-    seconds = float(found[1]) * UNITS[found[2] or "s"] if found else 0.0
-    if seconds <= 0:
-        raise ValueError(f"{name} is {text!r}; write a duration such as 90s, 9m or 1.5h.")
-    return seconds
 
 
 if __name__ == "__main__":

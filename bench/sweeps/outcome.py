@@ -48,6 +48,8 @@ class Attempt:
     start: str = field(default_factory=lambda: _now())
     record_before: tuple[int, ...] | None = None
     log_before: int = 0
+    queued: bool = False
+    """Whether a cluster has not begun it."""
 
     def __post_init__(self) -> None:
         self.record_before = written_at(self.task.run.folder / "record.json")
@@ -64,6 +66,13 @@ class Attempt:
         with task.log.open("a") as log:
             log.write(f"{_now()} $ {shlex.join(task.command)}\n")
         return cls(task, flags)
+
+    def wait_or_begin(self, queued: bool) -> bool:
+        """Start the clock anew while the task waits in a cluster's queue; return whether it begins now."""
+        if queued:
+            self.started, self.start = time.monotonic(), _now()
+        before, self.queued = self.queued, queued
+        return before and not queued
 
     @property
     def seconds(self) -> float:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bench.config_checks import check_positive
+from bench.execution_config import ExecutionConfig
 from bench.memory_config import MemoryConfig
 from gnnmoe.config import GNNMoEConfig
 
@@ -137,15 +138,20 @@ class TrainingConfig:
 class MeasureConfig:
     """The speed pass, and what to do about a coupler that fails the gate."""
 
-    speed_warmup_steps: int = 3
-    """Steps before the clock starts."""
+    speed_warmup_steps: int | Literal["auto"] = 3
+    """Steps before the clock starts; auto: until the median of ten moves by less than 2 % (at most 50)."""
     speed_steps: int = 10
     """Steps on the clock."""
+    marginal: bool = False
+    """Also time the same model with the mean coupler, in turn with this one: what the coupler alone costs."""
+    profile: bool = False
+    """Also write a profiler's trace (on CUDA also a snapshot of the memory) into the run's folder."""
     allow_failed_gate: bool = False
     """Train a coupler that fails the gate all the same; the record says gate_failed."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "speed_warmup_steps", "speed_steps")
+        fixed = [] if self.speed_warmup_steps == "auto" else ["speed_warmup_steps"]
+        check_positive(self, *fixed, "speed_steps")
 
 
 @dataclass(kw_only=True)
@@ -208,6 +214,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     places: PlacesConfig = field(default_factory=PlacesConfig)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import gcd
 from typing import Any
 
-from bench.fitting import bounds
 from bench.measure.activation import require_batch_applied
 from bench.measure.budget import MemoryBudget, training_state_bytes
 from bench.measure.meters import meter_for
+from bench.memory_checks import bounds
 from bench.prepare import Prepared
 from bench.training.batch_size import memory_limit
 from bench.training.controlled import Peak, StepControl
@@ -17,7 +16,7 @@ from bench.training.controller import Controller, Decision
 from bench.training.loop import Trainer
 from bench.training.micro_batches import divisors
 from bench.training.shape import Shape, ladder
-from bench.tuning import batch_sizes, micro_batch_size
+from bench.tuning import micro_batch_size
 
 
 def control_for(
@@ -37,15 +36,16 @@ def control_for(
     rows, adapt = micro_batch_size(prepared.config, tuned), memory.control_memory
     if not adapt and (tuned is None or rows is None):
         return None
-    world = prepared.loaders["train"].sampler_obj.shard.world_size
-    unit = gcd(*batch_sizes(prepared.config.training)) // world
+    pieces = divisors(trainer.recovering.unit)
+    if memory.tune_max_batch_size is not None:
+        pieces = [piece for piece in pieces if piece <= memory.tune_max_batch_size]
     lengths = [length]
     if adapt:
         lengths = [part for part in divisors(length) if part == length or part >= bounds(prepared.config)[0]]
         require_batch_applied(trainer.model, length, prepared.device)
     budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(prepared.device)
     controller = Controller(
-        ladder(lengths, divisors(unit)), Shape(min(rows or unit, unit), length),
+        ladder(lengths, pieces), Shape(min(rows or pieces[-1], pieces[-1]), length),
         limit_bytes=memory_limit(budget, memory.memory_target),
         fixed_bytes=_always_held(trainer), adapt=adapt,
     )  # fmt: skip

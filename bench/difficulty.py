@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.config import ExecutionConfig
 from bench.data.blocks import TrainBlocks
 from bench.data.cache import cache_folder, cached
 from bench.data.corpus import Corpus
 from bench.data.curriculum import ScoreBlocks, model_scores
 from bench.training.checkpoint import load_checkpoint
+from bench.training.execution import Execution
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 
@@ -89,7 +91,7 @@ def checkpoint_scorer(path: Path, length: int, corpus: Corpus, device: torch.dev
             text, of shorter sequences, or of a coupler that lies in a file.
     """
     fields, weights = _contents(path, corpus)
-    model = _model(path, fields, weights, corpus.vocabulary.size)
+    model = _model(path, fields, weights, corpus.vocabulary.size, device).eval()
     trained = model.config.max_seq_length
     if trained < length:
         raise _unfit(
@@ -97,7 +99,6 @@ def checkpoint_scorer(path: Path, length: int, corpus: Corpus, device: torch.dev
             f"was trained at max_seq_length {trained}, but this run's blocks have {length} tokens; "
             f"use --max-seq-length {trained} or less, or a checkpoint trained at {length} or more",
         )
-    model.to(device).eval()
 
     def score(input_ids: Tensor, targets: Tensor) -> Tensor:
         return model.token_nll(input_ids.to(device), targets.to(device)).mean(1)
@@ -110,6 +111,8 @@ def _contents(path: Path, corpus: Corpus) -> tuple[dict[str, Any], dict[str, Ten
     state = load_checkpoint(path, _REMEDY)
     try:
         fields, text = state["identity"]["model"], state["identity"]["data"]["sha256"]
+        if state.get("tuned"):  # interrupted: its model has the length found, its identity the one asked for
+            fields = {**fields, "max_seq_length": state["tuned"]["length"]}
         weights = state["model"] if "model" in state else state["trainer"]["best_model"]
     except (KeyError, TypeError) as error:
         raise _unfit(
@@ -127,9 +130,13 @@ def _contents(path: Path, corpus: Corpus) -> tuple[dict[str, Any], dict[str, Ten
     return fields, weights
 
 
-def _model(path: Path, fields: dict[str, Any], weights: dict[str, Tensor], words: int) -> GNNMoEModel:
+def _model(
+    path: Path, fields: dict[str, Any], weights: dict[str, Tensor], words: int, device: torch.device
+) -> GNNMoEModel:
+    """Return the model in float32, in whatever precision it was trained: its scores order the data."""
     try:
-        model = GNNMoEModel(GNNMoEConfig(**{"vocab_size": words, **fields}), seed=0)
+        config = GNNMoEConfig(**{"vocab_size": words, **fields})
+        model = Execution(ExecutionConfig(), device).build(config, seed=0)
         model.load_state_dict(weights)
     except (ValueError, RuntimeError, TypeError) as error:
         reason = textwrap.shorten(str(error), 200, placeholder=" …")

@@ -26,6 +26,10 @@ def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
     reporter.console.print(f"run {prepared.run_id} is finished; --force runs it again. Its record:")
     if record["environment"]["code_sha256"] != code_sha256(config.model.coupler_type):
         reporter.console.print("note: it was made with another state of the code", markup=False)
+    measured = record["config"]["measure"]
+    for name in ("marginal", "profile"):
+        if getattr(config.measure, name) and not measured.get(name):
+            reporter.console.print(f"note: it was made without --{name}; --force runs it again with it")
     return record
 
 

@@ -101,7 +101,8 @@ class Learning:
             "batch_shapes": self.ledger.batch_shapes, "steps": done["updates"]["got"],
             "tokens": done["tokens"]["got"], "total_steps": plan.total_steps,
             "epochs": round(plan.epochs(), 6),
-            "precision": "fp32", "world_size": 1, "ledger": self.ledger.to_record(), **self._pieces(),
+            "execution": self.prepared.execution.to_record(), "precision": self.prepared.execution.precision,
+            "world_size": 1, "ledger": self.ledger.to_record(), **self._pieces(),
         }  # fmt: skip
         self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
 

@@ -29,7 +29,7 @@ class MemoryConfig:
     tune_max_seconds: float = 110.0
     """Begin no trial that is not expected to end within this time."""
     tune_max_batch_size: int | None = None
-    """Try no size above this."""
+    """Run no micro-batch above this: a search tries none, and a controlled run grows to none."""
     tune_fallback: bool = False
     """Where a search fails, train with the configured size; the record says failed."""
     fit_shape: bool = False
@@ -47,7 +47,8 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "micro_batch_size", "tune_init", "tune_max_trials", "tune_max_seconds",
-                       "tune_max_batch_size")  # fmt: skip
+                       "tune_max_batch_size", "shape_min_length", "shape_max_length",
+                       "shape_length_step")  # fmt: skip
         if not 0.0 < self.memory_target <= 1.0:
             raise ValueError(f"memory_target is {self.memory_target}; it must lie in (0, 1].")
         if self.tune_batch_size and self.micro_batch_size is not None:

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,14 +15,15 @@ import torch
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import is_out_of_memory
-from bench.fitting import at_length, find_shape
+from bench.fitting import at_length, find_shape, identity_at_length
 from bench.gate import GateReport, check_trained_isolation, run_gate
+from bench.gate.trained import rows_to_judge
 from bench.learning import Learning
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.quantity import not_measured
 from bench.measure.recovery import attempt
-from bench.measure.speed import measure_speed
+from bench.measure.speed_pass import SpeedPass
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict, new_record
@@ -33,7 +33,7 @@ from bench.training.communication import probe_tokens, summarize_communication
 from bench.training.evaluation import evaluate
 from bench.training.interruption import Interruption
 from bench.training.loop import Diverged
-from bench.tuning import find_micro_batch, requested
+from bench.tuning import find_micro_batch, micro_batch_size, requested
 from gnnmoe.model import GNNMoEModel
 
 
@@ -121,45 +121,45 @@ class Session:
 
     def _phases(self) -> None:
         config, device = self.prepared.config, self.prepared.device
-        gate_device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-        with self._phase("gate", "checking the coupler"):
-            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=gate_device)
-            self._judge(report)
         tuned = None
-        if config.memory.tune_batch_size:
-            with self._phase("tune", "searching for the largest micro-batch that fits"):
-                tuned = self._search(find_micro_batch)
-        if config.memory.fit_shape:
+        if config.memory.fit_shape:  # first, since what is judged is the model that is trained
             with self._phase("fit", "fitting length and micro-batch to the memory"):
                 tuned = self._search(find_shape)
                 self.prepared = at_length(self.prepared, tuned["length"])
                 self.record["data"]["training_blocks"] = _subset(self.prepared)
+        gate_device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
+        with self._phase("gate", "checking the coupler"):
+            report = run_gate(self.prepared.model_config, seed=config.training.seed, device=gate_device)
+            self._judge(report)
+        if config.memory.tune_batch_size:
+            with self._phase("tune", "searching for the largest micro-batch that fits"):
+                tuned = self._search(find_micro_batch)
         with self._phase("build", "building the model"):
             model = self._build()
+        if config.execution.compile:
+            first, rows = next(iter(self.prepared.loaders["train"])), micro_batch_size(config, tuned)
+            with self._phase("compile", "compiling the model"):  # out of memory here, training recovers
+                attempt(lambda: self.prepared.execution.compile_now(model, first, rows))
         with self._phase("train", "training"):
             learning = self._train(model, tuned)
         with self._phase("evaluate", "evaluating"):
-            batch = next(iter(self.prepared.loaders["train"]))
-            again = check_trained_isolation(model, batch["input_ids"][: learning.micro_batch_size].to(device))
+            ids = rows_to_judge(self.prepared.loaders["train"], learning.micro_batch_size)
+            dtype = self.prepared.execution.autocast_dtype
+            again = check_trained_isolation(model, ids.to(device), autocast_dtype=dtype)
             self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
             self._evaluate(model, learning)
         with self._phase("speed", "measuring speed and memory"):
             learning.release()
             self._measure(model, learning)
+        self.prepared.identity = identity_at_length(self.prepared)  # nothing goes on from this checkpoint
         learning.keep_best()
 
     def _measure(self, model: GNNMoEModel, learning: Learning) -> None:
-        """Time a copy of the model; a run is no worse where there is no memory for that copy."""
-        config, loader = self.prepared.config, self.prepared.loaders["train"]
-        batches = [learning.as_run(batch) for batch in islice(iter(loader), config.measure.speed_steps)]
-        rest = config.training, config.measure, self.prepared.device, learning.micro_batch_size
-        outcome = attempt(lambda: measure_speed(model, batches, *rest))
-        if outcome.value is not None:
-            self.record["speed"], self.record["memory"] = outcome.value
-        else:
-            reason = f"the speed pass ran out of memory for its copy of the model: {outcome.failure}"
-            self.record["speed"] = self.record["memory"] = not_measured(reason)
-            self.reporter.line("note: the speed pass ran out of memory; speed and memory are not measured")
+        prepared, say = self.prepared, self.reporter.line
+        speed_pass = SpeedPass(prepared.config, prepared.device, prepared.folder.path, say)
+        self.record["speed"], self.record["memory"] = speed_pass.run(
+            model, prepared.loaders["train"], learning.as_run, learning.micro_batch_size
+        )
 
     @contextmanager
     def _phase(self, name: str, description: str) -> Iterator[None]:
@@ -189,16 +189,16 @@ class Session:
         return self.record["tuned"]
 
     def _build(self) -> GNNMoEModel:
-        model = GNNMoEModel(self.prepared.model_config, seed=self.prepared.config.training.seed)
-        model.set_output_bias(torch.from_numpy(self.prepared.corpus.vocabulary.log_unigram()))
+        prepared = self.prepared
+        model = prepared.execution.build(prepared.model_config, prepared.config.training.seed)
+        model.set_output_bias(torch.from_numpy(prepared.corpus.vocabulary.log_unigram()))
         self.record["parameters"] = model.parameter_counts()
         self.record["flops"] = {"training_flops_per_token": training_flops_per_token(model)}
-        return model.to(self.prepared.device)
+        return model
 
     def _train(self, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
-        learning = Learning(
-            self.prepared, model, self.reporter, self.interruption, self.state, self.tracker, tuned
-        )
+        learning = Learning(self.prepared, model, self.reporter, self.interruption,
+                            self.state, self.tracker, tuned)  # fmt: skip
         try:
             learning.run()
         finally:
@@ -236,8 +236,7 @@ class Session:
 
 def _subset(prepared: Prepared) -> dict[str, Any]:
     """Return which blocks are trained on: how many, and the seed that chose them where not all."""
-    loader = prepared.loaders["train"]
-    chosen = prepared.config.data.num_train_samples is not None
+    loader, chosen = prepared.loaders["train"], prepared.config.data.num_train_samples is not None
     curriculum = loader.sampler_obj.curriculum
     return {
         "count": len(loader.dataset_obj),

@@ -1,76 +1,241 @@
-"""``python -m bench.speed``: one coupler in each of its forms, side by side, with ratios."""
+"""``python -m bench.speed``: couplers and whole steps, in each form, beside their floors and the targets."""
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import ModelConfig, check_positive
+from bench.config import ExecutionConfig, ModelConfig, PlacesConfig, check_positive
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from bench.speeding.jobs import Job
+    from bench.speeding.record import SpeedRecord
+    from bench.speeding.rows import Row
+
+STOPPED = 130
+PROG = "python -m bench.speed"
+
+
+def _default_model() -> ModelConfig:
+    return ModelConfig(embed_dim=256)
 
 
 @dataclass(kw_only=True)
 class SpeedConfig:
-    """Time a coupler's forward + backward in each of its forms: default, other backends, reference."""
+    """Time couplers alone, in each of their forms in turn, beside the floor of what they must move and do.
 
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(embed_dim=256))
+    Without any flag, and with --suite: also whole steps and the harness, and the table of targets S1 to
+    S10. Every figure is kept in results_dir/speed/name. Exit status: 0 measured, 2 wrong input.
+    """
+
+    model: ModelConfig = field(default_factory=_default_model)
+    couplers: str | None = None
+    """Several couplers instead of --coupler: names with commas between them, hypergraph layers (HNHN) too,
+    or all."""
+    sizes: str | None = None
+    """Several sizes, such as E=4,D=256,B=32,L=128;E=8: what one does not name is as the other flags say."""
     batch_size: int = 32
     """Sequences in the batch."""
     rounds: int = 5
-    """Timed rounds of each form (one, where a round takes over two seconds)."""
+    """Timed rounds of each form (one, where a step takes over two seconds)."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """bf16 is autocast, with expert outputs in bf16."""
+    compile: bool = False
+    """Also time the default form compiled; in --suite cpu, a whole step."""
+    compile_mode: Literal["default", "reduce-overhead"] = "default"
+    """How torch.compile compiles."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA where there is one, else the CPU."""
+    suite: Literal["cpu", "gpu"] | None = None
+    """cpu: the targets S1 to S6 (about four minutes); gpu: S4 and S7 to S10."""
+    time_budget: float | None = None
+    """Seconds after which nothing more is begun; what was left out is said by name."""
+    results_dir: Path = Path("results")
+    """Folder of all results."""
+    name: str | None = None
+    """Name of the record (default: what was measured, and when)."""
+    data_dir: Path | None = None
+    """Text for the harness's row of --suite cpu, as in bench.run."""
+    plot: bool = False
+    """Draw cost by E and by N, where there are several; a suite always does."""
+    table: tuple[Path, ...] = ()
+    """Measure nothing: print the tables of these records, folders or files."""
+    page: Path | None = None
+    """With --table: put its tables into this page, between its marks."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "rounds")
+        check_positive(self, "batch_size", "rounds", "time_budget")
+        if self.suite is not None:
+            self._refuse_what_a_suite_decides()
+        elif self.data_dir is not None:
+            raise ValueError("--data-dir is the text of --suite cpu; couplers alone read none.")
+        if self.page is not None and not self.table:
+            raise ValueError("--page writes the tables of --table RECORD; name a record.")
+        if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
+            raise ValueError(f"name is {self.name!r}; it must be a plain folder name.")
+        self.execution()
+
+    def _refuse_what_a_suite_decides(self) -> None:
+        """Refuse flags that a suite would not follow."""
+        decided = ["couplers", "sizes", "batch_size", "rounds", "precision"]
+        decided += ["compile", "data_dir"] if self.suite == "gpu" else []
+        defaults = {one.name: one.default for one in fields(self)}
+        given = [name for name in decided if getattr(self, name) != defaults[name]]
+        given += ["coupler and its options"] if self.model != _default_model() else []
+        if given:
+            raise ValueError(
+                f"--suite {self.suite} has its own {', '.join(given)}; drop what you gave of them."
+            )
+
+    def execution(self) -> ExecutionConfig:
+        """Return precision and compilation as they are everywhere else; raises ValueError likewise."""
+        return ExecutionConfig(precision=self.precision, compile=self.compile, compile_mode=self.compile_mode)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table of forms; return the exit status (2: wrong input)."""
-    config = parse(SpeedConfig, argv, prog="python -m bench.speed")
+    """Measure, or print what was measured; return the exit status (2: wrong input)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config = parse(SpeedConfig, arguments, prog=PROG)
     show_warnings_plainly()
-
     from rich.console import Console
-    from rich.table import Table
 
-    from bench.device import resolve_device
-    from bench.gate import refuse_wrong_hypergraph
-    from bench.measure.coupler_speed import time_forms
-    from bench.measure.environment import device_name
-    from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
-
-    model = config.model.resolved(1)
     console = Console(highlight=False)
+    command = shlex.join([*PROG.split(), *arguments])
     try:
-        refuse_wrong_hypergraph(model)
-        device = resolve_device(config.device)
-        timings = []
-        with console.status("timing …") as status:
-            for timing in time_forms(model, config.batch_size, config.rounds, device):
-                timings.append(timing)
-                status.update(f"timed {timing.form}: {timing.median_seconds * 1e3:,.1f} ms …")
+        if config.table:
+            return _print_records(config, console)
+        for what, jobs, device in _asked(config, suites=() if arguments else _suites_here()):
+            _measure(what, jobs, device, config, command, console)
     except ValueError as error:
         fail(str(error))
-    table = Table(
-        title=f"{model.coupler_type} forward + backward, B {config.batch_size}, L {model.max_seq_length}, "
-        f"E {model.num_experts}, D {model.embed_dim}, float32, {device_name(device)}",
-        title_justify="left",
-        width=80,
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _suites_here() -> tuple[str, ...]:
+    import torch
+
+    return ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
+
+
+def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, list[Job], torch.device]]:
+    """Yield what is to be measured: a name, its jobs, and where.
+
+    Raises:
+        ValueError: an unknown name, a wrong size, or a device that is not there.
+    """
+    import torch
+
+    compile_mode = config.compile_mode if config.compile else None
+    suites = [config.suite] if config.suite else suites
+    if not suites:
+        from bench.device import resolve_device
+        from bench.speeding.form_jobs import form_jobs
+        from bench.training.execution import Execution
+
+        execution = Execution(config.execution(), resolve_device(config.device))  # refuses what it cannot do
+        jobs = form_jobs(config.model.resolved(1), config.couplers, config.sizes, config.batch_size,
+                         config.precision, config.rounds, compile_mode)  # fmt: skip
+        yield config.couplers or config.model.coupler_type, jobs, execution.device
+    if "cpu" in suites:
+        from bench.speeding.cpu_suite import cpu_jobs
+
+        yield "cpu", cpu_jobs(PlacesConfig(data_dir=config.data_dir), compile_mode), torch.device("cpu")
+    if "gpu" in suites:
+        from bench.speeding.gpu_suite import gpu_jobs
+
+        if not torch.cuda.is_available():
+            raise ValueError("--suite gpu needs a CUDA device, and this machine has none; take --suite cpu.")
+        yield "gpu", gpu_jobs(), torch.device("cuda")
+
+
+def _measure(
+    what: str, jobs: list[Job], device: torch.device, config: SpeedConfig, command: str, console: Console
+) -> None:
+    """Run jobs into a record, say how they go, and show what came of them."""
+    from rich.console import Console
+
+    from bench.device import keep_freed_memory
+    from bench.measure.environment import describe_environment
+    from bench.speeding.jobs import run_jobs
+    from bench.speeding.machine import Machine
+    from bench.speeding.record import SpeedRecord
+    from bench.speeding.table import one_line
+
+    keep_freed_memory()  # as a run does
+    progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    environment = describe_environment(device, config.model.coupler_type)
+    name = config.name or re.sub(r"[^\w.-]+", "-", what) + datetime.now(UTC).strftime("-%Y%m%d-%H%M%S")
+    record = SpeedRecord(
+        config.results_dir, name, {"what": what, "command": command, "environment": environment}
     )
-    for heading in ("form", "median ms", "times the default", "off by", "rounds"):
-        table.add_column(heading, justify="left" if heading == "form" else "right")
-    for timing in timings:
-        ratio = timing.median_seconds / timings[0].median_seconds
-        table.add_row(
-            timing.form, f"{timing.median_seconds * 1e3:,.1f}", f"{ratio:,.1f}",
-            f"{timing.largest_difference:.0e}", str(len(timing.seconds)),
+    record.begin()
+    status = "stopped"
+    try:
+        run_jobs(
+            jobs, Machine(device), record, budget=config.time_budget,
+            on_job=lambda job: progress.print(f"{job} …"),
+            on_row=lambda row: progress.print(f"  {one_line(row)}"),
         )  # fmt: skip
-    console.print(table)
-    left_out = [name for name in missing_backends() if timings[0].form in BACKENDS]
-    if left_out:
-        console.print(f"left out: {', '.join(left_out)} (pip install 'gnnmoe[scatter]' brings them)")
+        status = "ok"
+    finally:
+        record.end(status)
+    _show(record.data, record.rows, what in ("cpu", "gpu"), console)
+    if config.plot or what in ("cpu", "gpu"):
+        _draw(record, console)
+    console.print(f"record: {record.path}", markup=False, soft_wrap=True)
+
+
+def _show(data: dict[str, Any], rows: list[Row], targets: bool, console: Console) -> None:
+    """Print the tables of a record."""
+    from bench.speeding.table import print_rows, print_verdicts
+    from bench.speeding.targets import verdicts
+
+    print_rows(rows, console)
+    if targets:
+        print_verdicts(verdicts(rows), console)
+    for text in data["left_out"]:
+        console.print(f"left out: {text}", markup=False)
+
+
+def _draw(record: SpeedRecord, console: Console) -> None:
+    from bench.analysis.plot_style import write_plots
+    from bench.speeding.figure import cost_plot
+
+    plot = cost_plot(record.rows, record.data["machine"].get("device", ""))
+    if plot is None:
+        console.print("no plot: fewer than two sizes were timed")
+        return
+    write_plots(record.path, [plot])
+
+
+def _print_records(config: SpeedConfig, console: Console) -> int:
+    """Print records, their targets together, and put their tables into a page where one is named."""
+    from bench.speeding.page import write_page
+    from bench.speeding.record import read_record
+    from bench.speeding.table import print_verdicts
+    from bench.speeding.targets import verdicts
+
+    records = [read_record(place) for place in config.table]
+    for data, rows in records:
+        console.print(f"{data['name']}: {data['machine'].get('device')}, {data['start']}, {data['status']}",
+                      style="bold", markup=False)  # fmt: skip
+        _show(data, rows, False, console)
+    print_verdicts(verdicts([row for _, rows in records for row in rows]), console)
+    if config.page is not None:
+        write_page(config.page, records)
     return 0
 
 

@@ -41,9 +41,13 @@ class SweepConfig:
     seeds: int | None = None
     """Seeds 0, 1, … (this many; default: the file's, or 1)."""
     match: str | None = None
-    """Make all models equal: "params HGNN" or "flops mean" solves for the width of the experts."""
+    """Make all models equal: "params HGNN", "flops mean", and so on with memory (of a training step,
+    predicted) and time (measured in turn, here), solves for the width of the experts."""
     dry_run: bool = False
     """Print the plan and do nothing."""
+    plan: bool = False
+    """As --dry-run, with the peak memory and the time that each configuration is expected to take here:
+    a few seconds a configuration."""
     retry: Literal["failed", "oom", "all"] | None = None
     """Run again what failed (crashed, diverged, timeout, gate_failed), what ran out of memory, or both."""
     force: bool = False
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_warnings_plainly()
     from rich.console import Console
 
-    from bench.sweeps.dry_run import show_plan
+    from bench.sweeps.dry_run import show_expected, show_plan
 
     console = Console(highlight=False)
     try:
@@ -97,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweep = read_sweep(config)
         with console.status("planning …"):
             plan, match, hypotheses = plan_sweep(config, sweep)
-        if config.dry_run:
+        if config.dry_run or config.plan:
             show_plan(plan, match, console)
+            if config.plan:
+                show_expected(plan, console)
             return 0
         command = shlex.join([*PROG.split(), *arguments])
         return run_plan(config, plan, hypotheses, resources, budget, timeout, command)

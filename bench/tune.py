@@ -5,13 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import DataConfig, MemoryConfig, ModelConfig, PlacesConfig, RunConfig, TrainingConfig
+from bench.config import (
+    DataConfig,
+    ExecutionConfig,
+    MemoryConfig,
+    ModelConfig,
+    PlacesConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
-if TYPE_CHECKING:
-    from rich.console import Console
+OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
 
 
 @dataclass(kw_only=True)
@@ -25,6 +31,7 @@ class TuneConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     places: PlacesConfig = field(default_factory=PlacesConfig)
 
@@ -33,16 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Search for the config that the flags name; return the exit status."""
     config = parse(TuneConfig, argv, prog="python -m bench.tune", presets=True)
     show_warnings_plainly()
-    from rich.console import Console
-
-    console = Console(highlight=False)
     try:
-        memory = replace(
-            config.memory, tune_batch_size=not config.memory.fit_shape, micro_batch_size=None, tune_init=None
-        )  # any size may be the first here
-        run = RunConfig(model=config.model, data=config.data, training=config.training, memory=memory,
+        memory = _switched_on(config.memory)
+        run = RunConfig(model=config.model, data=config.data, training=config.training,
+                        memory=replace(memory, tune_init=None), execution=config.execution,
                         places=config.places)  # fmt: skip
-        return _search(run, config.memory.tune_init, console)
+        return _search(run, memory.tune_init)
     except ValueError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -50,7 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _search(config: RunConfig, init: int | None, console: Console) -> int:
+def _switched_on(memory: MemoryConfig) -> MemoryConfig:
+    """Return the flags of a search, which the command asks for by itself; any size may be the first.
+
+    Raises:
+        ValueError: a flag would do nothing here.
+    """
+    from bench.memory_checks import refuse_wrong_flags
+
+    given = [f"--{name.replace('_', '-')}" for name in OF_A_RUN if getattr(memory, name)]
+    if given:
+        raise ValueError(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
+                         "keep that for bench.run, and drop it here.")  # fmt: skip
+    memory = replace(memory, tune_batch_size=memory.tune_batch_size or not memory.fit_shape)
+    refuse_wrong_flags(memory)
+    return memory
+
+
+def _search(config: RunConfig, init: int | None) -> int:
     from rich.console import Console
 
     from bench.analysis.fit_table import print_fit
@@ -62,30 +82,27 @@ def _search(config: RunConfig, init: int | None, console: Console) -> int:
     from bench.tuning import FAILURES, tune
 
     keep_freed_memory()
-    progress = Console(stderr=True, highlight=False, markup=False)
+    console = Console(highlight=False)
+    progress = Console(stderr=True, highlight=False, markup=False, quiet=config.places.quiet)
 
     def shown(trial: Trial) -> None:
-        if not config.places.quiet:
-            progress.print(f"  {trial.size} at once: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
+        progress.print(f"  {trial.size} at once: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
 
-    if not config.places.quiet:
-        progress.print("loading the data …")
+    progress.print("loading the data …")
     prepared = prepare(config)
-    if not config.places.quiet:
-        progress.print("trying batch sizes …")
-    if config.memory.fit_shape:
-        found, failure = find_shape(prepared, None, progress.print)
-        if failure is not None:
-            print(f"error: {failure}", file=sys.stderr)
-            return 1
-        print_fit(found, console)
-        return 0
+    progress.print("trying batch sizes …")
     try:
-        found = tune(prepared, on_trial=shown, say=progress.print, any_size=True, init=init)
+        if config.memory.fit_shape:
+            found, failure = find_shape(prepared, None, progress.print)
+            if failure is not None:
+                raise failure
+            print_fit(found, console)
+        else:
+            found = tune(prepared, on_trial=shown, say=progress.print, any_size=True, init=init)
+            print_search(found, config.training.batch_size, console)
     except FAILURES as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    print_search(found, config.training.batch_size, console)
     return 0
 
 

@@ -8,57 +8,21 @@ from dataclasses import asdict, replace
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from bench.config import MemoryConfig, RunConfig, TrainingConfig
+from bench.config import RunConfig, TrainingConfig
 from bench.data.schedule import BatchSchedule
-from bench.measure.budget import MemoryBudget, parameters_fit, training_state_bytes
+from bench.measure.budget import MemoryBudget
 from bench.measure.environment import device_name
 from bench.measure.search_cache import cached_search
-from bench.measure.search_process import OnTrial, Request, SearchFailed, search_here, search_in_child
-from bench.measure.trials import TrialSetup, fits_all_ranks
+from bench.measure.search_process import OnTrial, Request, SearchFailed, agreed, search_here, search_in_child
+from bench.measure.trials import TrialSetup
 from bench.training.batch_size import NoFeasibleBatch, SearchResult, Trial, largest_allowed, memory_limit
-from bench.training.micro_batches import accumulations, divisors
-from gnnmoe.config import GNNMoEConfig
-from gnnmoe.model import GNNMoEModel
+from bench.training.micro_batches import divisors
 
 if TYPE_CHECKING:
     from bench.prepare import Prepared
 
 FAILURES = (NoFeasibleBatch, SearchFailed)
 OF_THE_OPTIMIZER = ("learning_rate", "adam_betas", "weight_decay", "max_grad_norm")
-
-
-def refuse_wrong_memory(config: RunConfig, model: GNNMoEConfig, device: torch.device) -> None:
-    """Refuse what cannot be done, before anything is: uneven pieces, and budgets that cannot be.
-
-    Raises:
-        ValueError: saying what was wrong and what would do.
-    """
-    memory, sizes = config.memory, batch_sizes(config.training)
-    if memory.micro_batch_size is not None:
-        accumulations(sizes, memory.micro_batch_size)
-    if not memory.tune_batch_size:
-        if memory.memory_budget is not None and not (memory.fit_shape or memory.control_memory):
-            raise ValueError(
-                f"memory_budget {memory.memory_budget} would do nothing: it limits a search; add "
-                "--tune-batch-size, or drop it."
-            )
-        return
-    if memory.tune_init is not None:
-        accumulations(sizes, memory.tune_init, name="tune_init")
-    refuse_small_budget(memory, model, device)
-
-
-def refuse_small_budget(memory: MemoryConfig, model: GNNMoEConfig, device: torch.device) -> None:
-    """Refuse a budget that is none, or in which not even the parameters fit.
-
-    Raises:
-        ValueError: naming both sizes.
-    """
-    with torch.device("meta"):
-        needed = training_state_bytes(GNNMoEModel(model, seed=0))
-    parameters_fit(_budget(memory, device), needed)
 
 
 def batch_sizes(training: TrainingConfig) -> list[int]:
@@ -80,24 +44,30 @@ def request_for(prepared: Prepared, *, any_size: bool = False, init: int | None 
         ValueError: no size would do.
     """
     memory, training = prepared.config.memory, prepared.config.training
-    sizes, sampler = batch_sizes(training), prepared.loaders["train"].sampler_obj
-    world, piece = sampler.shard.world_size, gcd(*sizes) // sampler.shard.world_size
+    sampler, setup, budget = prepared.loaders["train"].sampler_obj, *trials_of(prepared)
+    world, piece = sampler.shard.world_size, gcd(*batch_sizes(training)) // sampler.shard.world_size
     # A curriculum never serves fewer blocks than in its first epoch.
     cap = largest_allowed(
         memory.tune_max_batch_size, sampler.samples_in(0), training.min_steps_per_epoch, world
     )
-    budget = _budget(memory, prepared.device)
-    setup = TrialSetup(
-        model=prepared.model_config,
-        training=replace(TrainingConfig(), **{name: getattr(training, name) for name in OF_THE_OPTIMIZER}),
-        batch_size=max(sizes) // world, limit_bytes=memory_limit(budget, memory.memory_target),
-        device=str(prepared.device),
-    )  # fmt: skip
     return Request(
         setup, budget, memory.tune_mode, init or memory.tune_init or piece, memory.tune_max_trials,
         memory.tune_max_seconds, cap if any_size else min(cap, piece),
         None if any_size else tuple(divisors(piece)),
     )  # fmt: skip
+
+
+def trials_of(prepared: Prepared) -> tuple[TrialSetup, int]:
+    """Return what all trials of a prepared run have in common, and its memory budget in bytes."""
+    memory, training = prepared.config.memory, prepared.config.training
+    budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(prepared.device)
+    optimizer = {name: getattr(training, name) for name in OF_THE_OPTIMIZER}
+    return TrialSetup(
+        model=prepared.model_config, training=replace(TrainingConfig(), **optimizer),
+        batch_size=max(batch_sizes(training)) // prepared.loaders["train"].sampler_obj.shard.world_size,
+        limit_bytes=memory_limit(budget, memory.memory_target), device=str(prepared.device),
+        execution=prepared.config.execution,
+    ), budget  # fmt: skip
 
 
 def tune(
@@ -121,11 +91,8 @@ def tune(
         result, kept = cached_search(request, lambda: find(request, on_trial), say)
     except FAILURES as error:
         failure = error
-    size = fits_all_ranks(result.size if result else None, prepared.device)  # the one collective
-    if failure is not None:
-        raise failure
-    if result is None or size is None:
-        raise SearchFailed("nothing fits on another rank.")
+    size = agreed(result.size if result else None, failure, prepared.device)
+    assert result is not None, "without one there is a failure"
     return {
         "status": "ok", "micro_batch_size": size, "from_cache": kept,
         "seconds": time.perf_counter() - start, **_about(request, prepared), **_found(result),
@@ -189,7 +156,3 @@ def _about(request: Request, prepared: Prepared) -> dict[str, Any]:
         "batch_size": request.setup.batch_size, "length": request.setup.model.max_seq_length,
         "device_name": device_name(prepared.device),
     }  # fmt: skip
-
-
-def _budget(memory: MemoryConfig, device: torch.device) -> int:
-    return MemoryBudget.parse(memory.memory_budget or "device").resolve(device)

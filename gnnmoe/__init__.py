@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gnnmoe.batched_experts import BatchedExperts
     from gnnmoe.config import GNNMoEConfig
     from gnnmoe.couplers import Coupler, build_coupler, coupler_names, register_coupler
     from gnnmoe.couplers.gnn import GNNExpertCoupler
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gnnmoe.model import GNNMoEModel
 
 _HOME = {
+    "BatchedExperts": "gnnmoe.batched_experts",
     "GNNMoEConfig": "gnnmoe.config",
     "Coupler": "gnnmoe.couplers",
     "build_coupler": "gnnmoe.couplers",
@@ -33,6 +35,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BatchedExperts",
     "Coupler",
     "ExpertBlock",
     "GNNExpertCoupler",

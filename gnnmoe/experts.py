@@ -1,12 +1,13 @@
-"""One expert: a pre-norm transformer block that sees every token.
+"""One expert: a pre-norm transformer block that sees every token; and all of a layer, one by one.
 
-Shapes: B batch, L length, D width, H heads.
+Shapes: B batch, L length, E experts, D width, H heads.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,10 +30,11 @@ class ExpertBlock(nn.Module):
         self.up, self.down = nn.Linear(D, ffn_dim), nn.Linear(ffn_dim, D)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return (B, L, D) for an input of the same shape."""
+        """Return (B, L, D) for an input of the same shape; under autocast in the type of its products."""
         x_BLD = x_BLD + self._dropout(self._attention(self.norm1(x_BLD)))
         hidden = self._dropout(F.gelu(self.up(self.norm2(x_BLD))))
-        return x_BLD + self._dropout(self.down(hidden))
+        added = self._dropout(self.down(hidden))
+        return (x_BLD + added).to(added.dtype)
 
     def _attention(self, x_BLD: Tensor) -> Tensor:
         B, L, D = x_BLD.shape
@@ -50,3 +52,11 @@ class ExpertBlock(nn.Module):
         D = config.embed_dim
         maps = 4 * D * D + 2 * D * (ffn_dim or config.expert_width)
         return 2 * batch * length * (maps + 2 * length * D)
+
+
+class ExpertLoop(nn.ModuleList):
+    """The experts of a layer, one after the other: the reference for ``BatchedExperts``."""
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return what each expert makes of ``x`` (B, L, D): (B, L, E, D), a view of (E, B, L, D)."""
+        return torch.stack([expert(x_BLD) for expert in self]).permute(1, 2, 0, 3)

@@ -1,8 +1,9 @@
 """The same static propagation five ways: PyG token by token, PyG once, scatter, sparse, one matrix.
 
 All take ``x`` (N, E, D), the layer's weight and bias, the hyperedge index and the hyperedge
-weights, and agree in float64 to 1e-10. ``loop`` is what the original experiments ran; it is kept
-as the thing to be replaced. Only ``vectorized`` also runs under ``torch.func.vmap`` with stacked parameters.
+weights (``vectorized``: P, made of them), and agree in float64 to 1e-10. ``loop`` is what the original
+experiments ran; it is kept as the thing to be replaced. Only ``vectorized`` also runs under
+``torch.func.vmap`` with stacked parameters.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.hypergraph import propagation_factors, propagation_matrix
+from gnnmoe.hypergraph import propagation_factors
+from gnnmoe.mixing import mix, rowwise
 
 if TYPE_CHECKING:
     from gnnmoe.hypergraph_layers.static import StaticConvolution
 
 
-def vectorized(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
-    """Apply P (E, E) to all tokens at once: no index is built, nothing is gathered."""
-    P_EE = propagation_matrix(layer.incidence_EM, weights_M, layer.formula)
-    return torch.matmul(P_EE, F.linear(x_NED, layer.weight)) + layer.bias
+def vectorized(layer: StaticConvolution, x_NED: Tensor, P_EE: Tensor) -> Tensor:
+    """Apply P to all tokens at once: no index is built, nothing is gathered. (P X) Θ + b is one product."""
+    return rowwise(lambda x: F.linear(x, layer.weight, layer.bias), mix(P_EE, x_NED))
 
 
 def scatter(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:

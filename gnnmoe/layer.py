@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from gnnmoe.batched_experts import BatchedExperts
 from gnnmoe.couplers import build_coupler
-from gnnmoe.experts import ExpertBlock
+from gnnmoe.experts import ExpertBlock, ExpertLoop
 from gnnmoe.seeds import RandomStreams
 
 if TYPE_CHECKING:
@@ -16,22 +17,28 @@ if TYPE_CHECKING:
 
 
 class GNNMoELayer(nn.Module):
-    """``x + coupler(experts(x), x)``; experts and coupler draw from streams of their own."""
+    """``x + coupler(experts(x), x)``; experts and coupler draw from streams of their own.
 
-    def __init__(self, config: GNNMoEConfig, streams: RandomStreams | None = None) -> None:
+    ``experts``: ``loop``, one after the other, or ``batched``, all at once; the same numbers in both.
+    """
+
+    def __init__(
+        self, config: GNNMoEConfig, streams: RandomStreams | None = None, *, experts: str = "loop"
+    ) -> None:
         super().__init__()
         streams = streams or RandomStreams(int(torch.randint(2**31, ())))
         with streams("init.coupler"):
             coupler = build_coupler(config)
         count, ffn_dim = coupler.expert_shape()
         with streams("init.experts"):
-            self.experts = nn.ModuleList(ExpertBlock(config, ffn_dim) for _ in range(count))
-            self.experts.apply(init_weights)
+            blocks = [ExpertBlock(config, ffn_dim) for _ in range(count)]
+            loop = ExpertLoop(blocks).apply(init_weights)
+        self.experts = BatchedExperts(blocks) if experts == "batched" else loop
         self.coupler = coupler
 
     def expert_outputs(self, x_BLD: Tensor) -> Tensor:
-        """Return what each expert makes of ``x`` (B, L, D): (B, L, E, D)."""
-        return torch.stack([expert(x_BLD) for expert in self.experts], dim=2)
+        """Return what each expert makes of ``x`` (B, L, D): (B, L, E, D), a view of (E, B, L, D)."""
+        return self.experts(x_BLD)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return (B, L, D) for an input of the same shape."""

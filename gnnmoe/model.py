@@ -5,17 +5,23 @@ Shapes: B batch, L length, D width, E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gnnmoe.batched_experts import BatchedExperts
 from gnnmoe.head import IGNORED, PADDED_BIAS, TiedHead
 from gnnmoe.layer import GNNMoELayer, init_weights
+from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import RandomStreams
 
 if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
+
+
+EXPERTS, PRECISIONS = ("loop", "batched"), ("fp32", "tf32", "bf16")
 
 
 class GNNMoEModel(nn.Module):
@@ -24,11 +30,30 @@ class GNNMoEModel(nn.Module):
     With a ``seed``, trunk, experts and coupler are drawn from the named streams ``init.trunk``,
     ``init.experts`` and ``init.coupler``: models that differ only in their coupler start from the
     same trunk and experts. Without one, the seed is drawn from torch's global generator.
+
+    ``experts``: ``loop``, one block after the other, or ``batched``, all in a few large products; the
+    same numbers, and the same state dict. ``precision``: ``bf16`` computes ``forward`` and ``token_nll``
+    under autocast, with parameters, residual stream, loss and its softmax in float32; ``fp32`` and
+    ``tf32`` are one here, since TF32 is a setting of the whole process
+    (``torch.set_float32_matmul_precision``).
+
+    Raises:
+        ValueError: an unknown name among them.
     """
 
-    def __init__(self, config: GNNMoEConfig, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        config: GNNMoEConfig,
+        seed: int | None = None,
+        *,
+        experts: str = "loop",
+        precision: str = "fp32",
+    ) -> None:
         super().__init__()
-        self.config = config
+        for kind, name, allowed in (("experts", experts, EXPERTS), ("precision", precision, PRECISIONS)):
+            if name not in allowed:
+                raise ValueError(unknown_name(kind, name, allowed))
+        self.config, self.precision = config, precision
         streams = RandomStreams(int(torch.randint(2**31, ())) if seed is None else seed)
         with streams("init.trunk"):
             self.token_embedding = nn.Embedding(config.padded_vocab_size, config.embed_dim)
@@ -36,7 +61,9 @@ class GNNMoEModel(nn.Module):
             self.output_norm = nn.LayerNorm(config.embed_dim)
             self.apply(init_weights)
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.layers = nn.ModuleList(GNNMoELayer(config, streams) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            GNNMoELayer(config, streams, experts=experts) for _ in range(config.num_layers)
+        )
         self.head = TiedHead(config.vocab_size, config.padded_vocab_size)
 
     def forward(
@@ -65,20 +92,27 @@ class GNNMoEModel(nn.Module):
                 right, or sequences longer than ``max_seq_length``.
         """
         targets = _shifted_targets(attention_mask, labels, targets)
-        hidden_BLD, auxiliary = self._hidden(input_ids)
-        embedding = self.token_embedding.weight
-        loss = None
-        if targets is not None:
-            loss = self.head.loss(hidden_BLD.flatten(0, 1), embedding, targets.flatten())
-        logits = self.head.logits(hidden_BLD, embedding) if return_logits else None
+        with self._autocast(input_ids.device):
+            hidden_BLD, auxiliary = self._hidden(input_ids)
+            embedding = self.token_embedding.weight
+            loss = None
+            if targets is not None:
+                loss = self.head.loss(hidden_BLD.flatten(0, 1), embedding, targets.flatten())
+            logits = self.head.logits(hidden_BLD, embedding) if return_logits else None
         return {"loss": loss, "logits": logits, "auxiliary_loss": auxiliary}
 
     @torch.no_grad()
     def token_nll(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Return the nll (B, L) in nats of each target, 0 where it is −100; no gradient."""
-        hidden_BLD, _ = self._hidden(input_ids)
-        nll_N = self.head.token_nll(hidden_BLD.flatten(0, 1), self.token_embedding.weight, targets.flatten())
+        with self._autocast(input_ids.device):
+            hidden_BLD, _ = self._hidden(input_ids)
+            embedding = self.token_embedding.weight
+            nll_N = self.head.token_nll(hidden_BLD.flatten(0, 1), embedding, targets.flatten())
         return nll_N.view(targets.shape)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the context of the precision; where it is not bf16, one that a caller made is left alone."""
+        return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _hidden(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         x_BLD = self._embed(input_ids)
@@ -105,6 +139,29 @@ class GNNMoEModel(nn.Module):
         """
         self.head.bias.fill_(PADDED_BIAS)
         self.head.bias[: len(log_probabilities)] = log_probabilities
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile ``forward`` by ``torch.compile``, which takes the arguments; a copy is not compiled.
+
+        Torch's own would also compile the hooks that are on the model, anew for each new hook.
+        """
+        self.__dict__.pop("forward", None)
+        self.forward = torch.compile(self.forward, *args, **kwargs)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``compile`` was called."""
+        return "forward" in self.__dict__
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is compiled, which would go on computing with this model's parameters."""
+        return {name: value for name, value in super().__getstate__().items() if name != "forward"}
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Return the parameters that weight decay acts on: matrices, and neither biases nor gains."""
+        stacked = [module.vectors() for module in self.modules() if isinstance(module, BatchedExperts)]
+        vectors = {id(parameter) for vectors in stacked for parameter in vectors}
+        return [p for p in self.parameters() if p.ndim >= 2 and id(p) not in vectors]
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters by part: total, expert, coupler, other."""

@@ -23,6 +23,14 @@ def _no_data_folder_from_outside(monkeypatch):
     monkeypatch.delenv("GNNMOE_DATA_DIR", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu_but_where_marked(request, monkeypatch):
+    """A test says what it needs: unmarked ones do the same where there is a GPU as where there is none."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_cache_from_outside(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

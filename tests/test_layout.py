@@ -11,12 +11,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "config_checks memory_config config flags device data gate portrait training measure records sweeps"
-    " analysis"
+    "config_checks memory_config execution_config config flags device data gate portrait training measure"
+    " records sweeps analysis"
 ).split()
 COMMANDS = set(
     "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
-    " cli layers fitting controlling __main__".split()
+    " cli layers loaders fitting controlling memory_checks speeding __main__".split()
 )
 
 

@@ -172,13 +172,23 @@ def _notes(comparison: Comparison) -> list[str]:
         "Perplexity is exp of the mean loss over seeds, with its 95 % t interval; differences are paired by "
         "seed, p is of an exact sign-flip test after Holm over "
         f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
-        "coupler, of separate runs.",
+        f"coupler, {_timed(comparison)}.",
     ]
     codes = mixed_code(comparison.group.runs)
     if len(codes) > 1:
         found = ", ".join(f"{text[:12]} ({counted(count, 'run')})" for text, count in codes.items())
         notes.append(f"{OLD_CODE} some runs of this row are of another code than most: {found}.")
     return notes
+
+
+def _timed(comparison: Comparison) -> str:
+    """Return how the costs over the mean coupler were timed."""
+    costs = [row.cost for row in comparison.rows if row.cost is not None]
+    if not any(cost.in_turn for cost in costs):
+        return "of separate runs"
+    return "timed in turn in one process" + (
+        "" if all(c.in_turn for c in costs) else " where each run did so"
+    )
 
 
 def _mark(row: Row, comparison: Comparison) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
+
+from bench.config import ExecutionConfig
 
 Settings = dict[str, Any]  # the value of every field of a config that can change a number, but the seed
 
@@ -15,19 +18,24 @@ ONLY_IF_NEEDED = (
     "coupler_options",
 )  # follow from a match, from the data, from options
 OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")  # where asked for
+NO_SETTINGS = ("seed", "marginal", "profile")  # of the runs of one configuration, some may have them
 SHORT = {"hgnn_learnable_edge_weights": {True: "learned weights", False: "no weights"}}
 
 
 def settings_of(config: dict[str, Any]) -> Settings:
-    """Return the fields of a record's config that make a configuration: all but seed and places.
+    """Return the fields of a record's config that make a configuration: not places, seed, what is besides.
 
     Of the coupler's options those that count are left, by name and without their owner.
     """
-    groups = [fields for group, fields in config.items() if group not in ("places", "memory")]
+    groups = [fields for group, fields in config.items() if group not in ("places", "memory", "execution")]
     groups.append(
         {name: value for name, value in config.get("memory", {}).items() if value and name in OF_MEMORY}
     )
-    settings = {name: value for fields in groups for name, value in fields.items() if name != "seed"}
+    plain = asdict(ExecutionConfig())  # as all records are that say nothing of it
+    groups.append(
+        {name: value for name, value in config.get("execution", {}).items() if value != plain[name]}
+    )
+    settings = {name: value for fields in groups for name, value in fields.items() if name not in NO_SETTINGS}
     settings["coupler_option"] = _options(settings.get("coupler_option") or (), settings["coupler_type"])
     return settings
 

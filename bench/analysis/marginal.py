@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 
 from bench.analysis import quantities
@@ -11,6 +12,7 @@ from bench.analysis.over_seeds import Interval, Summary, summary
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Configuration, Group, Run
 from bench.measure.quantity import is_measured
+from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.records.schema import Record
 
 OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_options", "gnn_layers", "ffn_dim"}
@@ -19,15 +21,29 @@ OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_optio
 
 @dataclass(frozen=True)
 class Cost:
-    """What a configuration costs beside the same model with the mean coupler."""
+    """What a configuration costs beside the same model with the mean coupler.
 
-    mean: Configuration
+    Where every run timed both models in turn (``--marginal``), these are the figures; else those of the
+    separate runs of a mean configuration.
+    """
+
+    mean: Configuration | None
+    """The separate runs with the mean coupler; None where there are none, and both were timed in turn."""
+    in_turn: bool
     log_step_time_ratio: Summary
-    """ln of the median step over the mean coupler's median step, by seed; of separate runs, not in turn."""
+    """ln of the step time over the mean coupler's, by seed: the median of the rounds' ratios where timed in
+    turn, else the ratio of the medians."""
+    added_seconds: Summary
+    """Median step less the mean coupler's, by seed."""
     memory_bytes: float | None
-    parameters: int | None
+    parameters: float | None
     flops_per_token: float | None
     """Of training."""
+
+    @property
+    def over(self) -> str:
+        """What it is beside."""
+        return "the mean coupler, in turn" if self.in_turn or self.mean is None else self.mean.label
 
     def step_time_ratio(self) -> float | None:
         """Return the geometric mean over seeds of the ratio of step times, None where not measured."""
@@ -57,15 +73,35 @@ def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
     """Return what a configuration costs beside its mean coupler; None for that one, or without one."""
     mean = next((other for other in group.configurations
                  if other.coupler == "mean" and _same_model(other, configuration)), None)  # fmt: skip
-    if mean is None or mean is configuration:
-        return None
+    found = _in_turn(configuration, mean)
+    if found is not None or mean is None or mean is configuration:
+        return found
     ours, theirs = (summary(one, quantities.median_step_seconds).values for one in (configuration, mean))
-    ratio = {seed: math.log(ours[seed] / theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
+    pairs = {seed: (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
+    ratio = Summary({seed: math.log(one / other) for seed, (one, other) in pairs.items()})
+    added = Summary({seed: one - other for seed, (one, other) in pairs.items()})
     memory = [summary(one, quantities.peak_memory_bytes).mean for one in (configuration, mean)]
     records = [any_measured(one) for one in (configuration, mean)]
     sizes = [None if record is None else record["parameters"]["total"] for record in records]
     flops = [training_flops(record) for record in records]
-    return Cost(mean, Summary(ratio), *(_less(*pair) for pair in (memory, sizes, flops)))  # pyright: ignore
+    return Cost(mean, False, ratio, added, *(_less(*pair) for pair in (memory, sizes, flops)))
+
+
+def _in_turn(configuration: Configuration, mean: Configuration | None) -> Cost | None:
+    """Return the cost by what each run timed itself; None unless every one did."""
+    found = {seed: quantities.of_speed(run.record, "marginal") for seed, run in configuration.counted.items()}
+    if not found or None in found.values():
+        return None
+    times = {seed: (one["step_seconds"], one["reference_step_seconds"]) for seed, one in found.items()}
+    ratio = {seed: math.log(statistics.median(paired_ratios(*both))) for seed, both in times.items()}
+    added = {seed: difference_of_medians(*both) for seed, both in times.items()}
+    memory = [one["peak_allocated_bytes"] for one in found.values()]
+    first = next(iter(found.values()))
+    return Cost(
+        mean, True, Summary(ratio), Summary(added),
+        statistics.fmean(memory) if all(map(is_measured, memory)) else None,
+        first["parameters"], first["training_flops_per_token"],
+    )  # fmt: skip
 
 
 def _less(ours: float | None, theirs: float | None) -> float | None:

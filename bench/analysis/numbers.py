@@ -23,6 +23,11 @@ def percent(ratio: float | None, digits: int = 1) -> str:
     return "" if ratio is None else f"{signed(100 * (ratio - 1), digits)} %"
 
 
+def share(value: float | None) -> str:
+    """Return a share of 1 in percent: 31.4 %."""
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
 def span(interval: Interval | None, digits: int = 1, sign: bool = False) -> str:
     """Return an interval: [1.0, 2.0]."""
     show = signed if sign else number

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
+from bench.measure import rates
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
 
@@ -60,13 +62,37 @@ def tokens_per_second(record: Record) -> float | None:
     speed = record["speed"]
     if not is_measured(speed):
         return None
-    return sum(speed["step_tokens"]) / sum(speed["step_seconds"])
+    return rates.tokens_per_second(speed["step_tokens"], speed["step_seconds"])
 
 
 def median_step_seconds(record: Record) -> float | None:
     """Return the median time of a training step in seconds."""
     speed = record["speed"]
     return statistics.median(speed["step_seconds"]) if is_measured(speed) else None
+
+
+def utilisation(record: Record) -> float | None:
+    """Return the model's FLOPs as a share of those of a large matrix product on the same device (MFU)."""
+    rate, tokens, flops = (
+        of_speed(record, "matrix_flops_per_second"),
+        tokens_per_second(record),
+        record["flops"],
+    )
+    if rate is None or tokens is None or not is_measured(flops):
+        return None
+    return rates.utilisation(tokens * flops["training_flops_per_token"], rate)
+
+
+def data_share(record: Record) -> float | None:
+    """Return the median time of fetching a batch as a share of a median step: what waiting takes at most."""
+    fetches, step = of_speed(record, "fetch_seconds"), median_step_seconds(record)
+    return None if not fetches or step is None else statistics.median(fetches) / step
+
+
+def of_speed(record: Record, name: str) -> Any:
+    """Return a part of the speed pass; records from before it had that part, and others, have None."""
+    part = record["speed"].get(name) if is_measured(record["speed"]) else None
+    return part if is_measured(part) else None
 
 
 def peak_memory_bytes(record: Record) -> int | None:

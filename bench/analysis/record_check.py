@@ -153,14 +153,29 @@ def _check_quality(quality: _Place) -> None:
 def _check_cost(record: _Place) -> None:
     speed, memory = record["speed"], record["memory"]
     if speed.measured:
-        seconds, tokens = (speed[name] for name in ("step_seconds", "step_tokens"))
-        for place in (seconds, tokens):
-            for value in place.list() or place.refuse("a list of numbers, not empty"):
-                _Place(f"{place.key}, a part,", value).number(positive=True)
-        if len(seconds.value) != len(tokens.value):
-            tokens.refuse(f"as long as {seconds.key}, {len(seconds.value)}")
+        _check_times(speed, "step_seconds", "step_tokens")
+        if speed.has("fetch_seconds"):
+            _check_times(speed, "fetch_seconds")
+        if speed.has("matrix_flops_per_second") and speed["matrix_flops_per_second"].measured:
+            speed["matrix_flops_per_second"].number(positive=True)
+        if speed.has("marginal") and speed["marginal"].measured:
+            _check_times(speed["marginal"], "step_seconds", "reference_step_seconds")
+            for name in ("parameters", "training_flops_per_token"):
+                speed["marginal"][name].number()
+            if speed["marginal"]["peak_allocated_bytes"].measured:
+                speed["marginal"]["peak_allocated_bytes"].number()
     if memory.measured and memory["peak_allocated_bytes"].measured:
         memory["peak_allocated_bytes"].number()
+
+
+def _check_times(place: _Place, first: str, *others: str) -> None:
+    """Check lists of positive numbers, not empty and of one length."""
+    lists = [place[name] for name in (first, *others)]
+    for one in lists:
+        for value in one.list() or one.refuse("a list of numbers, not empty"):
+            _Place(f"{one.key}, a part,", value).number(positive=True)
+        if len(one.value) != len(lists[0].value):
+            one.refuse(f"as long as {lists[0].key}, {len(lists[0].value)}")
 
 
 def _check_communication(communication: _Place) -> None:

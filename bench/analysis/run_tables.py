@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.analysis import quantities
-from bench.analysis.numbers import mebibytes, number
+from bench.analysis.numbers import mebibytes, number, share
 from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Group, Run, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
@@ -17,9 +17,10 @@ from bench.records.schema import Record
 
 def runs_table(groups: Sequence[Group]) -> Table:
     """Return one row a run, failed ones too."""
-    rows = [(cells, _run_texts(cells, len(groups) > 1)) for number, group in enumerate(groups, 1)
-            for found in group.configurations for run in found.runs
-            for cells in [run_figures(run, found, number)]]  # fmt: skip
+    figures = [run_figures(run, found, number) for number, group in enumerate(groups, 1)
+               for found in group.configurations for run in found.runs]  # fmt: skip
+    known = any(cells["matrix_utilisation"] is not None for cells in figures)
+    rows = [(cells, _run_texts(cells, len(groups) > 1, known)) for cells in figures]
     return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
@@ -47,6 +48,7 @@ def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells
         "seed": run.seed, "status": run.status, "perplexity": quantities.perplexity(record),
         "loss_nats": run.loss(), "test_perplexity": quantities.perplexity(record, "test"),
         "tokens_per_second": quantities.tokens_per_second(record),
+        "matrix_utilisation": quantities.utilisation(record),
         "peak_memory_bytes": quantities.peak_memory_bytes(record),
         "requested_batch_size": config["training"].get("batch_size"),
         **_sizes(record),
@@ -79,8 +81,8 @@ def mixed_code(runs: Sequence[Run]) -> dict[str, int]:
     return dict(Counter(text for text in hashes if text).most_common())
 
 
-def _run_texts(cells: Cells, several: bool) -> Cells:
-    """Return one run as it is shown, with the number of its table where there are several."""
+def _run_texts(cells: Cells, several: bool, utilisation: bool) -> Cells:
+    """Return one run as it is shown, with the number of its table where there are several, and its MFU."""
     tuned = "failed" if cells["tuned_status"] == "failed" else cells["tuned_micro_batch_size"]
     used, pieces = cells["used_shapes"], cells["used_accumulation"] or 1
     if used and pieces > 1:
@@ -91,6 +93,7 @@ def _run_texts(cells: Cells, several: bool) -> Cells:
         "name": cells["name"] or "", "configuration": cells["configuration"],
         "seed": str(cells["seed"]), "status": cells["status"], "perplexity": number(cells["perplexity"]),
         "tokens/s": number(cells["tokens_per_second"], 0),
+        **({"MFU": share(cells["matrix_utilisation"])} if utilisation else {}),
         "peak memory": mebibytes(cells["peak_memory_bytes"]),
         "batch asked / tuned / used": " / ".join("–" if part is None else str(part) for part in batch),
         "seconds": number(cells["seconds"], 0), "code": cells["code"],

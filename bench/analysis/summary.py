@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.analysis import quantities
+from bench.analysis.numbers import mebibytes, percent, share, signed
 from bench.measure.quantity import is_measured
+from bench.measure.rates import difference_of_medians, paired_ratios, percentile
 from bench.records.schema import Record
 
 
@@ -47,7 +49,8 @@ def _rows(record: Record) -> list[tuple[str, str]]:
     rows.append(("data", _data(record["data"])))
     rows += [(split, _quality(record, split)) for split in ("validation", "test")]
     rows.append(("batch", _batch(record)))
-    rows += [("speed", _speed(record)), ("memory", _memory(record)), ("parameters", _parameters(record))]
+    rows += [("speed", _speed(record)), ("coupler", _marginal(record)), ("memory", _memory(record)),
+             ("parameters", _parameters(record))]  # fmt: skip
     rows += _communication(record["communication"])
     rows.append(("counted", _counted(record["used"])))
     if is_measured(record["gate"]):
@@ -146,15 +149,52 @@ def _speed(record: Record) -> str:
     if rate is None or median is None:
         return ""
     speed = record["speed"]
+    ends = ", ".join(f"p{q} {1e3 * percentile(speed['step_seconds'], q):,.0f}" for q in (10, 90, 99))
     steps = f"{len(speed['step_seconds'])} steps" + ("" if speed["steady"] else ", not steady")
-    return f"{rate:,.0f} tokens/s, median step {median * 1e3:,.0f} ms ({steps})"
+    parts = [f"{rate:,.0f} tokens/s, median step {median * 1e3:,.0f} ms ({ends}; {steps})"]
+    utilisation, waiting = quantities.utilisation(record), quantities.data_share(record)
+    if utilisation is not None:
+        parts.append(f"MFU {share(utilisation)} of {speed['matrix_flops_per_second'] / 1e12:,.0f} TFLOP/s")
+    if waiting is not None:
+        parts.append(f"fetching a batch {share(waiting)} of a step")
+    compiling = quantities.of_speed(record, "compile_seconds")
+    if compiling is not None:
+        parts.append(f"compiled in {compiling:,.1f} s")
+    return ", ".join(parts)
+
+
+def _marginal(record: Record) -> str:
+    """Return what the coupler alone costs, timed in turn with the mean coupler."""
+    found = quantities.of_speed(record, "marginal")
+    if found is None:
+        return ""
+    ours, theirs = found["step_seconds"], found["reference_step_seconds"]
+    ratios = paired_ratios(ours, theirs)
+    low, median, high = (percent(percentile(ratios, q)) for q in (10, 50, 90))
+    memory = found["peak_allocated_bytes"]
+    parts = [
+        f"{median} of a step (p10 {low}, p90 {high})",
+        f"{signed(1e3 * difference_of_medians(ours, theirs), 1)} ms",
+        *([mebibytes(memory, sign=True)] if is_measured(memory) else []),
+        f"{signed(found['training_flops_per_token'] / 1e6, 2)} MFLOPs a token",
+    ]
+    steady = "" if found["steady"] else ", not steady"
+    return f"{', '.join(parts)} over {found['reference']} ({len(ours)} rounds in turn{steady})"
 
 
 def _memory(record: Record) -> str:
-    peak = quantities.peak_memory_bytes(record)
-    if peak is None:
+    memory = record["memory"]
+    peak, reserved = (memory.get(f"peak_{name}_bytes") for name in ("allocated", "reserved"))
+    if is_measured(peak):
+        text = f"peak {mebibytes(peak)} in a training step ({memory['meter'].replace('_', ' ')})"
+    elif is_measured(reserved):
+        return f"peak {mebibytes(reserved)} reserved in a training step"
+    else:
         return ""
-    return f"peak {peak / 2**20:,.1f} MiB in a training step ({record['memory']['meter'].replace('_', ' ')})"
+    if is_measured(memory.get("by_part")):
+        parts = (f"{name} {size / 2**20:,.1f}" for name, size in memory["by_part"].items())
+        text = f"{text}: {', '.join(parts)}"
+    return f"{text}; {memory['remark']}" if memory.get("remark") else text
 
 
 def _parameters(record: Record) -> str:

@@ -75,7 +75,7 @@ def _cost(cost: Cost | None) -> str:
         parts.append(f"{signed(cost.parameters, 0)} parameters")
     if cost.flops_per_token is not None:
         parts.append(f"{signed(cost.flops_per_token / 1e6, 2)} MFLOPs a token")
-    return f" Over {cost.mean.label}: {', '.join(parts)}." if parts else ""
+    return f" Over {cost.over}: {', '.join(parts)}." if parts else ""
 
 
 def _too_few(comparison: Comparison) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
 from typing import cast
 
 import torch
@@ -17,6 +18,15 @@ from bench.gate.subject import Inputs, global_random_state_kept
 from gnnmoe.couplers import Coupler
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
+
+
+def rows_to_judge(batches: Iterable[dict[str, Tensor]], at_once: int | None) -> Tensor:
+    """Return the input ids (B, L) to check on: B rows as they are run at once, None being a whole batch.
+
+    B is 2 or more, from a second batch where need be: one row alone cannot see another.
+    """
+    first, *second = (batch["input_ids"] for batch in islice(batches, 2))
+    return torch.cat([first, *second])[: max(2, at_once or len(first))]
 
 
 def check_trained_isolation(

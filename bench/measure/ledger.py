@@ -32,11 +32,12 @@ class EpochAccount:
 class Ledger:
     """Counts batches, samples, real targets and updates of a training, and the targets of evaluations.
 
-    A target is real where it is not −100. ``tuned_batch_size`` is what a batch-size search gave.
+    A target is real where it is not −100. ``tuned_micro_batch_size`` is what a search gave: rows to
+    run at once, never the batch of an update.
     """
 
-    def __init__(self, tuned_batch_size: int | None = None) -> None:
-        self.tuned_batch_size = tuned_batch_size
+    def __init__(self, tuned_micro_batch_size: int | None = None) -> None:
+        self.tuned_micro_batch_size = tuned_micro_batch_size
         self.epochs: list[EpochAccount] = []
         self.batch_shapes: dict[str, int] = {}
         self.micro_batch_shapes: dict[str, int] = {}
@@ -131,7 +132,7 @@ class Ledger:
     def to_record(self) -> dict[str, Any]:
         """Return everything that was counted, ready for JSON."""
         return {
-            "tuned_batch_size": self.tuned_batch_size,
+            "tuned_micro_batch_size": self.tuned_micro_batch_size,
             "epochs": [asdict(account) for account in self.epochs],
             "training": self.totals(),
             "evaluations": self.evaluations,
@@ -145,7 +146,8 @@ class Ledger:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self.tuned_batch_size = state["tuned_batch_size"]
+        old = state.get("tuned_batch_size")  # its name in checkpoints of before
+        self.tuned_micro_batch_size = state.get("tuned_micro_batch_size", old)
         self.epochs = [EpochAccount(**account) for account in state["epochs"]]
         self.batch_shapes, self.evaluations = dict(state["batch_shapes"]), dict(state["evaluations"])
         self.micro_batch_shapes = dict(state.get("micro_batch_shapes", {}))
@@ -153,7 +155,8 @@ class Ledger:
         self._open = bool(self.epochs)
 
     def _difference(self, account: EpochAccount, where: str) -> str:
-        tuned = "not tuned" if self.tuned_batch_size is None else f"tuned to {self.tuned_batch_size}"
+        micro = self.tuned_micro_batch_size
+        tuned = "not tuned" if micro is None else f"micro-batch tuned to {micro}"
         counts = "; ".join(
             f"{account.asked[name]:,} {name} expected, {account.got[name]:,} came" for name in account.got
         )

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
 
+from bench.measure.parts import GradientsAtPeak, held_bytes
 from bench.measure.quantity import is_measured, not_measured
 
 if TYPE_CHECKING:
@@ -145,10 +145,12 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats(device)
         retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
         held = held_bytes(owners)
-        step()
-        torch.cuda.synchronize(device)
+        with GradientsAtPeak(owners, device) as gradients:
+            step()
+            torch.cuda.synchronize(device)
         stats = torch.cuda.memory_stats(device)
         peak = torch.cuda.max_memory_allocated(device)
+        parts = {**held, "gradient": gradients.at_peak_bytes}
         free, total = torch.cuda.mem_get_info(device)
         return Reading(
             meter=self.name,
@@ -158,39 +160,9 @@ class CudaMeter:
             allocator_retries=stats.get("num_alloc_retries", 0) - retries,
             device_used_bytes=total - free,
             nvml_used_bytes=nvml_used_bytes(device),
-            peak_by_part_bytes={**held, "rest": peak - sum(held.values())},
+            peak_by_part_bytes={**parts, "rest": peak - sum(parts.values())},
             process_peak_bytes=process_peak_bytes(),
         )
-
-
-def held_bytes(owners: tuple[Owner, ...]) -> dict[str, int]:
-    """Return the bytes that stay allocated through a whole step, by part, each storage once.
-
-    Parts are parameter, buffer, optstate (what there is of it before the step) and other (batches).
-    Each is rounded up to the 512 bytes in which the CUDA allocator hands out.
-    """
-    found: dict[str, dict[int, int]] = {"parameter": {}, "buffer": {}, "optstate": {}, "other": {}}
-
-    def add(part: str, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        found[part][storage.data_ptr()] = -(-storage.nbytes() // 512) * 512
-
-    for owner in owners:
-        if isinstance(owner, nn.Module):
-            for parameter in owner.parameters():
-                add("parameter", parameter)
-            for buffer in owner.buffers():
-                add("buffer", buffer)
-        elif isinstance(owner, list):
-            for batch in owner:
-                for tensor in batch.values():
-                    add("other", tensor)
-        else:
-            for state in owner.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        add("optstate", value)
-    return {part: sum(sizes.values()) for part, sizes in found.items()}
 
 
 def process_peak_bytes(status: Path = Path("/proc/self/status")) -> Bytes:

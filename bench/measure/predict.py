@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from bench.config import TrainingConfig
+from bench.config import ExecutionConfig, TrainingConfig
 from bench.measure.tracked import tracked_peaks
+from bench.training.execution import Execution
 from bench.training.step import make_optimizer, training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
@@ -41,14 +42,16 @@ def predict_peak(
     *,
     micro_batch_size: int | None = None,
     device: torch.device | None = None,
+    execution: ExecutionConfig | None = None,
 ) -> int:
     """Return the peak in bytes of one full training step on a batch (batch_size, length).
 
     Forward, backward, clipping and update with the optimizer's state in place, as ``training_step``
-    does them, in pieces where a ``micro_batch_size`` says so. On the CPU (the default device) it
-    equals what ``TrackedMeter`` reads of the real step; for another device it is the allocated
-    bytes, without the allocator's reserve and the context. No tensor is given memory, and no random
-    number is drawn.
+    does them, in pieces where a ``micro_batch_size`` says so, in the form and precision that
+    ``execution`` says (its defaults where None), uncompiled. On the CPU (the default device) it
+    equals what ``TrackedMeter`` reads of the real step (under autocast to 0.1 %); for another
+    device it is the allocated bytes, cuBLAS's workspaces included, without the allocator's reserve
+    and the context. No tensor is given memory, and no random number is drawn.
 
     The head works in chunks, so the time grows with the tokens. Above ``EXACT_TOKENS`` the peak is
     drawn out along a line through two smaller batches: the memory at each moment of a step is a
@@ -61,15 +64,28 @@ def predict_peak(
         CannotPredict: the coupler's operations depend on the numbers in its tensors.
         ValueError: ``length`` is more than the model's ``max_seq_length``.
     """
-    step = _Step(model_config, length, training, device or torch.device("cpu"))
+    how = Execution(execution or ExecutionConfig(), device or torch.device("cpu"))
+    step = _Step(model_config, length, training, how)
+    library = 2 * cublas_workspace_bytes(how.device)  # the forward's thread and the backward's have one each
     split = micro_batch_size is not None and micro_batch_size < batch_size
     if batch_size * length <= EXACT_TOKENS:
-        return step.peak(batch_size, micro_batch_size)
+        return step.peak(batch_size, micro_batch_size) + library
     if not split:
-        return step.along_a_line(batch_size, pieces=1)
+        return step.along_a_line(batch_size, pieces=1) + library
     assert micro_batch_size is not None
     tokens_alone = (batch_size - 2 * micro_batch_size) * length  # of the pieces that wait: ids and targets
-    return step.along_a_line(micro_batch_size, pieces=2) + 2 * 8 * tokens_alone
+    return step.along_a_line(micro_batch_size, pieces=2) + 2 * 8 * tokens_alone + library
+
+
+def cublas_workspace_bytes(device: torch.device) -> int:
+    """Return what a thread's cuBLAS handle takes from torch's allocator with its first product.
+
+    Source: ``getChosenWorkspaceSize`` in PyTorch's ``aten/src/ATen/cuda/CublasHandlePool.cpp``; the
+    32 MiB were also seen on an H100. ``CUBLAS_WORKSPACE_CONFIG`` changes it.
+    """
+    if device.type != "cuda":
+        return 0
+    return 32 * 2**20 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 8320 * 2**10
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ class _Step:
     config: GNNMoEConfig
     length: int
     training: TrainingConfig
-    device: torch.device
+    execution: Execution
 
     def along_a_line(self, rows: int, pieces: int) -> int:
         """Return the peak of ``pieces`` of so many rows; exactly where they are few."""
@@ -98,7 +114,7 @@ class _Step:
     def peak(self, batch_size: int, micro_batch_size: int | None) -> int:
         """Return the peak of a step, by doing it on tensors without data."""
         with torch.device("meta"):
-            model = GNNMoEModel(self.config, seed=0)
+            model = self.execution.model(self.config, seed=0)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):  # the model comes in from outside
                 return self._fake_peak(model, batch_size, micro_batch_size)
@@ -109,12 +125,13 @@ class _Step:
             ) from error
 
     def _fake_peak(self, model: GNNMoEModel, batch_size: int, micro_batch_size: int | None) -> int:
-        model = model.to_empty(device=self.device)
+        device = self.execution.device
+        model = model.to_empty(device=device)
         optimizer = make_optimizer(model, self.training)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
-        ids = torch.empty(batch_size, self.length, dtype=torch.int64, device=self.device)
+        ids = torch.empty(batch_size, self.length, dtype=torch.int64, device=device)
         batch = {"input_ids": ids, "targets": torch.empty_like(ids)}
         model(ids[:1, :1])  # what a coupler makes on its first call is there in a real step
 

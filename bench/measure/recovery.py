@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,13 +42,18 @@ def attempt(function: Callable[[], T]) -> Outcome[T]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        failure = f"{type(error).__name__}: {error}"
+        failure = f"{type(error).__name__}: {_without_neighbours(str(error))}"
         _clear_frames(error)
     if failure is None:
         return Outcome(value=value)
     # Only here are the error, its traceback and the frames in it gone, and with them their tensors.
     recover()
     return Outcome(failure=failure)
+
+
+def _without_neighbours(text: str) -> str:
+    """Return CUDA's message up to its size; the rest tells of other processes and of options."""
+    return re.sub(r"(Tried to allocate [\d.]+ \w+\.).*", r"\1", text, flags=re.DOTALL)
 
 
 def recover() -> None:

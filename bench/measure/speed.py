@@ -1,77 +1,129 @@
-"""Speed and memory, in a pass of their own on a copy of the model.
+"""Speed and memory of full training steps, on a copy of the model.
 
 Nothing inside a timed step reads a number back, logs or evaluates.
 """
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 
 from bench.config import MeasureConfig, TrainingConfig
-from bench.measure.memory import measure_memory
+from bench.measure.memory import built_bytes, measure_memory
+from bench.measure.protocol import Clock, StepTimes, Warmup, time_steps
 from bench.training.step import Batch, make_optimizer, real_targets, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 
 
-def measure_speed(
-    model: GNNMoEModel,
-    batches: Sequence[Batch],
-    training: TrainingConfig,
-    measure: MeasureConfig,
-    device: torch.device,
-    micro_batch_size: int | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Time full training steps on a copy of ``model``; return the record's ``speed`` and ``memory``.
+class TrainingSteps:
+    """A model that trains for the measurement's sake, with an optimizer of its own, on batches in turn."""
 
-    The batches are used in turn, in micro-batches where a size is given. All step times are kept;
-    tokens are the targets that count.
+    def __init__(
+        self,
+        model: GNNMoEModel,
+        batches: Sequence[Batch],
+        training: TrainingConfig,
+        micro_batch_size: int | None = None,
+    ) -> None:
+        self.model, self.batches, self.training = model.train(), list(batches), training
+        self.optimizer = make_optimizer(model, training)
+        self.micro_batch_size = micro_batch_size
+        self._tokens = [real_targets(batch) for batch in batches]
+
+    def step(self, number: int) -> None:
+        """Train on batch ``number`` (modulo), in micro-batches where a size is given."""
+        batch = self.batches[number % len(self.batches)]
+        training_step(self.model, batch, self.optimizer, self.training.max_grad_norm, self.micro_batch_size)
+
+    def tokens(self, number: int) -> int:
+        """Return how many targets count in batch ``number``."""
+        return self._tokens[number % len(self._tokens)]
+
+    def forget(self) -> None:
+        """Drop gradients and the optimizer's state, as before the first step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+
+
+def warmup_of(measure: MeasureConfig) -> Warmup:
+    """Return the warm-up that the flags ask for."""
+    steps = measure.speed_warmup_steps
+    return Warmup.steady() if steps == "auto" else Warmup.fixed(steps)
+
+
+def measure_speed(steps: TrainingSteps, measure: MeasureConfig, device: torch.device) -> dict[str, Any]:
+    """Time training steps; return what the record's ``speed`` says of them.
+
+    All step times are kept, those of the warm-up apart; tokens are the targets that count.
     """
-    copied = copy.deepcopy(model).train()
-    optimizer = make_optimizer(copied, training)
-    on_device = [to_device(batch, device) for batch in batches]
-    tokens = [real_targets(batch) for batch in batches]
-
-    def step(number: int) -> None:
-        batch = on_device[number % len(batches)]
-        training_step(copied, batch, optimizer, training.max_grad_norm, micro_batch_size)
-
-    for number in range(measure.speed_warmup_steps):
-        step(number)
-    numbers = [measure.speed_warmup_steps + k for k in range(measure.speed_steps)]
-    seconds = _time_steps(step, numbers, device)
-    speed = {
-        "step_seconds": seconds,
-        "step_tokens": [tokens[number % len(batches)] for number in numbers],
-        "warmup_steps": measure.speed_warmup_steps,
-        "steady": False,
-        "remark": "not steady: a fixed, short warm-up",
+    times = time_steps(steps.step, device=device, warmup=warmup_of(measure), steps=measure.speed_steps)
+    numbers = range(times.warmup_steps, times.warmup_steps + measure.speed_steps)
+    return {
+        "step_seconds": times.seconds,
+        "step_tokens": [steps.tokens(number) for number in numbers],
+        **warmup_record(times),
     }
-    memory = measure_memory(lambda: step(0), (copied, optimizer, on_device), device)
-    return speed, memory
 
 
-def _time_steps(step: Any, numbers: Sequence[int], device: torch.device) -> list[float]:
-    """Return the seconds of each step: events on CUDA with one wait at the end, else a clock."""
-    if device.type != "cuda":
-        seconds = []
-        for number in numbers:
-            start = time.perf_counter()
-            step(number)
-            if device.type == "mps":
-                torch.mps.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return seconds
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(numbers) + 1)]
-    torch.cuda.synchronize(device)
-    events[0].record()
-    for number, event in zip(numbers, events[1:], strict=True):
-        step(number)
-        event.record()
-    torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1000.0 for before, after in pairwise(events)]
+def warmup_record(times: StepTimes) -> dict[str, Any]:
+    """Return how a warm-up went, as a record has it."""
+    return {
+        "warmup_steps": times.warmup_steps,
+        "warmup_seconds": times.warmup_seconds,
+        "steady": times.steady,
+        "remark": times.remark,
+    }
+
+
+def peak_memory(steps: TrainingSteps, device: torch.device) -> dict[str, Any]:
+    """Return the record's ``memory``: of one steady step, and by phase.
+
+    ``by_phase``, in bytes: what is held once everything is *built*; the peaks of the *first_step*,
+    which makes the optimizer's state, and of a *steady* one.
+    """
+    steps.forget()
+    owners = (steps.model, steps.optimizer, steps.batches)
+    built = built_bytes(owners, device)
+    first, steady = (measure_memory(lambda: steps.step(0), owners, device) for _ in range(2))
+    phases = {"built": built, **{name: found["peak_allocated_bytes"]
+                                 for name, found in (("first_step", first), ("steady", steady))}}  # fmt: skip
+    return {**steady, "by_phase": phases}
+
+
+def fetched(
+    loader: Iterable[Batch],
+    count: int,
+    as_run: Callable[[Batch], Batch],
+    device: torch.device,
+    clock: Clock = time.perf_counter,
+) -> tuple[list[Batch], list[float]]:
+    """Return the first batches of a loader on the device, as they are run, and the seconds of each fetch.
+
+    A fetch is what a step waits for at most: where workers or the device are ahead, it waits less.
+    """
+    batches, seconds = [], []
+    rest = islice(iter(loader), count)
+    while True:
+        start = clock()
+        batch = next(rest, None)
+        if batch is None:
+            return batches, seconds
+        batches.append(to_device(as_run(batch), device))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(clock() - start)
+
+
+@contextmanager
+def on_host(model: GNNMoEModel, device: torch.device) -> Iterator[None]:
+    """Keep the model in the host's memory while the block lasts."""
+    model.cpu()
+    try:
+        yield
+    finally:
+        model.to(device)

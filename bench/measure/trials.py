@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.config import TrainingConfig
+from bench.config import ExecutionConfig, TrainingConfig
 from bench.measure.budget import format_bytes, host_memory_bytes
 from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.measure.preserve import preserved
-from bench.measure.recovery import attempt
+from bench.measure.recovery import attempt, recover
 from bench.training.batch_size import FREE_HERE, Trial
+from bench.training.execution import Execution
 from bench.training.step import Batch, make_optimizer, training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
@@ -41,6 +42,12 @@ class TrialSetup:
     limit_bytes: int
     """What a trial's peak may reach: the budget times the target."""
     device: str
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    """Form and precision of the model; trials run it uncompiled, since compiling each size takes minutes."""
+
+    def build(self) -> GNNMoEModel:
+        """Return a model on the device, in train mode."""
+        return Execution(self.execution, torch.device(self.device)).build(self.model, seed=0).train()
 
 
 class Trials:
@@ -56,12 +63,13 @@ class Trials:
     def __init__(self, setup: TrialSetup) -> None:
         self.setup, self._device = setup, torch.device(setup.device)
         self._begun = False
+        self._known: dict[int, int | None] = {}
 
     def __call__(self, size: int) -> Trial:
         """Return what ``size`` did."""
         start = time.perf_counter()
         shapes: list[tuple[int, ...]] = []
-        predicted = self._predicted(size)
+        predicted = self.predicted(size)
         hopeless = predicted is not None and self._hopeless(predicted)
         self._begun = True
         if hopeless:
@@ -76,12 +84,18 @@ class Trials:
         """Return how many pieces a trial's batches have: two stand for any number of them."""
         return MOST_PIECES if size < self.setup.batch_size else 1
 
-    def _predicted(self, size: int) -> int | None:
+    def predicted(self, size: int) -> int | None:
+        """Return the peak in bytes predicted of ``size``, worked out once; None where it cannot be."""
+        if size not in self._known:
+            self._known[size] = self._predict(size)
+        return self._known[size]
+
+    def _predict(self, size: int) -> int | None:
         setup = self.setup
         try:
             return predict_peak(
                 setup.model, size * self.pieces(size), setup.model.max_seq_length, setup.training,
-                micro_batch_size=size, device=self._device,
+                micro_batch_size=size, device=self._device, execution=setup.execution,
             )  # fmt: skip
         except CannotPredict:
             return None
@@ -99,10 +113,11 @@ class Trials:
     def _run(self, size: int, shapes: list[tuple[int, ...]]) -> tuple[str | None, int, float | None]:
         """Return why the size fails (None: it does not), its peak in bytes and its tokens/s."""
         setup = self.setup
+        recover()  # what the trial before left in the cache would be freed by a retry, and judged as one
         retries = allocator_retries(self._device)
-        model = GNNMoEModel(setup.model, seed=0).to(self._device).train()
+        model = setup.build()
         optimizer = make_optimizer(model, setup.training)
-        batch = self._batch(size * self.pieces(size))
+        batch = random_batch(setup.model, size * self.pieces(size), self._device)
 
         def step() -> None:
             training_step(model, batch, optimizer, setup.training.max_grad_norm, size, shapes)
@@ -116,12 +131,13 @@ class Trials:
         failure = why_it_fails(peak, setup.limit_bytes, allocator_retries(self._device) - retries)
         return failure, peak, None if seconds is None else batch["targets"].numel() / seconds
 
-    def _batch(self, rows: int) -> Batch:
-        """Return a batch of any tokens: what they are does not change what they take."""
-        generator = torch.Generator().manual_seed(stream_seed(0, "tune"))
-        shape = rows, self.setup.model.max_seq_length + 1
-        tokens = torch.randint(self.setup.model.vocab_size, shape, generator=generator).to(self._device)
-        return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+
+def random_batch(model: GNNMoEConfig, rows: int, device: torch.device) -> Batch:
+    """Return a batch (rows, max_seq_length) of any tokens: what they are does not change what they take."""
+    generator = torch.Generator().manual_seed(stream_seed(0, "tune"))
+    shape = rows, model.max_seq_length + 1
+    tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
+    return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
 
 
 def why_it_fails(peak_bytes: int, limit_bytes: int, retries: int) -> str | None:

@@ -66,7 +66,8 @@ def identity(
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
-    del measure["allow_failed_gate"]  # says what to do about a verdict, and changes none
+    for name in ("allow_failed_gate", "marginal", "profile"):
+        del measure[name]  # what to do about a verdict, and what to measure besides: they change nothing
     for name in ("min_steps_per_epoch", "strict_curriculum"):
         del training[name]  # they refuse, and change nothing
     for name in [name for name in training if name.startswith("curriculum")]:
@@ -77,7 +78,7 @@ def identity(
     return {
         "model": model, "training": training, "measure": measure, "data": {**data, "sha256": data_sha256},
         "device_type": device_type, "world_size": world_size, "schema": SCHEMA_VERSION.split(".")[0],
-        **_memory(config),
+        **_memory(config), **_execution(config, device_type),
     }  # fmt: skip
 
 
@@ -98,6 +99,11 @@ def _memory(config: RunConfig) -> dict[str, Any]:
     if memory.micro_batch_size is None or whole:
         return {}
     return {"memory": {"micro_batch_size": memory.micro_batch_size}}
+
+
+def _execution(config: RunConfig, device_type: str) -> dict[str, Any]:
+    found = config.execution.identity(device_type)
+    return {"execution": found} if found else {}
 
 
 def _schedule(training: TrainingConfig) -> str | None:

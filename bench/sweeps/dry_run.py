@@ -5,6 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from bench.measure.budget import format_bytes
+from bench.measure.predict import CannotPredict
+from bench.sweeps.live import time_words
 from bench.sweeps.matching import Match
 from bench.sweeps.plan import Configuration, Plan
 
@@ -47,7 +50,40 @@ def _row(configuration: Configuration, match: Match | None) -> list[str]:
         f"{model.params:,}",
         "?" if per_token is None else f"{per_token / 1e6:,.2f} M",
     ]
-    if match is not None and configuration.reference is not None:
-        asked, got = (getattr(cost, match.quantity) for cost in (configuration.reference, model))
-        cells.append(f"{100 * (got / asked - 1):+.2f} %")
+    if match is not None and configuration.off_by is not None:
+        cells.append(f"{100 * configuration.off_by:+.2f} %")
     return [*cells, str(done), str(len(configuration.runs) - done)]
+
+
+def show_expected(plan: Plan, console: Console) -> None:
+    """Print what one run of each configuration will take here, in at most 80 columns.
+
+    The memory is predicted. The time is that of the training alone: its steps × a step, the median of
+    three that are run now, one configuration after another.
+    """
+    title = "one run here: peak memory predicted, training = steps × a step measured now"
+    table = Table(title=title, title_justify="left", width=80, box=None, padding=(0, 1, 0, 0))
+    table.add_column("configuration", overflow="fold", ratio=1)
+    for heading in ("peak memory", "a step", "steps", "training"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    total, shown = 0.0, plan.configurations[:MOST_ROWS]
+    for number, configuration in enumerate(shown, 1):
+        with console.status(f"{number} of {len(shown)}: {configuration.label} …"):
+            memory, seconds = expected(configuration)
+        steps = configuration.runs[0].steps or 0
+        total += steps * seconds * len(configuration.runs)
+        table.add_row(
+            configuration.label, memory, f"{1e3 * seconds:,.0f} ms", f"{steps:,}", time_words(steps * seconds)
+        )
+    console.print(table)
+    rest = "" if len(shown) == len(plan.configurations) else f" of these {len(shown)} configurations"
+    console.print(f"the training of all runs{rest}, one after another: about {time_words(total)}")
+
+
+def expected(configuration: Configuration) -> tuple[str, float]:
+    """Return the predicted peak, as shown, and the measured seconds of a step."""
+    try:
+        memory = format_bytes(configuration.training.peak_bytes())
+    except CannotPredict:
+        memory = "?"
+    return memory, configuration.training.step_seconds()

@@ -78,7 +78,7 @@ class Display:
     def ended(self, run: PlannedRun, outcome: Outcome, attempt: Attempt) -> None:
         """Say what became of a run."""
         self._done += 1
-        what = ", ".join(part for part in (_quality(outcome), _time(attempt.seconds)) if part)
+        what = ", ".join(part for part in (_quality(outcome), time_words(attempt.seconds)) if part)
         self.line(f"{outcome.status:12} {run.label}: {what} ({self._done} of {self.total})")
         if outcome.failed:
             self.line(f"{'':12} {_short(outcome.error or '', 200)}")
@@ -99,10 +99,10 @@ class Display:
         for attempt in view.running[:room]:
             run = attempt.task.run
             state = "in the queue" if attempt.queued else last_validation(attempt) or "preparing"
-            table.add_row(Text(run.label), _time(attempt.seconds), Text(state))
+            table.add_row(Text(run.label), time_words(attempt.seconds), Text(state))
         lines = [f"… and {len(view.running) - room} more"] if len(view.running) > room else []
         failed = sum(found.failed for found in view.outcomes.values())
-        left = "" if view.seconds_left is None else f" · about {_time(view.seconds_left)} left"
+        left = "" if view.seconds_left is None else f" · about {time_words(view.seconds_left)} left"
         lines.append(f"{len(view.outcomes)} of {self.total} done · {len(view.running)} running · "
                      f"{failed} failed · {view.queued} to come{left}")  # fmt: skip
         best = _best(view.outcomes)
@@ -114,7 +114,7 @@ class Display:
     def summary(self, result: SweepResult, again: str) -> None:
         """Say how the sweep ended, what failed and why, and how to go on."""
         best = _best(result.outcomes)
-        words = f"{len(result.runs)} runs in {_time(result.seconds)}: {_counts(result.counts)}"
+        words = f"{len(result.runs)} runs in {time_words(result.seconds)}: {_counts(result.counts)}"
         if best is not None:
             words += f"; best: {_quality(result.outcomes[best])}, {self._labels[best]}"
         self.line(words)
@@ -180,7 +180,8 @@ def _quality(outcome: Outcome) -> str:
     return "" if outcome.perplexity is None else f"perplexity {outcome.perplexity:,.1f}"
 
 
-def _time(seconds: float) -> str:
+def time_words(seconds: float) -> str:
+    """Return a duration as people read it: 45 s, 12 min 5 s, 3 h 24 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,15 +1,22 @@
-"""Equal parameters or FLOPs: the free width of every model, solved for."""
+"""Equal parameters, FLOPs, memory or time: the free width of every model, solved for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.cost import QUANTITIES, Cost, matched_ffn_dim, model_cost
+from gnnmoe.cost import QUANTITIES as BY_FORMULA
+from gnnmoe.cost import matched_ffn_dim, model_cost
 from gnnmoe.couplers import coupler_class
 from gnnmoe.naming import unknown_name
 
 DENSE = "dense"
+TOLERANCES = {"memory": 0.001, "time": 0.02}  # of the reference: the prediction is exact, a clock is not
+QUANTITIES = (*BY_FORMULA, *TOLERANCES)
+MOST_TRIALS, MOST_WIDTHS = 16, 64  # widths that are tried, and times the width to begin with
+Weigh = Callable[[str, GNNMoEConfig, GNNMoEConfig], float]
+"""From memory or time, a model and the reference to how many times as much of it the model takes."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Match:
 
     @classmethod
     def parse(cls, text: str) -> Match:
-        """Return the match that ``"params HGNN"`` or ``"flops mean"`` asks for.
+        """Return the match that ``"params HGNN"`` or ``"time mean"`` asks for.
 
         Raises:
             ValueError: it has another form, or names an unknown quantity or coupler.
@@ -38,20 +45,75 @@ class Match:
         return cls(quantity, reference)
 
 
-def matched(config: GNNMoEConfig, match: Match) -> tuple[int | None, Cost]:
-    """Return the width of the experts that matches the reference, and the reference's cost.
+@dataclass(frozen=True)
+class Matched:
+    """What matching one model came to."""
 
-    The reference is the same model with the reference's coupler and its default options; None for the
-    reference itself. A dense model's one block is matched like an expert.
+    ffn_dim: int | None
+    """The width of its experts; None for the reference itself, which stays as it is."""
+    off_by: float
+    """By which share it costs more than the reference all the same."""
+
+
+def matched(config: GNNMoEConfig, match: Match, weigh: Weigh) -> Matched:
+    """Return the width of the experts that matches the reference.
+
+    The reference is the same model with the reference's coupler and its default options. A dense
+    model's one block is matched like an expert.
 
     Raises:
-        ValueError: the quantity is flops and a coupler does not say its own.
+        ValueError: the quantity is flops and a coupler does not say its own; it is memory and a coupler's
+            cannot be predicted; or no width of up to 64 times the model's own is enough.
     """
-    reference = replace(config, coupler_type=match.reference, coupler_options={})
     if config.coupler_type == match.reference:
-        reference = config
-    target = model_cost(reference)
-    if reference is config:
-        return None, target
+        return Matched(None, 0.0)
+    reference = replace(config, coupler_type=match.reference, coupler_options={})
     options = {"match": "none"} if config.coupler_type == DENSE else config.coupler_options
-    return matched_ffn_dim(replace(config, coupler_options=options), target, match.quantity), target
+    config = replace(config, coupler_options=options)
+    if match.quantity in BY_FORMULA:
+        target = model_cost(reference)
+        width = matched_ffn_dim(config, target, match.quantity)
+        asked, got = (
+            getattr(cost, match.quantity) for cost in (target, model_cost(replace(config, ffn_dim=width)))
+        )
+        return Matched(width, got / asked - 1)
+    return _nearest(
+        lambda width: weigh(match.quantity, replace(config, ffn_dim=width), reference),
+        config.expert_width, TOLERANCES[match.quantity],
+    )  # fmt: skip
+
+
+def _nearest(ratio: Callable[[int], float], start: int, tolerance: float) -> Matched:
+    """Return the width at which a ratio that rises with it is nearest to 1, or near enough.
+
+    The range that holds it is cut where a straight line through its ends meets 1: the peak of memory is
+    made of pieces of straight lines, and time of a little more. After a cut that leaves more than half of
+    it comes one through the middle.
+    """
+    found: dict[int, float] = {}
+    low, high, width, middle = 0, None, start, False
+    while len(found) < MOST_TRIALS:
+        found[width] = ratio(width)
+        if abs(found[width] - 1) <= tolerance:
+            break
+        before = None if high is None else high - low
+        if found[width] < 1:
+            low = width
+        else:
+            high = width
+        if high is None:
+            width = 2 * low
+            if width > MOST_WIDTHS * start:
+                raise ValueError(f"experts {low:,} wide still cost less than the reference; match params.")
+        elif high - low == 1:
+            break
+        else:
+            middle = not middle and before is not None and 2 * (high - low) > before
+            width = (low + high) // 2 if middle or low == 0 else _between(low, high, found)
+    best = min(found, key=lambda width: abs(found[width] - 1))
+    return Matched(best, found[best] - 1)
+
+
+def _between(low: int, high: int, found: dict[int, float]) -> int:
+    share = (1 - found[low]) / (found[high] - found[low])
+    return min(max(low + round(share * (high - low)), low + 1), high - 1)

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig
+from bench.device import resolve_device
 from bench.flags import as_flags, config_of, resolved
+from bench.measure.expected import Training
 from bench.records.schema import config_dict, run_id
 from bench.records.store import RunFolder
 from bench.sweeps.executor import PlannedRun
-from bench.sweeps.matching import DENSE, Match, matched
+from bench.sweeps.matching import DENSE, Match
 from bench.sweeps.seeds import seeds_needed
 from bench.sweeps.spec import RunRequest, Sweep
+from bench.sweeps.weighing import Scales, match_here
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.cost import Cost, model_cost
 
@@ -31,8 +34,10 @@ class Configuration:
     flags: dict[str, Any]
     """Plain, by field; the seed is the first run's."""
     model: Cost
-    reference: Cost | None
-    """What ``match`` asked for; None without it."""
+    training: Training
+    """How its first run trains."""
+    off_by: float | None
+    """By which share it costs more than what ``match`` asked for; None without it."""
     flops_per_token: float | None
     """Of training: three times a forward."""
     runs: list[PlannedRun] = field(default_factory=list)
@@ -114,13 +119,15 @@ def _make(
     identify: Identify,
     match: Match | None,
 ) -> _Made:
-    flags, reference = {**request.flags, "seed": request.seed}, None
+    flags, off_by = {**request.flags, "seed": request.seed}, None
     config = config_of({**flags, **places})
     identity, model, corpus = identify(config)
+    device = resolve_device(config.places.device)
     if match is not None:
-        ffn_dim, reference = matched(model, match)
-        if ffn_dim is not None:
-            flags |= {"ffn_dim": ffn_dim}
+        found = match_here(model, match, Scales(config, device))
+        off_by = found.off_by
+        if found.ffn_dim is not None:
+            flags |= {"ffn_dim": found.ffn_dim}
             if model.coupler_type == DENSE:
                 flags["coupler_option"] = [*flags.get("coupler_option", []), f"{DENSE}.match=none"]
             config = config_of({**flags, **places})
@@ -130,7 +137,8 @@ def _make(
     steps = _training_steps(config, corpus)
     tokens = steps * config.training.batch_size * config.model.max_seq_length
     total = None if per_token is None else per_token * tokens
-    configuration = Configuration(_label(request, varying), flags, cost, reference, per_token)
+    training = Training(model, config, device)
+    configuration = Configuration(_label(request, varying), flags, cost, training, off_by, per_token)
     by_seed = config.training.curriculum is not None
     return _Made(
         configuration, flags, identity, total, steps, config_dict(config), corpus.to_record(), by_seed

@@ -93,6 +93,9 @@ class Trainer:
         self.control: StepControl | None = None
         """Sets, measures and proves the shape of each step, where there is one; put here before ``run``."""
         self.done = Trained()
+        self._late = device.type == "cuda"
+        """Whether a step's loss is read while the device does the next step, so that it never waits."""
+        self._unread: tuple[dict[str, Any], Tensor, Tensor] | None = None
         self._best_state: dict[str, Tensor] = {}
         self._random: tuple[Tensor, list[Tensor]] | None = None
 
@@ -110,6 +113,7 @@ class Trainer:
         for batch in self._batches():
             self._step(batch)
             if self.done.steps % self.config.eval_every == 0 or self.done.steps == self.plan.total_steps:
+                self.report()
                 self._evaluate()
             self.hooks.after_step()
         self.model.load_state_dict(self._best_state)
@@ -125,7 +129,11 @@ class Trainer:
         self._best_state = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that ``load_state_dict`` needs to go on bit for bit, at the end of a step."""
+        """Return all that ``load_state_dict`` needs to go on bit for bit, at the end of a step.
+
+        The hooks have been told of all steps up to it.
+        """
+        self.report()
         return {
             "model": self.model.state_dict(), "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(), "done": asdict(self.done),
@@ -181,10 +189,22 @@ class Trainer:
         self.hooks.on_update(shapes)
         if self.control is not None:
             self.control.after_step(self.done.steps, self.recovering)
-        self._check(float(loss), "training loss")
-        self.hooks.on_step(self._row("train") | {
-            "loss": float(loss), "learning_rate": rate, "gradient_norm": float(norm), "tokens": tokens,
-        })  # fmt: skip
+        self.report()
+        self._unread = self._row("train") | {"learning_rate": rate, "tokens": tokens}, loss, norm
+        if not self._late:
+            self.report()
+
+    def report(self) -> None:
+        """Read the loss of the last step, where that is not done yet, and tell the hooks.
+
+        Raises:
+            Diverged: it is NaN or infinite.
+        """
+        if self._unread is None:
+            return
+        (row, loss, norm), self._unread = self._unread, None
+        self._check(float(loss), "training loss", row["step"])
+        self.hooks.on_step(row | {"loss": float(loss), "gradient_norm": float(norm)})
 
     def _recovered(self, recovery: Recovery) -> None:
         if self.control is not None:
@@ -194,7 +214,7 @@ class Trainer:
     def _evaluate(self) -> None:
         rows = self.recovering.micro_batch_size
         result = evaluate(self.model, self.val_loader, self.device, rows)
-        self._check(result.nll_sum, "validation loss")
+        self._check(result.nll_sum, "validation loss", self.done.steps)
         if result.nll_sum < self.done.best_nll_sum:
             self.done.best_nll_sum, self.done.best_step = result.nll_sum, self.done.steps
             self._best_state = copy.deepcopy(self.model.state_dict())
@@ -205,6 +225,6 @@ class Trainer:
         step = self.done.steps
         return {"kind": kind, "step": step, "epoch": self.plan.place(step - 1)[0]}
 
-    def _check(self, value: float, what: str) -> None:
+    def _check(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
-            raise Diverged(f"the {what} is {value} at step {self.done.steps}")
+            raise Diverged(f"the {what} is {value} at step {step}")

@@ -61,7 +61,9 @@ class Recovering:
         self.micro_batch_size = micro_batch_size
         """Rows of a piece; None: the whole batch."""
         self.recoveries: list[Recovery] = []
-        self._unit, self._device, self._attempt = unit, device, attempt
+        self.unit = unit
+        """Rows of which every batch that is trained on is a multiple; a piece is one of its divisors."""
+        self._device, self._attempt = device, attempt
 
     def __call__(
         self, step: Step, rows: int, number: int, announce: Callable[[Recovery], None]
@@ -98,7 +100,7 @@ class Recovering:
 
     def _shrink(self, rows: int, number: int, error: str, announce: Callable[[Recovery], None]) -> None:
         failed = min(rows, self.micro_batch_size or rows)
-        smaller = next_smaller(self._unit, failed)
+        smaller = next_smaller(self.unit, failed)
         if smaller is None or len(self.recoveries) == MOST_RECOVERIES:
             raise torch.OutOfMemoryError(f"step {number} does not fit in micro-batches of {failed}: {error}")
         self.recoveries.append(Recovery(number, failed, smaller, error))

@@ -15,12 +15,13 @@ from gnnmoe.model import GNNMoEModel
 Batch = dict[str, Tensor]
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+def make_optimizer(model: GNNMoEModel, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only."""
-    parameters = list(model.parameters())
+    matrices = model.matrices()
+    decayed = set(map(id, matrices))
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) not in decayed], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
 
@@ -86,21 +87,30 @@ def add_gradients(
         shapes.append(tuple(batch["input_ids"].shape))
         output = model(batch["input_ids"], targets=batch["targets"], return_logits=False)
         (output["loss"] + output["auxiliary_loss"]).backward()
-        return output["loss"].detach()
+        return output["loss"].detach().clone()  # CUDA graphs write the next one into the same memory
     total = (batch["targets"] != IGNORED).sum()
     losses = []
     for piece in split(batch, micro_batch_size):
         input_ids, targets = piece["input_ids"], piece["targets"]
         count = (targets != IGNORED).sum()
         # A piece without targets would have the mean 0/0; with any, its share of 0 takes it out.
-        targets = torch.where(count == 0, 0, targets)
+        targets = targets.masked_fill(count == 0, 0)
         shapes.append(tuple(input_ids.shape))
         output = model(input_ids, targets=targets, return_logits=False)
         share = count.to(output["loss"].dtype) / total
         ((output["loss"] + output["auxiliary_loss"]) * share).backward()
+        if model.is_compiled and not losses:
+            _own_gradients(model)
         losses.append(output["loss"].detach() * share)
         del output
     return torch.stack(losses).sum()
+
+
+def _own_gradients(model: GNNMoEModel) -> None:
+    """Copy the gradients: of CUDA graphs they lie where the next piece's will be written."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
 
 
 def split(batch: Batch, rows: int | None) -> list[Batch]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.mixing import mean_over_experts, rowwise
 
 if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
@@ -35,15 +36,22 @@ class ExpertAttention(nn.Module):
 
     def forward(self, x_NED: Tensor) -> tuple[Tensor, Tensor]:
         """Return the updated features (N, E, D) and the attention (N, H, E, E)."""
-        q_NHEd, k_NHEd, v_NHEd = (self._heads(part(x_NED)) for part in (self.query, self.key, self.value))
-        scores_NHEE = q_NHEd @ k_NHEd.transpose(-1, -2) / math.sqrt(q_NHEd.shape[-1])
-        attention_NHEE = scores_NHEE.softmax(-1)
-        heard_NED = (attention_NHEE @ v_NHEd).transpose(1, 2).reshape(x_NED.shape)
-        return x_NED + self.output(heard_NED), attention_NHEE
+        attention_NHEE = self._attention(x_NED)
+        heard_NED = (attention_NHEE @ self._heads(self.value, x_NED)).transpose(1, 2).reshape(x_NED.shape)
+        return self.output(heard_NED) + x_NED, attention_NHEE
 
-    def _heads(self, x_NED: Tensor) -> Tensor:
-        N, E, _ = x_NED.shape
-        return x_NED.reshape(N, E, self.num_heads, -1).transpose(1, 2)
+    def mean(self, x_NED: Tensor) -> Tensor:
+        """Return the mean over the experts of the updated features (N, D), heard and mapped once for all."""
+        attention_NH1E = self._attention(x_NED).mean(2, keepdim=True)
+        heard_ND = (attention_NH1E @ self._heads(self.value, x_NED)).flatten(1)
+        return mean_over_experts(x_NED) + self.output(heard_ND)
+
+    def _attention(self, x_NED: Tensor) -> Tensor:
+        q_NHEd, k_NHEd = self._heads(self.query, x_NED), self._heads(self.key, x_NED)
+        return (q_NHEd @ k_NHEd.mT / math.sqrt(q_NHEd.shape[-1])).softmax(-1)
+
+    def _heads(self, part: nn.Linear, x_NED: Tensor) -> Tensor:
+        return rowwise(part, x_NED).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def pairwise(self, features: list[Tensor]) -> list[Tensor]:
         """Update a list of E features (B, L, D), one head and one pair of experts after the other."""
@@ -96,9 +104,10 @@ class AttentionCoupler(Coupler):
         del layer_input
         B, L, E, D = expert_outputs.shape
         x_NED = expert_outputs.reshape(B * L, E, D)
-        for layer in self.layers:
+        *rounds, last = self.layers
+        for layer in rounds:
             x_NED, _ = layer(x_NED)
-        return self.combiner(x_NED.mean(1)).view(B, L, D)
+        return self.combiner(last.mean(x_NED)).view(B, L, D)  # pyright: ignore[reportCallIssue]
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Loop over heads and pairs of experts."""
@@ -109,10 +118,15 @@ class AttentionCoupler(Coupler):
         return self.combiner(torch.stack(features).mean(0))
 
     def flops(self, tokens: int) -> int:
-        """Count each round's four maps, scores and weighted sums, and the combiner."""
+        """Count each round's four maps, scores and weighted sums, and the combiner.
+
+        The last round hears and maps once for all experts.
+        """
         E, D = self.config.num_experts, self.config.embed_dim
-        a_round = 4 * linear_flops(tokens * E, D, D) + 2 * linear_flops(tokens * E, D, E)
-        return len(self.layers) * a_round + linear_flops(tokens, D, D)
+        attention = 3 * linear_flops(tokens * E, D, D) + linear_flops(tokens * E, D, E)
+        of_each = linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
+        rounds = len(self.layers)
+        return rounds * attention + ((rounds - 1) * E + 1) * of_each + linear_flops(tokens, D, D)
 
     def communication(
         self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None

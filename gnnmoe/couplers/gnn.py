@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.mixing import mean_over_experts, mix_by_token, scores
 
 if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
@@ -34,11 +35,16 @@ class ExpertGraphConv(nn.Module):
 
     def forward(self, x_NED: Tensor) -> Tensor:
         """Return the updated features (N, E, D), the residual included."""
+        return self.update(x_NED) + x_NED
+
+    def update(self, x_NED: Tensor) -> Tensor:
+        """Return what a round adds to the features (N, E, D)."""
         adjacency_EE = torch.sigmoid(self.adjacency_logits) * self.off_diagonal_EE
-        receiver_NE, sender_NE = F.linear(x_NED, self.edge_score.weight.view(2, -1)).unbind(-1)
+        receiver_NE, sender_NE = scores(self.edge_score.weight.view(2, -1), x_NED).unbind(-1)
         gate_NEE = torch.sigmoid(receiver_NE[:, :, None] + sender_NE[:, None, :] + self.edge_score.bias)
-        messages_NED = torch.bmm((adjacency_EE * gate_NEE).to(x_NED.dtype), x_NED)
-        return F.gelu(self.neighbor_map(messages_NED) + self.self_map(x_NED)) + x_NED
+        heard_NED = mix_by_token(adjacency_EE * gate_NEE, x_NED)
+        both_D2D = torch.cat([self.neighbor_map.weight, self.self_map.weight], dim=1)  # one product, K = 2·D
+        return F.gelu(F.linear(torch.cat([heard_NED, x_NED], dim=-1), both_D2D, self.self_map.bias))
 
     def flops(self, tokens: int) -> int:
         """Count the two scores, the messages and the two maps of E experts."""
@@ -90,9 +96,11 @@ class GNNExpertCoupler(Coupler):
         del layer_input
         B, L, E, D = expert_outputs.shape
         x_NED = expert_outputs.reshape(B * L, E, D)
-        for layer in self.layers:
+        *rounds, last = self.layers
+        for layer in rounds:
             x_NED = layer(x_NED)
-        return self.combiner(x_NED.mean(1)).view(B, L, D)
+        mean_ND = mean_over_experts(x_NED) + mean_over_experts(last.update(x_NED))  # pyright: ignore
+        return self.combiner(mean_ND).view(B, L, D)
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Loop over pairs of experts and concatenate their features, as the original did."""

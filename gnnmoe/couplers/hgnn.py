@@ -17,7 +17,8 @@ from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
 from gnnmoe.hypergraph import FORMULAS, hyperedge_index, static_hyperedges
 from gnnmoe.hypergraph_backends import BACKENDS, require_backend
-from gnnmoe.hypergraph_layers import CONV_TYPES, HypergraphLayer
+from gnnmoe.hypergraph_layers import CONV_TYPES, HypergraphStack
+from gnnmoe.mixing import mean_over_experts
 from gnnmoe.naming import unknown_name
 
 if TYPE_CHECKING:
@@ -75,11 +76,11 @@ class HGNNExpertCoupler(Coupler):
             if name not in allowed:
                 raise ValueError(unknown_name(kind, name, allowed))
         _refuse_static_only(config.hgnn_conv_type, edge_weights, backend)
-        self.activation, self.residual, self.edge_weights = ACTIVATIONS[activation], residual, edge_weights
+        self.edge_weights = edge_weights
         self._members = static_hyperedges(config.num_experts, config.static_hyperedge_strategy)
         self._num_hyperedges = len(self._members)
         self._hyperedge_index = hyperedge_index(self._members)
-        self.layers = nn.ModuleList()
+        self.layers = HypergraphStack(activation=ACTIVATIONS[activation], residual=residual)
         self.register_parameter("hyperedge_weights", None)
         if not self._members:
             warnings.warn(
@@ -131,34 +132,24 @@ class HGNNExpertCoupler(Coupler):
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
         del layer_input
         if not self._members:
-            return self.combiner(expert_outputs.mean(2))
+            return self.combiner(mean_over_experts(expert_outputs))
         B, L, E, D = expert_outputs.shape
-        start_NED = x_NED = expert_outputs.reshape(B * L, E, D)
-        weights_M = self.effective_hyperedge_weights()
-        for layer in self.layers:
-            x_NED = self._update(x_NED, layer(x_NED, weights_M, start_NED))
-        return self.combiner(x_NED.mean(1)).view(B, L, D)
-
-    def _update(self, x: Tensor, message: Tensor) -> Tensor:
-        message = message if self.activation is None else self.activation(message)
-        return x + message if self.residual else message
+        x_NED = expert_outputs.reshape(B * L, E, D)
+        return self.combiner(self.layers.mean(x_NED, self.effective_hyperedge_weights())).view(B, L, D)
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Go through every layer's formula hyperedge by hyperedge, with no matrix and no index."""
         del layer_input
         start = features = list(expert_outputs.unbind(2))
-        for layer in self._hypergraph_layers():
+        for layer in self.layers.as_list():
             messages = layer.naive(features, self.effective_hyperedge_weights(), start)
-            features = [self._update(x, message) for x, message in zip(features, messages, strict=True)]
+            features = [self.layers.update(x, message) for x, message in zip(features, messages, strict=True)]
         return self.combiner(torch.stack(features).mean(0))
 
-    def _hypergraph_layers(self) -> list[HypergraphLayer]:
-        return [layer for layer in self.layers if isinstance(layer, HypergraphLayer)]
-
     def flops(self, tokens: int) -> int:
-        """Count every layer and the combiner."""
-        own = sum(layer.flops(tokens) for layer in self._hypergraph_layers())
-        return own + linear_flops(tokens, self.config.embed_dim, self.config.embed_dim)
+        """Count the stack and the combiner."""
+        stack = self.layers.flops(tokens) if self._members else 0
+        return stack + linear_flops(tokens, self.config.embed_dim, self.config.embed_dim)
 
     def static_communication(self) -> dict[str, Tensor]:
         """Return the effective hyperedge weights (M) and ``adjacency`` (E, E), where there are hyperedges.
@@ -169,7 +160,7 @@ class HGNNExpertCoupler(Coupler):
         if not self._members:
             return {}
         weights_M = self.effective_hyperedge_weights()
-        adjacency_EE = self._hypergraph_layers()[0].adjacency(weights_M)
+        adjacency_EE = self.layers.as_list()[0].adjacency(weights_M)
         return {"hyperedge_weights": weights_M, "adjacency": adjacency_EE}
 
     @torch.no_grad()
@@ -182,11 +173,11 @@ class HGNNExpertCoupler(Coupler):
             return found
         start_NED = x_NED = expert_outputs.flatten(0, 1)
         weights_M = self.effective_hyperedge_weights()
-        for number, layer in enumerate(self._hypergraph_layers()):
+        for number, layer in enumerate(self.layers.as_list()):
             membership_EM = layer.membership(x_NED, weights_M)
             if membership_EM is not None:
                 found[f"membership_{number}"] = membership_EM
-            x_NED = self._update(x_NED, layer(x_NED, weights_M, start_NED))
+            x_NED = self.layers.update(x_NED, layer(x_NED, layer.from_weights(weights_M), start_NED))
         return found
 
     def member_names(self) -> dict[str, list[str]]:
@@ -196,7 +187,7 @@ class HGNNExpertCoupler(Coupler):
     def inert_parameters(self) -> dict[str, str]:
         """Declare what has nothing to weigh: weights that cancel out, scores without a choice."""
         inert = {}
-        for number, layer in enumerate(self._hypergraph_layers()):
+        for number, layer in enumerate(self.layers.as_list()):
             own = layer.inert_parameters()
             inert |= {f"layers.{number}.{name}": own[name] for name in own}
             if self.hyperedge_weights is not None and layer.weights_cancel():

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.mixing import mean_over_experts
 
 
 @register_coupler("mean")
@@ -26,7 +27,7 @@ class MeanCoupler(Coupler):
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
         del layer_input
-        return self.combiner(expert_outputs.mean(2))
+        return self.combiner(mean_over_experts(expert_outputs))
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Add the experts up one by one."""

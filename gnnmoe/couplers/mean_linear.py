@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.mixing import mean_over_experts
 
 if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
@@ -46,7 +47,7 @@ class MeanLinearCoupler(Coupler):
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
         del layer_input
-        return self.combiner(self.maps(expert_outputs.mean(2)))
+        return self.combiner(self.maps(mean_over_experts(expert_outputs)))
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Map every expert by itself and take the mean last, as the hypergraph stack does."""

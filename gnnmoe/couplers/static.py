@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.mixing import mix, mix_by_token
 
 if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
@@ -43,8 +44,9 @@ class StaticCoupler(Coupler):
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
         del layer_input
-        weights_BLE = self.expert_logits.softmax(0).expand(expert_outputs.shape[:3])
-        return self.combiner(weighted_sum(weights_BLE, expert_outputs))
+        B, L, E, D = expert_outputs.shape
+        weights_1E = self.expert_logits.softmax(0)[None]
+        return self.combiner(mix(weights_1E, expert_outputs.reshape(B * L, E, D)).view(B, L, D))
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Add the experts up one by one, each times exp(a_e), and divide by the sum of those."""
@@ -71,10 +73,7 @@ class StaticCoupler(Coupler):
 
 
 def weighted_sum(weights_BLE: Tensor, x_BLED: Tensor) -> Tensor:
-    """Return Σ_e w_e x_e (B, L, D), as a matrix product for each token.
-
-    The weights are rounded to the type of ``x``. No product (B, L, E, D) is ever held.
-    """
+    """Return Σ_e w_e x_e (B, L, D) in the type of ``x``. No product (B, L, E, D) is ever held."""
     B, L, E, D = x_BLED.shape
-    weights_N1E = weights_BLE.to(x_BLED.dtype).reshape(B * L, 1, E)
-    return torch.bmm(weights_N1E, x_BLED.reshape(B * L, E, D)).view(B, L, D)
+    weights_N1E, x_NED = weights_BLE.reshape(B * L, 1, E), x_BLED.reshape(B * L, E, D)
+    return mix_by_token(weights_N1E, x_NED).view(B, L, D)

@@ -13,6 +13,7 @@ from gnnmoe.hypergraph_layers.all_set_transformer import AllSetTransformer
 from gnnmoe.hypergraph_layers.attention import HypergraphAttention
 from gnnmoe.hypergraph_layers.edhnn import EDHNN
 from gnnmoe.hypergraph_layers.hnhn import HNHN
+from gnnmoe.hypergraph_layers.stack import HypergraphStack
 from gnnmoe.hypergraph_layers.static import StaticConvolution
 
 CONV_TYPES: dict[str, Callable[..., HypergraphLayer]] = {
@@ -33,5 +34,6 @@ __all__ = [
     "AllSetTransformer",
     "HypergraphAttention",
     "HypergraphLayer",
+    "HypergraphStack",
     "StaticConvolution",
 ]

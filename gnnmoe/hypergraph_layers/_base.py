@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.hypergraph import Members, hyperedge_index, incidence, propagation_matrix, safe_reciprocal
+from gnnmoe.mixing import mean_over_experts, mix
 
 
 class HypergraphLayer(nn.Module, ABC):
     """One round of messages from experts to hyperedges and back: (N, E, D) → (N, E, D).
 
     The coupler adds the activation and the residual. Every token has the same hypergraph, so no
-    index depends on N, and no token can see another.
+    index depends on N, and no token can see another. A stack calls ``from_weights`` once for all its
+    layers.
     """
 
     incidence_EM: Tensor
@@ -32,11 +34,24 @@ class HypergraphLayer(nn.Module, ABC):
         self.register_buffer("incidence_EM", matrix_EM.to(torch.get_default_dtype()), persistent=False)
 
     @abstractmethod
-    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
+    def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return what each expert hears (N, E, D).
 
-        ``weights_M`` (M) are the hyperedge weights, ``start_NED`` the features before the first layer.
+        ``from_weights`` is what the method of this name gives, ``start_NED`` the features before the
+        first layer.
         """
+
+    def from_weights(self, weights_M: Tensor) -> Tensor:
+        """Return what ``forward`` needs of the hyperedge weights (M), which is the same for every token.
+
+        Here D⁻¹ H W (E, M): the weighted mean over the hyperedges of each expert, 0 for one without.
+        """
+        per_expert_E = safe_reciprocal(self.incidence_EM @ weights_M)
+        return per_expert_E[:, None] * self.incidence_EM * weights_M
+
+    def mean(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
+        """Return the mean over the experts of ``forward`` (N, D)."""
+        return mean_over_experts(self(x_NED, from_weights, start_NED))
 
     @abstractmethod
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
@@ -45,6 +60,14 @@ class HypergraphLayer(nn.Module, ABC):
     @abstractmethod
     def flops(self, tokens: int) -> int:
         """Return the FLOPs of ``forward`` on this many tokens: 2 a multiply-add of a matrix product."""
+
+    def mean_flops(self, tokens: int) -> int:
+        """Return the FLOPs of ``mean`` on this many tokens."""
+        return self.flops(tokens)
+
+    def from_weights_flops(self) -> int:
+        """Return the FLOPs of ``from_weights``."""
+        return 0
 
     def inert_parameters(self) -> dict[str, str]:
         """Return parameters that have no gradient on this hypergraph: name → the reason."""
@@ -73,15 +96,7 @@ class HypergraphLayer(nn.Module, ABC):
     def mean_of_members(self, x_NED: Tensor) -> Tensor:
         """Return the mean over the members of each hyperedge (N, M, D): B⁻¹ Hᵀ x."""
         per_edge_M = safe_reciprocal(self.incidence_EM.sum(0))
-        return torch.matmul((self.incidence_EM * per_edge_M).T, x_NED)
-
-    def mean_of_hyperedges(self, z_NMD: Tensor, weights_M: Tensor) -> Tensor:
-        """Return the weighted mean over the hyperedges of each expert (N, E, D): D⁻¹ H W z.
-
-        0 for an expert without hyperedges.
-        """
-        per_expert_E = safe_reciprocal(self.incidence_EM @ weights_M)
-        return torch.matmul(per_expert_E[:, None] * self.incidence_EM * weights_M, z_NMD)
+        return mix((self.incidence_EM * per_edge_M).T, x_NED)
 
     def hyperedges_of(self, expert: int) -> list[int]:
         """Return the numbers of the hyperedges that ``expert`` belongs to."""

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from gnnmoe.hypergraph import Members
 from gnnmoe.hypergraph_layers._base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean
+from gnnmoe.mixing import mix
+from gnnmoe.token_chunks import over_token_chunks
+
+FEATURES = 7
+"""Feature vectors of an expert and of a hyperedge that live at once: inside two MLPs, and their gradients."""
 
 
 class AllDeepSets(HypergraphLayer):
@@ -32,11 +37,16 @@ class AllDeepSets(HypergraphLayer):
         self.of_members, self.to_hyperedges = MLP(embed_dim), MLP(embed_dim)
         self.of_hyperedges, self.to_experts = MLP(embed_dim), MLP(embed_dim)
 
-    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
+    def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return (N, E, D)."""
         del start_NED
-        z_NMD = self.to_hyperedges(self.mean_of_members(self.of_members(x_NED)))
-        return self.to_experts(self.mean_of_hyperedges(self.of_hyperedges(z_NMD), weights_M))
+
+        def piece(x_NED: Tensor) -> Tensor:
+            z_NMD = self.to_hyperedges(self.mean_of_members(self.of_members(x_NED)))
+            return self.to_experts(mix(from_weights, self.of_hyperedges(z_NMD)))
+
+        features = FEATURES * (self.num_experts + self.num_hyperedges)
+        return over_token_chunks(piece, x_NED, features=features)
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Follow the formula set by set."""

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from gnnmoe.hypergraph import Members
 from gnnmoe.hypergraph_layers._base import HypergraphLayer
+from gnnmoe.token_chunks import over_token_chunks
+
+FEATURES = 10
+"""Feature vectors of an expert and of a hyperedge that live at once: inside a pooling, and gradients."""
 
 
 class AttentionPooling(nn.Module):
@@ -97,12 +101,20 @@ class AllSetTransformer(HypergraphLayer):
         self.to_hyperedges = AttentionPooling(embed_dim, num_heads)
         self.to_experts = AttentionPooling(embed_dim, num_heads)
 
-    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
+    def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return (N, E, D)."""
         del start_NED
         belongs_EM = self.incidence_EM > 0
-        z_NMD = self.to_hyperedges(x_NED, belongs_EM.T)
-        return self.to_experts(z_NMD, belongs_EM, weights_M.log())
+
+        def piece(x_NED: Tensor) -> Tensor:
+            return self.to_experts(self.to_hyperedges(x_NED, belongs_EM.T), belongs_EM, from_weights)
+
+        features = FEATURES * (self.num_experts + self.num_hyperedges)
+        return over_token_chunks(piece, x_NED, features=features)
+
+    def from_weights(self, weights_M: Tensor) -> Tensor:
+        """Return log w (M), which is added to the scores."""
+        return weights_M.log()
 
     def membership(self, x_NED: Tensor, weights_M: Tensor) -> Tensor:
         """Return the shares of the second pooling (E, M), averaged over the tokens and the heads."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gnnmoe.hypergraph import Members, safe_reciprocal
 from gnnmoe.hypergraph_layers._base import HypergraphLayer, naive_mean
+from gnnmoe.mixing import mix_by_token, rowwise, scores
 
 NEGATIVE_SLOPE = 0.2
 
@@ -42,19 +43,21 @@ class HypergraphAttention(HypergraphLayer):
         nn.init.xavier_uniform_(self.weight)
         nn.init.xavier_uniform_(self.scores)
 
-    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
-        """Return (N, E, D)."""
+    def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
+        """Return (N, E, D). Features of hyperedges are never formed: a token has its own P (E, E)."""
         del start_NED
-        H_EM, mapped_NED = self.incidence_EM, F.linear(x_NED, self.weight)
-        incidence_NEM = self._incidence(mapped_NED).to(mapped_NED.dtype)
-        per_edge_M = weights_M * safe_reciprocal(H_EM.sum(0))
-        z_NMD = torch.matmul((incidence_NEM * per_edge_M.to(mapped_NED.dtype)).mT, mapped_NED)
-        per_expert_E = safe_reciprocal(H_EM @ weights_M)
-        return per_expert_E[:, None] * torch.matmul(incidence_NEM, z_NMD) + self.bias
+        mapped_NED = rowwise(lambda x: F.linear(x, self.weight), x_NED)
+        incidence_NEM = self._incidence(mapped_NED)
+        P_NEE = mix_by_token(incidence_NEM * from_weights, incidence_NEM.mT)
+        return mix_by_token(P_NEE, mapped_NED) + self.bias
+
+    def from_weights(self, weights_M: Tensor) -> Tensor:
+        """Return D⁻¹ H W B⁻¹ (E, M)."""
+        return super().from_weights(weights_M) * safe_reciprocal(self.incidence_EM.sum(0))
 
     def _incidence(self, mapped_NED: Tensor) -> Tensor:
         """Return H̃ (N, E, M): a softmax over the hyperedges of each expert."""
-        scores_NE2 = F.linear(mapped_NED, self.scores)
+        scores_NE2 = scores(self.scores, mapped_NED)
         of_hyperedges_NM = self.mean_of_members(scores_NE2[..., 1:])[..., 0]
         scores_NEM = F.leaky_relu(scores_NE2[..., :1] + of_hyperedges_NM[:, None, :], NEGATIVE_SLOPE)
         masked_NEM = scores_NEM.masked_fill(self.incidence_EM == 0, torch.finfo(scores_NEM.dtype).min)
@@ -63,7 +66,7 @@ class HypergraphAttention(HypergraphLayer):
     def membership(self, x_NED: Tensor, weights_M: Tensor) -> Tensor:
         """Return H̃ (E, M), averaged over the tokens."""
         del weights_M
-        return self._incidence(F.linear(x_NED, self.weight)).mean(0)
+        return self._incidence(rowwise(lambda x: F.linear(x, self.weight), x_NED)).mean(0)
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Score every pair of an expert and one of its hyperedges, then sum over both in turn."""
@@ -89,9 +92,9 @@ class HypergraphAttention(HypergraphLayer):
         return heard
 
     def flops(self, tokens: int) -> int:
-        """Count Θ, the scores, their means and the two products with the incidence."""
+        """Count Θ, the scores, their means, each token's P and its product with the experts."""
         E, M, D = self.num_experts, self.num_hyperedges, self.embed_dim
-        return 2 * tokens * (E * D * D + 2 * E * D + E * M + 2 * E * M * D)
+        return 2 * tokens * (E * D * D + 2 * E * D + E * M + E * M * E + E * E * D)
 
     def inert_parameters(self) -> dict[str, str]:
         """Declare the scores where no expert has a choice."""

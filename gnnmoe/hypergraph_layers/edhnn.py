@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from gnnmoe.hypergraph import Members, safe_reciprocal
 from gnnmoe.hypergraph_layers._base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean
+from gnnmoe.token_chunks import over_token_chunks
 
 RESTART = 0.5  # share of the first features in every layer, the default of the authors' code
+
+
+FEATURES = 5
+"""Feature vectors of an expert, a hyperedge and a pair of both that live at once, gradients included."""
 
 
 class EDHNN(HypergraphLayer):
@@ -56,16 +61,25 @@ class EDHNN(HypergraphLayer):
         )
         self.register_buffer("belongs_EG", torch.tensor(kept).view(shape), persistent=False)
 
-    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
+    def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return (N, E, D)."""
-        m_NMD = self.mean_of_members(self.from_hyperedge(self.of_members(x_NED)))  # V commutes with the mean
         E, G = self.hyperedges_EG.shape
-        of_edges_NEGD = m_NMD.index_select(1, self.hyperedges_EG.flatten()).unflatten(1, (E, G))
-        h_NEGD = F.gelu(self.from_expert(x_NED)[:, :, None] + of_edges_NEGD)
-        weights_EG = weights_M.index_select(0, self.hyperedges_EG.flatten()).view(E, G) * self.belongs_EG
-        shares_EG = weights_EG * safe_reciprocal(weights_EG.sum(1, keepdim=True))
-        heard_NED = (shares_EG[:, :, None] * h_NEGD).sum(2).to(x_NED.dtype)
-        return self.update((1 - RESTART) * self.message(heard_NED) + RESTART * start_NED)
+
+        def piece(x_NED: Tensor, start_NED: Tensor) -> Tensor:
+            m_NMD = self.mean_of_members(self.from_hyperedge(self.of_members(x_NED)))  # V commutes with it
+            of_edges_NEGD = m_NMD.index_select(1, self.hyperedges_EG.flatten()).unflatten(1, (E, G))
+            h_NEGD = F.gelu(self.from_expert(x_NED)[:, :, None] + of_edges_NEGD)
+            heard_NED = (from_weights[:, :, None] * h_NEGD).sum(2).to(x_NED.dtype)
+            return self.update((1 - RESTART) * self.message(heard_NED) + RESTART * start_NED)
+
+        features = FEATURES * (E + self.num_hyperedges + E * G)
+        return over_token_chunks(piece, x_NED, start_NED, features=features)
+
+    def from_weights(self, weights_M: Tensor) -> Tensor:
+        """Return the share of each hyperedge among those of its expert (E, G)."""
+        weights_EG = weights_M.index_select(0, self.hyperedges_EG.flatten()).view_as(self.belongs_EG)
+        weights_EG = weights_EG * self.belongs_EG
+        return weights_EG * safe_reciprocal(weights_EG.sum(1, keepdim=True))
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Follow the formula, one pair of an expert and a hyperedge after the other."""

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from gnnmoe.hypergraph import Members
 from gnnmoe.hypergraph_layers._base import HypergraphLayer, naive_mean, naive_weighted_mean
+from gnnmoe.mixing import fuses, mean_over_experts, mix, rowwise
+from gnnmoe.token_chunks import over_token_chunks
+
+FEATURES = 3
+"""Feature vectors of a hyperedge that live at once: before and after GELU, and the gradients of both."""
 
 
 class HNHN(HypergraphLayer):
@@ -34,12 +39,26 @@ class HNHN(HypergraphLayer):
         self.to_hyperedges = nn.Linear(embed_dim, embed_dim)
         self.to_experts = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor) -> Tensor:
+    def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return (N, E, D); both maps run on experts, since they commute with the means."""
         del start_NED
-        mapped_NED = F.linear(x_NED, self.to_hyperedges.weight)
-        z_NMD = F.gelu(self.mean_of_members(mapped_NED) + self.to_hyperedges.bias)
-        return self.to_experts(self.mean_of_hyperedges(z_NMD, weights_M))
+        return rowwise(self.to_experts, self._heard(x_NED, from_weights))
+
+    def mean(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
+        """Return the mean over the experts of ``forward`` (N, D): the last map commutes with it."""
+        del start_NED
+        return self.to_experts(mean_over_experts(self._heard(x_NED, from_weights)))
+
+    def _heard(self, x_NED: Tensor, shares_EM: Tensor) -> Tensor:
+        """Return D⁻¹ H W Z (N, E, D). Z (N, M, D) is never whole, and not kept for the backward."""
+
+        def through_hyperedges(mapped_NED: Tensor) -> Tensor:
+            z_NMD = F.gelu(self.mean_of_members(mapped_NED) + self.to_hyperedges.bias)
+            return mix(shares_EM, z_NMD)
+
+        mapped_NED = rowwise(lambda x: F.linear(x, self.to_hyperedges.weight), x_NED)
+        features = 0 if fuses(*shares_EM.shape) else FEATURES * self.num_hyperedges
+        return over_token_chunks(through_hyperedges, mapped_NED, features=features)
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Follow the formula: mean, map and activation for each hyperedge, then for each expert."""
@@ -56,3 +75,8 @@ class HNHN(HypergraphLayer):
         """Count two maps on experts and the two means."""
         E, M, D = self.num_experts, self.num_hyperedges, self.embed_dim
         return 2 * tokens * (2 * E * D * D + 2 * E * M * D)
+
+    def mean_flops(self, tokens: int) -> int:
+        """Count the last map once for all experts."""
+        E, D = self.num_experts, self.embed_dim
+        return self.flops(tokens) - 2 * tokens * (E - 1) * D * D

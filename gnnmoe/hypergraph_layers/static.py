@@ -45,10 +45,19 @@ class StaticConvolution(HypergraphLayer):
         self.register_buffer("index", hyperedge_index(self.members), persistent=False)
         self.pyg_conv: list[nn.Module] = []  # made by the PyG backends on first use
 
-    def forward(self, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor | None = None) -> Tensor:
+    def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor | None = None) -> Tensor:
         """Return (N, E, D)."""
         del start_NED
-        return BACKENDS[self.backend](self, x_NED, weights_M)
+        return BACKENDS[self.backend](self, x_NED, from_weights)
+
+    def from_weights(self, weights_M: Tensor) -> Tensor:
+        """Return P (E, E), or the weights themselves (M) where the backend works without P."""
+        return self.adjacency(weights_M) if self.is_matrix else weights_M
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the backend applies P (E, E)."""
+        return self.backend == "vectorized"
 
     def adjacency(self, weights_M: Tensor) -> Tensor:
         """Return P (E, E), which the layer applies: row i holds what expert i hears of each expert."""
@@ -76,9 +85,13 @@ class StaticConvolution(HypergraphLayer):
         return heard
 
     def flops(self, tokens: int) -> int:
-        """Count Θ and P on every token, and P itself once a call."""
-        E, M, D = self.num_experts, self.num_hyperedges, self.embed_dim
-        return 2 * tokens * E * D * (D + E) + 2 * E * M * E
+        """Count Θ and P on every token."""
+        E, D = self.num_experts, self.embed_dim
+        return 2 * tokens * E * D * (D + E)
+
+    def from_weights_flops(self) -> int:
+        """Count P itself."""
+        return 2 * self.num_experts * self.num_hyperedges * self.num_experts
 
     def weights_cancel(self) -> bool:
         """Return whether the degree divides every weight out again; in PyG's formula it cannot."""

@@ -151,7 +151,7 @@ def _base_record(plan: Plan) -> Record:
     evaluations = steps // plan.eval_every + (steps % plan.eval_every > 0)
     scored = evaluations * plan.tokens
     ledger = {
-        "tuned_batch_size": None,
+        "tuned_micro_batch_size": None,
         "epochs": [{"epoch": 0, "batch_size": BATCH, "asked": counts, "got": counts}],
         "training": {name: {"asked": count, "got": count} for name, count in counts.items()},
         "evaluations": {

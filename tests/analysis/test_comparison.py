@@ -126,7 +126,9 @@ def test_cost_is_beside_the_same_model_with_mean(comparison, path):
 def test_cost_needs_a_mean_of_the_same_size(tmp_path):
     path = made_study(tmp_path / "sizes", {"mean": 0.0, "GNN": 0.0}, experts=(2, 4), seeds=2, history=2)
     comparison = compare(load_study(path).groups[0])
-    costs = {row.configuration.label: row.cost.mean.label for row in comparison.rows if row.cost}
+    costs = {
+        row.configuration.label: row.cost.mean.label for row in comparison.rows if row.cost and row.cost.mean
+    }
     assert costs == {
         "GNN · num_experts 2": "mean · num_experts 2",
         "GNN · num_experts 4": "mean · num_experts 4",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from bench.analysis.labels import labels, settings_of
+from bench.config import ExecutionConfig
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -92,3 +94,17 @@ def test_memory_counts_only_where_something_was_asked_of_it():
     assert settings_of({**plain, "memory": asked_nothing}) == settings_of(plain)
     split = settings_of({**plain, "memory": {**asked_nothing, "micro_batch_size": 4}})
     assert labels([split, settings_of(plain)]) == ["mean · micro_batch_size 4", "mean"]
+
+
+def test_execution_is_named_where_it_is_not_the_plain_one():
+    """Records of before it could be chosen are plain ones."""
+
+    def of(**execution: Any) -> dict[str, Any]:
+        config = {"model": {"coupler_type": "mean"}, "execution": asdict(ExecutionConfig(**execution))}
+        return settings_of(config)
+
+    before = settings_of({"model": {"coupler_type": "mean"}})
+    assert before == of()
+    low, both, batched = of(precision="bf16"), of(precision="bf16", compile=True), of(experts="batched")
+    named = ["mean", "mean · bf16", "mean · bf16 · compile True", "mean · batched"]
+    assert labels([before, low, both, batched]) == named

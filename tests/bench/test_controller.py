@@ -443,3 +443,13 @@ def test_a_cut_length_counts_in_the_pieces_of_an_update(tiny, tmp_path):
     used = json.loads(next((tmp_path / "results" / "default").glob("*/record.json")).read_text())["used"]
     assert used["lengths"] == [8, 16]
     assert used["micro_batch_size"] * used["accumulation"] * 8 == 4 * 16
+
+
+@pytest.mark.parametrize("flags", ["", "--tune-batch-size"])
+def test_d8_the_user_s_maximum_bounds_the_controller(tiny, tmp_path, flags):
+    """D8: however much room there is, also after a search for the size to begin with."""
+    bounded = ["--control-memory", "--tune-max-batch-size", "2", "--max-steps", "6", *flags.split()]
+    assert main([*tiny, *bounded]) == 0
+    used = json.loads(next((tmp_path / "results" / "default").glob("*/record.json")).read_text())["used"]
+    assert used["micro_batch_shapes"] == {"2x16": 12}
+    assert used["control"] == []

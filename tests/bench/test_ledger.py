@@ -52,15 +52,15 @@ def test_a3_an_epoch_as_planned_is_recorded_with_what_was_asked_and_got():
     ledger.end_epoch()
     counts = {"batches": 2, "samples": 8, "tokens": 24, "updates": 2}
     assert ledger.to_record()["epochs"] == [{"epoch": 0, "batch_size": 4, "asked": counts, "got": counts}]
-    assert ledger.to_record()["tuned_batch_size"] == 4
+    assert ledger.to_record()["tuned_micro_batch_size"] == 4
     assert ledger.batch_shapes == {"4x3": 2}
 
 
 def test_a3_a_lost_batch_is_an_error_that_names_tuned_size_expected_and_yielded():
-    ledger = served(batch(), tuned=4)
+    ledger = served(batch(), tuned=2)
     with pytest.raises(BatchAccountingError) as failure:
         ledger.end_epoch()
-    for part in ("epoch 0", "batch size 4 (tuned to 4)", "2 batches expected, 1 came"):
+    for part in ("epoch 0", "batch size 4 (micro-batch tuned to 2)", "2 batches expected, 1 came"):
         assert part in str(failure.value)
     with pytest.raises(BatchAccountingError, match="2 batches expected, 1 came"):
         served(batch()).begin_epoch(EpochPlan(1, 4, 2, 8, 24))
@@ -134,6 +134,14 @@ def test_the_counts_go_on_after_a_checkpoint():
     second.end_epoch()
     assert second.to_record()["training"]["samples"] == {"asked": 8, "got": 8}
     assert second.batch_shapes == {"4x3": 2}
+
+
+def test_a_checkpoint_of_before_the_tuned_size_had_its_name_is_read():
+    state = served(batch(), tuned=2).state_dict()
+    assert state.pop("tuned_micro_batch_size") == 2
+    again = Ledger()
+    again.load_state_dict({**state, "tuned_batch_size": 2})
+    assert again.tuned_micro_batch_size == 2
 
 
 def trainer(corpus, loader=None, **settings) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 
 import pytest
@@ -10,13 +10,12 @@ import torch
 
 from bench.config import MeasureConfig, TrainingConfig
 from bench.device import OUT_OF_MEMORY_TEXTS, is_out_of_memory, resolve_device
-from bench.measure.coupler_speed import REFERENCE, time_forms
 from bench.measure.environment import code_state, describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.memory import measure_memory
-from bench.measure.speed import measure_speed
+from bench.measure.protocol import time_steps
+from bench.measure.speed import TrainingSteps, fetched, measure_speed, peak_memory
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
 
 CPU = torch.device("cpu")
 
@@ -33,16 +32,28 @@ def make_batches(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": ids, "targets": targets} for _ in range(count)]
 
 
+def steps_of(model: GNNMoEModel, batches: list[dict[str, torch.Tensor]], rows: int | None = None):
+    return TrainingSteps(model, batches, TrainingConfig(), rows)
+
+
 def test_every_step_is_kept_and_only_real_targets_count(model):
     """D6: tokens/s comes from the targets that count and from step time only."""
     measure = MeasureConfig(speed_warmup_steps=2, speed_steps=5)
-    speed, memory = measure_speed(model, make_batches(3), TrainingConfig(), measure, CPU)
+    speed = measure_speed(steps_of(model, make_batches(3)), measure, CPU)
     assert len(speed["step_seconds"]) == 5
+    assert len(speed["warmup_seconds"]) == speed["warmup_steps"] == 2
     assert all(seconds > 0 for seconds in speed["step_seconds"])
     assert speed["step_tokens"] == [13] * 5
     assert speed["steady"] is False
-    assert memory["meter"] == "tracked_tensors"
-    json.dumps([speed, memory])
+    json.dumps(speed)
+
+
+def test_tokens_are_those_of_the_batches_that_were_timed(model):
+    """Batches of 13 and 16 targets in turn; the warm-up has taken the first."""
+    batches = make_batches(2)
+    batches[1]["targets"] = batches[1]["input_ids"]
+    measure = MeasureConfig(speed_warmup_steps=1, speed_steps=3)
+    assert measure_speed(steps_of(model, batches), measure, CPU)["step_tokens"] == [16, 13, 16]
 
 
 def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
@@ -54,21 +65,45 @@ def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
         return torch.tensor(0.0), torch.tensor(0.0)
 
     monkeypatch.setattr("bench.measure.speed.training_step", step)
-    monkeypatch.setattr("bench.measure.speed.measure_memory", lambda *_: {})
-    monkeypatch.setattr("bench.measure.speed.time.perf_counter", lambda: ticks[0])
+    timed = functools.partial(time_steps, clock=lambda: ticks[0])
+    monkeypatch.setattr("bench.measure.speed.time_steps", timed)
     measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
-    speed, _ = measure_speed(model, make_batches(1), TrainingConfig(), measure, CPU)
+    speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU)
     assert speed["step_seconds"] == [1.0] * 4
     assert ticks[0] == 7.0
+    measure = MeasureConfig(speed_warmup_steps="auto", speed_steps=2)
+    speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU)
+    assert (speed["warmup_steps"], speed["steady"], ticks[0]) == (20, True, 29.0)
 
 
-def test_the_speed_pass_works_on_a_copy(model):
-    before = copy.deepcopy(model.state_dict())
-    state = torch.get_rng_state()
-    measure_speed(model, make_batches(1), TrainingConfig(), MeasureConfig(speed_steps=2), CPU)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(torch.get_rng_state(), state)
+def test_a_fetch_is_what_the_loader_and_the_way_to_the_device_take():
+    now = [0.0]
+
+    def loader():
+        for number, batch in enumerate(make_batches(5)):
+            now[0] += 1.0 + number
+            yield batch
+
+    def as_run(batch):
+        now[0] += 0.5
+        return {name: tensor[:, :4] for name, tensor in batch.items()}
+
+    batches, seconds = fetched(loader(), 3, as_run, CPU, clock=lambda: now[0])
+    assert seconds == [1.5, 2.5, 3.5]
+    assert [tuple(batch["targets"].shape) for batch in batches] == [(2, 4)] * 3
+    assert len(fetched(loader(), 9, as_run, CPU)[0]) == 5
+
+
+def test_memory_by_phase_begins_without_an_optimizers_state(model):
+    steps = steps_of(model, make_batches(1))
+    for number in range(3):
+        steps.step(number)
+    memory = peak_memory(steps, CPU)
+    phases = memory["by_phase"]
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert phases["built"] == held + 2 * 2 * 8 * 8
+    assert phases["built"] < phases["first_step"] <= phases["steady"] == memory["peak_allocated_bytes"]
+    json.dumps(memory)
 
 
 def test_the_memory_peak_is_that_of_the_tensors_alive():
@@ -90,7 +125,7 @@ def test_the_memory_peak_holds_a_chunk_of_logits():
     model = GNNMoEModel(config, seed=0)
     ids = torch.zeros(4, 64, dtype=torch.int64)
     batch = {"input_ids": ids, "targets": ids}
-    _, memory = measure_speed(model, [batch], TrainingConfig(), MeasureConfig(speed_steps=1), CPU)
+    memory = peak_memory(steps_of(model, [batch]), CPU)
     states = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and Adam's two moments
     chunk = 4 * min(256, 32 * 2**20 // (4 * config.padded_vocab_size)) * config.padded_vocab_size
     assert memory["peak_allocated_bytes"] > states + chunk
@@ -100,8 +135,7 @@ def test_memory_grows_with_the_batch(model):
     peaks = []
     for rows in (1, 4):
         batch = [{name: tensor.repeat(rows, 1) for name, tensor in make_batches(1)[0].items()}]
-        _, memory = measure_speed(model, batch, TrainingConfig(), MeasureConfig(speed_steps=1), CPU)
-        peaks.append(memory["peak_allocated_bytes"])
+        peaks.append(peak_memory(steps_of(model, batch), CPU)["peak_allocated_bytes"])
     assert peaks[1] > peaks[0]
 
 
@@ -165,36 +199,3 @@ def test_auto_takes_what_there_is(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cpu") == CPU
-
-
-def test_every_form_of_a_coupler_is_timed_and_compared():
-    """Speed row: the benchmark that prints loop / vectorized; its ratio is not asserted here."""
-    config = GNNMoEConfig(embed_dim=8, num_experts=3, max_seq_length=4)
-    timings = list(time_forms(config, batch_size=2, rounds=2, device=CPU))
-    assert [timing.form for timing in timings] == [
-        *(name for name in BACKENDS if name not in missing_backends()), REFERENCE,
-    ]  # fmt: skip
-    assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in timings)
-    assert max(timing.largest_difference for timing in timings) < 1e-5
-    graph = GNNMoEConfig(coupler_type="GNN", embed_dim=8, num_experts=3, max_seq_length=4)
-    assert [timing.form for timing in time_forms(graph, 2, 1, CPU)] == ["vectorized", REFERENCE]
-
-
-def test_the_benchmark_prints_a_table_of_80_columns(run_command):
-    done = run_command(
-        "bench.speed", *["--embed-dim", "8", "--max-seq-length", "4", "--batch-size", "2", "--rounds", "1"]
-    )
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    for form in ("vectorized", "pyg", "loop", "reference()"):
-        assert form in done.stdout
-
-
-@pytest.mark.parametrize("flag", ["--hgnn-conv-type", "--static-hyperedge-strategy"])
-def test_the_benchmark_refuses_a_misspelt_name_that_its_coupler_never_reads(flag, capsys):
-    from bench import speed
-
-    with pytest.raises(SystemExit) as stopped:
-        speed.main(["--coupler", "mean", flag, "nope"])
-    assert stopped.value.code == 2
-    assert "'nope'; allowed: " in capsys.readouterr().err

@@ -18,7 +18,6 @@ from bench.measure.meters import (
     ProcessMeter,
     Reading,
     TrackedMeter,
-    held_bytes,
     meter_for,
     nvml_used_bytes,
     process_peak_bytes,
@@ -141,7 +140,7 @@ def test_e2_the_record_has_every_quantity_and_the_meter():
     assert record["meter"] == "tracked_tensors"
     assert {"peak_allocated_bytes", "peak_reserved_bytes", "peak_active_bytes", "allocator_retries",
             "device_used_bytes", "nvml_used_bytes", "peak_by_part_bytes", "process_peak_bytes",
-            "meter"} == set(record)  # fmt: skip
+            "meter", "by_part"} == set(record)  # fmt: skip
     for name in (
         "peak_reserved_bytes", "peak_active_bytes", "allocator_retries", "device_used_bytes",
         "nvml_used_bytes",
@@ -149,6 +148,8 @@ def test_e2_the_record_has_every_quantity_and_the_meter():
         assert record[name]["value"] is None
         assert len(record[name]["reason"]) > 10
     assert record["peak_allocated_bytes"] == sum(record["peak_by_part_bytes"].values())
+    assert record["peak_allocated_bytes"] == sum(record["by_part"].values())
+    assert set(record["by_part"]) == {"model", "gradients", "optimizer", "activations"}
     json.dumps(record)
 
 
@@ -208,21 +209,6 @@ def test_the_made_up_device_is_a_meter_too():
     assert [(one.judged_bytes, one.allocator_retries) for one in found] == [(600, 1), (140, 0)]
 
 
-def test_held_bytes_count_a_storage_once_in_blocks_of_512():
-    first, second = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(8, 16, bias=False)
-    second.weight = first.weight  # 512 bytes, shared
-    model = torch.nn.Sequential(first, second)
-    model.register_buffer("counts", torch.zeros(129))  # 516 bytes
-    optimizer = torch.optim.Adam(list(model.parameters()))
-    batch = [{"input_ids": torch.zeros(1, dtype=torch.int64)}]
-    assert held_bytes((model, optimizer, batch)) == {
-        "parameter": 512, "buffer": 1024, "optstate": 0, "other": 512,
-    }  # fmt: skip
-    first.weight.grad = torch.zeros_like(first.weight)
-    optimizer.step()
-    assert held_bytes((optimizer,))["optstate"] == 3 * 512  # two moments and a step counter
-
-
 class FakeCuda:
     """What ``CudaMeter`` calls of ``torch.cuda``, in the order of its calls."""
 
@@ -258,7 +244,7 @@ def test_e2_the_cuda_meter_resets_waits_and_takes_the_retries_of_this_step(monke
     assert isinstance(meter_for(CUDA), CudaMeter)
     assert cuda.calls[:5] == ["synchronize", "empty_cache", "reset_peak_memory_stats", "step", "synchronize"]
     assert read.peak_by_part_bytes == {
-        "parameter": 1024, "buffer": 0, "optstate": 0, "other": 0, "rest": 3072,
+        "parameter": 1024, "buffer": 0, "optstate": 0, "other": 0, "gradient": 0, "rest": 3072,
     }  # fmt: skip
     assert (read.meter, read.peak_allocated_bytes, read.peak_reserved_bytes, read.peak_active_bytes,
             read.allocator_retries, read.device_used_bytes, read.nvml_used_bytes, read.judged_bytes) == (

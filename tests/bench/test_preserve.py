@@ -70,6 +70,7 @@ class Training:
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1, device=self.device))]})
         random.random()
         np.random.rand()  # noqa: NPY002
+        torch.rand(1)
         torch.rand(1, device=self.device)
         if fail is not None:
             raise fail("CUDA error: out of memory")

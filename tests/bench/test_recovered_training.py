@@ -184,6 +184,18 @@ def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, ca
     assert "out of memory 2 times" in printed
 
 
+@pytest.mark.parametrize(
+    "schedule", ["4 --batch-schedule 0:4,3:6 --epochs 2", "10 --batch-schedule 0:10,3:5"]
+)
+def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card, schedule):
+    """Three steps, of the first size: what a recovery may run is what a controller may."""
+    assert main([*tiny, "--control-memory", "--max-steps", "3", "--batch-size", *schedule.split()]) == 0
+    _, record = only_run(results_of(tiny))
+    (size,) = record["used"]["batch_sizes"]
+    assert record["used"]["micro_batch_shapes"] == {"2x16": 3 * size // 2}
+    assert record["used"]["recoveries"][-1]["micro_batch_size"] == 2
+
+
 def test_d7_a_run_that_cannot_be_saved_ends_as_oom(tiny, monkeypatch):
     def failing(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

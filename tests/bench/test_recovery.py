@@ -76,6 +76,17 @@ def test_an_attempt_that_runs_gives_its_value():
     assert attempt(lambda: None).ran
 
 
+def test_a_failure_says_nothing_of_other_processes():
+    def fails():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 130.00 MiB. GPU 0 has a total capacity of 79.18 GiB of "
+            "which 65.33 GiB is free. Process 494 has 1.29 GiB memory in use.\nSee documentation"
+        )
+
+    failure = attempt(fails).failure
+    assert failure == "OutOfMemoryError: CUDA out of memory. Tried to allocate 130.00 MiB."
+
+
 def test_a_failed_attempt_says_why():
     memory = FakeMemory(fixed_bytes=100, bytes_per_sample=10, limit_bytes=1000)
     assert [attempt(lambda size=size: memory.step(size)).ran for size in (1, 90, 91)] == [True, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ import torch
 
 from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
-from bench.fitting import FitRequest, fit_here
 from bench.measure import speed
 from bench.measure.activation import require_batch_applied
+from bench.measure.fit_process import FitRequest, fit_here
+from bench.measure.protocol import time_steps
 from bench.measure.trials import TrialSetup
 from bench.run import main
 from bench.training.batch_size import NoFeasibleBatch, Trial
@@ -103,11 +105,13 @@ class Card:
         self.memory = FakeMemory(fixed_bytes=1000, bytes_per_sample=10, limit_bytes=out_of_memory)
         self.limit, self.factor, self.offset = limit, factor, offset
         self.ran: list[Shape] = []
+        self.asked: set[Shape] = set()
 
     def peak(self, shape: Shape) -> int:
         return self.memory.bytes_of(shape.tokens)
 
     def predict(self, shape: Shape) -> int | None:
+        self.asked.add(shape)
         return None if self.factor is None else round(self.peak(shape) * self.factor) + self.offset
 
     def run(self, shape: Shape) -> Trial:
@@ -157,11 +161,35 @@ def test_d4_the_prediction_is_corrected_by_what_was_measured():
 def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none():
     assert Card(3000, 10**6, None).fit(max_trials=2).stopped == "max_trials"
     ticks = iter(range(100))
-    found = Card(3000, 10**6, None).fit(max_seconds=2.5, clock=lambda: next(ticks))
+    found = Card(3000, 10**6, None).fit(max_seconds=1.5, clock=lambda: next(ticks))
     assert found.stopped == "max_seconds"
     assert found.found.trial.ran
     with pytest.raises(NoFeasibleBatch, match="smallest peak seen"):
         Card(900, 10**6).fit()
+
+
+def test_a_fit_begins_no_trial_that_is_not_expected_to_end_in_time():
+    """B6, as a search does: a second a token, so after 64 × 1 there is no time for 64 × 4."""
+    card, now = Card(3000, 10**6, None), [0.0]
+
+    def run(shape: Shape) -> Trial:
+        now[0] += shape.tokens
+        return replace(card.run(shape), seconds=shape.tokens)
+
+    for seconds, ran in ((64 + 255, 1), (64 + 256, 2)):
+        card.ran.clear()
+        now[0] = 0.0
+        found = fit(card.predict, run, SHAPES, limit_bytes=3000, max_seconds=seconds, clock=lambda: now[0])
+        assert (found.stopped, [shape.tokens for shape in card.ran]) == ("max_seconds", [64, 256][:ran])
+        assert found.shape == Shape(1, 64)
+
+
+def test_a_fit_predicts_only_along_one_bisection():
+    """A prediction takes a second: 4 of 12 shapes are asked for, the second trial's among them."""
+    for limit in range(1000 + 160, 1000 + 12 * 640 + 100, 37):
+        card = Card(limit, 10**6)
+        card.fit()
+        assert len(card.asked) <= 4
 
 
 def request(limit: int, device: str = "cpu", config: GNNMoEConfig = CONFIG, rows=(1, 2, 4)) -> FitRequest:
@@ -224,21 +252,18 @@ def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):
         now[0] += 2.0
         return training_step(model, data, optimizer, norm, micro)
 
-    def slow(*arguments):
-        now[0] += 500.0
-        return {}
-
     monkeypatch.setattr(speed, "training_step", step)
-    monkeypatch.setattr(speed, "measure_memory", slow)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    timed = functools.partial(time_steps, clock=lambda: now[0])
+    monkeypatch.setattr(speed, "time_steps", timed)
     padded = batch()
     padded["targets"][1:, 3:] = IGNORED
+    measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
     for _ in range(2):  # the second time as after an earlier run
-        slow()
-        measured, _ = speed.measure_speed(
-            GNNMoEModel(CONFIG, seed=0), [batch(), padded], TrainingConfig(),
-            MeasureConfig(speed_warmup_steps=3, speed_steps=4), CPU, 2,
-        )  # fmt: skip
+        now[0] += 500.0
+        steps = speed.TrainingSteps(GNNMoEModel(CONFIG, seed=0), [batch(), padded], TrainingConfig(), 2)
+        now[0] += 500.0
+        measured = speed.measure_speed(steps, measure, CPU)
+        speed.peak_memory(steps, CPU)
         assert measured["step_seconds"] == [2.0] * 4
         assert measured["step_tokens"] == [16 + 3 * 3, 64, 16 + 3 * 3, 64]
 

@@ -1,23 +1,303 @@
-"""The speed pass holds a second copy of the model: where that does not fit, the run keeps its result."""
+"""The speed pass of a run: a copy alone on the device, the coupler's own cost, a profile; and failures."""
 
 from __future__ import annotations
 
+import copy
+import gzip
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
-from bench import session
+from bench.cli import parse
+from bench.config import ExecutionConfig, MeasureConfig, RunConfig
+from bench.measure import marginal, profile, speed_pass
+from bench.measure.profile import SNAPSHOT, TRACE, profile_steps
+from bench.measure.protocol import Warmup
+from bench.measure.quantity import is_measured
+from bench.measure.speed import TrainingSteps, on_host, warmup_of
+from bench.measure.speed_pass import SpeedPass
 from bench.run import main
+from bench.training.execution import Execution
+from gnnmoe import GNNMoEConfig, GNNMoEModel
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+QUICK = MeasureConfig(speed_warmup_steps=1, speed_steps=2)
+
+
+def model_of(coupler: str = "HGNN", **fields) -> GNNMoEModel:
+    usual = {"embed_dim": 16, "num_layers": 1, "max_seq_length": 8, "vocab_size": 50}
+    return GNNMoEModel(GNNMoEConfig(coupler_type=coupler, **{**usual, **fields}), seed=0)
+
+
+def batches(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    ids = torch.arange(8).repeat(2, 1)
+    return [{"input_ids": ids, "targets": ids.clone()} for _ in range(count)]
+
+
+def passed(model, folder, measure: MeasureConfig = QUICK, device=CPU, **config):
+    said: list[str] = []
+    found = SpeedPass(RunConfig(measure=measure, **config), device, folder, said.append)
+    speed, memory = found.run(model, batches(), lambda batch: batch, None)
+    return speed, memory, said
+
+
+def record_in(results: Path) -> dict:
+    [path] = results.glob("*/*/record.json")
+    return json.loads(path.read_text())
+
+
+# --- the pass --------------------------------------------------------------------------------------
+
+
+def test_the_model_stays_as_it_was_and_the_record_has_every_part(tmp_path):
+    model = model_of()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    speed, memory, said = passed(model, tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(speed["step_seconds"]) == len(speed["fetch_seconds"]) == 2
+    for name in ("matrix_flops_per_second", "compile_seconds", "marginal"):
+        assert speed[name]["value"] is None
+        assert len(speed[name]["reason"]) > 10
+    assert set(memory["by_phase"]) == {"built", "first_step", "steady"}
+    assert said == []
+    assert list(tmp_path.iterdir()) == []
+    json.dumps([speed, memory], allow_nan=False)
+
+
+def test_a_steady_warm_up_is_one_of_the_flags(tmp_path):
+    speed, _, _ = passed(model_of(), tmp_path, MeasureConfig(speed_warmup_steps="auto", speed_steps=2))
+    assert speed["warmup_steps"] in (20, 30, 40, 50)
+    assert ("not steady" in speed["remark"]) is not speed["steady"]
+
+
+@pytest.mark.parametrize("preset", ["baseline", "full"])
+def test_long_presets_are_steady_and_the_quick_one_is_short(preset):
+    quick, steady = (parse(RunConfig, ["--preset", name], presets=True).measure for name in ("quick", preset))
+    assert (quick.speed_warmup_steps, quick.speed_steps) == (3, 10)
+    assert warmup_of(quick) == Warmup.fixed(3)
+    assert (steady.speed_warmup_steps, warmup_of(steady)) == ("auto", Warmup.steady())
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", "soon"])
+def test_a_wrong_number_of_warm_up_steps_is_refused(steps, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(RunConfig, ["--speed-warmup-steps", steps], presets=True)
+    assert stopped.value.code == 2
+
+
+def test_the_model_waits_on_the_host_and_comes_back_whatever_happens(monkeypatch):
+    moves: list[str] = []
+    model = model_of()
+    monkeypatch.setattr(model, "cpu", lambda: moves.append("cpu"))
+    monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)))
+
+    def fails() -> None:
+        with on_host(model, CUDA):
+            assert moves == ["cpu"]
+            raise ValueError("in the pass")
+
+    with pytest.raises(ValueError, match="in the pass"):
+        fails()
+    assert moves == ["cpu", "cuda:0"]
+
+
+def test_steps_faster_than_the_device_can_be_are_an_error(tmp_path, monkeypatch):
+    """MFU over 100 %: with both numbers; 2 FLOP/s is what any model surpasses."""
+    monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self: 2.0)
+    with pytest.raises(ValueError, match=r"the steps do .* TFLOP/s, more than the 2e-12 TFLOP/s"):
+        passed(model_of(), tmp_path)
+    monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self: 1e18)
+    assert passed(model_of(), tmp_path)[0]["matrix_flops_per_second"] == 1e18
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed_pass, "matrix_rate", lambda *found: asked.append(found) or 1.0)
+    config = RunConfig(execution=ExecutionConfig(precision=precision))
+    assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate() == 1.0
+    assert asked == [(CUDA, dtype)]
+
+
+def test_compiling_is_what_the_warm_up_took_beyond_its_steps(tmp_path):
+    times = {"step_seconds": [1.0, 2.0, 3.0], "warmup_seconds": [40.0, 12.0, 1.0]}
+    compiled = SpeedPass(RunConfig(execution=ExecutionConfig(compile=True)), CPU, tmp_path, print)
+    assert compiled._compiling(times) == 38.0 + 10.0
+    assert not is_measured(SpeedPass(RunConfig(), CPU, tmp_path, print)._compiling(times))
+
+
+def test_memory_of_a_compiled_step_is_what_a_meter_can_see_of_it(tmp_path, monkeypatch):
+    """The tracker runs a step uncompiled; graphs replay in a pool whose tensors the allocator never sees."""
+    seen = {"peak_allocated_bytes": 5, "peak_reserved_bytes": 9, "by_part": {"model": 5},
+            "by_phase": {"built": 1, "first_step": 4, "steady": 5}}  # fmt: skip
+    monkeypatch.setattr(speed_pass, "peak_memory", lambda *_: dict(seen))
+
+    def memory(device, **execution):
+        config = RunConfig(execution=ExecutionConfig(**execution))
+        return SpeedPass(config, device, tmp_path, print)._memory(None)  # pyright: ignore
+
+    assert memory(CPU) == memory(CUDA) == memory(CUDA, compile=True) == seen
+    assert "uncompiled" in memory(CPU, compile=True)["remark"]
+    graphs = memory(CUDA, compile=True, compile_mode="reduce-overhead")
+    assert not is_measured(graphs["peak_allocated_bytes"])
+    assert not is_measured(graphs["by_phase"]["steady"])
+    assert (graphs["peak_reserved_bytes"], graphs["by_phase"]["built"]) == (9, 1)
+
+
+# --- the coupler's own cost ------------------------------------------------------------------------
+
+
+def test_the_coupler_alone_is_timed_beside_the_mean_coupler(tmp_path, monkeypatch):
+    """The two models in turn, on a clock by which HGNN takes 3 s a step and mean 2 s."""
+    now, order = [0.0], []
+
+    def step(model, *_):
+        order.append(model.config.coupler_type)
+        now[0] += {"HGNN": 3.0, "mean": 2.0}[order[-1]]
+
+    model = model_of("HGNN", gnn_layers=1)
+    steps = TrainingSteps(copy.deepcopy(model), batches(), RunConfig().training)
+    monkeypatch.setattr("bench.measure.speed.training_step", step)
+    in_turn = marginal.time_in_turn
+    monkeypatch.setattr(marginal, "time_in_turn", lambda *a, **k: in_turn(*a, **k, clock=lambda: now[0]))
+    monkeypatch.setattr(marginal, "peak_memory", lambda *_: {"peak_allocated_bytes": 1000})
+    execution = SpeedPass(RunConfig(), CPU, tmp_path, print).execution
+    found = marginal.marginal_cost(steps, {"peak_allocated_bytes": 1234}, QUICK, execution, CPU, 0)
+    assert order == ["HGNN", "mean", "HGNN", "mean", "mean", "HGNN"]  # one of warm-up each, then in turn
+    assert (found["step_seconds"], found["reference_step_seconds"]) == ([3.0, 3.0], [2.0, 2.0])
+    assert (found["reference"], found["steady"], found["peak_allocated_bytes"]) == ("mean", False, 234)
+    own = sum(p.numel() for layer in model.layers for p in layer.coupler.parameters())  # pyright: ignore
+    mean = sum(p.numel() for layer in model_of("mean").layers for p in layer.coupler.parameters())  # pyright: ignore
+    assert found["parameters"] == own - mean
+    assert 0 < found["training_flops_per_token"] < 6 * 2 * 4 * own
+
+
+def test_marginal_memory_is_measured_and_the_mean_coupler_has_no_cost_of_its_own(tmp_path):
+    measure = MeasureConfig(speed_warmup_steps=1, speed_steps=2, marginal=True)
+    found = passed(model_of("HGNN"), tmp_path, measure)[0]["marginal"]
+    assert found["peak_allocated_bytes"] > 0
+    assert len(found["step_seconds"]) == len(found["reference_step_seconds"]) == 2
+    mean = passed(model_of("mean"), tmp_path, measure)[0]["marginal"]
+    assert mean == {"value": None, "reason": "the coupler is mean itself"}
+
+
+# --- the profile -----------------------------------------------------------------------------------
+
+
+def test_a_profile_is_a_trace_and_the_costliest_operations(tmp_path):
+    measure = MeasureConfig(speed_warmup_steps=1, speed_steps=2, profile=True)
+    _, _, said = passed(model_of(), tmp_path, measure)
+    trace = json.loads(gzip.decompress((tmp_path / TRACE).read_bytes()))
+    assert sum(event.get("name") == "aten::addmm" for event in trace["traceEvents"]) > 2
+    assert said[0] == f"costliest operations of a step (all of them in {TRACE} beside the record):"
+    assert len(said) == 6
+    shares = [float(line.split("%")[0]) for line in said[1:]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 100
+    assert any("aten::" in line for line in said)
+
+
+def test_the_costliest_are_by_their_own_time_and_calls_are_of_one_step(tmp_path):
+    """One product of 300 rows in a step beside four additions of 4 numbers."""
+    large, small = torch.ones(300, 300), torch.ones(4)
+
+    def step(_):
+        torch.mm(large, large)
+        for _ in range(4):
+            torch.add(small, small)
+
+    found = profile_steps(step, tmp_path, CPU)
+    assert [(one.name, one.calls) for one in found[:2]] == [("aten::mm", 1), ("aten::add", 4)]
+    assert found[0].share > 0.5
+    assert sum(one.share for one in found) == pytest.approx(1.0)
+
+
+class Row:
+    def __init__(self, key, device, own, count=2, annotation=False) -> None:
+        self.key, self.count, self.is_user_annotation = key, count, annotation
+        self.device_type = type("Type", (), {"name": device})
+        self.self_device_time_total, self.self_cpu_time_total = own, 1.0
+
+
+def test_on_cuda_operations_count_by_the_kernels_they_launched(monkeypatch):
+    """Kernels have rows of their own, and annotations contain others: neither may count twice."""
+    rows = [
+        Row("aten::mm", "CPU", 60.0), Row("aten::add", "CPU", 30.0, count=8), Row("launch", "CPU", 0.0),
+        Row("sgemm", "CUDA", 60.0), Row("add_kernel", "CUDA", 40.0),
+        Row("step", "CUDA", 100.0, annotation=True),
+    ]  # fmt: skip
+    found = profile._costliest(rows, on_cuda=True)
+    assert [(one.name, one.share, one.calls) for one in found] == [
+        ("aten::mm", 0.6, 1),
+        ("aten::add", 0.3, 4),
+    ]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_a_profile_has_a_trace_and_a_snapshot_of_the_memory(tmp_path):
+    import pickle
+
+    steps = TrainingSteps(model_of().to(CUDA), [{k: v.to(CUDA) for k, v in batches(1)[0].items()}],
+                          RunConfig().training)  # fmt: skip
+    found = profile_steps(steps.step, tmp_path, CUDA)
+    assert len(found) == 5
+    assert 0.1 < sum(one.share for one in found) <= 1.0 + 1e-6
+    assert (tmp_path / TRACE).stat().st_size > 1000
+    snapshot = pickle.loads((tmp_path / SNAPSHOT).read_bytes())
+    assert any(len(trace) > 10 for trace in snapshot["device_traces"])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_the_copy_has_the_device_to_itself(tmp_path):
+    """Allocated at the peak is what the copy takes, not the model besides; and MFU is a share."""
+    config = model_of(embed_dim=128, ffn_dim=20_000).config  # weights, and few activations
+    model = Execution(ExecutionConfig(), CUDA).build(config, seed=0)
+    parameters = sum(p.nbytes for p in model.parameters())
+    speed, memory, _ = passed(model, tmp_path, MeasureConfig(marginal=True), CUDA)
+    assert memory["by_part"]["model"] == pytest.approx(parameters, rel=0.01)
+    assert memory["peak_allocated_bytes"] < 4.8 * parameters  # weights, gradients, two moments; not five
+    assert speed["matrix_flops_per_second"] > 1e12
+    assert next(model.parameters()).device == CUDA
+    assert abs(speed["marginal"]["peak_allocated_bytes"]) < parameters
+
+
+# --- in a run --------------------------------------------------------------------------------------
+
+
+def test_a_run_measures_the_coupler_and_writes_its_profile(tiny, tmp_path, capsys):
+    assert main(["--coupler", "HGNN", "--marginal", "--profile", *tiny]) == 0
+    record, said = record_in(tmp_path / "results"), capsys.readouterr().out
+    assert is_measured(record["speed"]["marginal"])
+    assert "costliest operations of a step" in said
+    assert "over mean (2 rounds in turn, not steady)" in " ".join(said.split())
+    assert list((tmp_path / "results").glob("*/*/trace.json.gz"))
+    assert max(map(len, said.splitlines())) <= 80 or "record: " in said
+
+
+def test_marginal_and_profile_make_no_other_run(tiny, tmp_path, capsys):
+    assert main(["--coupler", "mean", *tiny]) == 0
+    capsys.readouterr()
+    assert main(["--coupler", "mean", "--marginal", "--profile", *tiny]) == 0
+    said = capsys.readouterr().out
+    for name in ("marginal", "profile"):
+        assert f"note: it was made without --{name}; --force runs it again with it" in said
+    assert not is_measured(record_in(tmp_path / "results")["speed"]["marginal"])
 
 
 def test_a_speed_pass_that_runs_out_of_memory_costs_the_run_nothing_else(tiny, tmp_path, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(session, "measure_speed", full)
+    monkeypatch.setattr(speed_pass, "measure_speed", full)
     assert main(["--coupler", "mean", *tiny]) == 0
-    [path] = (tmp_path / "results").glob("*/*/record.json")
-    record = json.loads(path.read_text())
+    record = record_in(tmp_path / "results")
     assert record["status"] == "ok"
     assert record["quality"]["validation"]["tokens"] > 0
     for quantity in ("speed", "memory"):
@@ -26,11 +306,24 @@ def test_a_speed_pass_that_runs_out_of_memory_costs_the_run_nothing_else(tiny, t
     assert "speed and memory are not measured" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["marginal_cost", "profile_steps"])
+def test_what_is_measured_besides_may_run_out_of_memory_alone(name, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(speed_pass, name, full)
+    measure = MeasureConfig(speed_warmup_steps=1, speed_steps=2, marginal=True, profile=True)
+    speed, memory, said = passed(model_of(), tmp_path, measure)
+    assert len(speed["step_seconds"]) == 2
+    assert is_measured(memory)
+    assert is_measured(speed["marginal"]) is (name != "marginal_cost")
+    assert ("note: the profile ran out of memory" in said) is (name == "profile_steps")
+
+
 def test_any_other_failure_of_the_speed_pass_is_one_of_the_run(tiny, tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(session, "measure_speed", broken)
+    monkeypatch.setattr(speed_pass, "measure_speed", broken)
     assert main(["--coupler", "mean", *tiny]) == 1
-    [path] = (tmp_path / "results").glob("*/*/record.json")
-    assert json.loads(path.read_text())["status"] == "crashed"
+    assert record_in(tmp_path / "results")["status"] == "crashed"

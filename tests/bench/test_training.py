@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
+import bench.training.loop
 from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
@@ -14,7 +16,7 @@ from bench.measure.ledger import Ledger
 from bench.measure.recovery import attempt
 from bench.training.communication import CommunicationTrace
 from bench.training.evaluation import evaluate
-from bench.training.loop import Trainer
+from bench.training.loop import Diverged, Trainer
 from bench.training.plan import TrainingPlan
 from bench.training.step import learning_rate, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
@@ -228,3 +230,24 @@ def test_a_trace_keeps_copies_over_time(model):
     assert arrays["layer_0.hyperedge_weights"][:, 0] == pytest.approx([1.0, raised], rel=1e-6)
     assert arrays["layer_0.mixing"].shape == (2, 3)
     assert arrays["layer_0.mixing"].sum(1) == pytest.approx([1.0, 1.0], rel=1e-5)
+
+
+def test_on_cuda_a_loss_is_read_while_the_next_step_runs(model, corpus, monkeypatch):
+    """And all are told, in order, before an evaluation, before a checkpoint and at the end."""
+    twin, order = copy.deepcopy(model), []
+    expected = trainer(model, corpus, max_steps=5, eval_every=4)
+    made = trainer(twin, corpus, max_steps=5, eval_every=4)
+    made._late = True  # as on CUDA
+    step = bench.training.loop.training_step
+    monkeypatch.setattr(
+        "bench.training.loop.training_step", lambda *args: order.append(made.done.steps + 1) or step(*args)
+    )
+    keep_row = made.hooks.on_step
+    made.hooks.on_step = lambda row: order.append(-row["step"]) or keep_row(row)  # pyright: ignore
+    made.run()
+    assert order == [1, 2, -1, 3, -2, 4, -3, -4, 5, -5]
+    expected.run()
+    assert list(made.hooks) == list(expected.hooks)  # pyright: ignore[reportArgumentType]
+    made.done.steps, made._unread = 6, ({"step": 5}, torch.tensor(math.nan), torch.tensor(1.0))
+    with pytest.raises(Diverged, match="training loss is nan at step 5"):
+        made.state_dict()

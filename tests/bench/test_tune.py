@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from bench.measure import search_cache, search_process, trials
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.measure.search_process import Request, SearchFailed, search_here, search_in_child
 from bench.measure.trials import MOST_MICRO_STEPS, Trials, TrialSetup, fits_all_ranks, why_it_fails
-from bench.prepare import prepare
+from bench.prepare import Identifier, prepare
 from bench.run import main
 from bench.training.batch_size import NoFeasibleBatch, Trial
 from bench.training.checkpoint import load_checkpoint
@@ -125,7 +126,8 @@ def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned,
     assert (used["batch_sizes"], used["micro_batch_size"], used["accumulation"]) == ([16], 8, 2)
     assert used["micro_batch_shapes"] == {"8x16": 8}
     assert used["batch_shapes"] == {"16x16": 4}
-    assert used["ledger"]["tuned_batch_size"] == 8
+    assert used["ledger"]["tuned_micro_batch_size"] == 8, "the ledger's number is what is run at once"
+    assert {epoch["batch_size"] for epoch in used["ledger"]["epochs"]} == {16}, "and an update's stays"
     assert record["memory"]["peak_allocated_bytes"] == pytest.approx(peak_of(8, 16, words, 0.1), rel=0.1)
     assert record["memory"]["peak_allocated_bytes"] <= found["limit_bytes"]
     for part in ("asked 16 × 16", "micro-batch 8 of at most 16, 4 sizes tried", "run as 8 × (8 × 16)",
@@ -262,7 +264,7 @@ def test_a8_with_a_fallback_the_configured_size_is_used_and_the_record_says_fail
     _, record = only_run(results_of(tuned))
     assert record["tuned"]["status"] == "failed"
     assert record["used"]["micro_batch_shapes"] == {"16x16": 4}
-    assert record["used"]["ledger"]["tuned_batch_size"] is None
+    assert record["used"]["ledger"]["tuned_micro_batch_size"] is None
     printed = " ".join(capsys.readouterr().out.split())
     assert "WARNING: the search failed" in printed
     assert "tuned FAILED: NoFeasibleBatch" in printed
@@ -304,7 +306,6 @@ def test_a_run_has_its_id_before_the_search_and_a_micro_batch_counts(tiny):
 
     plain = run_id()
     assert run_id("--micro-batch-size", "4") == plain, "the whole batch is no split"
-    assert run_id("--memory-target", "0.5") == run_id("--tune-mode", "power") == plain, "nothing is searched"
     tunes = [["--tune-batch-size", *flags] for flags in (
         [], ["--memory-budget", "1GiB"], ["--memory-target", "0.5"], ["--tune-mode", "power"],
         ["--tune-init", "2"], ["--tune-max-batch-size", "2"])]  # fmt: skip
@@ -325,7 +326,13 @@ def test_a_run_has_its_id_before_the_search_and_a_micro_batch_counts(tiny):
         (["--tune-batch-size", "--memory-budget", "1KiB"], "is smaller than"),
         (["--tune-batch-size", "--tune-init", "3"], "tune_init is 3, which does not divide"),
         (["--tune-batch-size", "--micro-batch-size", "2"], "drop micro_batch_size, or the search"),
-        (["--memory-budget", "1GiB"], "would do nothing"),
+        (["--memory-budget", "1XB"], "unknown unit 'XB'"),
+        (["--memory-budget", "0"], "has no unit and is no share in (0, 1]"),
+        (["--shape-length-step", "0"], "shape_length_step is 0"),
+        (["--tune-batch-size", "--tune-init", "4", "--tune-max-batch-size", "2"],
+         "tune_init is 4, above the tune_max_batch_size of 2"),
+        (["--control-memory", "--micro-batch-size", "4", "--tune-max-batch-size", "2"],
+         "micro_batch_size is 4, above the tune_max_batch_size of 2"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_status_2_and_nothing_is_written(tiny, flags, said, capsys):
@@ -334,6 +341,52 @@ def test_bad_input_is_refused_with_status_2_and_nothing_is_written(tiny, flags, 
     assert stop.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert not results_of(tiny).exists()
+
+
+TUNE, FIT, CONTROL = "--tune-batch-size", "--fit-shape", "--control-memory"
+ALL_SWITCHES = f"{TUNE}, {FIT} or {CONTROL}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--memory-budget 1GiB", f"memory_budget is for {ALL_SWITCHES}; add a switch, or drop what would"),
+        ("--memory-target 0.5", f"memory_target is for {ALL_SWITCHES};"),
+        ("--tune-mode power", f"tune_mode is for {TUNE};"),
+        ("--tune-init 2", f"tune_init is for {TUNE};"),
+        ("--tune-max-trials 3", f"tune_max_trials is for {TUNE} or {FIT};"),
+        ("--tune-max-seconds 3", f"tune_max_seconds is for {TUNE} or {FIT};"),
+        ("--tune-fallback", f"tune_fallback is for {TUNE} or {FIT};"),
+        ("--tune-max-batch-size 2", f"tune_max_batch_size is for {ALL_SWITCHES};"),
+        ("--shape-min-length 8", f"shape_min_length is for {FIT} or {CONTROL};"),
+        ("--shape-max-length 16", f"shape_max_length is for {FIT};"),
+        ("--shape-length-step 8", f"shape_length_step is for {FIT};"),
+        ("--tune-batch-size --shape-min-length 8", f"shape_min_length is for {FIT} or {CONTROL};"),
+        ("--fit-shape --tune-mode power", f"tune_mode is for {TUNE};"),
+        ("--fit-shape --tune-init 2", f"tune_init is for {TUNE};"),
+        ("--control-memory --tune-max-trials 3", f"tune_max_trials is for {TUNE} or {FIT};"),
+        ("--control-memory --shape-length-step 8", f"shape_length_step is for {FIT};"),
+        ("--tune-mode power --memory-target 0.5",
+         f"memory_target is for {ALL_SWITCHES}; tune_mode is for {TUNE};"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_would_do_nothing_is_refused_with_the_switch_that_uses_it(tiny, flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*tiny, *flags.split()])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert said in " ".join(printed.split())
+    assert not results_of(tiny).exists()
+
+
+def test_a_flag_that_is_its_default_is_not_given(tiny):
+    assert prepare(parse(RunConfig, [*tiny, "--memory-target", "0.85", "--tune-mode", "binsearch"]))
+
+
+def test_a_sweep_is_refused_before_it_begins_where_a_flag_would_do_nothing(tiny):
+    with pytest.raises(ValueError, match="tune_mode is for --tune-batch-size"):
+        Identifier()(parse(RunConfig, [*tiny, "--tune-mode", "power"]))
 
 
 def test_a_micro_batch_asked_for_is_used(tiny):
@@ -570,18 +623,73 @@ def test_the_command_s_exit_status(command, nothing_fits, capsys):
     assert "error: no batch fits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--control-memory", "no use for --control-memory; keep that for bench.run"),
+        ("--micro-batch-size 2", "no use for --micro-batch-size;"),
+        ("--tune-fallback", "no use for --tune-fallback;"),
+        ("--fit-shape --tune-fallback", "no use for --tune-fallback;"),
+        ("--fit-shape --control-memory --micro-batch-size 2",
+         "no use for --control-memory and --micro-batch-size;"),
+        ("--fit-shape --tune-mode power", "tune_mode is for --tune-batch-size"),
+        ("--fit-shape --tune-init 2", "tune_init is for --tune-batch-size"),
+        ("--fit-shape --tune-batch-size", "fit_shape finds the micro-batch"),
+        ("--shape-length-step 8", "shape_length_step is for --fit-shape"),
+        ("--tune-init 4 --tune-max-batch-size 2", "tune_init is 4, above the tune_max_batch_size of 2"),
+        ("--memory-budget 1XB", "unknown unit 'XB'"),
+    ],
+)  # fmt: skip
+def test_the_command_refuses_what_it_would_not_use(command, quick_trials, flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.tune.main([*command, *flags.split()])
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert quick_trials == []
+
+
+def test_the_command_is_a_switch_itself(command, quick_trials, capsys):
+    flags = "--tune-max-trials 3 --tune-mode power --tune-init 3 --memory-target 0.5".split()
+    assert bench.tune.main([*command, *flags]) == 0
+    assert quick_trials == [3, 6, 12]
+
+
+FIT_FLAGS = ["--fit-shape", "--quiet", "--shape-min-length", "16"]
+
+
+def test_the_command_says_only_the_answer_of_a_fit_where_it_is_quiet(command, quick_trials, capsys):
+    assert bench.tune.main([*command, *FIT_FLAGS]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "to use it: --max-seq-length 16 --micro-batch-size 16" in printed.out
+
+
+def test_the_command_s_fit_that_finds_nothing_says_so_and_no_more(command, nothing_fits, capsys):
+    assert bench.tune.main([*command, *FIT_FLAGS]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: no batch fits")
+    assert len(printed.err.splitlines()) == 1
+
+
 @gpu
 @no_gpu
 def test_gpu_a5_b6_a_search_on_the_device_in_a_child(tuned, tmp_path):
     """A5, B6: in a child, within two minutes, never above the cap, the parent's device untouched."""
-    before = torch.cuda.memory_allocated()
+    before = _held_on_the_device()
     flags = [*without_search(tuned), "--tune-batch-size", "--device", "cuda"]
     assert main(flags) == 0
     _, record = only_run(results_of(tuned))
     assert record["tuned"]["micro_batch_size"] == 16
     assert record["tuned"]["seconds"] < 120
     assert all(t["micro_steps"] <= MOST_MICRO_STEPS for t in record["tuned"]["trials"])
-    assert torch.cuda.memory_allocated() == before
+    assert _held_on_the_device() == before
+
+
+def _held_on_the_device():
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # they last as long as the process
+    return torch.cuda.memory_allocated()
 
 
 @gpu

@@ -103,6 +103,11 @@ def make_layer(
         return perturbed(layer.double())
 
 
+def hear(layer: HypergraphLayer, x_NED: Tensor, weights_M: Tensor, start_NED: Tensor | None = None) -> Tensor:
+    """What a hypergraph layer makes of features and hyperedge weights (N, E, D)."""
+    return layer(x_NED, layer.from_weights(weights_M), x_NED if start_NED is None else start_NED)
+
+
 def perturbed(module: Module, scale: float = 0.3) -> Module:
     with torch.no_grad():
         for parameter in module.parameters():

@@ -93,6 +93,7 @@ def test_tokens_do_not_mix(fields):
     output = coupler(x, layer_input)
     (gradient,) = torch.autograd.grad(output[1, 1].square().sum(), x)
     assert gradient[1, 1].abs().max() > 0
+    gradient = gradient.clone()  # one row may stand for all experts
     gradient[1, 1] = 0
     assert torch.count_nonzero(gradient) == 0
     changed = x.detach().clone()

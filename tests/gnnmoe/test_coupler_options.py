@@ -22,8 +22,8 @@ def test_an_option_with_a_prefix_counts_for_its_coupler_only():
     given = {"HGNN.residual": "false", f"{BY_PATH}.backend": "loop"}
     assert options("HGNN", **given) == {**options("HGNN"), "residual": False, "backend": "loop"}
     assert options("mean", **given) == {}
-    assert build("HGNN", **given).residual is False  # pyright: ignore
-    assert build("HGNN").residual is True  # pyright: ignore
+    assert build("HGNN", **given).layers.residual is False  # pyright: ignore
+    assert build("HGNN").layers.residual is True  # pyright: ignore
     assert build("mean", **given).name == "mean"
 
 

@@ -21,6 +21,7 @@ from tests.gnnmoe._support import (
     dense_oracle,
     every_conv_type,
     gradients,
+    hear,
     make_coupler,
     make_layer,
     normal,
@@ -39,10 +40,6 @@ MIXED = [(0, 1), (1, 2, 3), (0, 1, 3), (3,)]  # sizes 1 to 3, degrees 2 and 3, o
 NOT_STATIC = ("HNHN", "HypergraphAttention", "AllDeepSets", "AllSetTransformer", "EDHNN")
 
 
-def run(layer, x: Tensor, weights: Tensor, start: Tensor) -> Tensor:
-    return layer(x, weights, start)
-
-
 def naive(layer, x: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     found = layer.naive(list(x.unbind(1)), weights, list(start.unbind(1)))
     return torch.stack(found, dim=1) if found else x
@@ -56,13 +53,13 @@ def test_forward_is_the_formula_with_all_gradients_on_any_hypergraph(conv_type, 
     layer = make_layer(members, E, conv_type, D=4)
     inputs = [normal(2, E, 4), normal(len(members), seed=3).exp(), normal(2, E, 4, seed=4)]
     if E == 0:
-        assert run(layer, *inputs).shape == (2, 0, 4)
+        assert hear(layer, *inputs).shape == (2, 0, 4)
         return
     parameters = dict(layer.named_parameters())
     assert_same_function(
-        lambda *values: run(layer, *values), lambda *values: naive(layer, *values), inputs, parameters
+        lambda *values: hear(layer, *values), lambda *values: naive(layer, *values), inputs, parameters
     )
-    for gradient in gradients(run(layer, *inputs), parameters.values()):
+    for gradient in gradients(hear(layer, *inputs), parameters.values()):
         assert gradient.isfinite().all()
 
 
@@ -70,7 +67,7 @@ def test_forward_is_the_formula_with_all_gradients_on_any_hypergraph(conv_type, 
 def test_gradcheck(conv_type):
     layer = make_layer(MIXED, 4, conv_type, D=2)
     values = [normal(1, 4, 2), normal(4).exp(), normal(1, 4, 2, seed=6)]
-    assert torch.autograd.gradcheck(lambda *v: run(layer, *v), [v.requires_grad_(True) for v in values])
+    assert torch.autograd.gradcheck(lambda *v: hear(layer, *v), [v.requires_grad_(True) for v in values])
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -81,8 +78,8 @@ def test_permuted_experts_together_with_their_hypergraph_permute_the_output(conv
     place = {expert: position for position, expert in enumerate(order)}
     moved = [tuple(sorted(place[expert] for expert in edge)) for edge in members]
     x, start, weights = normal(2, 5, 4), normal(2, 5, 4, seed=2), normal(5, seed=3).exp()
-    before = run(make_layer(members, 5, conv_type, D=4), x, weights, start)
-    after = run(make_layer(moved, 5, conv_type, D=4), x[:, order], weights, start[:, order])
+    before = hear(make_layer(members, 5, conv_type, D=4), x, weights, start)
+    after = hear(make_layer(moved, 5, conv_type, D=4), x[:, order], weights, start[:, order])
     assert_near(after, before[:, order])
 
 
@@ -90,12 +87,12 @@ def test_permuted_experts_together_with_their_hypergraph_permute_the_output(conv
 def test_a_common_factor_of_all_weights_changes_nothing_but_in_pygs_formula(conv_type):
     layer = make_layer(MIXED, 4, conv_type, D=4)
     x, w = normal(2, 4, 4), normal(4, seed=3).exp()
-    before, after = run(layer, x, w, x), run(layer, x, 3.7 * w, x)
+    before, after = hear(layer, x, w, x), hear(layer, x, 3.7 * w, x)
     if conv_type == "PyGHypergraphConv":
         assert_near(after - layer.bias, (before - layer.bias) / 3.7)
     else:
         assert_near(after, before)
-    assert (run(layer, x, w.flip(0), x) - before).abs().max() > 1e-3  # but their ratios matter
+    assert (hear(layer, x, w.flip(0), x) - before).abs().max() > 1e-3  # but their ratios matter
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -107,7 +104,7 @@ def test_weights_towards_zero_stay_finite(conv_type, dtype):
         w = normal(4, dtype=dtype).exp()
         w[:pushed] = 1e-6
         w.requires_grad_(True)
-        output = run(layer, x, w, x)
+        output = hear(layer, x, w, x)
         assert output.isfinite().all()
         assert all(g.isfinite().all() for g in gradients(output, [w, *layer.parameters()]))
 
@@ -151,7 +148,7 @@ def test_dense_oracle_of_hgnnconv():
     layer = make_layer(MIXED, 4, "HGNNConv", D=4)
     P = dense_oracle(layer.incidence_EM, W, "HGNNConv")
     assert_near(P, P.T)
-    assert_near(run(layer, X, W, X), P @ X @ layer.weight.T + layer.bias)
+    assert_near(hear(layer, X, W, X), P @ X @ layer.weight.T + layer.bias)
     assert_near(layer.adjacency(W), P)
 
 
@@ -160,14 +157,14 @@ def test_dense_oracle_of_hnhn():
     to_edges, to_experts = means(MIXED, 4, W)
     z = F.gelu(to_edges @ X @ layer.to_hyperedges.weight.T + layer.to_hyperedges.bias)
     expected = to_experts @ z @ layer.to_experts.weight.T + layer.to_experts.bias
-    assert_near(run(layer, X, W, X), expected)
+    assert_near(hear(layer, X, W, X), expected)
 
 
 def test_dense_oracle_of_all_deep_sets():
     layer = make_layer(MIXED, 4, "AllDeepSets", D=4)
     to_edges, to_experts = means(MIXED, 4, W)
     z = mlp(layer.to_hyperedges, to_edges @ mlp(layer.of_members, X))
-    assert_near(run(layer, X, W, X), mlp(layer.to_experts, to_experts @ mlp(layer.of_hyperedges, z)))
+    assert_near(hear(layer, X, W, X), mlp(layer.to_experts, to_experts @ mlp(layer.of_hyperedges, z)))
 
 
 def test_dense_oracle_of_all_set_transformer():
@@ -187,7 +184,7 @@ def test_dense_oracle_of_all_set_transformer():
         return part.norm2(y + mlp(part, y))
 
     z = pooled(layer.to_hyperedges, X, H.T.log())
-    assert_near(run(layer, X, W, X), pooled(layer.to_experts, z, (H * W).log()))
+    assert_near(hear(layer, X, W, X), pooled(layer.to_experts, z, (H * W).log()))
 
 
 def test_dense_oracle_of_edhnn():
@@ -197,7 +194,7 @@ def test_dense_oracle_of_edhnn():
     m = to_edges @ mlp(layer.of_members, X)
     pairs = F.gelu(layer.from_expert(X)[:, :, None] + layer.from_hyperedge(m)[:, None])  # (N, E, M, D)
     heard = layer.message((to_experts[:, :, None] * pairs).sum(2))
-    assert_near(run(layer, X, W, start), layer.update(0.5 * heard + 0.5 * start))
+    assert_near(hear(layer, X, W, start), layer.update(0.5 * heard + 0.5 * start))
 
 
 PARITY_SUITE = {
@@ -226,7 +223,7 @@ def test_parity_suite_hypergraph_attention_is_pygs_with_attention(index):
         return conv(x, torch.stack([node, edge]), hyperedge_attr=features, num_edges=M)
 
     ones = torch.ones(M).double()
-    assert_same_function(lambda x: layer(x[None], ones, x[None])[0], pyg, [normal(4, 4)])
+    assert_same_function(lambda x: hear(layer, x[None], ones)[0], pyg, [normal(4, 4)])
 
 
 @every_conv_type

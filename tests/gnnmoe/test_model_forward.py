@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from gnnmoe import GNNMoEModel
-from gnnmoe.experts import ExpertBlock
+from gnnmoe.experts import ExpertBlock, ExpertLoop
 from gnnmoe.layer import GNNMoELayer
 from tests.gnnmoe._support import (
     assert_near,
@@ -147,6 +147,7 @@ def test_layer_adds_the_coupled_experts_to_its_input():
     layer = perturbed(GNNMoELayer(small_config())).double()
     x = normal(2, 5, 6)
     outputs = layer.expert_outputs(x)
+    assert isinstance(layer.experts, ExpertLoop)
     for e, expert in enumerate(layer.experts):
         assert_near(outputs[:, :, e], expert(x))
     assert_near(layer(x), x + layer.coupler(outputs, x))

@@ -47,6 +47,6 @@ def test_its_weights_are_drawn_from_a_normal_distribution():
 
 
 def test_flags_override_it_and_other_couplers_ignore_its_options():
-    assert coupler(0, "--coupler-option", "residual=true").residual
-    assert not coupler().residual
+    assert coupler(0, "--coupler-option", "residual=true").layers.residual
+    assert not coupler().layers.residual
     assert build_coupler(config("--coupler", "GNN")).name == "GNN"

@@ -26,7 +26,7 @@ from tests.gnnmoe._routing import (
     tokens,
     topk_core,
 )
-from tests.gnnmoe._support import assert_near, make_coupler, normal, small_config
+from tests.gnnmoe._support import assert_near, hear, make_coupler, normal, small_config
 
 # static
 
@@ -56,7 +56,7 @@ def test_static_is_a_weighted_linear_hypergraph_layer():
         layer.weight.copy_(torch.eye(D))
         layer.bias.zero_()
         experts = torch.eye(E, dtype=x.dtype)[:, :, None].expand(E, E, D)  # "token" e: expert e says 1
-        shares = layer(experts, hypergraph.effective_hyperedge_weights()).mean((1, 2))
+        shares = hear(layer, experts, hypergraph.effective_hyperedge_weights()).mean((1, 2))
     assert shares.max() - shares.min() > 1e-2  # not the plain mean
     static = make_coupler(coupler_type="static")
     with torch.no_grad():

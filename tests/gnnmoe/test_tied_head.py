@@ -1,24 +1,18 @@
-"""The head: chunks of rows, padded columns, the output bias."""
+"""The head: chunks of rows, padded columns, the output bias, precision."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import gnnmoe.head
 from gnnmoe.head import TiedHead, chunk_rows
 from tests.gnnmoe._support import assert_near, make_model, normal, token_ids
 
 
-@pytest.fixture(params=["fused", "chunked"])
-def path(request, monkeypatch):
-    """Both ways to the loss; the second is for torch without ``linear_cross_entropy``."""
-    if request.param == "chunked":
-        monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
-        monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)  # 16 rows at a time
-    elif not hasattr(nn, "LinearCrossEntropyOptions"):
-        pytest.skip("this torch has no linear_cross_entropy")
-    return request.param
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """16 rows at a time."""
+    monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)
 
 
 def head_inputs(dtype=torch.float64, N: int = 40):
@@ -33,40 +27,41 @@ def head_inputs(dtype=torch.float64, N: int = 40):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("N", [1, 16, 40, 600])
-def test_loss_of_both_paths_is_the_cross_entropy_of_all_logits(path, N, dtype):
+def test_loss_in_chunks_is_the_cross_entropy_of_all_logits(small_chunks, N, dtype):
     head, targets, leaves = head_inputs(dtype, N)
-    targets[0] = 7
+    targets[0], scale = 7, 3.0
     hidden, embedding, bias = leaves
     full = F.linear(hidden, embedding[:50], bias)
     expected = F.cross_entropy(full, targets, ignore_index=-100)
     loss = head.loss(hidden, embedding, targets)
     assert_near(loss, expected, dtype)
-    pairs = zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True)
-    for ours, theirs in pairs:
+    both = (torch.autograd.grad(value * scale, leaves) for value in (loss, expected))
+    for ours, theirs in zip(*both, strict=True):
         assert_near(ours, theirs, dtype)
+    with torch.no_grad():
+        assert_near(head.loss(hidden, embedding, targets), expected, dtype)
     nll = head.token_nll(hidden, embedding, targets)
     assert_near(nll, F.cross_entropy(full, targets, ignore_index=-100, reduction="none"), torch.float32)
 
 
-def test_chunked_path_never_holds_all_rows(monkeypatch):
-    monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
-    monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)
+def test_the_head_never_holds_all_rows_and_computes_no_logits_twice(small_chunks, monkeypatch):
     head, targets, (hidden, embedding, _) = head_inputs()
     seen = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
     head.loss(hidden, embedding, targets).backward()
     head.token_nll(hidden, embedding, targets)
-    assert seen == [16, 16, 8, 8, 16, 16, 16, 16, 8]  # forward, recomputed, evaluation
+    assert seen == [16, 16, 8, 16, 16, 8]  # training, evaluation
 
 
 def test_chunk_is_about_32_mib_on_a_cpu():
     rows = chunk_rows(torch.empty(1, 6), torch.empty(33_280, 1))
     assert 31 * 2**20 < rows * 33_280 * 4 <= 32 * 2**20
+    assert chunk_rows(torch.empty(1, 6), torch.empty(64, 1)) == 256
     assert chunk_rows(torch.empty(1, 6, device="meta"), torch.empty(33_280, 1)) == 1024
 
 
-def test_padded_columns_get_no_probability_and_no_gradient(path):
+def test_padded_columns_get_no_probability_and_no_gradient(small_chunks):
     """Even where their embeddings point straight at the hidden state."""
     head, targets, (hidden, embedding, _) = head_inputs()
     with torch.no_grad():
@@ -85,11 +80,10 @@ def test_a_vocabulary_that_needs_no_padding():
     assert_near(head.loss(hidden, embedding, targets), F.cross_entropy(hidden @ embedding.T, targets))
 
 
-def test_model_loss_is_the_same_by_both_paths(monkeypatch):
+def test_model_loss_is_the_same_in_chunks_of_any_size(monkeypatch):
     model, ids = make_model(), token_ids(3, 8)
     expected = model(ids, labels=ids)["loss"]
     wanted = torch.autograd.grad(expected, list(model.parameters()))
-    monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
     monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)
     loss = model(ids, labels=ids)["loss"]
     assert_near(loss, expected)
@@ -108,3 +102,34 @@ def test_set_output_bias_starts_the_model_at_the_unigram():
     with torch.no_grad():
         model.token_embedding.weight.zero_()
     assert_near(model(ids)["logits"].softmax(-1)[0, 0], unigram.exp())
+
+
+def test_under_autocast_the_products_are_rounded_and_neither_bias_nor_loss(small_chunks):
+    head, targets, leaves = head_inputs(torch.float32, 600)
+    hidden, embedding, bias = leaves
+    with torch.no_grad():
+        bias.sub_(10.0)  # a log unigram: in bf16 its neighbours are 0.06 apart
+    rounded = F.linear(hidden.bfloat16(), embedding[:50].bfloat16()) + bias
+    expected = F.cross_entropy(rounded, targets, ignore_index=-100)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, nll = head.loss(hidden, embedding, targets), head.token_nll(hidden, embedding, targets)
+        assert_near(head.logits(hidden, embedding), rounded, torch.float32)
+    assert loss.dtype == nll.dtype == torch.float32
+    assert_near(loss, expected, torch.float32)
+    assert_near(nll.sum() / (targets != -100).sum(), expected, torch.float32)
+    pairs = zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True)
+    for ours, theirs in pairs:
+        assert ours.dtype == torch.float32
+        assert_near(ours, theirs, torch.bfloat16)
+
+
+def test_a_compiled_head_has_the_same_loss_and_gradients(small_chunks):
+    """The compiler gets another form of one operation, which it can fuse."""
+    head, targets, leaves = head_inputs(torch.float32)
+    hidden, embedding, _ = leaves
+    expected = head.loss(hidden, embedding, targets)
+    loss = torch.compile(head.loss, backend="eager", fullgraph=True)(hidden, embedding, targets)
+    assert_near(loss, expected, torch.float32)
+    both = (torch.autograd.grad(value, leaves) for value in (loss, expected))
+    for ours, theirs in zip(*both, strict=True):
+        assert_near(ours, theirs, torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_plain_lines_where_there_is_no_terminal(study):
     study.put("interrupted", "run2")
     study.put("ok", "run3")
     study.sweep(study.runs("ok", "raises", "ok", "ok"))
-    lines = study.output.getvalue().splitlines()
+    lines = re.sub(r"\b\d s\b", "0 s", study.output.getvalue()).splitlines()  # a busy machine takes one
     assert lines[0] == "4 runs in 1 slot; done before: 1 ok"
     assert lines[1] == "starts       ok"
     assert lines[2] == "ok           ok: perplexity 20.1, 0 s (2 of 4)"

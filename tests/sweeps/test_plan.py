@@ -83,10 +83,13 @@ def test_costs_are_those_of_the_model(places):
 @pytest.mark.parametrize("quantity", ["params", "flops"])
 def test_matched_models_are_as_large_as_the_reference_and_run_so(places, quantity):
     plan = plan_of(places, match=f"{quantity} HGNN")
+    references = {c.training.model.num_experts: getattr(c.model, quantity)
+                  for c in plan.configurations if c.label.startswith("HGNN")}  # fmt: skip
     for configuration in plan.configurations:
-        assert configuration.reference is not None
-        asked, got = (getattr(c, quantity) for c in (configuration.reference, configuration.model))
+        asked = references[configuration.training.model.num_experts]
+        got = getattr(configuration.model, quantity)
         assert got == pytest.approx(asked, rel=0.02)
+        assert configuration.off_by == pytest.approx(got / asked - 1)
         if configuration.label.startswith("HGNN"):
             assert got == asked
         config = parse(RunConfig, [*configuration.runs[0].arguments, "--data-dir", places["data_dir"]])
@@ -96,12 +99,16 @@ def test_matched_models_are_as_large_as_the_reference_and_run_so(places, quantit
     assert len(changed) == 12  # all but the reference's own
 
 
+def unweighed(*_) -> float:
+    raise AssertionError("parameters and FLOPs are matched by formula")
+
+
 def test_a_match_is_relative_to_the_same_model_with_the_reference_coupler():
     config = GNNMoEConfig(coupler_type="GNN", num_experts=3, embed_dim=16)
-    width, target = matched(config, Match.parse("params HGNN"))
-    assert target == model_cost(replace(config, coupler_type="HGNN"))
-    assert width is not None
-    left = model_cost(replace(config, ffn_dim=width)).params - target.params
+    found = matched(config, Match.parse("params HGNN"), unweighed)
+    target = model_cost(replace(config, coupler_type="HGNN"))
+    left = model_cost(replace(config, ffn_dim=found.ffn_dim)).params - target.params
+    assert found.off_by == pytest.approx(left / target.params)
     assert abs(left) <= 2 * 3 * (2 * 16 + 1) / 2  # half a hidden unit of every expert
 
 

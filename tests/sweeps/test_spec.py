@@ -251,7 +251,7 @@ def test_a_runs_arguments_its_config_and_its_complete_flags_say_the_same(flags, 
     ).runs[0]
     config = config_of({**run.flags, "seed": seed})
     assert config == parse(RunConfig, run.arguments(), presets=True)
-    groups = (config.model, config.data, config.training, config.measure, config.memory, config.places)
+    groups = vars(config).values()
     found = {name: getattr(group, name) for group in groups for name in defaults() if hasattr(group, name)}
     said = complete({**run.flags, "seed": seed})
     assert said.pop("preset") == flags.get("preset", "quick")

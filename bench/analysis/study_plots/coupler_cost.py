@@ -24,8 +24,9 @@ COLUMNS = (
 )  # fmt: skip
 NOTE = (
     "Measured: median training step less that of the same model with the mean coupler, paired by seed, with "
-    "the 95 % t interval (none for one seed); the runs were separate, not in turn. Floor: added training "
-    "FLOPs a token × tokens a step ÷ the FLOP rate that the mean coupler's model itself reached in training."
+    "the 95 % t interval (none for one seed); of separate runs, unless the configuration is marked as timed "
+    "in turn. Floor: added training FLOPs a token × tokens a step ÷ the FLOP rate that the mean coupler's "
+    "model itself reached in training."
 )
 MEASURED = "measured: step less the mean coupler's, 95 % t interval over seeds"
 FLOOR = "floor: if the coupler's FLOPs ran at the mean-coupler model's own rate"
@@ -69,13 +70,12 @@ def added_cost(row: Row, comparison: Comparison) -> Added | None:
     """Return what a row's coupler adds to a step, None where no seed was timed beside its mean coupler."""
     if row.cost is None:
         return None
-    mean = next(one for one in comparison.rows if one.configuration is row.cost.mean)
-    ours, theirs = row.step_seconds.values, mean.step_seconds.values
-    seconds = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
-    if not seconds:
+    if not row.cost.added_seconds.n:
         return None
-    floor, rate = _floor(row.cost, mean)
-    return Added(row, row.cost, Summary({seed: 1e3 * value for seed, value in seconds.items()}), floor, rate)
+    mean = next((one for one in comparison.rows if one.configuration is row.cost.mean), None)
+    floor, rate = (None, None) if mean is None else _floor(row.cost, mean)
+    added = Summary({seed: 1e3 * value for seed, value in row.cost.added_seconds.values.items()})
+    return Added(row, row.cost, added, floor, rate)
 
 
 def _floor(cost: Cost, mean: Row) -> tuple[float | None, float | None]:
@@ -122,7 +122,8 @@ def _draw(axes: Axes, frame: Frame, shown: list[Added], size: int) -> None:
 
 
 def _name(frame: Frame, one: Added) -> str:
-    return f"{frame.names[one.row.configuration.label]}  n {one.milliseconds.n}"
+    turn = ", in turn" if one.cost.in_turn else ""
+    return f"{frame.names[one.row.configuration.label]}  n {one.milliseconds.n}{turn}"
 
 
 def _words(one: Added) -> str:
@@ -133,5 +134,5 @@ def _words(one: Added) -> str:
 
 def _cells(one: Added) -> list[Any]:
     found = one.milliseconds
-    return [one.row.configuration.label, one.cost.mean.label, found.n, found.mean,
+    return [one.row.configuration.label, one.cost.over, found.n, found.mean,
             *(found.interval or (None, None)), one.floor, one.cost.flops_per_token, one.rate]  # fmt: skip

@@ -1,0 +1,57 @@
+"""What the coupler alone costs: the run's model and the same one with the mean coupler, timed in turn."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bench.config import MeasureConfig
+from bench.measure.flops import training_flops_per_token
+from bench.measure.protocol import time_in_turn
+from bench.measure.quantity import is_measured, not_measured
+from bench.measure.speed import TrainingSteps, on_host, peak_memory, warmup_of, warmup_record
+from bench.training.execution import Execution
+
+REFERENCE = "mean"
+
+
+def marginal_cost(
+    steps: TrainingSteps,
+    memory: dict[str, Any],
+    measure: MeasureConfig,
+    execution: Execution,
+    device: torch.device,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the record's ``speed.marginal``: both models' step times by round, and what ours has more.
+
+    ``memory`` is that of our steps; its peak less the reference's is ``peak_allocated_bytes``, and
+    ``training_flops_per_token`` and ``parameters`` are differences too. Null where the run's own
+    coupler is the reference. Ours is off the device while the memory of the reference is measured.
+    """
+    config = steps.model.config
+    if config.coupler_type == REFERENCE:
+        return not_measured(f"the coupler is {REFERENCE} itself")
+    model = execution.build(replace(config, coupler_type=REFERENCE, coupler_options={}), seed)
+    execution.compile(model)
+    theirs = TrainingSteps(model, steps.batches, steps.training, steps.micro_batch_size)
+    times = time_in_turn(
+        {"ours": steps.step, REFERENCE: theirs.step},
+        device=device, warmup=warmup_of(measure), rounds=measure.speed_steps,
+    )  # fmt: skip
+    steps.forget()
+    with on_host(steps.model, device):
+        peaks = [found["peak_allocated_bytes"] for found in (memory, peak_memory(theirs, device))]
+    known = all(is_measured(peak) for peak in peaks)
+    return {
+        "reference": REFERENCE,
+        "step_seconds": times["ours"].seconds,
+        "reference_step_seconds": times[REFERENCE].seconds,
+        "reference_warmup": warmup_record(times[REFERENCE]),
+        "steady": all(found.steady for found in times.values()),
+        "peak_allocated_bytes": peaks[0] - peaks[1] if known else not_measured("no meter of allocated bytes"),
+        "training_flops_per_token": training_flops_per_token(steps.model) - training_flops_per_token(model),
+        "parameters": steps.model.parameter_counts()["total"] - model.parameter_counts()["total"],
+    }

@@ -1,0 +1,181 @@
+"""How anything is timed here: a warm-up, then every step by itself, with nothing read back in between.
+
+On CUDA an event before and after each step, and one wait at the end; elsewhere a clock. All times are
+kept. Two things are compared by timing them in turn in one process, never by two absolute times.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from bench.measure.rates import percentile
+from bench.measure.rates import tokens_per_second as tokens_per_second
+
+Step = Callable[[int], object]
+"""One step, given its number; warm-up steps are numbered 0, 1, …, timed ones go on from there."""
+Clock = Callable[[], float]
+
+WINDOW_STEPS, MOST_WARMUP_STEPS, TOLERANCE = 10, 50, 0.02
+CUDA_SIZE, CPU_SIZE = 8192, 1024  # rows of the square matrices of ``matrix_rate``
+CUDA_COPY_BYTES, CPU_COPY_BYTES = 2**30, 2**28  # well beyond any cache
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """The steps before the timed ones: ``most``, or fewer where they become ``steady`` earlier."""
+
+    most: int
+    until_steady: bool = False
+
+    @classmethod
+    def fixed(cls, steps: int) -> Warmup:
+        """Return a warm-up of so many steps, after which nobody knows whether they are steady."""
+        return cls(steps)
+
+    @classmethod
+    def steady(cls) -> Warmup:
+        """Return a warm-up until the median of ten steps moves by less than 2 %, of at most 50 steps."""
+        return cls(MOST_WARMUP_STEPS, until_steady=True)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The seconds of each timed step, and how the warm-up before them went."""
+
+    seconds: list[float]
+    warmup_seconds: list[float]
+    steady: bool
+    moved: float | None
+    """By which share the median of ten steps moved at the end of the warm-up; None where not looked at."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """How many steps the warm-up had."""
+        return len(self.warmup_seconds)
+
+    @property
+    def median(self) -> float:
+        """The median of the timed steps in seconds."""
+        return statistics.median(self.seconds)
+
+    def percentile(self, q: float) -> float:
+        """Return the ``q``-th percentile of the timed steps in seconds, q in [0, 100]."""
+        return percentile(self.seconds, q)
+
+    @property
+    def remark(self) -> str:
+        """What to know about the warm-up, in words."""
+        if self.moved is None:
+            return "not steady: a fixed, short warm-up"
+        words = f"after {self.warmup_steps} steps of warm-up the median of {WINDOW_STEPS} moved by"
+        return f"{'steady' if self.steady else 'not steady'}: {words} {self.moved:.1%}"
+
+
+def time_steps(
+    step: Step, *, device: torch.device, warmup: Warmup, steps: int, clock: Clock = time.perf_counter
+) -> StepTimes:
+    """Warm up and time ``steps`` calls of ``step``, each by itself.
+
+    ``clock`` returns seconds; CUDA is timed by its events instead.
+    """
+    return time_in_turn({"": step}, device=device, warmup=warmup, rounds=steps, clock=clock)[""]
+
+
+def time_in_turn(
+    steps: Mapping[str, Step],
+    *,
+    device: torch.device,
+    warmup: Warmup,
+    rounds: int,
+    clock: Clock = time.perf_counter,
+) -> dict[str, StepTimes]:
+    """Warm up each by itself, then time them in turn: ``rounds`` rounds of one step of each.
+
+    Every other round goes backwards, so that a machine that slows down slows all of them alike. The
+    times of one round belong together (``bench.measure.rates.paired_ratios``).
+    """
+    assert rounds > 0
+    assert steps
+    warmed = {name: _warm_up(step, device, warmup, clock) for name, step in steps.items()}
+    there = list(steps)
+    order = [(name, number) for number in range(rounds) for name in there[:: -1 if number % 2 else 1]]
+    calls = [(steps[name], len(warmed[name][0]) + number) for name, number in order]
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for (name, _), value in zip(order, _seconds(calls, device, clock), strict=True):
+        seconds[name].append(value)
+    return {name: StepTimes(seconds[name], *warmed[name]) for name in steps}
+
+
+def _warm_up(
+    step: Step, device: torch.device, warmup: Warmup, clock: Clock
+) -> tuple[list[float], bool, float | None]:
+    """Return the seconds of the warm-up's steps, whether they are steady, and the last move."""
+    if not warmup.until_steady:
+        return _seconds([(step, number) for number in range(warmup.most)], device, clock), False, None
+    seconds: list[float] = []
+    median, moved = None, None
+    while len(seconds) < warmup.most and (moved is None or moved >= TOLERANCE):
+        numbers = range(len(seconds), len(seconds) + WINDOW_STEPS)
+        window = _seconds([(step, number) for number in numbers], device, clock)
+        seconds += window
+        before, median = median, statistics.median(window)
+        moved = None if before is None else abs(median / before - 1)
+    assert moved is not None
+    return seconds, moved < TOLERANCE, moved
+
+
+def _seconds(calls: Sequence[tuple[Step, int]], device: torch.device, clock: Clock) -> list[float]:
+    """Return the seconds of each call."""
+    if device.type == "cuda":
+        return _by_events(calls, device)
+    seconds = []
+    for step, number in calls:
+        start = clock()
+        step(number)
+        if device.type == "mps":
+            torch.mps.synchronize()
+        seconds.append(clock() - start)
+    return seconds
+
+
+def _by_events(calls: Sequence[tuple[Step, int]], device: torch.device) -> list[float]:
+    """Return the seconds between the events around each call; the host waits once, at the end."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.current_stream(device)
+    events[0].record(stream)
+    for (step, number), event in zip(calls, events[1:], strict=True):
+        step(number)
+        event.record(stream)
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s that a large square matrix product of ``dtype`` reaches here and now.
+
+    2·n³ FLOPs over the median time, as the process's settings (tf32, threads) have it.
+    """
+    size = CUDA_SIZE if device.type == "cuda" else CPU_SIZE
+    generator = torch.Generator(device).manual_seed(0)  # zeros would draw less power and run faster
+    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    times = time_steps(
+        lambda _: torch.mm(left, right, out=out), device=device, warmup=Warmup.fixed(5), steps=15
+    )
+    return 2 * size**3 / times.median
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Return the bytes/s of a large copy within the device's memory, read and written, by the median."""
+    count = CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = time_steps(lambda _: target.copy_(source), device=device, warmup=Warmup.fixed(5), steps=15)
+    return 2 * count / times.median

@@ -1,0 +1,59 @@
+"""Rates and percentiles from raw step times: the one place that computes them. Imports no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+
+def tokens_per_second(tokens: Sequence[int], seconds: Sequence[float]) -> float:
+    """Return Σ tokens / Σ seconds over timed steps; step k had ``tokens[k]`` and took ``seconds[k]``.
+
+    Raises:
+        ValueError: there is not one number of tokens for each time, or no time has passed.
+    """
+    if len(tokens) != len(seconds):
+        raise ValueError(f"tokens of {len(tokens)} steps, but seconds of {len(seconds)}: they are no pairs.")
+    if sum(seconds) <= 0:
+        raise ValueError(f"{len(seconds)} steps took {sum(seconds)} s; there is no rate.")
+    return sum(tokens) / sum(seconds)
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """Return the ``q``-th percentile, q in [0, 100], between neighbours in proportion.
+
+    Source: Hyndman and Fan, "Sample quantiles in statistical packages", 1996, definition 7 (NumPy's own).
+    """
+    assert values, "no values, no percentile"
+    assert 0 <= q <= 100, q
+    ordered, place = sorted(values), q / 100 * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Return ours/theirs of each round of two things that were timed in turn."""
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
+
+
+def difference_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return by how much the median of ours is above that of theirs."""
+    return statistics.median(ours) - statistics.median(theirs)
+
+
+def utilisation(flops_per_second: float, matrix_flops_per_second: float) -> float:
+    """Return the share of the matrix rate that a model's FLOPs reach, its MFU in [0, 1].
+
+    Source: Chowdhery et al., "PaLM", 2022, appendix B: FLOPs of the model, none of a recomputation.
+
+    Raises:
+        ValueError: it is over 100 %, so that one of the two was measured or counted wrongly.
+    """
+    if flops_per_second > matrix_flops_per_second:
+        raise ValueError(
+            f"the steps do {flops_per_second / 1e12:,.4g} TFLOP/s, more than the "
+            f"{matrix_flops_per_second / 1e12:,.4g} TFLOP/s that were measured of a matrix product: "
+            "one of the two is wrong."
+        )
+    return flops_per_second / matrix_flops_per_second

@@ -1,0 +1,143 @@
+"""The speed pass of a run: time, memory, and where asked for a profile and the coupler's own cost."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.config import RunConfig
+from bench.measure.flops import training_flops_per_token
+from bench.measure.marginal import marginal_cost
+from bench.measure.profile import TRACE, profile_steps
+from bench.measure.protocol import matrix_rate, tokens_per_second
+from bench.measure.quantity import not_measured
+from bench.measure.rates import utilisation
+from bench.measure.recovery import attempt
+from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
+from bench.training.execution import Execution
+from bench.training.step import Batch
+from gnnmoe.model import GNNMoEModel
+
+Quantities = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SpeedPass:
+    """What is measured at the end of a run, on a copy of its model and batches of its data."""
+
+    config: RunConfig
+    device: torch.device
+    folder: Path
+    """The run's, where a profile goes."""
+    say: Callable[[str], object]
+    """Prints a line."""
+
+    @property
+    def execution(self) -> Execution:
+        """How the run computes its models."""
+        return Execution(self.config.execution, self.device)
+
+    def run(
+        self,
+        model: GNNMoEModel,
+        loader: Iterable[Batch],
+        as_run: Callable[[Batch], Batch],
+        micro_batch_size: int | None,
+    ) -> tuple[Quantities, Quantities]:
+        """Return the record's ``speed`` and ``memory``; a run is no worse where memory runs out here.
+
+        The model itself waits on the host, so that the copy has the device as a training has it.
+
+        Raises:
+            ValueError: the steps seem faster than the device can be.
+        """
+        batches, seconds = fetched(loader, self.config.measure.speed_steps, as_run, self.device)
+        with on_host(model, self.device):
+            return self._all(model, batches, seconds, micro_batch_size)
+
+    def _all(
+        self, model: GNNMoEModel, batches: list[Batch], fetch_seconds: list[float], rows: int | None
+    ) -> tuple[Quantities, Quantities]:
+        measure = self.config.measure
+        outcome = attempt(lambda: self._measure(model, batches, rows))
+        if outcome.value is None:
+            self.say("note: the speed pass ran out of memory; speed and memory are not measured")
+            nothing = not_measured(f"the speed pass ran out of memory: {outcome.failure}")
+            return nothing, nothing
+        steps, speed, memory = outcome.value
+        speed["fetch_seconds"] = fetch_seconds
+        speed["marginal"] = not_measured("not asked for; --marginal measures it")
+        if measure.marginal:
+            speed["marginal"] = self._marginal(steps, memory)
+        if measure.profile:  # last: what traces kernels may slow down all that follows
+            self._profile(steps)
+        return speed, memory
+
+    def _measure(
+        self, model: GNNMoEModel, batches: list[Batch], rows: int | None
+    ) -> tuple[TrainingSteps, Quantities, Quantities]:
+        copied = copy.deepcopy(model).to(self.device)
+        self.execution.compile(copied)
+        steps = TrainingSteps(copied, batches, self.config.training, rows)
+        speed = measure_speed(steps, self.config.measure, self.device)
+        memory = self._memory(steps)
+        steps.forget()
+        speed |= {"matrix_flops_per_second": self._matrix_rate(), "compile_seconds": self._compiling(speed)}
+        _refuse_impossible(speed, copied)
+        return steps, speed, memory
+
+    def _memory(self, steps: TrainingSteps) -> Quantities:
+        """Return the record's ``memory``; of a compiled step, what a meter can see of it."""
+        memory, execution = peak_memory(steps, self.device), self.config.execution
+        if not execution.compile:
+            return memory
+        if self.device.type != "cuda":
+            return {
+                **memory,
+                "remark": "of the step as it is uncompiled, since only that has tensors to track",
+            }
+        if execution.compile_mode != "reduce-overhead":
+            return memory
+        unseen = not_measured("CUDA graphs keep their tensors in a pool that counts as reserved only")
+        phases = {**memory["by_phase"], "first_step": unseen, "steady": unseen}
+        return {**memory, "peak_allocated_bytes": unseen, "by_part": unseen, "by_phase": phases}
+
+    def _matrix_rate(self) -> float | Quantities:
+        if self.device.type != "cuda":
+            return not_measured("a run measures it on CUDA only; python -m bench.speed does everywhere")
+        return matrix_rate(self.device, self.execution.autocast_dtype or torch.float32)
+
+    def _compiling(self, speed: Quantities) -> float | Quantities:
+        """Return what the warm-up took beyond as many median steps: compiling, where it was asked for."""
+        if not self.config.execution.compile:
+            return not_measured("not compiled")
+        median = statistics.median(speed["step_seconds"])
+        return sum(max(0.0, seconds - median) for seconds in speed["warmup_seconds"])
+
+    def _profile(self, steps: TrainingSteps) -> None:
+        outcome = attempt(lambda: profile_steps(steps.step, self.folder, self.device))
+        if outcome.value is None:
+            self.say("note: the profile ran out of memory")
+            return
+        self.say(f"costliest operations of a step (all of them in {TRACE} beside the record):")
+        for found in outcome.value:
+            self.say(f"  {found.share:6.1%}  {found.calls:5,} ×  {found.name}")
+
+    def _marginal(self, steps: TrainingSteps, memory: Quantities) -> Quantities:
+        config = self.config
+        seed, measure = config.training.seed, config.measure
+        outcome = attempt(lambda: marginal_cost(steps, memory, measure, self.execution, self.device, seed))
+        return outcome.value or not_measured(f"ran out of memory beside the mean coupler: {outcome.failure}")
+
+
+def _refuse_impossible(speed: Quantities, model: GNNMoEModel) -> None:
+    rate = speed["matrix_flops_per_second"]
+    if isinstance(rate, float):
+        tokens = tokens_per_second(speed["step_tokens"], speed["step_seconds"])
+        utilisation(tokens * training_flops_per_token(model), rate)

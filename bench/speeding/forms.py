@@ -1,0 +1,148 @@
+"""The forms of a coupler, built on shared inputs: one step is forward + backward.
+
+Shapes: B batch, L length, E experts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bench.speeding.machine import DTYPES, products_in
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import Coupler, build_coupler, resolved_options
+from gnnmoe.hypergraph import FORMULAS
+from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
+from gnnmoe.seeds import RandomStreams
+
+DEFAULT, REFERENCE = "vectorized", "reference()"
+INPUT_SETS = 3  # used in turn: one that was just read may still lie in a cache
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute a coupler: ``forward`` with these options, ``reference()``, or compiled."""
+
+    subject: str
+    name: str
+    config: GNNMoEConfig
+    reference: bool = False
+    compile_mode: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others of its case."""
+        return f"{self.subject} {self.name}"
+
+
+def forms_of(subject: str, config: GNNMoEConfig, compile_modes: Sequence[str] = ()) -> list[Form]:
+    """Return the forms of a coupler that can be built here: the default first, then what it replaces."""
+    backend = resolved_options(config).get("backend")
+    backends = [DEFAULT if backend is None else backend]
+    if backend is not None and config.hgnn_conv_type in FORMULAS:
+        backends += [name for name in BACKENDS if name != backend and name not in missing_backends()]
+    forms = [Form(subject, name, config if backend is None else _with_backend(config, name))
+             for name in backends]  # fmt: skip
+    compiled = [replace(forms[0], name=compiled_name(mode), compile_mode=mode) for mode in compile_modes]
+    return [forms[0], *compiled, *forms[1:], Form(subject, REFERENCE, config, reference=True)]
+
+
+def compiled_name(mode: str) -> str:
+    """Return how a compiled form is called."""
+    return "compiled" if mode == "default" else f"compiled, {mode}"
+
+
+def _with_backend(config: GNNMoEConfig, backend: str) -> GNNMoEConfig:
+    return replace(config, coupler_options={**config.coupler_options, "backend": backend})
+
+
+class Inputs:
+    """Random expert outputs, layer inputs and cotangents, in sets, as a model has them.
+
+    Expert outputs lie expert by expert, in bf16 where that is the precision; the layer's input is of the
+    residual stream, which stays float32.
+    """
+
+    def __init__(self, config: GNNMoEConfig, batch: int, precision: str, device: torch.device) -> None:
+        self.device = device
+        L, E, D = config.max_seq_length, config.num_experts, config.embed_dim
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        self.sets = [
+            (normal(E, batch, L, D).to(DTYPES[precision]).permute(1, 2, 0, 3).requires_grad_(True),
+             normal(batch, L, D).requires_grad_(True))
+            for _ in range(INPUT_SETS)
+        ]  # fmt: skip
+        self._cotangents = [normal(batch, L, D) for _ in range(INPUT_SETS)]
+        self._cast: dict[torch.dtype, list[Tensor]] = {torch.float32: self._cotangents}
+
+    def cotangent(self, number: int, dtype: torch.dtype) -> Tensor:
+        """Return a gradient of the output in the output's own type."""
+        if dtype not in self._cast:
+            self._cast[dtype] = [one.to(dtype) for one in self._cotangents]
+        return self._cast[dtype][number % INPUT_SETS]
+
+
+class Naive(nn.Module):
+    """A coupler's ``reference()`` as a module, which the tracker of memory asks for."""
+
+    def __init__(self, coupler: Coupler) -> None:
+        super().__init__()
+        self.coupler = coupler
+
+    def forward(self, expert_outputs: Tensor, layer_input: Tensor) -> Tensor:
+        """Return (B, L, D)."""
+        return self.coupler.reference(expert_outputs, layer_input)
+
+
+class Runner:
+    """One form, built, on shared inputs."""
+
+    def __init__(self, form: Form, inputs: Inputs, precision: str) -> None:
+        self.form, self.inputs, self.precision = form, inputs, precision
+        self.device = device = inputs.device
+        with RandomStreams(0)("init.coupler"):
+            self.coupler: Coupler = build_coupler(form.config).to(device)
+        self.parameters = [p for p in self.coupler.parameters() if p.requires_grad]
+        self.module = Naive(self.coupler) if form.reference else self.coupler
+        if form.compile_mode is not None:
+            mode = None if form.compile_mode == "default" else form.compile_mode
+            self.module.compile(mode=mode, dynamic=False)
+
+    def forward(self, number: int) -> Tensor:
+        """Return the output (B, L, D) for one of the sets of inputs."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.module(*self.inputs.sets[number % INPUT_SETS])
+
+    def step(self, number: int) -> tuple[Tensor, Tensor]:
+        """Do forward and backward; return the output and the gradient of the expert outputs."""
+        output = self.forward(number)
+        leaves = [*self.inputs.sets[number % INPUT_SETS], *self.parameters]
+        cotangent = self.inputs.cotangent(number, output.dtype)
+        gradients = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
+        return output, gradients[0]
+
+    def accumulate(self) -> None:
+        """Do forward and backward as a training does, into the gradients of all leaves, and drop these."""
+        output = self.forward(0)
+        output.backward(self.inputs.cotangent(0, output.dtype))
+        for leaf in (*self.inputs.sets[0], *self.parameters):
+            leaf.grad = None
+
+    def reference_in_float32(self) -> tuple[Tensor, Tensor]:
+        """Return what ``step(0)`` should give, by ``reference()`` in float32."""
+        x, u = (tensor.detach().float().requires_grad_(True) for tensor in self.inputs.sets[0])
+        with products_in("fp32"):
+            output = self.coupler.reference(x, u)
+            (gradient,) = torch.autograd.grad(output, [x], self.inputs.cotangent(0, output.dtype))
+        return output.detach(), gradient
+
+    def known(self) -> list[Tensor]:
+        """Return what is there before a step."""
+        return [*self.parameters, *self.coupler.buffers(), *(x for one in self.inputs.sets for x in one)]

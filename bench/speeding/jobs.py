@@ -1,0 +1,74 @@
+"""Jobs one after the other: a failing one becomes a row, a late one is left out by name."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bench.measure.recovery import recover
+from bench.speeding.machine import Machine
+from bench.speeding.record import SpeedRecord
+from bench.speeding.rows import Row
+from bench.speeding.turns import failure_text
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows that belong together. ``seconds``: what they take about, on the machine they are meant for."""
+
+    name: str
+    rows: Callable[[Machine], list[Row]]
+    seconds: float = 0.0
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    machine: Machine,
+    record: SpeedRecord,
+    *,
+    budget: float | None,
+    on_job: Callable[[str], None],
+    on_row: Callable[[Row], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Run jobs in order into the record, which is whole after each.
+
+    A job that would likely end after ``budget`` seconds is left out, by name; a smaller one may follow.
+    """
+    start = clock()
+    for job in jobs:
+        spent = clock() - start
+        if budget is not None and (spent >= budget or spent + job.seconds > budget):
+            takes = f"it takes about {job.seconds:.0f} s, and " if job.seconds else ""
+            record.leave_out(f"{job.name}: {takes}{spent:.0f} s of the {budget:g} s were spent")
+            continue
+        on_job(job.name)
+        rows = _rows(job, machine)
+        record.add(rows, machine.to_record())
+        for row in rows:
+            on_row(row)
+        _forget()
+
+
+def _rows(job: Job, machine: Machine) -> list[Row]:
+    try:
+        return job.rows(machine)
+    except Exception as error:
+        failure = failure_text(error)
+    recover()
+    return [Row(case=job.name, subject=job.name, form="", device=machine.device.type, precision="fp32",
+                batch=0, length=0, experts=0, width=0, layers=0, error=failure)]  # fmt: skip
+
+
+def _forget() -> None:
+    """Let nothing of one job weigh on the next: memory, and what was compiled for other sizes."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # else a second size of a batch would be compiled for all sizes
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

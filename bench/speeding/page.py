@@ -1,0 +1,105 @@
+"""The measured tables of a page, made of records and written between two marks. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from bench.records.store import write_whole
+from bench.speeding.rows import Row, derived
+from bench.speeding.table import compact, heading, verdict_cells
+from bench.speeding.targets import CURVE, PARITY, verdicts
+
+BEGIN, END = (
+    "<!-- begin of what bench.speed --page writes -->",
+    "<!-- end of what bench.speed --page writes -->",
+)
+Records = Sequence[tuple[dict[str, Any], list[Row]]]
+
+
+def write_page(path: Path, records: Records) -> None:
+    """Put the tables of ``records`` between the marks of a page.
+
+    Raises:
+        ValueError: the page cannot be read, or has no such marks.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"--page {path} cannot be read ({error.strerror}).") from error
+    write_whole(path, with_tables(text, records).encode())
+
+
+def with_tables(text: str, records: Records) -> str:
+    """Return a page's text with these tables between its marks.
+
+    Raises:
+        ValueError: it has no such marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no place for tables; put these two lines in it:\n{BEGIN}\n{END}")
+    return f"{before}{BEGIN}\n\n{tables(records)}\n{END}{after}"
+
+
+def tables(records: Records) -> str:
+    """Return the targets over all records, and the rows of each, in Markdown."""
+    every = [row for _, rows in records for row in rows]
+    parts = [_markdown(["", "measure", "measured", "target", ""], verdict_cells(verdicts(every)))]
+    for data, rows in records:
+        parts += [
+            _origin(data),
+            *(_markdown(*table) for table in (_couplers(rows), _steps(rows)) if table[1]),
+        ]
+        if data["left_out"]:
+            parts.append(f"Left out: {'; '.join(data['left_out'])}.\n")
+    return "\n".join(parts)
+
+
+def _origin(data: dict[str, Any]) -> str:
+    environment, machine = data["environment"], data["machine"]
+    rates = ", ".join(f"{value / 1e12:,.3g} TFLOP/s in {precision}"
+                      for precision, value in machine["matrix_flops_per_second"].items())  # fmt: skip
+    threads = f", {environment['threads']} threads" if environment["device_type"] == "cpu" else ""
+    return (
+        f"**{machine['device']}**{threads}, torch {environment['packages']['torch']}, {data['start'][:10]}: "
+        f"copies {machine['copy_bytes_per_second'] / 1e9:,.3g} GB/s, multiplies {rates}. "
+        f"`{data['command']}`\n"
+    )
+
+
+def _couplers(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    names = ["coupler", "form", "ms", "forward ms", "floor ms", "× floor", "× roofline", "loop / it",
+             "pyg / it", "saved MiB"]  # fmt: skip
+    found = []
+    for row in rows:
+        if row.floor_bytes is None or row.case == CURVE or not row.seconds:
+            continue
+        more = derived(row, rows)
+        values = (more["median_ms"], more["forward_ms"], more["floor_ms"], more["over_floor"],
+                  more["over_roofline"], more["loop_over_this"], more["pyg_over_this"],
+                  None if row.saved_bytes is None else row.saved_bytes / 2**20)  # fmt: skip
+        found.append([heading(row), row.form, *map(compact, values)])
+    return names, found
+
+
+def _steps(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    names = ["training step", "form", "ms", "loop / it", "tokens/s", "MFU", "peak MiB"]
+    found = []
+    for row in rows:
+        if row.floor_bytes is not None or row.case == PARITY or not row.seconds:
+            continue
+        more = derived(row, rows)
+        peak = None if row.peak_bytes is None else row.peak_bytes / 2**20
+        found.append([heading(row), row.form, compact(more["median_ms"]), compact(more["loop_over_this"]),
+                      compact(more["tokens_per_second"]),
+                      "" if more["mfu"] is None else f"{more['mfu']:.1%}", compact(peak)])  # fmt: skip
+    return names, found
+
+
+def _markdown(headings: list[str], cells: list[list[str]]) -> str:
+    return tabulate(cells, headings, tablefmt="github", disable_numparse=True) + "\n"

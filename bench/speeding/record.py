@@ -1,0 +1,98 @@
+"""The record of a measurement: one folder, whole after every row. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.records.store import cannot_write, write_whole
+from bench.speeding.rows import Row, cells, row_from
+
+FOLDER, FILE, TABLE = "speed", "speed.json", "rows.csv"
+VERSION = 1
+
+
+class SpeedRecord:
+    """``results_dir/speed/name``: speed.json and rows.csv, written anew after every row.
+
+    ``status`` is ``running`` until it is ``finished``, so that of a killed process the rows are there.
+    """
+
+    def __init__(self, results_dir: Path, name: str, head: dict[str, Any]) -> None:
+        self.path = results_dir / FOLDER / name
+        self.rows: list[Row] = []
+        self.data: dict[str, Any] = {
+            "schema_version": VERSION, "name": name, "status": "running", **head, "start": _now(),
+            "end": None, "machine": {}, "left_out": [], "rows": [],
+        }  # fmt: skip
+
+    def begin(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ValueError: there is one already, or it cannot be written.
+        """
+        if (self.path / FILE).exists():
+            raise ValueError(f"{self.path} holds a record already; give another --name.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write()
+        except OSError as error:
+            raise ValueError(cannot_write(self.path, error)) from error
+
+    def add(self, rows: Sequence[Row], machine: dict[str, Any]) -> None:
+        """Keep rows, and what is known of the machine by now."""
+        self.rows += rows
+        self.data["rows"] = [asdict(row) for row in self.rows]
+        self.data["machine"] = machine
+        self._write()
+
+    def leave_out(self, what: str) -> None:
+        """Keep what was not measured, and why."""
+        self.data["left_out"].append(what)
+        self._write()
+
+    def end(self, status: str) -> None:
+        """Write the last state."""
+        self.data.update(status=status, end=_now())
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self.path / FILE, json.dumps(self.data, indent=1, allow_nan=False).encode())
+        if self.rows:
+            table = io.StringIO(newline="")
+            flat = [cells(row, self.rows) for row in self.rows]
+            writer = csv.DictWriter(table, list(flat[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(flat)
+            write_whole(self.path / TABLE, table.getvalue().encode())
+
+
+def read_record(place: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Return a record and its rows, by the path of its folder or file.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    path = place / FILE if place.is_dir() else place
+    try:
+        data = json.loads(path.read_text())
+        if data["schema_version"] != VERSION:
+            raise ValueError(f"it is of version {data['schema_version']}, this is {VERSION}")
+        return data, [row_from(found) for found in data["rows"]]
+    except OSError as error:
+        raise ValueError(
+            f"{place} holds no record of bench.speed ({error.strerror}); name a folder with a {FILE}."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of bench.speed that can be read ({error}).") from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,139 @@
+"""Whole training steps, several kinds in turn: forward, backward, clipping and update, nothing read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.config import ExecutionConfig, TrainingConfig
+from bench.measure.floors import TRAINING
+from bench.measure.protocol import Step
+from bench.measure.speed import TrainingSteps
+from bench.speeding.machine import Machine
+from bench.speeding.memory import peak_bytes
+from bench.speeding.parity import largest_difference
+from bench.speeding.rows import Row, mfu
+from bench.speeding.turns import Contender, in_turn
+from bench.training.execution import Execution
+from bench.training.step import Batch, training_step
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.head import IGNORED, TiedHead
+from gnnmoe.model import GNNMoEModel
+
+BATCHES = 3
+LEARNING_RATE = 1e-4  # random tokens teach nothing; a step must stay finite
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind of step: how the model is executed, and whether its head holds all logits at once."""
+
+    name: str
+    execution: ExecutionConfig
+    plain_head: bool = False
+
+
+class StepRunner:
+    """A model of one variant that trains on random batches of tokens."""
+
+    def __init__(self, variant: Variant, config: GNNMoEConfig, batch: int, device: torch.device) -> None:
+        execution = Execution(variant.execution, device)
+        model = execution.build(config, 0)
+        if variant.plain_head:
+            hold_all_logits(model)
+        execution.compile(model)
+        training = TrainingConfig(learning_rate=LEARNING_RATE)
+        self.of = TrainingSteps(model, random_batches(config, batch, device), training)
+
+    def step(self, number: int) -> tuple[Tensor, Tensor]:
+        """Do one whole step; return loss and gradient norm, not read."""
+        batch = self.of.batches[number % len(self.of.batches)]
+        return training_step(self.of.model, batch, self.of.optimizer, self.of.training.max_grad_norm)
+
+    def peak_bytes(self, device: torch.device) -> int | None:
+        """Return the peak of one more step: model, gradients, optimizer, batches and activations."""
+        self.of.optimizer.zero_grad(set_to_none=True)
+        return peak_bytes(lambda: self.step(0), (self.of.model, self.of.optimizer, self.of.batches), device)
+
+
+def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batch: int, machine: Machine,
+              *, rounds: int, warmup: int = 3, memory: bool = True) -> list[Row]:  # fmt: skip
+    """Time whole steps of one model and batch in turn; one that fails becomes a row with its error.
+
+    Loss and gradient norm of the first step are held against the first variant's.
+    """
+    runners: dict[str, StepRunner] = {}
+    differences: dict[str, float] = {}
+    expected: list[Tensor] = []
+
+    def contender(variant: Variant) -> Contender:
+        def make() -> Step:
+            runners[variant.name] = StepRunner(variant, config, batch, machine.device)
+            return runners[variant.name].step
+
+        def check(found: tuple[Tensor, Tensor]) -> None:
+            loss_and_norm = torch.stack(found).double()
+            if not expected:
+                expected.append(loss_and_norm)
+            differences[variant.name] = largest_difference(loss_and_norm, expected[0], elementwise=True)
+
+        return Contender(variant.name, make, check)
+
+    turns = in_turn([contender(one) for one in variants], machine.device, rounds=rounds, warmup=warmup)
+    rows = []
+    for variant in variants:
+        turn, precision = turns[variant.name], variant.execution.precision
+        row = Row(
+            case=case, subject=f"step, {config.coupler_type}", form=variant.name, device=machine.device.type,
+            precision=precision, batch=batch, length=config.max_seq_length, experts=config.num_experts,
+            width=config.embed_dim, layers=config.num_layers, seconds=turn.seconds,
+            first_seconds=turn.first_seconds, error=turn.error,
+            largest_difference=differences.get(variant.name),
+        )  # fmt: skip
+        if turn.error is None:
+            own = runners[variant.name].of.model.flops(batch, config.max_seq_length)
+            row.flops = None if own is None else TRAINING * own
+            row.matrix_flops_per_second = machine.rates(precision).flops_per_second
+            try:
+                mfu(row)
+            except ValueError as error:  # over 100 %: something was measured wrongly
+                row.error = str(error)
+            if memory:
+                row.peak_bytes = runners[variant.name].peak_bytes(machine.device)
+        rows.append(row)
+    return rows
+
+
+def random_batches(config: GNNMoEConfig, batch: int, device: torch.device) -> list[Batch]:
+    """Return batches of random tokens, each to follow the one before it."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(BATCHES):
+        size = (batch, config.max_seq_length + 1)
+        ids = torch.randint(config.vocab_size, size, generator=generator).to(device)
+        batches.append({"input_ids": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()})
+    return batches
+
+
+def hold_all_logits(model: GNNMoEModel) -> None:
+    """Let the model's head compute its loss over all logits at once, as one would without chunks."""
+    head = model.head
+    assert isinstance(head, TiedHead)
+
+    def loss(hidden_ND: Tensor, embedding_VD: Tensor, targets_N: Tensor) -> Tensor:
+        logits = F.linear(hidden_ND, embedding_VD, head.padded_bias())
+        return F.cross_entropy(logits, targets_N, ignore_index=IGNORED)
+
+    head.loss = loss
+
+
+def executed(experts: str, precision: str, compile_mode: str | None = None) -> ExecutionConfig:
+    """Return how a model is executed; ``compile_mode`` None: eager."""
+    config = ExecutionConfig(experts=experts, precision=precision)  # pyright: ignore[reportArgumentType]
+    if compile_mode is None:
+        return config
+    return replace(config, compile=True, compile_mode=compile_mode)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,82 @@
+"""How many times the memory or the time of one training another one takes; matches by time are kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+
+import torch
+
+from bench.config import RunConfig
+from bench.data.cache import cache_folder, replace_file
+from bench.measure.environment import code_sha256, device_name
+from bench.measure.expected import Training, step_time_ratio
+from bench.measure.predict import CannotPredict
+from bench.records.schema import config_dict
+from bench.sweeps.matching import Match, Matched, matched
+from gnnmoe.config import GNNMoEConfig
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Weighs models as the flags of a run would train them on this device."""
+
+    config: RunConfig
+    device: torch.device
+    _peaks: dict[str, int] = field(default_factory=dict)
+
+    def weigh(self, quantity: str, ours: GNNMoEConfig, theirs: GNNMoEConfig) -> float:
+        """Return ours over theirs: predicted peaks for memory, steps timed in turn for time.
+
+        Raises:
+            ValueError: a coupler's memory cannot be predicted.
+        """
+        if quantity == "memory":
+            return self._peak(ours) / self._peak(theirs)
+        return step_time_ratio(*(Training(model, self.config, self.device) for model in (ours, theirs)))
+
+    def _peak(self, model: GNNMoEConfig) -> int:
+        key = repr(model)
+        if key not in self._peaks:
+            try:
+                self._peaks[key] = Training(model, self.config, self.device).peak_bytes()
+            except CannotPredict as error:
+                raise ValueError(f"match memory: {error}") from error
+        return self._peaks[key]
+
+
+def match_here(model: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
+    """Return the match of one model; one by time that was found before on this machine is found again.
+
+    No two measurements are equal, and another width would be another run: a sweep could not go on where
+    it was stopped. Kept in the project's cache folder, for this model, device, torch, threads and code.
+
+    Raises:
+        ValueError: as ``matched``; or the answer cannot be kept.
+    """
+    if match.quantity != "time":
+        return matched(model, match, scales.weigh)
+    path = cache_folder() / f"match-{_key(model, match, scales)}.json"
+    try:
+        return Matched(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        found = matched(model, match, scales.weigh)
+    text = json.dumps(asdict(found)).encode()
+    try:
+        replace_file(path, lambda file: file.write(text))  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        raise ValueError(
+            f"a match by time cannot be kept in {path.parent} ({error.strerror}), so that the sweep could "
+            "not go on where it is stopped; name another folder in GNNMOE_CACHE_DIR."
+        ) from error
+    return found
+
+
+def _key(model: GNNMoEConfig, match: Match, scales: Scales) -> str:
+    groups = config_dict(scales.config)
+    place = [device_name(scales.device), str(torch.__version__), torch.get_num_threads()]
+    training = {**groups["training"], "seed": None}
+    asked = [asdict(match), model.to_dict(), training, groups["memory"], groups["execution"]]
+    code = [code_sha256(name) for name in (model.coupler_type, match.reference)]
+    return sha256(json.dumps([*asked, *place, *code], default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,150 @@
+"""All experts of a layer at once, over stacked parameters: the same function as one block after the other.
+
+Shapes: B batch, L length, N = B·L tokens, E experts, D width, H heads, d = D / H, F hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnnmoe.experts import ExpertBlock
+
+
+class BatchedExperts(nn.Module):
+    """The experts of a layer in a few large products; made of ``blocks``, whose numbers it takes over.
+
+    All experts normalise the same input to the same numbers, and each has a gain and a shift of its own.
+    So there is one normalisation, and gains and shifts are folded into the projections that follow. One
+    product makes all queries, keys and values, one attention serves E·H heads, and every further step is
+    one product of a batch of E. Nothing as large as the tokens is copied from one order into another.
+
+    ``state_dict`` speaks of one expert after the other, with the names and shapes of ``ExpertLoop``, and
+    is loaded likewise: a checkpoint of either form goes into the other.
+    """
+
+    norm1_weight: nn.Parameter
+    norm1_bias: nn.Parameter
+    norm2_weight: nn.Parameter
+    norm2_bias: nn.Parameter
+    qkv_weight: nn.Parameter
+    """(3, E, D, D), so that q, k and v come out with the experts' heads side by side."""
+    qkv_bias: nn.Parameter
+    proj_weight: nn.Parameter
+    proj_bias: nn.Parameter
+    up_weight: nn.Parameter
+    up_bias: nn.Parameter
+    down_weight: nn.Parameter
+    down_bias: nn.Parameter
+
+    def __init__(self, blocks: Sequence[ExpertBlock]) -> None:
+        super().__init__()
+        self.count, self.num_heads = len(blocks), blocks[0].num_heads
+        self.dropout = nn.Dropout(blocks[0].dropout_rate)
+        self._names = [name for name, _ in blocks[0].named_parameters()]
+        self._vectors = [_own(name) for name, value in blocks[0].named_parameters() if value.ndim == 1]
+        for name in self._names:
+            parts = [block.get_parameter(name).detach() for block in blocks]
+            setattr(self, _own(name), nn.Parameter(_stacked(name, parts)))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return what each expert makes of ``x`` (B, L, D): (B, L, E, D), a view of (E, B, L, D).
+
+        Under autocast all that has E·N·D numbers is in its type, the normalised ones too.
+        """
+        device = x_BLD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BLD.dtype
+        with torch.autocast(device, enabled=False):
+            x_END = self._experts(x_BLD, dtype)
+        return x_END.view(self.count, *x_BLD.shape).permute(1, 2, 0, 3)
+
+    def _experts(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
+        mixed_END = self._attention(x_BLD, dtype)
+        added_END = _mapped(mixed_END, self.proj_weight, self.proj_bias)
+        x_END = x_BLD.to(dtype).flatten(0, 1) + self.dropout(added_END)
+        up_EFD, up_bias_EF = _folded(self.up_weight, self.up_bias, self.norm2_weight, self.norm2_bias)
+        hidden_ENF = F.gelu(_mapped(F.layer_norm(x_END, x_END.shape[-1:]), up_EFD, up_bias_EF))
+        return x_END + self.dropout(_mapped(self.dropout(hidden_ENF), self.down_weight, self.down_bias))
+
+    def _attention(self, x_BLD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what each expert's heads see, side by side: (E, N, D), a view of (N, E, D)."""
+        B, L, D = x_BLD.shape
+        weight_3EDD, bias_3ED = _folded(self.qkv_weight, self.qkv_bias, self.norm1_weight, self.norm1_bias)
+        normed_BLD = F.layer_norm(x_BLD, (D,)).to(dtype)
+        qkv = F.linear(normed_BLD, weight_3EDD.to(dtype).view(-1, D), bias_3ED.to(dtype).view(-1))
+        heads = qkv.view(B, L, 3, self.count * self.num_heads, -1).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in heads)  # (B, E·H, L, d), by strides alone
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return mixed.transpose(1, 2).reshape(B * L, self.count, D).transpose(0, 1)
+
+    def vectors(self) -> list[nn.Parameter]:
+        """Return the parameters that hold a vector for each expert, and so have the form of a matrix."""
+        return [self.get_parameter(own) for own in self._vectors]
+
+    def extra_repr(self) -> str:
+        """Say how many experts there are."""
+        return f"{self.count} experts, {self.num_heads} heads each"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for expert in range(self.count):
+            for name in self._names:
+                part = self.get_parameter(_own(name)).select(_expert_axis(name), expert)
+                whole = part.flatten(0, 1) if name.startswith("qkv") else part
+                destination[f"{prefix}{expert}.{name}"] = whole if keep_vars else whole.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: list[str],
+    ) -> None:
+        """Stack what is there of each expert (``state_dict`` is a copy), and let torch load that."""
+        absent = []
+        for name in self._names:
+            keys = [f"{prefix}{expert}.{name}" for expert in range(self.count)]
+            absent += [key for key in keys if key not in state_dict]
+            parts = [state_dict.pop(key) for key in keys if key in state_dict]
+            if len(parts) == self.count:
+                state_dict[prefix + _own(name)] = _stacked(name, parts)
+        before = len(missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        missing_keys[before:] = absent  # by the names that a checkpoint has
+
+
+def _own(name: str) -> str:
+    """Return the name of the stacked parameter for that of a block's: qkv.weight → qkv_weight."""
+    return name.replace(".", "_")
+
+
+def _expert_axis(name: str) -> int:
+    return 1 if name.startswith("qkv") else 0
+
+
+def _stacked(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Return a parameter of all experts in one tensor; queries, keys and values come before experts."""
+    if name.startswith("qkv"):
+        parts = [part.unflatten(0, (3, -1)) for part in parts]
+    return torch.stack(list(parts), _expert_axis(name))
+
+
+def _folded(weight: Tensor, bias: Tensor, gain_ED: Tensor, shift_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of W(g·x + s) + b as a map of x: W·g and W s + b.
+
+    W (..., E, out, D), b (..., E, out). ``W s`` is no matrix product, so that what FLOPs count is the same
+    in both forms of the experts.
+    """
+    return weight * gain_ED[:, None], bias + (weight * shift_ED[:, None]).sum(-1)
+
+
+def _mapped(x_ENK: Tensor, weight_EOK: Tensor, bias_EO: Tensor) -> Tensor:
+    """Return each expert's linear map of its own input: (E, N, out)."""
+    dtype = x_ENK.dtype
+    return torch.bmm(x_ENK, weight_EOK.to(dtype).mT).add_(bias_EO.to(dtype)[:, None])

@@ -1,0 +1,109 @@
+"""A run at a fitted length, from end to end: judged, kept, resumed and used as the model that it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.session
+from bench.data.corpus import load_corpus
+from bench.difficulty import checkpoint_scorer
+from bench.gate.trained import rows_to_judge
+from bench.run import main
+from bench.training.checkpoint import load_checkpoint
+from tests.bench.conftest import TINY
+from tests.bench.test_resume import (
+    act_at_step,
+    assert_equal_but_for_times,
+    interrupt,
+    only_folder,
+    results_of,
+)
+
+FIT = (
+    "--fit-shape --memory-budget 140KiB --shape-min-length 8 --shape-length-step 4"
+    " --dropout-rate 0.1 --max-steps 9 --eval-every 3"
+).split()
+LENGTH = 8  # what fits of 16, one row at once of a batch of 4
+
+
+@pytest.fixture(scope="module")
+def fitted(small_data_dir, tmp_path_factory) -> tuple[Path, list[int]]:
+    """The folder of a finished run, and the lengths at which the gate looked."""
+    results, judged = tmp_path_factory.mktemp("fitted"), []
+
+    def run_gate(config, real=bench.session.run_gate, **named):
+        judged.append(config.max_seq_length)
+        return real(config, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.session, "run_gate", run_gate)
+        assert main([*TINY, *FIT, "--data-dir", str(small_data_dir), "--results-dir", str(results)]) == 0
+    return only_folder(results), judged
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_the_gate_judges_the_model_that_trains_and_two_rows_at_least(fitted):
+    folder, judged = fitted
+    record = record_of(folder)
+    assert (record["tuned"]["length"], record["tuned"]["micro_batch_size"]) == (LENGTH, 1)
+    assert judged == [LENGTH]
+    assert f"(B, L) = (2, {LENGTH})" in record["gate"]["checks"]["trained_isolation"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_once", "rows"),
+    [([4, 4], 1, 2), ([4, 4], 3, 3), ([4, 4], None, 4), ([1, 1], None, 2), ([1, 1], 1, 2), ([1], 1, 1)],
+)
+def test_rows_to_judge(sizes, at_once, rows):
+    ids = torch.arange(sum(sizes) * 3).view(-1, 3)
+    batches = [{"input_ids": part} for part in ids.split(sizes)]
+    assert torch.equal(rows_to_judge(batches, at_once), ids[:rows])
+
+
+def test_its_checkpoint_names_the_model_that_trained_and_serves_as_a_difficulty_model(fitted, tiny):
+    path = fitted[0] / "checkpoint.pt"
+    state = load_checkpoint(path)
+    assert state["run_id"] == fitted[0].name, "the id is that of what was asked for"
+    assert state["identity"]["model"]["max_seq_length"] == LENGTH
+    place = tiny.index("--max-steps")
+    flags = [*tiny[:place], *tiny[place + 2 :], "--max-seq-length", str(LENGTH), "--epochs", "2"]
+    flags += ["--max-batches-per-epoch", "4", "--min-steps-per-epoch", "1"]
+    assert main([*flags, "--batch-size", "2", "--curriculum", f"model:{path}"]) == 0
+    record = record_of(only_folder(results_of(flags)))
+    assert record["data"]["training_blocks"]["curriculum"]["order_source"] == "model"
+
+
+def without_times(folder: Path) -> dict:
+    """Take the times out of what was found before training; return the record."""
+    record = record_of(folder)
+    for found in (record["tuned"], *record["tuned"]["trials"]):
+        found["seconds"] = found["tokens_per_second"] = None
+    (folder / "record.json").write_text(json.dumps(record))
+    return record
+
+
+def test_interrupted_and_resumed_it_equals_an_undisturbed_one(fitted, tiny, small_data_dir, monkeypatch):
+    run = [*tiny, *FIT]
+    with monkeypatch.context() as patch:
+        act_at_step(patch, 5, interrupt)
+        assert main(run) == 130
+    folder = only_folder(results_of(run))
+    path, corpus = folder / "checkpoint.pt", load_corpus(data_dir=small_data_dir)
+    asked = load_checkpoint(path)["identity"]["model"]["max_seq_length"]
+    assert asked == 16, "what --resume compares with its flags"
+    checkpoint_scorer(path, LENGTH, corpus, torch.device("cpu"))  # all the same it can be loaded
+    monkeypatch.setattr("bench.fitting.fit_here", lambda *_: pytest.fail("fitted again"))
+    assert main([*run, "--resume"]) == 0
+    ours, theirs = without_times(folder), without_times(fitted[0])
+    assert ours["time"]["resumed_at_step"] == 3
+    assert ours["tuned"] == theirs["tuned"]
+    assert ours["used"] == theirs["used"]
+    assert ours["used"]["micro_batch_shapes"] == {f"1x{LENGTH}": 36}
+    assert_equal_but_for_times(folder, fitted[0])

@@ -1,0 +1,52 @@
+"""The formulas of the FLOPs against ``torch.utils.flop_counter``: the whole model, with every coupler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.measure.flops import training_flops_per_token
+from gnnmoe import GNNMoEModel, coupler_names
+from gnnmoe.hypergraph_layers import CONV_TYPES
+from tests.gnnmoe._support import small_config
+
+DONE_AGAIN = ("AllDeepSets", "AllSetTransformer", "EDHNN")  # chunks of tokens, computed again in the backward
+FORMS = [{"coupler_type": name} for name in coupler_names() if name != "HGNN"]
+FORMS += [{"hgnn_conv_type": conv, "static_hyperedge_strategy": "all_triplets"} for conv in CONV_TYPES]
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: next(iter(fields.values())))
+@pytest.mark.parametrize("experts", ["loop", "batched"])
+def test_the_formula_of_a_forward_is_what_the_counter_counts(fields, experts):
+    """Equal to the last FLOP, on a batch of three sequences that are shorter than the longest."""
+    model = GNNMoEModel(small_config(num_experts=4, num_layers=2, **fields), seed=0, experts=experts).eval()
+    ids = torch.zeros(3, 5, dtype=torch.int64)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids)
+    assert model.flops(3, 5) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: next(iter(fields.values())))
+def test_a_training_step_is_three_forwards_by_formula(fields):
+    config = small_config(num_experts=4, num_layers=2, **fields)
+    model = GNNMoEModel(config, seed=0)
+    forward = model.flops(1, config.max_seq_length)
+    assert forward is not None
+    assert training_flops_per_token(model) == 3 * forward / config.max_seq_length
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: next(iter(fields.values())))
+def test_a_forward_and_a_backward_are_three_forwards_to_the_counter(fields):
+    """But for what has no gradient to pass on, and but for forwards that a backward does again."""
+    config = small_config(num_experts=4, num_layers=2, **fields)
+    model = GNNMoEModel(config, seed=0).eval()  # without auxiliary losses
+    ids = torch.zeros(1, config.max_seq_length, dtype=torch.int64)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = model(ids)["logits"]
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    share = counter.get_total_flops() / (training_flops_per_token(model) * config.max_seq_length)
+    again = fields.get("hgnn_conv_type") in DONE_AGAIN
+    assert 1.0 < share < 4 / 3 if again else 0.97 <= share <= 1.0

@@ -1,0 +1,271 @@
+"""python -m bench.speed: what it times, on tiny shapes; every path of both suites, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench import speed
+from bench.config import ModelConfig, PlacesConfig
+from bench.speeding.coupler_rows import Timing, coupler_rows
+from bench.speeding.cpu_suite import CpuScale, cpu_jobs
+from bench.speeding.forms import Form, forms_of
+from bench.speeding.gpu_suite import GpuScale, gpu_jobs
+from bench.speeding.jobs import run_jobs
+from bench.speeding.machine import Machine
+from bench.speeding.memory import peak_bytes, saved_bytes
+from bench.speeding.record import FILE, SpeedRecord, read_record
+from bench.speeding.step_rows import Variant, executed, step_rows
+from bench.speeding.targets import CPU_TARGETS, GPU_TARGETS, verdicts
+from bench.training.execution import Execution
+from gnnmoe import GNNMoEConfig
+from gnnmoe.couplers._base import Coupler
+from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
+
+CPU = torch.device("cpu")
+SMALL = GNNMoEConfig(embed_dim=8, num_experts=3, max_seq_length=4, vocab_size=64, num_layers=1)
+QUICK = Timing(rounds=2, warmup=1)
+TINY = "--embed-dim 8 --max-seq-length 4 --batch-size 2 --rounds 1".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_rates():
+    """The rates of the machine are measured in small: a large product in bf16 takes a CPU long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.measure.protocol.CPU_SIZE", 128)
+        patch.setattr("bench.measure.protocol.CPU_COPY_BYTES", 2**20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def machine(_small_rates):
+    return Machine(CPU)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """Compilation takes a minute on a CPU: here it is asked for, and not done."""
+    asked: list[object] = []
+
+    def of_a_model(self: Execution, model: nn.Module) -> None:
+        asked.extend([self.config.compile_mode] * self.config.compile)
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: asked.append(options["mode"]))
+    monkeypatch.setattr(Execution, "compile", of_a_model)
+    return asked
+
+
+class TestCouplers:
+    def test_every_form_is_timed_in_turn_and_held_against_the_reference(self, machine):
+        rows = coupler_rows("case", forms_of("HGNN", SMALL), 2, machine, "fp32", QUICK)
+        backends = [name for name in BACKENDS if name not in missing_backends()]
+        assert [row.form for row in rows] == [*backends, "reference()"]
+        for row in rows:
+            assert len(row.seconds) == len(row.forward_seconds) == 2
+            assert min(row.seconds) > 0
+            assert row.largest_difference is not None
+            assert row.largest_difference < 1e-5
+            assert row.peak_bytes is not None
+            assert row.peak_bytes >= 4 * 3 * 2 * 4 * 8  # at least the gradient of the expert outputs
+            assert row.saved_bytes
+            assert row.floor_seconds
+            assert row.roofline_seconds
+            assert row.error is None
+
+    def test_a_coupler_without_backends_has_two_forms_and_a_compiled_one_where_asked(
+        self, no_compiler, machine
+    ):
+        graph = replace(SMALL, coupler_type="GNN")
+        forms = forms_of("GNN", graph, ("default",))
+        assert [form.name for form in forms] == ["vectorized", "compiled", "reference()"]
+        rows = coupler_rows("case", forms, 2, machine, "bf16", QUICK)
+        assert [row.error for row in rows] == [None] * 3
+        assert no_compiler == [None]
+        assert rows[1].saved_bytes is rows[1].peak_bytes is None  # seen on CUDA only
+        assert rows[0].floor_bytes == 2 * 11 * 2 * 4 * 8
+
+    def test_a_form_that_computes_something_else_is_wrong(self, machine, monkeypatch):
+        build = Coupler.reference
+        graph = replace(SMALL, coupler_type="GNN")
+        from gnnmoe.couplers.gnn import GNNExpertCoupler
+
+        naive = GNNExpertCoupler.reference
+        monkeypatch.setattr(GNNExpertCoupler, "reference", lambda self, x, u=None: naive(self, x * 1.001, u))
+        rows = coupler_rows("case", forms_of("GNN", graph), 2, machine, "fp32", QUICK)
+        assert build is not naive
+        assert [row.wrong for row in rows] == [True, False]
+
+    def test_a_form_that_cannot_be_built_is_a_row_with_its_error(self, machine):
+        broken = Form("GNN", "broken", replace(SMALL, coupler_type="GNN", coupler_options={"k": "2"}))
+        good = forms_of("GNN", replace(SMALL, coupler_type="GNN"))
+        rows = coupler_rows("case", [good[0], broken], 2, machine, "fp32", QUICK)
+        assert rows[0].error is None
+        assert rows[1].error is not None
+        assert "ValueError" in rows[1].error
+        assert rows[1].seconds == []
+
+
+class TestMemory:
+    def test_what_a_forward_saves_is_counted_without_what_is_there_anyway(self):
+        first, second = nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)
+        x = torch.randn(8, 16, requires_grad=True)
+        known = [x, *first.parameters(), *second.parameters()]
+        # gelu saves its input, and the second map its own: 8 × 32 numbers each
+        saved = saved_bytes(lambda: second(nn.functional.gelu(first(x))), known, CPU)
+        assert saved == 2 * 8 * 32 * 4
+
+    def test_the_peak_holds_what_the_owners_hold(self):
+        held = nn.Linear(64, 64, bias=False)
+        assert peak_bytes(lambda: torch.zeros(1000), (held,), CPU) == 64 * 64 * 4 + 4000
+
+
+class TestSteps:
+    def test_the_head_in_chunks_computes_the_same_in_less_memory(self, machine):
+        wide = replace(SMALL, vocab_size=20_000, max_seq_length=64)
+        variants = [
+            Variant("chunked", executed("loop", "fp32")),
+            Variant("plain", executed("loop", "fp32"), True),
+        ]
+        chunked, plain = step_rows("head", variants, wide, 16, machine, rounds=2, warmup=1)
+        assert plain.largest_difference is not None
+        assert plain.largest_difference < 1e-5
+        assert chunked.peak_bytes is not None
+        assert plain.peak_bytes is not None
+        assert chunked.peak_bytes < 0.7 * plain.peak_bytes
+
+    def test_an_mfu_over_one_is_the_error_of_its_row(self, machine, monkeypatch):
+        monkeypatch.setattr("gnnmoe.model.GNNMoEModel.flops", lambda *_: 10**18)
+        [row] = step_rows("case", [Variant("eager", executed("loop", "fp32"))], SMALL, 2, machine, rounds=1)
+        assert row.error is not None
+        assert "is wrong" in row.error
+
+
+def measured(jobs, tmp_path) -> SpeedRecord:
+    record = SpeedRecord(tmp_path, "made", {"what": "made", "command": "x", "environment": {}})
+    record.begin()
+    run_jobs(jobs, Machine(CPU), record, budget=None, on_job=lambda _: None, on_row=lambda _: None)
+    return record
+
+
+class TestSuites:
+    def test_the_cpu_suite_measures_every_target_of_its_own(self, small_data_dir, tmp_path, no_compiler):
+        model = ModelConfig(embed_dim=8, num_layers=1, max_seq_length=16)
+        scale = CpuScale(batch=2, length=4, width=8, saved_experts=4, saved_batch=1, model=model,
+                         step_batch=4, vocabulary=64, steps=8, rounds=2, curve_experts=(2, 4),
+                         curve_batches=(1, 2), curve_batch=2)  # fmt: skip
+        record = measured(cpu_jobs(PlacesConfig(data_dir=small_data_dir), "default", scale), tmp_path)
+        assert [row.error for row in record.rows] == [None] * len(record.rows)
+        found = [one for one in verdicts(record.rows) if one.device == "cpu"]
+        assert len(found) == len(CPU_TARGETS)
+        assert all(one.value is not None and math.isfinite(one.value) for one in found)
+        harness, bare, fetch = (row for row in record.rows if row.case == "harness")
+        assert len(harness.seconds) == len(bare.seconds) == len(fetch.seconds) == 8 - 2 - 3
+        assert all(part < whole for part, whole in zip(fetch.seconds, harness.seconds, strict=True))
+        assert [row.form for row in record.rows if row.case == "compile"] == ["eager", "compiled"]
+
+    def test_the_gpu_suite_measures_every_target_of_its_own(self, tmp_path, no_compiler, monkeypatch):
+        """On the CPU and in small, without a compiler; what a GPU alone can do is refused as a row."""
+        baseline = replace(SMALL, num_experts=4)
+        scale = GpuScale(baseline=baseline, large=replace(baseline, num_experts=5), batch=2, large_batch=2,
+                         many_batch=4, alone_batch=4, loop_batch=1, many_experts=6, rounds=2,
+                         curve_experts=(2, 4), curve_batch=2, curve_batches=(1, 2))  # fmt: skip
+        record = measured(gpu_jobs(scale), tmp_path)
+        failed = [row for row in record.rows if row.error]
+        assert [row.form for row in failed] == ["compiled, reduce-overhead"]
+        assert not [row for row in record.rows if row.wrong]
+        on_gpu = [replace(row, device="cuda") for row in record.rows]
+        found = [one for one in verdicts(on_gpu) if one.device == "cuda"]
+        assert len(found) == len(GPU_TARGETS)
+        assert all(one.value is not None and math.isfinite(one.value) for one in found)
+        assert set(no_compiler) == {None, "default"}
+
+    def test_a_loop_that_is_too_slow_is_timed_on_a_few_tokens_and_says_so(self, machine, monkeypatch):
+        monkeypatch.setattr("bench.speeding.gpu_suite.MOST_LOOP_SECONDS", 0.0)
+        scale = GpuScale(baseline=replace(SMALL, num_experts=4), batch=8, loop_batch=2, rounds=2)
+        [job] = [job for job in gpu_jobs(scale) if job.name.startswith("S9")]  # fmt: skip
+        default, loop = job.rows(machine)
+        assert (default.form, default.batch) == ("vectorized", 8)
+        assert (loop.form, loop.batch, len(loop.seconds)) == ("loop", 8, 1)
+        assert loop.remark == "8 tokens timed, and the time multiplied by 4"
+
+
+class TestCommand:
+    def test_it_prints_tables_of_80_columns_and_keeps_a_record(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        assert speed.main([*TINY, "--results-dir", str(tmp_path), "--name", "one"]) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= 80
+        for word in ("vectorized", "pyg", "loop", "reference()", "saved MiB", "×floor"):
+            assert word in shown
+        data, rows = read_record(tmp_path / "speed" / "one")
+        assert (data["status"], data["what"]) == ("ok", "HGNN")
+        assert data["environment"]["packages"]["torch"] == torch.__version__
+        assert {row.precision for row in rows} == {"fp32"}
+
+    def test_couplers_times_sizes_and_a_plot(self, tmp_path, capsys):
+        arguments = [
+            "--couplers",
+            "static,GNN",
+            "--sizes",
+            "E=2;E=3",
+            "--plot",
+            "--results-dir",
+            str(tmp_path),
+        ]
+        assert speed.main([*TINY, *arguments, "--name", "two", "--precision", "bf16"]) == 0
+        folder = tmp_path / "speed" / "two"
+        _, rows = read_record(folder)
+        assert {(row.subject, row.experts) for row in rows} == {
+            (n, e) for n in ("static", "GNN") for e in (2, 3)
+        }
+        assert {path.name for path in folder.glob("cost.*")} == {"cost.svg", "cost.png", "cost.csv"}
+        assert speed.main(["--table", str(folder)]) == 0
+        assert "not measured here: S1" in capsys.readouterr().out
+
+    def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
+        arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001", "--results-dir", str(tmp_path)]
+        assert speed.main([*TINY, *arguments]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "left out: GNN, E 4, D 8, B 2, L 4: " in out
+
+    @pytest.mark.parametrize(("arguments", "message"), [
+        ("--coupler mean --hgnn-conv-type nope", "'nope'; allowed: "),
+        ("--coupler mean --static-hyperedge-strategy nope", "'nope'; allowed: "),
+        ("--couplers GNN,nope", "--couplers: unknown coupler 'nope'"),
+        ("--sizes E=0", "--sizes: E is '0'"),
+        ("--suite gpu", "--suite gpu needs a CUDA device, and this machine has none; take --suite cpu."),
+        ("--suite cpu --sizes E=2 --rounds 3", "--suite cpu has its own sizes, rounds; drop"),
+        ("--suite gpu --coupler GNN --compile", "--suite gpu has its own compile, coupler and its options"),
+        ("--coupler GNN --data-dir .", "--data-dir is the text of --suite cpu"),
+        ("--precision tf32 --device cpu", "tf32"),
+        ("--compile-mode reduce-overhead", "compile_mode reduce-overhead does nothing without --compile"),
+        ("--name ../elsewhere", "plain folder name"),
+        ("--page x.md", "--page writes the tables of --table RECORD"),
+        ("--table nowhere", "nowhere holds no record of bench.speed"),
+    ])  # fmt: skip
+    def test_wrong_input_is_one_message_and_nothing_is_written(self, arguments, message, tmp_path, capsys,
+                                                               monkeypatch):  # fmt: skip
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            speed.main(arguments.split())
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert message in " ".join(error.split())
+        assert "Traceback" not in error
+        assert list(tmp_path.iterdir()) == []
+
+    def test_without_flags_it_runs_the_suite_of_the_machine(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        monkeypatch.setattr("bench.speeding.cpu_suite.cpu_jobs", lambda *_: [])
+        monkeypatch.chdir(tmp_path)
+        assert speed.main([]) == 0
+        [record] = Path("results/speed").glob(f"*/{FILE}")
+        assert json.loads(record.read_text())["what"] == "cpu"
+        assert "S4, S7, S8, S9, S10 (--suite gpu)" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,385 @@
+"""What bench.speed makes of measured rows: ratios, targets, records, tables and the plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from bench.speeding.figure import cost_plot
+from bench.speeding.jobs import Job, run_jobs
+from bench.speeding.machine import Machine
+from bench.speeding.page import BEGIN, END, tables, with_tables
+from bench.speeding.record import FILE, TABLE, SpeedRecord, read_record
+from bench.speeding.rows import Row, derived, mfu, ratio
+from bench.speeding.sizes import sizes, subject_name, subjects
+from bench.speeding.table import print_rows, print_verdicts
+from bench.speeding.targets import (
+    CPU_TARGETS,
+    EAGER,
+    GPU_TARGETS,
+    HARNESS,
+    HGNN,
+    STEP_32,
+    not_measured,
+    verdicts,
+)
+from bench.speeding.turns import Contender, in_turn
+from gnnmoe import GNNMoEConfig
+
+CPU = torch.device("cpu")
+
+
+def row(form: str, *seconds: float, **changes) -> Row:
+    made = Row(case=HGNN, subject="HGNN", form=form, device="cpu", precision="fp32", batch=2, length=8,
+               experts=4, width=16, layers=2, seconds=list(seconds), floor_bytes=1000,
+               copy_bytes_per_second=1e6)  # fmt: skip
+    return replace(made, **changes)
+
+
+# --- ratios ----------------------------------------------------------------------------------------
+
+
+def test_a_ratio_is_the_median_over_rounds_in_turn():
+    """A machine that slows down by half in one round slows both: the ratio does not see it."""
+    ours, theirs = row("vectorized", 1.0, 1.0, 10.0), row("loop", 3.0, 3.1, 29.0)
+    assert ratio(theirs, ours) == 3.0
+    assert ratio(row("loop", 4.0), ours) == 4.0  # timed once: of the medians
+
+
+def test_the_time_of_a_wrong_result_makes_no_ratio():
+    ours, theirs = row("vectorized", 1.0, largest_difference=1e-4), row("loop", 3.0)
+    assert ours.wrong
+    assert ratio(theirs, ours) is None
+    assert ratio(theirs, replace(ours, precision="bf16")) == 3.0  # where 3e-2 is allowed
+    assert row("vectorized", 1.0, largest_difference=float("nan")).wrong
+
+
+def test_what_follows_from_a_row_and_those_beside_it():
+    rows = [row("vectorized", 0.002, 0.004, 0.003, floor_seconds=0.001, roofline_seconds=0.002),
+            row("pyg", 0.02, 0.04, 0.03), row("loop", 0.3), row("loop", 7.0, batch=4)]  # fmt: skip
+    found = derived(rows[0], rows)
+    assert found["median_ms"] == 3.0
+    assert found["over_floor"] == 3.0
+    assert found["over_roofline"] == 1.5
+    assert found["loop_over_this"] == pytest.approx(100)
+    assert found["pyg_over_this"] == pytest.approx(10)
+    assert found["tokens_per_second"] == pytest.approx(3 * 16 / 0.009)
+    assert derived(rows[3], rows)["pyg_over_this"] is None  # of another size
+
+
+def test_an_mfu_over_one_is_an_error():
+    step = row(EAGER, 0.5, flops=100, matrix_flops_per_second=400.0)
+    assert mfu(step) == 0.5
+    with pytest.raises(ValueError, match="wrong"):
+        mfu(replace(step, flops=300))
+
+
+# --- targets ---------------------------------------------------------------------------------------
+
+
+def verdict(rows, name, measure):
+    [found] = [one for one in verdicts(rows) if (one.target.name, one.target.measure) == (name, measure)]
+    return found
+
+
+def test_every_target_of_the_specification_is_there():
+    assert {target.name for target in (*CPU_TARGETS, *GPU_TARGETS)} == {f"S{n}" for n in range(1, 11)}
+
+
+def test_a_target_is_met_or_missed_by_how_much():
+    loop = row("loop", 6.0)
+    met = verdict([loop, row("vectorized", 0.1)], "S1", "HGNN: loop / vectorized")
+    assert (met.value, met.met, met.words) == (pytest.approx(60), True, "met")
+    missed = verdict([loop, row("vectorized", 0.12)], "S1", "HGNN: loop / vectorized")
+    assert (missed.met, missed.words) == (False, "missed by 16.7%")
+    assert (
+        verdict([loop, row("vectorized", 1.0)], "S1", "HGNN: loop / vectorized").words == "missed 10.0 times"
+    )
+
+
+def test_a_target_without_its_rows_is_not_measured_and_named():
+    harness = [row(form, seconds, case=HARNESS) for form, seconds in
+               (("harness", 1.01), ("bare loop", 1.0), ("fetching a batch", 0.005))]  # fmt: skip
+    found = verdicts(harness)
+    assert {one.target.name for one in found if one.met} == {"S5", "S6"}
+    assert not_measured(found) == (
+        "S1, S2, S3, S4 (--suite cpu); S4, S7, S8, S9, S10 (--suite gpu)"
+    )  # fmt: skip
+    assert all(one.words == "not measured" for one in found if one.value is None)
+
+
+def test_a_gpu_target_takes_the_best_form_and_no_row_of_a_cpu():
+    step = row(EAGER, 0.5, case=STEP_32, flops=100, matrix_flops_per_second=1000.0, peak_bytes=int(2e9))
+    compiled = replace(step, form="compiled", seconds=[0.4])
+    assert verdict([step, compiled], "S8", "MFU, baseline, B 32").value is None
+    on_gpu = [replace(one, device="cuda") for one in (step, compiled)]
+    best = verdict(on_gpu, "S8", "MFU, baseline, B 32")
+    assert (best.value, best.how) == (pytest.approx(0.25), "compiled")
+    assert verdict(on_gpu, "S10", "peak of the baseline step, bf16").met
+    wrong = [on_gpu[0], replace(on_gpu[1], largest_difference=0.5)]
+    assert verdict(wrong, "S8", "MFU, baseline, B 32").how == EAGER
+
+
+def test_a_form_over_its_floor():
+    alone = row("vectorized", 3.0, case="static alone", device="cuda", floor_seconds=1.0, precision="bf16")
+    compiled = replace(alone, form="compiled", seconds=[1.4])
+    found = verdict([alone, compiled], "S7", "static / floor")
+    assert (found.value, found.met, found.how) == (1.4, True, "compiled")
+
+
+# --- jobs and records ------------------------------------------------------------------------------
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record_of(tmp_path: Path, name: str = "made") -> SpeedRecord:
+    environment = {"device_type": "cpu", "threads": 1, "packages": {"torch": "2"}}
+    record = SpeedRecord(tmp_path, name, {"what": "cpu", "command": "x", "environment": environment})
+    record.begin()
+    return record
+
+
+def run(jobs, record, budget=None, clock=None):
+    run_jobs(jobs, Machine(CPU), record, budget=budget, on_job=lambda _: None, on_row=lambda _: None,
+             clock=clock or FakeClock())  # fmt: skip
+
+
+def test_a_job_that_raises_is_a_row_and_the_next_goes_on(tmp_path):
+    def broken(_):
+        raise RuntimeError("CUDA error: an illegal instruction\nand a long tail")
+
+    record = record_of(tmp_path)
+    run([Job("one", broken), Job("two", lambda _: [row("loop", 1.0)])], record)
+    first, second = record.rows
+    assert (first.case, first.error) == ("one", "RuntimeError: CUDA error: an illegal instruction")
+    assert second.seconds == [1.0]
+
+
+def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path):
+    clock, record = FakeClock(), record_of(tmp_path)
+
+    def taking(seconds: float):
+        def rows(_):
+            clock.now += seconds
+            return [row("loop", seconds)]
+
+        return rows
+
+    jobs = [
+        Job("a", taking(4.0)),
+        Job("large", taking(9.0), 9.0),
+        Job("b", taking(5.0), 2.0),
+        Job("c", taking(1)),
+    ]
+    run(jobs, record, budget=8.0, clock=clock)
+    assert [one.seconds for one in record.rows] == [[4.0], [5.0]]
+    assert [text.partition(":")[0] for text in record.data["left_out"]] == ["large", "c"]
+
+
+def test_a_kill_loses_no_row(tmp_path):
+    record = record_of(tmp_path)
+
+    def killed(_):
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        run([Job("one", lambda _: [row("loop", 1.0)]), Job("two", killed)], record)
+    data, rows = read_record(tmp_path / "speed" / "made")
+    assert data["status"] == "running"
+    assert [one.form for one in rows] == ["loop"]
+
+
+def test_a_record_comes_back_as_it_was_and_its_csv_has_the_ratios(tmp_path):
+    record = record_of(tmp_path)
+    rows = [row("vectorized", 0.5, forward_seconds=[0.1], saved_bytes=7), row("loop", 2.0, remark="slow")]
+    record.add(rows, {"device": "made"})
+    record.end("ok")
+    data, found = read_record(record.path)
+    assert found == rows
+    assert (data["status"], data["machine"]) == ("ok", {"device": "made"})
+    table = list(csv.DictReader(io.StringIO((record.path / TABLE).read_text())))
+    assert [line["loop_over_this"] for line in table] == ["4.0", "1.0"]
+
+
+def test_a_record_is_never_written_over(tmp_path):
+    record_of(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a record already; give another --name"):
+        record_of(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "is no record"), ('{"rows": []}', "is no record"),
+    ('{"schema_version": 9, "rows": []}', "of version 9"),
+])  # fmt: skip
+def test_a_damaged_record_is_refused(tmp_path, text, message):
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_record(tmp_path)
+    with pytest.raises(ValueError, match="holds no record"):
+        read_record(tmp_path / "nowhere")
+
+
+# --- in turn ---------------------------------------------------------------------------------------
+
+
+def test_one_that_fails_leaves_the_others_alone():
+    calls: list[str] = []
+
+    def step(name: str):
+        return lambda: lambda number: calls.append(f"{name}{number}")
+
+    def broken():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    def unlike(_):
+        raise ValueError("the largest difference from what is expected is nan")
+
+    turns = in_turn(
+        [Contender("a", step("a")), Contender("x", broken), Contender("b", step("b")),
+         Contender("y", step("y"), unlike)], CPU, rounds=2, warmup=1,
+    )  # fmt: skip
+    assert [len(turns[name].seconds) for name in "axby"] == [2, 0, 2, 0]
+    assert turns["x"].error == "out of memory: CUDA out of memory. Tried to allocate"
+    assert turns["y"].error == "ValueError: the largest difference from what is expected is nan"
+    # built and called, warmed up, then in turn there and back
+    assert calls == ["a0", "b0", "y0", "a0", "b0", "a1", "b1", "b2", "a2"]
+
+
+def test_a_slow_one_is_timed_in_one_round_beside_the_others(monkeypatch):
+    clock = FakeClock()
+    monkeypatch.setattr("bench.speeding.turns.time.perf_counter", clock)
+    counts = {"slow": 0, "quick": 0}
+
+    def make(name: str, seconds: float):
+        def step(_):
+            counts[name] += 1
+            clock.now += seconds
+
+        return lambda: step
+
+    turns = in_turn([Contender("slow", make("slow", 3.0)), Contender("quick", make("quick", 0.1))], CPU,
+                    rounds=4, warmup=1)  # fmt: skip
+    assert counts == {"slow": 3, "quick": 1 + 1 + 4 + 1}  # called, called again, timed
+    assert [len(turns[name].seconds) for name in ("slow", "quick")] == [1, 5]
+
+
+# --- sizes and couplers ----------------------------------------------------------------------------
+
+
+def test_sizes_name_what_differs():
+    found = sizes("E=8,B=2; L=16", GNNMoEConfig(embed_dim=32), batch=4)
+    assert [str(size) for size in found] == ["E 8, D 32, B 2, L 128", "E 4, D 32, B 4, L 16"]
+    assert [str(size) for size in sizes(None, GNNMoEConfig(), 4)] == ["E 4, D 64, B 4, L 128"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("E", "'E' is no size; write sizes as E=4"), ("", "is no size"), ("E=4;", "is no size"),
+    ("X=4", "unknown size 'X'; allowed: B, D, E, L"), ("E=0", "E is '0'; it must be a whole number"),
+    ("E=2,E=4", "E stands twice"), ("D=3", "num_heads is 2 and does not divide"),
+])  # fmt: skip
+def test_a_wrong_size_is_refused_in_one_message(text, message):
+    with pytest.raises(ValueError, match=message):
+        sizes(text, GNNMoEConfig(), 4)
+
+
+def test_couplers_by_name_layer_or_all():
+    names = [name for name, _ in subjects("GNN, HNHN,GNN", GNNMoEConfig())]
+    assert names == ["GNN", "HGNN HNHN all_pairs"]
+    every = [name for name, _ in subjects("all", GNNMoEConfig())]
+    assert len(set(every)) == len(every)
+    assert {"static", "gate", "HGNN all_pairs", "HGNN EDHNN all_pairs"} <= set(every)
+    with pytest.raises(ValueError, match=r"unknown coupler 'HNHM'; .* Did you mean 'HNHN'"):
+        subjects("HNHM", GNNMoEConfig())
+    assert (
+        subject_name(GNNMoEConfig(coupler_options={"residual": "false"})) == "HGNN all_pairs residual=false"
+    )
+
+
+# --- what is shown ---------------------------------------------------------------------------------
+
+
+def made_rows() -> list[Row]:
+    curve = [row("vectorized", 0.01 * experts, case="curve", experts=experts, subject=name)
+             for experts in (2, 4) for name in ("static", "HGNN")]  # fmt: skip
+    failed = row("compiled", error="RuntimeError: " + "long " * 40)
+    return [
+        row("vectorized", 4.2, forward_seconds=[0.004], saved_bytes=10**9, flops=10**12, peak_bytes=10**10,
+            floor_seconds=0.001, roofline_seconds=0.002, largest_difference=2e-7),
+        row("loop", 123.4), row("pyg", 0.4, largest_difference=1.0), failed, *curve,
+        row(EAGER, 0.5, case=STEP_32, floor_bytes=None, subject="step, HGNN", flops=100, peak_bytes=10**9,
+            matrix_flops_per_second=1e4),
+        row("vectorized", case="parity", largest_difference=1e-7), row("batched", case="parity", error="no"),
+    ]  # fmt: skip
+
+
+def test_the_tables_fit_into_80_columns_and_name_what_is_wrong(capsys):
+    console = Console(width=80, highlight=False)
+    print_rows(made_rows(), console)
+    print_verdicts(verdicts(made_rows()), console)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    words = " ".join(shown.split())
+    for text in (
+        "parity: 1 of 2 agree",
+        "pyg: WRONG by 1e+00",
+        "RuntimeError: long",
+        "missed",
+        "S1 HGNN: loop",
+    ):
+        assert text in words, text
+
+
+def test_the_plot_has_a_line_for_each_coupler_and_the_floor():
+    plot = cost_plot(made_rows(), "a processor")
+    assert plot is not None
+    [axes] = plot.figure.axes  # one number of tokens only
+    assert [line.get_label() for line in axes.get_lines()] == ["static", "HGNN", "floor"]
+    assert np.asarray(axes.get_lines()[0].get_ydata()) == pytest.approx([20.0, 40.0])
+    assert len(plot.rows) == 4
+    assert cost_plot(made_rows()[:4], "a processor") is None
+
+
+def test_a_page_takes_the_tables_between_its_marks(tmp_path):
+    record = record_of(tmp_path)
+    record.add(made_rows(), {"device": "CPU", "copy_bytes_per_second": 1e10,
+                             "matrix_flops_per_second": {"fp32": 1e11}})  # fmt: skip
+    records = [read_record(record.path)]
+    page = with_tables(f"above\n{BEGIN}\nold\n{END}\nbelow\n", records)
+    assert page.startswith("above\n")
+    assert page.endswith("\nbelow\n")
+    assert "old" not in page
+    assert tables(records) in page
+    assert with_tables(page, records) == page
+    with pytest.raises(ValueError, match="put these two lines in it"):
+        with_tables("no marks", records)
+
+
+def test_the_tables_of_the_page_follow_from_the_committed_records():
+    repository = Path(__file__).parents[2]
+    places = sorted((repository / "results" / "reference" / "speed").glob(f"*/{FILE}"))
+    if not places:
+        pytest.skip("no record is committed")
+    page = (repository / "docs" / "performance.md").read_text(encoding="utf-8")
+    again = "python -m bench.speed --table results/reference/speed/* --page docs/performance.md"
+    assert with_tables(page, [read_record(path) for path in places]) == page, f"write it again: {again}"
+
+
+def test_no_place_of_this_machine_is_in_a_committed_record():
+    repository = Path(__file__).parents[2]
+    for path in (repository / "results" / "reference" / "speed").glob(f"*/{FILE}"):
+        command = json.loads(path.read_text())["command"]
+        assert not [word for word in command.split() if word.startswith("/")]

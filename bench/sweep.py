@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.sweeps.cluster import elsewhere, resources_for
+from bench.sweeps.cluster import resources_for
 from bench.sweeps.durations import seconds_of
 from bench.sweeps.executor import Resources
 from bench.sweeps.executors import LOCAL, check_name, make_executor, with_options
@@ -66,10 +66,10 @@ class SweepConfig:
     executor: str = "local"
     """Where runs run: local (this machine), ray or slurm. A cluster must see this folder, the Python and
     the results under the same paths."""
+    devices_per_run: int = 1
+    """Devices that each run is spread over by torchrun: GPUs with cuda, else processes on the CPU."""
     cpus_per_run: int | None = None
-    """On a cluster: cores of a run, and its threads (default: 1; with a GPU 4)."""
-    gpus_per_run: int | None = None
-    """On a cluster: 1 for a run on a GPU (default with --device cuda), else 0."""
+    """On a cluster: cores of a run, shared by its devices as threads (default: 1 a device; 4 a GPU)."""
     results_dir: Path = Path("results")
     """Folder of all results."""
     study: str | None = None
@@ -79,7 +79,7 @@ class SweepConfig:
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """As for bench.run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """As for bench.run; on a cluster cuda where a run has a GPU, whatever this machine has."""
+    """As for bench.run; on a cluster cpu (auto) or cuda, whatever this machine has."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds_of("time_budget", config.time_budget),
             seconds_of("run_timeout", config.run_timeout),
         )
-        config, resources = on_its_device(config)
+        config, resources = on_its_devices(config)
         sweep = read_sweep(config)
         with console.status("planning …"):
             plan, match, hypotheses = plan_sweep(config, sweep)
@@ -138,6 +138,8 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     Raises:
         ValueError: a run cannot be, or a hypothesis is wrong.
     """
+    import torch
+
     from bench.prepare import Identifier
     from bench.sweeps.hypotheses import check_against, hypotheses_of
     from bench.sweeps.matching import Match
@@ -145,8 +147,10 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
 
     asked = config.match or sweep.match
     match = None if asked is None else Match.parse(asked)
-    identify = Identifier() if config.executor == LOCAL else elsewhere(Identifier(), config.device)
-    plan = make_plan(sweep, places_of(config), identify, match)
+    refuse_what_is_measured_here(config, match)
+    device = None if config.executor == LOCAL else torch.device(config.device)
+    identify = Identifier(device, config.devices_per_run)
+    plan = make_plan(sweep, places_of(config), identify, match, device)
     hypotheses = hypotheses_of(sweep.hypotheses, Path() if config.file is None else config.file.parent)
     check_against(hypotheses, [found.flags for found in plan.configurations])
     return plan, match, hypotheses
@@ -180,8 +184,8 @@ def run_plan(
     own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
     result = execute(
         plan.runs, make_executor(config.executor, config, wanted), results_dir=config.results_dir,
-        study=plan.study, places=as_flags(own), wait=config.wait, again=command, launcher=resources.launcher,
-        before=lambda: state(hypotheses, config.results_dir / plan.study),
+        study=plan.study, places=as_flags(own), wait=config.wait, again=command,
+        processes=resources.processes, before=lambda: state(hypotheses, config.results_dir / plan.study),
         choices=Choices(
             retry=frozenset([config.retry] if config.retry else ()), force=config.force,
             fail_fast=config.fail_fast, time_budget_seconds=budget, run_timeout_seconds=timeout,
@@ -190,22 +194,40 @@ def run_plan(
     return result.exit_status
 
 
-def on_its_device(config: SweepConfig) -> tuple[SweepConfig, Resources]:
-    """Return the config with the device that runs have on a cluster, and what each asks for there.
+def on_its_devices(config: SweepConfig) -> tuple[SweepConfig, Resources]:
+    """Return the config with the type of device that runs have on a cluster, and what each run asks for.
 
     Raises:
         ValueError: there is no such executor, or these resources are not for it.
     """
     check_name(config.executor)
-    asked = config.cpus_per_run, config.gpus_per_run
+    devices = config.devices_per_run
+    if devices < 1:
+        raise ValueError(f"devices_per_run is {devices}; it must be 1 or more.")
     if config.executor == LOCAL:
-        if asked != (None, None):
-            raise ValueError(
-                "cpus_per_run and gpus_per_run are for a cluster; here, --slots says how many run."
-            )
-        return config, Resources()
-    device, resources = resources_for(config.device, *asked)
-    return replace(config, device=device), resources
+        if config.cpus_per_run is not None:
+            raise ValueError("cpus_per_run is for a cluster; here, --slots says how many run.")
+        return config, Resources(cpus=devices, processes=devices)
+    if config.device == "mps":
+        raise ValueError("device mps is of this machine; on a cluster it must be cpu or cuda.")
+    device: Literal["cpu", "cuda"] = "cuda" if config.device == "cuda" else "cpu"
+    return replace(config, device=device), resources_for(device, devices, config.cpus_per_run)
+
+
+def refuse_what_is_measured_here(config: SweepConfig, match: Match | None) -> None:
+    """Refuse what one device of this machine answers, where runs have others.
+
+    Raises:
+        ValueError: saying which flag.
+    """
+    if config.executor == LOCAL and config.devices_per_run == 1:
+        return
+    asked = ["--plan"] if config.plan else []
+    if match is not None and match.quantity in ("memory", "time"):
+        asked.append(f"--match {match.quantity}")
+    if asked:
+        where = f"on {config.executor}" if config.devices_per_run == 1 else "over several devices"
+        raise ValueError(f"{asked[-1]} asks one device of this machine, and runs are {where}; leave it out.")
 
 
 def places_of(config: SweepConfig) -> dict[str, Any]:

@@ -107,9 +107,23 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def kill_group(leader: int) -> None:
-    """Kill a child and what it started."""
-    with suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
-        os.killpg(leader, signal.SIGKILL)
+    """Kill a child and what it started; on Linux also what has a session of its own, as under torchrun."""
+    groups = {leader}
+    for process in _descendants(leader):
+        with suppress(ProcessLookupError):
+            groups.add(os.getpgid(process))
+    for group in groups:
+        with suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
+            os.killpg(group, signal.SIGKILL)
+
+
+def _descendants(process: int) -> list[int]:
+    found = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            for word in path.read_text().split():
+                found += [int(word), *_descendants(int(word))]
+    return found
 
 
 def _stop_with_parent() -> Callable[[], None] | None:

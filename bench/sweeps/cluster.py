@@ -12,63 +12,41 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from bench.sweeps.child import End, Work, stamp
 from bench.sweeps.executor import GRACE_SECONDS, Resources, Task, Wanted
-
-if TYPE_CHECKING:
-    from bench.config import RunConfig
-    from bench.sweeps.plan import Identify
-    from gnnmoe.config import GNNMoEConfig
 
 LOST = -signal.SIGTERM
 """The exit status of a task whose machine went away or whose job was cancelled: the next call goes on."""
 SHARED = "its machine must see this folder, the Python and the results under the same paths"
 VISIBLE_SECONDS, LOOK_SECONDS = 60.0, 0.25
 PASSED_ON = ("GNNMOE_", "HF_", "PYTHON")
+SECRET = "TOKEN"  # what is given to a cluster lies in its files and its memory
+CPUS_OF_A_GPU = 4
 
 
-def resources_for(device: str, cpus: int | None, gpus: int | None) -> tuple[str, Resources]:
-    """Return the type of the runs' device on a cluster, and what each run asks for.
-
-    ``auto`` is CUDA where ``gpus`` are asked for, else the CPU, whatever this machine has.
+def resources_for(device: str, devices: int, cpus: int | None) -> Resources:
+    """Return what a run over ``devices`` devices of type ``device``, cpu or cuda, asks of a cluster.
 
     Raises:
-        ValueError: the numbers do not fit the device, or are too small.
+        ValueError: ``cpus`` is too small, or cannot be shared evenly.
     """
-    if device == "mps":
-        raise ValueError("device mps is of this machine; on a cluster it must be cpu or cuda.")
-    if cpus is not None and cpus < 1:
-        raise ValueError(f"cpus_per_run is {cpus}; it must be 1 or more.")
-    if gpus is not None and gpus < 0:
-        raise ValueError(f"gpus_per_run is {gpus}; it must be 0 or more.")
-    if gpus is None:
-        gpus = int(device == "cuda")
-    if device != "auto" and (device == "cuda") != (gpus > 0):
-        raise ValueError(f"device is {device}, but gpus_per_run is {gpus}.")
-    if gpus > 1:
-        raise ValueError(f"gpus_per_run is {gpus}, but a run uses one GPU; give each run one.")
-    return ("cuda" if gpus else "cpu"), Resources(cpus=cpus or (4 if gpus else 1), gpus=gpus)
-
-
-def elsewhere(identify: Identify, device_type: str) -> Identify:
-    """Return what says which runs configs are on another machine, whose device this one may not have."""
-
-    def identified(config: RunConfig) -> tuple[dict[str, Any], GNNMoEConfig, Any]:
-        here = replace(config, places=replace(config.places, device="auto"))
-        identity, model, corpus = identify(here)
-        return {**identity, "device_type": device_type}, model, corpus
-
-    return identified
+    on_gpus = device == "cuda"
+    cpus = (CPUS_OF_A_GPU if on_gpus else 1) * devices if cpus is None else cpus
+    if cpus < 1 or cpus % devices:
+        shared = f", to be shared evenly by {devices} devices" if devices > 1 else ""
+        raise ValueError(f"cpus_per_run is {cpus}; it must be {devices} or more{shared}.")
+    return Resources(cpus=cpus, gpus=devices if on_gpus else 0, processes=devices)
 
 
 @dataclass
 class _Given:
     work: Work
     begun: bool = False
+    look_at: float = 0.0
+    """When to look again whether it is seen."""
     end: End | None = None
     """How it ended, until its record is seen here."""
     give_up_at: float = 0.0
@@ -96,8 +74,10 @@ class ClusterExecutor(ABC):
         record = (task.run.folder / "record.json").absolute()
         begun = task.log.with_suffix(".begun").absolute()
         begun.unlink(missing_ok=True)
-        variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        variables["OMP_NUM_THREADS"] = str(self._wanted.resources.cpus)
+        variables = {name: value for name, value in os.environ.items()
+                     if name.startswith(PASSED_ON) and SECRET not in name}  # fmt: skip
+        asked = self._wanted.resources
+        variables["OMP_NUM_THREADS"] = str(asked.cpus // asked.processes)
         work = Work(
             tuple(task.command), variables, Path.cwd(), task.log.absolute(), begun, record, stamp(record)
         )
@@ -155,9 +135,12 @@ class ClusterExecutor(ABC):
     def _is_visible(self, given: _Given) -> bool:
         """Whether this machine sees the record as the other one left it."""
         assert given.end is not None
-        left = given.end[1]
-        if left is None or time.monotonic() > given.give_up_at:
+        left, now = given.end[1], time.monotonic()
+        if left is None or stamp(given.work.record) == left or now > given.give_up_at:
             return True
+        if now < given.look_at:
+            return False
+        given.look_at = now + LOOK_SECONDS
         refresh(given.work.record.parent)
         return stamp(given.work.record) == left
 

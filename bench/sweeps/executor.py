@@ -7,7 +7,6 @@ it. What to start and when, time-outs, budgets and statuses are the same for eve
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,22 +73,14 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one run has on a cluster."""
+    """What one run has."""
 
     cpus: int = 1
-    """Cores, and threads, of each of its processes."""
+    """Cores, on a cluster; shared evenly by its processes."""
     gpus: int = 0
-    """GPUs of each of its processes."""
+    """GPUs, on a cluster: none, or one a process."""
     processes: int = 1
-    """More than one: the run is started by torchrun, with a device each."""
-
-    @property
-    def launcher(self) -> tuple[str, ...]:
-        """The command that starts a run, without its flags."""
-        if self.processes == 1:
-            return (sys.executable, "-m", "bench.run")
-        torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}")
-        return (sys.executable, *torchrun, "-m", "bench.run")
+    """More than one: torchrun starts a process a device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +94,7 @@ class Wanted:
     slots: int | None = None
     """Runs side by side; None: as many as the executor finds right."""
     resources: Resources = field(default_factory=Resources)
-    """Of each run, on a cluster."""
+    """Of each run."""
 
 
 class Executor(Protocol):

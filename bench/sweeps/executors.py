@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 from dataclasses import field, make_dataclass
 from functools import cache
-from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, TypeVar
 
+import bench.sweeps
 from bench.sweeps.executor import Executor, Wanted
 from gnnmoe.naming import unknown_name
 
@@ -24,8 +25,8 @@ Config = TypeVar("Config")
 @cache
 def executors() -> dict[str, ModuleType]:
     """Return the module of each executor: this machine first."""
-    found = sorted(path.stem for path in Path(__file__).parent.glob(f"*{SUFFIX}.py"))
-    names = {LOCAL: LOCAL, **{stem.removesuffix(SUFFIX): stem for stem in found}}
+    found = sorted(each.name for each in iter_modules(bench.sweeps.__path__) if each.name.endswith(SUFFIX))
+    names = {LOCAL: LOCAL, **{name.removesuffix(SUFFIX): name for name in found}}
     return {name: importlib.import_module(f"bench.sweeps.{stem}") for name, stem in names.items()}
 
 

@@ -13,7 +13,7 @@ from bench.sweeps.child import kill_group, spawn
 from bench.sweeps.executor import GRACE_SECONDS, Task, Wanted
 
 
-def slots_for(device: str, number: int | None = None) -> list[dict[str, str]]:
+def slots_for(device: str, number: int | None = None, devices: int = 1) -> list[dict[str, str]]:
     """Return the environment variables of each slot on ``device`` (auto, cpu, cuda or mps).
 
     On a CPU there is a slot a core unless ``number`` says otherwise, and a run in it has one thread,
@@ -21,21 +21,27 @@ def slots_for(device: str, number: int | None = None) -> list[dict[str, str]]:
     number of threads is part of a record's environment, since sums differ with it. With CUDA there
     is a slot a visible GPU; a larger ``number`` puts several runs on one GPU, and their speeds and
     memory then count for little. CUDA is not started here: a child could not use it after that.
+    A run over several ``devices`` takes as many cores, with a process each, or GPUs.
 
     Raises:
-        ValueError: ``number`` is below 1, or there is no GPU for cuda.
+        ValueError: ``number`` is below 1, or there are no GPUs for cuda, or too few.
     """
     if number is not None and number < 1:
         raise ValueError(f"slots is {number}; it must be 1 or more.")
     gpus = _visible_gpus() if device in ("auto", "cuda") else []
     if device == "cuda" and not gpus:
         raise ValueError("device 'cuda' is not available on this machine.")
+    if gpus or device == "mps":
+        having = len(gpus) if gpus else 1
+        if devices > having:
+            raise ValueError(f"devices_per_run is {devices}, but this machine has {having} GPUs.")
     if gpus:
-        names = [gpus[slot % len(gpus)] for slot in range(number or len(gpus))]
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+        groups = [",".join(gpus[start : start + devices]) for start in
+                  range(0, len(gpus) - devices + 1, devices)]  # fmt: skip
+        return [{"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]} for slot in range(number or len(groups))]
     if device == "mps":
         return [{}] * (number or 1)
-    return [{"OMP_NUM_THREADS": "1"}] * (number or _cores())
+    return [{"OMP_NUM_THREADS": "1"}] * (number or max(1, _cores() // devices))
 
 
 def _cores() -> int:
@@ -129,4 +135,4 @@ class Options:
 
 def make(options: Options, wanted: Wanted) -> LocalExecutor:  # noqa: ARG001
     """Return the executor for what a sweep wants; raises ValueError as ``slots_for``."""
-    return LocalExecutor(slots_for(wanted.device, wanted.slots))
+    return LocalExecutor(slots_for(wanted.device, wanted.slots, wanted.resources.processes))

@@ -19,6 +19,7 @@ from bench.records.schema import Record, new_record
 from bench.records.store import RunFolder, cannot_write
 from bench.sweeps.executor import Outcome, PlannedRun, Task
 from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
+from bench.sweeps.torchrun import as_one_process
 
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory",
@@ -79,13 +80,13 @@ class Attempt:
         """How long it has been going on."""
         return time.monotonic() - self.started
 
-    def tail(self) -> list[str]:
-        """Return the last lines of its output."""
+    def output(self) -> list[str]:
+        """Return the lines at the end of its output, up to 64 KiB of them."""
         with suppress(OSError), self.task.log.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(self.log_before, end - 2**16))
             lines = file.read().decode(errors="replace").splitlines()
-            return [line.rstrip() for line in lines if line.strip()][-TAIL_LINES:]
+            return [line.rstrip() for line in lines if line.strip()]
         return []
 
 
@@ -104,7 +105,8 @@ def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
     changed = written_at(run.folder / "record.json") != attempt.record_before
     if record is not None and record["status"] in FINAL and (changed or exit_status == 0):
         return outcome_of(record)
-    tail = attempt.tail()
+    exit_status, lines = as_one_process(exit_status, attempt.output())
+    tail = lines[-TAIL_LINES:]
     if attempt.stopped == "sweep":
         return Outcome("interrupted", "stopped by the sweep")
     if attempt.stopped == "timeout":

@@ -13,7 +13,9 @@ import secrets
 import signal
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from bench.sweeps import child
 from bench.sweeps.child import End, Work
@@ -29,7 +31,7 @@ OBJECT_STORE_BYTES = 100 * 2**20  # of a cluster on this machine: tasks pass no 
 class Options:
     """Flags of --executor ray."""
 
-    ray_address: str | None = None
+    ray_address: Annotated[str | None, tyro.conf.arg(aliases=("--address",))] = None
     """The Ray cluster, HOST:PORT or auto (default: the environment variable RAY_ADDRESS; without it, Ray is
     started on this machine for as long as the sweep lasts)."""
 
@@ -62,6 +64,7 @@ def import_ray() -> Any:
         ValueError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else runs yield to all others, and speeds are of that
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of its own future
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -102,7 +105,7 @@ def capacity(nodes: list[dict[str, Any]], resources: Resources) -> int:
     Raises:
         ValueError: not one does.
     """
-    asked = {"CPU": resources.cpus * resources.processes, "GPU": resources.gpus * resources.processes}
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus}
     having = [node["Resources"] for node in nodes if node["Alive"]]
     fitting = sum(min(int(has.get(name, 0) // n) for name, n in asked.items() if n) for has in having)
     if not fitting:
@@ -123,9 +126,7 @@ class RayExecutor(ClusterExecutor):
         self._ray, self._references, self._asked = ray, {}, set()
         asked = wanted.resources
         ray.cloudpickle.register_pickle_by_value(child)  # workers need not have this package on their path
-        self._do = ray.remote(child.do).options(
-            num_cpus=asked.cpus * asked.processes, num_gpus=asked.gpus * asked.processes, max_retries=0
-        )
+        self._do = ray.remote(child.do).options(num_cpus=asked.cpus, num_gpus=asked.gpus, max_retries=0)
 
     def stop(self, run_id: str, *, at_once: bool = False) -> None:
         """Ask a task to save its state and end, or end it ``at_once``."""

@@ -83,8 +83,7 @@ def parameters_for(options: Options, wanted: Wanted) -> dict[str, Any]:
     for option in options.slurm_option:
         name, equals, value = option.partition("=")
         others[name.strip().lstrip("-")] = value if equals else True
-    asked = wanted.resources
-    cpus, gpus = asked.cpus * asked.processes, asked.gpus * asked.processes
+    cpus, gpus = wanted.resources.cpus, wanted.resources.gpus
     parameters: dict[str, Any] = {
         "job_name": wanted.logs.absolute().parent.name, "time": math.ceil(seconds / 60),
         "cpus_per_task": cpus, "srun_args": [f"--cpus-per-task={cpus}"],  # srun no longer takes the job's

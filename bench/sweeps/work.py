@@ -19,7 +19,6 @@ from bench.sweeps.executor import (
     Executor,
     Outcome,
     PlannedRun,
-    Resources,
     Stop,
     SweepResult,
     Task,
@@ -30,6 +29,7 @@ from bench.sweeps.guard import Signals, sweep_lock
 from bench.sweeps.live import Display, View
 from bench.sweeps.outcome import Again, Attempt, judge
 from bench.sweeps.queue import Queue, Waiting
+from bench.sweeps.torchrun import launcher
 
 POLL_SECONDS = 0.05
 Command = Callable[[PlannedRun], Sequence[str]]
@@ -46,16 +46,16 @@ def execute(
     wait: bool = False,
     again: str = "the same command",
     console: Console | None = None,
-    launcher: Sequence[str] = Resources().launcher,
+    processes: int = 1,
     command: Command | None = None,
     before: Callable[[], object] = lambda: None,
 ) -> SweepResult:
     """Do all runs that are not done, in their order, and return what became of each.
 
     ``places`` are flags for every child (data folder, device, …), ``again`` the command that goes on
-    after an interruption, ``launcher`` what starts a run, before its flags, ``command`` a whole child in
-    place of that, ``before`` what is done before the first run, when no other sweep is at the study. With
-    ``wait``, one is waited for.
+    after an interruption, ``processes`` how many each run has, ``command`` what makes another child of a
+    run, ``before`` what is done before the first run, when no other sweep is at the study. With ``wait``,
+    one is waited for.
     SIGINT or SIGTERM starts nothing more and lets the children save their state; a second ends them at once.
 
     Raises:
@@ -65,7 +65,7 @@ def execute(
     once = list({run.run_id: run for run in runs}.values())
     display = Display(console or Console(highlight=False), once, executor.slots)
     own = ["--results-dir", str(results_dir), "--study", study, *places, "--quiet"]
-    command = command or (lambda run: [*launcher, *run.arguments, *own])
+    command = command or (lambda run: [*launcher(processes), *run.arguments, *own])
     result = SweepResult(once)
     with (
         closing(executor),

@@ -72,6 +72,7 @@ def ray_cluster() -> Iterator[str]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         flags = f"--head --block --port={port} --num-cpus=2 --num-gpus=0 --include-dashboard=false"
         store = "--object-store-memory=80000000"
         command = [str(Path(sys.executable).parent / "ray"), "start", *flags.split(), store]

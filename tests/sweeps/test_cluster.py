@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -12,19 +10,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from bench.cli import parse
-from bench.sweep import SweepConfig, main
-from bench.sweeps import cluster, executors
+from bench.sweep import main
+from bench.sweeps import cluster
 from bench.sweeps.child import End, Work, do, stamp
 from bench.sweeps.cluster import ClusterExecutor, lost, resources_for
 from bench.sweeps.executor import Resources, Task, Wanted
-from bench.sweeps.executors import make_executor, with_options
-from bench.sweeps.local import LocalExecutor
 from tests.sweeps._fake import Study
 
 
@@ -83,10 +76,11 @@ def work_in(tmp_path: Path, *code: str, command: tuple[str, ...] = ()) -> Work:
 def test_a_task_becomes_work_that_another_machine_can_do(fake, study, monkeypatch):
     monkeypatch.setenv("GNNMOE_CACHE_DIR", "/somewhere")
     monkeypatch.setenv("ANYTHING_ELSE", "1")
+    monkeypatch.setenv("HF_TOKEN", "secret")
     work = given(fake, study)
     assert work.variables["OMP_NUM_THREADS"] == "3"
     assert work.variables["GNNMOE_CACHE_DIR"] == "/somewhere"
-    assert "ANYTHING_ELSE" not in work.variables
+    assert not {"ANYTHING_ELSE", "HF_TOKEN"} & set(work.variables)
     assert work.log.is_absolute()
     assert work.record == (study.folder / "run0" / "record.json").absolute()
     assert work.cwd == Path.cwd()
@@ -204,32 +198,34 @@ def test_work_that_begins_again_goes_on(tmp_path, flags, status, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("auto", None, None), ("cpu", 1, 0)),
-        (("cpu", 4, 0), ("cpu", 4, 0)),
-        (("cuda", None, None), ("cuda", 4, 1)),
-        (("auto", 8, 1), ("cuda", 8, 1)),
+        (("cpu", 1, None), (1, 0, 1)),
+        (("cpu", 2, 8), (8, 0, 2)),
+        (("cuda", 1, None), (4, 1, 1)),
+        (("cuda", 2, None), (8, 2, 2)),
     ],
 )
-def test_the_device_of_a_run_elsewhere(arguments, expected):
-    device, resources = resources_for(*arguments)
-    assert (device, resources.cpus, resources.gpus) == expected
+def test_what_a_run_elsewhere_asks_for(arguments, expected):
+    resources = resources_for(*arguments)
+    assert (resources.cpus, resources.gpus, resources.processes) == expected
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--executor", "rey"], "unknown executor 'rey'; allowed: local, ray, slurm. Did you mean 'ray'?"),
-        (["--gpus-per-run", "1"], "are for a cluster"),
+        (["--cpus-per-run", "1"], "cpus_per_run is for a cluster"),
         (["--executor", "ray", "--device", "mps"], "must be cpu or cuda"),
-        (["--executor", "ray", "--device", "cuda", "--gpus-per-run", "0"], "but gpus_per_run is 0"),
-        (["--executor", "slurm", "--device", "cpu", "--gpus-per-run", "1"], "but gpus_per_run is 1"),
-        (["--executor", "ray", "--gpus-per-run", "2"], "a run uses one GPU"),
-        (["--executor", "ray", "--cpus-per-run", "0"], "cpus_per_run is 0"),
+        (["--executor", "ray", "--cpus-per-run", "0"], "cpus_per_run is 0; it must be 1 or more."),
+        (["--executor", "slurm", "--devices-per-run", "2", "--cpus-per-run", "3"], "evenly by 2 devices"),
+        (["--devices-per-run", "0"], "devices_per_run is 0"),
+        (["--executor", "slurm", "--plan"], "--plan asks one device of this machine, and runs are on slurm"),
+        (["--devices-per-run", "2", "--match", "time mean"], "--match time asks one device of this machine"),
+        (["--devices-per-run", "3"], "a batch of 16 cannot be shared evenly by 3 ranks"),
     ],
 )
 def test_wrong_flags_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["--sweep", "coupler=mean", *flags])
+        main(["--sweep", "coupler=mean", "--data-source", "embedded", *flags])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error
@@ -241,34 +237,6 @@ def test_runs_on_gpus_elsewhere_are_planned_on_a_machine_without(tmp_path, small
     flags = ["--executor", "slurm", "--device", "cuda"]
     assert main(["--sweep", "coupler=mean", *places, *flags]) == 0
     assert "1 runs: 0 done" in capsys.readouterr().out
-
-
-def test_a_run_over_several_devices_is_started_by_torchrun():
-    assert Resources().launcher[1:] == ("-m", "bench.run")
-    launcher = Resources(processes=2).launcher
-    assert launcher[1:3] == ("-m", "torch.distributed.run")
-    assert "--nproc-per-node=2" in launcher
-    assert launcher[-2:] == ("-m", "bench.run")
-    assert importlib.util.find_spec(launcher[2]) is not None
-
-
-def test_one_more_executor_is_one_more_file(monkeypatch, tmp_path):
-    """A module with Options and make: its flags appear, and its name makes it."""
-
-    @dataclasses.dataclass(kw_only=True)
-    class Options:
-        cloud_region: str = "here"
-
-    def make(options: Options, wanted: Wanted) -> Any:
-        return options.cloud_region, wanted.slots
-
-    module = SimpleNamespace(Options=Options, make=make)
-    found = {**executors.executors(), "cloud": module}
-    monkeypatch.setattr(executors, "executors", lambda: found)
-    config = parse(with_options(SweepConfig), ["--executor", "cloud", "--cloud-region", "there"])
-    wanted = Wanted(device="cpu", logs=tmp_path, slots=7)
-    assert make_executor(config.executor, config, wanted) == ("there", 7)
-    assert isinstance(make_executor("local", config, wanted), LocalExecutor)
 
 
 def test_the_clusters_packages_are_not_needed_to_sweep_here():

@@ -145,9 +145,9 @@ def test_a_cluster_has_room_for_as_many_runs_as_fit_into_its_living_nodes():
     assert capacity(NODES, Resources(cpus=1)) == 11
     assert capacity(NODES, Resources(cpus=2)) == 5
     assert capacity(NODES, Resources(cpus=4, gpus=1)) == 2
-    assert capacity(NODES, Resources(cpus=2, gpus=1, processes=2)) == 1
+    assert capacity(NODES, Resources(cpus=2, gpus=2, processes=2)) == 1
     with pytest.raises(ValueError, match="asks for 4 CPUs and 4 GPUs"):
-        capacity(NODES, Resources(cpus=1, gpus=1, processes=4))
+        capacity(NODES, Resources(cpus=4, gpus=4, processes=4))
 
 
 def parent_of(process: int) -> int:

@@ -260,7 +260,7 @@ def test_without_the_package_or_slurm(tmp_path, small_data_dir, capsys, monkeypa
 
 def test_a_job_asks_for_what_its_run_needs(tmp_path):
     wanted = Wanted(device="cuda", logs=tmp_path / "study" / ".logs",
-                    resources=Resources(cpus=4, gpus=1, processes=2))  # fmt: skip
+                    resources=Resources(cpus=8, gpus=2, processes=2))  # fmt: skip
     options = Options(slurm_partition="gpu", slurm_time="90m", slurm_option=("account=a=b", "exclusive"))
     assert parameters_for(options, wanted) == {
         "job_name": "study", "partition": "gpu", "time": 90, "cpus_per_task": 8, "gpus_per_node": 2,

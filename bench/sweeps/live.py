@@ -80,7 +80,7 @@ class Display:
         self._done += 1
         what = ", ".join(part for part in (_quality(outcome), time_words(attempt.seconds)) if part)
         self.line(f"{outcome.status:12} {run.label}: {what} ({self._done} of {self.total})")
-        if outcome.failed:
+        if outcome.failed or (outcome.status == "interrupted" and attempt.stopped is None):
             self.line(f"{'':12} {_short(outcome.error or '', 200)}")
 
     def refresh(self, view: Callable[[], View]) -> None:

@@ -48,7 +48,7 @@ def executor(address, tmp_path):
 @needs_ray
 @pytest.mark.slow
 def test_four_runs_have_the_records_of_a_local_sweep(address, tmp_path, small_data_dir, local_four):
-    study = sweep_of_four(tmp_path, small_data_dir, "--executor", "ray", "--ray-address", address)
+    study = sweep_of_four(tmp_path, small_data_dir, "--executor", "ray", "--address", address)
     names = {path.parent.name for path in local_four.glob("*/record.json")}
     assert len(names) == 4
     assert {path.parent.name for path in study.glob("*/record.json")} == names

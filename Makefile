@@ -16,7 +16,7 @@ run: $(READY)
 	$(BIN)/python -m bench.run --coupler HGNN $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

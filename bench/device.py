@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,6 +12,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 OUT_OF_MEMORY_TEXTS = (
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
     "MPS backend out of memory",
@@ -34,6 +37,17 @@ def resolve_device(name: str) -> torch.device:
             f"device {name!r} is not available on this machine; available: {', '.join(available)}."
         )
     return torch.device(name)
+
+
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """Let torch have so many threads on the CPU, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -84,13 +84,13 @@ def _checked(state: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
             f"the checkpoint is of another text or tokenizer (vocabulary and text {there[:12]} there, "
             f"{here[:12]} here); name the data that it was trained on."
         )
-    differing = differing_fields(state["identity"], prepared.identity)
-    if differing:
-        raise ValueError(f"the checkpoint is of another run: {'; '.join(differing)}.")
     if "trainer" not in state:
         raise ValueError(
             f"the checkpoint of run {state['run_id']} is of a finished run; nothing is left to do."
         )
+    differing = differing_fields(state["identity"], prepared.identity)
+    if differing:
+        raise ValueError(f"the checkpoint is of another run: {'; '.join(differing)}.")
     return state
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ExecutionConfig, ModelConfig, PlacesConfig, check_positive
+from bench.sweeps.durations import seconds_of
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
     from bench.speeding.jobs import Job
-    from bench.speeding.record import SpeedRecord
     from bench.speeding.rows import Row
 
 STOPPED = 130
@@ -58,8 +58,8 @@ class SpeedConfig:
     """auto: CUDA where there is one, else the CPU."""
     suite: Literal["cpu", "gpu"] | None = None
     """cpu: the targets S1 to S6 (about four minutes); gpu: S4 and S7 to S10."""
-    time_budget: float | None = None
-    """Seconds after which nothing more is begun; what was left out is said by name."""
+    time_budget: str | None = None
+    """Begin nothing that would likely end later (90s, 9m); what was left out is said by name."""
     results_dir: Path = Path("results")
     """Folder of all results."""
     name: str | None = None
@@ -67,14 +67,16 @@ class SpeedConfig:
     data_dir: Path | None = None
     """Text for the harness's row of --suite cpu, as in bench.run."""
     plot: bool = False
-    """Draw cost by E and by N, where there are several; a suite always does."""
+    """Draw cost by E and by N, where there are several; a suite always does. With --table: anew, from the
+    record."""
     table: tuple[Path, ...] = ()
     """Measure nothing: print the tables of these records, folders or files."""
     page: Path | None = None
     """With --table: put its tables into this page, between its marks."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "rounds", "time_budget")
+        check_positive(self, "batch_size", "rounds")
+        seconds_of("time_budget", self.time_budget)
         if self.suite is not None:
             self._refuse_what_a_suite_decides()
         elif self.data_dir is not None:
@@ -87,7 +89,7 @@ class SpeedConfig:
 
     def _refuse_what_a_suite_decides(self) -> None:
         """Refuse flags that a suite would not follow."""
-        decided = ["couplers", "sizes", "batch_size", "rounds", "precision"]
+        decided = ["couplers", "sizes", "batch_size", "rounds", "precision", "device"]
         decided += ["compile", "data_dir"] if self.suite == "gpu" else []
         defaults = {one.name: one.default for one in fields(self)}
         given = [name for name in decided if getattr(self, name) != defaults[name]]
@@ -151,7 +153,9 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
         yield config.couplers or config.model.coupler_type, jobs, execution.device
     if "cpu" in suites:
         from bench.speeding.cpu_suite import cpu_jobs
+        from bench.training.execution import Execution
 
+        Execution(config.execution(), torch.device("cpu"))
         yield "cpu", cpu_jobs(PlacesConfig(data_dir=config.data_dir), compile_mode), torch.device("cpu")
     if "gpu" in suites:
         from bench.speeding.gpu_suite import gpu_jobs
@@ -177,7 +181,8 @@ def _measure(
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     environment = describe_environment(device, config.model.coupler_type)
-    name = config.name or re.sub(r"[^\w.-]+", "-", what) + datetime.now(UTC).strftime("-%Y%m%d-%H%M%S")
+    stamp = datetime.now(UTC).strftime("-%Y%m%d-%H%M%S")
+    name = config.name or re.sub(r"[^\w.-]+", "-", what).lstrip(".-") + stamp
     record = SpeedRecord(
         config.results_dir, name, {"what": what, "command": command, "environment": environment}
     )
@@ -185,17 +190,17 @@ def _measure(
     status = "stopped"
     try:
         run_jobs(
-            jobs, Machine(device), record, budget=config.time_budget,
+            jobs, Machine(device), record, budget=seconds_of("time_budget", config.time_budget),
             on_job=lambda job: progress.print(f"{job} …"),
             on_row=lambda row: progress.print(f"  {one_line(row)}"),
         )  # fmt: skip
         status = "ok"
-    finally:
+    finally:  # what was measured before a Ctrl-C is shown too
         record.end(status)
-    _show(record.data, record.rows, what in ("cpu", "gpu"), console)
-    if config.plot or what in ("cpu", "gpu"):
-        _draw(record, console)
-    console.print(f"record: {record.path}", markup=False, soft_wrap=True)
+        _show(record.data, record.rows, what in ("cpu", "gpu"), console)
+        if config.plot or what in ("cpu", "gpu"):
+            _draw(record.path, record.data, record.rows, console)
+        console.print(f"record: {record.path}", markup=False, soft_wrap=True)
 
 
 def _show(data: dict[str, Any], rows: list[Row], targets: bool, console: Console) -> None:
@@ -206,19 +211,19 @@ def _show(data: dict[str, Any], rows: list[Row], targets: bool, console: Console
     print_rows(rows, console)
     if targets:
         print_verdicts(verdicts(rows), console)
-    for text in data["left_out"]:
-        console.print(f"left out: {text}", markup=False)
+    if data["left_out"]:
+        console.print(f"left out for want of time: {'; '.join(data['left_out'])}", markup=False)
 
 
-def _draw(record: SpeedRecord, console: Console) -> None:
+def _draw(folder: Path, data: dict[str, Any], rows: list[Row], console: Console) -> None:
     from bench.analysis.plot_style import write_plots
     from bench.speeding.figure import cost_plot
 
-    plot = cost_plot(record.rows, record.data["machine"].get("device", ""))
+    plot = cost_plot(rows, data["machine"].get("device", ""))
     if plot is None:
         console.print("no plot: fewer than two sizes were timed")
         return
-    write_plots(record.path, [plot])
+    write_plots(folder, [plot])
 
 
 def _print_records(config: SpeedConfig, console: Console) -> int:
@@ -229,10 +234,12 @@ def _print_records(config: SpeedConfig, console: Console) -> int:
     from bench.speeding.targets import verdicts
 
     records = [read_record(place) for place in config.table]
-    for data, rows in records:
+    for place, (data, rows) in zip(config.table, records, strict=True):
         console.print(f"{data['name']}: {data['machine'].get('device')}, {data['start']}, {data['status']}",
                       style="bold", markup=False)  # fmt: skip
         _show(data, rows, False, console)
+        if config.plot:
+            _draw(place if place.is_dir() else place.parent, data, rows, console)
     print_verdicts(verdicts([row for _, rows in records for row in rows]), console)
     if config.page is not None:
         write_page(config.page, records)

@@ -106,13 +106,14 @@ class BatchedExperts(nn.Module):
         missing_keys: list[str],
         *rest: list[str],
     ) -> None:
-        """Stack what is there of each expert (``state_dict`` is a copy), and let torch load that."""
-        absent = []
+        """Stack what is there (``state_dict`` is a copy), in its gaps what is now; torch loads that."""
+        now: dict[str, Any] = {}
+        self._save_to_state_dict(now, prefix, keep_vars=False)
+        absent = [key for key in now if key not in state_dict]
         for name in self._names:
             keys = [f"{prefix}{expert}.{name}" for expert in range(self.count)]
-            absent += [key for key in keys if key not in state_dict]
-            parts = [state_dict.pop(key) for key in keys if key in state_dict]
-            if len(parts) == self.count:
+            if any(key in state_dict for key in keys):
+                parts = [state_dict.pop(key, now[key]) for key in keys]
                 state_dict[prefix + _own(name)] = _stacked(name, parts)
         before = len(missing_keys)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)

@@ -27,8 +27,9 @@ def linear_readout(
     input alone: the last of them, or with ``residual`` all K + 1, of which each layer uses up one.
     """
     rows = [P_EE.new_full((1, len(P_EE)), 1 / len(P_EE))]
-    for _ in maps:
-        rows.append(rows[-1] @ P_EE)
+    with torch.autocast(x_NED.device.type, enabled=False):  # few numbers, in every token's sum
+        for _ in maps:
+            rows.append(rows[-1] @ P_EE)
     totals = [row.sum() for row in rows]
     if not residual:
         mixed = mix(rows[-1], x_NED)[:, 0]

@@ -66,12 +66,18 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     report = (yield).get_result()
-    for mark in item.iter_markers("core"):
-        if report.when == "call" or report.outcome == "skipped":
-            _outcomes[mark.args[0]].add(report.outcome)
+    report.core = [mark.args[0] for mark in item.iter_markers("core")]  # travels from a worker of xdist
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome == "skipped":
+        for name in getattr(report, "core", []):
+            _outcomes[name].add(report.outcome)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if hasattr(session.config, "workerinput"):
+        return  # one of several workers saw a part only
     skipped = sorted(name for name, found in _outcomes.items() if found == {"skipped"})
     if skipped and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -17,7 +17,7 @@ import bench
 import gnnmoe
 from gnnmoe.couplers import coupler_class
 
-PACKAGES = ("torch", "torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
+PACKAGES = ("torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
 
 
 def describe_environment(device: torch.device, coupler: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def describe_environment(device: torch.device, coupler: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"torch": str(torch.__version__), **{name: _version(name) for name in PACKAGES}},
         "device_type": device.type,
         "device_name": device_name(device),
         "cuda": torch.version.cuda if device.type == "cuda" else None,

@@ -1,7 +1,8 @@
 """How anything is timed here: a warm-up, then every step by itself, with nothing read back in between.
 
 On CUDA an event before and after each step, and one wait at the end; elsewhere a clock. All times are
-kept. Two things are compared by timing them in turn in one process, never by two absolute times.
+kept. Two things are compared by timing them in turn in one process, never by two absolute times. In turn,
+each begins on an idle device: else the work of one would hide how long the host takes to launch the next.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
@@ -84,7 +84,7 @@ def time_steps(
 
     ``clock`` returns seconds; CUDA is timed by its events instead.
     """
-    return time_in_turn({"": step}, device=device, warmup=warmup, rounds=steps, clock=clock)[""]
+    return _time({"": step}, device, warmup, steps, clock, idle=False)[""]
 
 
 def time_in_turn(
@@ -98,8 +98,15 @@ def time_in_turn(
     """Warm up each by itself, then time them in turn: ``rounds`` rounds of one step of each.
 
     Every other round goes backwards, so that a machine that slows down slows all of them alike. The
-    times of one round belong together (``bench.measure.rates.paired_ratios``).
+    times of one round belong together (``bench.measure.rates.paired_ratios``). Each step begins on an idle
+    device.
     """
+    return _time(steps, device, warmup, rounds, clock, idle=True)
+
+
+def _time(
+    steps: Mapping[str, Step], device: torch.device, warmup: Warmup, rounds: int, clock: Clock, idle: bool
+) -> dict[str, StepTimes]:
     assert rounds > 0
     assert steps
     warmed = {name: _warm_up(step, device, warmup, clock) for name, step in steps.items()}
@@ -107,7 +114,8 @@ def time_in_turn(
     order = [(name, number) for number in range(rounds) for name in there[:: -1 if number % 2 else 1]]
     calls = [(steps[name], len(warmed[name][0]) + number) for name, number in order]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for (name, _), value in zip(order, _seconds(calls, device, clock), strict=True):
+    found = _seconds(calls, device, clock, idle)
+    for (name, _), value in zip(order, found, strict=True):
         seconds[name].append(value)
     return {name: StepTimes(seconds[name], *warmed[name]) for name in steps}
 
@@ -130,10 +138,12 @@ def _warm_up(
     return seconds, moved < TOLERANCE, moved
 
 
-def _seconds(calls: Sequence[tuple[Step, int]], device: torch.device, clock: Clock) -> list[float]:
-    """Return the seconds of each call."""
+def _seconds(
+    calls: Sequence[tuple[Step, int]], device: torch.device, clock: Clock, idle: bool = False
+) -> list[float]:
+    """Return the seconds of each call; where ``idle``, each begins when the device has nothing to do."""
     if device.type == "cuda":
-        return _by_events(calls, device)
+        return _by_events(calls, device, idle)
     seconds = []
     for step, number in calls:
         start = clock()
@@ -144,17 +154,21 @@ def _seconds(calls: Sequence[tuple[Step, int]], device: torch.device, clock: Clo
     return seconds
 
 
-def _by_events(calls: Sequence[tuple[Step, int]], device: torch.device) -> list[float]:
-    """Return the seconds between the events around each call; the host waits once, at the end."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-    torch.cuda.synchronize(device)
+def _by_events(calls: Sequence[tuple[Step, int]], device: torch.device, idle: bool) -> list[float]:
+    """Return the seconds between the events around each call; the host waits at the end, or for ``idle``."""
     stream = torch.cuda.current_stream(device)
-    events[0].record(stream)
-    for (step, number), event in zip(calls, events[1:], strict=True):
-        step(number)
-        event.record(stream)
+    events = []
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
+    for step, number in calls:
+        if idle:
+            torch.cuda.synchronize(device)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(stream)
+        step(number)
+        after.record(stream)
+        events.append((before, after))
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) / 1e3 for before, after in events]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

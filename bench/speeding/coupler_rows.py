@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.floors import TRAINING, floor_bytes, roofline_seconds
 from bench.measure.protocol import Step
-from bench.speeding.forms import Form, Inputs, Runner
+from bench.speeding.forms import Form, Inputs, Result, Runner
 from bench.speeding.machine import Machine, products_in
 from bench.speeding.memory import peak_bytes, saved_bytes
 from bench.speeding.parity import Parity
@@ -51,7 +50,7 @@ def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine
             runners[form.key] = Runner(form, inputs, precision)
             return runners[form.key].step
 
-        def check(found: tuple[Tensor, Tensor]) -> None:
+        def check(found: Result) -> None:
             parity.look(runners[form.key], found)
 
         return Contender(form.key, make, check if timing.check else None)
@@ -70,7 +69,6 @@ def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine
         row.largest_difference = parity.differences.get(form.key)
         if form.key in alive:
             row.flops = _flops(alive[form.key], row.tokens)
-            row.floor_seconds = rates.seconds(row.flops, row.floor_bytes or 0)
             row.roofline_seconds = roofline_seconds(form.config, row.tokens, ELEMENT_BYTES[precision], rates)
             if timing.memory:
                 try:
@@ -78,6 +76,10 @@ def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine
                 except Exception as error:
                     row.remark = f"memory not measured: {failure_text(error)}"
         rows.append(row)
+    for row in rows:  # a form that computes more than another cannot raise the floor
+        fewest = min((one.flops for one in rows if one.subject == row.subject and one.flops), default=None)
+        if row.flops is not None and row.floor_bytes is not None:
+            row.floor_seconds = rates.seconds(fewest or 0, row.floor_bytes)
     return rows
 
 

@@ -36,6 +36,7 @@ class CpuScale:
     vocabulary: int = VOCABULARY
     steps: int = 40
     rounds: int = 7
+    step_rounds: int = 15
     curve_experts: tuple[int, ...] = (2, 4, 8, 16)
     curve_batches: tuple[int, ...] = (2, 8, 32)
     curve_batch: int = 8
@@ -84,7 +85,7 @@ def _steps(scale: CpuScale, compile_mode: str | None, machine: Machine) -> list[
     config, loop = scale.model.resolved(scale.vocabulary), ExecutionConfig(experts="loop")
 
     def timed(case: str, *variants: Variant) -> list[Row]:
-        return step_rows(case, variants, config, scale.step_batch, machine, rounds=scale.rounds)
+        return step_rows(case, variants, config, scale.step_batch, machine, rounds=scale.step_rounds)
 
     rows = timed(EXPERTS, Variant("loop", loop), Variant(AUTO, ExecutionConfig()),
                  Variant("batched", ExecutionConfig(experts="batched")))  # fmt: skip

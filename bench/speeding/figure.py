@@ -80,7 +80,12 @@ def _draw(axes: Axes, rows: list[Row], names: list[str], x: Callable[[Row], int]
         )  # fmt: skip
     floors = {x(row): _floor(row) for row in rows}
     axes.plot(
-        list(floors), list(floors.values()), color="black", linewidth=2.4, linestyle="--", label="floor"
+        list(floors),
+        list(floors.values()),
+        color="black",
+        linewidth=2.4,
+        linestyle="--",
+        label="floor by bytes",
     )
     ticks = sorted({x(row) for row in rows})
     axes.set_xscale("log")

@@ -19,6 +19,8 @@ from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
 from gnnmoe.seeds import RandomStreams
 
 DEFAULT, REFERENCE = "vectorized", "reference()"
+Result = tuple[Tensor, tuple[Tensor | None, ...]]
+"""The output, and the gradients of expert outputs, layer input and parameters (None: it plays no part)."""
 INPUT_SETS = 3  # used in turn: one that was just read may still lie in a cache
 
 
@@ -59,16 +61,22 @@ def _with_backend(config: GNNMoEConfig, backend: str) -> GNNMoEConfig:
     return replace(config, coupler_options={**config.coupler_options, "backend": backend})
 
 
+def experts_given(config: GNNMoEConfig) -> int:
+    """Return how many experts a layer of a model has with this coupler: with ``dense`` one block."""
+    with torch.random.fork_rng(devices=[]):  # a coupler draws its parameters
+        return build_coupler(config).expert_shape()[0]
+
+
 class Inputs:
     """Random expert outputs, layer inputs and cotangents, in sets, as a model has them.
 
     Expert outputs lie expert by expert, in bf16 where that is the precision; the layer's input is of the
-    residual stream, which stays float32.
+    residual stream, which stays float32. There are as many experts as a layer with the coupler has.
     """
 
     def __init__(self, config: GNNMoEConfig, batch: int, precision: str, device: torch.device) -> None:
         self.device = device
-        L, E, D = config.max_seq_length, config.num_experts, config.embed_dim
+        L, E, D = config.max_seq_length, experts_given(config), config.embed_dim
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
@@ -120,13 +128,12 @@ class Runner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.module(*self.inputs.sets[number % INPUT_SETS])
 
-    def step(self, number: int) -> tuple[Tensor, Tensor]:
-        """Do forward and backward; return the output and the gradient of the expert outputs."""
+    def step(self, number: int) -> Result:
+        """Do forward and backward; return the output and all gradients."""
         output = self.forward(number)
         leaves = [*self.inputs.sets[number % INPUT_SETS], *self.parameters]
         cotangent = self.inputs.cotangent(number, output.dtype)
-        gradients = torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
-        return output, gradients[0]
+        return output, torch.autograd.grad(output, leaves, cotangent, allow_unused=True)
 
     def accumulate(self) -> None:
         """Do forward and backward as a training does, into the gradients of all leaves, and drop these."""
@@ -135,13 +142,14 @@ class Runner:
         for leaf in (*self.inputs.sets[0], *self.parameters):
             leaf.grad = None
 
-    def reference_in_float32(self) -> tuple[Tensor, Tensor]:
+    def reference_in_float32(self) -> Result:
         """Return what ``step(0)`` should give, by ``reference()`` in float32."""
         x, u = (tensor.detach().float().requires_grad_(True) for tensor in self.inputs.sets[0])
         with products_in("fp32"):
             output = self.coupler.reference(x, u)
-            (gradient,) = torch.autograd.grad(output, [x], self.inputs.cotangent(0, output.dtype))
-        return output.detach(), gradient
+            cotangent = self.inputs.cotangent(0, output.dtype)
+            gradients = torch.autograd.grad(output, [x, u, *self.parameters], cotangent, allow_unused=True)
+        return output.detach(), gradients
 
     def known(self) -> list[Tensor]:
         """Return what is there before a step."""

@@ -82,19 +82,19 @@ def gpu_jobs(scale: GpuScale | None = None) -> list[Job]:
     couplers = alone(replace(baseline, num_layers=1))
     many = replace(baseline, num_experts=scale.many_experts)
     return [
-        Job("parity", partial(_parity, baseline), 20),
-        steps("S8, S10: step B 32", STEP_32, baseline, scale.batch, ("default", "reduce-overhead"), 110),
-        steps("S10: step E 64", STEP_64_EXPERTS, many, scale.batch, (), 20),
-        experts("S4: experts", EXPERTS, baseline.num_experts, None, 10),
-        experts("S4: experts, E 16", EXPERTS_16, 4 * baseline.num_experts, None, 15),
-        Job("head", partial(_heads, scale), 10),
-        steps("S8: step B 256", STEP_256, baseline, scale.many_batch, ("default",), 60),
-        steps("S8: step D 512", STEP_LARGE, scale.large, scale.large_batch, ("default",), 70),
-        *(Job(f"S7: {name}", partial(_alone, scale, name, couplers[name]), 20) for name in ALONE),
+        Job("parity", partial(_parity, baseline), 15),
+        steps("S8, S10: step B 32", STEP_32, baseline, scale.batch, ("default", "reduce-overhead"), 65),
+        steps("S10: step E 64", STEP_64_EXPERTS, many, scale.batch, (), 12),
+        experts("S4: experts", EXPERTS, baseline.num_experts, None, 6),
+        experts("S4: experts, E 16", EXPERTS_16, 4 * baseline.num_experts, None, 9),
+        steps("S8: step B 256", STEP_256, baseline, scale.many_batch, ("default",), 35),
+        steps("S8: step D 512", STEP_LARGE, scale.large, scale.large_batch, ("default",), 40),
+        *(Job(f"S7: {name}", partial(_alone, scale, name, couplers[name]), 12) for name in ALONE),
         Job("S9: token by token", partial(_token_by_token, scale), 50),
+        Job("head", partial(_heads, scale), 6),
         *curve_jobs(scale.curve_experts, scale.curve_batch, scale.curve_batches, baseline.max_seq_length,
                     baseline.embed_dim, PRECISION, scale.rounds),
-        experts("S4: experts, compiled", "experts, compiled", baseline.num_experts, "default", 120),
+        experts("S4: experts, compiled", "experts, compiled", baseline.num_experts, "default", 70),
     ]  # fmt: skip
 
 

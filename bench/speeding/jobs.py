@@ -44,8 +44,7 @@ def run_jobs(
     for job in jobs:
         spent = clock() - start
         if budget is not None and (spent >= budget or spent + job.seconds > budget):
-            takes = f"it takes about {job.seconds:.0f} s, and " if job.seconds else ""
-            record.leave_out(f"{job.name}: {takes}{spent:.0f} s of the {budget:g} s were spent")
+            record.leave_out(job.name + (f" (about {job.seconds:.0f} s)" if job.seconds else ""))
             continue
         on_job(job.name)
         rows = _rows(job, machine)

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from bench.records.store import write_whole
 from bench.speeding.rows import Row, derived
 from bench.speeding.table import compact, heading, verdict_cells
-from bench.speeding.targets import CURVE, PARITY, verdicts
+from bench.speeding.targets import CURVE, PARITY, Verdict, verdicts
 
 BEGIN, END = (
     "<!-- begin of what bench.speed --page writes -->",
@@ -48,16 +48,26 @@ def with_tables(text: str, records: Records) -> str:
 
 def tables(records: Records) -> str:
     """Return the targets over all records, and the rows of each, in Markdown."""
-    every = [row for _, rows in records for row in rows]
-    parts = [_markdown(["", "measure", "measured", "target", ""], verdict_cells(verdicts(every)))]
+    found = verdicts([row for _, rows in records for row in rows])
+    cells = [[*cells, _jobs(one, records)] for one, cells in zip(found, verdict_cells(found), strict=True)]
+    parts = [_markdown(["", "measure", "measured", "target", "", "job"], cells)]
     for data, rows in records:
         parts += [
             _origin(data),
             *(_markdown(*table) for table in (_couplers(rows), _steps(rows)) if table[1]),
         ]
         if data["left_out"]:
-            parts.append(f"Left out: {'; '.join(data['left_out'])}.\n")
+            parts.append(f"Left out for want of time: {'; '.join(data['left_out'])}.\n")
     return "\n".join(parts)
+
+
+def _jobs(verdict: Verdict, records: Records) -> str:
+    """Return the names of the records that have measured on the target's device."""
+    if verdict.value is None:
+        return ""
+    return ", ".join(
+        data["name"] for data, rows in records if any(row.device == verdict.device for row in rows)
+    )
 
 
 def _origin(data: dict[str, Any]) -> str:
@@ -66,9 +76,9 @@ def _origin(data: dict[str, Any]) -> str:
                       for precision, value in machine["matrix_flops_per_second"].items())  # fmt: skip
     threads = f", {environment['threads']} threads" if environment["device_type"] == "cpu" else ""
     return (
-        f"**{machine['device']}**{threads}, torch {environment['packages']['torch']}, {data['start'][:10]}: "
-        f"copies {machine['copy_bytes_per_second'] / 1e9:,.3g} GB/s, multiplies {rates}. "
-        f"`{data['command']}`\n"
+        f"Job `{data['name']}`: **{machine['device']}**{threads}, torch {environment['packages']['torch']}, "
+        f"{data['start'][:10]}: copies {machine['copy_bytes_per_second'] / 1e9:,.3g} GB/s, multiplies "
+        f"{rates}. `{data['command']}`\n"
     )
 
 

@@ -21,7 +21,7 @@ VERSION = 1
 class SpeedRecord:
     """``results_dir/speed/name``: speed.json and rows.csv, written anew after every row.
 
-    ``status`` is ``running`` until it is ``finished``, so that of a killed process the rows are there.
+    ``status`` is ``running`` until it is ``ok`` or ``stopped``: of a killed process the rows are there.
     """
 
     def __init__(self, results_dir: Path, name: str, head: dict[str, Any]) -> None:

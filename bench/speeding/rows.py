@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.measure.rates import paired_ratios, tokens_per_second, utilisation
+from bench.measure.rates import paired_ratios, percentile, tokens_per_second, utilisation
 
 TOLERANCE = {"fp32": 1e-5, "tf32": 3e-2, "bf16": 3e-2}
 """How far, of its largest value, a result may be from another form's or from float32's."""
@@ -43,16 +43,17 @@ class Row:
     saved_bytes: int | None = None
     """What the forward keeps for the backward, beyond inputs, parameters and the output."""
     flops: int | None = None
-    """Of forward + backward, by formula."""
+    """Of forward + backward of this form, by formula."""
     matrix_flops_per_second: float | None = None
     """Of a large matrix product on this device in this process."""
     copy_bytes_per_second: float | None = None
     """Of a large copy, read and written, likewise."""
     floor_bytes: int | None = None
+    """What any form must move; ``floor_seconds`` is for these and the fewest FLOPs of the forms timed."""
     floor_seconds: float | None = None
     roofline_seconds: float | None = None
     largest_difference: float | None = None
-    """Of output and input gradient, over their largest value, from the form that is to be equalled."""
+    """Of output and gradients, over their largest value, from the form that is to be equalled."""
     remark: str = ""
     error: str | None = None
 
@@ -93,6 +94,14 @@ def ratio(over: Row, under: Row) -> float | None:
     if len(over.seconds) == len(under.seconds):
         return statistics.median(paired_ratios(over.seconds, under.seconds))
     return over.median / under.median
+
+
+def spread(over: Row, under: Row) -> str:
+    """Return the 10th and 90th percentile of the ratio over rounds, in words; empty for a round or two."""
+    if len(over.seconds) != len(under.seconds) or len(over.seconds) < 3:
+        return ""
+    ratios = paired_ratios(over.seconds, under.seconds)
+    return f"{percentile(ratios, 10):.3g} to {percentile(ratios, 90):.3g}"
 
 
 def beside(row: Row, rows: Rows, forms: Sequence[str]) -> Row | None:

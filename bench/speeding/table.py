@@ -27,13 +27,13 @@ def compact(value: float | None) -> str:
 
 TIME: dict[str, Cell] = {
     "form": lambda row, _: row.form,
-    "fwd ms": lambda _, found: compact(found["forward_ms"]),
-    "ms": lambda _, found: compact(found["median_ms"]),
-    "floor": lambda _, found: compact(found["floor_ms"]),
-    "×floor": lambda _, found: compact(found["over_floor"]),
-    "×roof": lambda _, found: compact(found["over_roofline"]),
-    "loop/it": lambda _, found: compact(found["loop_over_this"]),
-    "pyg/it": lambda _, found: compact(found["pyg_over_this"]),
+    "fwd ms": lambda _, found: _short(found["forward_ms"]),
+    "ms": lambda _, found: _short(found["median_ms"]),
+    "floor": lambda _, found: _short(found["floor_ms"]),
+    "×floor": lambda _, found: _short(found["over_floor"]),
+    "×roof": lambda _, found: _short(found["over_roofline"]),
+    "loop/it": lambda _, found: _short(found["loop_over_this"]),
+    "pyg/it": lambda _, found: _short(found["pyg_over_this"]),
     "off by": lambda row, _: "" if row.largest_difference is None else f"{row.largest_difference:.0e}",
     "n": lambda row, _: str(len(row.seconds)),
 }
@@ -180,6 +180,11 @@ def quantity(value: float | None, target: Target) -> str:
     if target.unit == "bytes":
         return f"{value / 1e9:.3g} GB"
     return number(value, 3) if 0.5 < value < 2 and value != target.limit else f"{value:,.4g}"
+
+
+def _short(value: float | None) -> str:
+    """Return a number in at most six characters up to ten million: a hundred thousand is 100k."""
+    return compact(value) if value is None or value < 1e5 else f"{value / 1e3:,.0f}k"
 
 
 def _in(unit: float, value: float | None) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from bench.device import cpu_threads
 from bench.measure.budget import format_bytes
 from bench.measure.predict import CannotPredict
 from bench.sweeps.live import time_words
 from bench.sweeps.matching import Match
 from bench.sweeps.plan import Configuration, Plan
+from bench.sweeps.weighing import threads_of_a_run
 
 MOST_ROWS = 40
 DONE = ("ok", "gate_failed")
+COMPILED_PEAK = "peaks are of uncompiled steps; compiled ones took up to 1.8 times that on a GPU"
 
 
 def show_plan(plan: Plan, match: Match | None, console: Console) -> None:
@@ -59,7 +62,7 @@ def show_expected(plan: Plan, console: Console) -> None:
     """Print what one run of each configuration will take here, in at most 80 columns.
 
     The memory is predicted. The time is that of the training alone: its steps × a step, the median of
-    three that are run now, one configuration after another.
+    three that are run now, one configuration after another, with the threads that a run has.
     """
     title = "one run here: peak memory predicted, training = steps × a step measured now"
     table = Table(title=title, title_justify="left", width=80, box=None, padding=(0, 1, 0, 0))
@@ -76,14 +79,18 @@ def show_expected(plan: Plan, console: Console) -> None:
             configuration.label, memory, f"{1e3 * seconds:,.0f} ms", f"{steps:,}", time_words(steps * seconds)
         )
     console.print(table)
+    if any(configuration.training.config.execution.compile for configuration in shown):
+        console.print(COMPILED_PEAK)
     rest = "" if len(shown) == len(plan.configurations) else f" of these {len(shown)} configurations"
     console.print(f"the training of all runs{rest}, one after another: about {time_words(total)}")
 
 
 def expected(configuration: Configuration) -> tuple[str, float]:
-    """Return the predicted peak, as shown, and the measured seconds of a step."""
+    """Return the predicted peak, as shown, and the seconds of a step, measured with a run's threads."""
+    training = configuration.training
     try:
-        memory = format_bytes(configuration.training.peak_bytes())
+        memory = format_bytes(training.peak_bytes())
     except CannotPredict:
         memory = "?"
-    return memory, configuration.training.step_seconds()
+    with cpu_threads(threads_of_a_run(training.device)):
+        return memory, training.step_seconds()

@@ -10,10 +10,12 @@ import torch
 
 from bench.config import RunConfig
 from bench.data.cache import cache_folder, replace_file
+from bench.device import cpu_threads
 from bench.measure.environment import code_sha256, device_name
 from bench.measure.expected import Training, step_time_ratio
 from bench.measure.predict import CannotPredict
 from bench.records.schema import config_dict
+from bench.sweeps.local import slots_for
 from bench.sweeps.matching import Match, Matched, matched
 from gnnmoe.config import GNNMoEConfig
 
@@ -34,7 +36,8 @@ class Scales:
         """
         if quantity == "memory":
             return self._peak(ours) / self._peak(theirs)
-        return step_time_ratio(*(Training(model, self.config, self.device) for model in (ours, theirs)))
+        with cpu_threads(threads_of_a_run(self.device)):
+            return step_time_ratio(*(Training(model, self.config, self.device) for model in (ours, theirs)))
 
     def _peak(self, model: GNNMoEConfig) -> int:
         key = repr(model)
@@ -46,11 +49,17 @@ class Scales:
         return self._peaks[key]
 
 
+def threads_of_a_run(device: torch.device) -> int:
+    """Return how many threads a run of a sweep has on this device: as its slot says, else as here."""
+    (slot,) = slots_for(device.type, 1)
+    return int(slot.get("OMP_NUM_THREADS", torch.get_num_threads()))
+
+
 def match_here(model: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
     """Return the match of one model; one by time that was found before on this machine is found again.
 
     No two measurements are equal, and another width would be another run: a sweep could not go on where
-    it was stopped. Kept in the project's cache folder, for this model, device, torch, threads and code.
+    it was stopped. Kept in the project's cache folder, for model, device, torch, a run's threads and code.
 
     Raises:
         ValueError: as ``matched``; or the answer cannot be kept.
@@ -75,7 +84,7 @@ def match_here(model: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
 
 def _key(model: GNNMoEConfig, match: Match, scales: Scales) -> str:
     groups = config_dict(scales.config)
-    place = [device_name(scales.device), str(torch.__version__), torch.get_num_threads()]
+    place = [device_name(scales.device), str(torch.__version__), threads_of_a_run(scales.device)]
     training = {**groups["training"], "seed": None}
     asked = [asdict(match), model.to_dict(), training, groups["memory"], groups["execution"]]
     code = [code_sha256(name) for name in (model.coupler_type, match.reference)]

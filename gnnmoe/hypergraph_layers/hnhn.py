@@ -6,7 +6,9 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,12 +55,30 @@ class HNHN(HypergraphLayer):
         """Return D⁻¹ H W Z (N, E, D). Z (N, M, D) is never whole, and not kept for the backward."""
 
         def through_hyperedges(mapped_NED: Tensor) -> Tensor:
-            z_NMD = F.gelu(self.mean_of_members(mapped_NED) + self.to_hyperedges.bias)
-            return mix(shares_EM, z_NMD)
+            return mix(shares_EM, F.gelu(self.mean_of_members(mapped_NED)))
 
-        mapped_NED = rowwise(lambda x: F.linear(x, self.to_hyperedges.weight), x_NED)
-        features = 0 if fuses(*shares_EM.shape) else FEATURES * self.num_hyperedges
-        return over_token_chunks(through_hyperedges, mapped_NED, features=features)
+        mapped_NED = rowwise(self.to_hyperedges, x_NED)  # with the bias: its mean over members is itself
+        if fuses(*shares_EM.shape):
+            return over_token_chunks(partial(self._term_by_term, shares_EM), mapped_NED, features=0)
+        return over_token_chunks(through_hyperedges, mapped_NED, features=FEATURES * self.num_hyperedges)
+
+    def _term_by_term(self, shares_EM: Tensor, mapped_NED: Tensor) -> Tensor:
+        """Return the same from terms (N, D), which a compiler keeps in registers.
+
+        Of (N, M, D) it would make a tensor, since each of E sums reads it. Weights stand by token, so that
+        the backward sums their gradients over D in the kernel that has the terms, and over N after it.
+        """
+        x = mapped_NED.transpose(0, 1).unbind(0)  # by experts first, so that the gradients are stacked so
+        nothing_ND = torch.zeros_like(x[0])
+        z = [F.gelu(sum((x[e] for e in edge), nothing_ND) / len(edge)) for edge in self.members]
+        own = [self.hyperedges_of(expert) for expert in range(self.num_experts)]
+        pairs = torch.stack([shares_EM[expert, m] for expert, edges in enumerate(own) for m in edges])
+        shares = iter(pairs.expand(len(mapped_NED), -1).unbind(1))
+        heard = []
+        for edges in own:
+            terms = [next(shares)[:, None] * z[m] for m in edges]
+            heard.append(sum(terms, nothing_ND).to(mapped_NED.dtype))
+        return torch.stack(heard).transpose(0, 1)
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Follow the formula: mean, map and activation for each hyperedge, then for each expert."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from gnnmoe.hypergraph_layers._base import HypergraphLayer
@@ -44,7 +45,8 @@ class HypergraphStack(nn.ModuleList):
         follows, what comes before.
         """
         layers, linear, start_NED = self.as_list(), self._linear_layers(), x_NED
-        from_weights = layers[0].from_weights(weights_M)
+        with torch.autocast(x_NED.device.type, enabled=False):  # as small as E × M, in every token's sum
+            from_weights = layers[0].from_weights(weights_M)
         for layer in layers[: -max(linear, 1)]:
             x_NED = self.update(x_NED, layer(x_NED, from_weights, start_NED))
         if linear:

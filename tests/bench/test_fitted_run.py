@@ -80,6 +80,14 @@ def test_its_checkpoint_names_the_model_that_trained_and_serves_as_a_difficulty_
     assert record["data"]["training_blocks"]["curriculum"]["order_source"] == "model"
 
 
+def test_resuming_from_its_checkpoint_is_refused_in_the_right_words(fitted, tiny, capsys):
+    """Its identity names the length that was used, not the one asked for: that is not what is wrong."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*tiny, *FIT, "--resume-checkpoint", str(fitted[0] / "checkpoint.pt")])
+    assert stopped.value.code == 2
+    assert "is of a finished run; nothing is left to do" in " ".join(capsys.readouterr().err.split())
+
+
 def without_times(folder: Path) -> dict:
     """Take the times out of what was found before training; return the record."""
     record = record_of(folder)

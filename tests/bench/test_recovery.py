@@ -24,6 +24,7 @@ REAL = {
     "cublas": "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "mps": "MPS backend out of memory (MPS allocated: 8.83 GiB, other allocations: 135.00 MiB)",
     "cuda": "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+    "driver": "CUDA driver error: out of memory",
 }
 
 
@@ -35,8 +36,8 @@ def test_b9_out_of_memory_by_its_text(text):
 
 
 def test_b9_each_text_is_needed():
-    """B9: the four texts, and each real message has exactly one of them."""
-    assert sorted(sum(text in real for real in REAL.values()) for text in OUT_OF_MEMORY_TEXTS) == [1] * 4
+    """B9: the five texts, and each real message has exactly one of them."""
+    assert sorted(sum(text in real for real in REAL.values()) for text in OUT_OF_MEMORY_TEXTS) == [1] * 5
 
 
 def test_b9_out_of_memory_by_its_type():

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from bench.speeding.figure import cost_plot
+from bench.speeding.forms import Inputs, experts_given
 from bench.speeding.jobs import Job, run_jobs
 from bench.speeding.machine import Machine
 from bench.speeding.page import BEGIN, END, tables, with_tables
@@ -187,7 +188,7 @@ def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path):
     ]
     run(jobs, record, budget=8.0, clock=clock)
     assert [one.seconds for one in record.rows] == [[4.0], [5.0]]
-    assert [text.partition(":")[0] for text in record.data["left_out"]] == ["large", "c"]
+    assert record.data["left_out"] == ["large (about 9 s)", "c"]
 
 
 def test_a_kill_loses_no_row(tmp_path):
@@ -280,6 +281,17 @@ def test_a_slow_one_is_timed_in_one_round_beside_the_others(monkeypatch):
 # --- sizes and couplers ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("coupler", "experts"), [("dense", 1), ("mean", 4)])
+def test_a_coupler_is_timed_on_as_many_experts_as_a_layer_has(coupler, experts):
+    config = GNNMoEConfig(coupler_type=coupler, num_experts=4, embed_dim=8, max_seq_length=8)
+    inputs, before = Inputs(config, 2, "fp32", CPU), torch.get_rng_state()
+    for expert_outputs, layer_input in inputs.sets:
+        assert expert_outputs.shape == (2, 8, experts, 8)
+        assert layer_input.shape == (2, 8, 8)
+    assert experts_given(config) == experts
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_sizes_name_what_differs():
     found = sizes("E=8,B=2; L=16", GNNMoEConfig(embed_dim=32), batch=4)
     assert [str(size) for size in found] == ["E 8, D 32, B 2, L 128", "E 4, D 32, B 4, L 16"]
@@ -326,6 +338,17 @@ def made_rows() -> list[Row]:
     ]  # fmt: skip
 
 
+def test_a_busy_machine_widens_no_table(capsys):
+    """Steps that take seconds, against floors of microseconds."""
+    forms = ("vectorized", "compiled", "pyg", "loop", "reference()")
+    slow = row("", 123.4, forward_seconds=[99.1], floor_seconds=1e-6, roofline_seconds=1e-6)
+    rows = [replace(slow, form=form, largest_difference=3e-7) for form in forms]
+    print_rows(rows, Console(width=80, highlight=False))
+    shown = capsys.readouterr().out
+    assert "123,400k" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_the_tables_fit_into_80_columns_and_name_what_is_wrong(capsys):
     console = Console(width=80, highlight=False)
     print_rows(made_rows(), console)
@@ -347,8 +370,10 @@ def test_the_plot_has_a_line_for_each_coupler_and_the_floor():
     plot = cost_plot(made_rows(), "a processor")
     assert plot is not None
     [axes] = plot.figure.axes  # one number of tokens only
-    assert [line.get_label() for line in axes.get_lines()] == ["static", "HGNN", "floor"]
+    assert [line.get_label() for line in axes.get_lines()] == ["static", "HGNN", "floor by bytes"]
     assert np.asarray(axes.get_lines()[0].get_ydata()) == pytest.approx([20.0, 40.0])
+    floors = [1e3 * (one.bytes_floor_seconds or 0) for one in made_rows() if one.subject == "static"]
+    assert np.asarray(axes.get_lines()[2].get_ydata()) == pytest.approx(floors[-2:])
     assert len(plot.rows) == 4
     assert cost_plot(made_rows()[:4], "a processor") is None
 

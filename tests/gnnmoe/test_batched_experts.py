@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gnnmoe import GNNMoEModel
@@ -78,6 +79,35 @@ def test_dropout_acts_in_training_only_and_on_each_expert_by_itself(E):
     assert len({tuple(output.flatten().tolist()) for output in first.unbind(2)}) == E
 
 
+def drops(form, monkeypatch) -> list[tuple[str, float]]:
+    """Where a form drops, in order, and at which rate: by the width of what is dropped, or in attention."""
+    found, drop, attention = [], F.dropout, F.scaled_dot_product_attention
+
+    def dropped(x, p=0.5, training=True, inplace=False):
+        found.append((f"of width {x.shape[-1]}", p if training else 0.0))
+        return drop(x, p, training, inplace)
+
+    def attended(*parts, **named):
+        found.append(("attention", named["dropout_p"]))
+        return attention(*parts, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "dropout", dropped)
+        patch.setattr(F, "scaled_dot_product_attention", attended)
+        form(normal(2, 8, 16, dtype=torch.float32))
+    return found
+
+
+def test_all_that_the_loop_drops_is_dropped_at_the_same_rate(monkeypatch):
+    """Of each expert: attention, what it adds (D 16), the hidden layer (F 24), and what that adds."""
+    loop, batched = two_forms(1, dropout_rate=0.25)
+    expected = drops(loop[0], monkeypatch)
+    places = ["attention", "of width 16", "of width 24", "of width 16"]
+    assert expected == [(place, 0.25) for place in places]
+    assert drops(batched, monkeypatch) == expected
+    assert drops(batched.eval(), monkeypatch) == [(place, 0.0) for place in places]
+
+
 def test_both_forms_hand_over_a_view_of_expert_major_memory():
     for form in two_forms(4):
         output = form(normal(2, 8, 16, dtype=torch.float32))
@@ -146,6 +176,19 @@ def test_a_state_dict_that_does_not_fit_is_refused(change, said):
     change(state)
     with pytest.raises(RuntimeError, match=f"(?s){said}"):
         model.load_state_dict(state)
+
+
+def test_of_an_incomplete_state_dict_what_is_there_is_loaded_in_both_forms():
+    """One weight of one expert is absent: that one stays, the same weight of the others is loaded."""
+    given, absent = GNNMoEModel(small_config(), seed=1).state_dict(), "layers.0.experts.2.qkv.weight"
+    left = {name: value for name, value in given.items() if name != absent}
+    for experts in ("loop", "batched"):
+        model = GNNMoEModel(small_config(), seed=2, experts=experts)
+        before = copy.deepcopy(model.state_dict())
+        found = model.load_state_dict(left, strict=False)
+        assert (found.missing_keys, found.unexpected_keys) == ([absent], [])
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name] if name == absent else given[name]), (experts, name)
 
 
 def test_a_state_dict_of_the_batched_form_is_detached_unless_asked_otherwise():

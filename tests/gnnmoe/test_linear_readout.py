@@ -89,6 +89,28 @@ def test_as_few_rows_as_can_be_are_mapped(E, gnn_layers, residual, rows):
     assert products_of_width(coupler, E) == rows
 
 
+@pytest.mark.parametrize("conv_type", [*FORMULAS, "HNHN"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_bf16_leaves_what_is_no_larger_than_e_by_m_in_float32(activation, conv_type):
+    """P, degrees and rows of weights cost nothing beside the tokens, and every token has their error."""
+    coupler = make_coupler(
+        dtype=torch.float32, hgnn_conv_type=conv_type, coupler_options={"activation": activation}
+    )
+    found = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.mv.default) and result.numel() <= 4 * 6:
+                found.append((tuple(result.shape), result.dtype))
+            return result
+
+    with Note(), torch.autocast("cpu", torch.bfloat16):
+        coupler(normal(2, 7, 4, 6).bfloat16())
+    assert found
+    assert {dtype for _, dtype in found} == {torch.float32}, found
+
+
 LINEAR = [{"activation": "none", "residual": residual} for residual in (True, False)]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import gnnmoe.head
 from gnnmoe.head import TiedHead, chunk_rows
@@ -13,6 +14,15 @@ from tests.gnnmoe._support import assert_near, make_model, normal, token_ids
 def small_chunks(monkeypatch):
     """16 rows at a time."""
     monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)
+
+
+@pytest.fixture(params=["torch", "own"])
+def form(request, monkeypatch):
+    """The chunked loss of torch 2.13, which an eager CPU takes, or ours."""
+    if request.param == "own":
+        monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
+    elif not hasattr(nn, "LinearCrossEntropyOptions"):
+        pytest.skip("torch has F.linear_cross_entropy from 2.13 on")
 
 
 def head_inputs(dtype=torch.float64, N: int = 40):
@@ -27,7 +37,7 @@ def head_inputs(dtype=torch.float64, N: int = 40):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("N", [1, 16, 40, 600])
-def test_loss_in_chunks_is_the_cross_entropy_of_all_logits(small_chunks, N, dtype):
+def test_loss_in_chunks_is_the_cross_entropy_of_all_logits(small_chunks, form, N, dtype):
     head, targets, leaves = head_inputs(dtype, N)
     targets[0], scale = 7, 3.0
     hidden, embedding, bias = leaves
@@ -45,6 +55,7 @@ def test_loss_in_chunks_is_the_cross_entropy_of_all_logits(small_chunks, N, dtyp
 
 
 def test_the_head_never_holds_all_rows_and_computes_no_logits_twice(small_chunks, monkeypatch):
+    monkeypatch.delattr(nn, "LinearCrossEntropyOptions", raising=False)
     head, targets, (hidden, embedding, _) = head_inputs()
     seen = []
     linear = F.linear
@@ -54,6 +65,23 @@ def test_the_head_never_holds_all_rows_and_computes_no_logits_twice(small_chunks
     assert seen == [16, 16, 8, 16, 16, 8]  # training, evaluation
 
 
+def test_eager_on_a_cpu_takes_the_chunks_of_torch(small_chunks, monkeypatch):
+    if not hasattr(nn, "LinearCrossEntropyOptions"):
+        pytest.skip("torch has F.linear_cross_entropy from 2.13 on")
+    head, targets, (hidden, embedding, _) = head_inputs(torch.float32)
+    seen = []
+    theirs = F.linear_cross_entropy
+    monkeypatch.setattr(
+        F,
+        "linear_cross_entropy",
+        lambda *a, **k: seen.append(k["options"].batch_chunk_size) or theirs(*a, **k),
+    )
+    head.loss(hidden, embedding, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        head.loss(hidden, embedding, targets)
+    assert seen == [16]
+
+
 def test_chunk_is_about_32_mib_on_a_cpu():
     rows = chunk_rows(torch.empty(1, 6), torch.empty(33_280, 1))
     assert 31 * 2**20 < rows * 33_280 * 4 <= 32 * 2**20
@@ -61,7 +89,7 @@ def test_chunk_is_about_32_mib_on_a_cpu():
     assert chunk_rows(torch.empty(1, 6, device="meta"), torch.empty(33_280, 1)) == 1024
 
 
-def test_padded_columns_get_no_probability_and_no_gradient(small_chunks):
+def test_padded_columns_get_no_probability_and_no_gradient(small_chunks, form):
     """Even where their embeddings point straight at the hidden state."""
     head, targets, (hidden, embedding, _) = head_inputs()
     with torch.no_grad():
@@ -80,7 +108,7 @@ def test_a_vocabulary_that_needs_no_padding():
     assert_near(head.loss(hidden, embedding, targets), F.cross_entropy(hidden @ embedding.T, targets))
 
 
-def test_model_loss_is_the_same_in_chunks_of_any_size(monkeypatch):
+def test_model_loss_is_the_same_in_chunks_of_any_size(monkeypatch, form):
     model, ids = make_model(), token_ids(3, 8)
     expected = model(ids, labels=ids)["loss"]
     wanted = torch.autograd.grad(expected, list(model.parameters()))

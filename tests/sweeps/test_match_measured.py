@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from bench.config import RunConfig, TrainingConfig
+from bench.device import cpu_threads
 from bench.measure import expected
 from bench.measure.expected import Training, step_time_ratio
 from bench.measure.predict import CannotPredict
 from bench.sweep import main
 from bench.sweeps import dry_run, weighing
+from bench.sweeps.local import slots_for
 from bench.sweeps.matching import MOST_TRIALS, TOLERANCES, Match, Matched, matched
 from bench.sweeps.weighing import Scales, match_here
 from gnnmoe import GNNMoEConfig
@@ -157,6 +159,28 @@ def test_a_match_by_time_is_found_again(monkeypatch, tmp_path):
     assert len(asked) > measured
 
 
+def test_time_is_measured_and_kept_with_the_threads_that_a_run_of_the_sweep_has(monkeypatch, tmp_path):
+    """Whatever the sweep's own process has: 3 here, where a run in a slot has 1."""
+    monkeypatch.setenv("GNNMOE_CACHE_DIR", str(tmp_path))
+    of_a_run = int(slots_for("cpu")[0]["OMP_NUM_THREADS"])
+    seen = []
+    monkeypatch.setattr(weighing, "step_time_ratio", lambda *_: seen.append(torch.get_num_threads()) or 1.0)
+    monkeypatch.setattr(Training, "step_seconds", lambda _: seen.append(torch.get_num_threads()) or 2.0)
+
+    class Configuration:
+        training = Training(config_of("GNN"), run_config(), CPU)
+
+    for own in (3, 2):
+        with cpu_threads(own):
+            match_here(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
+            dry_run.expected(Configuration())  # pyright: ignore[reportArgumentType]
+            assert torch.get_num_threads() == own
+    assert seen == [of_a_run] * 3  # the second match was kept
+    monkeypatch.setattr(weighing, "slots_for", lambda *_: [{"OMP_NUM_THREADS": "4"}])
+    match_here(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
+    assert seen[3:] == [4]
+
+
 def test_a_match_by_time_that_cannot_be_kept_is_refused(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GNNMOE_CACHE_DIR", str(tmp_path / "file"))
@@ -196,7 +220,21 @@ def test_the_plan_shows_memory_and_time_in_80_columns_and_writes_nothing(
     assert line.split()[-4:] == ["ms", "6", "12", "s"]
     assert "KiB" in line
     assert "the training of all runs, one after another: about 1 min 48 s" in shown
+    assert "uncompiled" not in shown
     assert not (tmp_path / "results").exists()
+
+
+def test_the_plan_of_a_compiled_run_says_that_its_peak_is_of_the_uncompiled_step(
+    small_data_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(Training, "step_seconds", lambda self: 1.0)
+    flags = ["--results-dir", str(tmp_path / "results"), "--data-dir", str(small_data_dir), "--plan"]
+    words = "coupler=mean compile=true,false embed_dim=8 num_layers=1 max_seq_length=16 max_steps=6"
+    assert main(["--sweep", *words.split(), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines if "uncompiled" in line] == [dry_run.COMPILED_PEAK]
 
 
 def test_a_peak_that_cannot_be_predicted_is_a_question_mark(monkeypatch):

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.sweep import main
 from tests.bench.conftest import TINY
+from tests.conftest import REPOSITORY
 from tests.sweeps.test_local import wait_until
 
 REQUIRED = os.environ.get("REQUIRE_OPTIONAL", "").split(",")
@@ -113,7 +113,10 @@ def slurm(*command: str) -> str:
 
 
 def sweep_of_four(results: Path, data_dir: Path, *flags: str) -> Path:
-    """Run four tiny runs by ``python -m bench.sweep`` in this process; return the study's folder."""
+    """Run four tiny runs by ``python -m bench.sweep``; return the study's folder.
+
+    In a process of its own: one process can talk to one Ray cluster only, since Ray keeps its first token.
+    """
     study = results / "four"
     table = {name[2:].replace("-", "_"): value for name, value in _pairs(TINY)}
     lines = [f"{name} = {value}" for name, value in table.items()]
@@ -121,7 +124,9 @@ def sweep_of_four(results: Path, data_dir: Path, *flags: str) -> Path:
     file = results / "four.toml"
     file.write_text("\n".join(["[base]", *lines, "plots = false", "[grid]", 'coupler = ["mean", "GNN"]']))
     places = ["--results-dir", str(results), "--data-dir", str(data_dir), "--study", study.name]
-    assert main([str(file), "--seeds", "2", *places, *flags]) == 0
+    command = [sys.executable, "-m", "bench.sweep", str(file), "--seeds", "2", *places, *flags]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return study
 
 

@@ -18,9 +18,8 @@ from bench.sweep import main
 from bench.sweeps.executor import Resources, SweepResult, Task, Wanted
 from bench.sweeps.slurm_executor import Options, SlurmExecutor, parameters_for
 from bench.sweeps.slurm_job import SlurmQueue, outside_of_jobs
-from tests.sweeps._clusters import needs_slurm, needs_submitit, one_node_slurm, slurm, sweep_of_four
+from tests.sweeps._clusters import needs_slurm, needs_submitit, one_node_slurm, slurm
 from tests.sweeps._fake import Study
-from tests.sweeps.test_killed_sweep import assert_equal_but_for_times
 from tests.sweeps.test_local import processes_with, wait_until
 from tests.sweeps.test_ray import parent_of, refused
 
@@ -148,21 +147,6 @@ def test_a_job_that_vanishes_is_interrupted_and_completed_by_the_next_call(tmp_p
 
 @needs_slurm
 @needs_submitit
-@pytest.mark.slow
-def test_four_runs_have_the_records_of_a_local_sweep(cluster, tmp_path, small_data_dir, local_four):
-    """As an array of four jobs, two at a time on the node's two cores."""
-    study = sweep_of_four(tmp_path, small_data_dir, "--executor", "slurm", "--slurm-option", "comment=tests")
-    names = {path.parent.name for path in local_four.glob("*/record.json")}
-    assert {path.parent.name for path in study.glob("*/record.json")} == names
-    for name in names:
-        assert_equal_but_for_times(study / name, local_four / name)
-    (script,) = (study / ".logs" / "slurm").glob("*_submission.sh")
-    assert "#SBATCH --array=0-3%4" in script.read_text()
-    assert "#SBATCH --comment=tests" in script.read_text()
-
-
-@needs_slurm
-@needs_submitit
 def test_cancelled_jobs_are_completed_by_the_next_call(tmp_path, real):
     """One is cancelled while it runs, one while it waits in the queue."""
     study = Study(tmp_path)
@@ -191,8 +175,9 @@ def test_requeued_jobs_go_on_from_their_checkpoints_in_the_same_sweep(tmp_path, 
     study = Study(tmp_path)
     study.put("crashed", "run1")
     sweep = Sweep(study, ("endless", "endless"), real(), retry=frozenset({"failed"}))
-    first_record = study.folder / "run0" / "record.json"
-    wait_until(lambda: study.record("run1")["status"] == "interrupted" and first_record.exists(), 60)
+    first_record, second_record = (study.folder / f"run{number}" / "record.json" for number in (0, 1))
+    wait_until((study.folder / "run1.1").exists, 60)  # set aside by --force
+    wait_until(lambda: second_record.exists() and first_record.exists(), 60)
     first, last = job_of(study, "run0"), job_of(study, "run1")
     assert (first[-2:], last[-2:]) == ("_0", "_1")
     slurm("scancel", "--signal=USR2", last)

@@ -20,7 +20,9 @@ from bench.memory_checks import refuse_wrong_flags, refuse_wrong_sizes
 from bench.records.schema import config_dict, identity, run_id
 from bench.records.store import ReadOnlyFolder, RunFolder, check_writable
 from bench.training.execution import Execution
+from bench.training.micro_batches import accumulations
 from bench.training.ranks import ALONE, Ranks
+from bench.tuning import batch_sizes
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import coupler_identity
 
@@ -93,9 +95,14 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
 
 
 class Identifier:
-    """Says of many configs what makes them the runs they are, as ``prepare`` does; loads each text once."""
+    """Says of many configs what makes them the runs they are, as ``prepare`` does; loads each text once.
 
-    def __init__(self) -> None:
+    ``device`` is that of runs on other machines, which this one may lack; without it, each config's own.
+    ``world_size`` processes share each batch.
+    """
+
+    def __init__(self, device: torch.device | None = None, world_size: int = 1) -> None:
+        self._device, self._world_size = device, world_size
         self._corpora: dict[str, Corpus] = {}
 
     def __call__(self, config: RunConfig) -> tuple[dict[str, Any], GNNMoEConfig, Corpus]:
@@ -106,18 +113,21 @@ class Identifier:
         """
         refuse_wrong_flags(config.memory)
         refuse_curriculum_without_epochs(config.training)
+        accumulations(batch_sizes(config.training), 1, self._world_size)
         key = repr((_corpus_arguments(config), _asked_by_name(config)))
         if key not in self._corpora:
             corpus = load_corpus(**_corpus_arguments(config))
             _refuse_another_text(config, corpus)
             self._corpora[key] = corpus
-        corpus, device = self._corpora[key], Execution.of(config).device
+        corpus, device = self._corpora[key], self._device or Execution.of(config).device
         model_config = config.model.resolved(corpus.vocabulary.size)
         _refuse_missing_rows(model_config, corpus)
         order = None
         if config.training.curriculum is not None:
-            order = order_of(make_loaders(config, corpus, device)["train"])
-        return _identity(config, model_config, corpus, device, order), model_config, corpus
+            here = device if self._device is None else torch.device("cpu")
+            order = order_of(make_loaders(config, corpus, here)["train"])
+        found = _identity(config, model_config, corpus, device, order, self._world_size)
+        return found, model_config, corpus
 
 
 def _identity(

@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
+from bench.sweeps.cluster import resources_for
 from bench.sweeps.durations import seconds_of
+from bench.sweeps.executor import Resources
+from bench.sweeps.executors import LOCAL, check_name, make_executor, with_options
 
 if TYPE_CHECKING:
     from bench.sweeps.hypotheses import Hypothesis
@@ -58,7 +61,15 @@ class SweepConfig:
     run_timeout: str | None = None
     """End a run that takes longer: 90s, 9m, 1.5h."""
     slots: int | None = None
-    """Runs side by side (default: one a GPU; on a CPU one a core, each with one thread)."""
+    """Runs side by side (default: one a GPU; on a CPU one a core, each with one thread; on a Ray cluster as
+    many as it has room for; on Slurm 64 in the queue)."""
+    executor: str = "local"
+    """Where runs run: local (this machine), ray or slurm. A cluster must see this folder, the Python and
+    the results under the same paths."""
+    devices_per_run: int = 1
+    """Devices that each run is spread over by torchrun: GPUs with cuda, else processes on the CPU."""
+    cpus_per_run: int | None = None
+    """On a cluster: cores of a run, shared by its devices as threads (default: 1 a device; 4 a GPU)."""
     results_dir: Path = Path("results")
     """Folder of all results."""
     study: str | None = None
@@ -68,13 +79,13 @@ class SweepConfig:
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """As for bench.run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """As for bench.run."""
+    """As for bench.run; on a cluster cpu (auto) or cuda, whatever this machine has."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan and run what the flags ask for; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config = parse(SweepConfig, arguments, prog=PROG)
+    config = parse(with_options(SweepConfig), arguments, prog=PROG)
     show_warnings_plainly()
     from rich.console import Console
 
@@ -86,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seconds_of("time_budget", config.time_budget),
             seconds_of("run_timeout", config.run_timeout),
         )
+        config, resources = on_its_devices(config)
         sweep = read_sweep(config)
         with console.status("planning …"):
             plan, match, hypotheses = plan_sweep(config, sweep)
@@ -95,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show_expected(plan, console)
             return 0
         command = shlex.join([*PROG.split(), *arguments])
-        return run_plan(config, plan, hypotheses, budget, timeout, command)
+        return run_plan(config, plan, hypotheses, resources, budget, timeout, command)
     except ValueError as error:
         fail(str(error))
 
@@ -126,6 +138,8 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     Raises:
         ValueError: a run cannot be, or a hypothesis is wrong.
     """
+    import torch
+
     from bench.prepare import Identifier
     from bench.sweeps.hypotheses import check_against, hypotheses_of
     from bench.sweeps.matching import Match
@@ -133,7 +147,10 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
 
     asked = config.match or sweep.match
     match = None if asked is None else Match.parse(asked)
-    plan = make_plan(sweep, places_of(config), Identifier(), match)
+    refuse_what_is_measured_here(config, match)
+    device = None if config.executor == LOCAL else torch.device(config.device)
+    identify = Identifier(device, config.devices_per_run)
+    plan = make_plan(sweep, places_of(config), identify, match, device)
     hypotheses = hypotheses_of(sweep.hypotheses, Path() if config.file is None else config.file.parent)
     check_against(hypotheses, [found.flags for found in plan.configurations])
     return plan, match, hypotheses
@@ -143,6 +160,7 @@ def run_plan(
     config: SweepConfig,
     plan: Plan,
     hypotheses: Sequence[Hypothesis],
+    resources: Resources,
     budget: float | None,
     timeout: float | None,
     command: str,
@@ -150,29 +168,67 @@ def run_plan(
     """State the hypotheses, run what is left of the plan and return the exit status.
 
     Raises:
-        ValueError: another sweep is at the study, or the results cannot be written.
+        ValueError: another sweep is at the study, the results cannot be written, or the executor's
+            package or its cluster is missing.
     """
     from bench.device import resolve_device
     from bench.flags import as_flags
-    from bench.sweeps.executor import Choices
+    from bench.sweeps.executor import Choices, Wanted
     from bench.sweeps.hypotheses import state
-    from bench.sweeps.local import LocalExecutor, slots_for
     from bench.sweeps.work import execute
 
-    slots = slots_for(resolve_device(config.device).type, config.slots)
+    device = resolve_device(config.device).type if config.executor == LOCAL else config.device
+    logs = config.results_dir / plan.study / ".logs"
+    wanted = Wanted(device=device, logs=logs, slots=config.slots, resources=resources)
     places = places_of(config)
     own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
     own["reuse_gate"] = True  # the gate once a configuration, not once a seed
     result = execute(
-        plan.runs, LocalExecutor(slots), results_dir=config.results_dir, study=plan.study,
-        places=as_flags(own), wait=config.wait, again=command,
-        before=lambda: state(hypotheses, config.results_dir / plan.study),
+        plan.runs, make_executor(config.executor, config, wanted), results_dir=config.results_dir,
+        study=plan.study, places=as_flags(own), wait=config.wait, again=command,
+        processes=resources.processes, before=lambda: state(hypotheses, config.results_dir / plan.study),
         choices=Choices(
             retry=frozenset([config.retry] if config.retry else ()), force=config.force,
             fail_fast=config.fail_fast, time_budget_seconds=budget, run_timeout_seconds=timeout,
         ),
     )  # fmt: skip
     return result.exit_status
+
+
+def on_its_devices(config: SweepConfig) -> tuple[SweepConfig, Resources]:
+    """Return the config with the type of device that runs have on a cluster, and what each run asks for.
+
+    Raises:
+        ValueError: there is no such executor, or these resources are not for it.
+    """
+    check_name(config.executor)
+    devices = config.devices_per_run
+    if devices < 1:
+        raise ValueError(f"devices_per_run is {devices}; it must be 1 or more.")
+    if config.executor == LOCAL:
+        if config.cpus_per_run is not None:
+            raise ValueError("cpus_per_run is for a cluster; here, --slots says how many run.")
+        return config, Resources(cpus=devices, processes=devices)
+    if config.device == "mps":
+        raise ValueError("device mps is of this machine; on a cluster it must be cpu or cuda.")
+    device: Literal["cpu", "cuda"] = "cuda" if config.device == "cuda" else "cpu"
+    return replace(config, device=device), resources_for(device, devices, config.cpus_per_run)
+
+
+def refuse_what_is_measured_here(config: SweepConfig, match: Match | None) -> None:
+    """Refuse what one device of this machine answers, where runs have others.
+
+    Raises:
+        ValueError: saying which flag.
+    """
+    if config.executor == LOCAL and config.devices_per_run == 1:
+        return
+    asked = ["--plan"] if config.plan else []
+    if match is not None and match.quantity in ("memory", "time"):
+        asked.append(f"--match {match.quantity}")
+    if asked:
+        where = f"on {config.executor}" if config.devices_per_run == 1 else "over several devices"
+        raise ValueError(f"{asked[-1]} asks one device of this machine, and runs are {where}; leave it out.")
 
 
 def places_of(config: SweepConfig) -> dict[str, Any]:

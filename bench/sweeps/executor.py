@@ -2,17 +2,18 @@
 
 A task is one child process, wherever it runs; an executor starts it, says when it has ended, and stops
 it. What to start and when, time-outs, budgets and statuses are the same for every executor
-(``bench.sweeps.work``).
+(``bench.sweeps.work``). ``bench.sweeps.executors`` finds executors by their names.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+GRACE_SECONDS = 60.0
 FAILED = ("crashed", "diverged", "timeout", "gate_failed", "damaged")
 RETRIES: dict[str, frozenset[str]] = {
     "failed": frozenset(FAILED), "oom": frozenset({"oom"}), "all": frozenset({*FAILED, "oom"}),
@@ -70,6 +71,32 @@ class Task:
     log: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one run has."""
+
+    cpus: int = 1
+    """Cores, on a cluster; shared evenly by its processes."""
+    gpus: int = 0
+    """GPUs, on a cluster: none, or one a process."""
+    processes: int = 1
+    """More than one: torchrun starts a process a device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a sweep asks of an executor, whichever it is."""
+
+    device: str
+    """Type of the runs' device: cpu, cuda or mps."""
+    logs: Path
+    """The folder of the tasks' logs, where files about tasks may lie."""
+    slots: int | None = None
+    """Runs side by side; None: as many as the executor finds right."""
+    resources: Resources = field(default_factory=Resources)
+    """Of each run."""
+
+
 class Executor(Protocol):
     """Runs tasks, at most ``slots`` at a time."""
 
@@ -79,11 +106,22 @@ class Executor(Protocol):
         ...
 
     def start(self, task: Task) -> None:
-        """Start a task in a free slot.
+        """Start a task in a free slot, or give it to a cluster at the next ``submit``.
 
         Raises:
             OSError: it cannot be started, or its log cannot be written.
         """
+
+    def submit(self) -> None:
+        """Give what was started since the last call to the cluster, as one batch where it has batches.
+
+        Raises:
+            OSError: the cluster does not take it.
+        """
+
+    def queued(self) -> Collection[str]:
+        """Return the tasks that a cluster has not begun: their time has not started."""
+        ...
 
     def ended(self) -> dict[str, int]:
         """Return the exit status (negative: a signal) of each task that ended since the last call."""
@@ -91,6 +129,9 @@ class Executor(Protocol):
 
     def stop(self, run_id: str, *, at_once: bool = False) -> None:
         """Ask a task to save its state and end (SIGTERM), or end it ``at_once`` (SIGKILL)."""
+
+    def close(self) -> None:
+        """Let go of the cluster, after all tasks have ended or were stopped at once."""
 
 
 @dataclass(frozen=True)

@@ -69,17 +69,18 @@ class Display:
             yield
         self._live = None
 
-    def started(self, run: PlannedRun, *, resumed: bool) -> None:
-        """Say that a run starts; the table shows it where there is one."""
+    def started(self, attempt: Attempt) -> None:
+        """Say that a run starts, or waits for a cluster; the table shows it where there is one."""
         if self._live is None:
-            self.line(f"{'continues' if resumed else 'starts':12} {run.label}")
+            word = "continues" if "--resume" in attempt.flags else "starts"
+            self.line(f"{'queued' if attempt.queued else word:12} {attempt.task.run.label}")
 
     def ended(self, run: PlannedRun, outcome: Outcome, attempt: Attempt) -> None:
         """Say what became of a run."""
         self._done += 1
         what = ", ".join(part for part in (_quality(outcome), time_words(attempt.seconds)) if part)
         self.line(f"{outcome.status:12} {run.label}: {what} ({self._done} of {self.total})")
-        if outcome.failed:
+        if outcome.failed or (outcome.status == "interrupted" and attempt.stopped is None):
             self.line(f"{'':12} {_short(outcome.error or '', 200)}")
 
     def refresh(self, view: Callable[[], View]) -> None:
@@ -97,9 +98,8 @@ class Display:
         room = max(1, self.console.height - 6)
         for attempt in view.running[:room]:
             run = attempt.task.run
-            table.add_row(
-                Text(run.label), time_words(attempt.seconds), Text(last_validation(attempt) or "preparing")
-            )
+            state = "in the queue" if attempt.queued else last_validation(attempt) or "preparing"
+            table.add_row(Text(run.label), time_words(attempt.seconds), Text(state))
         lines = [f"… and {len(view.running) - room} more"] if len(view.running) > room else []
         failed = sum(found.failed for found in view.outcomes.values())
         left = "" if view.seconds_left is None else f" · about {time_words(view.seconds_left)} left"

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.sweeps.executor import Task
-
-GRACE_SECONDS = 60.0
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+from bench.sweeps.child import kill_group, spawn
+from bench.sweeps.executor import GRACE_SECONDS, Task, Wanted
 
 
-def slots_for(device: str, number: int | None = None) -> list[dict[str, str]]:
+def slots_for(device: str, number: int | None = None, devices: int = 1) -> list[dict[str, str]]:
     """Return the environment variables of each slot on ``device`` (auto, cpu, cuda or mps).
 
     On a CPU there is a slot a core unless ``number`` says otherwise, and a run in it has one thread,
@@ -26,21 +21,27 @@ def slots_for(device: str, number: int | None = None) -> list[dict[str, str]]:
     number of threads is part of a record's environment, since sums differ with it. With CUDA there
     is a slot a visible GPU; a larger ``number`` puts several runs on one GPU, and their speeds and
     memory then count for little. CUDA is not started here: a child could not use it after that.
+    A run over several ``devices`` takes as many cores, with a process each, or GPUs.
 
     Raises:
-        ValueError: ``number`` is below 1, or there is no GPU for cuda.
+        ValueError: ``number`` is below 1, or there are no GPUs for cuda, or too few.
     """
     if number is not None and number < 1:
         raise ValueError(f"slots is {number}; it must be 1 or more.")
     gpus = _visible_gpus() if device in ("auto", "cuda") else []
     if device == "cuda" and not gpus:
         raise ValueError("device 'cuda' is not available on this machine.")
+    if gpus or device == "mps":
+        having = len(gpus) if gpus else 1
+        if devices > having:
+            raise ValueError(f"devices_per_run is {devices}, but this machine has {having} GPUs.")
     if gpus:
-        names = [gpus[slot % len(gpus)] for slot in range(number or len(gpus))]
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+        groups = [",".join(gpus[start : start + devices]) for start in
+                  range(0, len(gpus) - devices + 1, devices)]  # fmt: skip
+        return [{"CUDA_VISIBLE_DEVICES": groups[slot % len(groups)]} for slot in range(number or len(groups))]
     if device == "mps":
         return [{}] * (number or 1)
-    return [{"OMP_NUM_THREADS": "1"}] * (number or _cores())
+    return [{"OMP_NUM_THREADS": "1"}] * (number or max(1, _cores() // devices))
 
 
 def _cores() -> int:
@@ -89,25 +90,25 @@ class LocalExecutor:
         """
         taken = {child.slot for child in self._children.values()}
         slot = next(slot for slot in range(self.slots) if slot not in taken)
-        variables = {
-            **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **self._slots[slot],
-        }  # fmt: skip
-        with task.log.open("ab") as log:
-            process = subprocess.Popen(
-                list(task.command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env=variables, start_new_session=True, preexec_fn=_stop_with_parent(),
-            )  # fmt: skip
+        process = spawn(task.command, task.log, self._slots[slot])
         self._children[task.run.run_id] = _Child(process, slot)
+
+    def submit(self) -> None:
+        """Do nothing: each task was started by itself."""
+
+    def queued(self) -> tuple[str, ...]:
+        """Return nothing: no task waits here."""
+        return ()
 
     def ended(self) -> dict[str, int]:
         """Return the exit status (negative: a signal) of each task that ended since the last call."""
         found = {}
         for run_id, child in list(self._children.items()):
             if child.kill_at is not None and time.monotonic() > child.kill_at:
-                _kill_group(child.process.pid)
+                kill_group(child.process.pid)
             status = child.process.poll()
             if status is not None:
-                _kill_group(child.process.pid)  # workers of its loader would hold the run's lock
+                kill_group(child.process.pid)  # workers of its loader would hold the run's lock
                 found[run_id] = status
                 del self._children[run_id]
         return found
@@ -118,31 +119,20 @@ class LocalExecutor:
         if child is None:
             return
         if at_once:
-            _kill_group(child.process.pid)
+            kill_group(child.process.pid)
         elif child.kill_at is None:  # a second signal would make it leave without a checkpoint
             child.process.send_signal(signal.SIGTERM)  # not to its loader's workers: it would crash
             child.kill_at = time.monotonic() + self._grace
 
-
-def _kill_group(leader: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # macOS refuses where only a zombie is left
-        os.killpg(leader, signal.SIGKILL)
+    def close(self) -> None:
+        """Do nothing: there is no cluster to let go of."""
 
 
-def _stop_with_parent() -> Callable[[], None] | None:
-    """Return what a child does before it becomes the run: ask for SIGTERM when the sweep dies."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        prctl = ctypes.CDLL(None).prctl
-    except (AttributeError, OSError):
-        return None
-    parent = os.getpid()
+@dataclass(kw_only=True)
+class Options:
+    """No flags of its own."""
 
-    def prepare() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the sweep's own handler would swallow it
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
 
-    return prepare
+def make(options: Options, wanted: Wanted) -> LocalExecutor:  # noqa: ARG001
+    """Return the executor for what a sweep wants; raises ValueError as ``slots_for``."""
+    return LocalExecutor(slots_for(wanted.device, wanted.slots, wanted.resources.processes))

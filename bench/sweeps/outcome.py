@@ -19,6 +19,7 @@ from bench.records.schema import Record, new_record
 from bench.records.store import RunFolder, cannot_write
 from bench.sweeps.executor import Outcome, PlannedRun, Task
 from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
+from bench.sweeps.torchrun import as_one_process
 
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory",
@@ -48,6 +49,8 @@ class Attempt:
     start: str = field(default_factory=lambda: _now())
     record_before: tuple[int, ...] | None = None
     log_before: int = 0
+    queued: bool = False
+    """Whether a cluster has not begun it."""
 
     def __post_init__(self) -> None:
         self.record_before = written_at(self.task.run.folder / "record.json")
@@ -65,18 +68,25 @@ class Attempt:
             log.write(f"{_now()} $ {shlex.join(task.command)}\n")
         return cls(task, flags)
 
+    def wait_or_begin(self, queued: bool) -> bool:
+        """Start the clock anew while the task waits in a cluster's queue; return whether it begins now."""
+        if queued:
+            self.started, self.start = time.monotonic(), _now()
+        before, self.queued = self.queued, queued
+        return before and not queued
+
     @property
     def seconds(self) -> float:
         """How long it has been going on."""
         return time.monotonic() - self.started
 
-    def tail(self) -> list[str]:
-        """Return the last lines of its output."""
+    def output(self) -> list[str]:
+        """Return the lines at the end of its output, up to 64 KiB of them."""
         with suppress(OSError), self.task.log.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(self.log_before, end - 2**16))
             lines = file.read().decode(errors="replace").splitlines()
-            return [line.rstrip() for line in lines if line.strip()][-TAIL_LINES:]
+            return [line.rstrip() for line in lines if line.strip()]
         return []
 
 
@@ -95,7 +105,8 @@ def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
     changed = written_at(run.folder / "record.json") != attempt.record_before
     if record is not None and record["status"] in FINAL and (changed or exit_status == 0):
         return outcome_of(record)
-    tail = attempt.tail()
+    exit_status, lines = as_one_process(exit_status, attempt.output())
+    tail = lines[-TAIL_LINES:]
     if attempt.stopped == "sweep":
         return Outcome("interrupted", "stopped by the sweep")
     if attempt.stopped == "timeout":

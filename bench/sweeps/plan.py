@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.config import DEFAULT_MAX_STEPS, RunConfig
 from bench.device import resolve_device
 from bench.flags import as_flags, config_of, resolved
@@ -59,8 +61,16 @@ class Plan:
         return seeds_needed(max(1, len(self.configurations) - 1))
 
 
-def make_plan(sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match | None = None) -> Plan:
+def make_plan(
+    sweep: Sweep,
+    places: dict[str, Any],
+    identify: Identify,
+    match: Match | None = None,
+    device: torch.device | None = None,
+) -> Plan:
     """Return the plan of a sweep whose runs lie in ``places`` (results_dir, data_dir, device, …).
+
+    ``device`` is that of runs on other machines, which this one may lack; None: the one in ``places``.
 
     Raises:
         ValueError: naming the run that cannot be, and why.
@@ -73,7 +83,7 @@ def make_plan(sweep: Sweep, places: dict[str, Any], identify: Identify, match: M
         key = id(request.flags)  # the seeds of a configuration share one table
         try:
             if key not in made or made[key].by_seed:
-                made[key] = _make(request, varying, places, identify, match)
+                made[key] = _make(request, varying, places, identify, match, device)
         except ValueError as error:
             raise ValueError(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
         run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
@@ -118,11 +128,12 @@ def _make(
     places: dict[str, Any],
     identify: Identify,
     match: Match | None,
+    device: torch.device | None,
 ) -> _Made:
     flags, off_by = {**request.flags, "seed": request.seed}, None
     config = config_of({**flags, **places})
     identity, model, corpus = identify(config)
-    device = resolve_device(config.places.device)
+    device = device or resolve_device(config.places.device)
     if match is not None:
         found = match_here(model, match, Scales(config, device))
         off_by = found.off_by

@@ -6,34 +6,33 @@ on when it is called again: a finished run has its record, any other is continue
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
 
 from bench.records.store import cannot_write
-from bench.sweeps.executor import Choices, Executor, Outcome, PlannedRun, Stop, SweepResult, Task
-from bench.sweeps.folders import Unwritable, is_busy, look
+from bench.sweeps.executor import (
+    Choices,
+    Executor,
+    Outcome,
+    PlannedRun,
+    Stop,
+    SweepResult,
+    Task,
+)
+from bench.sweeps.folders import Unwritable, look
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import Signals, sweep_lock
 from bench.sweeps.live import Display, View
 from bench.sweeps.outcome import Again, Attempt, judge
+from bench.sweeps.queue import Queue, Waiting
+from bench.sweeps.torchrun import launcher
 
 POLL_SECONDS = 0.05
-BUSY_SECONDS = 1.0
 Command = Callable[[PlannedRun], Sequence[str]]
-
-
-@dataclass
-class _Waiting:
-    run: PlannedRun
-    flags: tuple[str, ...] | None = None
-    """How to start it; None: as its folder says when its turn comes."""
-    not_before: float = 0.0
-    told: bool = False
 
 
 def execute(
@@ -47,14 +46,16 @@ def execute(
     wait: bool = False,
     again: str = "the same command",
     console: Console | None = None,
+    processes: int = 1,
     command: Command | None = None,
     before: Callable[[], object] = lambda: None,
 ) -> SweepResult:
     """Do all runs that are not done, in their order, and return what became of each.
 
     ``places`` are flags for every child (data folder, device, …), ``again`` the command that goes on
-    after an interruption, ``command`` what runs a child in place of ``python -m bench.run``, ``before``
-    what is done before the first run, when no other sweep is at the study. With ``wait``, one is waited for.
+    after an interruption, ``processes`` how many each run has, ``command`` what makes another child of a
+    run, ``before`` what is done before the first run, when no other sweep is at the study. With ``wait``,
+    one is waited for.
     SIGINT or SIGTERM starts nothing more and lets the children save their state; a second ends them at once.
 
     Raises:
@@ -64,9 +65,10 @@ def execute(
     once = list({run.run_id: run for run in runs}.values())
     display = Display(console or Console(highlight=False), once, executor.slots)
     own = ["--results-dir", str(results_dir), "--study", study, *places, "--quiet"]
-    command = command or (lambda run: [sys.executable, "-m", "bench.run", *run.arguments, *own])
+    command = command or (lambda run: [*launcher(processes), *run.arguments, *own])
     result = SweepResult(once)
     with (
+        closing(executor),
         Signals().installed() as signals,
         sweep_lock(results_dir / study, wait, display.line, lambda: signals.count > 0) as held,
     ):
@@ -98,7 +100,7 @@ class _Work:
         budget = choices.time_budget_seconds
         self.deadline = None if budget is None else began + budget
         self.forecast = Forecast()
-        self.queue: list[_Waiting] = []
+        self.queue = Queue(self.deadline, self.forecast, display.line)
         self.running: dict[str, Attempt] = {}
 
     def do(self) -> None:
@@ -126,7 +128,7 @@ class _Work:
             if found.outcome is not None:
                 done.append((run, found.outcome))
             if found.flags is not None:
-                self.queue.append(_Waiting(run))
+                self.queue.add(run)
             elif found.outcome is not None:
                 self.result.outcomes[run.run_id] = found.outcome
         self.display.found(self.result.outcomes)
@@ -146,7 +148,10 @@ class _Work:
                 self.executor.stop(run_id, at_once=True)
         if self.deadline is not None and now >= self.deadline:
             self._stop("budget")
+        queued = self.executor.queued()
         for run_id, attempt in self.running.items():
+            if attempt.wait_or_begin(run_id in queued):
+                self.display.started(attempt)
             if limit is not None and attempt.stopped is None and attempt.seconds > limit:
                 attempt.stopped, attempt.time_limit = "timeout", limit
                 self.executor.stop(run_id)
@@ -165,6 +170,8 @@ class _Work:
         """Judge what has ended."""
         for run_id, exit_status in self.executor.ended().items():
             attempt = self.running.pop(run_id)
+            if attempt.queued and attempt.stopped is not None:  # it never began
+                continue
             try:
                 verdict = judge(attempt, exit_status)
             except Unwritable as error:
@@ -182,43 +189,28 @@ class _Work:
     def _queue_again(self, attempt: Attempt, verdict: Again) -> None:
         run = attempt.task.run
         if verdict.why == "busy":
-            self.queue.append(_Waiting(run, not_before=time.monotonic() + BUSY_SECONDS))
+            self.queue.add_busy(run)
             return
         self.display.line(f"{run.label}: its checkpoint is of no use; it starts at the beginning")
-        self.queue.insert(0, _Waiting(run, verdict.flags))
+        self.queue.add_first(run, verdict.flags)
 
     def _fill(self) -> None:
         """Start runs while there are free slots."""
-        while not self.result.stopped and len(self.running) < self.executor.slots:
-            try:
-                waiting = self._next()
+        try:
+            while not self.result.stopped and len(self.running) < self.executor.slots:
+                waiting = self.queue.next()
                 if waiting is None:
-                    return
+                    break
                 self._start(waiting)
-            except Unwritable as error:
-                self._stop("unwritable", str(error))
+            self.executor.submit()
+        except Unwritable as error:
+            self._stop("unwritable", str(error))
+        except OSError as error:
+            self._stop("unwritable", f"runs cannot be started: {error}")
+        if not self.running and self.queue.nothing_fits:
+            self._stop("budget")
 
-    def _next(self) -> _Waiting | None:
-        """Take the first run of the queue that may start now."""
-        now = time.monotonic()
-        for place, waiting in enumerate(self.queue):
-            if waiting.not_before > now:
-                continue
-            expected = self.forecast.expected(waiting.run) if self.deadline is not None else None
-            if self.deadline is not None and now + (expected or 0.0) > self.deadline:
-                continue
-            if is_busy(waiting.run):
-                waiting.not_before = now + BUSY_SECONDS
-                if not waiting.told:
-                    self.display.line(f"{waiting.run.label}: another process is at it; waiting for that")
-                waiting.told = True
-                continue
-            return self.queue.pop(place)
-        if not self.running and self.queue and all(waiting.not_before <= now for waiting in self.queue):
-            self._stop("budget")  # nothing fits any more
-        return None
-
-    def _start(self, waiting: _Waiting) -> None:
+    def _start(self, waiting: Waiting) -> None:
         run, flags = waiting.run, waiting.flags
         if flags is None:
             found = look(run, self.choices.retried, self.choices.force)
@@ -237,11 +229,12 @@ class _Work:
         except OSError as error:
             raise Unwritable(f"run {run.label} cannot be started: {error}") from error
         self.running[run.run_id] = attempt
-        self.display.started(run, resumed="--resume" in flags)
+        attempt.queued = run.run_id in self.executor.queued()
+        self.display.started(attempt)
 
     def _view(self) -> View:
         """Return what the table shows."""
-        expected = [self.forecast.expected(waiting.run) for waiting in self.queue]
+        expected = [self.forecast.expected(waiting.run) for waiting in self.queue.waiting]
         for attempt in self.running.values():
             whole = self.forecast.expected(attempt.task.run)
             expected.append(None if whole is None else max(0.0, whole - attempt.seconds))

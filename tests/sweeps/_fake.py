@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.records.schema import new_record
-from bench.sweeps.executor import Choices, PlannedRun, SweepResult
+from bench.sweeps.executor import Choices, Executor, PlannedRun, SweepResult
 from bench.sweeps.local import LocalExecutor
 from bench.sweeps.work import execute
 
@@ -109,11 +109,12 @@ class Study:
         wait: bool = False,
         command: Callable[[PlannedRun], Sequence[str]] | None = None,
         before: Callable[[], object] = lambda: None,
+        executor: Executor | None = None,
         **choices: Any,
     ) -> SweepResult:
         return execute(
-            runs, LocalExecutor([{}] * slots, grace), results_dir=self.results, study=self.name, wait=wait,
-            choices=Choices(**choices), command=command or self.command, before=before,
+            runs, executor or LocalExecutor([{}] * slots, grace), results_dir=self.results, study=self.name,
+            wait=wait, choices=Choices(**choices), command=command or self.command, before=before,
             console=Console(file=self.output, width=80, highlight=False),
         )  # fmt: skip
 

@@ -1,0 +1,61 @@
+"""Executors by name. One more is one more file, ``bench/sweeps/NAME_executor.py``, with three things in it:
+
+``Options``, a dataclass whose fields are its flags (their names begin with ``NAME_``); ``make(options,
+wanted)``, which returns an ``Executor`` or raises ValueError with what to do; and nothing at import that a
+machine may lack.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import field, make_dataclass
+from functools import cache
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, TypeVar
+
+import bench.sweeps
+from bench.sweeps.executor import Executor, Wanted
+from gnnmoe.naming import unknown_name
+
+LOCAL, SUFFIX = "local", "_executor"
+Config = TypeVar("Config")
+
+
+@cache
+def executors() -> dict[str, ModuleType]:
+    """Return the module of each executor: this machine first."""
+    found = sorted(each.name for each in iter_modules(bench.sweeps.__path__) if each.name.endswith(SUFFIX))
+    names = {LOCAL: LOCAL, **{name.removesuffix(SUFFIX): name for name in found}}
+    return {name: importlib.import_module(f"bench.sweeps.{stem}") for name, stem in names.items()}
+
+
+def with_options(config_type: type[Config]) -> type[Config]:
+    """Return a dataclass with the fields of ``config_type`` and, in groups, the flags of every executor."""
+    groups = [
+        (f"{name}_options", module.Options, field(default_factory=module.Options))
+        for name, module in executors().items()
+    ]
+    names = {"__doc__": config_type.__doc__}
+    return make_dataclass(config_type.__name__, groups, bases=(config_type,), namespace=names, kw_only=True)
+
+
+def check_name(name: str) -> None:
+    """Refuse an executor that is not there.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    if name not in executors():
+        raise ValueError(unknown_name("executor", name, executors()))
+
+
+def make_executor(name: str, config: Any, wanted: Wanted) -> Executor:
+    """Return the executor ``name`` with its own flags from ``config``, which ``with_options`` made.
+
+    Raises:
+        ValueError: there is none of that name, its package is missing, or the cluster cannot be reached.
+    """
+    check_name(name)
+    module = executors()[name]
+    return module.make(getattr(config, f"{name}_options", None) or module.Options(), wanted)

@@ -42,7 +42,7 @@ def coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine,
 def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine, precision: str,
                   timing: Timing) -> list[Row]:  # fmt: skip
     device, inputs = machine.device, Inputs(forms[0].config, batch, precision, machine.device)
-    rates, parity = machine.rates(precision), Parity()
+    rates, parity, given = machine.rates(precision), Parity(), experts_given(forms[0].config)
     runners: dict[str, Runner] = {}
 
     def contender(form: Form) -> Contender:
@@ -65,6 +65,7 @@ def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine
     rows = []
     for form in forms:
         row = _row(case, form, batch, machine, precision, turns[form.key])
+        row.floor_bytes = floor_bytes(row.tokens, given, row.width, ELEMENT_BYTES[precision])
         row.forward_seconds = forward.get(form.key, [])
         row.largest_difference = parity.differences.get(form.key)
         if form.key in alive:
@@ -90,7 +91,6 @@ def _row(case: str, form: Form, batch: int, machine: Machine, precision: str, tu
         case=case, subject=form.subject, form=form.name, device=machine.device.type, precision=precision,
         batch=batch, length=L, experts=E, width=D, layers=config.gnn_layers, seconds=turn.seconds,
         first_seconds=turn.first_seconds, error=turn.error,
-        floor_bytes=floor_bytes(batch * L, experts_given(config), D, ELEMENT_BYTES[precision]),
         matrix_flops_per_second=machine.rates(precision).flops_per_second,
         copy_bytes_per_second=machine.rates(precision).bytes_per_second,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-ITS_LOG = re.compile(r"[IWE]\d{4} [\d:.]+ \d+ torch/distributed/")
+ITS_LOG = re.compile(r"[IWE]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
 ITS_TRACEBACK = re.compile(r'  File ".*torch/distributed/run\.py", line \d+, in <module>')
 ROOT_CAUSE, EXIT_CODE = "Root Cause (first observed failure):", re.compile(r"  exitcode  : (-?\d+) ")
 SIGNAL = re.compile(r".*\bSignalException: Process \d+ got signal: (\d+)")

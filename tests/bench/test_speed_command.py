@@ -210,7 +210,8 @@ class TestCommand:
     def test_it_prints_tables_of_80_columns_and_keeps_a_record(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "80")
         assert speed.main([*TINY, "--results-dir", str(tmp_path), "--name", "one"]) == 0
-        shown = capsys.readouterr().out
+        shown, _, path = capsys.readouterr().out.partition("record: ")
+        assert path.strip() == str(tmp_path / "speed" / "one"), "a path is not broken"
         assert max(map(len, shown.splitlines())) <= 80
         for word in ("vectorized", "pyg", "loop", "reference()", "saved MiB", "×floor"):
             assert word in shown
@@ -247,7 +248,8 @@ class TestCommand:
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments]) == 0
         out = " ".join(capsys.readouterr().out.split())
-        assert "left out for want of time: GNN, E 4, D 8, B 2, L 4" in out
+        assert "left out for want of time: " in out
+        assert "GNN, E 4, D 8, B 2, L 4 record: " in out
 
     @pytest.mark.parametrize(("arguments", "message"), [
         ("--coupler mean --hgnn-conv-type nope", "'nope'; allowed: "),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from gnnmoe.config import GNNMoEConfig
@@ -14,6 +14,11 @@ from gnnmoe.naming import unknown_name
 DENSE = "dense"
 TOLERANCES = {"memory": 0.001, "time": 0.02}  # of the reference: the prediction is exact, a clock is not
 QUANTITIES = (*BY_FORMULA, *TOLERANCES)
+OF_A_COUPLER = (
+    "coupler_type", "coupler_options", "ffn_dim", "hgnn_conv_type", "static_hyperedge_strategy",
+    "hgnn_learnable_edge_weights",
+)  # fmt: skip
+"""Fields in which a model may differ from the reference that it is matched to."""
 MOST_TRIALS, MOST_WIDTHS = 16, 64  # widths that are tried, and times the width to begin with
 Weigh = Callable[[str, GNNMoEConfig, GNNMoEConfig], float]
 """From memory or time, a model and the reference to how many times as much of it the model takes."""
@@ -21,7 +26,7 @@ Weigh = Callable[[str, GNNMoEConfig, GNNMoEConfig], float]
 
 @dataclass(frozen=True)
 class Match:
-    """Make every model cost as much, in ``quantity``, as the one with the coupler ``reference``."""
+    """Make every model cost as much, in ``quantity``, as the first one with the coupler ``reference``."""
 
     quantity: str
     reference: str
@@ -55,19 +60,33 @@ class Matched:
     """By which share it costs more than the reference all the same."""
 
 
-def matched(config: GNNMoEConfig, match: Match, weigh: Weigh) -> Matched:
-    """Return the width of the experts that matches the reference.
+def reference_for(config: GNNMoEConfig, match: Match, models: Iterable[GNNMoEConfig]) -> GNNMoEConfig:
+    """Return the model that ``config`` is to cost as much as.
 
-    The reference is the same model with the reference's coupler and its default options. A dense
-    model's one block is matched like an expert.
+    It is the first of the sweep's ``models`` with the reference's coupler that is the same in all that is not
+    the coupler's; where there is none, the same model with that coupler and its default options.
+    """
+
+    def rest(model: GNNMoEConfig) -> dict[str, object]:
+        return {name: value for name, value in model.to_dict().items() if name not in OF_A_COUPLER}
+
+    for model in models:
+        if model.coupler_type == match.reference and rest(model) == rest(config):
+            return model
+    return replace(config, coupler_type=match.reference, coupler_options={})
+
+
+def matched(config: GNNMoEConfig, match: Match, reference: GNNMoEConfig, weigh: Weigh) -> Matched:
+    """Return the width of the experts that makes a model cost as much as the reference.
+
+    A dense model's one block is matched like an expert.
 
     Raises:
         ValueError: the quantity is flops and a coupler does not say its own; it is memory and a coupler's
             cannot be predicted; or no width of up to 64 times the model's own is enough.
     """
-    if config.coupler_type == match.reference:
+    if config == reference:
         return Matched(None, 0.0)
-    reference = replace(config, coupler_type=match.reference, coupler_options={})
     options = {"match": "none"} if config.coupler_type == DENSE else config.coupler_options
     config = replace(config, coupler_options=options)
     if match.quantity in BY_FORMULA:

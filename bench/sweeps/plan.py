@@ -16,7 +16,7 @@ from bench.measure.expected import Training
 from bench.records.schema import config_dict, run_id
 from bench.records.store import RunFolder
 from bench.sweeps.executor import PlannedRun
-from bench.sweeps.matching import DENSE, Match
+from bench.sweeps.matching import DENSE, Match, Matched, reference_for
 from bench.sweeps.seeds import seeds_needed
 from bench.sweeps.spec import RunRequest, Sweep
 from bench.sweeps.weighing import Scales, match_here
@@ -76,6 +76,7 @@ def make_plan(
         ValueError: naming the run that cannot be, and why.
     """
     varying = _varying([request.flags for request in sweep.runs])
+    matching = None if match is None else _matching(sweep, places, identify, match)
     made: dict[int, _Made] = {}
     configurations: dict[str, Configuration] = {}
     runs = []
@@ -83,7 +84,7 @@ def make_plan(
         key = id(request.flags)  # the seeds of a configuration share one table
         try:
             if key not in made or made[key].by_seed:
-                made[key] = _make(request, varying, places, identify, match, device)
+                made[key] = _make(request, varying, places, identify, matching, device)
         except ValueError as error:
             raise ValueError(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
         run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
@@ -122,20 +123,32 @@ class _Made:
         return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known)
 
 
+_Matching = Callable[[GNNMoEConfig, Scales], Matched]
+
+
+def _matching(sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match) -> _Matching:
+    """Return what matches a model to the sweep's first one with the reference's coupler."""
+    tables = {id(request.flags): request.flags for request in sweep.runs}.values()
+    of_reference = [flags for flags in tables
+                    if resolved(flags).get("coupler_type", "HGNN") == match.reference]  # fmt: skip
+    models = [identify(config_of({**flags, **places}))[1] for flags in of_reference]
+    return lambda model, scales: match_here(model, match, reference_for(model, match, models), scales)
+
+
 def _make(
     request: RunRequest,
     varying: Sequence[str],
     places: dict[str, Any],
     identify: Identify,
-    match: Match | None,
+    matching: _Matching | None,
     device: torch.device | None,
 ) -> _Made:
     flags, off_by = {**request.flags, "seed": request.seed}, None
     config = config_of({**flags, **places})
     identity, model, corpus = identify(config)
     device = device or resolve_device(config.places.device)
-    if match is not None:
-        found = match_here(model, match, Scales(config, device))
+    if matching is not None:
+        found = matching(model, Scales(config, device))
         off_by = found.off_by
         if found.ffn_dim is not None:
             flags |= {"ffn_dim": found.ffn_dim}

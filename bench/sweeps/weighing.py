@@ -55,7 +55,7 @@ def threads_of_a_run(device: torch.device) -> int:
     return int(slot.get("OMP_NUM_THREADS", torch.get_num_threads()))
 
 
-def match_here(model: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
+def match_here(model: GNNMoEConfig, match: Match, reference: GNNMoEConfig, scales: Scales) -> Matched:
     """Return the match of one model; one by time that was found before on this machine is found again.
 
     No two measurements are equal, and another width would be another run: a sweep could not go on where
@@ -65,12 +65,12 @@ def match_here(model: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
         ValueError: as ``matched``; or the answer cannot be kept.
     """
     if match.quantity != "time":
-        return matched(model, match, scales.weigh)
-    path = cache_folder() / f"match-{_key(model, match, scales)}.json"
+        return matched(model, match, reference, scales.weigh)
+    path = cache_folder() / f"match-{_key(model, match, reference, scales)}.json"
     try:
         return Matched(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        found = matched(model, match, scales.weigh)
+        found = matched(model, match, reference, scales.weigh)
     text = json.dumps(asdict(found)).encode()
     try:
         replace_file(path, lambda file: file.write(text))  # pyright: ignore[reportArgumentType]
@@ -82,10 +82,17 @@ def match_here(model: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
     return found
 
 
-def _key(model: GNNMoEConfig, match: Match, scales: Scales) -> str:
+def _key(model: GNNMoEConfig, match: Match, reference: GNNMoEConfig, scales: Scales) -> str:
     groups = config_dict(scales.config)
     place = [device_name(scales.device), str(torch.__version__), threads_of_a_run(scales.device)]
     training = {**groups["training"], "seed": None}
-    asked = [asdict(match), model.to_dict(), training, groups["memory"], groups["execution"]]
+    asked = [
+        asdict(match),
+        model.to_dict(),
+        reference.to_dict(),
+        training,
+        groups["memory"],
+        groups["execution"],
+    ]
     code = [code_sha256(name) for name in (model.coupler_type, match.reference)]
     return sha256(json.dumps([*asked, *place, *code], default=str).encode()).hexdigest()[:32]

@@ -15,7 +15,7 @@ from bench.measure.predict import CannotPredict
 from bench.sweep import main
 from bench.sweeps import dry_run, weighing
 from bench.sweeps.local import slots_for
-from bench.sweeps.matching import MOST_TRIALS, TOLERANCES, Match, Matched, matched
+from bench.sweeps.matching import MOST_TRIALS, TOLERANCES, Match, Matched, matched, reference_for
 from bench.sweeps.weighing import Scales, match_here
 from gnnmoe import GNNMoEConfig
 
@@ -44,6 +44,14 @@ class MadeUp:
         return self.of(ours.ffn_dim)
 
 
+def match_of(config: GNNMoEConfig, match: Match, weigh) -> Matched:
+    return matched(config, match, reference_for(config, match, []), weigh)
+
+
+def kept_match(config: GNNMoEConfig, match: Match, scales: Scales) -> Matched:
+    return match_here(config, match, reference_for(config, match, []), scales)
+
+
 # --- the search ------------------------------------------------------------------------------------
 
 
@@ -55,7 +63,7 @@ class MadeUp:
 def test_the_width_whose_cost_is_the_references_is_found(exact, quantity, shape):
     """From a width of 32: smaller, larger, and costs that are no straight line."""
     weigh = MadeUp(lambda width: shape(width / exact))
-    found = matched(config_of("GNN"), Match(quantity, "HGNN"), weigh)
+    found = match_of(config_of("GNN"), Match(quantity, "HGNN"), weigh)
     assert abs(found.off_by) <= TOLERANCES[quantity]
     assert found.off_by == shape(found.ffn_dim / exact) - 1
     assert len(weigh.asked) == len(set(weigh.asked)) <= MOST_TRIALS
@@ -65,30 +73,30 @@ def test_between_two_widths_the_nearer_one_is_taken():
     """Costs of 40.4 and 44.6 widths: 40 is off by 1 %, 45 by 0.9 %, and no third is tried between."""
     for exact, width in ((40.4, 40), (44.6, 45)):
         assert (
-            matched(config_of("GNN"), Match("memory", "HGNN"), MadeUp(lambda w, e=exact: w / e)).ffn_dim
+            match_of(config_of("GNN"), Match("memory", "HGNN"), MadeUp(lambda w, e=exact: w / e)).ffn_dim
             == width
         )
 
 
 def test_a_model_that_is_too_large_at_any_width_takes_the_smallest():
-    found = matched(config_of("GNN"), Match("memory", "HGNN"), MadeUp(lambda width: 2 + width / 100))
+    found = match_of(config_of("GNN"), Match("memory", "HGNN"), MadeUp(lambda width: 2 + width / 100))
     assert (found.ffn_dim, found.off_by) == (1, pytest.approx(1.01))
 
 
 def test_a_model_that_stays_too_small_is_refused():
     with pytest.raises(ValueError, match=r"experts 2,048 wide still cost less than the reference"):
-        matched(config_of("GNN"), Match("time", "HGNN"), MadeUp(lambda width: 0.5))
+        match_of(config_of("GNN"), Match("time", "HGNN"), MadeUp(lambda width: 0.5))
 
 
 def test_noise_that_never_settles_ends_the_search():
     ratios = iter([0.5, 1.5, *[1.05, 0.95] * 50])
-    found = matched(config_of("GNN"), Match("time", "HGNN"), MadeUp(lambda width: next(ratios)))
+    found = match_of(config_of("GNN"), Match("time", "HGNN"), MadeUp(lambda width: next(ratios)))
     assert abs(found.off_by) == pytest.approx(0.05)
 
 
 def test_the_reference_itself_is_not_weighed():
     weigh = MadeUp(lambda width: 1.0)
-    assert matched(config_of("HGNN"), Match("time", "HGNN"), weigh) == Matched(None, 0.0)
+    assert match_of(config_of("HGNN"), Match("time", "HGNN"), weigh) == Matched(None, 0.0)
     assert weigh.asked == []
 
 
@@ -99,7 +107,7 @@ def test_the_reference_itself_is_not_weighed():
 def test_memory_is_matched_by_the_predicted_peak(coupler):
     config = config_of(coupler, coupler_options={"match": "none"} if coupler == "dense" else {})
     scales = Scales(run_config(), CPU)
-    found = match_here(config, Match.parse("memory HGNN"), scales)
+    found = kept_match(config, Match.parse("memory HGNN"), scales)
     assert found.ffn_dim is not None
     wide = replace(config, ffn_dim=found.ffn_dim)
     peaks = [Training(one, run_config(), CPU).peak_bytes() for one in (wide, config_of("HGNN"))]
@@ -141,21 +149,24 @@ def test_a_match_by_time_is_found_again(monkeypatch, tmp_path):
 
     monkeypatch.setattr(weighing, "step_time_ratio", ratio)
     match, scales = Match.parse("time HGNN"), Scales(run_config(), CPU)
-    first = match_here(config_of("GNN"), match, scales)
+    first = kept_match(config_of("GNN"), match, scales)
     measured = len(asked)
     assert measured > 0
-    assert match_here(config_of("GNN"), match, Scales(run_config(seed=7), CPU)) == first
+    assert kept_match(config_of("GNN"), match, Scales(run_config(seed=7), CPU)) == first
     assert len(asked) == measured
     for other in (config_of("gate"), config_of("GNN", num_experts=5)):
-        match_here(other, match, scales)
+        kept_match(other, match, scales)
         assert len(asked) > measured
         measured = len(asked)
-    match_here(config_of("GNN"), match, Scales(RunConfig(training=TrainingConfig(batch_size=4)), CPU))
+    kept_match(config_of("GNN"), match, Scales(RunConfig(training=TrainingConfig(batch_size=4)), CPU))
     assert len(asked) > measured
+    measured = len(asked)
+    match_here(config_of("GNN"), match, config_of("HGNN", hgnn_conv_type="HNHN"), scales)
+    assert len(asked) > measured, "to another reference"
     for path in tmp_path.glob("match-*.json"):
         path.write_text("broken")
     measured = len(asked)
-    match_here(config_of("GNN"), match, scales)
+    kept_match(config_of("GNN"), match, scales)
     assert len(asked) > measured
 
 
@@ -172,12 +183,12 @@ def test_time_is_measured_and_kept_with_the_threads_that_a_run_of_the_sweep_has(
 
     for own in (3, 2):
         with cpu_threads(own):
-            match_here(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
+            kept_match(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
             dry_run.expected(Configuration())  # pyright: ignore[reportArgumentType]
             assert torch.get_num_threads() == own
     assert seen == [of_a_run] * 3  # the second match was kept
     monkeypatch.setattr(weighing, "slots_for", lambda *_: [{"OMP_NUM_THREADS": "4"}])
-    match_here(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
+    kept_match(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
     assert seen[3:] == [4]
 
 
@@ -186,7 +197,7 @@ def test_a_match_by_time_that_cannot_be_kept_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("GNNMOE_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(weighing, "step_time_ratio", lambda *_: 1.0)
     with pytest.raises(ValueError, match=r"cannot be kept in .*file .*GNNMOE_CACHE_DIR"):
-        match_here(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
+        kept_match(config_of("GNN"), Match.parse("time HGNN"), Scales(run_config(), CPU))
 
 
 # --- the plan --------------------------------------------------------------------------------------

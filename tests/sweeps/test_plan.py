@@ -13,7 +13,7 @@ from bench.config import RunConfig
 from bench.prepare import Identifier, prepare
 from bench.records.store import RunFolder
 from bench.sweep import main, seconds_of
-from bench.sweeps.matching import Match, matched
+from bench.sweeps.matching import Match, matched, reference_for
 from bench.sweeps.plan import Plan, make_plan
 from bench.sweeps.spec import load_sweep, sweep_of
 from gnnmoe import GNNMoEConfig
@@ -105,11 +105,33 @@ def unweighed(*_) -> float:
 
 def test_a_match_is_relative_to_the_same_model_with_the_reference_coupler():
     config = GNNMoEConfig(coupler_type="GNN", num_experts=3, embed_dim=16)
-    found = matched(config, Match.parse("params HGNN"), unweighed)
+    match = Match.parse("params HGNN")
+    found = matched(config, match, reference_for(config, match, []), unweighed)
     target = model_cost(replace(config, coupler_type="HGNN"))
     left = model_cost(replace(config, ffn_dim=found.ffn_dim)).params - target.params
     assert found.off_by == pytest.approx(left / target.params)
     assert abs(left) <= 2 * 3 * (2 * 16 + 1) / 2  # half a hidden unit of every expert
+
+
+def test_other_hypergraph_couplers_are_matched_to_the_first_one_of_the_sweep(places):
+    """A convolution with a map more is larger, and is narrowed like any other coupler."""
+    grid = {"coupler": ["HGNN"], "hgnn_conv_type": ["HypergraphConv", "HNHN"]}
+    plan, unmatched = (plan_of(places, match=match, grid=grid, seeds=1) for match in ("params HGNN", None))
+    first, second = (c.model.params for c in plan.configurations)
+    assert first == unmatched.configurations[0].model.params
+    assert unmatched.configurations[1].model.params > 1.03 * first
+    assert second == pytest.approx(first, rel=0.01)
+    assert plan.configurations[1].off_by == pytest.approx(second / first - 1)
+    assert plan.configurations[1].off_by != 0.0
+
+
+def test_the_reference_is_the_same_in_all_that_is_not_the_couplers():
+    """It is one of the sweep's own where there is one, with the options that it has there."""
+    match, config = Match.parse("params HGNN"), GNNMoEConfig(coupler_type="GNN", num_experts=3)
+    of_sweep = [replace(config, coupler_type="HGNN", num_experts=experts, hgnn_conv_type="HNHN",
+                        coupler_options={"activation": "none"}) for experts in (2, 3)]  # fmt: skip
+    assert reference_for(config, match, of_sweep) is of_sweep[1]
+    assert reference_for(replace(config, gnn_layers=1), match, of_sweep).hgnn_conv_type == "HypergraphConv"
 
 
 @pytest.mark.parametrize(

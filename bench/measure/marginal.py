@@ -29,11 +29,13 @@ def marginal_cost(
 
     ``memory`` is that of our steps; its peak less the reference's is ``peak_allocated_bytes``, and
     ``training_flops_per_token`` and ``parameters`` are differences too. Null where the run's own
-    coupler is the reference. Ours is off the device while the memory of the reference is measured.
+    coupler is the reference, or one that has another number of blocks, such as ``dense``. Ours is off the device while the memory of the reference is measured.
     """
     config = steps.model.config
     if config.coupler_type == REFERENCE:
         return not_measured(f"the coupler is {REFERENCE} itself")
+    if steps.model.layers[0].coupler.expert_shape()[0] != config.num_experts:  # pyright: ignore
+        return not_measured(f"{config.coupler_type} has other blocks, not a coupler more: compare the runs")
     model = execution.build(replace(config, coupler_type=REFERENCE, coupler_options={}), seed)
     execution.compile(model)
     theirs = TrainingSteps(model, steps.batches, steps.training, steps.micro_batch_size, steps.ranks)

@@ -184,6 +184,11 @@ def test_marginal_memory_is_measured_and_the_mean_coupler_has_no_cost_of_its_own
     assert len(found["step_seconds"]) == len(found["reference_step_seconds"]) == 2
     mean = passed(model_of("mean"), tmp_path, measure)[0]["marginal"]
     assert mean == {"value": None, "reason": "the coupler is mean itself"}
+    dense = passed(model_of("dense"), tmp_path, measure)[0]["marginal"]
+    assert dense["value"] is None
+    assert "dense has other blocks" in dense["reason"], (
+        "experts as wide as its one block would be the reference"
+    )
 
 
 # --- the profile -----------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def marginal_cost(
 
     ``memory`` is that of our steps; its peak less the reference's is ``peak_allocated_bytes``, and
     ``training_flops_per_token`` and ``parameters`` are differences too. Null where the run's own
-    coupler is the reference, or one that has another number of blocks, such as ``dense``. Ours is off the device while the memory of the reference is measured.
+    coupler is the reference, or one with another number of blocks, such as ``dense``. Ours is off the
+    device while the memory of the reference is measured.
     """
     config = steps.model.config
     if config.coupler_type == REFERENCE:

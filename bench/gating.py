@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+import gnnmoe
 from bench.gate import Check, GateReport, run_gate
 from bench.gate.gate import CHECKS
 from bench.measure.quantity import is_measured
 from bench.prepare import Prepared
 from bench.records.schema import Record, run_id
 from bench.records.store import RunFolder
+from gnnmoe.couplers import coupler_class
 
 SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themselves
 OF_COMMITS = ("git_commit", "git_changes_sha256")  # code_sha256 says what they say of what is run
@@ -23,11 +25,13 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
 
     With ``reuse_gate`` it is that of a run in the same study whose identity differs in its seed only
     (hyperedges, data and schema count), in an equal ``environment``: device, threads, versions, and the hash
-    of the code with the coupler's own file. Nothing is waited for, so two runs that start at once both check.
-    Only a verdict that passed is taken, and each of its checks says whose it is.
+    of the code. A coupler from elsewhere is always checked: no hash holds all the files that it is made of.
+    Nothing is waited for, so two runs that start at once both check. Only a verdict that passed is taken, of
+    a run that checked for itself, and each of its checks says whose it is.
     """
     config = prepared.config
     own = config.memory.fit_shape or not prepared.ranks.alone  # its length, or what all ranks do
+    own = own or not _is_ours(config.model.coupler_type)
     if config.places.reuse_gate and not own:
         for record in _other_seeds(prepared):
             if is_measured(record["environment"]) and _same(record["environment"], environment):
@@ -37,6 +41,12 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
                     return report
     device = torch.device("cpu") if prepared.device.type == "mps" else prepared.device  # mps has no float64
     return run_gate(prepared.model_config, seed=config.training.seed, device=device)
+
+
+def _is_ours(coupler: str) -> bool:
+    """Whether all that a coupler is made of is in this package, whose files ``code_sha256`` holds."""
+    names = [base.__module__.partition(".")[0] for base in coupler_class(coupler).__mro__]
+    return set(names) <= {gnnmoe.__name__, "torch", "builtins", "abc", "typing"}
 
 
 def _other_seeds(prepared: Prepared) -> Iterator[Record]:
@@ -56,11 +66,12 @@ def _same(there: dict[str, Any], here: dict[str, Any]) -> bool:
 
 
 def _passed(record: Record) -> GateReport | None:
-    """Return the verdicts of a record as reused ones, None where a check is missing or did not pass."""
+    """Return the verdicts of a record as reused ones, None where one is missing, failed, or reused itself."""
     checks = record["gate"]["checks"] if is_measured(record["gate"]) else {}
-    if not all(checks.get(name, {}).get("passed") for name in CHECKS):
+    found = [checks.get(name, {}) for name in CHECKS]
+    if not all(check.get("passed") and check.get("reused_from") is None for check in found):
         return None
     return GateReport(
-        [Check(name, True, checks[name]["detail"], 0.0, checks[name].get("reused_from") or record["run_id"])
-         for name in CHECKS]
+        [Check(name, True, check["detail"], 0.0, record["run_id"])
+         for name, check in zip(CHECKS, found, strict=True)]
     )  # fmt: skip

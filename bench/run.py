@@ -40,13 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
-    from bench.training.ending import watched
+    from bench.training.ending import die_with_torchrun, watched
     from bench.training.ranks import Ranks
 
     try:
         ranks = Ranks.join(config.places.device, config.places.rank_timeout)
     except ValueError as error:
         fail(str(error))
+    die_with_torchrun(ranks)
     with watched(ranks):
         status = _run_on(ranks, config, command, interruption)
     if status == 0:

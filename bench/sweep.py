@@ -182,7 +182,7 @@ def run_plan(
     wanted = Wanted(device=device, logs=logs, slots=config.slots, resources=resources)
     places = places_of(config)
     own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
-    own["reuse_gate"] = True  # the gate once a configuration, not once a seed
+    own["reuse_gate"] = not config.force  # the gate once a configuration, not once a seed
     result = execute(
         plan.runs, make_executor(config.executor, config, wanted), results_dir=config.results_dir,
         study=plan.study, places=as_flags(own), wait=config.wait, again=command,

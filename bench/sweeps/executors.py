@@ -8,7 +8,7 @@ machine may lack.
 from __future__ import annotations
 
 import importlib
-from dataclasses import field, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from functools import cache
 from pkgutil import iter_modules
 from types import ModuleType
@@ -57,5 +57,18 @@ def make_executor(name: str, config: Any, wanted: Wanted) -> Executor:
         ValueError: there is none of that name, its package is missing, or the cluster cannot be reached.
     """
     check_name(name)
+    _refuse_flags_of_others(name, config)
     module = executors()[name]
     return module.make(getattr(config, f"{name}_options", None) or module.Options(), wanted)
+
+
+def _refuse_flags_of_others(name: str, config: Any) -> None:
+    """Refuse flags that this executor would not follow: a run would be elsewhere than was meant."""
+    for other, module in executors().items():
+        options, defaults = getattr(config, f"{other}_options", None), module.Options()
+        if other == name or options is None:
+            continue
+        given = [each.name for each in fields(defaults)
+                 if getattr(options, each.name) != getattr(defaults, each.name)]  # fmt: skip
+        if given:
+            raise ValueError(f"{', '.join(given)} is for --executor {other}, and this is {name}; drop it.")

@@ -145,7 +145,7 @@ def _cause(exit_status: int, tail: Sequence[str]) -> str:
     return telling[-1] if telling else f"ended with exit status {exit_status} and said nothing"
 
 
-def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> Outcome:
+def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> Outcome | Again:
     """Write the status, the error and the last lines of output into the run's record and its log."""
     run, store = attempt.task.run, folder_of(attempt.task.run)
     error = error[:TAIL_CHARACTERS]
@@ -168,6 +168,8 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> 
     except OSError as failure:
         raise Unwritable(cannot_write(run.folder, failure)) from failure
     except ValueError as failure:
+        if BUSY in str(failure):  # what the child left behind goes on with it
+            return Again(attempt.flags, "busy")
         raise Unwritable(str(failure)) from failure
     return Outcome(status, error)
 

@@ -42,15 +42,15 @@ def make(options: Options, wanted: Wanted) -> RayExecutor:
     Raises:
         ValueError: Ray is not installed, the address does not answer, or no run fits into the cluster.
     """
+    if wanted.slots is not None and wanted.slots < 1:
+        raise ValueError(f"slots is {wanted.slots}; it must be 1 or more.")
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or LOCAL
     if address == LOCAL and "RAY_AUTH_MODE" not in os.environ:  # else Ray leaves a token in the home folder
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = import_ray()
     connect(ray, address)
     try:
-        slots = wanted.slots if wanted.slots is not None else capacity(ray.nodes(), wanted.resources)
-        if slots < 1:
-            raise ValueError(f"slots is {slots}; it must be 1 or more.")
+        slots = wanted.slots or capacity(ray.nodes(), wanted.resources)
         return RayExecutor(ray, wanted, slots)
     except ValueError:
         ray.shutdown()

@@ -7,9 +7,11 @@ them. So a rank that a signal or a broken collective has ended asks what became 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from torch.distributed.distributed_c10d import Store
 
 from bench.training.ranks import Ranks, lost
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 PATIENCE_SECONDS = {"signal": 15.0, "lost": 3.0}
 """How long to wait for word of the others: a signal reaches a busy rank at its next step, and torchrun kills
 after 30 seconds; a rank that left a collective has said why before."""
@@ -65,6 +68,17 @@ def watched(ranks: Ranks) -> Iterator[None]:
         theirs.close()
         thread.join(timeout=1.0)
         ours.close()
+
+
+def die_with_torchrun(ranks: Ranks) -> None:
+    """Have this rank killed when torchrun is, even by kill -9: it would train on, and hold the run's lock.
+
+    On Linux; elsewhere such a rank ends when it next needs torchrun.
+    """
+    if ranks.alone or not sys.platform.startswith("linux"):
+        return
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def why(error: BaseException) -> Why:

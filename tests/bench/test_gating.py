@@ -52,8 +52,7 @@ def test_another_seed_takes_the_verdict_and_says_whose_it_is(run, tmp_path, caps
     assert own["seconds"] > 0
     (folder,) = tmp_path.glob(f"results/*/{first['run_id']}")
     shutil.rmtree(folder)  # what is left is a verdict that was taken itself
-    third, checked = run("--seed", "2", REUSE)
-    assert (checked, third["gate"]["checks"]["causality"]["reused_from"]) == (0, first["run_id"])
+    assert run("--seed", "2", REUSE)[1] == 1
 
 
 def test_a_run_by_itself_always_checks(run):
@@ -79,14 +78,14 @@ def test_another_code_or_device_is_checked_and_another_commit_is_not(run, monkey
         assert run("--seed", str(seed), REUSE)[1] == checks, changes
 
 
-def test_a_changed_file_of_a_coupler_is_checked_again(run, tmp_path):
-    """The coupler that passed as one that adds nothing up over tokens is refused once it does."""
+def test_a_coupler_from_elsewhere_is_always_checked(run, tmp_path):
+    """Its file may import others. One that adds nothing up over tokens is refused once it does."""
     file = tmp_path / "own_coupler.py"
     source = (Path(__file__).parents[2] / "examples" / "twenty_line_coupler.py").read_text()
     file.write_text(source)
     coupler = ("--coupler", f"{file}:NormCoupler")
     run(*coupler, "--seed", "0", REUSE)
-    assert run(*coupler, "--seed", "1", REUSE)[1] == 0
+    assert run(*coupler, "--seed", "1", REUSE)[1] == 1
     honest = "return self.combiner((weights * expert_outputs).sum(2))"
     assert honest in source
     file.write_text(source.replace(honest, honest[:-1] + " + expert_outputs.mean(1, keepdim=True).sum(2))"))
@@ -98,6 +97,20 @@ def test_a_verdict_that_did_not_pass_is_never_taken(run):
     leak = ("--coupler", "examples.leaking_coupler:LeakingCoupler", "--num-experts", "4")
     run(*leak, "--seed", "0", REUSE, status=1)
     assert run(*leak, "--seed", "1", REUSE, status=1)[1] == 1
+
+
+def test_a_verdict_is_taken_from_a_run_that_checked_for_itself(run, tmp_path):
+    """Else a run that is forced would take its own, by way of another seed's."""
+    first, _ = run("--seed", "0", REUSE)
+    second, checked = run("--seed", "1", REUSE)
+    assert checked == 0
+    assert {c.get("reused_from") for n, c in second["gate"]["checks"].items() if n in CHECKS} == {
+        first["run_id"]
+    }
+    assert run("--seed", "0", REUSE, "--force")[1] == 1
+    (path,) = tmp_path.glob(f"results/*/{first['run_id']}/record.json")
+    checks = json.loads(path.read_text())["gate"]["checks"].values()
+    assert not any("reused_from" in check for check in checks)
 
 
 def test_a_damaged_record_is_passed_over(run, tmp_path):
@@ -116,6 +129,9 @@ def test_a_sweep_asks_for_it(monkeypatch, tmp_path, small_data_dir):
     assert sweep.main(["--sweep", "coupler=mean", "--results-dir", str(tmp_path),
                        "--data-dir", str(small_data_dir)]) == 0  # fmt: skip
     assert REUSE in asked[0]
+    sweep.main(["--sweep", "coupler=mean", "--results-dir", str(tmp_path), "--data-dir", str(small_data_dir),
+                "--force"])  # fmt: skip
+    assert REUSE not in asked[1], "all runs again, and all of each"
 
 
 class _Done:

@@ -98,3 +98,20 @@ def test_an_unknown_one_is_refused_with_the_nearest(tmp_path: Path, capsys):
     assert stopped.value.code == 2
     error = "error: unknown executor 'slum'; allowed: local, ray, slurm. Did you mean 'slurm'?\n"
     assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--address", "auto"], "ray_address is for --executor ray, and this is local; drop it."),
+        (["--slurm-time", "1h"], "slurm_time is for --executor slurm, and this is local; drop it."),
+    ],
+)
+def test_flags_of_another_one_are_refused(tmp_path, capsys, flags, said):
+    """Whoever forgets --executor slurm would train on the login node."""
+    places = ["--data-source", "embedded", "--results-dir", str(tmp_path / "none")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["--sweep", "coupler=mean", "max_steps=1", *places, *flags])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -21,7 +21,14 @@ SWEEP = (
 
 
 @pytest.mark.slow
-def test_a_killed_rank_crashes_its_run_and_the_next_call_completes_it(tmp_path, small_data_dir):
+@pytest.mark.parametrize(
+    ("killed", "error"),
+    [("RANK=1", "rank 1 died"), ("torch.distributed.run", "killed by signal 9")],
+    ids=["a rank", "torchrun"],
+)
+def test_what_is_killed_crashes_its_run_and_the_next_call_completes_it(
+    tmp_path, small_data_dir, killed, error
+):
     results = tmp_path / "results"
     places = ["--results-dir", str(results), "--data-dir", str(small_data_dir)]
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80"}
@@ -33,19 +40,18 @@ def test_a_killed_rank_crashes_its_run_and_the_next_call_completes_it(tmp_path, 
         )  # fmt: skip
 
     first = sweep()
-    wait_until(lambda: any(len(path.read_text()) > 0 for path in results.glob("*/*/history.jsonl")), 90)
-    ranks = [
-        process for process in processes_with(str(results))
-        if "\0RANK=1\0" in "\0" + Path(f"/proc/{process}/environ").read_text()
-    ]  # fmt: skip
-    os.kill(ranks[0], signal.SIGKILL)
+    wait_until(lambda: any(path.read_text() for path in results.glob("*/*/history.jsonl")), 90)
+    name = "environ" if killed == "RANK=1" else "cmdline"
+    found = [process for process in processes_with(str(results))
+             if killed in Path(f"/proc/{process}/{name}").read_text().split("\0")]  # fmt: skip
+    os.kill(found[0], signal.SIGKILL)
     shown, _ = first.communicate(timeout=180)
     assert first.returncode == 1, shown
     records = {record["status"]: record for record in records_in(results)}
     assert set(records) == {"crashed", "ok"}, "the sweep went on"
-    assert records["crashed"]["error"].startswith("rank 1 died")
+    assert records["crashed"]["error"].startswith(error)
     crashed = records["crashed"]["run_id"]
-    assert not processes_with(str(results))
+    assert not processes_with(str(results)), "nothing is left over"
 
     second = sweep("--retry", "failed")
     shown, _ = second.communicate(timeout=180)

@@ -170,10 +170,12 @@ def _refuse_too_few(
     samples, world = sampler.samples_in(epoch), sampler.shard.world_size
     least = max(1, min_batches)
     most = samples // (world * least)
-    asked = f"batch_size {size} with drop_last" if sampler.drop_last else f"batch_size {size}"
+    asked = f"batch_size {size}" if world == 1 else f"batch_size {size} a rank"
+    asked += " with drop_last" * sampler.drop_last
     where = f"epoch {epoch}" if world == 1 else f"epoch {epoch} on each of {world} ranks"
     count = f"only {batches} batch{'es' * (batches > 1)}" if batches else "no batch"
-    remedy = f"use a batch of at most {most}" if most else "use more data or shorter blocks"
+    whole = f"{most}" if world == 1 else f"{most * world} over all ranks"
+    remedy = f"use a batch of at most {whole}" if most else "use more data or shorter blocks"
     if least > 1:
         remedy = f"{least} are needed: {remedy}, or lower min_steps_per_epoch"
     raise ValueError(

@@ -46,6 +46,8 @@ class SpeedConfig:
     """Several sizes, such as E=4,D=256,B=32,L=128;E=8: what one does not name is as the other flags say."""
     batch_size: int = 32
     """Sequences in the batch."""
+    whole_steps: bool = False
+    """Time whole training steps with these couplers instead, in turn at each size: time and peak memory."""
     rounds: int = 5
     """Timed rounds of each form (one, where a step takes over two seconds)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
@@ -89,7 +91,7 @@ class SpeedConfig:
 
     def _refuse_what_a_suite_decides(self) -> None:
         """Refuse flags that a suite would not follow."""
-        decided = ["couplers", "sizes", "batch_size", "rounds", "precision", "device"]
+        decided = ["couplers", "sizes", "batch_size", "whole_steps", "rounds", "precision", "device"]
         decided += ["compile", "data_dir"] if self.suite == "gpu" else []
         defaults = {one.name: one.default for one in fields(self)}
         given = [name for name in decided if getattr(self, name) != defaults[name]]
@@ -144,12 +146,14 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
     suites = [config.suite] if config.suite else suites
     if not suites:
         from bench.device import resolve_device
-        from bench.speeding.form_jobs import form_jobs
+        from bench.speeding.curve import VOCABULARY
+        from bench.speeding.form_jobs import form_jobs, step_jobs
         from bench.training.execution import Execution
 
         execution = Execution(config.execution(), resolve_device(config.device))  # refuses what it cannot do
-        jobs = form_jobs(config.model.resolved(1), config.couplers, config.sizes, config.batch_size,
-                         config.precision, config.rounds, compile_mode)  # fmt: skip
+        jobs_of, words = (step_jobs, VOCABULARY) if config.whole_steps else (form_jobs, 1)
+        jobs = jobs_of(config.model.resolved(words), config.couplers, config.sizes, config.batch_size,
+                       config.precision, config.rounds, compile_mode)  # fmt: skip
         yield config.couplers or config.model.coupler_type, jobs, execution.device
     if "cpu" in suites:
         from bench.speeding.cpu_suite import cpu_jobs
@@ -218,12 +222,13 @@ def _show(data: dict[str, Any], rows: list[Row], targets: bool, console: Console
 def _draw(folder: Path, data: dict[str, Any], rows: list[Row], console: Console) -> None:
     from bench.analysis.plot_style import write_plots
     from bench.speeding.figure import cost_plot
+    from bench.speeding.step_figure import steps_plot
 
-    plot = cost_plot(rows, data["machine"].get("device", ""))
-    if plot is None:
+    device = data["machine"].get("device", "")
+    plots = [plot for plot in (cost_plot(rows, device), steps_plot(rows, device)) if plot is not None]
+    if not plots:
         console.print("no plot: fewer than two sizes were timed")
-        return
-    write_plots(folder, [plot])
+    write_plots(folder, plots)
 
 
 def _print_records(config: SpeedConfig, console: Console) -> int:

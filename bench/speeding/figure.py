@@ -73,11 +73,8 @@ def _panel(rows: Sequence[Row], by: str, other: str) -> list[Row]:
 
 def _draw(axes: Axes, rows: list[Row], names: list[str], x: Callable[[Row], int], label: str) -> None:
     for number, name in enumerate(names):
-        own = [row for row in rows if row.subject == name]
-        axes.plot(
-            [x(row) for row in own], [1e3 * (row.median or 0) for row in own], marker=MARKERS[number % 10],
-            markersize=4, color=LINE_COLOURS[number % 6], linestyle=LINE_STYLES[number // 6 % 4], label=name,
-        )  # fmt: skip
+        own = [(x(row), 1e3 * (row.median or 0)) for row in rows if row.subject == name]
+        draw_line(axes, own, number, name)
     floors = {x(row): _floor(row) for row in rows}
     axes.plot(
         list(floors),
@@ -87,14 +84,26 @@ def _draw(axes: Axes, rows: list[Row], names: list[str], x: Callable[[Row], int]
         linestyle="--",
         label="floor by bytes",
     )
-    ticks = sorted({x(row) for row in rows})
+    ticks_by_size(axes, [x(row) for row in rows], label)
+    values = [1e3 * (row.median or 0) for row in rows] + list(floors.values())
+    log_ticks(axes, 0.8 * min(values), 1.25 * max(values))
+
+
+def draw_line(axes: Axes, points: Sequence[tuple[float, float]], number: int, name: str) -> None:
+    """Draw the line of one coupler, the ``number``-th, through its points."""
+    axes.plot(
+        [x for x, _ in points], [y for _, y in points], marker=MARKERS[number % 10], markersize=4,
+        color=LINE_COLOURS[number % 6], linestyle=LINE_STYLES[number // 6 % 4], label=name,
+    )  # fmt: skip
+
+
+def ticks_by_size(axes: Axes, sizes: Sequence[int], label: str) -> None:
+    """Make the x axis logarithmic, with a tick at each size."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator(sorted(set(sizes))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.set_xlabel(label)
-    values = [1e3 * (row.median or 0) for row in rows] + list(floors.values())
-    log_ticks(axes, 0.8 * min(values), 1.25 * max(values))
 
 
 def _floor(row: Row) -> float:

@@ -35,6 +35,8 @@ class Variant:
     name: str
     execution: ExecutionConfig
     plain_head: bool = False
+    config: GNNMoEConfig | None = None
+    """Of another model than the others': what it computes is held against nothing."""
 
 
 class StepRunner:
@@ -62,9 +64,10 @@ class StepRunner:
 
 def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batch: int, machine: Machine,
               *, rounds: int, warmup: int = 3, memory: bool = True) -> list[Row]:  # fmt: skip
-    """Time whole steps of one model and batch in turn; one that fails becomes a row with its error.
+    """Time whole steps of one batch in turn; one that fails becomes a row with its error.
 
-    Loss and gradient norm of the first step are held against the first variant's.
+    Loss and gradient norm of the first step are held against the first variant's of the same model,
+    ``config`` where a variant has none of its own.
     """
     runners: dict[str, StepRunner] = {}
     differences: dict[str, float] = {}
@@ -72,10 +75,12 @@ def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batc
 
     def contender(variant: Variant) -> Contender:
         def make() -> Step:
-            runners[variant.name] = StepRunner(variant, config, batch, machine.device)
+            runners[variant.name] = StepRunner(variant, variant.config or config, batch, machine.device)
             return runners[variant.name].step
 
         def check(found: tuple[Tensor, Tensor]) -> None:
+            if variant.config is not None:
+                return
             loss_and_norm = torch.stack(found).double()
             if not expected:
                 expected.append(loss_and_norm)
@@ -86,16 +91,17 @@ def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batc
     turns = in_turn([contender(one) for one in variants], machine.device, rounds=rounds, warmup=warmup)
     rows = []
     for variant in variants:
-        turn, precision = turns[variant.name], variant.execution.precision
+        turn, precision, of = turns[variant.name], variant.execution.precision, variant.config or config
+        subject = "step" if variant.config else f"step, {config.coupler_type}"
         row = Row(
-            case=case, subject=f"step, {config.coupler_type}", form=variant.name, device=machine.device.type,
-            precision=precision, batch=batch, length=config.max_seq_length, experts=config.num_experts,
-            width=config.embed_dim, layers=config.num_layers, seconds=turn.seconds,
+            case=case, subject=subject, form=variant.name, device=machine.device.type,
+            precision=precision, batch=batch, length=of.max_seq_length, experts=of.num_experts,
+            width=of.embed_dim, layers=of.num_layers, seconds=turn.seconds,
             first_seconds=turn.first_seconds, error=turn.error,
             largest_difference=differences.get(variant.name),
         )  # fmt: skip
         if turn.error is None:
-            own = runners[variant.name].of.model.flops(batch, config.max_seq_length)
+            own = runners[variant.name].of.model.flops(batch, of.max_seq_length)
             row.flops = None if own is None else TRAINING * own
             row.matrix_flops_per_second = machine.rates(precision).flops_per_second
             try:

@@ -16,7 +16,7 @@ HGNN, LINEAR, GNN, GNN_SAVED = "HGNN", "HGNN linear", "GNN", "GNN, E 16"
 EXPERTS, EXPERTS_16, HARNESS = "experts", "experts, E 16", "harness"
 STEP_32, STEP_256, STEP_LARGE, STEP_64_EXPERTS = "step B 32", "step B 256", "step D 512", "step E 64"
 LOOP = "HGNN, token by token"
-CURVE, PARITY = "curve", "parity"
+CURVE, PARITY, STEPS = "curve", "parity", "steps"
 ALONE = ("static", "gate", "HGNN", "HNHN", "GNN")
 EAGER, AUTO, CHUNKED, PLAIN = "eager", "auto", "chunked head", "plain head"
 

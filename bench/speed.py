@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ExecutionConfig, ModelConfig, PlacesConfig, check_positive
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bench.speeding.jobs import Job
-    from bench.speeding.rows import Row
 
 STOPPED = 130
 PROG = "python -m bench.speed"
@@ -117,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join([*PROG.split(), *arguments])
     try:
         if config.table:
-            return _print_records(config, console)
+            from bench.speeding.show import print_records
+
+            print_records(config.table, console, draw=config.plot, page=config.page)
+            return 0
         for what, jobs, device in _asked(config, suites=() if arguments else _suites_here()):
             _measure(what, jobs, device, config, command, console)
     except ValueError as error:
@@ -180,6 +182,7 @@ def _measure(
     from bench.speeding.jobs import run_jobs
     from bench.speeding.machine import Machine
     from bench.speeding.record import SpeedRecord
+    from bench.speeding.show import show, write_plots_of
     from bench.speeding.table import one_line
 
     keep_freed_memory()  # as a run does
@@ -201,54 +204,10 @@ def _measure(
         status = "ok"
     finally:  # what was measured before a Ctrl-C is shown too
         record.end(status)
-        _show(record.data, record.rows, what in ("cpu", "gpu"), console)
+        show(record.data, record.rows, console, targets=what in ("cpu", "gpu"))
         if config.plot or what in ("cpu", "gpu"):
-            _draw(record.path, record.data, record.rows, console)
+            write_plots_of(record.path, record.data, record.rows, console)
         console.print(f"record: {record.path}", markup=False, soft_wrap=True)
-
-
-def _show(data: dict[str, Any], rows: list[Row], targets: bool, console: Console) -> None:
-    """Print the tables of a record."""
-    from bench.speeding.table import print_rows, print_verdicts
-    from bench.speeding.targets import verdicts
-
-    print_rows(rows, console)
-    if targets:
-        print_verdicts(verdicts(rows), console)
-    if data["left_out"]:
-        console.print(f"left out for want of time: {'; '.join(data['left_out'])}", markup=False)
-
-
-def _draw(folder: Path, data: dict[str, Any], rows: list[Row], console: Console) -> None:
-    from bench.analysis.plot_style import write_plots
-    from bench.speeding.figure import cost_plot
-    from bench.speeding.step_figure import steps_plot
-
-    device = data["machine"].get("device", "")
-    plots = [plot for plot in (cost_plot(rows, device), steps_plot(rows, device)) if plot is not None]
-    if not plots:
-        console.print("no plot: fewer than two sizes were timed")
-    write_plots(folder, plots)
-
-
-def _print_records(config: SpeedConfig, console: Console) -> int:
-    """Print records, their targets together, and put their tables into a page where one is named."""
-    from bench.speeding.page import write_page
-    from bench.speeding.record import read_record
-    from bench.speeding.table import print_verdicts
-    from bench.speeding.targets import verdicts
-
-    records = [read_record(place) for place in config.table]
-    for place, (data, rows) in zip(config.table, records, strict=True):
-        console.print(f"{data['name']}: {data['machine'].get('device')}, {data['start']}, {data['status']}",
-                      style="bold", markup=False)  # fmt: skip
-        _show(data, rows, False, console)
-        if config.plot:
-            _draw(place if place.is_dir() else place.parent, data, rows, console)
-    print_verdicts(verdicts([row for _, rows in records for row in rows]), console)
-    if config.page is not None:
-        write_page(config.page, records)
-    return 0
 
 
 if __name__ == "__main__":

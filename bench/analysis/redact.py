@@ -1,16 +1,17 @@
 """A study to publish: records, histories, weights over time and hypotheses, without bulk and without places.
 
-Of each run stay ``record.json``, ``history.jsonl``, ``communication.npz`` and ``log.txt``, with neutral
-texts (``bench.records.neutral``). The losses of tokens become ``articles.npz``, their float64 sums by article
-(about 1 kB a run): that is all that a report reads of them, so its bootstrap over articles gives the same
-interval, and ``--verify`` still adds them up to the record's sum. Of the arrays the record keeps the sha256
-(``left_out``), of the values and not of the file, which an archive of the original, or the run done again,
-can be held against. Checkpoints, traces, plots, logs of children, locks, reports and runs that were set aside
-stay behind; when those began is kept, since it bears on when hypotheses were stated.
+Of each run stay ``record.json``, ``history.jsonl`` (compressed), ``communication.npz`` and ``log.txt``, with
+neutral texts (``bench.records.neutral``). The losses of tokens become ``articles.npz``, their float64 sums
+by article (about 1 kB a run): that is all that a report reads of them, so its bootstrap over articles gives
+the same interval, and ``--verify`` still adds them up to the record's sum. Of the arrays the record keeps the
+sha256 (``left_out``), of the values and not of the file, which an archive of the original, or the run done
+again, can be held against. Checkpoints, traces, plots, logs of children, locks, reports and runs that were
+set aside stay behind; when those began is kept, since it bears on when hypotheses were stated.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
@@ -25,12 +26,13 @@ import numpy as np
 
 from bench.analysis.run_data import (
     ARTICLES,
-    HISTORY,
     NLL,
+    PACKED_HISTORY,
     REDACTED,
     SPLITS,
     TRACE,
     article_sums,
+    history_text,
     read_arrays,
     read_record,
     set_aside,
@@ -99,10 +101,13 @@ def _of_run(folder: Path, record: Record, neutral: Neutral) -> Iterator[tuple[st
     if (folder / TRACE).is_file():
         read_arrays(folder / TRACE)
         yield TRACE, (folder / TRACE).read_bytes()
-    for name, lines in ((HISTORY, _history), (LOG, _log)):
-        if (folder / name).is_file():
-            text = (folder / name).read_text(encoding="utf-8", errors="replace")
-            yield name, "".join(f"{line}\n" for line in lines(text, neutral)).encode()
+    history = history_text(folder)
+    if history is not None:
+        lines = "".join(f"{line}\n" for line in _history(history, neutral))
+        yield PACKED_HISTORY, gzip.compress(lines.encode(), mtime=0)
+    if (folder / LOG).is_file():
+        text = neutral.text((folder / LOG).read_text(encoding="utf-8", errors="replace"))
+        yield LOG, "".join(f"{line}\n" for line in text.splitlines()).encode()
 
 
 def _articles(folder: Path) -> tuple[bytes | None, dict[str, Any]]:
@@ -133,10 +138,6 @@ def _history(text: str, neutral: Neutral) -> Iterator[str]:
             row = json.loads(line)
             after = neutral.value(row)
             yield line if after == row else json.dumps(after)
-
-
-def _log(text: str, neutral: Neutral) -> list[str]:
-    return neutral.text(text).splitlines()
 
 
 def _settle_places(places: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import zipfile
 import zlib
@@ -19,8 +20,8 @@ from bench.records.schema import Record
 
 Row = dict[str, Any]
 NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
-ARTICLES, REDACTED = "articles.npz", "redacted.json"
-"""What a redacted study has in the place of ``NLL``, and what says that it is one."""
+ARTICLES, PACKED_HISTORY, REDACTED = "articles.npz", "history.jsonl.gz", "redacted.json"
+"""What a redacted study has in the place of ``NLL`` and of ``HISTORY``, and what says that it is one."""
 SPLITS = ("validation", "test")
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 """What reading arrays from a damaged file raises."""
@@ -83,7 +84,7 @@ def read_run(folder: Path) -> RunData:
     Raises:
         ValueError: as ``read_record``.
     """
-    record, history = read_record(folder), _history(folder / HISTORY)
+    record, history = read_record(folder), _history(folder)
     return RunData(record, history["train"], history["validation"], _trace(folder / TRACE))
 
 
@@ -135,21 +136,44 @@ def set_aside(study: Path) -> list[dict[str, Any]]:
 
 
 def damaged_arrays(folder: Path) -> list[str]:
-    """Return why the npz files of a run folder cannot be read; only their ends are looked at."""
+    """Return why the compressed files of a run folder cannot be read; of an npz its end is looked at."""
     paths = [folder / name for name in (NLL, ARTICLES, TRACE)]
-    return [f"{path} is cut short or no npz file; the report is made without it"
-            for path in paths if path.is_file() and not zipfile.is_zipfile(path)]  # fmt: skip
+    found = [f"{path} is cut short or no npz file; the report is made without it"
+             for path in paths if path.is_file() and not zipfile.is_zipfile(path)]  # fmt: skip
+    if (folder / PACKED_HISTORY).is_file():
+        try:
+            history_text(folder)
+        except ValueError as error:
+            found.append(f"{error}; the report is made without it")
+    return found
 
 
-def _history(path: Path) -> dict[str, list[Row]]:
+def history_text(folder: Path) -> str | None:
+    """Return a run's history, also the compressed one of a redacted study; None where there is none.
+
+    Raises:
+        ValueError: the compressed one cannot be read; names it.
+    """
+    packed = folder / PACKED_HISTORY
+    if (folder / HISTORY).is_file():
+        return (folder / HISTORY).read_text(encoding="utf-8", errors="replace")
+    if not packed.is_file():
+        return None
+    try:
+        return gzip.decompress(packed.read_bytes()).decode(errors="replace")
+    except DAMAGE as error:
+        raise ValueError(f"{packed} cannot be read: {error}") from error
+
+
+def _history(folder: Path) -> dict[str, list[Row]]:
     """Return the rows by kind and in the order of steps; of two rows for a step the later counts.
 
     A killed process can leave a last line cut short: it is passed over, as is what is no row.
     """
     rows: dict[str, dict[int, Row]] = {"train": {}, "validation": {}}
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for row in _rows(text.splitlines()):
-        rows.setdefault(row["kind"], {})[row["step"]] = row
+    with suppress(ValueError):
+        for row in _rows((history_text(folder) or "").splitlines()):
+            rows.setdefault(row["kind"], {})[row["step"]] = row
     return {kind: [found[step] for step in sorted(found)] for kind, found in rows.items()}
 
 

@@ -11,7 +11,7 @@ from tabulate import tabulate
 from bench.records.marked import between, write_between
 from bench.speeding.rows import Row, derived
 from bench.speeding.table import compact, heading, verdict_cells
-from bench.speeding.targets import CURVE, PARITY, Verdict, verdicts
+from bench.speeding.targets import CURVE, PARITY, latest_verdicts
 
 BEGIN, END = (
     "<!-- begin of what bench.speed --page writes -->",
@@ -40,8 +40,8 @@ def with_tables(text: str, records: Records) -> str:
 
 def tables(records: Records) -> str:
     """Return the targets over all records, and the rows of each, in Markdown."""
-    found = verdicts([row for _, rows in records for row in rows])
-    cells = [[*cells, _jobs(one, records)] for one, cells in zip(found, verdict_cells(found), strict=True)]
+    found = latest_verdicts(records)
+    cells = [[*cells, one.job] for one, cells in zip(found, verdict_cells(found), strict=True)]
     parts = [_markdown(["", "measure", "measured", "target", "", "job"], cells)]
     for data, rows in records:
         parts += [
@@ -51,15 +51,6 @@ def tables(records: Records) -> str:
         if data["left_out"]:
             parts.append(f"Left out for want of time: {'; '.join(data['left_out'])}.\n")
     return "\n".join(parts)
-
-
-def _jobs(verdict: Verdict, records: Records) -> str:
-    """Return the names of the records that have measured on the target's device."""
-    if verdict.value is None:
-        return ""
-    return ", ".join(
-        data["name"] for data, rows in records if any(row.device == verdict.device for row in rows)
-    )
 
 
 def _origin(data: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from bench.speeding.rows import Row, mfu, ratio, spread
 
@@ -44,6 +44,8 @@ class Verdict:
     device: str
     value: float | None
     how: str = ""
+    job: str = ""
+    """Name of the record that it is from, where there are several."""
 
     @property
     def met(self) -> bool | None:
@@ -73,6 +75,15 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             measured = target.value(lambda case, form, by_name=by_name: by_name.get((case, form)))
             value, how = measured or (None, "")
             found.append(Verdict(target, device, value, how))
+    return found
+
+
+def latest_verdicts(records: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> list[Verdict]:
+    """Return every target as the last of the records that measured it says; no figure mixes two records."""
+    found = verdicts([])
+    for data, rows in sorted(records, key=lambda record: record[0]["start"]):
+        found = [replace(new, job=data["name"]) if new.value is not None else old
+                 for old, new in zip(found, verdicts(rows), strict=True)]  # fmt: skip
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.speeding.record import FILE, read_record
+from bench.speeding.rows import Row
 from examples import five_facts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,16 +30,33 @@ def test_the_facts_print_what_the_page_pastes(number, capsys):
 
 
 def test_the_couplers_timed_alone_are_those_of_the_records():
-    rows = [row for path in sorted(SPEED.glob(f"*/{FILE}")) for row in read_record(path)[1]]
-    assert rows, "the records that the page quotes are gone"
+    """Of the records that timed both couplers: what is compared was measured in one process."""
+    records = [read_record(path)[1] for path in sorted(SPEED.glob(f"*/{FILE}"))]
     for device, form, what in (
         ("cpu", "vectorized", "ms"), ("cuda", "vectorized", "ms"), ("cuda", "compiled", "ms"),
         ("cpu", "vectorized", "MiB"), ("cuda", "vectorized", "MiB"),
     ):  # fmt: skip
         found = []
-        for subject in ("HGNN", "GNN"):
-            cases = (subject, f"{subject} alone")
-            [row] = [row for row in rows if (row.device, row.form) == (device, form) and row.case in cases]
-            value = 1e3 * statistics.median(row.seconds) if what == "ms" else (row.saved_bytes or 0) / 2**20
-            found.append(f"{value:,.0f}" if value >= 100 else f"{value:#.3g}")
+        for rows in records:
+            cases = {row.case.removesuffix(" alone"): row for row in rows
+                     if (row.device, row.form) == (device, form)}  # fmt: skip
+            if {"HGNN", "GNN"} <= cases.keys():
+                found += [shown(cases[name], what) for name in ("HGNN", "GNN")]
+        assert len(found) == 2, "the records that the page quotes are gone"
         assert f"{found[0]} against {found[1]} {what}" in PAGE, (device, form, found)
+
+
+def shown(row: Row, what: str) -> str:
+    value = 1e3 * statistics.median(row.seconds) if what == "ms" else (row.saved_bytes or 0) / 2**20
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def test_the_table_by_the_number_of_experts_is_that_of_the_record():
+    """Peak memory in MiB, then tokens/s, each for the mean, the gate, GNN and HGNN."""
+    _, rows = read_record(SPEED / "h100-experts")
+    for experts in (2, 4, 8, 16, 32, 64):
+        of = {row.form: row for row in rows if row.experts == experts}
+        four = [of[name] for name in ("mean", "gate", "GNN", "HGNN all_pairs")]
+        cells = [f"{(row.peak_bytes or 0) / 2**20:,.0f}" for row in four]
+        cells += [f"{len(row.seconds) * row.tokens / sum(row.seconds):,.0f}" for row in four]
+        assert f"| {experts} | {' | '.join(cells)} |" in PAGE

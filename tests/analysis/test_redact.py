@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from bench.analysis.redact import redact_study
 from bench.analysis.report import load_report
 from bench.analysis.report_files import text_files
-from bench.analysis.run_data import ARTICLES, read_arrays
+from bench.analysis.run_data import ARTICLES, PACKED_HISTORY, read_arrays, read_run
 from bench.records import neutral
 from bench.records.neutral import Neutral
 from bench.report import main
@@ -107,11 +108,12 @@ def test_no_place_and_no_name_of_the_machine_is_in_any_byte(study, tmp_path):
     redact_study(study, tmp_path / "out" / "made")
     files = bytes_of(tmp_path / "out" / "made")
     assert {name.rpartition("/")[2] for name in files} == {
-        "record.json", "history.jsonl", "communication.npz", "articles.npz", "log.txt", "hypotheses.json",
+        "record.json", "history.jsonl.gz", "communication.npz", "articles.npz", "log.txt", "hypotheses.json",
         "redacted.json",
     }  # fmt: skip
     assert len({name.partition("/")[0] for name in files if "/" in name}) == 24
-    for name, data in files.items():
+    for name, packed in files.items():
+        data = gzip.decompress(packed) if name.endswith(".gz") else packed
         found = [
             secret
             for secret in (*SECRETS, str(tmp_path), str(study))
@@ -216,6 +218,20 @@ def test_a_damaged_file_is_named_and_nothing_is_written(study, tmp_path, capsys,
     assert stopped.value.code == 2
     assert f"{run.name}/{name}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_history_that_was_damaged_since_is_named(study, tmp_path):
+    """By the report, which is made without it, and by another redaction, which is not."""
+    redact_study(study, tmp_path / "made")
+    run = runs_of(tmp_path / "made", "mean")[0]
+    sound = (run / PACKED_HISTORY).read_bytes()
+    assert read_run(run).train
+    (run / PACKED_HISTORY).write_bytes(sound[:-20])
+    assert read_run(run).train == []
+    failures = text_files(load_report(tmp_path / "made"))["tables/failures.csv"]
+    assert f"{run.name}/{PACKED_HISTORY} cannot be read" in failures
+    with pytest.raises(ValueError, match=f"{run.name}/{PACKED_HISTORY} cannot be read"):
+        redact_study(tmp_path / "made", tmp_path / "again")
 
 
 @pytest.mark.parametrize("method", ["write_bytes", "rename"])

@@ -27,6 +27,7 @@ from bench.training.execution import Execution
 from gnnmoe import GNNMoEConfig
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
+from gnnmoe.model import GNNMoEModel
 
 CPU = torch.device("cpu")
 SMALL = GNNMoEConfig(embed_dim=8, num_experts=3, max_seq_length=4, vocab_size=64, num_layers=1)
@@ -244,6 +245,24 @@ class TestCommand:
         assert "not measured here: S1" in capsys.readouterr().out
         assert (folder / "cost.csv").read_text() == drawn
 
+    def test_whole_steps_of_several_couplers_by_the_number_of_experts(self, tmp_path, capsys, monkeypatch):
+        """In turn at each size; each row's peak and FLOPs are those of its own model."""
+        monkeypatch.setattr("bench.speeding.curve.VOCABULARY", 50)
+        arguments = ["--whole-steps", "--couplers", "mean,GNN", "--sizes", "E=2;E=5", "--plot"]
+        assert speed.main([*TINY, *arguments, "--results-dir", str(tmp_path), "--name", "steps"]) == 0
+        folder = tmp_path / "speed" / "steps"
+        _, rows = read_record(folder)
+        assert [(row.form, row.experts) for row in rows] == [("mean", 2), ("GNN", 2), ("mean", 5), ("GNN", 5)]
+        for row in rows:
+            config = replace(SMALL, coupler_type=row.form, num_experts=row.experts, embed_dim=row.width,
+                             max_seq_length=row.length, num_layers=row.layers, vocab_size=50)  # fmt: skip
+            assert row.flops == 3 * GNNMoEModel(config).flops(row.batch, row.length)
+            assert row.peak_bytes is not None
+            assert row.peak_bytes > 4 * sum(part.numel() * 4 for part in GNNMoEModel(config).parameters())
+            assert row.largest_difference is None
+        assert {path.name for path in folder.glob("steps.*")} == {"steps.svg", "steps.png", "steps.csv"}
+        assert "step, E 5, D 8, B 2, L 4, fp32, cpu" in capsys.readouterr().out
+
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments]) == 0
@@ -257,6 +276,9 @@ class TestCommand:
         ("--couplers GNN,nope", "--couplers: unknown coupler 'nope'"),
         ("--sizes E=0", "--sizes: E is '0'"),
         ("--suite gpu", "--suite gpu needs a CUDA device, and this machine has none; take --suite cpu."),
+        ("--whole-steps --couplers GNN,nope", "--couplers: unknown coupler 'nope'"),
+        ("--whole-steps --sizes E=2,D=7", "embed_dim"),
+        ("--suite cpu --whole-steps", "--suite cpu has its own whole_steps; drop"),
         ("--suite cpu --sizes E=2 --rounds 3", "--suite cpu has its own sizes, rounds; drop"),
         ("--suite gpu --coupler GNN --compile", "--suite gpu has its own compile, coupler and its options"),
         ("--coupler GNN --data-dir .", "--data-dir is the text of --suite cpu"),

@@ -18,9 +18,14 @@ COLUMNS = ["configuration", "n", "perplexity [95 %]", "nats to {}", "p", "verdic
            "time a step over mean", "peak memory", "parameters"]  # fmt: skip
 
 
-def marks(name: str) -> tuple[str, str]:
-    """Return the two lines between which a page has a study."""
-    return tuple(f"<!-- {end} of what bench.report {name} --page writes -->" for end in ("begin", "end"))  # pyright: ignore[reportReturnType]
+WHOLE, TABLE = "what", "the table that"
+"""The two things that a page may have of a study, in the words of its marks: all of it, or no answers."""
+
+
+def marks(name: str, part: str = WHOLE) -> tuple[str, str]:
+    """Return the two lines between which a page has a study, or only its table (``part``)."""
+    of = f"of {part} bench.report {name} --page writes"
+    return f"<!-- begin {of} -->", f"<!-- end {of} -->"
 
 
 def write_study(path: Path, report: Report) -> None:
@@ -33,15 +38,20 @@ def write_study(path: Path, report: Report) -> None:
 
 
 def with_study(text: str, report: Report) -> str:
-    """Return a page's text with the study between its marks.
+    """Return a page's text with the study between its marks, and its table alone between those for that.
 
     Raises:
         ValueError: it has no such marks.
     """
-    return between(text, marks(report.study.name), study_markdown(report))
+    whole, table = marks(report.study.name), marks(report.study.name, TABLE)
+    if table[0] in text:
+        text = between(text, table, study_markdown(report, answers=False))
+        if whole[0] not in text:
+            return text
+    return between(text, whole, study_markdown(report))
 
 
-def study_markdown(report: Report) -> str:
+def study_markdown(report: Report, *, answers: bool = True) -> str:
     """Return headline, warnings, the table of each group and the answers to the hypotheses, in Markdown.
 
     Time is that of a step beside the same model with the mean coupler, where the two were timed in turn.
@@ -49,7 +59,7 @@ def study_markdown(report: Report) -> str:
     parts = [f"{report.headline()}.", *(f"**{warning}**" for warning in report.warnings())]
     for section in report.sections:
         parts += [f"{section.comparison.group.setting.words()}.", _table(section)]
-    if report.answers:
+    if answers and report.answers:
         said = [f"- {found.hypothesis.statement}: **{found.kind}**{found.words().removeprefix(found.kind)}"
                 for found in report.answers]  # fmt: skip
         parts += [f"Hypotheses, {report.stated}:", "\n".join(said)]

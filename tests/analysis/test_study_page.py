@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench.analysis.report import load_report
-from bench.analysis.study_page import marks, study_markdown, with_study
+from bench.analysis.study_page import TABLE, WHOLE, marks, study_markdown, with_study
 from bench.report import main
+from bench.sweeps.hypotheses import Hypothesis, state
 from tests.analysis._made_studies import made_study
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,6 +48,24 @@ def test_the_small_study_on_a_page(tmp_path, capsys):
     assert cells["Kneser-Ney trigram, validation split"][2:6] == ["221.9", "", "", "reference line"]
     assert "48 runs (48 ok), 6 configurations, 8 seeds." in text
     assert not (redacted / "report").exists()
+
+
+def test_a_page_may_have_the_table_alone_or_both(tmp_path):
+    """The answers to hypotheses are of the whole only."""
+    study = made_study(tmp_path / "made", {"mean": 0.0, "GNN": 0.03}, seeds=6, history=2)
+    state([Hypothesis("GNN is better", {"coupler_type": "GNN"}, {"coupler_type": "mean"})], study)
+    report = load_report(study)
+    (begin, end), (whole_begin, whole_end) = marks("made", TABLE), marks("made")
+    table = f"{begin}\nold\n{end}\n"
+    alone = with_study(table, report)
+    assert "| GNN" in alone
+    assert "old" not in alone
+    assert "GNN is better" not in alone
+    both = with_study(f"{table}between\n{whole_begin}\nold\n{whole_end}\n", report)
+    assert both.startswith(alone + "between")
+    assert both.count("| GNN") == 2
+    assert both.count("GNN is better") == 1
+    assert "old" not in both
 
 
 def test_written_again_it_is_the_same(tmp_path):
@@ -87,6 +106,6 @@ def test_one_thing_at_a_time(tmp_path, capsys):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_study_on_a_page_of_ours_follows_from_its_committed_records(path):
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"<!-- begin of what bench\.report (\S+) --page writes -->", text):
+    for name in re.findall(rf"<!-- begin of (?:{WHOLE}|{TABLE}) bench\.report (\S+) --page writes -->", text):
         again = f"python -m bench.report {name} --results-dir results/reference --page {path.name}"
         assert with_study(text, load_report(REFERENCE / name)) == text, f"write it again: {again}"

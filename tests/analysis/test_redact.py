@@ -220,6 +220,24 @@ def test_a_damaged_file_is_named_and_nothing_is_written(study, tmp_path, capsys,
     assert not (tmp_path / "out").exists()
 
 
+def test_losses_without_their_articles_are_named(study, tmp_path, capsys):
+    run = runs_of(study, "mean")[2]
+    np.savez(run / "nll.npz", validation_nll=read_arrays(run / "nll.npz")["validation_nll"])
+    with pytest.raises(SystemExit) as stopped:
+        main([str(study), "--redact", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert f"{run.name}/nll.npz is damaged: no articles of validation" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_of_the_report_stays_behind(study, tmp_path):
+    """A copy that a user made: its name would be published, and no report reads it."""
+    copy = study / f"mine at {HOST}"
+    copy.mkdir()
+    (copy / "record.json").write_bytes((runs_of(study, "mean")[0] / "record.json").read_bytes())
+    redact_study(study, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if HOST in path.name]
+
+
 def test_a_history_that_was_damaged_since_is_named(study, tmp_path):
     """By the report, which is made without it, and by another redaction, which is not."""
     redact_study(study, tmp_path / "made")

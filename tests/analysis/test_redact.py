@@ -151,6 +151,20 @@ def test_the_report_of_it_has_the_same_tables_and_verdicts(study, tmp_path):
     assert "when 25 of 25 runs had started" in after["summary.md"], "the run that was set aside still counts"
 
 
+def test_the_host_that_ran_it_is_hidden_on_another(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("platform.node", lambda: "x")
+    for number, hide in enumerate(([], ["--hide", HOST, DOMAIN])):
+        assert main([str(study), "--redact", str(tmp_path / f"{number}"), *hide]) == 0
+    texts = [b"".join(gzip.decompress(data) if name.endswith(".gz") else data for name, data in files.items())
+             for files in (bytes_of(tmp_path / "0"), bytes_of(tmp_path / "1"))]  # fmt: skip
+    assert [HOST.encode() in text for text in texts] == [True, False]
+    assert b"example.org" not in texts[1]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(study), "--hide", HOST])
+    assert stopped.value.code == 2
+    assert "--hide is of --redact" in capsys.readouterr().err
+
+
 def test_verify_adds_the_sums_of_articles_up(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("platform.node", lambda: "x")
     out = tmp_path / "out"

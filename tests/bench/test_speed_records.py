@@ -65,7 +65,8 @@ def test_the_plot_of_steps_shows_throughput_and_peak_by_experts():
     rows = [step(name, experts, experts / 100, peak and experts * peak) for experts in (2, 4, 8)
             for name, peak in (("mean", 2**20), ("GNN", None))]  # fmt: skip
     other = step("mean", 16, 1.0, 2**20, width=32)  # another model: no point of these lines
-    plot = steps_plot([*rows, other, row("vectorized", 1.0)], "CPU")
+    wrong = step("gate", 2, 1.0, 2**20, largest_difference=1.0)
+    plot = steps_plot([other, *rows, wrong, row("vectorized", 1.0)], "CPU")
     assert plot is not None
     throughput, memory = plot.figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in throughput.lines}  # pyright: ignore

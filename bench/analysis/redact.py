@@ -85,7 +85,7 @@ def _redacted(study: Path, hide: Sequence[str]) -> Files:
     for path in sorted(study.glob("hypotheses*.json")):
         files[path.name] = _json(neutral.value(_read_json(path)))
     about = {"format": FORMAT, "made_by": "python -m bench.report STUDY --redact DIR",
-             "set_aside": set_aside(study)}  # fmt: skip
+             "set_aside": neutral.value(set_aside(study))}  # fmt: skip
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     return {**files, REDACTED: _json({**about, "files": hashes})}
 

@@ -245,11 +245,12 @@ def test_losses_without_their_articles_are_named(study, tmp_path, capsys):
 
 def test_a_folder_that_is_no_run_of_the_report_stays_behind(study, tmp_path):
     """A copy that a user made: its name would be published, and no report reads it."""
-    copy = study / f"mine at {HOST}"
-    copy.mkdir()
-    (copy / "record.json").write_bytes((runs_of(study, "mean")[0] / "record.json").read_bytes())
+    for copy in (study / f"mine at {HOST}", study / f"mine.at {HOST}"):
+        copy.mkdir()
+        (copy / "record.json").write_bytes((runs_of(study, "mean")[0] / "record.json").read_bytes())
     redact_study(study, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").iterdir() if HOST in path.name]
+    assert HOST not in (tmp_path / "out" / "redacted.json").read_text()
 
 
 def test_a_history_that_was_damaged_since_is_named(study, tmp_path):

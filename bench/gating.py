@@ -67,9 +67,9 @@ def _same(there: dict[str, Any], here: dict[str, Any]) -> bool:
 
 def _passed(record: Record) -> GateReport | None:
     """Return the verdicts of a record as reused ones, None where one is missing, failed, or reused itself."""
-    checks = record["gate"]["checks"] if is_measured(record["gate"]) else {}
-    found = [checks.get(name, {}) for name in CHECKS]
-    if not all(check.get("passed") and check.get("reused_from") is None for check in found):
+    checks = (record["gate"] or {}).get("checks") or {}
+    found = [checks.get(name) or {} for name in CHECKS]
+    if not all(check.get("passed") is True and check.get("reused_from") is None for check in found):
         return None
     return GateReport(
         [Check(name, True, check["detail"], 0.0, record["run_id"])

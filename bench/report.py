@@ -63,6 +63,8 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if sum([self.verify, self.page is not None, self.redact is not None]) > 1:
             raise ValueError("--verify, --page and --redact are three different things; give one of them.")
+        if self.hide and self.redact is None:
+            raise ValueError("--hide is of --redact DIR; name the folder.")
 
 
 @dataclass(kw_only=True)
@@ -220,10 +222,8 @@ def show(config: ShowConfig, console: Console) -> int:
 def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
     from bench.sweeps.hypotheses import load_hypotheses, stated
 
-    if config.hypotheses is None:
-        hypotheses, when = stated(path)
-    else:
-        hypotheses, when = load_hypotheses(config.hypotheses), None
+    given = config.hypotheses
+    hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
     return {"reference": config.reference, "allow_unequal": config.allow_unequal, "stated": when,
             "hypotheses": [asdict(found) for found in hypotheses]}  # fmt: skip
 

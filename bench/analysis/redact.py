@@ -75,7 +75,8 @@ def redact_study(study: Path, target: Path, hide: Sequence[str] = ()) -> str:
 def _redacted(study: Path, hide: Sequence[str]) -> Files:
     """Return every file of the redacted study, by its path in it."""
     folders = [path.parent for path in sorted(study.glob("*/record.json")) if "." not in path.parent.name]
-    records = {folder: read_record(folder) for folder in folders}
+    found = {folder: read_record(folder) for folder in folders}
+    records = {folder: record for folder, record in found.items() if record["run_id"] == folder.name}
     neutral = Neutral(_known_paths(list(records.values())), hide)
     files: Files = {}
     for folder, record in records.items():
@@ -84,7 +85,7 @@ def _redacted(study: Path, hide: Sequence[str]) -> Files:
     for path in sorted(study.glob("hypotheses*.json")):
         files[path.name] = _json(neutral.value(_read_json(path)))
     about = {"format": FORMAT, "made_by": "python -m bench.report STUDY --redact DIR",
-             "set_aside": set_aside(study)}  # fmt: skip
+             "set_aside": neutral.value(set_aside(study))}  # fmt: skip
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     return {**files, REDACTED: _json({**about, "files": hashes})}
 
@@ -117,7 +118,10 @@ def _articles(folder: Path) -> tuple[bytes | None, dict[str, Any]]:
         return (path.read_bytes() if path.is_file() and read_arrays(path) else None), {}
     arrays, sums = read_arrays(folder / NLL), {}
     for split in SPLITS:
-        found = article_sums(folder, split)
+        try:
+            found = article_sums(folder, split)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / NLL} is damaged: no articles of {split} ({error}).") from error
         if found is not None:
             sums |= {f"{split}_nll_sum": found[0], f"{split}_tokens": found[1]}
     file = io.BytesIO()

@@ -20,16 +20,23 @@ from typing import Any
 PLACE, HOST, USER = "PATH", "HOST", "USER"
 FOLDERS = {"data_dir": "data", "results_dir": "results", "checkpoint_dir": "checkpoints"}
 """Flags, by field, whose value is a folder; and what they become, also where it is a relative one."""
-SAYS_NOTHING = frozenset({"root", "user", "admin", "localhost", "runner", "ubuntu"})
+SAYS_NOTHING = frozenset({"root", "user", "admin", "localhost", "runner", "ubuntu", "linux", "cpu", "gpu",
+                          "cuda", "data", "train", "test"})  # fmt: skip
+"""Names of users and machines that are no one's, and words of every record."""
 FILE = re.compile(r"[\w.+-]+\.(py|toml|json|jsonl|npz|pt|txt|tokens|parquet|md|so|log|ipynb)")
 REPOSITORY = Path(__file__).parents[2]
+_FIELD, _FLAG = re.compile(r"\w+"), re.compile(r"--[\w-]+")
+_COLOUR = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+_LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+@")
+_BYTE = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_ADDRESS = re.compile(rf"(?<![\w.-])(?!127\.|0\.0\.0\.0){_BYTE}(?:\.{_BYTE}){{3}}(?![\w-]|\.\w)")
 _IN = r"[^\s'\"`,;:()<>\[\]{}|=]"  # of a path without quotation marks
-_ROOT = r"(?:file://)?(?:(?:~[\w.-]*)?/|[A-Za-z]:[\\/]{1,2}|\\\\)(?=[\w.~@+-])"  # of an absolute path
+_ROOT = r"(?:file://[\w.-]*)?(?:(?:~[\w.-]*)?/{1,2}|[A-Za-z]:[\\/]{1,2}|\\\\)(?=[\w.~@+-])"  # absolute
 _PATHS = re.compile(
     rf"(?P<web>https?://{_IN}+)"
     rf"|(?P<quote>['\"`])(?P<quoted>(?:{_ROOT}|{PLACE}/)[^'\"`\n]+)(?P=quote)"
     rf"|(?:(?<![\w)\]}}%./<…*\\~])|(?<=\s-[A-Za-z])){_ROOT}{_IN}+"
-    rf"|(?<![\w./])(?:\.\.[/\\])+{_IN}*"
+    rf"|(?<![\w./])(?:\./)*(?:\.\.[/\\])+{_IN}*"
     rf"|(?<![\w/]){PLACE}/{_IN}+"
 )
 
@@ -49,10 +56,11 @@ class Neutral:
         self._name = _any_of(self._names, r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])", re.IGNORECASE)
 
     def text(self, text: str) -> str:
-        """Return a text of any kind, also of many lines."""
+        """Return a text of any kind, also of many lines; colours of a terminal go."""
+        text = _COLOUR.sub("", text)
         if self._path:
             text = self._path.sub(lambda found: self._paths[found[0]], text)
-        text = _PATHS.sub(_without_place, text)
+        text = _ADDRESS.sub(HOST, _PATHS.sub(_without_place, _LOGIN.sub(f"{USER}@", text)))
         return self._name.sub(lambda found: self._names[found[0].lower()], text) if self._name else text
 
     def command(self, command: str) -> str:
@@ -72,15 +80,19 @@ class Neutral:
             elif before and not word.startswith("-"):
                 found.append(before)
             elif flag.startswith("-") and equals:
-                found.append(f"{self.text(flag)}={self._word(value)}")
+                found.append(f"{flag if _FLAG.fullmatch(flag) else self.text(flag)}={self._word(value)}")
             else:
-                found.append(self._word(word))
+                found.append(word if _FLAG.fullmatch(word) else self._word(word))
         return shlex.join(found)
 
     def value(self, value: Any) -> Any:
-        """Return a nested value for JSON with every text in it neutral, keys too."""
+        """Return a nested value for JSON with every text in it neutral.
+
+        Keys too, but for names of fields: max_steps stays also where Max ran it.
+        """
         if isinstance(value, dict):
-            return {self.text(str(key)): self.value(item) for key, item in value.items()}
+            names = [key if _FIELD.fullmatch(key) else self.text(key) for key in map(str, value)]
+            return {name: self.value(item) for name, item in zip(names, value.values(), strict=True)}
         if isinstance(value, list):
             return [self.value(item) for item in value]
         return self.text(value) if isinstance(value, str) else value

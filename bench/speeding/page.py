@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from bench.records.marked import between, write_between
 from bench.speeding.rows import Row, derived
-from bench.speeding.table import compact, heading, verdict_cells
+from bench.speeding.table import compact, failure_of, heading, verdict_cells
 from bench.speeding.targets import CURVE, PARITY, latest_verdicts
 
 BEGIN, END = (
@@ -48,6 +48,7 @@ def tables(records: Records) -> str:
             _origin(data),
             *(_markdown(*table) for table in (_couplers(rows), _steps(rows)) if table[1]),
         ]
+        parts += [f"- {failure}\n" for failure in map(failure_of, rows) if failure]
         if data["left_out"]:
             parts.append(f"Left out for want of time: {'; '.join(data['left_out'])}.\n")
     return "\n".join(parts)
@@ -55,13 +56,15 @@ def tables(records: Records) -> str:
 
 def _origin(data: dict[str, Any]) -> str:
     environment, machine = data["environment"], data["machine"]
-    rates = ", ".join(f"{value / 1e12:,.3g} TFLOP/s in {precision}"
-                      for precision, value in machine["matrix_flops_per_second"].items())  # fmt: skip
     threads = f", {environment['threads']} threads" if environment["device_type"] == "cpu" else ""
+    device, measured = machine.get("device", "no device"), "nothing was measured"
+    if machine.get("copy_bytes_per_second"):
+        rates = ", ".join(f"{value / 1e12:,.3g} TFLOP/s in {precision}"
+                          for precision, value in machine["matrix_flops_per_second"].items())  # fmt: skip
+        measured = f"copies {machine['copy_bytes_per_second'] / 1e9:,.3g} GB/s, multiplies {rates}"
     return (
-        f"Job `{data['name']}`: **{machine['device']}**{threads}, torch {environment['packages']['torch']}, "
-        f"{data['start'][:10]}: copies {machine['copy_bytes_per_second'] / 1e9:,.3g} GB/s, multiplies "
-        f"{rates}. `{data['command']}`\n"
+        f"Job `{data['name']}`: **{device}**{threads}, torch {environment['packages']['torch']}, "
+        f"{data['start'][:10]}: {measured}. `{data['command']}`\n"
     )
 
 

@@ -22,10 +22,15 @@ PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
 
 
 def steps_plot(rows: Sequence[Row], device: str) -> Plot | None:
-    """Return the plot of what ``--whole-steps`` measured, or None where fewer than two E were timed."""
-    shown = [row for row in rows if row.case == STEPS and row.seconds and not row.error]
-    of_one = [row for row in shown if _but_experts(row) == _but_experts(shown[0])]
-    if len({row.experts for row in of_one}) < 2:
+    """Return the plot of what ``--whole-steps`` measured, or None where fewer than two E were timed.
+
+    Of several other sizes it shows the one with the most E.
+    """
+    shown = [row for row in rows if row.case == STEPS and row.seconds and not row.error and not row.wrong]
+    kinds = dict.fromkeys(map(_but_experts, shown))
+    of_each = [[row for row in shown if _but_experts(row) == kind] for kind in kinds]
+    of_one = max(of_each, key=_number_of_experts, default=[])
+    if _number_of_experts(of_one) < 2:
         return None
     names = list(dict.fromkeys(row.form for row in of_one))
     with plot_style():
@@ -46,6 +51,10 @@ def steps_plot(rows: Sequence[Row], device: str) -> Plot | None:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
     table = [[row.form, row.experts, row.tokens, *(value(row) for _, value in PANELS)] for row in of_one]
     return Plot(NAME, figure, COLUMNS, table)
+
+
+def _number_of_experts(rows: Sequence[Row]) -> int:
+    return len({row.experts for row in rows})
 
 
 def _but_experts(row: Row) -> tuple[object, ...]:

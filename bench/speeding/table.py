@@ -117,11 +117,19 @@ def heading(row: Row) -> str:
 
 def _notes(row: Row) -> list[str]:
     """Return what to know of a row: an error, a remark, a wrong result."""
-    name = f"{heading(row)}, {row.form}" if row.form else row.subject
-    texts = [text for text in (row.error, row.remark) if text]
-    if row.wrong:
-        texts.append(f"WRONG by {row.largest_difference:.0e}: its time does not count")
-    return [f"- {name}: {text}" for text in texts]
+    texts = [f"{_named(row)}: {row.remark}"] if row.remark else []
+    return [f"- {text}" for text in (*texts, failure_of(row)) if text]
+
+
+def failure_of(row: Row) -> str:
+    """Return why a row's time does not count: an error or a wrong result; empty where it does."""
+    wrong = f"WRONG by {row.largest_difference:.0e}: its time does not count" if row.wrong else ""
+    why = "; ".join(filter(None, (row.error, wrong)))
+    return f"{_named(row)}: {why}" if why else ""
+
+
+def _named(row: Row) -> str:
+    return f"{heading(row)}, {row.form}" if row.form else row.subject
 
 
 def _print_curve(rows: Sequence[Row], console: Console) -> None:
@@ -145,7 +153,7 @@ def _print_parity(rows: Sequence[Row], console: Console) -> None:
 
 def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
     """Print the targets: what was measured, what was asked for, whether it is met; then what was not."""
-    measured = [one for one in verdicts if one.value is not None]
+    measured = [one for one in verdicts if one.value is not None or one.failed]
     console.print("\ntargets", style="bold")
     table = PlainTable()
     for column, justify in (("", "left"), ("measure", "left"), ("measured", "right"), ("target", "right"),

@@ -46,6 +46,8 @@ class Verdict:
     how: str = ""
     job: str = ""
     """Name of the record that it is from, where there are several."""
+    failed: bool = False
+    """No number, since a form that it needs failed, or computes something else."""
 
     @property
     def met(self) -> bool | None:
@@ -58,7 +60,7 @@ class Verdict:
     def words(self) -> str:
         """Met, or by which share of the target it is missed."""
         if self.value is None:
-            return "not measured"
+            return "failed" if self.failed else "not measured"
         if self.met:
             return "met"
         share = self.value / self.target.limit
@@ -70,19 +72,27 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """Return every target with what the rows say of it: CPU targets by CPU rows, GPU ones by CUDA rows."""
     found = []
     for device, targets in (("cpu", CPU_TARGETS), ("cuda", GPU_TARGETS)):
-        by_name = {(row.case, row.form): row for row in rows if row.device == device and not row.error}
+        by_name = {(row.case, row.form): row for row in rows if row.device == device}
         for target in targets:
-            measured = target.value(lambda case, form, by_name=by_name: by_name.get((case, form)))
-            value, how = measured or (None, "")
-            found.append(Verdict(target, device, value, how))
+            broken: list[Row] = []
+
+            def find(case: str, form: str, by_name=by_name, broken=broken) -> Row | None:
+                row = by_name.get((case, form))
+                if row is None or not (row.error or row.wrong):
+                    return row
+                broken.append(row)
+                return None
+
+            value, how = target.value(find) or (None, "")
+            found.append(Verdict(target, device, value, how, failed=value is None and bool(broken)))
     return found
 
 
 def latest_verdicts(records: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> list[Verdict]:
-    """Return every target as the last of the records that measured it says; no figure mixes two records."""
+    """Return every target as the last of the records that tried it says; no figure mixes two records."""
     found = verdicts([])
     for data, rows in sorted(records, key=lambda record: record[0]["start"]):
-        found = [replace(new, job=data["name"]) if new.value is not None else old
+        found = [replace(new, job=data["name"]) if new.value is not None or new.failed else old
                  for old, new in zip(found, verdicts(rows), strict=True)]  # fmt: skip
     return found
 
@@ -92,7 +102,7 @@ def not_measured(verdicts: Sequence[Verdict]) -> str:
     parts = []
     for device, suite in (("cpu", "cpu"), ("cuda", "gpu")):
         own = [one for one in verdicts if one.device == device]
-        missing = [one for one in own if one.value is None]
+        missing = [one for one in own if one.value is None and not one.failed]
         if missing:
             partly = {one.target.name for one in own if one.value is not None}
             texts = [one.target.name + (f" {one.target.measure}" if one.target.name in partly else "")

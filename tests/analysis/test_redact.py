@@ -151,6 +151,20 @@ def test_the_report_of_it_has_the_same_tables_and_verdicts(study, tmp_path):
     assert "when 25 of 25 runs had started" in after["summary.md"], "the run that was set aside still counts"
 
 
+def test_the_host_that_ran_it_is_hidden_on_another(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("platform.node", lambda: "x")
+    for number, hide in enumerate(([], ["--hide", HOST, DOMAIN])):
+        assert main([str(study), "--redact", str(tmp_path / f"{number}"), *hide]) == 0
+    texts = [b"".join(gzip.decompress(data) if name.endswith(".gz") else data for name, data in files.items())
+             for files in (bytes_of(tmp_path / "0"), bytes_of(tmp_path / "1"))]  # fmt: skip
+    assert [HOST.encode() in text for text in texts] == [True, False]
+    assert b"example.org" not in texts[1]
+    with pytest.raises(SystemExit) as stopped:
+        main([str(study), "--hide", HOST])
+    assert stopped.value.code == 2
+    assert "--hide is of --redact" in capsys.readouterr().err
+
+
 def test_verify_adds_the_sums_of_articles_up(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("platform.node", lambda: "x")
     out = tmp_path / "out"
@@ -218,6 +232,25 @@ def test_a_damaged_file_is_named_and_nothing_is_written(study, tmp_path, capsys,
     assert stopped.value.code == 2
     assert f"{run.name}/{name}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_losses_without_their_articles_are_named(study, tmp_path, capsys):
+    run = runs_of(study, "mean")[2]
+    np.savez(run / "nll.npz", validation_nll=read_arrays(run / "nll.npz")["validation_nll"])
+    with pytest.raises(SystemExit) as stopped:
+        main([str(study), "--redact", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert f"{run.name}/nll.npz is damaged: no articles of validation" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_of_the_report_stays_behind(study, tmp_path):
+    """A copy that a user made: its name would be published, and no report reads it."""
+    for copy in (study / f"mine at {HOST}", study / f"mine.at {HOST}"):
+        copy.mkdir()
+        (copy / "record.json").write_bytes((runs_of(study, "mean")[0] / "record.json").read_bytes())
+    redact_study(study, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if HOST in path.name]
+    assert HOST not in (tmp_path / "out" / "redacted.json").read_text()
 
 
 def test_a_history_that_was_damaged_since_is_named(study, tmp_path):

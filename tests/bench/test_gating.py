@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from bench import gating
 from bench.gate import CHECKS
@@ -136,3 +139,25 @@ def test_a_sweep_asks_for_it(monkeypatch, tmp_path, small_data_dir):
 
 class _Done:
     exit_status = 0
+
+
+@pytest.mark.parametrize(("fit_shape", "alone"), [(True, True), (False, False)])
+def test_a_fitted_length_and_a_run_of_several_ranks_are_checked(monkeypatch, fit_shape, alone):
+    """The length is not in the identity that seeds share, and all ranks must do the same."""
+    monkeypatch.setattr(gating, "_other_seeds", lambda _: pytest.fail("looked for another seed's verdict"))
+    monkeypatch.setattr(gating, "run_gate", lambda *_, **__: "its own")
+    config = SimpleNamespace(
+        memory=SimpleNamespace(fit_shape=fit_shape), model=SimpleNamespace(coupler_type="mean"),
+        places=SimpleNamespace(reuse_gate=True), training=SimpleNamespace(seed=0),
+    )  # fmt: skip
+    prepared: Any = SimpleNamespace(config=config, ranks=SimpleNamespace(alone=alone), model_config=None,
+                                    device=torch.device("cpu"))  # fmt: skip
+    assert gating.gate_of(prepared, {}) == "its own"
+
+
+@pytest.mark.parametrize("gate", [{"passed": True}, {"passed": True, "checks": dict.fromkeys(CHECKS)}])
+def test_a_record_whose_verdict_is_damaged_is_passed_over(run, tmp_path, gate):
+    first, _ = run("--seed", "0", REUSE)
+    (path,) = (tmp_path / "results").glob(f"*/{first['run_id']}/record.json")
+    path.write_text(json.dumps(first | {"gate": gate}))
+    assert run("--seed", "1", REUSE)[1] == 1

@@ -157,6 +157,25 @@ class TestSteps:
         assert row.error is not None
         assert "is wrong" in row.error
 
+    def test_a_step_is_held_against_the_first_of_its_own_model(self, machine, monkeypatch):
+        """Compiled against eager, say: of one that computes something else the time does not count."""
+
+        def something_else(model):
+            plain = model.head.loss
+            model.head.loss = lambda *tensors: 1.01 * plain(*tensors)
+
+        monkeypatch.setattr("bench.speeding.step_rows.hold_all_logits", something_else)
+        eager, of_gnn = executed("loop", "fp32"), replace(SMALL, coupler_type="GNN")
+        variants = [
+            Variant("mean", eager, config=replace(SMALL, coupler_type="mean")),
+            Variant("GNN", eager, config=of_gnn),
+            Variant("GNN, otherwise", eager, plain_head=True, config=replace(of_gnn)),
+        ]
+        rows = step_rows("steps", variants, SMALL, 2, machine, rounds=1)
+        assert [(row.form, row.wrong, row.error) for row in rows] == [
+            ("mean", False, None), ("GNN", False, None), ("GNN, otherwise", True, None),
+        ]  # fmt: skip
+
 
 def measured(jobs, tmp_path) -> SpeedRecord:
     record = SpeedRecord(tmp_path, "made", {"what": "made", "command": "x", "environment": {}})
@@ -261,7 +280,7 @@ class TestCommand:
             assert row.flops == 3 * own
             assert row.peak_bytes is not None
             assert row.peak_bytes > 4 * sum(part.numel() * 4 for part in GNNMoEModel(config).parameters())
-            assert row.largest_difference is None
+            assert row.largest_difference == 0, "held against itself, not against the other model"
         assert {path.name for path in folder.glob("steps.*")} == {"steps.svg", "steps.png", "steps.csv"}
         assert "step, E 5, D 8, B 2, L 4, fp32, cpu" in capsys.readouterr().out
 

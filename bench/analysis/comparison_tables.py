@@ -174,11 +174,16 @@ def _notes(comparison: Comparison) -> list[str]:
         f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
         f"coupler, {_timed(comparison)}.",
     ]
-    codes = mixed_code(comparison.group.runs)
-    if len(codes) > 1:
-        found = ", ".join(f"{text[:12]} ({counted(count, 'run')})" for text, count in codes.items())
-        notes.append(f"{OLD_CODE} some runs of this row are of another code than most: {found}.")
+    if codes := code_words(comparison):
+        notes.append(f"{OLD_CODE} some runs of this row are of another code than most: {codes}.")
     return notes
+
+
+def code_words(comparison: Comparison) -> str:
+    """Return the states of the code that made the runs, with how many each; empty where there is one."""
+    codes = mixed_code(comparison.group.runs)
+    words = ", ".join(f"{text[:12]} ({counted(count, 'run')})" for text, count in codes.items())
+    return words if len(codes) > 1 else ""
 
 
 def _timed(comparison: Comparison) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from bench.analysis.comparison import Row
-from bench.analysis.comparison_tables import reference_lines
+from bench.analysis.comparison_tables import code_words, reference_lines
 from bench.analysis.numbers import mebibytes, millions, number, p_value, percent, perplexities, signed, span
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.report import Report, Section
@@ -58,7 +58,10 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
     """
     parts = [f"{report.headline()}.", *(f"**{warning}**" for warning in report.warnings())]
     for section in report.sections:
-        parts += [f"{section.comparison.group.setting.words()}.", _table(section)]
+        parts.append(f"{section.comparison.group.setting.words()}.")
+        if codes := code_words(section.comparison):
+            parts.append(f"States of the code: {codes}.")
+        parts.append(_table(section))
     if answers and report.answers:
         said = [f"- {found.hypothesis.statement}: **{found.kind}**{found.words().removeprefix(found.kind)}"
                 for found in report.answers]  # fmt: skip

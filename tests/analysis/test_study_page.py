@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from bench.analysis.study_page import TABLE, WHOLE, marks, study_markdown, with_
 from bench.report import main
 from bench.sweeps.hypotheses import Hypothesis, state
 from tests.analysis._made_studies import made_study
+from tests.analysis.test_study import runs_of
 
 REPOSITORY = Path(__file__).parents[2]
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -66,6 +68,18 @@ def test_a_page_may_have_the_table_alone_or_both(tmp_path):
     assert both.count("| GNN") == 2
     assert both.count("GNN is better") == 1
     assert "old" not in both
+
+
+def test_several_states_of_the_code_are_named(tmp_path):
+    study = made_study(tmp_path / "made", {"mean": 0.0, "GNN": 0.03}, seeds=6, history=2)
+    assert "States of the code" not in study_markdown(load_report(study))
+    run = runs_of(study, "GNN")[0]
+    record = json.loads((run / "record.json").read_text())
+    before = record["environment"]["code_sha256"]
+    record["environment"]["code_sha256"] = "5" * 64
+    (run / "record.json").write_text(json.dumps(record))
+    text = study_markdown(load_report(study))
+    assert f"States of the code: {before[:12]} (11 runs), {'5' * 12} (1 run)." in text
 
 
 def test_written_again_it_is_the_same(tmp_path):

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from bench.analysis.report import load_report
+from bench.analysis.report_files import text_files
+from bench.analysis.study_page import study_markdown
 from bench.speeding.record import FILE, read_record
 from bench.speeding.rows import Row
 from examples import five_facts
 
 REPOSITORY = Path(__file__).parents[2]
 PAGE = (REPOSITORY / "docs" / "findings.md").read_text(encoding="utf-8")
-SPEED = REPOSITORY / "results" / "reference" / "speed"
+REFERENCE = REPOSITORY / "results" / "reference"
+SPEED = REFERENCE / "speed"
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -57,3 +61,18 @@ def test_the_table_by_the_number_of_experts_is_that_of_the_record():
         cells = [f"{(row.peak_bytes or 0) / 2**20:,.0f}" for row in four]
         cells += [f"{len(row.seconds) * row.tokens / sum(row.seconds):,.0f}" for row in four]
         assert f"| {experts} | {' | '.join(cells)} |" in PAGE
+
+
+def test_every_figure_of_an_answer_is_in_a_committed_study():
+    """Signed and decimal numbers: in a report's text, or one of those that the other tests here recompute."""
+    answers = PAGE.split("## 2. What is asked")[1].split("### By the number of experts")[0]
+    reports = [load_report(REFERENCE / name) for name in ("reference-cpu", "baseline")]
+    said = "\n".join(text_files(report)["summary.md"] + study_markdown(report) for report in reports)
+    [memory] = [found for found in reports[0].answers if found.hypothesis.quantity == "peak_memory"]
+    assert "peak memory of a step −5.88 %" in memory.words()  # 5.9 in the answer
+    assert all(text in said for text in ("21.49 M", "22.01 M", "22.54 M", "23.59 M"))  # 21.5, 0.5, 0.5, 23.6
+    elsewhere = {"92.0", "14.5", "21.3", "5.15", "8.00", "5.9", "0.5", "21.5", "23.6"}
+    figures = set(re.findall(r"[+−]\d+(?:\.\d+)?|\d+\.\d+", answers))
+    missing = {figure for figure in figures - elsewhere if figure not in said}
+    assert len(figures) > 40
+    assert not missing

@@ -123,3 +123,10 @@ def test_every_study_on_a_page_of_ours_follows_from_its_committed_records(path):
     for name in re.findall(rf"<!-- begin of (?:{WHOLE}|{TABLE}) bench\.report (\S+) --page writes -->", text):
         again = f"python -m bench.report {name} --results-dir results/reference --page {path.name}"
         assert with_study(text, load_report(REFERENCE / name)) == text, f"write it again: {again}"
+
+
+@pytest.mark.parametrize(("page", "part"), [("README.md", TABLE), ("docs/findings.md", WHOLE)])
+def test_the_reference_study_is_on_the_pages(page, part):
+    begin, end = marks("reference-cpu", part)
+    found = (REPOSITORY / page).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
+    assert found.count("\n| ") == 1 + 13 + 2  # headings, arms, reference lines

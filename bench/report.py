@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(config: ReportConfig, console: Console) -> int:
     """Make, show and write a report, or verify the one that is there."""
     from bench.analysis.find import the_study
-    from bench.analysis.report_files import PAGE, problems_of, read_options, runs_with_losses, write_report
+    from bench.analysis.report_files import PAGE, write_report
     from bench.analysis.report_show import print_report
 
     path = the_study(config.study, config.results_dir)
@@ -147,16 +147,12 @@ def report(config: ReportConfig, console: Console) -> int:
         return 0
     folder = config.out or path / "report"
     if config.verify:
-        options = read_options(folder)
+        from bench.analysis.verify import verify
+
         with console.status("recomputing …"):
-            made = _make(path, options)
-            options.setdefault("files", {})
-            problems = problems_of(made, options, folder)
-            losses = runs_with_losses(made)
+            problems, what = verify(path, folder, lambda found: _make(path, found or _options(config, path)))
         for problem in problems:
             console.print(f"differs: {problem}", markup=False, soft_wrap=True)
-        what = f"{len(options['files'])} files of {folder}, from {len(made.study.runs):,} records "
-        what += f"({losses:,} of them against the losses of their tokens)"
         console.print(f"{'NOT verified' if problems else 'verified'}: {what}", markup=False, soft_wrap=True)
         return 1 if problems else 0
     options = _options(config, path)

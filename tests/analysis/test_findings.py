@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -76,3 +78,16 @@ def test_every_figure_of_an_answer_is_in_a_committed_study():
     missing = {figure for figure in figures - elsewhere if figure not in said}
     assert len(figures) > 40
     assert not missing
+
+
+def test_the_table_of_learning_rates_is_that_of_the_records():
+    found: dict[str, dict[float, str]] = {}
+    for path in (REFERENCE / "reference-learning-rate").glob("*/record.json"):
+        record = json.loads(path.read_text())
+        scored, config = record["quality"]["validation"], record["config"]
+        perplexity = f"{math.exp(scored['nll_sum'] / scored['tokens']):.1f}"
+        by_rate = found.setdefault(config["model"]["coupler_type"], {})
+        by_rate[config["training"]["learning_rate"]] = perplexity
+    assert found.keys() == {"mean", "gate", "GNN", "HGNN", "attention"}
+    for name, by_rate in found.items():
+        assert f"| {name} | {by_rate[8e-3]} | {by_rate[4e-3]} | {by_rate[2e-3]} |" in PAGE

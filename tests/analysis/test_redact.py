@@ -180,6 +180,22 @@ def test_verify_adds_the_sums_of_articles_up(study, tmp_path, monkeypatch, capsy
     assert f"differs: run {run.name}: " in capsys.readouterr().out
 
 
+def test_what_is_published_is_verified_without_a_report_by_the_hash_of_every_file(study, tmp_path, capsys):
+    out = tmp_path / "out"
+    redact_study(study, out)
+    assert main([str(out), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert f"verified: {len(bytes_of(out)) - 1} published files of {out}, from 24 records (23 of them" in said
+    log, history = (next(out.glob(f"*/{name}")) for name in ("log.txt", PACKED_HISTORY))
+    log.write_text("another\n")
+    history.unlink()
+    assert main([str(out), "--verify"]) == 1
+    said = capsys.readouterr().out
+    assert f"differs: {log.relative_to(out)} is not what was published" in said
+    assert f"differs: {history.relative_to(out)} is missing" in said
+    assert said.count("differs: ") == 2
+
+
 def test_the_record_keeps_the_hash_of_the_losses_left_out(study, tmp_path):
     redact_study(study, tmp_path / "out")
     run = runs_of(study, "mean")[0]

@@ -149,13 +149,14 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
     if not suites:
         from bench.device import resolve_device
         from bench.speeding.curve import VOCABULARY
-        from bench.speeding.form_jobs import form_jobs, step_jobs
+        from bench.speeding.form_jobs import form_jobs
         from bench.training.execution import Execution
 
         execution = Execution(config.execution(), resolve_device(config.device))  # refuses what it cannot do
-        jobs_of, words = (step_jobs, VOCABULARY) if config.whole_steps else (form_jobs, 1)
-        jobs = jobs_of(config.model.resolved(words), config.couplers, config.sizes, config.batch_size,
-                       config.precision, config.rounds, compile_mode)  # fmt: skip
+        words = VOCABULARY if config.whole_steps else 1
+        jobs = form_jobs(config.model.resolved(words), config.couplers, config.sizes, config.batch_size,
+                         config.precision, config.rounds, compile_mode,
+                         whole_steps=config.whole_steps)  # fmt: skip
         yield config.couplers or config.model.coupler_type, jobs, execution.device
     if "cpu" in suites:
         from bench.speeding.cpu_suite import cpu_jobs

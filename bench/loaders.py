@@ -6,6 +6,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,3 +121,19 @@ def order_of(loader: BlockLoader) -> dict[str, Any] | None:
         "blocks_by_epoch": curriculum.to_record()["blocks_by_epoch"],
         "order_sha256": hashlib.sha256(order).hexdigest(),
     }
+
+
+def scorer_identity(training: TrainingConfig) -> str | None:
+    """Return what decides the order of a curriculum besides the seed; None without a curriculum.
+
+    ``rarity``; ``model:`` and the sha256 of the checkpoint; or ``random``, where that file is missing.
+    """
+    if training.curriculum is None:
+        return None
+    kind, _, path = training.curriculum.partition(":")
+    if kind != "model":
+        return kind
+    if not path or not Path(path).is_file():
+        return "random"
+    with Path(path).open("rb") as file:
+        return f"model:{hashlib.file_digest(file, 'sha256').hexdigest()}"

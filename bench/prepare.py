@@ -15,9 +15,15 @@ from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import BlockLoader
 from bench.data.sources import known_as
 from bench.gate import refuse_wrong_names
-from bench.loaders import make_loaders, order_of, refuse_curriculum_without_epochs, validate_first_batches
+from bench.loaders import (
+    make_loaders,
+    order_of,
+    refuse_curriculum_without_epochs,
+    scorer_identity,
+    validate_first_batches,
+)
 from bench.memory_checks import refuse_wrong_flags, refuse_wrong_sizes
-from bench.records.schema import config_dict, identity, run_id
+from bench.records.schema import config_dict, configuration_id, identity, run_id
 from bench.records.store import ReadOnlyFolder, RunFolder, check_writable
 from bench.training.execution import Execution
 from bench.training.micro_batches import accumulations
@@ -41,6 +47,8 @@ class Prepared:
     run_id: str
     identity: dict[str, Any]
     """Everything that can change one of the run's numbers; the run_id is its hash."""
+    configuration: str
+    """What all seeds of the run's configuration share: ``configuration_id``."""
     seconds: dict[str, float]
     ranks: Ranks = ALONE
     """The processes that share each of its batches."""
@@ -91,7 +99,10 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
         config.places.results_dir, config.places.study, name
     )
     seconds = {"prepare": time.perf_counter() - start}
-    return Prepared(config, model_config, execution, corpus, loaders, folder, name, known_by, seconds, ranks)
+    shared = configuration_id(known_by, scorer_identity(config.training))
+    return Prepared(
+        config, model_config, execution, corpus, loaders, folder, name, known_by, shared, seconds, ranks
+    )
 
 
 class Identifier:

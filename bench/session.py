@@ -74,7 +74,8 @@ class Session:
         self.seconds = dict(prepared.seconds)
         self.started = time.perf_counter()
         self.record: Record = new_record(
-            run_id=prepared.run_id, study=config.places.study, run_name=config.places.run_name,
+            run_id=prepared.run_id, configuration=prepared.configuration,
+            study=config.places.study, run_name=config.places.run_name,
             status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
             environment=describe_environment(prepared.device, config.model.coupler_type)
             | {"world_size": prepared.ranks.world_size, "backend": prepared.ranks.backend},

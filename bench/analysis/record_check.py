@@ -64,7 +64,7 @@ def check_record(record: Any) -> None:
     missing = [key for key in KEYS if key not in place.fields()]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}: it is of another schema")
-    for name in ("run_id", "status", "command"):
+    for name in ("run_id", "configuration", "status", "command"):
         place[name].text()
     for name in ("error", "run_name"):
         place[name].text(optional=True)

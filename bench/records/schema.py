@@ -15,8 +15,8 @@ from bench.measure.quantity import not_measured
 SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning
 STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "gate_failed", "interrupted")
 KEYS = (
-    "schema_version", "run_id", "study", "run_name", "status", "error", "command", "config", "seed",
-    "environment", "data", "time", "parameters", "flops", "requested", "tuned", "used", "quality",
+    "schema_version", "run_id", "configuration", "study", "run_name", "status", "error", "command", "config",
+    "seed", "environment", "data", "time", "parameters", "flops", "requested", "tuned", "used", "quality",
     "speed", "memory", "gate", "communication",
 )  # fmt: skip
 
@@ -117,3 +117,16 @@ def _schedule(training: TrainingConfig) -> str | None:
 def run_id(identity: dict[str, Any]) -> str:
     """Return 12 hex digits that name a run by its identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def configuration_id(identity: dict[str, Any], scorer: str | None = None) -> str:
+    """Return 12 hex digits that all seeds of one configuration share: the run_id without the seed.
+
+    A curriculum orders other blocks at another seed, so it counts by its ``scorer`` (see
+    ``bench.loaders.scorer_identity``) and not by the order it gives.
+    """
+    training = {name: value for name, value in identity["training"].items() if name != "seed"}
+    if training["curriculum"] is not None:
+        blocks = training["curriculum"]["blocks_by_epoch"]
+        training["curriculum"] = {"blocks_by_epoch": blocks, "scorer": scorer}
+    return run_id({**identity, "training": training})

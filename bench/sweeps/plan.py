@@ -12,8 +12,9 @@ import torch
 from bench.config import DEFAULT_MAX_STEPS, RunConfig
 from bench.device import resolve_device
 from bench.flags import as_flags, config_of, resolved
+from bench.loaders import scorer_identity
 from bench.measure.expected import Training
-from bench.records.schema import config_dict, run_id
+from bench.records.schema import config_dict, configuration_id, run_id
 from bench.records.store import RunFolder
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, Matched, reference_for
@@ -110,6 +111,8 @@ class _Made:
     config: dict[str, Any]
     """As a record holds it; the seed is the first run's."""
     data: dict[str, Any]
+    shared: str
+    """What its runs share: ``configuration_id``."""
     by_seed: bool
     """Whether more than the seed itself depends on the seed."""
 
@@ -119,7 +122,7 @@ class _Made:
         arguments = tuple(as_flags({**self.flags, "seed": seed}))
         label = f"{self.configuration.label} · seed {seed}"
         config = {**self.config, "training": {**self.config["training"], "seed": seed}}
-        known = {"seed": seed, "config": config, "data": self.data}
+        known = {"seed": seed, "configuration": self.shared, "config": config, "data": self.data}
         return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known)
 
 
@@ -163,10 +166,11 @@ def _make(
     total = None if per_token is None else per_token * tokens
     training = Training(model, config, device)
     configuration = Configuration(_label(request, varying), flags, cost, training, off_by, per_token)
-    by_seed = config.training.curriculum is not None
     return _Made(
-        configuration, flags, identity, total, steps, config_dict(config), corpus.to_record(), by_seed
-    )
+        configuration, flags, identity, total, steps, config_dict(config), corpus.to_record(),
+        shared=configuration_id(identity, scorer_identity(config.training)),
+        by_seed=config.training.curriculum is not None,
+    )  # fmt: skip
 
 
 def _training_steps(config: RunConfig, corpus: Any) -> int:

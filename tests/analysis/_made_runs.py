@@ -28,12 +28,13 @@ def made_run(folder: Path, coupler: str = "HGNN", steps: int = STEPS, **changes:
         "tokens": TOKENS,
         "unigram_nll_sum": 341.25,
         "kneser_ney_trigram_nll_sum": 273.0,
+        "unknown_words": 0,
         "length": 16,
         "stride": 8,
     }
     known = {
-        "run_id": "0123456789ab", "study": "made", "run_name": "made", "status": "ok", "seed": 3,
-        "command": "",
+        "run_id": "0123456789ab", "configuration": "ba9876543210", "study": "made",
+        "run_name": "made", "status": "ok", "seed": 3, "command": "",
         "config": {"model": model, "training": {"max_grad_norm": 1.0}}, "data": {"source": "folder"},
         "parameters": {"total": 1000, "expert": 600, "coupler": 150, "other": 250},
         "quality": {"validation": validation, "test": not_measured("not asked for"), "best_step": steps},

@@ -118,10 +118,13 @@ def _status(failed: Mapping[Any, str], key: str, experts: int, seed: int) -> str
 def _write(folder: Path, made: Made, number: int, base: Record, plan: Plan) -> None:
     identity = json.dumps([made.config["model"], made.config["training"], plan.embedded], sort_keys=True)
     run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    seedless = json.dumps([made.config["model"], {**made.config["training"], "seed": None}, plan.embedded],
+                          sort_keys=True)  # fmt: skip
     path = folder / run_id
     path.mkdir()
     record = base | {
-        "run_id": run_id, "study": folder.name, "status": made.status, "config": made.config,
+        "run_id": run_id, "configuration": hashlib.sha256(seedless.encode()).hexdigest()[:12],
+        "study": folder.name, "status": made.status, "config": made.config,
         "seed": made.seed, "parameters": _parameters(made), "flops": _flops(made),
         "command": f"python -m bench.run --coupler-type={made.coupler!r} --seed={made.seed}",
         "quality": _quality(made, plan), "speed": _speed(made, plan), "memory": _memory(made, plan),
@@ -219,7 +222,7 @@ def _flops(made: Made) -> dict[str, float]:
 def _quality(made: Made, plan: Plan) -> dict[str, Any]:
     def split(loss: float) -> dict[str, Any]:
         return {"nll_sum": loss * plan.tokens, "tokens": plan.tokens, "words": plan.tokens,
-                "bytes": 5 * plan.tokens, "unigram_nll_sum": UNIGRAM * plan.tokens,
+                "unknown_words": 0, "bytes": 5 * plan.tokens, "unigram_nll_sum": UNIGRAM * plan.tokens,
                 "kneser_ney_trigram_nll_sum": TRIGRAM * plan.tokens, "length": LENGTH,
                 "stride": LENGTH // 2}  # fmt: skip
 

@@ -173,6 +173,8 @@ class PlacesConfig:
     """auto: CUDA where there is one, else the CPU."""
     force: bool = False
     """Run again what is finished; the earlier record is kept as run_id.1."""
+    keep_stale: bool = False
+    """Keep a finished run that other code made, and continue one, instead of running it again."""
     resume: bool = False
     """Continue this run where it was interrupted."""
     resume_checkpoint: Path | None = None

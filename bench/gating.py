@@ -17,7 +17,7 @@ from bench.records.store import RunFolder
 from gnnmoe.couplers import coupler_class
 
 SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themselves
-OF_COMMITS = ("git_commit", "git_changes_sha256")  # code_sha256 says what they say of what is run
+OF_COMMITS = ("git_commit", "git_changes_sha256")  # the hashes of the code say what they say of a run
 
 
 def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
@@ -44,7 +44,7 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
 
 
 def _is_ours(coupler: str) -> bool:
-    """Whether all that a coupler is made of is in this package, whose files ``code_sha256`` holds."""
+    """Whether all that a coupler is made of is in this package, whose files the hashes of the code cover."""
     names = [base.__module__.partition(".")[0] for base in coupler_class(coupler).__mro__]
     return set(names) <= {gnnmoe.__name__, "torch", "builtins", "abc", "typing"}
 

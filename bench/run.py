@@ -95,6 +95,7 @@ def _look(
     """
     from bench import existing
 
+    existing.refuse_another_class(prepared)
     stack.enter_context(prepared.folder.locked())
     record, state = existing.finished_record(prepared, reporter), None
     if record is None:

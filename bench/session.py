@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -67,6 +68,8 @@ class Session:
         interruption: Interruption,
         state: dict[str, Any] | None = None,
     ) -> None:
+        if state is not None:  # continued by --keep-stale: the record says which code began the run
+            prepared = replace(prepared, code=state["code"])
         self.prepared, self.reporter = prepared, reporter
         self.interruption, self.state = interruption, state
         self.tracker = Tracker(prepared)
@@ -77,7 +80,7 @@ class Session:
             run_id=prepared.run_id, configuration=prepared.configuration,
             study=config.places.study, run_name=config.places.run_name,
             status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
-            environment=describe_environment(prepared.device, config.model.coupler_type)
+            environment=describe_environment(prepared.device, prepared.code)
             | {"world_size": prepared.ranks.world_size, "backend": prepared.ranks.backend},
             data=prepared.corpus.to_record() | {"training_blocks": _subset(prepared)},
             tuned=not_measured("no batch-size search was asked for"),

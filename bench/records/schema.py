@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
 from bench.data.schedule import BatchSchedule
 from bench.measure.quantity import not_measured
+from gnnmoe.config import GNNMoEConfig
 
 SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning
 STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "gate_failed", "interrupted")
@@ -21,6 +22,18 @@ KEYS = (
 )  # fmt: skip
 
 Record = dict[str, Any]
+
+
+class Identified(NamedTuple):
+    """What makes a config the run that it is."""
+
+    identity: dict[str, Any]
+    model: GNNMoEConfig
+    corpus: Any
+    configuration: str
+    """What all its seeds share: ``configuration_id``."""
+    code: dict[str, str]
+    """The hashes of the code that would run: ``bench.measure.code.code_hashes``."""
 
 
 def new_record(**known: Any) -> Record:

@@ -20,10 +20,10 @@ from gnnmoe.naming import unknown_name
 
 @dataclass(frozen=True)
 class LoadedFile:
-    """The module made from a file, and the sha256 of the bytes that it was made from."""
+    """The module made from a file, and the bytes that it was made from."""
 
     module: ModuleType
-    sha256: str
+    source: bytes
 
 
 _FILES: dict[Path, LoadedFile] = {}
@@ -59,13 +59,9 @@ def is_file(text: str) -> bool:
     return text.rpartition(":")[0].endswith(".py")
 
 
-def file_name(text: str) -> str:
-    """Return what names the class of a file wherever that lies: ``Class@`` and 12 digits of its sha256.
-
-    Raises:
-        ValueError: as ``class_by_path``.
-    """
-    return f"{text.rpartition(':')[2]}@{_file(text).sha256[:12]}"
+def executed_source(module: str) -> bytes | None:
+    """Return the bytes that a module from a coupler's file was made from, None for any other module."""
+    return next((loaded.source for loaded in _FILES.values() if loaded.module.__name__ == module), None)
 
 
 def _imported(module_name: str, text: str) -> ModuleType:
@@ -88,10 +84,9 @@ def _file(text: str) -> LoadedFile:
         ) from None
     except OSError as error:
         raise ValueError(f"coupler {text!r}: {path} cannot be read: {error.strerror}.") from error
-    sha256 = hashlib.sha256(source).hexdigest()
     known = _FILES.get(path)
-    if known is None or known.sha256 != sha256:
-        _FILES[path] = known = LoadedFile(_executed(path, source, text), sha256)
+    if known is None or known.source != source:
+        _FILES[path] = known = LoadedFile(_executed(path, source, text), source)
     return known
 
 

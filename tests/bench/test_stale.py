@@ -150,8 +150,9 @@ def test_a_file_counts_with_the_modules_that_it_imports_wherever_it_lies(tmp_pat
         (tmp_path / name).write_text("x = 1\n")
     (tmp_path / "parts_of_mine" / "maps.py").write_text("from . import inner\n")
     mine = tmp_path / "mine.py"
-    mine.write_text("import torch, numpy\nfrom parts_of_mine.maps import inner\n" + COUPLER.replace(
-        "    def forward", "    def other(self):\n        import beside_mine\n\n    def forward"))  # fmt: skip
+    lazily = "    def other(self):\n        import beside_mine\n\n    def forward"
+    source = COUPLER.replace("    def forward", lazily)
+    mine.write_text(f"import torch, numpy\nfrom parts_of_mine.maps import inner\n{source}")
     seen = [hash_of(f"{mine}:NormCoupler")]
     for name in ("parts_of_mine/__init__.py", "parts_of_mine/inner.py", "beside_mine.py"):
         (tmp_path / name).write_text("x = 2  # edited\n")
@@ -226,9 +227,8 @@ def test_a_change_of_the_project_makes_every_run_stale_and_no_hash_makes_none(ti
     assert look(made.runs[0], frozenset(), force=False).flags == ("--force",)
     assert look(made.runs[0], frozenset(), False, keep_stale=True).flags is None
 
-    published = {
-        name: value for name, value in first["environment"].items() if not name.endswith("er_sha256")
-    }
+    hashes = ("coupler_sha256", "project_sha256")
+    published = {name: value for name, value in first["environment"].items() if name not in hashes}
     path.write_text(json.dumps(first | {"environment": published}))
     assert plan(tiny).configurations[0].stale == [None]
     assert look(plan(tiny).runs[0], frozenset(), force=False).flags is None

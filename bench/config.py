@@ -146,6 +146,8 @@ class MeasureConfig:
     """Also time the same model with the mean coupler, in turn with this one: what the coupler alone costs."""
     profile: bool = False
     """Also write a profiler's trace (on CUDA also a snapshot of the memory) into the run's folder."""
+    audit: Literal["sample", "full"] = "sample"
+    """Score one batch in ten again at the end with later tokens replaced, or all: no loss may move."""
     allow_failed_gate: bool = False
     """Train a coupler that fails the gate all the same; the record says gate_failed."""
 

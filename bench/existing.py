@@ -43,7 +43,9 @@ def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
     measured = record["config"]["measure"]
     for name in ("marginal", "profile"):
         if getattr(config.measure, name) and not measured.get(name):
-            reporter.console.print(f"note: it was made without --{name}; --force runs it again with it")
+            say(f"note: it was made without --{name}; --force runs it again with it")
+    if config.measure.audit == "full" and measured.get("audit") != "full":
+        say("note: one batch in ten was audited; --force runs it again and audits all")
     return record
 
 

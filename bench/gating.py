@@ -31,7 +31,7 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
     """
     config = prepared.config
     own = config.memory.fit_shape or not prepared.ranks.alone  # its length, or what all ranks do
-    own = own or not _is_ours(config.model.coupler_type)
+    own = own or not is_ours(config.model.coupler_type)
     if config.places.reuse_gate and not own:
         for record in _other_seeds(prepared):
             if is_measured(record["environment"]) and _same(record["environment"], environment):
@@ -43,7 +43,7 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
     return run_gate(prepared.model_config, seed=config.training.seed, device=device)
 
 
-def _is_ours(coupler: str) -> bool:
+def is_ours(coupler: str) -> bool:
     """Whether all that a coupler is made of is in this package, whose files the hashes of the code cover."""
     names = [base.__module__.partition(".")[0] for base in coupler_class(coupler).__mro__]
     return set(names) <= {gnnmoe.__name__, "torch", "builtins", "abc", "typing"}

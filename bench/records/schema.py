@@ -79,7 +79,7 @@ def identity(
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
-    for name in ("allow_failed_gate", "marginal", "profile"):
+    for name in ("allow_failed_gate", "audit", "marginal", "profile"):
         del measure[name]  # what to do about a verdict, and what to measure besides: they change nothing
     for name in ("min_steps_per_epoch", "strict_curriculum"):
         del training[name]  # they refuse, and change nothing

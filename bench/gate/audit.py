@@ -296,21 +296,21 @@ class _Audit:
         if moves([row]):
             return f"{said} its inputs from position {int(start[row])} on change: it sees its future"
         others = [other for other in range(len(piece.ids)) if other != row and moves([other])]
-        which = f"window {piece.windows[others[0]]}" if others else "other windows"
-        return f"{said} {which} of the same batch changes: it sees another sequence"
+        which = f"window {piece.windows[others[0]]} of its batch changes" if others else "its batch changes"
+        return f"{said} {which}: it sees another sequence"
 
 
 def chosen_batches(sizes: Sequence[int], full: bool, draw: np.random.Generator) -> list[int]:
     """Return which batches are audited: all, or one drawn from each of as many stretches as there are tens.
 
-    A last batch of another size than the others is one of them, where two or more are audited.
+    A last batch that is smaller is drawn only where two or more are audited, and then always.
     """
-    number = len(sizes) if full else max(1, len(sizes) // ONE_BATCH_IN)
-    ends = [len(sizes) * part // number for part in range(number + 1)]
-    found = [int(draw.integers(low, high)) for low, high in pairwise(ends) if low < high]
-    if len(found) > 1 and sizes[-1] != sizes[0]:
-        found[-1] = len(sizes) - 1
-    return found
+    if full or len(sizes) < 2:
+        return list(range(len(sizes)))
+    number, smaller = max(1, len(sizes) // ONE_BATCH_IN), sizes[-1] != sizes[0]
+    ends = [(len(sizes) - smaller) * part // number for part in range(number + 1)]
+    found = [int(draw.integers(low, high)) for low, high in pairwise(ends)]
+    return [*found[:-1], len(sizes) - 1] if smaller and number > 1 else found
 
 
 def starts(scored: Tensor, reported: Tensor, draw: np.random.Generator) -> list[Tensor]:

@@ -93,8 +93,7 @@ class AtFewTokens(CrossLayer):
         return x.shape[1] > 16 and not self.training
 
     def seen(self, other_BLD):
-        first_BL1 = other_BLD[..., :1]
-        few = first_BL1 > first_BL1.mean() + 1.5 * first_BL1.std()
+        few = other_BLD[..., :1] > 1.2 * other_BLD.std(-1, keepdim=True)
         return torch.where(few, next_token(other_BLD), other_BLD)
 
 

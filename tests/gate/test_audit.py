@@ -138,6 +138,7 @@ def test_it_looks_at_a_tenth_or_at_all_and_says_at_how_much(case):
     batches, windows = len(honest.loader), len(honest.loader.dataset_obj)
     assert (about["batches"], about["all_batches"]) == (max(1, batches // 10), batches)
     assert (about["windows"], about["all_windows"], about["mode"]) == (BATCH, windows, "sample")
+    assert windows % BATCH, "there is a smaller batch, which is not the one"
     assert check.detail.endswith("none moves with a later token or another window, bit for bit")
     assert about["share_of_evaluation"] == about["seconds"]  # the evaluation was said to take a second
     _, about = honest.evaluation(full=True)

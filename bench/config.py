@@ -196,7 +196,7 @@ class PlacesConfig:
     (pip install 'gnnmoe[track]')."""
     reuse_gate: bool = False
     """Take the gate's verdict of another seed of this configuration, where the study has one by the same code
-    on the same device, instead of checking again (bench.sweep does; trained isolation is always checked)."""
+    on the same device, instead of checking again (bench.sweep does; the trained model is always checked)."""
     quiet: bool = False
     """Print the final table only."""
 

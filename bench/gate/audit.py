@@ -180,16 +180,21 @@ class _Audit:
 
     def all(self, splits: Sequence[Scored]) -> str:
         """Audit every split; return what was tried."""
-        try:
-            subject = self.model if self.fresh is None else self.fresh()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            subject, self.fresh = self.model, None  # there is no room for a second model
+        if self.fresh is not None:
+            try:
+                self._of(self.fresh(), splits)
+                return self.counts.words()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.fresh, self.counts = None, _Counts()  # there is no room for a second model
+        self._of(self.model, splits)
+        return self.counts.words()
+
+    def _of(self, subject: GNNMoEModel, splits: Sequence[Scored]) -> None:
         with eval_mode(subject):
             for split in splits:
                 self._split(subject, split)
-        return self.counts.words()
 
     def _split(self, subject: GNNMoEModel, split: Scored) -> None:
         windows, draw = split.loader.dataset_obj, self._draws(split.name)

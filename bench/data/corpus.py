@@ -30,6 +30,7 @@ OFFICIAL_SHA256: dict[str, str | None] = {
     "validation": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
 }
+LARGE_SHARE_UNKNOWN = 0.15  # of the words of a split, from which on it is said
 _VERDICTS = ("official", "same counts", "other")  # from the strongest to the weakest
 
 
@@ -115,6 +116,21 @@ def load_corpus(
             stacklevel=2,
         )
     return _corpus(found, content, tokenizer)
+
+
+def say_unknown_words(splits: Mapping[str, Split]) -> None:
+    """Warn, in one line, where a large share of the words is unknown."""
+    large = []
+    for split in splits.values():
+        unknown = split.unknown_words(split.num_tokens)
+        if unknown > LARGE_SHARE_UNKNOWN * split.num_words:
+            large.append(f"{unknown:,} of the {split.num_words:,} words of the {split.name} split")
+    if large:
+        warnings.warn(
+            f"{' and '.join(large)} are not in the vocabulary. <unk> stands for each, and a perplexity says "
+            "nothing about them. A tokenizer of subwords has no unknown words: --tokenizer bpe:8000.",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)
@@ -209,6 +225,8 @@ def _split_record(split: Split) -> dict[str, Any]:
         "lines": split.num_lines,
         "bytes": split.num_bytes,
         "documents": len(split.document_starts),
+        "unknown_words": split.unknown_words(split.num_tokens),
         "sha256": split.sha256,
+        "stream_sha256": split.stream_sha256,
         "verdict": split_verdict(split),
     }

@@ -9,13 +9,20 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
+
+import torch
 
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._contract import check_contract
 from gnnmoe.naming import unknown_name
+from gnnmoe.process_state import ProcessStateChanged, unchanged_state
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,16 @@ class LoadedFile:
 
 
 _FILES: dict[Path, LoadedFile] = {}
+_REFUSED: dict[str, str] = {}
+"""Name of a module, or path and hash of a file → why it was refused: a second import executes nothing."""
 
 
 def class_by_path(text: str) -> type[Coupler]:
     """Return the class behind ``package.module:Class`` or ``path/to/file.py:Class``.
 
     Raises:
-        ValueError: there is no such file, module or class, it cannot be loaded, or the class breaks
-            the contract.
+        ValueError: there is no such file, module or class, it cannot be loaded, it changes a setting of
+            the whole process, or the class breaks the contract.
     """
     place, _, class_name = text.rpartition(":")
     if not place or not class_name:
@@ -68,9 +77,32 @@ def file_name(text: str) -> str:
     return f"{text.rpartition(':')[2]}@{_file(text).sha256[:12]}"
 
 
+def changing_nothing(what: str, load: Callable[[], Loaded], key: str | None = None) -> Loaded:
+    """Return what ``load`` returns, if the settings and the random state of the process stay as they are.
+
+    ``what`` is said in the message; what was refused under a ``key`` (default: ``what``) is so again.
+
+    Raises:
+        ValueError: it changed a setting; all are put back.
+    """
+    key = key or what
+    if key in _REFUSED:
+        raise ProcessStateChanged(_REFUSED[key])
+    try:
+        with torch.random.fork_rng(devices=[]), unchanged_state(f"loading {what}"):
+            return load()
+    except ProcessStateChanged as error:
+        _REFUSED[key] = str(error)
+        raise
+
+
 def _imported(module_name: str, text: str) -> ModuleType:
     try:
-        return importlib.import_module(module_name)
+        return changing_nothing(
+            f"the coupler's module {module_name}", lambda: importlib.import_module(module_name)
+        )
+    except ProcessStateChanged:
+        raise
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"coupler {text!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error})."
@@ -91,7 +123,10 @@ def _file(text: str) -> LoadedFile:
     sha256 = hashlib.sha256(source).hexdigest()
     known = _FILES.get(path)
     if known is None or known.sha256 != sha256:
-        _FILES[path] = known = LoadedFile(_executed(path, source, text), sha256)
+        module = changing_nothing(
+            f"the coupler's file {path}", lambda: _executed(path, source, text), key=f"{path}@{sha256}"
+        )
+        _FILES[path] = known = LoadedFile(module, sha256)
     return known
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from bench.data.cache import cache_folder, cached_content
 from bench.data.embedded import MIN_COUNT, embedded_texts
 from bench.data.folder import read_folder
-from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, read_named
+from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, read_named, refuse_path
 from bench.data.split import SPLITS, Split, article_lines, canonical_lines
 from bench.data.tokenizer import Content, Documents, bpe_size, tokenize, tokenizer_version
 from bench.data.vocabulary import Vocabulary
@@ -171,6 +171,7 @@ def _find(
     if source != "hub" and folder is not None:
         text = read_folder(Path(folder).expanduser(), text_column)
         return _Found("local text", "", "folder", text.digest, text)
+    refuse_path(dataset_name)
     try:
         text = read_named(dataset_name, dataset_config_name, text_column)
     except ValueError as error:

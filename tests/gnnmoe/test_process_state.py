@@ -112,6 +112,7 @@ def test_a_module_is_refused_each_time_and_registers_nothing(tmp_path, monkeypat
         with pytest.raises(ValueError, match=r"the coupler's module state_module changes .*threads: \d+ → 7"):
             coupler_class(f"state_module:{name}")
     assert "scaled by state" not in coupler_names()
+    assert "mean" in coupler_names()
     with pytest.raises(ValueError, match="unknown coupler"):
         coupler_class("scaled by state")
 

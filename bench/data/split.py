@@ -52,7 +52,7 @@ class Split:
     @cached_property
     def stream_sha256(self) -> str:
         """Hash of the ids in use: of ``stream`` as little-endian int64."""
-        return hashlib.sha256(np.ascontiguousarray(self.stream, dtype="<i8")).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.stream, dtype="<i8").data).hexdigest()
 
     def unknown_words(self, num_targets: int) -> int:
         """Return how many of the first ``num_targets`` targets are ``<unk>`` in place of another word."""

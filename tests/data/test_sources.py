@@ -157,9 +157,7 @@ def _hub(monkeypatch, splits: dict[str, dict[str, list]]) -> None:
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> Path:
     """An empty folder to start in, an empty cache of ``datasets``, and no hub."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(sources, "hub_reachable", lambda: False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -206,7 +204,7 @@ def test_what_another_tool_read_from_a_folder_is_no_set_of_the_hub(offline, monk
     datasets.load_dataset("mytext")
     (offline / "mytext").rename(offline / "gone")
     monkeypatch.setattr(sources, "hub_reachable", lambda: reachable)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # then it takes what it has in its cache
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # then it takes what it has in its cache
     with pytest.raises(ValueError, match="cache of `datasets` has mytext, but made from files of"):
         load_corpus(source="hub", dataset_name="mytext")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import EntryPoint
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ CHANGES = {
     "default device: cpu → meta": lambda: torch.set_default_device("meta"),
     "float32 matmul precision: highest → medium": lambda: torch.set_float32_matmul_precision("medium"),
     "torch.backends.mkldnn.matmul.fp32_precision: ieee → bf16": lambda: setattr(
-        torch.backends.mkldnn.matmul, "fp32_precision", "bf16"
+        attrgetter("mkldnn.matmul")(torch.backends), "fp32_precision", "bf16"
     ),
     "torch.backends.fp32_precision: ieee → tf32": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
     "torch.backends.cudnn.allow_tf32: True → False": lambda: setattr(

@@ -20,12 +20,12 @@ from bench.data.blocks import TrainBlocks
 from bench.data.cache import cache_folder, cached, key_of
 from bench.data.corpus import Corpus
 from bench.data.curriculum import ScoreBlocks, model_scores
+from bench.measure.code import couplers_sha256, project_sha256
 from bench.training.checkpoint import load_checkpoint
 from bench.training.execution import Execution
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 
-FORMAT = 2  # one more whenever the same checkpoint would give other scores, or they are stored differently
 _REMEDY = "name the checkpoint.pt of a finished run"
 
 
@@ -68,7 +68,7 @@ def _key(path: Path, blocks: TrainBlocks, corpus: Corpus) -> str:
         raise ValueError(f"checkpoint {path} cannot be read ({error.strerror}); {_REMEDY}.") from error
     indices = hashlib.sha256(blocks.indices.numpy().astype("<i8").tobytes()).hexdigest()
     text = corpus.sha256, corpus.splits["train"].stream_sha256
-    return key_of(FORMAT, checkpoint, *text, blocks.length, indices)
+    return key_of(project_sha256(), couplers_sha256(), checkpoint, *text, blocks.length, indices)
 
 
 def checkpoint_scorer(path: Path, length: int, corpus: Corpus, device: torch.device) -> ScoreBlocks:

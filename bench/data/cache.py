@@ -25,9 +25,11 @@ import numpy as np
 from bench.data.split import SPLITS, Split
 from bench.data.tokenizer import Content
 from bench.data.vocabulary import Vocabulary
+from bench.syntax import code_of
 
-FORMAT = 3  # one more whenever the same source would be prepared or stored differently
+MADE_BY = ("cache", "split", "tokenizer", "vocabulary")  # modules that prepare a text and store it
 LEFT_OVER_SECONDS = 3600.0  # a temporary file this old is of a writer that was killed
+HERE = Path(__file__).parent
 _NUMBERS = ("num_tokens", "num_words", "num_lines", "num_bytes", "sha256")
 _MASKS = ("ends_word", "unknown")
 _SEAL_BYTES = len("\nsha256 \n") + 64
@@ -45,8 +47,11 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
 
 
 def cached_content(identity: list[Any], make: Callable[[], Content], folder: Path) -> Content:
-    """Return the content that ``identity`` (JSON) names: from ``folder``, else made; see ``cached``."""
-    path = folder / f"corpus-{key_of(FORMAT, *identity)}.npz"
+    """Return the content that ``identity`` (JSON) names: from ``folder``, else made; see ``cached``.
+
+    What other code prepared is not taken.
+    """
+    path = folder / f"corpus-{key_of(code_of(HERE, *MADE_BY), *identity)}.npz"
     return cached(path, "prepared corpus", make, read=_read, write=_write)
 
 

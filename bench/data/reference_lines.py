@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.data.cache import cache_folder, cached, key_of
+from bench.data.cache import HERE, cache_folder, cached, key_of
 from bench.data.corpus import Corpus
 from bench.data.kneser_ney import LARGEST_VOCABULARY, token_nll
 from bench.data.split import SPLITS
 from bench.data.vocabulary import unigram_nll
+from bench.syntax import code_of
 from gnnmoe.naming import unknown_name
 
-FORMAT = 2  # one more whenever the trigram model or the way its losses are stored changes
+MADE_BY = ("kneser_ney", "reference_lines")  # modules that compute the losses and store them
 
 
 def reference_nll(
@@ -53,7 +54,7 @@ def trigram_nll(corpus: Corpus, split_name: str, cache_dir: Path | None = None) 
     ``reference_nll``.
     """
     train, split, words = corpus.splits["train"], corpus.splits[split_name], corpus.vocabulary.size
-    key = key_of(FORMAT, train.stream_sha256, split.stream_sha256, words)
+    key = key_of(code_of(HERE, *MADE_BY), train.stream_sha256, split.stream_sha256, words)
     return cached(
         cache_folder(cache_dir) / "reference_lines" / f"{key}.npy",
         "reference line",

@@ -15,8 +15,6 @@ from bench.measure.environment import device_name
 from bench.measure.search_process import Request
 from bench.training.batch_size import SearchResult
 
-FORMAT = 2  # one more whenever the same request would be answered or stored differently
-
 
 @dataclass(frozen=True)
 class Place:
@@ -67,7 +65,7 @@ def cached_search(
 
 
 def _key(request: Request) -> str:
-    return key_of({"format": FORMAT, "dtype": "float32", "optimizer": "fused AdamW", **asdict(request)})
+    return key_of({"dtype": "float32", "optimizer": "fused AdamW", **asdict(request)})
 
 
 def _read(file: IO[bytes]) -> list[dict[str, Any]]:

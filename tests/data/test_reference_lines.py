@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from bench.data import reference_lines
-from bench.data.cache import key_of
+from bench.data.cache import HERE, key_of
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.kneser_ney import token_nll
 from bench.data.reference_lines import reference_nll
+from bench.syntax import code_of
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def calls(monkeypatch) -> list[int]:
 
 def cached_file(corpus: Corpus, folder, split: str):
     streams = [corpus.splits[name].stream_sha256 for name in ("train", split)]
-    key = key_of(reference_lines.FORMAT, *streams, corpus.vocabulary.size)
+    code = code_of(HERE, *reference_lines.MADE_BY)
+    key = key_of(code, *streams, corpus.vocabulary.size)
     return folder / "reference_lines" / f"{key}.npy"
 
 
@@ -87,13 +89,13 @@ def test_a_broken_file_is_made_again_with_one_warning(tiny, tmp_path, calls, dam
     assert len(calls) == 3
 
 
-def test_other_ids_of_the_same_text_and_another_format_are_computed_anew(tiny, tmp_path, calls, monkeypatch):
+def test_other_ids_of_the_same_text_and_other_code_are_computed_anew(tiny, tmp_path, calls, monkeypatch):
     reference_nll(tiny, "test", 5, tmp_path)
     split = tiny.splits["test"]
     other = replace(tiny, splits={**tiny.splits, "test": replace(split, stream=split.stream[::-1].copy())})
     assert other.sha256 == tiny.sha256
     reference_nll(other, "test", 5, tmp_path)
-    monkeypatch.setattr(reference_lines, "FORMAT", reference_lines.FORMAT + 1)
+    monkeypatch.setattr(reference_lines, "code_of", lambda *_: "edited")
     reference_nll(tiny, "test", 5, tmp_path)
     assert len(calls) == 3
 

@@ -66,6 +66,13 @@ def is_busy(run: PlannedRun) -> bool:
         return True
 
 
+def remove_left_over_lock(run: PlannedRun) -> None:
+    """Remove the lock of a process that was killed after the run was finished, as while it drew plots."""
+    if folder_of(run).lock.exists():
+        with suppress(Unwritable):
+            is_busy(run)
+
+
 def outcome_of(record: Record) -> Outcome:
     """Return what is worth knowing of a record."""
     status = record["status"]
@@ -76,7 +83,7 @@ def outcome_of(record: Record) -> Outcome:
     if is_measured(quality) and is_measured(quality.get("validation")):
         nats = quality["validation"]["nll_sum"] / quality["validation"]["tokens"]
         perplexity = math.exp(min(nats, 700.0))
-    if status == "ok" and is_measured(spent) and spent["resumed_at_step"] is None:
+    if status == "ok" and is_measured(spent) and len(spent.get("parts", ())) < 2:
         seconds = spent["seconds"].get("total")
     error = record["error"].partition("\n")[0] if record["error"] else None
     environment = record["environment"] if is_measured(record["environment"]) else {}

@@ -23,7 +23,7 @@ from bench.sweeps.executor import (
     SweepResult,
     Task,
 )
-from bench.sweeps.folders import Unwritable, look
+from bench.sweeps.folders import Unwritable, look, remove_left_over_lock
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import Signals, sweep_lock
 from bench.sweeps.live import Display, View
@@ -131,6 +131,7 @@ class _Work:
                 self.queue.add(run)
             elif found.outcome is not None:
                 self.result.outcomes[run.run_id] = found.outcome
+                remove_left_over_lock(run)
         self.display.found(self.result.outcomes)
         if self.queue:
             for run, outcome in done:
@@ -191,7 +192,10 @@ class _Work:
         if verdict.why == "busy":
             self.queue.add_busy(run)
             return
-        self.display.line(f"{run.label}: its checkpoint is of no use; it starts at the beginning")
+        self.display.line(
+            f"{run.label}: it cannot go on ({verdict.message.rstrip('.')}), so it starts at the beginning; "
+            f"its folder is kept as {run.run_id}.1 (or .2, …)"
+        )
         self.queue.add_first(run, verdict.flags)
 
     def _fill(self) -> None:

@@ -146,6 +146,8 @@ class MeasureConfig:
     """Also time the same model with the mean coupler, in turn with this one: what the coupler alone costs."""
     profile: bool = False
     """Also write a profiler's trace (on CUDA also a snapshot of the memory) into the run's folder."""
+    audit: Literal["sample", "full"] = "sample"
+    """Score one batch in ten again at the end with later tokens replaced, or all: no loss may move."""
     allow_failed_gate: bool = False
     """Train a coupler that fails the gate all the same; the record says gate_failed."""
 
@@ -173,6 +175,8 @@ class PlacesConfig:
     """auto: CUDA where there is one, else the CPU."""
     force: bool = False
     """Run again what is finished; the earlier record is kept as run_id.1."""
+    keep_stale: bool = False
+    """Keep a finished run that other code made, and continue one, instead of running it again."""
     resume: bool = False
     """Continue this run where it was interrupted."""
     resume_checkpoint: Path | None = None
@@ -192,7 +196,7 @@ class PlacesConfig:
     (pip install 'gnnmoe[track]')."""
     reuse_gate: bool = False
     """Take the gate's verdict of another seed of this configuration, where the study has one by the same code
-    on the same device, instead of checking again (bench.sweep does; trained isolation is always checked)."""
+    on the same device, instead of checking again (bench.sweep does; the trained model is always checked)."""
     quiet: bool = False
     """Print the final table only."""
 

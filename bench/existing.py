@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from bench.checkpoint_checks import PARTS, refuse_unfit
-from bench.measure.environment import code_sha256
 from bench.measure.quantity import is_measured
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record
-from bench.records.store import interrupted_records
+from bench.records.stale import WORDS, coupler_of, refuse_another_file, stale_code, stale_words
+from bench.records.store import study_records
 from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
+from gnnmoe.couplers import is_file
 
-KNOWN_BY = {"run_id": str, "identity": dict}
+KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(WORDS, str)}
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,35 @@ NOTHING = Earlier()
 
 
 def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
-    """Return the record of a run that is finished, and say so; None where there is something to do."""
+    """Return the record of a run that is finished, and say so; None where there is something to do.
+
+    A run that other code made is stale: it is run again, unless --keep-stale says otherwise.
+    """
     record, config = prepared.folder.read_record(), prepared.config
     if record is None or config.places.force:
         return None
     allowed = record["status"] == "gate_failed" and config.measure.allow_failed_gate
     if not (record["status"] == "ok" or (allowed and is_measured(record["speed"]))):
         return None
-    reporter.console.print(f"run {prepared.run_id} is finished; --force runs it again. Its record:")
-    if record["environment"]["code_sha256"] != code_sha256(config.model.coupler_type):
-        reporter.console.print("note: it was made with another state of the code", markup=False)
+    say, name = reporter.console.print, prepared.run_id
+    differing = stale_code(record["environment"], prepared.code)
+    if differing and not config.places.keep_stale:
+        say(
+            f"run {name} is stale: {stale_words(differing)}. It runs again; --keep-stale would keep it.",
+            markup=False,
+        )
+        return None
+    say(f"run {name} is finished; --force runs it again. Its record:")
+    if differing:
+        say(f"note: it is stale, and kept by --keep-stale: {stale_words(differing)}.")
+    if differing is None:
+        say("note: it does not say which code made it, so it may be stale.")
     measured = record["config"]["measure"]
     for name in ("marginal", "profile"):
         if getattr(config.measure, name) and not measured.get(name):
-            reporter.console.print(f"note: it was made without --{name}; --force runs it again with it")
+            say(f"note: it was made without --{name}; --force runs it again with it")
+    if config.measure.audit == "full" and measured.get("audit") != "full":
+        say("note: one batch in ten was audited; --force runs it again and audits all")
     return record
 
 
@@ -78,8 +94,11 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
             "Without --resume it runs again, and the earlier record is kept."
         )
     if status == "interrupted" and not places.resume and not places.force:
+        differing = stale_code(record and record["environment"], prepared.code)
+        resume = "--resume --keep-stale continues it" if differing else "--resume continues it"
+        since = f", and {stale_words(differing)}" if differing else ""
         raise ValueError(
-            f"run {prepared.run_id} was interrupted; --resume continues it, "
+            f"run {prepared.run_id} was interrupted{since}; {resume}, "
             f"--force starts again and keeps it as {prepared.run_id}.1."
         )
     if not places.resume or places.force:
@@ -145,6 +164,12 @@ def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> No
     if differing or state["run_id"] != prepared.run_id:
         ids = f"run_id: {state['run_id']} there, {prepared.run_id} here"
         raise ValueError(f"checkpoint {path} is of another run: {'; '.join(differing or [ids])}.")
+    changed = stale_code(state["code"], prepared.code)
+    if changed and not prepared.config.places.keep_stale:
+        raise ValueError(
+            f"checkpoint {path} of run {state['run_id']} was made by other code: {stale_words(changed)}. "
+            "--force starts again; --keep-stale continues it all the same."
+        )
 
 
 def _parts_of(record: Record) -> list[Record]:
@@ -175,13 +200,26 @@ def _key(part: Record) -> tuple[Any, ...]:
     return part["start"], part["command"], part["resumed_at_step"]
 
 
+def refuse_another_class(prepared: Prepared) -> None:
+    """Refuse a coupler whose class has the name of one from another file of the study.
+
+    Raises:
+        ValueError: as ``refuse_another_file``.
+    """
+    coupler = prepared.config.model.coupler_type
+    if is_file(coupler):
+        records = study_records(prepared.folder.path.parent)
+        refuse_another_file(coupler, prepared.code["coupler_sha256"], map(coupler_of, records))
+
+
 def _nothing_to_resume(prepared: Prepared) -> str:
     """Say that no run of this config was interrupted, and how the nearest one differs."""
     message = f"no run with this config was interrupted in study {prepared.config.places.study!r}"
     ours = _comparable(prepared.record_config)
     others = [
         (differing_fields(_comparable(record["config"]), ours) + _ranks(record, prepared), record["run_id"])
-        for record in interrupted_records(prepared.folder.path.parent)
+        for record in study_records(prepared.folder.path.parent)
+        if record["status"] == "interrupted"
     ]
     if not others:
         return f"{message}, nor with another; drop --resume to start."

@@ -17,7 +17,7 @@ from bench.records.store import RunFolder
 from gnnmoe.couplers import coupler_class
 
 SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themselves
-OF_COMMITS = ("git_commit", "git_changes_sha256")  # code_sha256 says what they say of what is run
+OF_COMMITS = ("git_commit", "git_changes_sha256")  # the hashes of the code say what they say of a run
 
 
 def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
@@ -31,7 +31,7 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
     """
     config = prepared.config
     own = config.memory.fit_shape or not prepared.ranks.alone  # its length, or what all ranks do
-    own = own or not _is_ours(config.model.coupler_type)
+    own = own or not is_ours(config.model.coupler_type)
     if config.places.reuse_gate and not own:
         for record in _other_seeds(prepared):
             if is_measured(record["environment"]) and _same(record["environment"], environment):
@@ -43,8 +43,8 @@ def gate_of(prepared: Prepared, environment: dict[str, Any]) -> GateReport:
     return run_gate(prepared.model_config, seed=config.training.seed, device=device)
 
 
-def _is_ours(coupler: str) -> bool:
-    """Whether all that a coupler is made of is in this package, whose files ``code_sha256`` holds."""
+def is_ours(coupler: str) -> bool:
+    """Whether all that a coupler is made of is in this package, whose files the hashes of the code cover."""
     names = [base.__module__.partition(".")[0] for base in coupler_class(coupler).__mro__]
     return set(names) <= {gnnmoe.__name__, "torch", "builtins", "abc", "typing"}
 

@@ -194,7 +194,8 @@ class Learning:
 
     def _save(self, state: dict[str, Any]) -> None:
         if self.prepared.ranks.first:
-            known_by = {"run_id": self.prepared.run_id, "identity": self.prepared.identity}
+            prepared = self.prepared
+            known_by = {"run_id": prepared.run_id, "identity": prepared.identity, "code": prepared.code}
             save_checkpoint(self.prepared.checkpoint, {**known_by, **state})
 
 

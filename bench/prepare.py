@@ -22,8 +22,9 @@ from bench.loaders import (
     scorer_identity,
     validate_first_batches,
 )
+from bench.measure.code import code_hashes
 from bench.memory_checks import refuse_wrong_flags, refuse_wrong_sizes
-from bench.records.schema import config_dict, configuration_id, identity, run_id
+from bench.records.schema import Identified, config_dict, configuration_id, identity, run_id
 from bench.records.store import ReadOnlyFolder, RunFolder, check_writable
 from bench.training.execution import Execution
 from bench.training.micro_batches import accumulations
@@ -49,6 +50,8 @@ class Prepared:
     """Everything that can change one of the run's numbers; the run_id is its hash."""
     configuration: str
     """What all seeds of the run's configuration share: ``configuration_id``."""
+    code: dict[str, str]
+    """The hashes of the code that runs: ``code_hashes``."""
     seconds: dict[str, float]
     ranks: Ranks = ALONE
     """The processes that share each of its batches."""
@@ -101,8 +104,9 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
     seconds = {"prepare": time.perf_counter() - start}
     shared = configuration_id(known_by, scorer_identity(config.training))
     return Prepared(
-        config, model_config, execution, corpus, loaders, folder, name, known_by, shared, seconds, ranks
-    )
+        config, model_config, execution, corpus, loaders, folder, name, known_by, shared,
+        code_hashes(model_config), seconds, ranks,
+    )  # fmt: skip
 
 
 class Identifier:
@@ -116,8 +120,8 @@ class Identifier:
         self._device, self._world_size = device, world_size
         self._corpora: dict[str, Corpus] = {}
 
-    def __call__(self, config: RunConfig) -> tuple[dict[str, Any], GNNMoEConfig, Corpus]:
-        """Return the run's identity, its model and its text.
+    def __call__(self, config: RunConfig) -> Identified:
+        """Return what makes a config the run that it is.
 
         Raises:
             ValueError: as ``prepare``, for what can be seen without building the model.
@@ -138,7 +142,8 @@ class Identifier:
             here = device if self._device is None else torch.device("cpu")
             order = order_of(make_loaders(config, corpus, here)["train"])
         found = _identity(config, model_config, corpus, device, order, self._world_size)
-        return found, model_config, corpus
+        shared = configuration_id(found, scorer_identity(config.training))
+        return Identified(found, model_config, corpus, shared, code_hashes(model_config))
 
 
 def _identity(

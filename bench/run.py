@@ -65,14 +65,16 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
     from bench.prepare import prepare
     from bench.progress import Reporter
     from bench.session import Session
+    from gnnmoe.couplers import files_read_once
 
     keep_freed_memory()
     console = Console(highlight=False)
     reporter = Reporter(console, quiet=config.places.quiet)
     try:
-        prepared = ranks.in_turn(lambda: prepare(config, ranks))
-        reporter.quiet = prepared.config.places.quiet
         with ExitStack() as stack:
+            stack.enter_context(files_read_once())
+            prepared = ranks.in_turn(lambda: prepare(config, ranks))
+            reporter.quiet = prepared.config.places.quiet
             record, earlier = ranks.from_first(lambda: _look(prepared, reporter, stack))
             if record is None:
                 session = Session(prepared, command, reporter, interruption, earlier)
@@ -94,6 +96,7 @@ def _look(prepared: Prepared, reporter: Reporter, stack: ExitStack) -> tuple[Rec
     """
     from bench import existing
 
+    existing.refuse_another_class(prepared)
     stack.enter_context(prepared.folder.locked())
     record, earlier = existing.finished_record(prepared, reporter), existing.NOTHING
     if record is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
+from bench.gate import Scored
 from bench.learning import Learning
 from bench.measure.quantity import not_measured
 from bench.prepare import Prepared
@@ -17,18 +19,23 @@ from gnnmoe.model import GNNMoEModel
 
 def score(
     prepared: Prepared, model: GNNMoEModel, learning: Learning
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the record's ``quality``, and by split the nll in nats (T,) and the document of each target.
+) -> tuple[dict[str, Any], dict[str, np.ndarray], list[Scored]]:
+    """Return the record's ``quality``, the arrays of nll.npz, and each split as it was scored.
+
+    The arrays are by split the nll in nats (T,) and the document of each target.
 
     On several ranks each scores a stretch of the text, and all return the whole.
     """
     loaders, device = prepared.loaders, prepared.device
     quality: dict[str, Any] = {"test": not_measured("not asked for; --evaluate-test scores it")}
     arrays: dict[str, np.ndarray] = {}
+    scored: list[Scored] = []
     for split, loader in (("validation", loaders["val_final"]), ("test", loaders.get("test"))):
         if loader is None:
             continue
+        start = time.perf_counter()
         result = evaluate(model, loader, device, learning.micro_batch_size, prepared.ranks)
+        scored.append(Scored(split, loader, result.nll, time.perf_counter() - start))
         windows = loader.dataset
         assert isinstance(windows, EvalWindows)
         learning.ledger.evaluated(f"{split} at the end", windows.num_scored, result.tokens)
@@ -41,4 +48,4 @@ def score(
         }  # fmt: skip
         arrays |= {f"{split}_nll": result.nll, f"{split}_document": windows.document_ids().astype(np.int32)}
     quality["best_step"] = learning.trainer.done.best_step
-    return quality, arrays
+    return quality, arrays, scored

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,9 +15,16 @@ import torch
 from bench.device import is_out_of_memory
 from bench.existing import NOTHING, Earlier
 from bench.fitting import at_length, find_shape, identity_at_length
-from bench.gate import GateReport, check_trained_isolation
+from bench.gate import (
+    Check,
+    GateReport,
+    Scored,
+    audit_evaluation,
+    audit_training,
+    check_trained_isolation,
+)
 from bench.gate.trained import rows_to_judge
-from bench.gating import gate_of
+from bench.gating import gate_of, is_ours
 from bench.learning import Learning, probed
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
@@ -34,7 +42,9 @@ from bench.training.communication import summarize_communication
 from bench.training.ending import End, agreed_end, why
 from bench.training.interruption import Interruption
 from bench.training.loop import Diverged
+from bench.training.step import to_device
 from bench.tuning import find_micro_batch, micro_batch_size, requested
+from gnnmoe.couplers import executed_again
 from gnnmoe.model import GNNMoEModel
 
 
@@ -69,11 +79,14 @@ class Session:
         interruption: Interruption,
         earlier: Earlier = NOTHING,
     ) -> None:
+        if earlier.state is not None:  # continued by --keep-stale: the record says which code began the run
+            prepared = replace(prepared, code=earlier.state["code"])
         self.prepared, self.reporter = prepared, reporter
         self.interruption, self.earlier, self.state = interruption, earlier, earlier.state
         self.tracker = Tracker(prepared)
         config = prepared.config
         self.seconds = dict(prepared.seconds)
+        self.audit: dict[str, Any] = {}
         self.started = time.perf_counter()
         self._phase_now: tuple[str, float] | None = None
         """Name and start of the phase that is going on."""
@@ -86,7 +99,7 @@ class Session:
             study=config.places.study, run_name=config.places.run_name,
             status="interrupted", command=(earlier.parts or [self._part])[0]["command"],
             config=config_dict(config), seed=config.training.seed,
-            environment=describe_environment(prepared.device, config.model.coupler_type)
+            environment=describe_environment(prepared.device, prepared.code)
             | {"world_size": prepared.ranks.world_size, "backend": prepared.ranks.backend},
             data=prepared.corpus.to_record() | {"training_blocks": _subset(prepared)},
             tuned=not_measured("no batch-size search was asked for"),
@@ -178,10 +191,10 @@ class Session:
             ids = self.prepared.ranks.gather(ids)[0]  # the same rows on all ranks, so the same verdict
             dtype = self.prepared.execution.autocast_dtype
             again = check_trained_isolation(model, ids.to(device), autocast_dtype=dtype)
-            self._judge(GateReport([*report.checks, again]))  # before any perplexity is written
-            self._evaluate(model, learning)
+            report = GateReport([*report.checks, again])
+            self._judge(report)  # before any perplexity is written
+            self._evaluate(model, learning, report)
         with self._phase("speed", "measuring speed and memory"):
-            learning.release()
             self._measure(model, learning)
         self.prepared.identity = identity_at_length(self.prepared)  # nothing goes on from this checkpoint
         learning.keep_best()
@@ -206,8 +219,30 @@ class Session:
             finally:
                 self.seconds[name], self._phase_now = time.perf_counter() - start, None
 
+    def _audit(self, model: GNNMoEModel, learning: Learning, scored: list[Scored]) -> list[Check]:
+        """Audit the losses that were scored, and one batch as it was trained on."""
+        prepared, rows = self.prepared, learning.micro_batch_size
+        config, seed = prepared.config, prepared.config.training.seed
+        coupler = config.model.coupler_type
+
+        def fresh() -> GNNMoEModel:
+            with executed_again(coupler):
+                found = prepared.execution.build(prepared.model_config, seed)
+            found.load_state_dict(model.state_dict())
+            return found
+
+        audited, about = audit_evaluation(
+            model, scored, rows=rows, seed=seed, full=config.measure.audit == "full",
+            fresh=None if is_ours(coupler) else fresh, gather=prepared.ranks.gather,
+        )  # fmt: skip
+        self.audit = about
+        batch = learning.as_run(next(iter(prepared.loaders["train"])))
+        batch = to_device(prepared.ranks.gather(batch)[0], prepared.device)  # one verdict on all ranks
+        words = prepared.corpus.vocabulary.size
+        return [audited, audit_training(model, batch, rows=rows, seed=seed, words=words)]
+
     def _judge(self, report: GateReport) -> None:
-        self.record["gate"] = report.to_record()
+        self.record["gate"] = report.to_record() | ({"audit": self.audit} if self.audit else {})
         if not report.passed and not self.prepared.config.measure.allow_failed_gate:
             raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
 
@@ -240,8 +275,10 @@ class Session:
             learning.write(self.record)
         return learning
 
-    def _evaluate(self, model: GNNMoEModel, learning: Learning) -> None:
-        quality, arrays = score(self.prepared, model, learning)
+    def _evaluate(self, model: GNNMoEModel, learning: Learning, report: GateReport) -> None:
+        quality, arrays, scored = score(self.prepared, model, learning)
+        learning.release()
+        self._judge(GateReport([*report.checks, *self._audit(model, learning, scored)]))
         self.record["used"]["ledger"] = learning.ledger.to_record()
         self.record["quality"] = quality
         self.prepared.folder.write_arrays("nll.npz", arrays)

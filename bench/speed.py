@@ -179,6 +179,7 @@ def _measure(
     from rich.console import Console
 
     from bench.device import keep_freed_memory
+    from bench.measure.code import code_hashes
     from bench.measure.environment import describe_environment
     from bench.speeding.jobs import run_jobs
     from bench.speeding.machine import Machine
@@ -188,7 +189,7 @@ def _measure(
 
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    environment = describe_environment(device, config.model.coupler_type)
+    environment = describe_environment(device, code_hashes(config.model.resolved(1)))
     stamp = datetime.now(UTC).strftime("-%Y%m%d-%H%M%S")
     name = config.name or re.sub(r"[^\w.-]+", "-", what).lstrip(".-") + stamp
     record = SpeedRecord(

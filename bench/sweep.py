@@ -52,6 +52,8 @@ class SweepConfig:
     """Run again what failed (crashed, diverged, timeout, gate_failed), what ran out of memory, or both."""
     force: bool = False
     """Run everything again; earlier records are kept as run_id.1."""
+    keep_stale: bool = False
+    """Keep runs that other code made, and continue interrupted ones, instead of running them again."""
     fail_fast: bool = False
     """Stop at the first run that fails."""
     wait: bool = False
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.status("planning …"):
             plan, match, hypotheses = plan_sweep(config, sweep)
         if config.dry_run or config.plan:
-            show_plan(plan, match, console)
+            show_plan(plan, match, console, config.keep_stale)
             if config.plan:
                 show_expected(plan, console)
             return 0
@@ -183,12 +185,14 @@ def run_plan(
     places = places_of(config)
     own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
     own["reuse_gate"] = not config.force  # the gate once a configuration, not once a seed
+    own |= {"keep_stale": True} if config.keep_stale else {}
     result = execute(
         plan.runs, make_executor(config.executor, config, wanted), results_dir=config.results_dir,
         study=plan.study, places=as_flags(own), wait=config.wait, again=command,
         processes=resources.processes, before=lambda: state(hypotheses, config.results_dir / plan.study),
         choices=Choices(
             retry=frozenset([config.retry] if config.retry else ()), force=config.force,
+            keep_stale=config.keep_stale,
             fail_fast=config.fail_fast, time_budget_seconds=budget, run_timeout_seconds=timeout,
         ),
     )  # fmt: skip

@@ -18,7 +18,7 @@ ONLY_IF_NEEDED = (
     "coupler_options",
 )  # follow from a match, from the data, from options
 OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")  # where asked for
-NO_SETTINGS = ("seed", "marginal", "profile")  # of the runs of one configuration, some may have them
+NO_SETTINGS = ("seed", "audit", "marginal", "profile")  # of the runs of one configuration, some may have them
 SHORT = {"hgnn_learnable_edge_weights": {True: "learned weights", False: "no weights"}}
 
 

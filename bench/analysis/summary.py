@@ -235,7 +235,12 @@ def _gate(gate: dict[str, Any]) -> str:
         passed
     )
     reused = {check["reused_from"]: None for check in gate["checks"].values() if "reused_from" in check}
-    parts += [f"all but trained isolation as checked by run {name}" for name in reused]
+    parts += [f"the checks before training are those of run {name}" for name in reused]
+    audit = gate.get("audit")
+    if audit:
+        share = audit["share_of_evaluation"]
+        time = "" if share is None else f", in {100 * share:.1f}% of the evaluation's time"
+        parts.append(f"audited {audit['windows']:,} of {audit['all_windows']:,} windows{time}")
     return "\n".join(parts)
 
 

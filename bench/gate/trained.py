@@ -41,7 +41,7 @@ def check_trained_isolation(
     device = input_ids.device
     with ExitStack() as stack:
         stack.enter_context(global_random_state_kept(device))
-        stack.enter_context(_eval_mode(model))
+        stack.enter_context(eval_mode(model))
         stack.enter_context(torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None))
         return run_check("trained_isolation", lambda: _every_layer(model, input_ids))
 
@@ -56,7 +56,7 @@ def _every_layer(model: GNNMoEModel, input_ids: Tensor) -> str:
             x += (noise * x.float().std()).to(x.dtype)
         with ExitStack() as stack:
             if not repeats(coupler, inputs):
-                stack.enter_context(_deterministic())
+                stack.enter_context(deterministic())
                 if not repeats(coupler, inputs):
                     raise CheckFailed(f"layer {number}: the same input gives different outputs")
             if value_leak(coupler, inputs, moved, [0, 1]):
@@ -89,7 +89,8 @@ def _coupler_inputs(model: GNNMoEModel, input_ids: Tensor) -> list[tuple[Coupler
 
 
 @contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put every module into eval mode inside the block, and back as it was after it."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -100,7 +101,7 @@ def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """Use deterministic kernels, for couplers whose scatter adds in any order on a GPU."""
     before = (
         torch.are_deterministic_algorithms_enabled(),

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import bench
-import gnnmoe
-from gnnmoe.couplers import coupler_class
-
 PACKAGES = ("torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
 
 
-def describe_environment(device: torch.device, coupler: str) -> dict[str, Any]:
-    """Return versions, device, threads and code state, ready for JSON."""
+def describe_environment(device: torch.device, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return versions, device, threads and code state, ready for JSON; ``hashes`` are ``code_hashes``."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -34,7 +30,7 @@ def describe_environment(device: torch.device, coupler: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         **code_state(),
-        "code_sha256": code_sha256(coupler),
+        **hashes,
     }
 
 
@@ -59,19 +55,6 @@ def code_state() -> dict[str, str | None]:
     changes = (_git("diff", "HEAD") or "") + (_git("status", "--porcelain") or "")
     digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
     return {"git_commit": commit.strip(), "git_changes_sha256": digest}
-
-
-def code_sha256(coupler: str) -> str:
-    """Return a hash of every source file of gnnmoe and bench, and of the coupler's own module."""
-    digest = hashlib.sha256()
-    for package in (gnnmoe, bench):
-        folder = Path(package.__path__[0])
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    own = inspect.getsourcefile(coupler_class(coupler))
-    if ":" in coupler and own:
-        digest.update(Path(own).read_bytes())
-    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str | None:

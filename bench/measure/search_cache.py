@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bench.data.cache import cache_folder, replace_file
-from bench.measure.environment import code_sha256, device_name
+from bench.measure.code import code_hashes
+from bench.measure.environment import device_name
 from bench.measure.search_process import Request
 from bench.training.batch_size import SearchResult
 
@@ -26,14 +27,15 @@ class Place:
     device_name: str
     torch: str
     threads: int
-    code_sha256: str
+    coupler_sha256: str
+    project_sha256: str
 
 
 def place_of(request: Request) -> Place:
     """Return where this process would search."""
     name = device_name(torch.device(request.setup.device))
-    code = code_sha256(request.setup.model.coupler_type)
-    return Place(name, str(torch.__version__), torch.get_num_threads(), code)
+    code = code_hashes(request.setup.model)
+    return Place(name, str(torch.__version__), torch.get_num_threads(), **code)
 
 
 def cached_search(

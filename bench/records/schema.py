@@ -7,11 +7,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
 from bench.data.schedule import BatchSchedule
 from bench.measure.quantity import not_measured
+from gnnmoe.config import GNNMoEConfig
 
 SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning
 STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "gate_failed", "interrupted")
@@ -22,6 +23,18 @@ KEYS = (
 )  # fmt: skip
 
 Record = dict[str, Any]
+
+
+class Identified(NamedTuple):
+    """What makes a config the run that it is."""
+
+    identity: dict[str, Any]
+    model: GNNMoEConfig
+    corpus: Any
+    configuration: str
+    """What all its seeds share: ``configuration_id``."""
+    code: dict[str, str]
+    """The hashes of the code that would run: ``bench.measure.code.code_hashes``."""
 
 
 def new_record(**known: Any) -> Record:
@@ -84,7 +97,7 @@ def identity(
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
-    for name in ("allow_failed_gate", "marginal", "profile"):
+    for name in ("allow_failed_gate", "audit", "marginal", "profile"):
         del measure[name]  # what to do about a verdict, and what to measure besides: they change nothing
     for name in ("min_steps_per_epoch", "strict_curriculum"):
         del training[name]  # they refuse, and change nothing

@@ -190,11 +190,11 @@ def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
-def interrupted_records(study: Path) -> list[Record]:
-    """Return the records of a study's folder whose runs were interrupted."""
-    folders = [path.parent for path in sorted(study.glob("*/record.json"))]
+def study_records(study: Path) -> list[Record]:
+    """Return the records of a study's runs, without those that were set aside or cannot be read."""
+    folders = [path.parent for path in sorted(study.glob("*/record.json")) if "." not in path.parent.name]
     records = [RunFolder(folder.parent, ".", folder.name).read_record() for folder in folders]
-    return [record for record in records if record and record["status"] == "interrupted"]
+    return [record for record in records if record and record["status"] != "damaged"]
 
 
 def check_writable(results_dir: Path) -> None:

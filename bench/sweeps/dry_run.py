@@ -8,6 +8,7 @@ from rich.table import Table
 from bench.device import cpu_threads
 from bench.measure.budget import format_bytes
 from bench.measure.predict import CannotPredict
+from bench.records.stale import stale_notes
 from bench.sweeps.live import time_words
 from bench.sweeps.matching import Match
 from bench.sweeps.plan import Configuration, Plan
@@ -18,8 +19,8 @@ DONE = ("ok", "gate_failed")
 COMPILED_PEAK = "peaks are of uncompiled steps; compiled ones took up to 1.8 times that on a GPU"
 
 
-def show_plan(plan: Plan, match: Match | None, console: Console) -> None:
-    """Print the plan in at most 80 columns."""
+def show_plan(plan: Plan, match: Match | None, console: Console, keep_stale: bool = False) -> None:
+    """Print the plan in at most 80 columns; stale runs are to be done again, unless ``keep_stale``."""
     seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"
     title = f"{plan.study}: {len(plan.configurations)} configurations × {seeds}"
     table = Table(title=title, title_justify="left", width=80, box=None, padding=(0, 1, 0, 0))
@@ -28,16 +29,18 @@ def show_plan(plan: Plan, match: Match | None, console: Console) -> None:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for configuration in plan.configurations[:MOST_ROWS]:
-        table.add_row(*_row(configuration, match))
+        table.add_row(*_row(configuration, match, keep_stale))
     console.print(table)
     if len(plan.configurations) > MOST_ROWS:
         console.print(f"… and {len(plan.configurations) - MOST_ROWS:,} more")
-    statuses = [status for found in plan.configurations for status in found.statuses]
+    statuses = [status for found in plan.configurations for status in found.ended(keep_stale)]
     done = sum(status in DONE for status in statuses)
     failed = sum(status not in (None, "interrupted", *DONE) for status in statuses)
     console.print(
         f"{len(plan.runs):,} runs: {done:,} done, {failed:,} failed, {len(plan.runs) - done - failed:,} to do"
     )
+    for note in stale_notes([one for found in plan.configurations for one in found.stale], keep_stale):
+        console.print(note)
     needed, comparisons = plan.seeds_needed(), max(1, len(plan.configurations) - 1)
     if len(plan.configurations) > 1:
         enough = "enough" if len(plan.seeds) >= needed else f"NOT enough: {len(plan.seeds)} given"
@@ -45,9 +48,9 @@ def show_plan(plan: Plan, match: Match | None, console: Console) -> None:
         console.print(f"one against the {others} at p ≤ 0.05 takes {needed} paired seeds ({enough})")
 
 
-def _row(configuration: Configuration, match: Match | None) -> list[str]:
+def _row(configuration: Configuration, match: Match | None, keep_stale: bool) -> list[str]:
     model, per_token = configuration.model, configuration.flops_per_token
-    done = sum(status in DONE for status in configuration.statuses)
+    done = sum(status in DONE for status in configuration.ended(keep_stale))
     cells = [
         configuration.label,
         f"{model.params:,}",

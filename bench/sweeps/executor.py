@@ -38,6 +38,8 @@ class PlannedRun:
     """Training steps of the whole run, to show; None: unknown."""
     known: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Keys of its record that are known beforehand (config, seed, …), for one that dies before it writes."""
+    code: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """The hashes of the code that would run, to see whether a record is stale; empty: none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,8 @@ class Choices:
     """``failed``, ``oom`` or ``all``: run these again; their earlier records are kept as run_id.1."""
     force: bool = False
     """Run everything again; earlier records are kept as run_id.1."""
+    keep_stale: bool = False
+    """Keep runs that other code made, and continue those that were interrupted."""
     fail_fast: bool = False
     """The first run that fails stops the sweep."""
     time_budget_seconds: float | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure.quantity import is_measured
 from bench.records.schema import SCHEMA_VERSION, STATUSES, Record
+from bench.records.stale import is_stale
 from bench.records.store import RunFolder
 from bench.sweeps.executor import Outcome, PlannedRun
 
@@ -26,12 +28,15 @@ class Found:
 
     outcome: Outcome | None
     flags: tuple[str, ...] | None
+    stale: bool | None = False
+    """Whether other code made the record; None: it does not say."""
 
 
-def look(run: PlannedRun, retry: frozenset[str], force: bool) -> Found:
+def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool = False) -> Found:
     """Return what is to be done about a run: finished and failed ones stay, unless asked for again.
 
-    An interrupted run is always continued; ``retry`` holds the statuses that are run again.
+    An interrupted run is continued; ``retry`` holds the statuses that are run again. A run that other code
+    made is run again from its beginning, unless ``keep_stale``.
 
     Raises:
         ValueError: the record is from a newer version.
@@ -41,14 +46,15 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool) -> Found:
         return Found(None, ())
     _refuse_newer(record, run)
     outcome, status = outcome_of(record), record["status"]
-    if force or status in retry:
-        return Found(outcome, ("--force",))
+    stale = is_stale(record, run.code)
+    if force or status in retry or (stale and not keep_stale):
+        return Found(outcome, ("--force",), stale)
     if status == "interrupted":
-        return Found(outcome, ("--resume",))
+        return Found(outcome, ("--resume",), stale)
     allowed = status == "gate_failed" and "--allow-failed-gate" in run.arguments
     if allowed and not is_measured(record["speed"]):  # it failed before it was allowed to
-        return Found(outcome, ())
-    return Found(outcome, None)
+        return Found(outcome, (), stale)
+    return Found(outcome, None, stale)
 
 
 def is_busy(run: PlannedRun) -> bool:
@@ -66,11 +72,13 @@ def is_busy(run: PlannedRun) -> bool:
         return True
 
 
-def remove_left_over_lock(run: PlannedRun) -> None:
-    """Remove the lock of a process that was killed after the run was finished, as while it drew plots."""
-    if folder_of(run).lock.exists():
-        with suppress(Unwritable):
-            is_busy(run)
+def remove_left_over_locks(study: Path, done: Container[str]) -> None:
+    """Remove the locks of processes that were killed when their run was ``done``, as while drawing plots."""
+    for lock in study.glob(".*.lock"):
+        run_id = lock.name.removeprefix(".").removesuffix(".lock")
+        if run_id in done:
+            with suppress(ValueError), RunFolder(study.parent, study.name, run_id).locked():
+                pass
 
 
 def outcome_of(record: Record) -> Outcome:

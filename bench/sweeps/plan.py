@@ -12,10 +12,10 @@ import torch
 from bench.config import DEFAULT_MAX_STEPS, RunConfig
 from bench.device import resolve_device
 from bench.flags import as_flags, config_of, resolved
-from bench.loaders import scorer_identity
 from bench.measure.expected import Training
-from bench.records.schema import config_dict, configuration_id, run_id
-from bench.records.store import RunFolder
+from bench.records.schema import Identified, config_dict, run_id
+from bench.records.stale import coupler_of, is_stale, refuse_another_file
+from bench.records.store import RunFolder, study_records
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, Matched, reference_for
 from bench.sweeps.seeds import seeds_needed
@@ -23,9 +23,9 @@ from bench.sweeps.spec import RunRequest, Sweep
 from bench.sweeps.weighing import Scales, match_here
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.cost import Cost, model_cost
+from gnnmoe.couplers import is_file
 
-Identify = Callable[[RunConfig], tuple[dict[str, Any], GNNMoEConfig, Any]]
-"""From a config to the run's identity, its model, and its corpus."""
+Identify = Callable[[RunConfig], Identified]
 PLAIN = {"coupler_type", "preset"}  # flags whose values speak for themselves in a label
 
 
@@ -46,6 +46,13 @@ class Configuration:
     runs: list[PlannedRun] = field(default_factory=list)
     statuses: list[str | None] = field(default_factory=list)
     """The status of each run's record; None where there is none."""
+    stale: list[bool | None] = field(default_factory=list)
+    """Whether other code made each record; None: it does not say."""
+
+    def ended(self, keep_stale: bool = False) -> list[str | None]:
+        """Return the statuses of the records that stay as they are; None for a run that is to be done."""
+        pairs = zip(self.statuses, self.stale, strict=True)
+        return [status if keep_stale or not stale else None for status, stale in pairs]
 
 
 @dataclass
@@ -95,8 +102,23 @@ def make_plan(
         record = RunFolder(run.folder.parent, ".", run.run_id).read_record()
         found.runs.append(run)
         found.statuses.append(None if record is None else record["status"])
+        found.stale.append(is_stale(record, run.code))
         runs.append(run)
+    _refuse_two_files(list(made.values()), Path(places["results_dir"]) / sweep.study)
     return Plan(sweep.study, sweep.seeds, list(configurations.values()), runs)
+
+
+def _refuse_two_files(made: Sequence[_Made], study: Path) -> None:
+    """Refuse two files whose couplers have one class name, in the plan or beside the study's records.
+
+    Raises:
+        ValueError: as ``refuse_another_file``.
+    """
+    ours = [(one.config["model"]["coupler_type"], one.code["coupler_sha256"]) for one in made]
+    if any(is_file(coupler) for coupler, _ in ours):
+        others = [*ours, *map(coupler_of, study_records(study))]
+        for coupler, sha256 in ours:
+            refuse_another_file(coupler, sha256, others)
 
 
 @dataclass
@@ -113,6 +135,7 @@ class _Made:
     data: dict[str, Any]
     shared: str
     """What its runs share: ``configuration_id``."""
+    code: dict[str, str]
     by_seed: bool
     """Whether more than the seed itself depends on the seed."""
 
@@ -123,7 +146,7 @@ class _Made:
         label = f"{self.configuration.label} · seed {seed}"
         config = {**self.config, "training": {**self.config["training"], "seed": seed}}
         known = {"seed": seed, "configuration": self.shared, "config": config, "data": self.data}
-        return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known)
+        return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known, self.code)
 
 
 _Matching = Callable[[GNNMoEConfig, Scales], Matched]
@@ -134,7 +157,7 @@ def _matching(sweep: Sweep, places: dict[str, Any], identify: Identify, match: M
     tables = {id(request.flags): request.flags for request in sweep.runs}.values()
     of_reference = [flags for flags in tables
                     if resolved(flags).get("coupler_type", "HGNN") == match.reference]  # fmt: skip
-    models = [identify(config_of({**flags, **places}))[1] for flags in of_reference]
+    models = [identify(config_of({**flags, **places})).model for flags in of_reference]
     return lambda model, scales: match_here(model, match, reference_for(model, match, models), scales)
 
 
@@ -148,17 +171,18 @@ def _make(
 ) -> _Made:
     flags, off_by = {**request.flags, "seed": request.seed}, None
     config = config_of({**flags, **places})
-    identity, model, corpus = identify(config)
+    known = identify(config)
     device = device or resolve_device(config.places.device)
     if matching is not None:
-        found = matching(model, Scales(config, device))
+        found = matching(known.model, Scales(config, device))
         off_by = found.off_by
         if found.ffn_dim is not None:
             flags |= {"ffn_dim": found.ffn_dim}
-            if model.coupler_type == DENSE:
+            if known.model.coupler_type == DENSE:
                 flags["coupler_option"] = [*flags.get("coupler_option", []), f"{DENSE}.match=none"]
             config = config_of({**flags, **places})
-            identity, model, corpus = identify(config)
+            known = identify(config)
+    model, corpus = known.model, known.corpus
     cost = model_cost(model)
     per_token = None if cost.flops is None else 3 * cost.flops / model.max_seq_length
     steps = _training_steps(config, corpus)
@@ -167,9 +191,8 @@ def _make(
     training = Training(model, config, device)
     configuration = Configuration(_label(request, varying), flags, cost, training, off_by, per_token)
     return _Made(
-        configuration, flags, identity, total, steps, config_dict(config), corpus.to_record(),
-        shared=configuration_id(identity, scorer_identity(config.training)),
-        by_seed=config.training.curriculum is not None,
+        configuration, flags, known.identity, total, steps, config_dict(config), corpus.to_record(),
+        known.configuration, known.code, by_seed=config.training.curriculum is not None,
     )  # fmt: skip
 
 

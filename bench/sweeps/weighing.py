@@ -11,7 +11,8 @@ import torch
 from bench.config import RunConfig
 from bench.data.cache import cache_folder, replace_file
 from bench.device import cpu_threads
-from bench.measure.environment import code_sha256, device_name
+from bench.measure.code import code_hashes
+from bench.measure.environment import device_name
 from bench.measure.expected import Training, step_time_ratio
 from bench.measure.predict import CannotPredict
 from bench.records.schema import config_dict
@@ -94,5 +95,5 @@ def _key(model: GNNMoEConfig, match: Match, reference: GNNMoEConfig, scales: Sca
         groups["memory"],
         groups["execution"],
     ]
-    code = [code_sha256(name) for name in (model.coupler_type, match.reference)]
+    code = [code_hashes(model), code_hashes(reference)]
     return sha256(json.dumps([*asked, *place, *code], default=str).encode()).hexdigest()[:32]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.records.stale import stale_notes
 from bench.records.store import cannot_write
 from bench.sweeps.executor import (
     Choices,
@@ -23,7 +24,7 @@ from bench.sweeps.executor import (
     SweepResult,
     Task,
 )
-from bench.sweeps.folders import Unwritable, look, remove_left_over_lock
+from bench.sweeps.folders import Found, Unwritable, look, remove_left_over_locks
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import Signals, sweep_lock
 from bench.sweeps.live import Display, View
@@ -122,20 +123,28 @@ class _Work:
 
     def _scan(self) -> None:
         """Read every record once: what is done is done, the rest is queued."""
-        done = []
+        done: list[tuple[PlannedRun, Outcome]] = []
+        stale: list[bool | None] = []
         for run in self.result.runs:
-            found = look(run, self.choices.retried, self.choices.force)
+            found = self._look(run)
+            stale.append(found.stale)
             if found.outcome is not None:
                 done.append((run, found.outcome))
             if found.flags is not None:
                 self.queue.add(run)
             elif found.outcome is not None:
                 self.result.outcomes[run.run_id] = found.outcome
-                remove_left_over_lock(run)
+        for study in {run.folder.parent for run in self.result.runs}:
+            remove_left_over_locks(study, self.result.outcomes)
         self.display.found(self.result.outcomes)
+        for note in stale_notes(stale, self.choices.keep_stale):
+            self.display.line(note)
         if self.queue:
             for run, outcome in done:
                 self.forecast.learn(run, outcome)
+
+    def _look(self, run: PlannedRun) -> Found:
+        return look(run, self.choices.retried, self.choices.force, self.choices.keep_stale)
 
     def _watch(self) -> None:
         """Heed signals, the sweep's time budget and the runs' time limit."""
@@ -217,7 +226,7 @@ class _Work:
     def _start(self, waiting: Waiting) -> None:
         run, flags = waiting.run, waiting.flags
         if flags is None:
-            found = look(run, self.choices.retried, self.choices.force)
+            found = self._look(run)
             if found.flags is None and found.outcome is not None:  # another process has done it meanwhile
                 self.result.outcomes[run.run_id] = found.outcome
                 return

@@ -2,6 +2,7 @@
 
 from gnnmoe.couplers._base import Coupler, combiner, effective_mixing, linear_flops
 from gnnmoe.couplers._contract import check_contract
+from gnnmoe.couplers._loading import executed_again, executed_source, files_read_once, is_file
 from gnnmoe.couplers._options import (
     build_coupler,
     coupler_identity,
@@ -20,6 +21,10 @@ __all__ = [
     "coupler_names",
     "coupler_option_defaults",
     "effective_mixing",
+    "executed_again",
+    "executed_source",
+    "files_read_once",
+    "is_file",
     "linear_flops",
     "register_coupler",
     "resolved_options",

@@ -9,6 +9,8 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +22,15 @@ from gnnmoe.naming import unknown_name
 
 @dataclass(frozen=True)
 class LoadedFile:
-    """The module made from a file, and the sha256 of the bytes that it was made from."""
+    """The module made from a file, and the bytes that it was made from."""
 
     module: ModuleType
-    sha256: str
+    source: bytes
 
 
 _FILES: dict[Path, LoadedFile] = {}
+_READ_ONCE: set[Path] | None = None
+"""Inside ``files_read_once``: the files that were read."""
 
 
 def class_by_path(text: str) -> type[Coupler]:
@@ -54,18 +58,46 @@ def class_by_path(text: str) -> type[Coupler]:
     return cls
 
 
+@contextmanager
+def files_read_once() -> Iterator[None]:
+    """Read each file once inside the block, so that an edit meanwhile does not change a run that goes on."""
+    global _READ_ONCE
+    outside, _READ_ONCE = _READ_ONCE, set()
+    try:
+        yield
+    finally:
+        _READ_ONCE = outside
+
+
+@contextmanager
+def executed_again(text: str) -> Iterator[None]:
+    """Make the module of a coupler's file anew from the same bytes, for use inside the block.
+
+    What the module keeps in its own variables starts from nothing there. Any other coupler stays as it is.
+
+    Raises:
+        ValueError: as ``class_by_path``.
+    """
+    if not is_file(text):
+        yield
+        return
+    path, known = _path_of(text), _file(text)
+    _FILES[path] = LoadedFile(_executed(path, known.source, text), known.source)
+    try:
+        yield
+    finally:
+        _FILES[path] = known
+        sys.modules[known.module.__name__] = known.module
+
+
 def is_file(text: str) -> bool:
     """Return whether ``text`` is of the form ``path/to/file.py:Class``."""
     return text.rpartition(":")[0].endswith(".py")
 
 
-def file_name(text: str) -> str:
-    """Return what names the class of a file wherever that lies: ``Class@`` and 12 digits of its sha256.
-
-    Raises:
-        ValueError: as ``class_by_path``.
-    """
-    return f"{text.rpartition(':')[2]}@{_file(text).sha256[:12]}"
+def executed_source(module: str) -> bytes | None:
+    """Return the bytes that a module from a coupler's file was made from, None for any other module."""
+    return next((loaded.source for loaded in _FILES.values() if loaded.module.__name__ == module), None)
 
 
 def _imported(module_name: str, text: str) -> ModuleType:
@@ -79,7 +111,9 @@ def _imported(module_name: str, text: str) -> ModuleType:
 
 def _file(text: str) -> LoadedFile:
     """Return the file of ``path/to/file.py:Class``, loaded once unless its content changes."""
-    path = Path(text.rpartition(":")[0]).expanduser().resolve()
+    path = _path_of(text)
+    if _READ_ONCE is not None and path in _READ_ONCE:
+        return _FILES[path]
     try:
         source = path.read_bytes()
     except FileNotFoundError:
@@ -88,11 +122,16 @@ def _file(text: str) -> LoadedFile:
         ) from None
     except OSError as error:
         raise ValueError(f"coupler {text!r}: {path} cannot be read: {error.strerror}.") from error
-    sha256 = hashlib.sha256(source).hexdigest()
     known = _FILES.get(path)
-    if known is None or known.sha256 != sha256:
-        _FILES[path] = known = LoadedFile(_executed(path, source, text), sha256)
+    if known is None or known.source != source:
+        _FILES[path] = known = LoadedFile(_executed(path, source, text), source)
+    if _READ_ONCE is not None:
+        _READ_ONCE.add(path)
     return known
+
+
+def _path_of(text: str) -> Path:
+    return Path(text.rpartition(":")[0]).expanduser().resolve()
 
 
 def _executed(path: Path, source: bytes, text: str) -> ModuleType:

@@ -73,9 +73,9 @@ def _typed(cls: type[Coupler], option: str, value: Any) -> Any:
 def coupler_identity(config: GNNMoEConfig) -> dict[str, Any]:
     """Return the fields of ``config`` that can change the model: those its coupler never reads are out.
 
-    ``vocab_size`` is out too, since it follows from the data. A coupler that lies in a file counts
-    by the content of the file, not by the folder; so do hyperedges. Options and strategies count in
-    one form for all that give the same model.
+    ``vocab_size`` is out too, since it follows from the data. A coupler from a file counts by the name of
+    its class, since an edited coupler stays the same run; hyperedges from a file count by content. Options
+    and strategies count in one form for all that give the same model.
 
     Raises:
         ValueError: as ``build_coupler``, but for values that only the coupler itself refuses.

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._contract import check_contract
-from gnnmoe.couplers._loading import class_by_path, file_name, is_file
+from gnnmoe.couplers._loading import class_by_path, is_file
 from gnnmoe.naming import unknown_name
 
 _COUPLERS: dict[str, type[Coupler]] = {}
@@ -81,7 +81,7 @@ def coupler_class(name: str) -> type[Coupler]:
 def lasting_name(name: str) -> str:
     """Return what names a coupler wherever it lies, and however it is named.
 
-    Of a file, ``Class@`` and 12 digits of its sha256; of a class that discovery finds, its registered
+    Of a file, ``file:Class``, whatever the file holds; of a class that discovery finds, its registered
     name; else ``name``.
 
     Raises:
@@ -89,5 +89,5 @@ def lasting_name(name: str) -> str:
     """
     cls = coupler_class(name)
     if is_file(name):
-        return file_name(name)
+        return f"file:{cls.__name__}"
     return cls.name if cls.name in _discover() and _COUPLERS.get(cls.name) is cls else name

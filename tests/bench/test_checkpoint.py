@@ -19,6 +19,7 @@ import torch
 from bench.checkpoint_checks import STATE, refuse_unfit
 from bench.cli import parse
 from bench.config import RunConfig
+from bench.existing import KNOWN_BY
 from bench.prepare import Prepared, prepare
 from bench.run import main
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
@@ -144,7 +145,7 @@ def test_the_checkpoint_of_a_run_passes_and_does_not_change(sound, prepared):
     before = copy.deepcopy(sound)
     refuse_unfit(sound, prepared)
     assert str(before) == str(sound)
-    assert set(STATE) | {"schema", "run_id", "identity"} == set(sound)
+    assert set(STATE) | {"schema", *KNOWN_BY} == set(sound)
 
 
 def test_each_part_is_missed(sound, prepared):

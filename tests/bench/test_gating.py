@@ -43,7 +43,7 @@ def test_another_seed_takes_the_verdict_and_says_whose_it_is(run, tmp_path, caps
     capsys.readouterr()
     second, checked = run("--seed", "1", REUSE)
     assert checked == 0
-    assert f"all but trained isolation as checked by run {first['run_id']}" in " ".join(
+    assert f"the checks before training are those of run {first['run_id']}" in " ".join(
         capsys.readouterr().out.split()
     )
     assert second["gate"]["passed"]
@@ -72,7 +72,7 @@ def test_what_differs_in_more_than_its_seed_is_checked(run):
 def test_another_code_or_device_is_checked_and_another_commit_is_not(run, monkeypatch):
     run("--seed", "0", REUSE)
     plain = gating._same
-    cases = (({"code_sha256": "0" * 64}, 1), ({"device_name": "another"}, 1),
+    cases = (({"project_sha256": "0" * 64}, 1), ({"device_name": "another"}, 1),
                             ({"threads": 99}, 1), ({"git_commit": "0" * 40}, 0))  # fmt: skip
     for seed, (changes, checks) in enumerate(cases, 1):
         monkeypatch.setattr(

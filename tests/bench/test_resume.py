@@ -245,7 +245,7 @@ def test_a_checkpoint_elsewhere_is_continued(run, interrupted, undisturbed, tmp_
 
 def test_the_checkpoint_of_a_finished_run_holds_its_best_weights_only(undisturbed):
     state = load_checkpoint(undisturbed / "checkpoint.pt")
-    assert set(state) == {"schema", "run_id", "identity", "model"}
+    assert set(state) == {"schema", "run_id", "identity", "code", "model"}
     assert state["run_id"] == undisturbed.name
 
 

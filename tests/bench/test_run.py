@@ -227,17 +227,6 @@ def test_the_batch_of_the_trained_check_is_the_run_s_own(tiny):
     assert "(B, L) = (12, 16)" in record["gate"]["checks"]["trained_isolation"]["detail"]
 
 
-def test_another_state_of_the_code_is_said(tiny, monkeypatch, capsys):
-    """Record: a finished run of another code hash says so when it is shown."""
-    assert main(tiny) == 0
-    capsys.readouterr()
-    assert main(tiny) == 0
-    assert "another state of the code" not in capsys.readouterr().out
-    monkeypatch.setattr("bench.existing.code_sha256", lambda *_: "other")
-    assert main(tiny) == 0
-    assert "another state of the code" in capsys.readouterr().out
-
-
 def test_a_larger_vocabulary_pads_the_embedding_and_moves_no_number(tiny):
     assert main(tiny) == 0
     _, plain = only_run(results_of(tiny))

@@ -202,7 +202,7 @@ def test_b8_the_answer_is_kept_and_any_change_searches_again(tuned, monkeypatch,
                   ["--tune-mode", "power"], ["--batch-size", "8"]):  # fmt: skip
         assert trials_of(*flags) > 0, flags
     here = search_cache.place_of(request_for(prepare(parse(RunConfig, tuned))))
-    for name in ("torch", "code_sha256", "threads"):
+    for name in ("torch", "coupler_sha256", "project_sha256", "threads"):
         with monkeypatch.context() as patch:
             elsewhere = replace(here, **{name: "x"})
             patch.setattr(search_cache, "place_of", lambda _, elsewhere=elsewhere: elsewhere)

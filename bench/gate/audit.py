@@ -1,0 +1,488 @@
+"""The evaluation audit: no loss that is reported depends on a later token, nor on another window.
+
+It looks at the trained model as a whole, so that it also finds what no look at a single coupler can: a leak
+from layer to layer, above some length, in one precision, for some content, or after training only. Inputs
+are replaced from a cut on, and the losses before the cut are compared with the reported ones.
+
+Shapes: B windows (rows), L positions, T scored targets of a split.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.data.block_loader import BlockLoader
+from bench.data.blocks import EvalWindows
+from bench.device import is_out_of_memory
+from bench.gate.report import Check, CheckFailed, run_check
+from bench.gate.subject import global_random_state_kept, seed_global_generator
+from bench.gate.trained import deterministic, eval_mode
+from gnnmoe.head import IGNORED
+from gnnmoe.model import GNNMoEModel
+from gnnmoe.seeds import stream_seed
+
+ONE_BATCH_IN = 10
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""How far two scorings of one batch may differ, relative to the largest loss."""
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A split as it was scored for the record."""
+
+    name: str
+    loader: BlockLoader
+    nll: np.ndarray
+    """The reported loss of each target in nats, (T,) float32, in the order of the text."""
+    seconds: float
+    """How long the scoring took."""
+
+
+class Piece(NamedTuple):
+    """Windows that are scored in one forward."""
+
+    windows: list[int]
+    ids: Tensor
+    """(B, L)"""
+    targets: Tensor
+    """(B, L); −100 where a position is not scored."""
+    reported: Tensor
+    """The reported loss of each position in nats, (B, L) float32 on the CPU; 0 where it is not scored."""
+
+    @property
+    def scored(self) -> Tensor:
+        """Return which positions are scored, (B, L) on the CPU."""
+        return (self.targets != IGNORED).cpu()
+
+
+def audit_evaluation(
+    model: GNNMoEModel,
+    splits: Sequence[Scored],
+    *,
+    rows: int | None,
+    seed: int,
+    full: bool = False,
+    fresh: Callable[[], GNNMoEModel] | None = None,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> tuple[Check, dict[str, Any]]:
+    """Score some batches again with other inputs, and compare the losses that may not move.
+
+    Every window of an audited batch has its own cut within its scored positions. The inputs from the cut on
+    are replaced, the targets are kept, and every loss before the cut must be the reported one, bit for bit.
+    One window of each forward is replaced whole, and the window before it is left as it is. Where bits
+    differ although nothing leaks, kernels add in another order: deterministic kernels decide then, and
+    where those differ too, four times the difference of two scorings of the unchanged batch.
+
+    Args:
+        model: The trained model; its training flags and the random state are left as they were.
+        splits: What was scored, in the batches of each loader.
+        rows: Windows that were scored at once; None: a whole batch.
+        seed: Of the run; it draws batches, cuts and inputs.
+        full: Audit all batches, and not one in ten.
+        fresh: Builds a new model with the same weights, which is then scored in place of ``model``: a
+            coupler that keeps something outside its weights gives other losses there.
+        gather: Returns the value of every rank; each audits batches of its own.
+
+    Returns:
+        The check, and for the record: windows and batches, audited and in all, the tolerance in nats, and
+        the audit's share of the evaluation's time.
+    """
+    audit = _Audit(model, rows, seed, full, fresh)
+    with ExitStack() as stack:
+        device = next(model.parameters()).device
+        stack.enter_context(global_random_state_kept(device))
+        stack.enter_context(torch.no_grad())
+        own = run_check("evaluation_audit", lambda: audit.all(splits))
+    found = gather((own, audit.counts))
+    counts = _Counts.total(part for _, part in found)
+    failed = next((check for check, _ in found if not check.passed), None)
+    check = failed or Check("evaluation_audit", True, counts.words(), own.seconds)
+    scoring = sum(split.seconds for split in splits)
+    return check, {
+        "mode": "full" if full else "sample", **counts.to_record(), "seconds": own.seconds,
+        "evaluation_seconds": scoring, "share_of_evaluation": own.seconds / scoring if scoring else None,
+    }  # fmt: skip
+
+
+@dataclass
+class _Counts:
+    """What was looked at."""
+
+    windows: int = 0
+    all_windows: int = 0
+    batches: int = 0
+    all_batches: int = 0
+    losses: int = 0
+    tolerance: float = 0.0
+    deterministic: bool = False
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def total(cls, parts: Iterator[_Counts] | Sequence[_Counts]) -> _Counts:
+        """Return the counts of all ranks together."""
+        total = cls()
+        for part in parts:
+            for name in ("windows", "all_windows", "batches", "all_batches", "losses"):
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+            total.tolerance = max(total.tolerance, part.tolerance)
+            total.deterministic |= part.deterministic
+            total.shapes += [shape for shape in part.shapes if shape not in total.shapes]
+        return total
+
+    def words(self) -> str:
+        """Return what was tried and found, in a sentence."""
+        how = "bit for bit"
+        if self.tolerance:
+            how = f"to {self.tolerance:.1e} nats, four times the difference of two scorings"
+        elif self.deterministic:
+            how = "bit for bit with deterministic kernels"
+        shapes = " and ".join(map(str, self.shapes[:3]))
+        return (
+            f"{self.losses:,} losses of {self.windows:,} of {self.all_windows:,} windows, in "
+            f"{self.batches:,} of {self.all_batches:,} batches at (B, L) = {shapes}: none moves with a later "
+            f"token or another window, {how}"
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the counts for JSON."""
+        return {
+            "windows": self.windows, "all_windows": self.all_windows, "batches": self.batches,
+            "all_batches": self.all_batches, "losses": self.losses, "tolerance_nats": self.tolerance,
+            "deterministic_kernels": self.deterministic,
+        }  # fmt: skip
+
+
+class _Audit:
+    """One audit of an evaluation."""
+
+    def __init__(
+        self,
+        model: GNNMoEModel,
+        rows: int | None,
+        seed: int,
+        full: bool,
+        fresh: Callable[[], GNNMoEModel] | None,
+    ) -> None:
+        self.model, self.rows, self.seed, self.full, self.fresh = model, rows, seed, full, fresh
+        self.device = next(model.parameters()).device
+        self.counts = _Counts()
+
+    def all(self, splits: Sequence[Scored]) -> str:
+        """Audit every split; return what was tried."""
+        try:
+            subject = self.model if self.fresh is None else self.fresh()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            subject, self.fresh = self.model, None  # there is no room for a second model
+        with eval_mode(subject):
+            for split in splits:
+                self._split(subject, split)
+        return self.counts.words()
+
+    def _split(self, subject: GNNMoEModel, split: Scored) -> None:
+        windows, draw = split.loader.dataset_obj, self._draws(split.name)
+        assert isinstance(windows, EvalWindows), "evaluations have windows"
+        batches = [list(numbers) for numbers in split.loader.sampler_obj]
+        self.counts.all_batches += len(batches)
+        self.counts.all_windows += sum(map(len, batches))
+        for number in chosen_batches(list(map(len, batches)), self.full, draw):
+            numbers = batches[number]
+            self.counts.batches += 1
+            self.counts.windows += len(numbers)
+            for first in range(0, len(numbers), self.rows or len(numbers)):
+                piece = self._piece(split, numbers[first : first + (self.rows or len(numbers))])
+                shape = (len(piece.ids), piece.ids.shape[1])
+                self.counts.shapes += [shape] if shape not in self.counts.shapes else []
+                for start in starts(piece.scored, piece.reported, draw):
+                    self._look(subject, split, piece, start, self._changed(split, piece, start, draw))
+
+    def _draws(self, name: str) -> np.random.Generator:
+        return np.random.default_rng(stream_seed(self.seed, f"audit.{name}"))
+
+    def _piece(self, split: Scored, numbers: list[int]) -> Piece:
+        windows = split.loader.dataset_obj
+        assert isinstance(windows, EvalWindows), "evaluations have windows"
+        batch = windows.__getitems__(numbers)
+        scored = batch["targets"] != IGNORED
+        reported = torch.zeros(scored.shape)
+        reported[scored] = torch.from_numpy(split.nll[windows.target_numbers(numbers)])
+        ids, targets = (batch[name].to(self.device) for name in ("input_ids", "targets"))
+        return Piece(numbers, ids, targets, reported)
+
+    def _changed(self, split: Scored, piece: Piece, start: Tensor, draw: np.random.Generator) -> Tensor:
+        """Return the inputs with others from ``start`` (B,) on: tokens from elsewhere in the text."""
+        windows = split.loader.dataset_obj
+        stream, words = windows.split.stream, split.loader.corpus.vocabulary.size  # pyright: ignore
+        others = torch.from_numpy(stream[draw.integers(len(stream), size=tuple(piece.ids.shape))])
+        return replaced(piece.ids, others.to(self.device), start, words)
+
+    def _look(
+        self, subject: GNNMoEModel, split: Scored, piece: Piece, start: Tensor, changed: Tensor
+    ) -> None:
+        """Compare the losses before ``start`` with the reported ones.
+
+        Raises:
+            CheckFailed: one moved, or the unchanged batch is scored otherwise than before.
+        """
+        before = piece.scored & (positions(piece.ids) < start[:, None])
+        self.counts.losses += int(before.sum())
+        found = _score(subject, changed, piece.targets)
+        if torch.equal(found[before], piece.reported[before]):
+            return
+        if torch.equal(_score(subject, piece.ids, piece.targets), piece.reported):
+            raise CheckFailed(self._explain(subject, split, piece, start, changed, found - piece.reported))
+        with deterministic():
+            once, twice, found = (
+                _score(subject, ids, piece.targets) for ids in (piece.ids, piece.ids, changed)
+            )
+            self._refuse_drift(split, piece, once)
+            tolerance = 4.0 * float((once - twice).abs().max())
+            moved = torch.where(before, (found - once).abs(), 0.0)
+            if float(moved.max()) > tolerance:
+                raise CheckFailed(self._explain(subject, split, piece, start, changed, found - once))
+        self.counts.deterministic = True
+        self.counts.tolerance = max(self.counts.tolerance, tolerance)
+
+    def _refuse_drift(self, split: Scored, piece: Piece, again: Tensor) -> None:
+        """Refuse losses of the unchanged batch that are not those reported, but for the rounding.
+
+        Raises:
+            CheckFailed: naming the position that differs most.
+        """
+        difference = (again - piece.reported).abs()
+        kind = torch.bfloat16 if self.model.precision == "bf16" else torch.float32
+        if float(difference.max()) > ROUNDING[kind] * float(piece.reported.abs().max()):
+            row, position = divmod(int(difference.argmax()), difference.shape[1])
+            who = "a new model with the same weights" if self.fresh is not None else "the same model"
+            raise CheckFailed(
+                f"{_place(split, piece, row, position)}: the reported loss is "
+                f"{float(piece.reported[row, position]):.4f} nats, and {who} gives "
+                f"{float(again[row, position]):.4f} on the same batch: the coupler keeps something that is "
+                "not in its parameters and buffers"
+            )
+
+    def _explain(
+        self,
+        subject: GNNMoEModel,
+        split: Scored,
+        piece: Piece,
+        start: Tensor,
+        changed: Tensor,
+        difference: Tensor,
+    ) -> str:
+        """Name the loss that moved most, and what it moved with."""
+        before = piece.scored & (positions(piece.ids) < start[:, None])
+        moved = torch.where(before, difference.abs(), 0.0)
+        row, position = divmod(int(moved.argmax()), moved.shape[1])
+        said = f"{_place(split, piece, row, position)}: its loss moves by {float(moved.max()):.2g} nats when"
+        base = _score(subject, piece.ids, piece.targets)[row, position]
+
+        def moves(which: Sequence[int]) -> bool:
+            ids = piece.ids.clone()
+            ids[list(which)] = changed[list(which)]
+            return bool(_score(subject, ids, piece.targets)[row, position] != base)
+
+        if moves([row]):
+            return f"{said} its inputs from position {int(start[row])} on change: it sees its future"
+        others = [other for other in range(len(piece.ids)) if other != row and moves([other])]
+        which = f"window {piece.windows[others[0]]} of its batch changes" if others else "its batch changes"
+        return f"{said} {which}: it sees another sequence"
+
+
+def chosen_batches(sizes: Sequence[int], full: bool, draw: np.random.Generator) -> list[int]:
+    """Return which batches are audited: all, or one drawn from each of as many stretches as there are tens.
+
+    A last batch that is smaller is drawn only where two or more are audited, and then always.
+    """
+    if full or len(sizes) < 2:
+        return list(range(len(sizes)))
+    number, smaller = max(1, len(sizes) // ONE_BATCH_IN), sizes[-1] != sizes[0]
+    ends = [(len(sizes) - smaller) * part // number for part in range(number + 1)]
+    found = [int(draw.integers(low, high)) for low, high in pairwise(ends)]
+    return [*found[:-1], len(sizes) - 1] if smaller and number > 1 else found
+
+
+def starts(scored: Tensor, reported: Tensor, draw: np.random.Generator) -> list[Tensor]:
+    """Return, for each forward that an audit does, the first position of each row that changes, (B,).
+
+    0 replaces a whole row, L leaves it as it is. A cut lies behind a scored position, drawn evenly in every
+    other row, and else with the probability that the model gave its target: a leak shows where the model
+    is sure. Of three rows or more, one is whole, the one before it is left, and the others are cut. Two
+    rows take two forwards.
+
+    Args:
+        scored: Which positions are scored, (B, L).
+        reported: Their losses in nats, (B, L).
+        draw: Where random numbers come from.
+    """
+    B, L = scored.shape
+    cut = torch.full((B,), L)
+    for row in range(B):
+        candidates = scored[row, : L - 1].nonzero().flatten()
+        if len(candidates):
+            chances = np.exp(-reported[row, candidates].double().numpy()) if row % 2 else None
+            total = 0.0 if chances is None else chances.sum()
+            chances = chances / total if chances is not None and 0 < total < np.inf else None
+            cut[row] = 1 + int(draw.choice(candidates.numpy(), p=chances))
+    if B == 1:
+        return [cut]
+    whole = int(draw.integers(1, B))
+    together = cut.clone() if B > 2 else torch.full((B,), L)
+    together[whole - 1], together[whole] = L, 0
+    return [together] if B > 2 else [cut, together]
+
+
+def replaced(ids: Tensor, others: Tensor, start: Tensor, words: int) -> Tensor:
+    """Return ``ids`` (B, L) with ``others`` from ``start`` (B,) on, each another token than before."""
+    others = torch.where(others == ids, (others + 1) % words, others)
+    return torch.where(positions(ids) < start.to(ids.device)[:, None], ids, others)
+
+
+def positions(ids: Tensor) -> Tensor:
+    """Return the numbers of the positions, (L,), where ``ids`` (B, L) lies."""
+    return torch.arange(ids.shape[1], device=ids.device)
+
+
+def _score(model: GNNMoEModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses in nats, (B, L) float32 on the CPU, as an evaluation takes them."""
+    return model.token_nll(ids, targets).float().cpu()
+
+
+def _place(split: Scored, piece: Piece, row: int, position: int) -> str:
+    windows = split.loader.dataset_obj
+    assert isinstance(windows, EvalWindows), "evaluations have windows"
+    window = piece.windows[row]
+    return f"{split.name} window {window}, position {position} (token {window * windows.stride + position:,})"
+
+
+def audit_training(
+    model: GNNMoEModel, batch: dict[str, Tensor], *, rows: int | None, seed: int, words: int
+) -> Check:
+    """Try one training batch in training mode: does a loss move with a later token or another sequence?
+
+    The forward is the one that training used: compiled where that was asked for, with gradients, in the
+    micro-batch of the run, with dropout as configured and the same random numbers each time. A compiled
+    model is tried itself and put back as it was, any other as a copy.
+
+    Args:
+        model: The trained model.
+        batch: ``input_ids`` and ``targets`` (B, L) on the model's device.
+        rows: Rows of one forward; None: the whole batch.
+        seed: Of the run; it draws cuts and inputs.
+        words: Size of the vocabulary.
+    """
+    device = batch["input_ids"].device
+    size = min(rows or len(batch["input_ids"]), len(batch["input_ids"]))
+    with ExitStack() as stack:
+        stack.enter_context(global_random_state_kept(device))
+        subject = stack.enter_context(_in_training(model))
+        while True:
+            ids, targets = (batch[name][:size] for name in ("input_ids", "targets"))
+            trial = _TrainingTrial(subject, ids, targets, seed, words)
+            try:
+                return run_check("training_audit", trial.run)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or size <= 2:
+                    raise
+            size = max(2, size // 2)  # the copy, too, takes memory
+
+
+class _TrainingTrial:
+    """The forwards of one batch in training mode, each of which gives one mean loss of chosen positions."""
+
+    def __init__(self, model: GNNMoEModel, ids: Tensor, targets: Tensor, seed: int, words: int) -> None:
+        self.model, self.ids, self.targets, self.words = model, ids, targets, words
+        self.draw = np.random.default_rng(stream_seed(seed, "audit.training"))
+
+    def run(self) -> str:
+        """Compare at all positions before the cuts, and at the last one before each alone."""
+        scored = (self.targets != IGNORED).cpu()
+        for start in starts(scored, torch.zeros(scored.shape), self.draw):
+            others = self.ids.flatten()[torch.from_numpy(self.draw.permutation(self.ids.numel()))]
+            changed = replaced(self.ids, others.view_as(self.ids), start, self.words)
+            before = scored & (torch.arange(scored.shape[1]) < start[:, None])
+            last = before & (torch.arange(scored.shape[1]) == start[:, None] - 1)
+            for mask in (before, last):
+                if mask.any():
+                    self._compare(changed, mask, start)
+        shape = tuple(self.ids.shape)
+        how = ", compiled" if self.model.is_compiled else ""
+        return (
+            f"one batch in training mode{how}, (B, L) = {shape}: no loss moves with a later token or another "
+            "sequence"
+        )
+
+    def _compare(self, changed: Tensor, mask: Tensor, start: Tensor) -> None:
+        base, found = self._loss(self.ids, mask), self._loss(changed, mask)
+        if base == found:
+            return
+        if self._loss(self.ids, mask) == base:
+            raise CheckFailed(self._explain(changed, mask, start))
+        with deterministic():
+            once, twice, found = (self._loss(ids, mask) for ids in (self.ids, self.ids, changed))
+            if abs(found - once) > 4.0 * abs(once - twice):
+                raise CheckFailed(self._explain(changed, mask, start))
+
+    def _loss(self, ids: Tensor, mask: Tensor) -> float:
+        """Return the mean loss in nats of the positions of ``mask`` (B, L)."""
+        seed_global_generator(0, ids.device)
+        targets = self.targets.masked_fill(~mask.to(ids.device), IGNORED)
+        loss = self.model(ids, targets=targets, return_logits=False)["loss"]
+        assert loss is not None, "there are targets"
+        return float(loss.detach())
+
+    def _explain(self, changed: Tensor, mask: Tensor, start: Tensor) -> str:
+        """Name one loss that moves: halve the positions until one is left."""
+        places = mask.nonzero()
+        while len(places) > 1:
+            half, rest = places.chunk(2)
+            places = half if self._moves(changed, _only(mask, half)) else rest
+        row, position = places[0].tolist()
+        only, ids = _only(mask, places), self.ids.clone()
+        size = abs(self._loss(changed, only) - self._loss(self.ids, only))
+        ids[row] = changed[row]
+        if int(start[row]) < mask.shape[1] and self._moves(ids, only):
+            what = f"inputs from position {int(start[row])} on change: it sees its future"
+        else:
+            what = "other sequences of the batch change: it sees another sequence"
+        return (
+            f"in training mode, the loss of sequence {row} at position {position} moves by {size:.2g} nats "
+            f"when {what}; so the model has trained with a leak"
+        )
+
+    def _moves(self, ids: Tensor, mask: Tensor) -> bool:
+        return self._loss(ids, mask) != self._loss(self.ids, mask)
+
+
+def _only(mask: Tensor, places: Tensor) -> Tensor:
+    found = torch.zeros_like(mask)
+    found[places[:, 0], places[:, 1]] = True
+    return found
+
+
+@contextmanager
+def _in_training(model: GNNMoEModel) -> Iterator[GNNMoEModel]:
+    """Yield a copy in training mode; of a compiled model itself, which is put back as it was."""
+    if not model.is_compiled:
+        yield copy.deepcopy(model).train()
+        return
+    flags = [(module, module.training) for module in model.modules()]
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield model.train()
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        for buffer, value in kept:
+            buffer.copy_(value)

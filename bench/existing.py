@@ -89,10 +89,13 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
     if places.resume and status is None:
         raise ValueError(_nothing_to_resume(prepared))
     if places.resume and status != "interrupted":
-        raise ValueError(
+        words = (
             f"run {prepared.run_id} ended as {status}; only interrupted runs are continued. "
             "Without --resume it runs again, and the earlier record is kept."
         )
+        if status in ("crashed", "oom", "timeout") and prepared.checkpoint.exists():
+            words += f" --resume-checkpoint {prepared.checkpoint} goes on from its last checkpoint."
+        raise ValueError(words)
     if status == "interrupted" and not places.resume and not places.force:
         differing = stale_code(record and record["environment"], prepared.code)
         resume = "--resume --keep-stale continues it" if differing else "--resume continues it"

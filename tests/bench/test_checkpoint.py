@@ -129,6 +129,21 @@ def test_a_file_that_is_not_as_it_was_saved_is_refused_in_our_own_words(stopped,
     assert "weights_only" not in str(refused.value)
 
 
+def test_a_full_disk_is_told_in_the_systems_own_words(tmp_path, monkeypatch):
+    """Torch raises an error of its zip writer over that of the disk."""
+
+    def save(*_: Any) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 596736 vs 596624")
+
+    monkeypatch.setattr("bench.training.checkpoint.torch.save", save)
+    with pytest.raises(OSError, match=r"^checkpoint.pt cannot be written: No space left on device$"):
+        save_checkpoint(tmp_path / "checkpoint.pt", {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_file_and_what_holds_more_than_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "none.pt")

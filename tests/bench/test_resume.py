@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_full_disk_while_training_ends_the_run_with_its_status(run, monkeypatch):
+def test_a_full_disk_while_training_ends_the_run_with_its_status(run, undisturbed, monkeypatch, capsys):
     """Bad input: the run ends with its status, nothing half-written; what was saved stays."""
     with monkeypatch.context() as patch:
         act_at_step(patch, 5, lambda: patch.setattr("bench.learning.save_checkpoint", full_disk))
@@ -270,6 +270,11 @@ def test_a_full_disk_while_training_ends_the_run_with_its_status(run, monkeypatc
     assert "No space left" in record["error"]
     assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"] == 3
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    way = ["--resume-checkpoint", str(folder / "checkpoint.pt")]
+    assert f"{' '.join(way)} goes on from its last checkpoint" in refusal(capsys, [*run, "--resume"])
+    assert main([*run, *way]) == 0
+    assert_equal_but_for_times(folder, undisturbed)
+    assert [part["resumed_at_step"] for part in parts_of(folder)] == [None, 3]
 
 
 def test_the_fields_that_differ():

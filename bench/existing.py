@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from bench.checkpoint_checks import PARTS, refuse_unfit
+from bench.config import RunConfig
 from bench.measure.quantity import is_measured
 from bench.prepare import Prepared
 from bench.progress import Reporter
-from bench.records.schema import Record
+from bench.records.schema import Record, config_dict
 from bench.records.stale import WORDS, coupler_of, refuse_another_file, stale_code, stale_words
 from bench.records.store import study_records
 from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
@@ -236,4 +237,6 @@ def _ranks(record: Record, prepared: Prepared) -> list[str]:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    return {group: fields for group, fields in config.items() if group != "places"}
+    """Return the fields that count, with the default of each field that an earlier version did not write."""
+    defaults = config_dict(RunConfig())
+    return {group: {**defaults[group], **config.get(group, {})} for group in defaults if group != "places"}

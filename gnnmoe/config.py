@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
+from gnnmoe.naming import unknown_name
+
+Initialization = Literal["project", "original"]
 VOCABULARY_MULTIPLE = 64  # rows of the embedding and of the head; aligned matrix products are faster
 
 
@@ -14,7 +17,8 @@ class GNNMoEConfig:
 
     Raises:
         ValueError: a size that is not positive, a dropout outside [0, 1), or heads that do not
-            divide the width. Names (coupler, strategy) are checked where they are looked up.
+            divide the width; an unknown ``initialization``. The names of couplers and strategies are
+            checked where they are looked up.
     """
 
     coupler_type: str = "HGNN"
@@ -45,6 +49,9 @@ class GNNMoEConfig:
     """Tokens in a training sequence, and the longest input."""
     dropout_rate: float = 0.0
     """Dropout in the experts."""
+    initialization: Initialization = "project"
+    """How weights start: as in this project's studies, or as in the original GNN-MoE experiments
+    (docs/couplers.md lists the standard deviations)."""
     vocab_size: int = 33_278
     """Words in the vocabulary (the published figure of WikiText-2)."""
 
@@ -56,6 +63,8 @@ class GNNMoEConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         if self.ffn_dim is not None and self.ffn_dim < 1:
             raise ValueError(f"ffn_dim is {self.ffn_dim}; it must be at least 1 (None: 4 × embed_dim).")
+        if self.initialization not in get_args(Initialization):
+            raise ValueError(unknown_name("initialization", self.initialization, get_args(Initialization)))
         if not 0.0 <= self.dropout_rate < 1.0:
             raise ValueError(f"dropout_rate is {self.dropout_rate!r}; it must lie in [0, 1).")
         if self.embed_dim % self.num_heads:

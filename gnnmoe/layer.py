@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gnnmoe.batched_experts import BatchedExperts
 from gnnmoe.couplers import build_coupler
 from gnnmoe.experts import ExpertBlock, ExpertLoop
+from gnnmoe.initialization import init_experts
 from gnnmoe.seeds import RandomStreams
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class GNNMoELayer(nn.Module):
         count, ffn_dim = coupler.expert_shape()
         with streams("init.experts"):
             blocks = [ExpertBlock(config, ffn_dim) for _ in range(count)]
-            loop = ExpertLoop(blocks).apply(init_weights)
-        self.experts = BatchedExperts(blocks) if experts == "batched" else loop
+            init_experts(blocks, config.initialization)
+        self.experts = BatchedExperts(blocks) if experts == "batched" else ExpertLoop(blocks)
         self.coupler = coupler
 
     def expert_outputs(self, x_BLD: Tensor) -> Tensor:
@@ -57,11 +58,3 @@ class GNNMoELayer(nn.Module):
             return None
         count, ffn_dim = self.coupler.expert_shape()
         return own + count * ExpertBlock.flops(self.coupler.config, batch, length, ffn_dim)
-
-
-def init_weights(module: nn.Module) -> None:
-    """Draw matrices of the trunk and of the experts from N(0, 0.02²), with zero biases."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

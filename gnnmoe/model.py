@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gnnmoe.batched_experts import BatchedExperts
 from gnnmoe.head import IGNORED, PADDED_BIAS, TiedHead
-from gnnmoe.layer import GNNMoELayer, init_weights
+from gnnmoe.initialization import init_weights
+from gnnmoe.layer import GNNMoELayer
 from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import RandomStreams
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.config import ExecutionConfig
+from gnnmoe.config import GNNMoEConfig
 
 Settings = dict[str, Any]  # the value of every field of a config that can change a number, but the seed
 
@@ -19,7 +20,10 @@ ONLY_IF_NEEDED = (
 )  # follow from a match, from the data, from options
 OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")  # where asked for
 NO_SETTINGS = ("seed", "audit", "marginal", "profile")  # of the runs of one configuration, some may have them
-SHORT = {"hgnn_learnable_edge_weights": {True: "learned weights", False: "no weights"}}
+SHORT = {
+    "hgnn_learnable_edge_weights": {True: "learned weights", False: "no weights"},
+    "initialization": {"original": "original start"},
+}
 
 
 def settings_of(config: dict[str, Any]) -> Settings:
@@ -36,6 +40,8 @@ def settings_of(config: dict[str, Any]) -> Settings:
         {name: value for name, value in config.get("execution", {}).items() if value != plain[name]}
     )
     settings = {name: value for fields in groups for name, value in fields.items() if name not in NO_SETTINGS}
+    if settings.get("initialization") == GNNMoEConfig.initialization:  # as all records are that lack it
+        del settings["initialization"]
     settings["coupler_option"] = _options(settings.get("coupler_option") or (), settings["coupler_type"])
     return settings
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from bench.data.block_loader import BlockLoader
 from bench.data.blocks import EvalWindows
 from bench.device import is_out_of_memory
+from bench.gate.cuts import positions, replaced, starts
 from bench.gate.report import Check, CheckFailed, run_check
 from bench.gate.subject import global_random_state_kept, seed_global_generator
 from bench.gate.trained import deterministic, eval_mode
@@ -31,6 +32,7 @@ from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
 
 ONE_BATCH_IN = 10
+NEAR = 8  # positions before a cut whose mean loss is compared in training mode: a mean of few moves visibly
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """How far two scorings of one batch may differ, relative to the largest loss."""
 Value = TypeVar("Value")
@@ -179,16 +181,21 @@ class _Audit:
 
     def all(self, splits: Sequence[Scored]) -> str:
         """Audit every split; return what was tried."""
-        try:
-            subject = self.model if self.fresh is None else self.fresh()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            subject, self.fresh = self.model, None  # there is no room for a second model
+        if self.fresh is not None:
+            try:
+                self._of(self.fresh(), splits)
+                return self.counts.words()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.fresh, self.counts = None, _Counts()  # there is no room for a second model
+        self._of(self.model, splits)
+        return self.counts.words()
+
+    def _of(self, subject: GNNMoEModel, splits: Sequence[Scored]) -> None:
         with eval_mode(subject):
             for split in splits:
                 self._split(subject, split)
-        return self.counts.words()
 
     def _split(self, subject: GNNMoEModel, split: Scored) -> None:
         windows, draw = split.loader.dataset_obj, self._draws(split.name)
@@ -313,47 +320,6 @@ def chosen_batches(sizes: Sequence[int], full: bool, draw: np.random.Generator) 
     return [*found[:-1], len(sizes) - 1] if smaller and number > 1 else found
 
 
-def starts(scored: Tensor, reported: Tensor, draw: np.random.Generator) -> list[Tensor]:
-    """Return, for each forward that an audit does, the first position of each row that changes, (B,).
-
-    0 replaces a whole row, L leaves it as it is. A cut lies behind a scored position, drawn evenly in every
-    other row, and else with the probability that the model gave its target: a leak shows where the model
-    is sure. Of three rows or more, one is whole, the one before it is left, and the others are cut. Two
-    rows take two forwards.
-
-    Args:
-        scored: Which positions are scored, (B, L).
-        reported: Their losses in nats, (B, L).
-        draw: Where random numbers come from.
-    """
-    B, L = scored.shape
-    cut = torch.full((B,), L)
-    for row in range(B):
-        candidates = scored[row, : L - 1].nonzero().flatten()
-        if len(candidates):
-            chances = np.exp(-reported[row, candidates].double().numpy()) if row % 2 else None
-            total = 0.0 if chances is None else chances.sum()
-            chances = chances / total if chances is not None and 0 < total < np.inf else None
-            cut[row] = 1 + int(draw.choice(candidates.numpy(), p=chances))
-    if B == 1:
-        return [cut]
-    whole = int(draw.integers(1, B))
-    together = cut.clone() if B > 2 else torch.full((B,), L)
-    together[whole - 1], together[whole] = L, 0
-    return [together] if B > 2 else [cut, together]
-
-
-def replaced(ids: Tensor, others: Tensor, start: Tensor, words: int) -> Tensor:
-    """Return ``ids`` (B, L) with ``others`` from ``start`` (B,) on, each another token than before."""
-    others = torch.where(others == ids, (others + 1) % words, others)
-    return torch.where(positions(ids) < start.to(ids.device)[:, None], ids, others)
-
-
-def positions(ids: Tensor) -> Tensor:
-    """Return the numbers of the positions, (L,), where ``ids`` (B, L) lies."""
-    return torch.arange(ids.shape[1], device=ids.device)
-
-
 def _score(model: GNNMoEModel, ids: Tensor, targets: Tensor) -> Tensor:
     """Return the losses in nats, (B, L) float32 on the CPU, as an evaluation takes them."""
     return model.token_nll(ids, targets).float().cpu()
@@ -406,16 +372,15 @@ class _TrainingTrial:
         self.draw = np.random.default_rng(stream_seed(seed, "audit.training"))
 
     def run(self) -> str:
-        """Compare at all positions before the cuts, and at the last one before each alone."""
+        """Compare the mean loss of the last positions before each cut, which see all that a leak shows."""
         scored = (self.targets != IGNORED).cpu()
         for start in starts(scored, torch.zeros(scored.shape), self.draw):
             others = self.ids.flatten()[torch.from_numpy(self.draw.permutation(self.ids.numel()))]
             changed = replaced(self.ids, others.view_as(self.ids), start, self.words)
-            before = scored & (torch.arange(scored.shape[1]) < start[:, None])
-            last = before & (torch.arange(scored.shape[1]) == start[:, None] - 1)
-            for mask in (before, last):
-                if mask.any():
-                    self._compare(changed, mask, start)
+            distance = start[:, None] - torch.arange(scored.shape[1])
+            near = scored & (distance > 0) & (distance <= NEAR)
+            if near.any():
+                self._compare(changed, near, start)
         shape = tuple(self.ids.shape)
         how = ", compiled" if self.model.is_compiled else ""
         return (

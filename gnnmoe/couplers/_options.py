@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gnnmoe.couplers._base import COUPLER_FIELDS, Coupler
 from gnnmoe.couplers._contract import FIELDS_ARE, are_fields
 from gnnmoe.couplers._registry import coupler_class, lasting_name
+from gnnmoe.initialization import init_coupler
 from gnnmoe.naming import unknown_name
 from gnnmoe.strategies import strategy_identity
 
@@ -23,7 +24,9 @@ def build_coupler(config: GNNMoEConfig) -> Coupler:
     Raises:
         ValueError: an unknown coupler or option, or a value that an option cannot have.
     """
-    return coupler_class(config.coupler_type)(config, **resolved_options(config))
+    coupler = coupler_class(config.coupler_type)(config, **resolved_options(config))
+    init_coupler(coupler, config.initialization)
+    return coupler
 
 
 def coupler_option_defaults(cls: type[Coupler]) -> dict[str, Any]:
@@ -92,6 +95,8 @@ def coupler_identity(config: GNNMoEConfig) -> dict[str, Any]:
     if "static_hyperedge_strategy" not in unread:
         strategy, num_experts = config.static_hyperedge_strategy, config.num_experts
         fields["static_hyperedge_strategy"] = strategy_identity(strategy, num_experts)
+    if config.initialization == "project":  # as were all runs from before there was a choice
+        del fields["initialization"]
     return {name: value for name, value in fields.items() if name not in unread | {"vocab_size"}}
 
 

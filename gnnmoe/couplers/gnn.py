@@ -24,9 +24,10 @@ class ExpertGraphConv(nn.Module):
 
     off_diagonal_EE: Tensor
 
-    def __init__(self, embed_dim: int, num_experts: int) -> None:
+    def __init__(self, embed_dim: int, num_experts: int, initialization: str = "project") -> None:
         super().__init__()
-        self.adjacency_logits = nn.Parameter(torch.zeros(num_experts, num_experts))
+        start = torch.randn if initialization == "original" else torch.zeros
+        self.adjacency_logits = nn.Parameter(start(num_experts, num_experts))
         self.edge_score = nn.Linear(2 * embed_dim, 1)  # [w_a, w_b] and b
         self.neighbor_map = nn.Linear(embed_dim, embed_dim, bias=False)  # W_n
         self.self_map = nn.Linear(embed_dim, embed_dim)  # W_s
@@ -73,7 +74,8 @@ class GNNExpertCoupler(Coupler):
     .. math:: x_i \leftarrow \mathrm{GELU}(W_n \sum_j M_{ij} x_j + W_s x_i) + x_i
 
     The score of a pair is a sum of two scalars, so no pair's concatenation is ever built: beside
-    the features there is one (N, E, E) gate. :math:`A` starts at 0: no pair is preferred.
+    the features there is one (N, E, E) gate. :math:`A` starts at 0: no pair is preferred. With
+    ``initialization = original`` it is drawn from N(0, 1).
 
     Shapes:
         - **expert_outputs:** :math:`(B, L, E, D)`
@@ -88,7 +90,8 @@ class GNNExpertCoupler(Coupler):
     def __init__(self, config: GNNMoEConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(
-            ExpertGraphConv(config.embed_dim, config.num_experts) for _ in range(config.gnn_layers)
+            ExpertGraphConv(config.embed_dim, config.num_experts, config.initialization)
+            for _ in range(config.gnn_layers)
         )
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:

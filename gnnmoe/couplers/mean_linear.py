@@ -28,7 +28,8 @@ class MeanLinearCoupler(Coupler):
         - **expert_outputs:** :math:`(B, L, E, D)`
         - **output:** :math:`(B, L, D)`
 
-    Source: this project's control of the linear hypergraph stack; its maps start as that one's do.
+    Source: this project's control of the linear hypergraph stack; with ``initialization = project`` its
+    maps start as that stack's do.
     """
 
     config_fields = ("gnn_layers",)

@@ -108,3 +108,13 @@ def test_execution_is_named_where_it_is_not_the_plain_one():
     low, both, batched = of(precision="bf16"), of(precision="bf16", compile=True), of(experts="batched")
     named = ["mean", "mean · bf16", "mean · bf16 · compile True", "mean · batched"]
     assert labels([before, low, both, batched]) == named
+
+
+def test_the_start_is_named_where_it_is_not_the_projects():
+    """Records from before there was a choice started as the project's do: they are one configuration."""
+    before = settings_of({"model": {"coupler_type": "GNN"}})
+    project, original = (settings_of({"model": {"coupler_type": "GNN", "initialization": name}})
+                         for name in ("project", "original"))  # fmt: skip
+    assert project == before
+    assert labels([before, project, original]) == ["GNN", "GNN", "GNN · original start"]
+    assert labels([original]) == ["GNN"], "only what differs is named"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.config import RunConfig
+from bench.flags import config_of, run_flags
 from bench.measure.quantity import is_measured, not_measured
 from bench.records.schema import KEYS, config_dict, identity, new_record
 from bench.records.schema import run_id as schema_run_id
@@ -18,6 +20,7 @@ from gnnmoe.couplers import coupler_identity
 
 pytestmark = pytest.mark.core("record")
 DATA = "0" * 64
+REFERENCE = Path(__file__).parents[2] / "results/reference"
 
 
 def run_id(config: RunConfig, data: str, device: str, **world) -> str:
@@ -34,7 +37,7 @@ VALUES = {
     "coupler_type": "mean", "hgnn_conv_type": "PyGHypergraphConv", "static_hyperedge_strategy": "all",
     "coupler_options": {"residual": False}, "dropout_rate": 0.5, "adam_betas": (0.5, 0.5),
     "learning_rate": 0.5, "weight_decay": 0.5, "min_lr_ratio": 0.5, "max_grad_norm": 0.5,
-    "batch_schedule": "0:16,1:32",
+    "batch_schedule": "0:16,1:32", "initialization": "original",
 }  # fmt: skip
 BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_gate",
                   "marginal", "profile",  # measured besides
@@ -61,6 +64,22 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
     assert run_id(RunConfig(), DATA, "cuda") not in seen
     assert run_id(RunConfig(), DATA, "cpu", world_size=2) not in seen
     assert run_id(RunConfig(), DATA, "cpu", curriculum={"order_sha256": "0"}) not in seen
+
+
+def test_every_committed_record_has_the_run_id_of_its_config():
+    """The identity of a config that a committed run had never changes."""
+    known, differing = run_flags(), []
+    paths = sorted(REFERENCE.glob("*/*/record.json"))
+    for path in paths:
+        record = json.loads(path.read_text())
+        fields = {name: value for group in record["config"].values() for name, value in group.items()}
+        config = config_of({name: value for name, value in fields.items() if name in known})
+        environment, sha256 = record["environment"], record["data"]["sha256"]
+        world = {"world_size": environment.get("world_size", 1)}
+        if run_id(config, sha256, environment["device_type"], **world) != record["run_id"]:
+            differing.append(path.parent.name)
+    assert len(paths) > 100
+    assert not differing
 
 
 @pytest.mark.parametrize(

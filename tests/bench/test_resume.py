@@ -219,6 +219,15 @@ def test_resuming_another_config_names_the_fields_that_differ(run, interrupted, 
     assert message.count(" there, ") == 1
 
 
+def test_fields_that_an_earlier_version_did_not_write_are_at_their_defaults(run, interrupted, capsys):
+    path = interrupted / "record.json"
+    record = json.loads(path.read_text())
+    del record["config"]["model"]["initialization"], record["config"]["execution"]
+    path.write_text(json.dumps(record))
+    message = refusal(capsys, [*run, "--resume", "--initialization", "original"])
+    assert "differs: initialization: project there, original here." in message
+
+
 def test_nothing_to_resume_and_a_finished_run(run, capsys):
     assert "drop --resume to start" in refusal(capsys, [*run, "--resume"])
     assert not results_of(run).exists(), "nothing is written"

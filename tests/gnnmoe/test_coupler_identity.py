@@ -149,6 +149,15 @@ def test_options_that_give_two_models_give_two(coupler, one, other, fields):
     assert identity(coupler, one, **fields) != identity(coupler, other, **fields)
 
 
+@pytest.mark.parametrize("coupler", coupler_names())
+def test_the_start_counts_only_where_it_is_not_the_projects(coupler):
+    """Records from before there was a choice keep their run_id."""
+    plain, original = identity(coupler), identity(coupler, initialization="original")
+    assert "initialization" not in plain
+    assert identity(coupler, initialization="project") == plain
+    assert original == {**plain, "initialization": "original"}
+
+
 @pytest.mark.parametrize(
     ("one", "other", "num_experts", "same"),
     [

@@ -1,16 +1,23 @@
 """Where a model starts: seeds and named streams, counts, and what it says about its experts."""
 
 import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch_geometric.nn import HypergraphConv
 
-from gnnmoe import GNNMoEModel, coupler_names
+from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
+from gnnmoe.couplers import build_coupler
 from gnnmoe.layer import GNNMoELayer
 from gnnmoe.seeds import RandomStreams, stream_seed
 from tests.gnnmoe._support import assert_near, make_model, small_config, token_ids
 
+INITIALIZATIONS = ("project", "original")
 named_couplers = pytest.mark.parametrize("coupler_type", coupler_names())
 
 
@@ -19,9 +26,12 @@ def shared_state(model: GNNMoEModel) -> dict[str, torch.Tensor]:
 
 
 @named_couplers
-def test_seeds_at_one_seed_every_coupler_starts_from_the_same_trunk_and_experts(coupler_type):
-    reference = shared_state(GNNMoEModel(small_config(coupler_type="mean"), seed=3))
-    found = shared_state(GNNMoEModel(small_config(coupler_type=coupler_type, gnn_layers=3), seed=3))
+@pytest.mark.parametrize("initialization", INITIALIZATIONS)
+def test_seeds_at_one_seed_every_coupler_starts_from_the_same_trunk_and_experts(coupler_type, initialization):
+    def start(**fields):
+        return shared_state(GNNMoEModel(small_config(initialization=initialization, **fields), seed=3))
+
+    reference, found = start(coupler_type="mean"), start(coupler_type=coupler_type, gnn_layers=3)
     if coupler_type == "dense":  # its one block is of another width, and shares the trunk only
         trunk = {name for name in reference if ".experts." not in name}
         assert trunk == {name for name in found if ".experts." not in name}
@@ -103,6 +113,139 @@ def test_trunk_and_experts_start_small_with_zero_biases():
         assert 0.017 < weight.std() < 0.023
     for bias in (expert.qkv.bias, expert.proj.bias, expert.up.bias, expert.down.bias, model.head.bias):
         assert torch.count_nonzero(bias) == 0
+
+
+# --- initialization: of this project, or of the original experiments -----------------------------------
+
+DOCS = Path(__file__).parents[2] / "docs/couplers.md"
+OTHER_LAYERS = ("HNHN", "AllDeepSets", "AllSetTransformer", "EDHNN")
+THETA = ("HypergraphConv", "PyGHypergraphConv", "HGNNConv", "HypergraphAttention")
+IN_EVERY_MODEL = {  # part → its parameters' names in the state dict
+    "embeddings of tokens and positions": r"(token|position)_embedding\.weight",
+    "experts: queries, keys and values": r".*\.experts\.\d\.qkv\.weight",
+    "experts: output projection and feed-forward maps": r".*\.experts\.\d\.(proj|up|down)\.weight",
+}
+IN_A_COUPLER = {  # part → the couplers that have it, and its parameters' names in them
+    "combiner": (("mean", "GNN", "HNHN"), r"combiner\.0\.weight"),
+    "`GNN`: maps W_n and W_s": (("GNN",), r".*(neighbor|self)_map\.weight"),
+    "`GNN`: weights w_a and w_b of the score": (("GNN",), r".*edge_score\.weight"),
+    "`GNN`: adjacency logits A": (("GNN",), r".*adjacency_logits"),
+    f"{', '.join(f'`{name}`' for name in THETA)}: map Θ": (THETA, r"layers\.\d\.weight"),
+    f"{', '.join(f'`{name}`' for name in OTHER_LAYERS)}: maps":
+        (OTHER_LAYERS, r"layers\.(?!.*(norm|query)).*weight"),
+    "`mean_linear`: maps": (("mean_linear",), r"maps.*weight"),
+    "`attention`: queries, keys and values": (("attention",), r".*(query|key|value)\.weight"),
+    "`attention`: output map": (("attention",), r".*output\.weight"),
+    "`gate`, `topk`: router": (("gate", "topk"), r"router\.weight"),
+    "`static`: logits a": (("static",), "expert_logits"),
+}  # fmt: skip
+
+
+def documented_starts() -> dict[str, dict[str, float]]:
+    """The table "How weights start" of the docs: part → initialization → standard deviation at D = 64."""
+    section = DOCS.read_text().partition("\n## How weights start\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines()
+            if line.startswith("| ")]  # fmt: skip
+    assert rows[0] == ["part", "`project`", "`original`"]
+    return {part: dict(zip(INITIALIZATIONS, map(float, numbers), strict=True)) for part, *numbers in rows[1:]}
+
+
+def fields_of(coupler: str) -> dict[str, str]:
+    layer = {"coupler_type": "HGNN", "hgnn_conv_type": coupler}
+    return {"coupler_type": coupler} if coupler in coupler_names() else layer
+
+
+def matching(module: nn.Module, pattern: str) -> list[Tensor]:
+    return [p.detach().flatten() for name, p in module.named_parameters() if re.fullmatch(pattern, name)]
+
+
+@pytest.mark.parametrize("initialization", INITIALIZATIONS)
+def test_every_part_starts_with_the_standard_deviation_that_the_docs_list(initialization):
+    config = small_config(embed_dim=64, initialization=initialization, coupler_type="mean", vocab_size=500)
+    couplers = dict.fromkeys(name for names, _ in IN_A_COUPLER.values() for name in names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GNNMoEModel(config)
+        wide = replace(config, num_experts=16, gnn_layers=4)  # many numbers in the small parts too
+        built = {name: build_coupler(replace(wide, **fields_of(name))) for name in couplers}
+    found = {part: matching(model, pattern) for part, pattern in IN_EVERY_MODEL.items()}
+    for part, (names, pattern) in IN_A_COUPLER.items():
+        every = [matching(built[name], pattern) for name in names]
+        assert all(every), f"one of {names} lacks {part}"
+        found[part] = [values for some in every for values in some]
+    documented = documented_starts()
+    assert documented.keys() == found.keys()
+    for part, values in found.items():
+        one = torch.cat(values)
+        tolerance = 4 / (2 * len(one)) ** 0.5  # four standard errors of a standard deviation
+        expected = documented[part][initialization]
+        assert float(one.std()) == pytest.approx(expected, rel=tolerance, abs=5e-4 if expected else 0), part
+    if initialization == "original":
+        assert not any(bias.any() for module in built.values() for bias in matching(module, ".*bias"))
+
+
+class OriginalLayer(nn.Module):
+    """The modules of one layer of the original experiments, started by their initializer."""
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, 2)
+        self.feed_forward = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.hypergraph = nn.ModuleList(HypergraphConv(D, D) for _ in range(2))
+        self.graph = nn.ModuleList([nn.Linear(2 * D, 1), nn.Linear(D, D, bias=False), nn.Linear(D, D)])
+        self.combiner = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D))
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            torch.nn.init.normal_(module.weight, mean=0.0, std=0.02)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+
+
+THEIRS = {  # the original's parameters → coupler here, parameters here
+    r"attention\.in_proj_weight": ("PyGHypergraphConv", r"experts\.0\.qkv\.weight"),
+    r"attention\.in_proj_bias": ("PyGHypergraphConv", r"experts\.0\.qkv\.bias"),
+    r"attention\.out_proj\.weight": ("PyGHypergraphConv", r"experts\.0\.proj\.weight"),
+    r"feed_forward\..*\.weight": ("PyGHypergraphConv", r"experts\.0\.(up|down)\.weight"),
+    r"hypergraph\.\d\.lin\.weight": ("PyGHypergraphConv", r"coupler\.layers\.\d\.weight"),
+    r"hypergraph\.\d\.bias": ("PyGHypergraphConv", r"coupler\.layers\.\d\.bias"),
+    r"combiner\.0\.weight": ("PyGHypergraphConv", r"coupler\.combiner\.0\.weight"),
+    r"graph\.[12]\.weight": ("GNN", r"coupler\.layers\.0\.(neighbor|self)_map\.weight"),
+    r".*\.bias": ("GNN", r".*\.bias"),
+}
+
+
+def test_original_starts_as_the_modules_of_the_original_do():
+    """Not the same numbers: the same standard deviation, and the same shape of the distribution."""
+    D = 128
+    config = small_config(embed_dim=D, initialization="original", num_layers=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = OriginalLayer(D)
+        ours = {
+            name: GNNMoELayer(replace(config, **fields_of(name))) for name in ("PyGHypergraphConv", "GNN")
+        }
+    for there, (coupler, here) in THEIRS.items():
+        one, other = torch.cat(matching(theirs, there)), torch.cat(matching(ours[coupler], here))
+        assert float(other.std()) == pytest.approx(float(one.std()), rel=0.03, abs=1e-8), there
+        if one.any():  # E x⁴ / (E x²)²: 3 of a normal distribution, 1.8 of a uniform one
+            shapes = [float((x**4).mean() / (x**2).mean() ** 2) for x in (one, other)]
+            assert shapes[1] == pytest.approx(shapes[0], rel=0.1), there
+
+
+@named_couplers
+def test_original_starts_alike_in_both_forms_of_the_experts(coupler_type):
+    config = small_config(coupler_type=coupler_type, initialization="original")
+    loop, batched = (GNNMoEModel(config, seed=3, experts=form).state_dict() for form in ("loop", "batched"))
+    assert loop.keys() == batched.keys()
+    assert all(torch.equal(value, batched[name]) for name, value in loop.items())
+
+
+def test_an_unknown_initialization_is_refused_with_the_allowed_names():
+    said = r"unknown initialization 'orginal'; allowed: original, project\. Did you mean 'original'\?"
+    with pytest.raises(ValueError, match=said):
+        GNNMoEConfig(initialization="orginal")  # pyright: ignore[reportArgumentType]
 
 
 @named_couplers

@@ -1,4 +1,6 @@
-"""``--preset original``: the original experiments' hypergraph coupler, less its leak."""
+"""``--preset original``: the original experiments' hypergraph coupler without its leak, and their start."""
+
+from functools import cache
 
 import pytest
 import torch
@@ -6,11 +8,13 @@ from torch_geometric.nn import HypergraphConv
 
 from bench.cli import parse
 from bench.config import RunConfig
+from bench.gate.subject import Subject
 from gnnmoe.couplers import build_coupler
 from gnnmoe.couplers.hgnn import HGNNExpertCoupler
 from tests.gnnmoe._support import assert_near, normal
 
 
+@cache
 def config(*flags: str):
     return parse(RunConfig, ["--preset", "original", *flags], presets=True).model.resolved(50)
 
@@ -44,6 +48,15 @@ def test_its_weights_are_drawn_from_a_normal_distribution():
     assert drawn.mean().abs() < 0.1
     assert drawn.std() == pytest.approx(1.0, abs=0.1)
     assert (drawn < 0).double().mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_its_weights_start_as_the_originals_did():
+    assert config().initialization == "original"
+    assert config("--initialization", "project").initialization == "project"
+    checked = Subject(config("--embed-dim", "64"), 0, torch.device("cpu")).coupler()  # as the gate builds it
+    for built in (coupler(0, "--embed-dim", "64"), checked):
+        weight = built.combiner.get_parameter("0.weight").detach()
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.05)
 
 
 def test_flags_override_it_and_other_couplers_ignore_its_options():

@@ -33,26 +33,40 @@ def control_for(
     Raises:
         ParametersNotApplied: a larger batch takes no more memory.
     """
-    memory, length = prepared.config.memory, prepared.model_config.max_seq_length
-    rows, adapt = micro_batch_size(prepared.config, tuned), memory.control_memory
-    if not adapt and (tuned is None or rows is None):
+    shapes = shapes_of(prepared, trainer.recovering.unit, tuned)
+    if shapes is None:
         return None
-    pieces = divisors(trainer.recovering.unit)
-    if memory.tune_max_batch_size is not None:
-        pieces = [piece for piece in pieces if piece <= memory.tune_max_batch_size]
-    lengths = [length]
-    if adapt:
-        lengths = [part for part in divisors(length) if part == length or part >= bounds(prepared.config)[0]]
+    memory, length = prepared.config.memory, prepared.model_config.max_seq_length
+    rows, most = micro_batch_size(prepared.config, tuned), shapes[-1].rows
+    if memory.control_memory:
         require_batch_applied(trainer.model, length, prepared.device)
     budget = MemoryBudget.parse(memory.memory_budget or "device").resolve(
         prepared.device, prepared.ranks.sharing(prepared.device)
     )
     controller = Controller(
-        ladder(lengths, pieces), Shape(min(rows or pieces[-1], pieces[-1]), length),
+        shapes, Shape(min(rows or most, most), length),
         limit_bytes=memory_limit(budget, memory.memory_target),
-        fixed_bytes=_always_held(trainer), adapt=adapt,
+        fixed_bytes=_always_held(trainer), adapt=memory.control_memory,
     )  # fmt: skip
-    return StepControl(controller, trainer.model, announce, _peak(trainer) if adapt else None)
+    return StepControl(controller, trainer.model, announce, _peak(trainer) if memory.control_memory else None)
+
+
+def shapes_of(prepared: Prepared, unit: int, tuned: dict[str, Any] | None) -> list[Shape] | None:
+    """Return the shapes between which the control of a run may move; None where it has no control.
+
+    ``unit``: rows of which every batch of a rank is a multiple.
+    """
+    memory, length = prepared.config.memory, prepared.model_config.max_seq_length
+    adapt = memory.control_memory
+    if not adapt and (tuned is None or micro_batch_size(prepared.config, tuned) is None):
+        return None
+    pieces = divisors(unit)
+    if memory.tune_max_batch_size is not None:
+        pieces = [piece for piece in pieces if piece <= memory.tune_max_batch_size]
+    lengths = [length]
+    if adapt:
+        lengths = [part for part in divisors(length) if part == length or part >= bounds(prepared.config)[0]]
+    return ladder(lengths, pieces)
 
 
 def _always_held(trainer: Trainer) -> int:

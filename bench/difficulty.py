@@ -102,10 +102,10 @@ def _contents(path: Path, corpus: Corpus) -> tuple[dict[str, Any], dict[str, Ten
         if state.get("tuned"):  # interrupted: its model has the length found, its identity the one asked for
             fields = {**fields, "max_seq_length": state["tuned"]["length"]}
         weights = state["model"] if "model" in state else state["trainer"]["best_model"]
-    except (KeyError, TypeError) as error:
-        raise _unfit(
-            path, f"is no checkpoint of a run ({type(error).__name__}: {error}); {_REMEDY}"
-        ) from error
+    except KeyError as error:
+        raise _unfit(path, f"is no checkpoint of a run: it lacks {error.args[0]}; {_REMEDY}") from error
+    except TypeError as error:
+        raise _unfit(path, f"is no checkpoint of a run: a part of it is no dict; {_REMEDY}") from error
     if text != corpus.sha256:
         there = f"{corpus.name} {corpus.config_name}".strip()
         raise _unfit(

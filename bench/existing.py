@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.checkpoint_checks import PARTS, refuse_unfit
 from bench.config import RunConfig
 from bench.measure.quantity import is_measured
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.records.schema import Record, config_dict
-from bench.records.stale import coupler_of, refuse_another_file, stale_code, stale_words
+from bench.records.stale import WORDS, coupler_of, refuse_another_file, stale_code, stale_words
 from bench.records.store import study_records
-from bench.training.checkpoint import differing_fields, load_checkpoint
+from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
 from gnnmoe.couplers import is_file
+
+KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(WORDS, str)}
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What a run goes on from."""
+
+    state: dict[str, Any] | None = None
+    """Of a checkpoint, checked as a whole; None: the run starts at the beginning."""
+    parts: list[Record] = field(default_factory=list)
+    """The run's earlier parts, as ``bench.records.schema.time_of`` takes them."""
+    log: str = ""
+    """The log of the earlier parts, as the checkpoint has it."""
+
+
+NOTHING = Earlier()
 
 
 def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
@@ -50,25 +72,31 @@ def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
     return record
 
 
-def state_to_resume(prepared: Prepared, reporter: Reporter) -> dict[str, Any] | None:
-    """Return the checkpoint to go on from, or None to start at the beginning.
+def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
+    """Return what the run goes on from; ``NOTHING`` to start at the beginning. Nothing is written.
 
     Raises:
         ValueError: the run was interrupted and neither --resume nor --force says what to do; there
-            is nothing to resume; or the checkpoint is damaged or of another config.
+            is nothing to resume; or the checkpoint is damaged, lacks something or is of another config.
     """
     places = prepared.config.places
-    if places.resume_checkpoint is not None:
-        return _checked(load_checkpoint(places.resume_checkpoint), prepared)
     record = prepared.folder.read_record()
     status = None if record is None else record["status"]
+    going_on = status == "interrupted" and not places.force
+    parts = _parts_of(record) if record is not None and going_on else []
+    if places.resume_checkpoint is not None:
+        remedy = "name a sound copy of it, or drop --resume-checkpoint to start at the beginning"
+        return _from_checkpoint(places.resume_checkpoint, remedy, prepared, parts)
     if places.resume and status is None:
         raise ValueError(_nothing_to_resume(prepared))
     if places.resume and status != "interrupted":
-        raise ValueError(
+        words = (
             f"run {prepared.run_id} ended as {status}; only interrupted runs are continued. "
             "Without --resume it runs again, and the earlier record is kept."
         )
+        if status in ("crashed", "oom", "timeout") and prepared.checkpoint.exists():
+            words += f" --resume-checkpoint {prepared.checkpoint} goes on from its last checkpoint."
+        raise ValueError(words)
     if status == "interrupted" and not places.resume and not places.force:
         differing = stale_code(record and record["environment"], prepared.code)
         resume = "--resume --keep-stale continues it" if differing else "--resume continues it"
@@ -78,13 +106,14 @@ def state_to_resume(prepared: Prepared, reporter: Reporter) -> dict[str, Any] | 
             f"--force starts again and keeps it as {prepared.run_id}.1."
         )
     if not places.resume or places.force:
-        return None
+        return NOTHING
     if not prepared.checkpoint.exists():
-        reporter.line("it was interrupted before its first checkpoint; it starts at the beginning")
-        return None
+        reporter.line(f"there is no checkpoint {prepared.checkpoint} yet; the run starts at the beginning")
+        return Earlier(parts=parts)
     if record and record["environment"]["threads"] != torch.get_num_threads():
         reporter.line("note: another number of threads than before; sums may round differently")
-    return _checked(load_checkpoint(prepared.checkpoint), prepared)
+    remedy = f"--force starts again and keeps the run as {prepared.run_id}.1"
+    return _from_checkpoint(prepared.checkpoint, remedy, prepared, parts)
 
 
 def make_room(prepared: Prepared, reporter: Reporter) -> None:
@@ -97,27 +126,82 @@ def make_room(prepared: Prepared, reporter: Reporter) -> None:
     reporter.line(f"an earlier record ({record['status']}) is kept at {kept}")
 
 
-def _checked(state: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
+def _from_checkpoint(path: Path, remedy: str, prepared: Prepared, parts: Sequence[Record]) -> Earlier:
+    state = load_checkpoint(path, remedy)
+    with _refusing(path, remedy):
+        refuse_unlike({name: state[name] for name in KNOWN_BY if name in state}, KNOWN_BY)
+        refuse_unlike({"data": state["identity"].get("data")}, {"data": dict}, "identity")
+        refuse_unlike(state["identity"]["data"].get("sha256"), str, "identity.data.sha256")
+    _refuse_another(path, state, prepared)
+    with _refusing(path, remedy):
+        refuse_unfit(state, prepared)
+    return Earlier(state, _merged(parts, state["parts"]), state["log"])
+
+
+@contextmanager
+def _refusing(path: Path, remedy: str) -> Iterator[None]:
+    """Say of which checkpoint the block refuses something, and the ``remedy``."""
+    try:
+        yield
+    except ValueError as error:
+        words = str(error).rstrip(".")
+        raise ValueError(f"checkpoint {path} cannot be continued: {words}; {remedy}.") from error
+
+
+def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> None:
+    """Refuse the checkpoint of another run, or of a finished one.
+
+    Raises:
+        ValueError: says in which fields the runs differ.
+    """
     there, here = state["identity"]["data"]["sha256"], prepared.identity["data"]["sha256"]
     if there != here:
         raise ValueError(
-            f"the checkpoint is of another text or tokenizer (vocabulary and text {there[:12]} there, "
+            f"checkpoint {path} is of another text or tokenizer (vocabulary and text {there[:12]} there, "
             f"{here[:12]} here); name the data that it was trained on."
         )
-    if "trainer" not in state:
+    if "trainer" not in state and "model" in state:
         raise ValueError(
-            f"the checkpoint of run {state['run_id']} is of a finished run; nothing is left to do."
+            f"checkpoint {path} of run {state['run_id']} is of a finished run; nothing is left to do."
         )
     differing = differing_fields(state["identity"], prepared.identity)
-    if differing:
-        raise ValueError(f"the checkpoint is of another run: {'; '.join(differing)}.")
+    if differing or state["run_id"] != prepared.run_id:
+        ids = f"run_id: {state['run_id']} there, {prepared.run_id} here"
+        raise ValueError(f"checkpoint {path} is of another run: {'; '.join(differing or [ids])}.")
     changed = stale_code(state["code"], prepared.code)
     if changed and not prepared.config.places.keep_stale:
         raise ValueError(
-            f"the checkpoint of run {state['run_id']} was made by other code: {stale_words(changed)}. "
+            f"checkpoint {path} of run {state['run_id']} was made by other code: {stale_words(changed)}. "
             "--force starts again; --keep-stale continues it all the same."
         )
-    return state
+
+
+def _parts_of(record: Record) -> list[Record]:
+    """Return the parts that a record names; none where it was damaged."""
+    parts = record["time"].get("parts", []) if isinstance(record["time"], dict) else []
+    try:
+        refuse_unlike(parts, PARTS)
+    except ValueError:
+        return []
+    return parts
+
+
+def _merged(first: Sequence[Record], second: Sequence[Record]) -> list[Record]:
+    """Return the parts of a record and of a checkpoint in order, each once, as the later of the two has it.
+
+    Of a part that was killed the checkpoint knows more; one that saved no checkpoint only the record knows.
+    """
+    rest, found = list(second), []
+    for part in first:
+        same = next((other for other in rest if _key(other) == _key(part)), None)
+        if same is not None:
+            rest.remove(same)
+        found.append(max((part, same or part), key=lambda one: one["end"] or ""))
+    return sorted([*found, *rest], key=lambda one: one["start"])
+
+
+def _key(part: Record) -> tuple[Any, ...]:
+    return part["start"], part["command"], part["resumed_at_step"]
 
 
 def refuse_another_class(prepared: Prepared) -> None:

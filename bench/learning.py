@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -31,8 +32,9 @@ from gnnmoe.model import GNNMoEModel
 class Learning:
     """Trains a prepared run's model and keeps what happens; the hooks of its trainer.
 
-    ``state`` is a checkpoint to go on from, bit for bit on a CPU with the same number of threads;
-    ``tuned`` the record of the search for its micro-batch, where there was one.
+    ``state`` is a checkpoint to go on from, bit for bit on a CPU with the same number of threads, as
+    ``bench.checkpoint_checks`` lets it pass. ``tuned`` is the record of the search for the micro-batch,
+    where there was one. ``parts`` returns the parts of the run up to now, as ``time_of`` takes them.
     """
 
     def __init__(
@@ -44,11 +46,12 @@ class Learning:
         state: dict[str, Any] | None,
         tracker: Tracker,
         tuned: dict[str, Any] | None = None,
+        parts: Callable[[], list[Record]] = list,
     ) -> None:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
         self.tracker = tracker
         config, loaders, ranks = prepared.config.training, prepared.loaders, prepared.ranks
-        self.tuned = tuned
+        self.tuned, self._parts = tuned, parts
         self.trainer = Trainer(
             model, loaders["train"], loaders["val"], config, prepared.device, self,
             attempt=attempt if ranks.alone else at_once, ranks=ranks,
@@ -67,7 +70,7 @@ class Learning:
             self.trainer.load_state_dict(state["trainer"])
             self.trace.load_state_dict(state["trace"])
             self.ledger.load_state_dict(state["ledger"])
-            prepared.folder.write_history(state["history"])
+        prepared.folder.write_history(state["history"] if state else "")
         tracker.begin(model, self.trace, self.trainer.done.steps)
 
     @property
@@ -182,9 +185,10 @@ class Learning:
                 "trainer": self.trainer.state_dict(), "trace": self.trace.state_dict(),
                 "ledger": self.ledger.state_dict(), "tuned": self.tuned,
             }  # fmt: skip
-            history = self.prepared.folder.read_history()
+            folder = self.prepared.folder
+            texts = {"history": folder.read_history(), "log": folder.read_log()}
             self.tracker.flush()
-            self._save({**state, "history": history})
+            self._save({**state, **texts, "parts": self._parts()})
         if requested:
             raise KeyboardInterrupt
 

@@ -6,12 +6,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
 
 if TYPE_CHECKING:
+    from bench.existing import Earlier
     from bench.prepare import Prepared
     from bench.progress import Reporter
     from bench.records.schema import Record
@@ -74,9 +75,9 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
             stack.enter_context(files_read_once())
             prepared = ranks.in_turn(lambda: prepare(config, ranks))
             reporter.quiet = prepared.config.places.quiet
-            record, state = ranks.from_first(lambda: _look(prepared, reporter, stack))
+            record, earlier = ranks.from_first(lambda: _look(prepared, reporter, stack))
             if record is None:
-                session = Session(prepared, command, reporter, interruption, state)
+                session = Session(prepared, command, reporter, interruption, earlier)
                 ranks.from_first(session.begin)
                 _announce(prepared, reporter)
                 record = _run_session(session)
@@ -88,10 +89,8 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
     return EXIT_STATUS.get(record["status"], 1)
 
 
-def _look(
-    prepared: Prepared, reporter: Reporter, stack: ExitStack
-) -> tuple[Record | None, dict[str, Any] | None]:
-    """Return the record of the run if it is finished, else the state to go on from, if there is one.
+def _look(prepared: Prepared, reporter: Reporter, stack: ExitStack) -> tuple[Record | None, Earlier]:
+    """Return the record of the run if it is finished, else what it goes on from.
 
     The run is locked until ``stack`` ends. Raises ValueError where there is something to decide first.
     """
@@ -99,11 +98,11 @@ def _look(
 
     existing.refuse_another_class(prepared)
     stack.enter_context(prepared.folder.locked())
-    record, state = existing.finished_record(prepared, reporter), None
+    record, earlier = existing.finished_record(prepared, reporter), existing.NOTHING
     if record is None:
-        state = existing.state_to_resume(prepared, reporter)
+        earlier = existing.to_resume(prepared, reporter)
         existing.make_room(prepared, reporter)
-    return record, state
+    return record, earlier
 
 
 def _announce(prepared: Prepared, reporter: Reporter) -> None:

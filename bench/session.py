@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bench.device import is_out_of_memory
+from bench.existing import NOTHING, Earlier
 from bench.fitting import at_length, find_shape, identity_at_length
 from bench.gate import (
     Check,
@@ -33,10 +34,11 @@ from bench.measure.recovery import attempt
 from bench.measure.speed_pass import SpeedPass
 from bench.prepare import Prepared
 from bench.progress import Reporter
-from bench.records.schema import Record, config_dict, new_record
+from bench.records.schema import Record, config_dict, new_record, time_of
 from bench.scoring import score
 from bench.track import Tracker
 from bench.training.batch_size import NoFeasibleBatch
+from bench.training.checkpoint import remove_left_over
 from bench.training.communication import summarize_communication
 from bench.training.ending import End, agreed_end, why
 from bench.training.interruption import Interruption
@@ -68,7 +70,7 @@ def _end_of(error: BaseException) -> End:
 class Session:
     """Runs what was prepared and keeps its record; whatever happens, the record is written.
 
-    ``state`` is the checkpoint of an interrupted run, to go on from.
+    ``earlier`` is what an interrupted run goes on from.
     """
 
     def __init__(
@@ -77,12 +79,12 @@ class Session:
         command: str,
         reporter: Reporter,
         interruption: Interruption,
-        state: dict[str, Any] | None = None,
+        earlier: Earlier = NOTHING,
     ) -> None:
-        if state is not None:  # continued by --keep-stale: the record says which code began the run
-            prepared = replace(prepared, code=state["code"])
+        if earlier.state is not None:  # continued by --keep-stale: the record says which code began the run
+            prepared = replace(prepared, code=earlier.state["code"])
         self.prepared, self.reporter = prepared, reporter
-        self.interruption, self.state = interruption, state
+        self.interruption, self.earlier, self.state = interruption, earlier, earlier.state
         self.tracker = Tracker(prepared)
         config = prepared.config
         self.seconds = dict(prepared.seconds)
@@ -90,28 +92,49 @@ class Session:
         prepared.execution.set_products()
         self.settings = torch_state()
         self.started = time.perf_counter()
+        self._phase_now: tuple[str, float] | None = None
+        """Name and start of the phase that is going on."""
+        self._part: Record = {
+            "command": command, "start": _now(), "end": None, "seconds": {},
+            "resumed_at_step": self.state["trainer"]["done"]["steps"] if self.state else None,
+        }  # fmt: skip
         self.record: Record = new_record(
             run_id=prepared.run_id, configuration=prepared.configuration,
             study=config.places.study, run_name=config.places.run_name,
-            status="interrupted", command=command, config=config_dict(config), seed=config.training.seed,
+            status="interrupted", command=(earlier.parts or [self._part])[0]["command"],
+            config=config_dict(config), seed=config.training.seed,
             environment=describe_environment(prepared.device, prepared.code)
             | {"world_size": prepared.ranks.world_size, "backend": prepared.ranks.backend},
             data=prepared.corpus.to_record() | {"training_blocks": _subset(prepared)},
             tuned=not_measured("no batch-size search was asked for"),
             requested=requested(config),
         )  # fmt: skip
-        resumed_at = state["trainer"]["done"]["steps"] if state else None
-        self.record["time"] = {
-            "start": _now(), "end": None, "seconds": self.seconds, "resumed_at_step": resumed_at,
-        }  # fmt: skip
+        self.record["time"] = time_of(self.parts(end=None))
 
     def begin(self) -> None:
         """Make the run's folder, with a record that says ``interrupted`` until something else is known.
 
+        A run that goes on keeps its log; its history stays until training has taken over the state.
+
         Raises:
             ValueError: the folder cannot be written.
         """
-        self.prepared.folder.create(self.record)
+        folder, number = self.prepared.folder, len(self.earlier.parts) + 1
+        remove_left_over(self.prepared.checkpoint)
+        folder.create(self.record, self.earlier.log)
+        if number > 1:
+            step = self._part["resumed_at_step"]
+            where = "starts at the beginning" if step is None else f"goes on after step {step}"
+            folder.log(f"part {number} of the run {where}: {self._part['command']}")
+
+    def parts(self, end: str | None) -> list[Record]:
+        """Return the parts of the run, this one up to now and with this ``end``; see ``time_of``."""
+        now, seconds = time.perf_counter(), dict(self.seconds)
+        if self._phase_now is not None:
+            name, start = self._phase_now
+            seconds[name] = now - start
+        seconds["total"] = self.prepared.seconds["prepare"] + now - self.started
+        return [*self.earlier.parts, self._part | {"end": end, "seconds": seconds}]
 
     def run(self) -> Record:
         """Run all phases; end with the record written and its status set.
@@ -135,8 +158,7 @@ class Session:
     def _end(self, status: str, error: str | None, log: str = "") -> None:
         folder, record = self.prepared.folder, self.record
         record.update(status=status, error=error)
-        record["time"]["end"] = _now()
-        self.seconds["total"] = self.prepared.seconds["prepare"] + time.perf_counter() - self.started
+        record["time"] = time_of(self.parts(_now()))
         try:
             folder.write_record(record)
             folder.log(log + f"status {status}" + (f": {error}" if error else ""))
@@ -193,12 +215,13 @@ class Session:
     @contextmanager
     def _phase(self, name: str, description: str) -> Iterator[None]:
         start = time.perf_counter()
+        self._phase_now = name, start
         self.prepared.folder.log(description)
         with self.reporter.phase(description):
             try:
                 yield
             finally:
-                self.seconds[name] = time.perf_counter() - start
+                self.seconds[name], self._phase_now = time.perf_counter() - start, None
 
     def _settings(self) -> Check:
         """Check that the process has the settings that it had at the start: those that change numbers."""
@@ -260,7 +283,7 @@ class Session:
 
     def _train(self, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
         learning = Learning(self.prepared, model, self.reporter, self.interruption,
-                            self.state, self.tracker, tuned)  # fmt: skip
+                            self.state, self.tracker, tuned, lambda: self.parts(_now()))  # fmt: skip
         try:
             learning.run()
         finally:

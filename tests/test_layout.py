@@ -16,7 +16,8 @@ ORDER = (
 ).split()
 COMMANDS = set(
     "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
-    " cli layers gating loaders fitting controlling memory_checks scoring speeding __main__".split()
+    " cli layers gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
+    " __main__".split()
 )
 
 

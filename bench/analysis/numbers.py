@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from bench.measure.quantity import MINUS as MINUS
 from bench.measure.quantity import exp_or_infinity, number
 
@@ -52,3 +55,9 @@ def p_value(value: float | None) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun: 1 run, 2 runs."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def in_parts(time: Mapping[str, Any]) -> str:
+    """Return `` in 2 parts`` of a record's ``time``, where the run was stopped and resumed; else nothing."""
+    parts = len(time.get("parts") or ())
+    return f" in {parts} parts" if parts > 1 else ""

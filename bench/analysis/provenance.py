@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.analysis.numbers import number
+from bench.analysis.numbers import in_parts, number
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
@@ -83,7 +83,8 @@ def gate_words(record: Record) -> str:
 def _facts(run: Run) -> Facts:
     record, time = run.record, run.record["time"]
     seconds = (time.get("seconds") or {}).get("total")
-    started = ", ".join(filter(None, (time.get("start"), seconds and f"{number(seconds, 1)} s")))
+    spent = seconds and f"{number(seconds, 1)} s{in_parts(time)}"
+    started = ", ".join(filter(None, (time.get("start"), spent)))
     loss, test, used = run.loss(), run.loss("test"), record["used"]
     found = [
         ("name", record["run_name"]), ("started", started),

@@ -99,6 +99,13 @@ def _check_origin(record: _Place) -> None:
         time["start"].text()
     if time.has("seconds"):
         _numbers(time["seconds"])
+    if time.has("parts"):
+        for number, value in enumerate(time["parts"].list()):
+            part = _Place(f"time.parts.{number}", value)
+            part["command"].text()
+            part["start"].text()
+            part["end"].text(optional=True)
+            _numbers(part["seconds"])
     for name in ("name", "config_name", "tokenizer", "sha256"):
         if data.has(name):
             data[name].text()

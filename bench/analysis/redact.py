@@ -95,6 +95,8 @@ def _of_run(folder: Path, record: Record, neutral: Neutral) -> Iterator[tuple[st
     if left_out:
         record = record | {"left_out": left_out}
     redacted = neutral.value({**record, "command": ""}) | {"command": neutral.command(record["command"])}
+    for part, own in zip(redacted["time"].get("parts", ()), record["time"].get("parts", ()), strict=True):
+        part["command"] = neutral.command(own["command"])
     _settle_places(redacted["config"].get("places", {}))
     yield "record.json", _json(redacted)
     if sums:

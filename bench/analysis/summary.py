@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.analysis import quantities
-from bench.analysis.numbers import mebibytes, number, percent, share, signed
+from bench.analysis.numbers import in_parts, mebibytes, number, percent, share, signed
 from bench.measure.quantity import is_measured
 from bench.measure.rates import difference_of_medians, paired_ratios, percentile
 from bench.records.schema import Record
@@ -55,7 +55,7 @@ def _rows(record: Record) -> list[tuple[str, str]]:
     rows.append(("counted", _counted(record["used"])))
     if is_measured(record["gate"]):
         rows.append(("gate", _gate(record["gate"])))
-    rows.append(("time", _time(record["time"]["seconds"])))
+    rows.append(("time", _time(record["time"])))
     return [(label, text) for label, text in rows if text]
 
 
@@ -249,6 +249,9 @@ def _gate(gate: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _time(seconds: dict[str, float]) -> str:
+def _time(time: dict[str, Any]) -> str:
+    seconds = time["seconds"]
     phases = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
-    return f"{seconds['total']:.0f} s ({phases})" if "total" in seconds else phases
+    if "total" not in seconds:
+        return phases
+    return f"{seconds['total']:.0f} s{in_parts(time)} ({phases})"

@@ -29,6 +29,12 @@ class EpochAccount:
     asked: dict[str, int]
     got: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*COUNTED, "updates"), 0))
 
+    @classmethod
+    def of(cls, plan: EpochPlan) -> EpochAccount:
+        """Return the account of an epoch that begins."""
+        asked = {name: getattr(plan, name) for name in COUNTED} | {"updates": plan.batches}
+        return cls(plan.epoch, plan.batch_size, asked)
+
 
 class Ledger:
     """Counts batches, samples, real targets and updates of a training, and the targets of evaluations.
@@ -61,8 +67,7 @@ class Ledger:
             return
         if self._open:
             self.end_epoch()
-        asked = {name: getattr(plan, name) for name in COUNTED} | {"updates": plan.batches}
-        self.epochs.append(EpochAccount(plan.epoch, plan.batch_size, asked))
+        self.epochs.append(EpochAccount.of(plan))
         self._open = True
 
     def batch(self, batch: dict[str, Tensor]) -> int:
@@ -143,18 +148,20 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``load_state_dict`` needs to go on counting."""
-        return {**self.to_record(), "batch_shapes": dict(self.batch_shapes),
+        return {"tuned_micro_batch_size": self.tuned_micro_batch_size,
+                "epochs": [asdict(account) for account in self.epochs],
+                "evaluations": {name: dict(counts) for name, counts in self.evaluations.items()},
+                "batch_shapes": dict(self.batch_shapes),
                 "micro_batch_shapes": dict(self.micro_batch_shapes),
                 "last_shapes": list(self.last_shapes)}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        old = state.get("tuned_batch_size")  # its name in checkpoints of before
-        self.tuned_micro_batch_size = state.get("tuned_micro_batch_size", old)
+        self.tuned_micro_batch_size = state["tuned_micro_batch_size"]
         self.epochs = [EpochAccount(**account) for account in state["epochs"]]
         self.batch_shapes, self.evaluations = dict(state["batch_shapes"]), dict(state["evaluations"])
-        self.micro_batch_shapes = dict(state.get("micro_batch_shapes", {}))
-        self.last_shapes = [tuple(shape) for shape in state.get("last_shapes", ())]
+        self.micro_batch_shapes = dict(state["micro_batch_shapes"])
+        self.last_shapes = [tuple(shape) for shape in state["last_shapes"]]
         self._open = bool(self.epochs)
 
     def _difference(self, account: EpochAccount, where: str) -> str:

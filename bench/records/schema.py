@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,23 @@ def new_record(**known: Any) -> Record:
         raise KeyError(f"no keys of a record: {sorted(unknown)}")
     record: Record = {key: not_measured("the run did not get this far") for key in KEYS}
     return {**record, "schema_version": SCHEMA_VERSION, "run_name": None, "error": None, **known}
+
+
+def time_of(parts: Sequence[Record]) -> Record:
+    """Return a record's ``time`` from the parts in which the run was run, one for each process.
+
+    A part has its ``command``, ``start`` and ``end`` (UTC; end None: the part was killed, or still runs),
+    ``seconds`` by phase and in total, and ``resumed_at_step`` (None: it started at the beginning). Of the
+    run, ``seconds`` are the sums over the parts, ``start`` is the first part's, all else the last part's.
+    """
+    seconds: dict[str, float] = {}
+    for part in parts:
+        for phase, spent in part["seconds"].items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    return {
+        "start": parts[0]["start"], "end": parts[-1]["end"], "seconds": seconds,
+        "resumed_at_step": parts[-1]["resumed_at_step"], "parts": list(parts),
+    }  # fmt: skip
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:

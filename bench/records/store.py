@@ -23,6 +23,11 @@ class RunFolder:
     def __init__(self, results_dir: Path, study: str, run_id: str) -> None:
         self.path = results_dir / study / run_id
 
+    @property
+    def lock(self) -> Path:
+        """The file whose lock a process holds while it is at the run."""
+        return self.path.with_name(f".{self.path.name}.lock")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep every other process out of this run while the block lasts.
@@ -30,7 +35,7 @@ class RunFolder:
         Raises:
             ValueError: another process is at it, or the study's folder cannot be written.
         """
-        lock = self.path.with_name(f".{self.path.name}.lock")
+        lock = self.lock
         made = [folder for folder in (lock.parent, lock.parent.parent) if not folder.exists()]
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -51,19 +56,33 @@ class RunFolder:
                     for folder in made:
                         folder.rmdir()
 
-    def create(self, record: Record) -> None:
-        """Make the folder with this first record, an empty history and an empty log.
+    def create(self, record: Record, log: str = "") -> None:
+        """Make the folder with this first record, or go on in it: its history and its log stay.
+
+        ``log`` is the log of the run's earlier parts, which is added where the folder's log lacks it.
 
         Raises:
-            ValueError: it cannot be written.
+            ValueError: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("history.jsonl", "log.txt"):
-                (self.path / name).write_text("")
+            self._remove_left_over()
+            (self.path / "history.jsonl").touch()
+            (self.path / "log.txt").touch()
+            there = self.read_log()
+            if there and not there.endswith("\n"):  # the part before was killed as it wrote the last line
+                self._append_log("\n")
+            if not there.startswith(log):
+                self._append_log(log)
             self.write_record(record)
         except OSError as error:
             raise ValueError(cannot_write(self.path, error)) from error
+
+    def _remove_left_over(self) -> None:
+        """Remove the temporary files of processes that were killed; the run is locked."""
+        for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
+            for left in self.path.glob(f".{name}.*"):
+                left.unlink()
 
     def read_record(self) -> Record | None:
         """Return the record, None where there is no folder, or one with status ``damaged``."""
@@ -104,11 +123,18 @@ class RunFolder:
         with (self.path / "history.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def read_log(self) -> str:
+        """Return log.txt as it stands."""
+        return (self.path / "log.txt").read_text(encoding="utf-8", errors="replace")
+
     def log(self, line: str) -> None:
         """Add one line, with the time in UTC, to log.txt."""
         stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        with (self.path / "log.txt").open("a") as file:
-            file.write(f"{stamp} {line}\n")
+        self._append_log(f"{stamp} {line}\n")
+
+    def _append_log(self, text: str) -> None:
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         _write_whole(self.path / name, write)
@@ -122,7 +148,7 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing: the first rank has the lock."""
         yield
 
-    def create(self, record: Record) -> None:
+    def create(self, record: Record, log: str = "") -> None:
         """Do nothing."""
 
     def log(self, line: str) -> None:
@@ -132,6 +158,10 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing."""
 
     def read_history(self) -> str:
+        """Return nothing: it is the first rank's."""
+        return ""
+
+    def read_log(self) -> str:
         """Return nothing: it is the first rank's."""
         return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,15 @@ def is_busy(run: PlannedRun) -> bool:
         return True
 
 
+def remove_left_over_locks(study: Path, done: Container[str]) -> None:
+    """Remove the locks of processes that were killed when their run was ``done``, as while drawing plots."""
+    for lock in study.glob(".*.lock"):
+        run_id = lock.name.removeprefix(".").removesuffix(".lock")
+        if run_id in done:
+            with suppress(ValueError), RunFolder(study.parent, study.name, run_id).locked():
+                pass
+
+
 def outcome_of(record: Record) -> Outcome:
     """Return what is worth knowing of a record."""
     status = record["status"]
@@ -79,7 +89,7 @@ def outcome_of(record: Record) -> Outcome:
     quality, spent = record["quality"], record["time"]
     if is_measured(quality) and is_measured(quality.get("validation")):
         loss = quality["validation"]["nll_sum"] / quality["validation"]["tokens"]
-    if status == "ok" and is_measured(spent) and spent["resumed_at_step"] is None:
+    if status == "ok" and is_measured(spent) and len(spent.get("parts", ())) < 2:
         seconds = spent["seconds"].get("total")
     error = record["error"].partition("\n")[0] if record["error"] else None
     environment = record["environment"] if is_measured(record["environment"]) else {}

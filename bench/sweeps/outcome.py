@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from bench.measure.quantity import not_measured
-from bench.records.schema import Record, new_record
+from bench.measure.quantity import is_measured, not_measured
+from bench.records.schema import Record, new_record, time_of
 from bench.records.store import RunFolder, cannot_write
 from bench.sweeps.executor import Outcome, PlannedRun, Task
 from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
@@ -34,6 +34,8 @@ class Again:
 
     flags: tuple[str, ...]
     why: Literal["busy", "checkpoint"]
+    message: str = ""
+    """The words of the refusal."""
 
 
 @dataclass
@@ -110,15 +112,16 @@ def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
     if attempt.stopped == "sweep":
         return Outcome("interrupted", "stopped by the sweep")
     if attempt.stopped == "timeout":
-        return _written(attempt, "timeout", f"stopped after its time limit of {attempt.time_limit:g} s", tail)
+        error = f"stopped after its time limit of {attempt.time_limit:g} s"
+        return _written(attempt, "timeout", error, tail, changed)
     if exit_status == 130 or -exit_status in ASKED_TO_END:
         return Outcome("interrupted", "stopped from outside")
     if exit_status == 2 and not changed:
         return _refused(attempt, tail)
     memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY)]
     if memory:
-        return _written(attempt, "oom", memory[-1], tail)
-    return _written(attempt, "crashed", _cause(exit_status, tail), tail)
+        return _written(attempt, "oom", memory[-1], tail, changed)
+    return _written(attempt, "crashed", _cause(exit_status, tail), tail, changed)
 
 
 def _refused(attempt: Attempt, tail: Sequence[str]) -> Outcome | Again:
@@ -127,7 +130,7 @@ def _refused(attempt: Attempt, tail: Sequence[str]) -> Outcome | Again:
     if BUSY in message:
         return Again(attempt.flags, "busy")
     if "--resume" in attempt.flags:
-        return Again(("--force",), "checkpoint")
+        return Again(("--force",), "checkpoint", message)
     return Outcome("refused", message)
 
 
@@ -145,25 +148,27 @@ def _cause(exit_status: int, tail: Sequence[str]) -> str:
     return telling[-1] if telling else f"ended with exit status {exit_status} and said nothing"
 
 
-def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> Outcome | Again:
-    """Write the status, the error and the last lines of output into the run's record and its log."""
+def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], begun: bool) -> Outcome | Again:
+    """Write the status, the error and the last lines of output into the run's record and its log.
+
+    ``begun``: the child wrote a record, so that its part of the run is the last one in it.
+    """
     run, store = attempt.task.run, folder_of(attempt.task.run)
     error = error[:TAIL_CHARACTERS]
     text = "\n".join(tail)[-TAIL_CHARACTERS:]
     in_record = f"{error}\nlast lines of its output:\n{text}" if len(tail) > 1 or text != error else error
-    spent = {"end": _now()}
+    part = {"command": shlex.join(attempt.task.command), "start": attempt.start, "end": _now(),
+            "seconds": {"total": attempt.seconds}, "resumed_at_step": None}  # fmt: skip
     try:
         _wait_for_the_dead(run)
         with store.locked():
             record = store.read_record()
             if record is not None and record["status"] == "interrupted":
-                seconds = record["time"]["seconds"] | {"total": attempt.seconds}
-                record["time"] = record["time"] | spent | {"seconds": seconds}
-                store.write_record(record | {"status": status, "error": in_record})
+                parts = _parts(record, part, begun)
+                store.write_record(record | {"status": status, "error": in_record, "time": time_of(parts)})
             else:
-                spent |= {"start": attempt.start, "seconds": {"total": attempt.seconds}}
-                spent |= {"resumed_at_step": None}
-                _create(store, _record_of_none(run, attempt, status, in_record) | {"time": spent})
+                record = _record_of_none(run, attempt, status, in_record)
+                _create(store, record | {"time": time_of([part])})
             store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
     except OSError as failure:
         raise Unwritable(cannot_write(run.folder, failure)) from failure
@@ -172,6 +177,15 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str]) -> 
             return Again(attempt.flags, "busy")
         raise Unwritable(str(failure)) from failure
     return Outcome(status, error)
+
+
+def _parts(record: Record, part: Record, begun: bool) -> list[Record]:
+    """Return the parts of an interrupted run with the child's own, which the child may have begun."""
+    parts = list(record["time"].get("parts", [])) if is_measured(record["time"]) else []
+    if begun and parts:
+        seconds = parts[-1]["seconds"] | part["seconds"]
+        return [*parts[:-1], parts[-1] | {"end": part["end"], "seconds": seconds}]
+    return [*parts, part]
 
 
 def _record_of_none(run: PlannedRun, attempt: Attempt, status: str, error: str) -> Record:

@@ -24,7 +24,7 @@ from bench.sweeps.executor import (
     SweepResult,
     Task,
 )
-from bench.sweeps.folders import Found, Unwritable, look
+from bench.sweeps.folders import Found, Unwritable, look, remove_left_over_locks
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import Signals, sweep_lock
 from bench.sweeps.live import Display, View
@@ -134,6 +134,8 @@ class _Work:
                 self.queue.add(run)
             elif found.outcome is not None:
                 self.result.outcomes[run.run_id] = found.outcome
+        for study in {run.folder.parent for run in self.result.runs}:
+            remove_left_over_locks(study, self.result.outcomes)
         self.display.found(self.result.outcomes)
         for note in stale_notes(stale, self.choices.keep_stale):
             self.display.line(note)
@@ -199,7 +201,10 @@ class _Work:
         if verdict.why == "busy":
             self.queue.add_busy(run)
             return
-        self.display.line(f"{run.label}: its checkpoint is of no use; it starts at the beginning")
+        self.display.line(
+            f"{run.label}: it cannot go on ({verdict.message.rstrip('.')}), so it starts at the beginning; "
+            f"its folder is kept as {run.run_id}.1 (or .2, …)"
+        )
         self.queue.add_first(run, verdict.flags)
 
     def _fill(self) -> None:

@@ -1,14 +1,25 @@
-"""Checkpoints: everything that a run needs to go on as if nothing had happened, in one file."""
+"""Checkpoints: everything that a run needs to go on as if nothing had happened, in one file.
+
+The file is what ``torch.save`` writes, a zip archive. Its archive comment is the SHA-256, in hex, of all
+bytes before it. ``torch.load`` does not check what it reads; ``load_checkpoint`` checks every byte first.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
 
-CHECKPOINT_SCHEMA = 2
+from bench.device import is_out_of_memory
+
+CHECKPOINT_SCHEMA = 3
+DIGEST_BYTES = 64  # a SHA-256 in hex
+CHUNK_BYTES = 2**20
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -18,47 +29,162 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         OSError: the file cannot be written; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_left_over(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             torch.save({"schema": CHECKPOINT_SCHEMA, **state}, file)
+            _append_digest(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
-            raise OSError(
-                f"{path.name} cannot be written: {error}"
-            ) from error  # torch's word for a full disk
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):  # of torch's zip writer
+            cause = error.__context__
+            why = cause.strerror if isinstance(cause, OSError) else error
+            raise OSError(f"{path.name} cannot be written: {why}") from error
         raise
 
 
+def remove_left_over(path: Path) -> None:
+    """Remove the temporary files of saves to ``path`` that were killed; call it where the run is locked."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        with suppress(OSError):
+            left.unlink()
+
+
 def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[str, Any]:
-    """Return what ``save_checkpoint`` wrote, on the CPU.
+    """Return what ``save_checkpoint`` wrote, on the CPU, after every byte was checked.
 
     Raises:
-        ValueError: there is no such file, or it is no checkpoint, cut short or of another schema;
-            with the ``remedy``.
+        ValueError: there is no such file, or it is no checkpoint, damaged or of another schema; with
+            the ``remedy``.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint fails in many ways: an IndexError of the unpickler, …
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {path} is damaged or cut short ({reason}); {remedy}.") from error
-    schema = state.get("schema") if isinstance(state, dict) else None
-    if schema != CHECKPOINT_SCHEMA:
+        with path.open("rb") as file:
+            damage = _damage(file)
+            state = _read(file) if damage is None else None
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no checkpoint {path}.") from error
+    except OSError as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error.strerror}); {remedy}.") from error
+    if damage is not None:
+        raise ValueError(f"checkpoint {path} is damaged: {damage}; {remedy}.")
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {path} holds no state of a run, though its SHA-256 is right; {remedy}.")
+    schema = state.get("schema")
+    if not isinstance(schema, int) or schema != CHECKPOINT_SCHEMA:
         known = f"this version reads {CHECKPOINT_SCHEMA}"
         raise ValueError(f"checkpoint {path} has schema {schema}; {known}; {remedy}.")
     return state
 
 
+def _read(file: IO[bytes]) -> Any:
+    """Return what ``torch.save`` wrote; None where it did not write the file, or wrote other objects.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no checkpoint fails in many ways: an IndexError of the unpickler, …
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        return None
+
+
+def _append_digest(file: IO[bytes]) -> None:
+    """Make the SHA-256 of a zip archive its comment: the archive ends with the comment's length, here 0."""
+    file.seek(-2, os.SEEK_END)
+    file.write(DIGEST_BYTES.to_bytes(2, "little"))
+    digest = _digest(file, file.tell())
+    file.seek(0, os.SEEK_END)
+    file.write(digest)
+
+
+def _damage(file: IO[bytes]) -> str | None:
+    """Return what is wrong with the bytes of a checkpoint, None where they are as they were saved."""
+    covered = file.seek(0, os.SEEK_END) - DIGEST_BYTES
+    if covered <= 0:
+        return f"it is cut short to {covered + DIGEST_BYTES} bytes"
+    file.seek(covered)
+    digest = file.read(DIGEST_BYTES)
+    if not all(byte in b"0123456789abcdef" for byte in digest):
+        return "it does not end with its SHA-256 (it is cut short, or another program saved it)"
+    return None if _digest(file, covered) == digest else "its SHA-256 differs from the one it was saved with"
+
+
+def _digest(file: IO[bytes], size: int) -> bytes:
+    """Return the SHA-256, in hex, of the first ``size`` bytes of a file."""
+    found = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (chunk := file.read(min(size, CHUNK_BYTES))):
+        found.update(chunk)
+        size -= len(chunk)
+    return found.hexdigest().encode()
+
+
+def refuse_unlike(found: Any, expected: Any, name: str = "") -> None:
+    """Refuse a value of a checkpoint that has not the expected form.
+
+    ``expected`` is a type; a tensor, for a tensor of the same shape and type; a list of one form, for a
+    list or tuple of such values; ``{str: form}``, for a dict of such values; or a dict, for a dict with
+    the same keys.
+
+    Raises:
+        ValueError: names the value, what it is and what it must be.
+    """
+    if isinstance(expected, dict) and isinstance(found, dict):
+        form = expected.get(str)
+        if form is None:
+            _refuse_other_keys(found, expected, name)
+        for key, value in found.items():
+            if form is not None and not isinstance(key, str):
+                raise ValueError(f"{name or 'it'} has the key {key!r}; each key must be a text")
+            refuse_unlike(value, form or expected[key], f"{name}.{key}" if name else str(key))
+    elif isinstance(expected, list) and isinstance(found, list | tuple):
+        for place, value in enumerate(found):
+            refuse_unlike(value, expected[0], f"{name}.{place}")
+    elif isinstance(expected, Tensor) and isinstance(found, Tensor):
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise ValueError(f"{name} is {_described(found)}; it must be {_described(expected)}")
+    elif isinstance(expected, dict | list | Tensor) or not _is_of(found, expected):
+        raise ValueError(f"{name or 'it'} is {_described(found)}; it must be {_described(expected)}")
+
+
+def _refuse_other_keys(found: dict[Any, Any], expected: dict[Any, Any], name: str) -> None:
+    before = f"{name}." if name else ""
+    missing = [f"{before}{key}" for key in expected if key not in found]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}")
+    unknown = [f"{before}{key}" for key in found if key not in expected]
+    if unknown:
+        raise ValueError(f"it holds {unknown[0]}, which this run does not have")
+
+
+def _is_of(found: Any, expected: Any) -> bool:
+    """Say whether a value is of a type, or of one of a union; True and False are no numbers."""
+    return isinstance(found, expected) and (not isinstance(found, bool) or expected in (bool, object))
+
+
+def _described(value: Any) -> str:
+    """Return a value, or a form as ``refuse_unlike`` takes it, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, dict | list | tuple):
+        return f"a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"a value of type {value.__name__}"
+    shown = str(value) if hasattr(value, "__args__") else repr(value)  # a union of types, or a value
+    return shown if len(shown) <= 60 else f"{shown[:59]}…"
+
+
 def differing_fields(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
     """Return ``name: value there → value here`` for every field in which two nested dicts differ."""
     found = []
-    for key in sorted(set(there) | set(here)):
+    for key in sorted(set(there) | set(here), key=str):
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differing_fields(a, b, prefix)

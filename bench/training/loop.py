@@ -153,16 +153,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._best_state = {name: value.to(self.device) for name, value in state["best_model"].items()}
         self.done = Trained(**state["done"])
-        if "recovering" in state:  # checkpoints of before there were micro-batches lack it
-            self.recovering.load_state_dict(state["recovering"])
-        if self.control is not None and state.get("control") is not None:
+        self.recovering.load_state_dict(state["recovering"])
+        if self.control is not None:
             self.control.controller.load_state_dict(state["control"])
-        cpu, cuda = state["random"], state["random_cuda"]
-        if isinstance(
-            cpu, Tensor
-        ):  # in checkpoints of before there were ranks; cuda has all GPUs' of the one
-            cpu, cuda = [cpu], [cuda[0] if cuda else None]
-        self._random = cpu[self.ranks.rank], cuda[self.ranks.rank]
+        self._random = state["random"][self.ranks.rank], state["random_cuda"][self.ranks.rank]
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the batches from step ``done.steps`` on: epoch and place in it follow from the step."""

@@ -29,6 +29,8 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("time", None, "time is None"),
     ("time__start", 7, "time.start is 7"),
     ("time__seconds", {"total": "long"}, "time.seconds.total is 'long'"),
+    ("time__parts", {}, r"time.parts is \{\}; it must be a list"),
+    ("time__parts", [{"command": "x"}], "it lacks time.parts.0.start"),
     ("data", [], r"data is \[\]"),
     ("environment", "cpu", "environment is 'cpu'"),
     ("environment", {"device_type": "cpu"}, "it lacks environment.device_name"),

@@ -15,6 +15,7 @@ from bench.analysis.report_files import text_files
 from bench.analysis.run_data import ARTICLES, PACKED_HISTORY, read_arrays, read_run
 from bench.records import neutral
 from bench.records.neutral import Neutral
+from bench.records.schema import time_of
 from bench.report import main
 from bench.sweeps.hypotheses import Hypothesis, state
 from tests.analysis._made_studies import made_study
@@ -72,6 +73,8 @@ def plant(run: Path) -> None:
         "--results-dir secretlab --config ../amelia/x.toml --checkpoint-dir=/scratch/secretlab "
         f"--run-name '{every}' --seed=1"
     )
+    part = {"start": "2025-01-01T12:00:00Z", "end": None, "seconds": {"total": 9.0}, "resumed_at_step": None}
+    record["time"] = time_of([part | {"command": record["command"] + more} for more in ("", " --resume")])
     record["error"] = record["error"] and f"{record['error']}\n{TRACEBACK}\n{every}"
     record["run_name"] = record["config"]["places"]["run_name"] = f"of {every}"
     record["config"]["places"] |= {
@@ -135,6 +138,8 @@ def test_what_stays_can_still_be_read(study, tmp_path):
         "python -m bench.run --coupler-type=GNN --data_dir=data --results-dir results --config PATH/x.toml "
         "--checkpoint-dir=checkpoints --run-name "
     )
+    parts = crashed["time"]["parts"]
+    assert [part["command"] for part in parts] == [crashed["command"], f"{crashed['command']} --resume"]
     assert crashed["config"]["places"]["data_dir"] == "data"
 
 

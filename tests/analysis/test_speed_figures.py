@@ -15,12 +15,14 @@ from bench.analysis import quantities
 from bench.analysis.comparison import Row, compare
 from bench.analysis.comparison_tables import comparison_table
 from bench.analysis.labels import settings_of
+from bench.analysis.provenance import run_facts
 from bench.analysis.run_tables import runs_table
-from bench.analysis.study import load_study
+from bench.analysis.study import Run, load_study
 from bench.analysis.study_plots.coupler_cost import added_cost
 from bench.analysis.summary import print_summary
 from bench.analysis.words import verdict_sentences
 from bench.measure.quantity import not_measured
+from bench.records.schema import time_of
 from tests.analysis._made_studies import made_study
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "small"
@@ -180,6 +182,25 @@ def test_an_earlier_record_is_shown_as_ever():
     assert "10 steps, not steady)" in text
     for word in ("MFU", "fetching", "coupler "):
         assert word not in text.partition("parameters")[0].partition("speed")[2]
+
+
+def test_a_run_in_parts_has_the_times_of_all_and_says_how_many():
+    """The summary and the page; the sums are over the parts, the start is the first part's."""
+    record, part = reference_record(), {"command": "x", "end": None, "resumed_at_step": None}
+    first = {"prepare": 1.0, "train": 20.0, "total": 21.0}
+    second = {"train": 30.0, "speed": 4.0, "total": 34.0}
+    parts = [part | {"start": "2025-01-01T12:00:00Z", "seconds": first},
+             part | {"start": "2025-01-01T13:00:00Z", "seconds": second, "end": "2025-01-01T13:01:00Z",
+                     "resumed_at_step": 9}]  # fmt: skip
+    record["time"] = time_of(parts)
+    assert (record["time"]["start"], record["time"]["end"]) == (parts[0]["start"], parts[1]["end"])
+    assert "time 55 s in 2 parts (prepare 1, train 50, speed 4)" in " ".join(
+        " ".join(summary_of(record)).split()
+    )
+    facts = dict(run_facts(Run(Path("folder"), record), "GNN", {}).facts)
+    assert facts["started"] == "2025-01-01T12:00:00Z, 55.0 s in 2 parts"
+    record["time"] = time_of(parts[:1])
+    assert "time 21 s (prepare 1, train 20)" in " ".join(" ".join(summary_of(record)).split())
 
 
 def test_the_summary_shows_percentiles_waiting_mfu_parts_and_the_couplers_cost():

@@ -135,6 +135,8 @@ def changed(name: str):
             del state["model"]
         elif name == "no identity":
             del state["identity"]
+        elif name == "odd identity":
+            state["identity"] = "text"
         elif name == "unknown field":
             state["identity"]["model"]["wings"] = 2
         elif name == "file":
@@ -153,9 +155,10 @@ def changed(name: str):
     [
         (
             "no weights",
-            "is no checkpoint of a run (KeyError: 'trainer'); name the checkpoint.pt of a finished",
+            "is no checkpoint of a run: it lacks trainer; name the checkpoint.pt of a finished",
         ),
-        ("no identity", "is no checkpoint of a run (KeyError: 'identity')"),
+        ("no identity", "is no checkpoint of a run: it lacks identity"),
+        ("odd identity", "is no checkpoint of a run: a part of it is no dict"),
         ("unknown field", "unexpected keyword argument 'wings'"),
         ("file", "use one whose coupler is registered"),
         ("interrupted", "interrupted before its first evaluation"),
@@ -183,11 +186,17 @@ def refused(flags: list[str], capsys, *said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [Path("/etc/passwd").read_bytes, bytes, lambda: b"\x80\x02.", lambda: b"\n" * 99]
+    "content",
+    [
+        lambda whole: Path("/etc/passwd").read_bytes(),
+        lambda whole: b"",
+        lambda whole: b"\n" * 99,
+        lambda whole: whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:],
+    ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tiny, tmp_path, capsys, content):
+def test_a_file_that_is_no_sound_checkpoint_is_refused_in_one_line(finished, tiny, tmp_path, capsys, content):
     path = tmp_path / "some.file"
-    path.write_bytes(content())
+    path.write_bytes(content(finished.read_bytes()))
     refused(flags_with(path, tiny), capsys, f"checkpoint {path}", "name the checkpoint.pt of a finished run")
 
 

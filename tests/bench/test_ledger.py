@@ -136,14 +136,6 @@ def test_the_counts_go_on_after_a_checkpoint():
     assert second.batch_shapes == {"4x3": 2}
 
 
-def test_a_checkpoint_of_before_the_tuned_size_had_its_name_is_read():
-    state = served(batch(), tuned=2).state_dict()
-    assert state.pop("tuned_micro_batch_size") == 2
-    again = Ledger()
-    again.load_state_dict({**state, "tuned_batch_size": 2})
-    assert again.tuned_micro_batch_size == 2
-
-
 def trainer(corpus, loader=None, **settings) -> Any:
     config = TrainingConfig(**{"batch_size": 4, "warmup_steps": 1, "eval_every": 1000, **settings})
     model_config = GNNMoEConfig(

@@ -65,6 +65,18 @@ def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
     assert ours["config"]["training"] == theirs["config"]["training"]
 
 
+def parts_of(folder: Path) -> list[dict]:
+    """Return the parts that a run's record names, after checking what the record says of them all."""
+    record = json.loads((folder / "record.json").read_text())
+    time, parts = record["time"], record["time"]["parts"]
+    assert record["command"] == parts[0]["command"]
+    assert time["start"] == parts[0]["start"]
+    assert (time["end"], time["resumed_at_step"]) == (parts[-1]["end"], parts[-1]["resumed_at_step"])
+    for phase, seconds in time["seconds"].items():
+        assert seconds == pytest.approx(sum(part["seconds"].get(phase, 0.0) for part in parts))
+    return parts
+
+
 def act_at_step(monkeypatch, step: int, action) -> None:
     """Do ``action`` inside the given training step, once."""
     real, steps = bench.training.loop.training_step, []
@@ -95,10 +107,17 @@ def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step
         assert main(run) == 130
     folder = only_folder(results_of(run))
     assert json.loads((folder / "record.json").read_text())["status"] == "interrupted"
+    log, (part,) = (folder / "log.txt").read_text(), parts_of(folder)
     assert main([*run, "--resume"]) == 0
     assert_equal_but_for_times(folder, undisturbed)
-    resumed_at = json.loads((folder / "record.json").read_text())["time"]["resumed_at_step"]
-    assert resumed_at == ((step - 1) // 3 * 3 or None)
+    first, last = parts_of(folder)
+    assert first == part, "as its own end had it, not as its checkpoint"
+    assert last["resumed_at_step"] == ((step - 1) // 3 * 3 or None)
+    assert last["command"] == f"{first['command']} --resume"
+    later = (folder / "log.txt").read_text().removeprefix(log).splitlines()
+    where = f"goes on after step {(step - 1) // 3 * 3}" if step > 3 else "starts at the beginning"
+    assert later[0].partition(" ")[2] == f"part 2 of the run {where}: {last['command']}"
+    assert later[-1].endswith("status ok")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -121,16 +140,29 @@ def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypa
         patch.setattr("bench.scoring.evaluate", lambda *_: interrupt())
         assert main([*run, "--resume"]) == 130
     assert main([*run, "--resume"]) == 0
-    assert_equal_but_for_times(only_folder(results_of(run)), undisturbed)
+    folder = only_folder(results_of(run))
+    assert_equal_but_for_times(folder, undisturbed)
+    assert [part["resumed_at_step"] for part in parts_of(folder)] == [None, 2, 7, 9]
+    assert (folder / "log.txt").read_text().count("status interrupted: stopped from outside") == 3
 
 
 def test_killed_at_any_moment_and_continued(run, undisturbed):
     """kill -9 before training, and twice within it; each leaves a folder that the next call understands."""
+    log = ""
     for rows in (0, 3, 7):
         started = list(results_of(run).glob("*/*/record.json"))
         kill_when_history_has(rows, [*run, "--resume"] if started else run)
+        folder = only_folder(results_of(run))
+        assert (folder / "log.txt").read_text().startswith(log)
+        log = (folder / "log.txt").read_text()
+        assert len(parts_of(folder)) == (0, 3, 7).index(rows) + 1
     assert main([*run, "--resume"]) == 0
-    assert_equal_but_for_times(only_folder(results_of(run)), undisturbed)
+    assert_equal_but_for_times(folder, undisturbed)
+    assert (folder / "log.txt").read_text().startswith(log)
+    parts = parts_of(folder)
+    assert len(parts) == 4
+    assert all((part["end"] is None) == (part["seconds"].keys() <= {"prepare", "total"}) for part in parts)
+    assert parts[-1]["end"] is not None
 
 
 def kill_when_history_has(rows: int, flags: list[str]) -> None:
@@ -205,24 +237,6 @@ def test_nothing_to_resume_and_a_finished_run(run, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-def test_a_checkpoint_cut_short_is_refused(run, interrupted, capsys):
-    path = interrupted / "checkpoint.pt"
-    whole = path.read_bytes()
-    for length in (0, 10, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        message = refusal(capsys, [*run, "--resume"])
-        assert "damaged or cut short" in message
-        assert "--force" in message
-    path.write_bytes(whole)
-    assert main([*run, "--resume"]) == 0
-
-
-def test_a_checkpoint_of_another_schema_is_refused(run, interrupted, capsys):
-    path = interrupted / "checkpoint.pt"
-    torch.save({**load_checkpoint(path), "schema": 99}, path)
-    assert "has schema 99; this version reads 2" in refusal(capsys, [*run, "--resume"])
-
-
 def test_a_checkpoint_elsewhere_is_continued(run, interrupted, undisturbed, tmp_path):
     """``--checkpoint-dir`` and ``--resume-checkpoint``: also into another results folder."""
     flags = [*elsewhere(run, "moved"), "--checkpoint-dir", str(tmp_path / "checkpoints")]
@@ -231,11 +245,16 @@ def test_a_checkpoint_elsewhere_is_continued(run, interrupted, undisturbed, tmp_
     assert not (folder / "checkpoint.pt").exists()
     (tmp_path / "checkpoints" / f"{folder.name}.pt").rename(folder / "checkpoint.pt")
     assert_equal_but_for_times(folder, undisturbed)
+    (before,), (first, last) = parts_of(interrupted), parts_of(folder)
+    assert (first["command"], first["start"]) == (before["command"], before["start"])
+    assert first["end"] is not None, "the checkpoint knows when it was saved"
+    assert last["command"].endswith("checkpoint.pt")
+    assert "building the model" in (folder / "log.txt").read_text().partition("part 2 of the run")[0]
 
 
 def test_the_checkpoint_of_a_finished_run_holds_its_best_weights_only(undisturbed):
     state = load_checkpoint(undisturbed / "checkpoint.pt")
-    assert set(state) == {"schema", "run_id", "identity", "model"}
+    assert set(state) == {"schema", "run_id", "identity", "code", "model"}
     assert state["run_id"] == undisturbed.name
 
 
@@ -249,7 +268,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_full_disk_while_training_ends_the_run_with_its_status(run, monkeypatch):
+def test_a_full_disk_while_training_ends_the_run_with_its_status(run, undisturbed, monkeypatch, capsys):
     """Bad input: the run ends with its status, nothing half-written; what was saved stays."""
     with monkeypatch.context() as patch:
         act_at_step(patch, 5, lambda: patch.setattr("bench.learning.save_checkpoint", full_disk))
@@ -260,6 +279,11 @@ def test_a_full_disk_while_training_ends_the_run_with_its_status(run, monkeypatc
     assert "No space left" in record["error"]
     assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"] == 3
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    way = ["--resume-checkpoint", str(folder / "checkpoint.pt")]
+    assert f"{' '.join(way)} goes on from its last checkpoint" in refusal(capsys, [*run, "--resume"])
+    assert main([*run, *way]) == 0
+    assert_equal_but_for_times(folder, undisturbed)
+    assert [part["resumed_at_step"] for part in parts_of(folder)] == [None, 3]
 
 
 def test_the_fields_that_differ():

@@ -122,6 +122,8 @@ def test_stopped_and_continued_is_as_undisturbed(tmp_path, capsys):
     status, _, stderr = again.ended()
     assert status == 0, stderr
     assert again.record["time"]["resumed_at_step"] == steps
+    assert [part["resumed_at_step"] for part in again.record["time"]["parts"]] == [None, steps]
+    assert (torchrun.folder / "log.txt").read_text().count("building the model") == 2
     assert again.history == undisturbed.history
     ours, theirs = (np.load(run.folder / "nll.npz") for run in (again, undisturbed))
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.records.schema import new_record
+from bench.records.schema import new_record, time_of
 from bench.sweeps.executor import Choices, Executor, PlannedRun, SweepResult
 from bench.sweeps.local import LocalExecutor
 from bench.sweeps.work import execute
@@ -76,6 +76,11 @@ else:
     raise SystemExit("no such behaviour")
 """
 
+PART = {
+    "command": "the first", "start": "2025-01-01T00:00:00Z", "end": None, "seconds": {"prepare": 0.1},
+    "resumed_at_step": None,
+}  # fmt: skip
+
 
 class Study:
     """A study's folder in ``tmp_path``, and sweeps of scripts in it."""
@@ -86,8 +91,7 @@ class Study:
         self.calls_file, self.output = tmp_path / "calls.txt", io.StringIO()
         self.template = tmp_path / "template.json"
         known = {"study": self.name, "command": "", "environment": {"cpu_cores": 0}, "seed": 0}
-        spent = {"start": None, "end": None, "seconds": {"prepare": 0.1}, "resumed_at_step": None}
-        self.template.write_text(json.dumps(new_record(**known, time=spent)))
+        self.template.write_text(json.dumps(new_record(**known, time=time_of([PART]))))
 
     def runs(self, *behaviours: str, cost: float | None = None) -> list[PlannedRun]:
         return [

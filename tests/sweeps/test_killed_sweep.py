@@ -102,6 +102,7 @@ def test_killed_at_random_points_and_completed_equals_an_undisturbed_sweep(tmp_p
     wait_until(lambda: not processes_with(str(tmp_path / "killed")))
     records = [json.loads((run.folder / "record.json").read_text()) for run in runs]
     assert any(record["time"]["resumed_at_step"] for record in records)
+    assert not any("--resume" in record["command"] for record in records), "the first part's"
     for ours, theirs in zip(runs, undisturbed, strict=True):
         assert_equal_but_for_times(ours.folder, theirs.folder)
 

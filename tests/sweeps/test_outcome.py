@@ -10,10 +10,10 @@ import pytest
 
 import bench.sweeps.outcome
 from bench.device import OUT_OF_MEMORY_TEXTS
-from bench.records.schema import KEYS
+from bench.records.schema import KEYS, time_of
 from bench.records.store import RunFolder
 from bench.sweeps.folders import BUSY, look
-from tests.sweeps._fake import Study
+from tests.sweeps._fake import PART, Study
 
 
 @pytest.fixture
@@ -57,7 +57,21 @@ def test_the_tail_of_the_log_is_in_the_record_and_the_whole_of_it_beside(study):
     assert len(lines) == 22
     assert "line 49" in (study.folder / "run0" / "log.txt").read_text()
     assert "line 0\n" in (study.folder / ".logs" / "run0.log").read_text()
-    assert study.record()["time"]["seconds"].keys() == {"prepare", "total"}
+    time = study.record()["time"]
+    assert time["seconds"].keys() == {"prepare", "total"}
+    assert [part["command"] for part in time["parts"]] == ["the first"], "the child had begun its part"
+    assert time["end"] == time["parts"][0]["end"] is not None
+
+
+def test_a_child_that_dies_before_it_goes_on_adds_a_part_of_its_own(study):
+    study.put("interrupted")
+    study.sweep(study.runs("dies before its record"))
+    time = study.record()["time"]
+    assert study.record()["status"] == "crashed"
+    assert time["start"] == PART["start"]
+    assert time["parts"][0] == PART
+    assert time["parts"][1]["command"].endswith("'dies before its record' --resume")
+    assert time["seconds"] == {"prepare": 0.1, "total": time["parts"][1]["seconds"]["total"]}
 
 
 def test_a_run_that_dies_before_its_record_gets_one_of_what_is_known(study):
@@ -100,6 +114,10 @@ def test_a_damaged_checkpoint_starts_the_run_again(study):
     study.put("interrupted")
     result = study.sweep(study.runs("needs a checkpoint"))
     assert study.calls() == ["run0 --resume", "run0 --force"]
+    assert [line for line in study.output.getvalue().splitlines() if "it cannot go on" in line] == [
+        "needs a checkpoint: it cannot go on (this cannot be run), so it starts at the beginning; "
+        "its folder is kept as run0.1 (or .2, …)"
+    ]
     assert result.outcomes["run0"].status == "ok"
     assert study.record("run0.1")["status"] == "interrupted"
 
@@ -111,11 +129,27 @@ def test_a_run_that_its_child_finds_busy_is_tried_again_as_it_was(study):
 
 
 def test_a_resumed_run_does_not_say_how_long_a_whole_one_takes(study):
-    for step, seconds in ((None, 2.0), (5, None)):
-        study.put("ok", time={"seconds": {"total": 2.0}, "resumed_at_step": step})
+    part = PART | {"seconds": {"total": 2.0}}
+    for parts, seconds in (
+        ([part], 2.0),
+        ([part, part], None),
+        ([part, part | {"resumed_at_step": 5}], None),
+    ):
+        study.put("ok", time=time_of(parts))
         found = look(study.runs("ok")[0], frozenset(), force=False)
         assert found.outcome is not None
         assert found.outcome.seconds == seconds
+
+
+def test_the_lock_of_a_process_that_was_killed_after_its_run_is_removed(study):
+    study.put("ok")
+    study.put("ok", "run1")
+    left, held = (study.folder / f".{name}.lock" for name in ("run0", "run1"))
+    left.touch()
+    with RunFolder(study.results, study.name, "run1").locked():
+        study.sweep(study.runs("ok", "ok"))
+        assert not left.exists()
+        assert held.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,367 @@
+"""A checkpoint is what was saved, and holds all that a run goes on with; else it is refused unwritten."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.checkpoint_checks import STATE, refuse_unfit
+from bench.cli import parse
+from bench.config import RunConfig
+from bench.existing import KNOWN_BY
+from bench.prepare import Prepared, prepare
+from bench.run import main
+from bench.training.checkpoint import load_checkpoint, save_checkpoint
+from bench.training.controller import Controller
+from bench.training.shape import Shape, ladder
+from tests.bench.conftest import TINY
+from tests.bench.test_resume import act_at_step, interrupt, only_folder, refusal
+
+FLAGS = [*TINY, "--max-steps", "9", "--eval-every", "3", "--epochs", "3", "--max-batches-per-epoch", "4"]
+FLAGS += ["--min-steps-per-epoch", "1", "--dropout-rate", "0.1"]
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(scope="module")
+def stopped(small_data_dir, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a run that was stopped in its eighth step, with a checkpoint after six, and its flags."""
+    results = tmp_path_factory.mktemp("stopped")
+    flags = [*FLAGS, "--data-dir", str(small_data_dir), "--results-dir", str(results / "results")]
+    with pytest.MonkeyPatch.context() as patch:
+        act_at_step(patch, 8, interrupt)
+        assert main([*flags, "--quiet"]) == 130
+    return only_folder(results / "results"), flags
+
+
+@pytest.fixture
+def run(stopped, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of that run of this test's own."""
+    results = shutil.copytree(stopped[0].parents[1], tmp_path / "results")
+    place = stopped[1].index("--results-dir") + 1
+    return only_folder(results), [*stopped[1][:place], str(results)]
+
+
+@pytest.fixture(scope="module")
+def prepared(stopped) -> Prepared:
+    return prepare(parse(RunConfig, stopped[1], presets=True))
+
+
+@pytest.fixture(scope="module")
+def tuned(stopped, sound) -> tuple[dict[str, Any], Prepared]:
+    """The state of the same run with a search before it, whose shapes are controlled."""
+    found = {"status": "ok", "micro_batch_size": 4, "length": 16, "batch_size": 4, "from_cache": False,
+             "trials": [], "cap": 4, "limit_bytes": 1, "target": 0.85}  # fmt: skip
+    control = Controller(ladder([16], [1, 2, 4]), Shape(4, 16), limit_bytes=1).state_dict()
+    trainer, ledger = sound["trainer"] | {"control": control}, sound["ledger"] | {"tuned_micro_batch_size": 4}
+    flags = [*stopped[1], "--tune-batch-size", "--memory-budget", "1GiB"]
+    state = {**sound, "tuned": found, "trainer": trainer, "ledger": ledger}
+    return state, prepare(parse(RunConfig, flags, presets=True))
+
+
+@pytest.fixture(scope="module")
+def sound(stopped) -> dict[str, Any]:
+    return load_checkpoint(stopped[0] / "checkpoint.pt")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file in the study of a run, hidden ones too, by its path."""
+    files = (path for path in folder.parent.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder.parent)): path.read_bytes() for path in files}
+
+
+def test_a_checkpoint_is_an_archive_of_torch_that_ends_with_the_hash_of_all_before(tmp_path):
+    path, state = tmp_path / "checkpoint.pt", {"weight": torch.arange(6.0).view(2, 3), "text": "é", "n": None}
+    save_checkpoint(path, state)
+    whole = path.read_bytes()
+    assert whole[-64:].decode() == hashlib.sha256(whole[:-64]).hexdigest()
+    with zipfile.ZipFile(path) as archive:
+        assert archive.comment == whole[-64:]
+        assert archive.testzip() is None
+    for loaded in (load_checkpoint(path), torch.load(path, weights_only=True)):
+        assert torch.equal(loaded.pop("weight"), state["weight"])
+        assert loaded == {"schema": 3, "text": "é", "n": None}
+
+
+@pytest.mark.core("resume")
+def test_a_flipped_bit_anywhere_is_refused(stopped, tmp_path):
+    """Kind: silent damage of a disk. 30 places at random, and all bits of the ends."""
+    whole, path = (stopped[0] / "checkpoint.pt").read_bytes(), tmp_path / "flipped.pt"
+    chance = random.Random(0)
+    bits = [chance.randrange(8 * len(whole)) for _ in range(30)]
+    bits += [*range(16), *range(8 * (len(whole) - 88), 8 * len(whole), 3)]  # incl. the length of the comment
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"flipped.pt is damaged: it.* SHA-256 .*; --force starts again"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda whole: b"", "is damaged: it is cut short to 0 bytes"),
+        (lambda whole: whole[:64], "is damaged: it is cut short to 64 bytes"),
+        (lambda whole: whole[: len(whole) // 2], "is damaged: it does not end with its SHA-256"),
+        (lambda whole: whole[:-1], "is damaged: its SHA-256 differs|does not end with its SHA-256"),
+        (lambda whole: whole[:-64], "is damaged: it does not end with its SHA-256"),
+        (lambda whole: whole + b"\n", "is damaged: it does not end with its SHA-256"),
+        (lambda whole: whole + b"0" * 64, "is damaged: its SHA-256 differs"),
+        (lambda whole: b"text" + hashlib.sha256(b"text").hexdigest().encode(), "holds no state of a run"),
+    ],
+)
+def test_a_file_that_is_not_as_it_was_saved_is_refused_in_our_own_words(stopped, tmp_path, change, said):
+    path = tmp_path / "changed.pt"
+    path.write_bytes(change((stopped[0] / "checkpoint.pt").read_bytes()))
+    with pytest.raises(ValueError, match=f"changed.pt {said}.*; --force starts again") as refused:
+        load_checkpoint(path)
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_full_disk_is_told_in_the_systems_own_words(tmp_path, monkeypatch):
+    """Torch raises an error of its zip writer over that of the disk."""
+
+    def save(*_: Any) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 596736 vs 596624")
+
+    monkeypatch.setattr("bench.training.checkpoint.torch.save", save)
+    with pytest.raises(OSError, match=r"^checkpoint.pt cannot be written: No space left on device$"):
+        save_checkpoint(tmp_path / "checkpoint.pt", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file_and_what_holds_more_than_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=r"cannot be read .Is a directory"):
+        load_checkpoint(tmp_path)
+    for number, value in enumerate((torch.nn.Linear(1, 1), {"path": Path()})):
+        path = tmp_path / f"{number}.pt"
+        save_checkpoint(path, {"value": value})
+        with pytest.raises(ValueError, match="holds no state of a run, though its SHA-256 is right"):
+            load_checkpoint(path)
+
+
+def test_the_checkpoint_of_a_run_passes_and_does_not_change(sound, prepared):
+    before = copy.deepcopy(sound)
+    refuse_unfit(sound, prepared)
+    assert str(before) == str(sound)
+    assert set(STATE) | {"schema", *KNOWN_BY} == set(sound)
+
+
+def test_each_part_is_missed(sound, prepared):
+    """Every key of every dict in it, but for the phases of a part; of long dicts the ends and the middle."""
+    tried = 0
+    for keys in places(sound, [key for key in sound if key in STATE]):
+        name = ".".join(map(str, keys))
+        if name.startswith("parts.0.seconds."):
+            continue
+        with pytest.raises(ValueError, match=f"it lacks {re.escape(name)}|ledger.* not of"):
+            refuse_unfit(without(sound, *keys), prepared)
+        tried += 1
+    assert tried > 80
+
+
+def places(value: Any, keys: list[Any]) -> Iterator[list[Any]]:
+    """Yield the way to every key of every dict in a state, from the first value of each list."""
+    for key in keys if len(keys) < 20 else [keys[0], keys[len(keys) // 2], keys[-1]]:
+        if isinstance(value, dict):
+            yield [key]
+        inner = value[key]
+        below = list(inner) if isinstance(inner, dict) else [0] if isinstance(inner, list) and inner else []
+        yield from ([key, *way] for way in places(inner, below))
+
+
+def without(state: Any, *keys: Any) -> Any:
+    """Return a state that lacks the value at ``keys``; the rest of it is shared."""
+    first, *others = keys
+    changed = copy.copy(state)
+    if others:
+        changed[first] = without(state[first], *others)
+    else:
+        del changed[first]
+    return changed
+
+
+def at(state: Any, keys: list[Any]) -> Any:
+    for key in keys:
+        state = state[key]
+    return state
+
+
+def put(way: str, value: Any) -> Change:
+    """Return a change of the value at ``way``; a callable ``value`` takes the old one."""
+
+    def change(state: dict[str, Any]) -> None:
+        keys = [int(key) if key.isdecimal() else key for key in way.split("/")]
+        inner = at(state, keys[:-1])
+        inner[keys[-1]] = value(inner[keys[-1]]) if callable(value) else value
+
+    return change
+
+
+def emptied(way: str) -> Change:
+    return put(way, lambda value: type(value)())
+
+
+WRONG: list[tuple[Change, str]] = [
+    (put("trainer", {}), "it lacks trainer.model, trainer.best_model, trainer.optimizer, trainer.done, "),
+    (put("trainer", []), "trainer is a list; it must be a dict"),
+    (
+        put("trainer/model/head.bias", torch.zeros(3)),
+        r"head.bias is a tensor \(3,\) of float32; it must be a t",
+    ),
+    (put("trainer/model/head.bias", lambda value: value.double()), "head.bias is a tensor .* of float64; it"),
+    (put("trainer/model/head.bias", 0.5), "trainer.model.head.bias is 0.5; it must be a tensor"),
+    (
+        put("trainer/model/wings", torch.zeros(3)),
+        "it holds trainer.model.wings, which this run does not have",
+    ),
+    (emptied("trainer/best_model"), "it lacks trainer.best_model.token_embedding.weight"),
+    (put("trainer/best_model/head.bias", torch.zeros(3)), "trainer.best_model.head.bias is a tensor"),
+    (emptied("trainer/optimizer/state"), "it lacks trainer.optimizer.state.0, trainer.optimizer.state.1"),
+    (put("trainer/optimizer/state/0/exp_avg", torch.zeros(2, 2)), "optimizer.state.0.exp_avg is a tensor"),
+    (put("trainer/optimizer/state/999", {}), "it holds trainer.optimizer.state.999"),
+    (put("trainer/optimizer/param_groups/0/params", [0]), "param_groups.0.params is .0.; it must be"),
+    (
+        put("trainer/optimizer/param_groups/0/weight_decay", 0.5),
+        "param_groups.0.weight_decay is 0.5; it must",
+    ),
+    (
+        put("trainer/optimizer/param_groups", lambda groups: groups[:1]),
+        "trainer.optimizer has 1 groups, not 2",
+    ),
+    (put("trainer/done/steps", "6"), "trainer.done.steps is '6'; it must be a value of type int"),
+    (put("trainer/done/steps", True), "trainer.done.steps is True"),
+    (put("trainer/done/steps", 10), "trainer.done is 10 steps, the best .*; the run has 9"),
+    (
+        put("trainer/done/steps", 5),
+        "ledger.epochs.1 is not as the run's plan has it after 5 steps|trace.steps",
+    ),
+    (put("trainer/done/best_step", 7), "trainer.done is 6 steps, the best 7"),
+    (put("trainer/recovering/micro_batch_size", 3), "micro_batch_size is 3, and batches are of 4 rows"),
+    (put("trainer/random", []), "trainer.random has 0 states for 1 ranks"),
+    (put("trainer/random/0", torch.zeros(5056, dtype=torch.uint8)), "trainer.random.0 is no random state"),
+    (put("trainer/random/0", None), "trainer.random.0 is None; it must be"),
+    (put("trainer/random_cuda/0", torch.zeros(16, dtype=torch.uint8)), "trainer.random_cuda.0 is a tensor"),
+    (put("trace/steps", [0, 3]), "trace.samples.* has 3 samples of 2 steps"),
+    (put("trace/steps", [0, 6, 3]), "trace.steps do not rise from 0 to at most 6"),
+    (put("trace/samples/layer_0.mixing/1", torch.zeros(9)), "samples.layer_0.mixing.1 is a tensor"),
+    (put("ledger/epochs/0/got/tokens", 1), "ledger.epochs.0 is not as the run's plan has it after 6 steps"),
+    (put("ledger/epochs/0/asked/tokens", 1), "ledger.epochs.0 is not as the run's plan has it"),
+    (put("ledger/epochs", lambda epochs: epochs[:1]), "ledger.epochs are 1; step 6 is in epoch 1"),
+    (put("ledger/batch_shapes", {"4x16": 5}), "ledger.batch_shapes, micro_batch_shapes or last_shapes are"),
+    (emptied("history"), "history has not one row for each of 6 steps"),
+    (put("history", lambda text: text[: len(text) // 2]), "history is not one row of JSON per line"),
+    (put("history", lambda text: text.partition("\n")[2]), "history has not one row for each of 6 steps"),
+    (put("history", b""), "history is b''; it must be a value of type str"),
+    (emptied("parts"), "it names no part of the run"),
+    (put("parts/0/seconds", 3), "parts.0.seconds is 3; it must be a dict"),
+    (put("log", 3), "log is 3; it must be a value of type str"),
+    (put("trainer/control", {}), "trainer.control is a dict; it must be a value of type NoneType"),
+    (put("tuned", {"status": "ok"}), "tuned is the answer of a search"),
+    (put("ledger/evaluations", {}), "ledger.evaluations are not of 2 evaluations with 256 targets"),
+    (put("ledger/micro_batch_shapes", {"2x16": 6}), "micro_batch_shapes or last_shapes are not of 6 steps"),
+    (put("ledger/batch_shapes", {"wide": 6}), "micro_batch_shapes or last_shapes are not"),
+]
+WRONG_OF_TUNED: list[tuple[Change, str]] = [
+    (put("trainer/control", None), "trainer.control is None; it must be a dict"),
+    (put("trainer/control/rows", 3), "trainer.control is at 3 × 16, which is no shape of the run"),
+    (put("trainer/control/ceiling", 99), "trainer.control is beyond the 3 shapes"),
+    (put("tuned", None), "it lacks the answer of the search"),
+    (put("tuned/length", 8), "tuned.length is 8, which the run cannot have"),
+    (put("tuned/micro_batch_size", None), "tuned.micro_batch_size is None"),
+    (emptied("tuned"), "it lacks tuned.status"),
+    (put("tuned", {"status": "failed"}), "it lacks tuned.micro_batch_size, tuned.length, tuned.error"),
+    (put("tuned/micro_batch_size", 2), "ledger.tuned_micro_batch_size is not that of tuned"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG)
+def test_what_does_not_fit_the_run_is_refused(sound, prepared, change, said):
+    state = copy.deepcopy(sound)
+    change(state)
+    with pytest.raises(ValueError, match=said):
+        refuse_unfit(state, prepared)
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG_OF_TUNED)
+def test_what_does_not_fit_a_run_with_a_search_is_refused(tuned, change, said):
+    state, prepared = copy.deepcopy(tuned[0]), tuned[1]
+    refuse_unfit(state, prepared)
+    change(state)
+    with pytest.raises(ValueError, match=said):
+        refuse_unfit(state, prepared)
+
+
+@pytest.mark.core("resume")
+@pytest.mark.parametrize("way", ["--resume", "--resume-checkpoint"])
+def test_a_refusal_leaves_the_run_as_it_was_and_a_sound_checkpoint_goes_on(run, capsys, way):
+    """Wrong input: one line, exit status 2, not a byte changed; record and history stay resumable."""
+    folder, flags = run
+    path = folder / "checkpoint.pt"
+    whole, state = path.read_bytes(), load_checkpoint(path)
+    asked = [*flags, way] + [str(path)] * (way != "--resume")
+    remedy = "--force starts again and keeps the run as" if way == "--resume" else "name a sound copy of it"
+
+    def flip() -> None:
+        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 4]) + whole[5001:])
+
+    def lacking(*keys: str) -> Callable[[], None]:
+        return lambda: save_checkpoint(path, without(state, *keys))
+
+    for damage, said in (
+        (flip, f"{path} is damaged: its SHA-256 differs from the one it was saved with"),
+        (lacking("identity"), f"{path} cannot be continued: it lacks identity"),
+        (lacking("trainer", "done"), "it lacks trainer.done"),
+        (lambda: save_checkpoint(path, state | {"schema": 99}), "has schema 99; this version reads 3"),
+    ):
+        damage()
+        before = contents(folder)
+        message = refusal(capsys, asked)
+        assert message.startswith("error: checkpoint ")
+        assert said in message
+        assert remedy in message
+        assert contents(folder) == before
+    path.write_bytes(whole)
+    assert main([*asked, "--quiet"]) == 0
+    assert json.loads((folder / "record.json").read_text())["time"]["resumed_at_step"] == 6
+
+
+def test_a_damaged_checkpoint_is_no_start_elsewhere_either(run, tmp_path, capsys):
+    folder, flags = run
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    place = flags.index("--results-dir") + 1
+    elsewhere = [*flags[:place], str(tmp_path / "elsewhere"), "--resume-checkpoint", str(path)]
+    assert "is damaged" in refusal(capsys, elsewhere)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_a_killed_save_left_is_removed(run, tmp_path):
+    """Temporary files of the run go when it goes on, and at each save; those of others stay."""
+    path = tmp_path / "checkpoint.pt"
+    left, others = tmp_path / ".checkpoint.pt.123", tmp_path / ".other.pt.123"
+    for name in (left, others):
+        name.write_bytes(b"half")
+    save_checkpoint(path, {"value": 1})
+    assert {found.name for found in tmp_path.iterdir() if found.is_file()} == {path.name, others.name}
+    folder, flags = run
+    for name in (".checkpoint.pt.9", ".record.json.x1", ".history.jsonl.x2", ".nll.npz.x3"):
+        (folder / name).write_bytes(b"half")
+    assert main([*flags, "--resume", "--quiet"]) == 0
+    assert not [found for found in folder.iterdir() if found.name.startswith(".")]

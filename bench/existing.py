@@ -10,6 +10,7 @@ from bench.measure.environment import code_sha256
 from bench.measure.quantity import is_measured
 from bench.prepare import Prepared
 from bench.progress import Reporter
+from bench.records.foreign import visible
 from bench.records.schema import Record
 from bench.records.store import interrupted_records
 from bench.training.checkpoint import differing_fields, load_checkpoint
@@ -74,7 +75,7 @@ def make_room(prepared: Prepared, reporter: Reporter) -> None:
     if record is None or (going_on and record["status"] == "interrupted"):
         return
     kept = prepared.folder.set_aside()
-    reporter.line(f"an earlier record ({record['status']}) is kept at {kept}")
+    reporter.line(f"an earlier record ({visible(record['status'])}) is kept at {kept}")
 
 
 def _checked(state: dict[str, Any], prepared: Prepared) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def trigram_perplexity(record: Record, split: str = "validation") -> float | Non
 
 def _perplexity(record: Record, split: str, key: str, per: str = "tokens") -> float | None:
     quality = record["quality"]
-    if not is_measured(quality) or not is_measured(quality[split]) or key not in quality[split]:
+    if not is_measured(quality) or not is_measured(quality[split]) or not {key, per} <= quality[split].keys():
         return None
     return exp_or_infinity(quality[split][key] / quality[split][per])
 

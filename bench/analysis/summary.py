@@ -13,11 +13,13 @@ from bench.analysis import quantities
 from bench.analysis.numbers import mebibytes, percent, share, signed
 from bench.measure.quantity import is_measured
 from bench.measure.rates import difference_of_medians, paired_ratios, percentile
+from bench.records.foreign import shown, visible
 from bench.records.schema import Record
 
 
 def print_summary(record: Record, folder: Path, console: Console) -> None:
     """Print the record as a table of at most 80 columns, and where it lies."""
+    record = shown(record)
     table = Table(
         title=_title(record),
         title_justify="left",
@@ -32,7 +34,7 @@ def print_summary(record: Record, folder: Path, console: Console) -> None:
         table.add_row(label, Text(text))
     console.print()
     console.print(table)
-    console.print(f"record: {folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"record: {visible(str(folder))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(record: Record) -> Text:
@@ -55,7 +57,7 @@ def _rows(record: Record) -> list[tuple[str, str]]:
     rows.append(("counted", _counted(record["used"])))
     if is_measured(record["gate"]):
         rows.append(("gate", _gate(record["gate"])))
-    rows.append(("time", _time(record["time"]["seconds"])))
+    rows.append(("time", _time(record["time"].get("seconds") or {})))
     return [(label, text) for label, text in rows if text]
 
 
@@ -68,7 +70,7 @@ def _quality(record: Record, split: str) -> str:
              "trigram": quantities.trigram_perplexity(record, split)}  # fmt: skip
     simple = ", ".join(f"{name} {line:,.1f}" for name, line in lines.items() if line is not None)
     text = f"perplexity {value:,.1f} ({simple})"
-    if scored["words"] != scored["tokens"]:
+    if scored.get("words", scored["tokens"]) != scored["tokens"]:
         text += f" a token, {quantities.word_perplexity(record, split):,.1f} a word"
     return (
         f"{text}, {bits:.3f} bits a byte, on {scored['tokens']:,} tokens, length {scored['length']}, "
@@ -144,6 +146,8 @@ def _counted(used: dict[str, Any]) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
+    if not is_measured(data) or not data.get("source"):
+        return ""
     if data["source"] == "embedded":
         return f"NOT WIKITEXT-2 but the embedded text ({data['name']}, {data['config_name']})"
     name = " ".join(part for part in (data["name"], data["config_name"]) if part)

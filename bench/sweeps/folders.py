@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure.quantity import is_measured
+from bench.records.foreign import visible
 from bench.records.schema import SCHEMA_VERSION, STATUSES, Record
 from bench.records.store import RunFolder
 from bench.sweeps.executor import Outcome, PlannedRun
@@ -67,8 +68,8 @@ def is_busy(run: PlannedRun) -> bool:
 
 
 def outcome_of(record: Record) -> Outcome:
-    """Return what is worth knowing of a record."""
-    status = record["status"]
+    """Return what is worth knowing of a record, with its texts as they may be shown."""
+    status = visible(record["status"])
     if status == "damaged":
         return Outcome(status, "record.json cannot be read")
     perplexity = seconds = None
@@ -78,7 +79,7 @@ def outcome_of(record: Record) -> Outcome:
         perplexity = math.exp(min(nats, 700.0))
     if status == "ok" and is_measured(spent) and spent["resumed_at_step"] is None:
         seconds = spent["seconds"].get("total")
-    error = record["error"].partition("\n")[0] if record["error"] else None
+    error = visible(record["error"].partition("\n")[0]) if record["error"] else None
     environment = record["environment"] if is_measured(record["environment"]) else {}
     return Outcome(status, error, perplexity, seconds, environment)
 

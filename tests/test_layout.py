@@ -71,9 +71,3 @@ def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""
     script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, timeout=60).returncode == 0
-
-
-def test_files_stay_small():
-    long = {path.name: len(path.read_text().splitlines())
-            for package in ("gnnmoe", "bench") for path in (REPOSITORY / package).rglob("*.py")}  # fmt: skip
-    assert {name: lines for name, lines in long.items() if lines > 250} == {}

@@ -13,11 +13,13 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from bench.layers import preset_names, with_layers
+from bench.records.foreign import visible
 
 LAYERS_HELP = (
     "--preset NAME puts the flags of a preset before your own; presets: {}. Default: quick.\n"
     "--config FILE.toml puts a file's flags (num_experts = 8) after the preset's and before your own."
 )
+LINE_BREAK = "\n"
 OTHERS_WAIT_SECONDS = 10.0
 Config = TypeVar("Config")
 
@@ -49,7 +51,7 @@ def parse(
 
 def fail(message: str) -> NoReturn:
     """Print ``error: message`` and exit with status 2: wrong input, nothing written."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {visible(message, keep=LINE_BREAK)}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -15,6 +15,7 @@ from bench.config import RunConfig
 from bench.measure.quantity import is_measured
 from bench.prepare import Prepared
 from bench.progress import Reporter
+from bench.records.foreign import visible
 from bench.records.schema import Record, config_dict
 from bench.records.stale import WORDS, coupler_of, refuse_another_file, stale_code, stale_words
 from bench.records.store import study_records
@@ -123,7 +124,7 @@ def make_room(prepared: Prepared, reporter: Reporter) -> None:
     if record is None or (going_on and record["status"] == "interrupted"):
         return
     kept = prepared.folder.set_aside()
-    reporter.line(f"an earlier record ({record['status']}) is kept at {kept}")
+    reporter.line(f"an earlier record ({visible(record['status'])}) is kept at {kept}")
 
 
 def _from_checkpoint(path: Path, remedy: str, prepared: Prepared, parts: Sequence[Record]) -> Earlier:

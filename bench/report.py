@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +32,8 @@ class ReportConfig:
     """Say which coupler is better, by how much and at what cost; write it as tables, plots and one page.
 
     Also: compare A B (two studies, configurations STUDY:LABEL, or runs), ls (studies, or the runs of one),
-    show ID (the record of one run); each with --help. Exit status: 0 done, 1 --verify found a difference,
-    2 wrong input.
+    show ID (the record of one run); each with --help. Exit status: 0 done, 1 --verify found a difference or
+    a seed of a configuration has several runs, 2 wrong input.
     """
 
     study: Annotated[str, tyro.conf.Positional]
@@ -72,7 +72,8 @@ class CompareConfig:
     """Compare B with A, paired by seed: what changed, and whether it is beyond the noise.
 
     A study is its name or path, a configuration STUDY:LABEL, a run its id or the beginning of it, or
-    STUDY/ID. Exit status: 0 done, 1 a --fail-if holds or cannot be told, 2 wrong input.
+    STUDY/ID. Exit status: 0 done, 1 a --fail-if holds or cannot be told, or a seed of a configuration has
+    several runs, 2 wrong input.
     """
 
     a: Annotated[str, tyro.conf.Positional]
@@ -138,6 +139,7 @@ def report(config: ReportConfig, console: Console) -> int:
     from bench.analysis.find import the_study
     from bench.analysis.report_files import PAGE, write_report
     from bench.analysis.report_show import print_report
+    from bench.records.foreign import not_linked_out, visible
 
     path = the_study(config.study, config.results_dir)
     if config.redact is not None:
@@ -145,15 +147,15 @@ def report(config: ReportConfig, console: Console) -> int:
 
         console.print(redact_study(path, config.redact, config.hide), markup=False, soft_wrap=True)
         return 0
-    folder = config.out or path / "report"
+    folder = config.out or not_linked_out(path, "report")
     if config.verify:
         from bench.analysis.verify import verify
 
         with console.status("recomputing …"):
             problems, what = verify(path, folder, lambda found: _make(path, found or _options(config, path)))
-        for problem in problems:
-            console.print(f"differs: {problem}", markup=False, soft_wrap=True)
-        console.print(f"{'NOT verified' if problems else 'verified'}: {what}", markup=False, soft_wrap=True)
+        lines = [f"differs: {problem}" for problem in problems]
+        for line in (*lines, f"{'NOT verified' if problems else 'verified'}: {what}"):
+            console.print(visible(line), markup=False, soft_wrap=True)
         return 1 if problems else 0
     options = _options(config, path)
     with console.status("reading the records …"):
@@ -162,13 +164,15 @@ def report(config: ReportConfig, console: Console) -> int:
         from bench.analysis.study_page import write_study
 
         write_study(config.page, made)
-        return 0
+        for text in made.doubled():
+            print(f"error: {text}", file=sys.stderr)
+        return 1 if made.doubled() else 0
     with console.status("drawing and writing …"):
         write_report(made, options, folder, plots=config.plots)
     print_report(made, console)
-    console.print(f"page: {folder / PAGE}", markup=False, soft_wrap=True)
-    console.print(f"tables and plots: {folder}", markup=False, soft_wrap=True)
-    return 0
+    console.print(visible(f"page: {folder / PAGE}"), markup=False, soft_wrap=True)
+    console.print(visible(f"tables and plots: {folder}"), markup=False, soft_wrap=True)
+    return 1 if made.doubled() else 0
 
 
 def compare(config: CompareConfig, console: Console) -> int:
@@ -180,7 +184,7 @@ def compare(config: CompareConfig, console: Console) -> int:
     first, second = (read_side(text, config.results_dir) for text in (config.a, config.b))
     compared = compare_sides(first, second, config.allow_unequal)
     print_differences(first, second, compared, console)
-    failed = bool(limits and compared.missing)
+    failed = bool(limits and compared.missing) or bool(compared.doubled)
     for limit in limits:
         for difference in compared.differences:
             fails, why = limit.verdict(difference)
@@ -221,20 +225,15 @@ def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
     given = config.hypotheses
     hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
     return {"reference": config.reference, "allow_unequal": config.allow_unequal, "stated": when,
-            "hypotheses": [asdict(found) for found in hypotheses]}  # fmt: skip
+            "hypotheses": hypotheses}  # fmt: skip
 
 
 def _make(path: Path, options: dict[str, Any]) -> Report:
     from bench.analysis.report import make_report
     from bench.analysis.study import load_study
-    from bench.sweeps.hypotheses import Hypothesis
 
-    try:
-        hypotheses = [Hypothesis(**found) for found in options["hypotheses"]]
-        reference, allow_unequal, when = (options[key] for key in ("reference", "allow_unequal", "stated"))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the report's options are of another version ({error}); make it anew.") from error
-    return make_report(load_study(path, allow_unequal), reference, hypotheses, when)
+    study = load_study(path, options["allow_unequal"])
+    return make_report(study, options["reference"], options["hypotheses"], options["stated"])
 
 
 COMMANDS: dict[str, tuple[type, Any]] = {

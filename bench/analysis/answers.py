@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class Answered:
     better: tuple[str, ...]
     """Labels of the configurations that are said to be better."""
     than: tuple[str, ...]
+    unclear: str
+    """Why it is not answered, in words: a side selects rows that no flag tells apart. Else empty."""
     differences: tuple[float, ...]
     """By seed: ln of the ratio of the two sides, less where the hypothesis' better side is better."""
     answer: Answer | None
@@ -59,7 +61,7 @@ class Answered:
         """Return the answer and its evidence in a sentence."""
         found = self.ratio()
         if found is None or self.answer is None:
-            return f"inconclusive: {self._why_not()}."
+            return f"inconclusive: {self.unclear or self._why_not()}."
         ratio, ends = found
         about = f" (95 % interval {percent(ends[0], 2)} to {percent(ends[1], 2)})" if ends else ""
         quantity = WORDS[self.hypothesis.quantity]
@@ -81,30 +83,43 @@ def answer_hypotheses(hypotheses: Sequence[Hypothesis], groups: Sequence[Group])
     Where a side selects several configurations, their mean by seed counts.
     """
     found = [_evidence(hypothesis, groups) for hypothesis in hypotheses]
-    margins = [_margin(hypothesis) for hypothesis in hypotheses]
-    shifted = [np.array(differences) + margin
-               for margin, (*_, differences) in zip(margins, found, strict=True) if differences]  # fmt: skip
+    shifted = [np.array(one.differences) + _margin(hypothesis)
+               for hypothesis, one in zip(hypotheses, found, strict=True) if one.differences]  # fmt: skip
     answers = iter(answer_claims(shifted))
-    return [Answered(hypothesis, better, than, differences, next(answers) if differences else None,
-                     len(shifted))
-            for hypothesis, (better, than, differences) in zip(hypotheses, found, strict=True)]  # fmt: skip
+    return [Answered(hypothesis, *one, next(answers) if one.differences else None, len(shifted))
+            for hypothesis, one in zip(hypotheses, found, strict=True)]  # fmt: skip
 
 
-Evidence = tuple[tuple[str, ...], tuple[str, ...], tuple[float, ...]]
+class Evidence(NamedTuple):
+    """The first fields of ``Answered``."""
+
+    better: tuple[str, ...] = ()
+    than: tuple[str, ...] = ()
+    unclear: str = ""
+    differences: tuple[float, ...] = ()
 
 
 def _evidence(hypothesis: Hypothesis, groups: Sequence[Group]) -> Evidence:
-    best: Evidence = ((), (), ())
+    best = Evidence()
     for group in groups:
         better, than = (_selected(flags, group) for flags in (hypothesis.better, hypothesis.than))
         ours, theirs = (_by_seed(side, hypothesis.quantity) for side in (better, than))
         differences = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
-        labels = tuple(tuple(one.label for one in side) for side in (better, than))
+        labels = [tuple(one.label for one in side) for side in (better, than)]
+        unclear = "; ".join(filter(None, map(_unclear, (better, than))))
+        found = Evidence(labels[0], labels[1], unclear, () if unclear else differences)
         if differences:
-            return labels[0], labels[1], differences
+            return found
         if sum(map(bool, labels)) > sum(map(bool, best[:2])):
-            best = labels[0], labels[1], ()
+            best = found
     return best
+
+
+def _unclear(side: Sequence[Configuration]) -> str:
+    """Return, in words, which rows of a side no flag tells apart, so that it cannot mean one of them."""
+    alike = [one.label for one in side
+             if any(other is not one and other.settings == one.settings for other in side)]  # fmt: skip
+    return f"no flag tells {' from '.join(alike)}" if alike else ""
 
 
 def _selected(flags: Table, group: Group) -> list[Configuration]:

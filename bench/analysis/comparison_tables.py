@@ -20,10 +20,10 @@ from bench.analysis.numbers import (
     span,
 )  # fmt: skip
 from bench.analysis.over_seeds import unknown_words
+from bench.analysis.provenance import codes_of
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.run_tables import mixed_code
 from bench.analysis.study import Group, text_warnings
-from bench.analysis.tables import Cells, Table, make_table, statuses
+from bench.analysis.tables import Cells, Table, make_table
 from bench.measure.quantity import is_measured
 
 AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
@@ -112,7 +112,7 @@ def _figures(row: Row) -> Cells:
         "memory_over_mean_coupler_bytes": cost and cost.memory_bytes,
         "flops_over_mean_coupler_per_token": cost and cost.flops_per_token,
         "parameters": row.parameters, "coupler_parameters": row.coupler_parameters,
-        "training_flops_per_token": row.flops_per_token, "status": statuses(row.configuration.runs),
+        "training_flops_per_token": row.flops_per_token, "status": row.configuration.statuses(),
     }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def _texts(row: Row, comparison: Comparison) -> Cells:
         "test perplexity": number(None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean))
     }  # fmt: skip
     return {
-        "configuration": row.configuration.label + _mark(row, comparison), "n": str(loss.n),
+        "configuration": row.configuration.label + code_mark(row, comparison), "n": str(loss.n),
         "perplexity": f"{number(value)} {span(perplexities(loss.interval))}".strip(), **test,
         **{title: share(unknown_words(row.configuration, split)) for title, split in UNKNOWN.items()
            if any_unknown(comparison, split)},
@@ -138,7 +138,7 @@ def _texts(row: Row, comparison: Comparison) -> Cells:
         "peak memory": mebibytes(row.peak_memory_bytes.mean),
         "cost over mean": ", ".join(part for part in (ratio and f"{ratio} time", extra) if part),
         "parameters": number(row.parameters, 0),
-        "FLOPs a token": millions(row.flops_per_token), "status": statuses(row.configuration.runs),
+        "FLOPs a token": millions(row.flops_per_token), "status": row.configuration.statuses(),
     }  # fmt: skip
 
 
@@ -190,16 +190,22 @@ def _notes(comparison: Comparison) -> list[str]:
     ]
     if any(any_unknown(comparison, split) for split in UNKNOWN.values()):
         notes.append(UNKNOWN_WORDS)
-    if codes := code_words(comparison):
-        notes.append(f"{OLD_CODE} some runs of this row are of another code than most: {codes}.")
-    return notes
+    return [*notes, *code_warnings(comparison)]
 
 
-def code_words(comparison: Comparison) -> str:
-    """Return the states of the code that made the runs, with how many each; empty where there is one."""
-    codes = mixed_code(comparison.group.runs)
-    words = ", ".join(f"{text[:12]} ({counted(count, 'run')})" for text, count in codes.items())
-    return words if len(codes) > 1 else ""
+def code_warnings(comparison: Comparison) -> list[str]:
+    """Return that the runs of a table are of several versions of the code, or may be."""
+    codes = codes_of(comparison.group.runs)
+    mixed = f"{OLD_CODE} some runs of this row are of another code than most: {codes.words()}."
+    return [mixed] * codes.mixed + [f"{codes.silent()}."] * bool(codes.silent())
+
+
+def code_mark(row: Row, comparison: Comparison) -> str:
+    """Return the mark of a row that another version of the code made than most of its table, else nothing."""
+    codes = codes_of(comparison.group.runs).runs
+    own = {id(run) for run in row.configuration.runs}
+    others = [run for text in list(codes)[1:] for run in codes[text]]
+    return f" {OLD_CODE}" if any(id(run) in own for run in others) else ""
 
 
 def _timed(comparison: Comparison) -> str:
@@ -210,12 +216,6 @@ def _timed(comparison: Comparison) -> str:
     return "timed in turn in one process" + (
         "" if all(c.in_turn for c in costs) else " where each run did so"
     )
-
-
-def _mark(row: Row, comparison: Comparison) -> str:
-    codes = mixed_code(comparison.group.runs)
-    own = mixed_code(row.configuration.runs)
-    return f" {OLD_CODE}" if codes and set(own) - {next(iter(codes))} else ""
 
 
 def _scored_all_of_test(record: dict[str, Any]) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +18,14 @@ ONLY_IF_NEEDED = (
     "coupler_options",
 )  # follow from a match, from the data, from options
 OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")  # where asked for
-NO_SETTINGS = ("seed", "audit", "marginal", "profile")  # of the runs of one configuration, some may have them
+NO_SETTINGS = (
+    "seed", "audit", "marginal", "profile", "allow_failed_gate", "min_steps_per_epoch", "strict_curriculum",
+)  # fmt: skip
+"""Fields that the runs of one configuration may differ in: they are in no identity."""
+Key = tuple[str, str | None]
+"""The configuration by its hash, and the hash of the coupler's code, None where it is not known."""
+DIGITS = 8
+"""Of a hash in a label; more where they do not tell it apart."""
 SHORT = {
     "hgnn_learnable_edge_weights": {True: "learned weights", False: "no weights"},
     "initialization": {"original": "original start"},
@@ -46,12 +52,13 @@ def settings_of(config: dict[str, Any]) -> Settings:
     return settings
 
 
-def labels(configurations: Sequence[Settings]) -> list[str]:
+def labels(configurations: Sequence[Settings], keys: Sequence[Key]) -> list[str]:
     """Return a label for each configuration: its coupler, and the fields in which it differs from others.
 
     Fields of hypergraphs are named where they vary among configurations of the same coupler; all others
-    where they vary at all. Where two labels are still equal, every field in which those two differ is named;
-    what then is equal though the configurations are not has a number. Equal configurations have equal labels.
+    where they vary at all. Where two labels are still equal, every field in which those two differ is named.
+    What then is equal, though ``keys`` differ, is told apart by their first digits: by the code of the
+    coupler where the configuration is the same, else by the configuration. Equal keys have equal labels.
     """
     couplers = dict.fromkeys(settings["coupler_type"] for settings in configurations)
     among = {name: _varying([s for s in configurations if s["coupler_type"] == name]) for name in couplers}
@@ -66,20 +73,40 @@ def labels(configurations: Sequence[Settings]) -> list[str]:
         more = _varying([configurations[place] for place in places])
         for place in places:
             found[place] = _label(configurations[place], [*named[place], *more])
-    return _numbered(found, configurations)
+    texts: dict[Key, str] = {}  # one a key, also where two tables have it
+    for key, text in zip(keys, found, strict=True):
+        texts.setdefault(key, text)
+    marked = _told_apart(texts)
+    return [marked[key] for key in keys]
 
 
-def _numbered(found: Sequence[str], configurations: Sequence[Settings]) -> list[str]:
-    """Return the labels, with a number behind those that two different configurations would share."""
-    own: dict[str, str] = {}  # configuration → label
-    for label, settings in zip(found, configurations, strict=True):
-        key = json.dumps(settings, sort_keys=True, default=str)
-        number, name = 1, label
-        while key not in own and name in own.values():
-            number += 1
-            name = f"{label} ({number})"
-        own.setdefault(key, name)
-    return [own[json.dumps(settings, sort_keys=True, default=str)] for settings in configurations]
+def _told_apart(texts: Mapping[Key, str]) -> dict[Key, str]:
+    """Return a label for each key: its text, with digits of the key where several have the text."""
+    found: dict[Key, str] = {}
+    for key, text in texts.items():
+        alike = [other for other in texts if texts[other] == text]
+        parts = [text]
+        if len({configuration for configuration, _ in alike}) > 1:
+            parts.append(f"configuration {_digits(key[0], [other[0] for other in alike])}")
+        codes = [code for configuration, code in alike if configuration == key[0]]
+        if len(codes) > 1:
+            parts.append(f"code {_digits(key[1], codes)}")
+        found[key] = " · ".join(parts)
+    for key, label in list(found.items()):
+        if list(found.values()).count(label) > 1:  # another text says the digits of this key
+            found[key] = f"{texts[key]} · configuration {key[0]} · code {key[1]}"
+    return found
+
+
+def _digits(text: str | None, among: Iterable[str | None]) -> str:
+    """Return the first digits of a hash, as many as tell it from the others."""
+    if text is None:
+        return "not known"
+    others = {other for other in among if other not in (None, text)}
+    length = DIGITS
+    while length < len(text) and any(other.startswith(text[:length]) for other in others):
+        length += 1
+    return text[:length]
 
 
 def _label(settings: Settings, fields: Sequence[str]) -> str:

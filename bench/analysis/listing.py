@@ -9,9 +9,9 @@ from rich.markup import escape
 
 from bench.analysis.numbers import number, share
 from bench.analysis.quantities import perplexity, unknown_words_share
-from bench.analysis.study import load_study
-from bench.analysis.tables import statuses
+from bench.analysis.study import load_study, statuses
 from bench.analysis.terminal import PlainTable
+from bench.records.foreign import visible
 
 
 def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:
@@ -22,11 +22,11 @@ def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:
     table.add_column("couplers", overflow="fold", ratio=2)
     table.add_column("last run", no_wrap=True)
     for path in studies:
-        name = path.relative_to(results_dir).as_posix()
+        name = visible(path.relative_to(results_dir).as_posix())
         try:
             study = load_study(path)
         except ValueError as error:
-            table.add_row(escape(name), "", escape(str(error)), "")
+            table.add_row(escape(name), "", escape(visible(str(error))), "")
             continue
         couplers = {found.coupler: None for group in study.groups for found in group.configurations}
         starts = [run.record["time"].get("start") or "" for run in study.runs]
@@ -62,6 +62,7 @@ def runs_listing(path: Path) -> PlainTable:
                 figures = [number(perplexity(record)), *[share(unknown_words_share(record))] * unknown]
                 cells = [record["run_id"], name, str(run.seed), run.status, *figures, start]
                 table.add_row(*map(escape, cells))
-    for folder, why in study.unreadable:
-        table.add_row(escape(folder.name), escape(why), "", "unreadable")
+    for status, folders in (("unreadable", study.unreadable), ("not counted", study.misplaced)):
+        for folder, why in folders:
+            table.add_row(escape(visible(folder.name)), escape(why), "", status)
     return table

@@ -71,8 +71,9 @@ def training_flops(record: Record | None) -> float | None:
 
 def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
     """Return what a configuration costs beside its mean coupler; None for that one, or without one."""
-    mean = next((other for other in group.configurations
-                 if other.coupler == "mean" and _same_model(other, configuration)), None)  # fmt: skip
+    means = [other for other in group.configurations
+             if other.coupler == "mean" and _same_model(other, configuration)]  # fmt: skip
+    mean = next((other for other in means if other.counted), means[0] if means else None)
     found = _in_turn(configuration, mean)
     if found is not None or mean is None or mean is configuration:
         return found

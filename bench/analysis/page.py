@@ -23,6 +23,7 @@ from bench.analysis.page_tables import TableView, figures, table_view
 from bench.analysis.provenance import Kind, RunFacts, kinds_of, run_facts
 from bench.analysis.report import Report
 from bench.analysis.tables import Table
+from bench.records.foreign import visible
 
 FIGURES = re.compile(r'<script type="application/json" id="figures">(.*?)</script>', re.DOTALL)
 UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -92,7 +93,7 @@ def render_page(report: Report, files: Mapping[str, bytes]) -> str:
         runs=runs, runs_table=_view(report.runs_table), failures=_view(report.failures_table),
         statuses=list(dict.fromkeys(facts.status for _, facts in runs)),
         configurations=list(dict.fromkeys(facts.configuration for _, facts in runs)),
-        command=f"python -m bench.report {study_arguments(report.study.path)}",
+        command=visible(f"python -m bench.report {study_arguments(report.study.path)}"),
         figures=Markup(_json(figures(report.study.name, report.tables))),
     )  # fmt: skip
 

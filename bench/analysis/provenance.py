@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.analysis.numbers import in_parts, number
+from bench.analysis.numbers import counted, in_parts, number
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
 
-CODE = ("code_sha256", "git_commit", "git_changes_sha256")
+CODE = ("project_sha256", "code_sha256", "git_commit", "git_changes_sha256")
+COUPLER = "coupler_sha256"
+DIGITS = 12
+"""Of a hash of code where it is named."""
 MEASURED = ("parameters", "flops", "quality", "speed", "memory", "communication")
 Facts = list[tuple[str, str]]
 
@@ -43,6 +47,75 @@ class RunFacts:
     kinds: list[tuple[str, Kind]]
     """Environment, code and data."""
     facts: Facts
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The versions of the project's code that made some runs."""
+
+    runs: dict[str, list[Run]]
+    """By hash, the most frequent first."""
+    unknown: int
+    """How many of the other runs do not say which code made them."""
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the runs are known to be of several versions."""
+        return len(self.runs) > 1
+
+    def words(self, commits: bool = False) -> str:
+        """Return the versions with how many runs each made, and on request with their commits."""
+        return ", ".join(
+            f"{text[:DIGITS]}{_commits(some) if commits else ''} ({counted(len(some), 'run')})"
+            for text, some in self.runs.items()
+        )
+
+    def silent(self) -> str:
+        """Return how many runs do not say which code made them, where others do."""
+        verb = "does" if self.unknown == 1 else "do"
+        return f"{counted(self.unknown, 'run')} {verb} not say which code made them" if self.unknown else ""
+
+
+def codes_of(runs: Iterable[Run]) -> Codes:
+    """Return the versions of the code that made runs; where no run has its hash, by the hash of all code."""
+    known = [(run, run.record["environment"]) for run in runs if is_measured(run.record["environment"])]
+    of_project = [environment.get("project_sha256") for _, environment in known]
+    old = not any(of_project)
+    hashes = [environment.get("code_sha256") for _, environment in known] if old else of_project
+    found = {text: [] for text, _ in Counter(filter(None, hashes)).most_common()}
+    for (run, _), text in zip(known, hashes, strict=True):
+        if text:
+            found[text].append(run)
+    return Codes(found, 0 if old else sum(not text for text in of_project))
+
+
+def code_note(runs: Sequence[Run]) -> str:
+    """Return which versions of the code made runs, and of each coupler of a file which ones of its own."""
+    codes = codes_of(runs)
+    parts = [f"code {codes.words(commits=True)}" if codes.runs else "code not known", codes.silent()]
+    own: dict[str, list[str]] = {}
+    for run in runs:
+        code = run.key[1]
+        name = run.record["config"]["model"]["coupler_type"]
+        if ":" in name and code:
+            own.setdefault(name, []).append(code)
+    for name, hashes in own.items():
+        versions = Counter(hashes).most_common()
+        said = ", ".join(f"{text[:DIGITS]} ({counted(count, 'run')})" for text, count in versions)
+        parts.append(f"{name} {said}")
+    return "; ".join(filter(None, parts))
+
+
+def _commits(runs: Sequence[Run]) -> str:
+    """Return the commits at which a version of the code was run, with whether there were changes to them."""
+    found = {}
+    for run in runs:
+        environment = run.record["environment"]
+        if environment.get("git_commit"):
+            changed = " with changes" if environment.get("git_changes_sha256") else ""
+            found[environment["git_commit"][:8] + changed] = None
+    few = [*list(found)[:2], "…"] if len(found) > 2 else list(found)
+    return f" of commit {', '.join(few)}" if few else ""
 
 
 def kinds_of(runs: Sequence[Run], key: str) -> list[Kind]:
@@ -91,6 +164,7 @@ def _facts(run: Run) -> Facts:
         ("loss on validation", loss and f"{loss:.6f} nats a token"),
         ("loss on test", test and f"{test:.6f} nats a token"),
         ("steps", number(used["steps"], 0) if is_measured(used) else None),
+        ("hash of the configuration", run.key[0]), ("hash of the coupler's code", run.key[1]),
         ("gate", gate_words(record)), ("not measured", _not_measured(record)),
     ]  # fmt: skip
     return [(name, str(text)) for name, text in found if text]
@@ -112,7 +186,8 @@ def _part(record: Record, key: str) -> Any:
     environment = record["environment"]
     if not is_measured(environment):
         return environment
-    return {name: value for name, value in environment.items() if (name in CODE) == (key == "code")}
+    return {name: value for name, value in environment.items()
+            if name != COUPLER and (name in CODE) == (key == "code")}  # fmt: skip
 
 
 def _identity(part: Any) -> str:
@@ -128,7 +203,8 @@ def _words(part: Any, key: str) -> str:
     if key == "code":
         dirty = ", with changes" if part.get("git_changes_sha256") else ""
         commit = part.get("git_commit")
-        return f"sha256 {part.get('code_sha256')}" + (f", commit {commit[:12]}{dirty}" if commit else "")
+        text = part.get("project_sha256") or part.get("code_sha256")
+        return f"sha256 {text}" + (f", commit {commit[:12]}{dirty}" if commit else "")
     torch = (part.get("packages") or {}).get("torch")
     return f"{part.get('device_name')}, Python {part.get('python')}, torch {torch}"
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from bench.measure.quantity import is_measured
-from bench.records.schema import KEYS
+from bench.records.schema import KEYS, SCHEMA_VERSION
 
+CODE = ("project_sha256", "coupler_sha256", "code_sha256", "git_commit", "git_changes_sha256")
 SUMS = ("unigram_nll_sum", "kneser_ney_trigram_nll_sum")
 
 
@@ -41,7 +42,7 @@ class _Place:
 
     def number(self, positive: bool = False) -> None:
         known = isinstance(self.value, int | float) and not isinstance(self.value, bool)
-        if not known or not math.isfinite(self.value) or (positive and self.value <= 0):
+        if not known or not _is_finite(self.value) or (positive and self.value <= 0):
             self.refuse("a number above 0" if positive else "a finite number")
 
     def count(self) -> None:
@@ -58,6 +59,13 @@ class _Place:
         raise ValueError(f"{self.key or 'it'} is {shown}; it must be {must}")
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
+
+
 def check_record(record: Any) -> None:
     """Refuse a record that lacks something that the analysis reads.
 
@@ -65,6 +73,9 @@ def check_record(record: Any) -> None:
         ValueError: names the key, what it is and what it must be.
     """
     place = _Place("", record)
+    version = place.fields().get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        place["schema_version"].refuse(f"{SCHEMA_VERSION!r}, the only one that this program reads")
     missing = [key for key in KEYS if key not in place.fields()]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}: it is of another schema")
@@ -114,7 +125,7 @@ def _check_origin(record: _Place) -> None:
         environment["device_name"].text()
         if environment["threads"].value is not None:
             environment["threads"].number()
-        for name in ("code_sha256", "git_commit"):
+        for name in CODE:
             if environment.has(name):
                 environment[name].text()
         if environment.has("packages"):
@@ -129,7 +140,7 @@ def _check_sizes(record: _Place) -> None:
     """Check the size of the model, and what was used in its training."""
     parameters, flops, used, tuned = (record[key] for key in ("parameters", "flops", "used", "tuned"))
     if parameters.measured:
-        parameters["total"].number()
+        parameters["total"].number(positive=True)
         parameters["coupler"].number()
     if flops.measured:
         flops["training_flops_per_token"].number()
@@ -177,7 +188,7 @@ def _check_cost(record: _Place) -> None:
             if speed["marginal"]["peak_allocated_bytes"].measured:
                 speed["marginal"]["peak_allocated_bytes"].number()
     if memory.measured and memory["peak_allocated_bytes"].measured:
-        memory["peak_allocated_bytes"].number()
+        memory["peak_allocated_bytes"].number(positive=True)
 
 
 def _check_times(place: _Place, first: str, *others: str) -> None:

@@ -34,14 +34,17 @@ from bench.analysis.run_data import (
     article_sums,
     history_text,
     read_arrays,
+    read_json,
     read_record,
+    redaction,
     set_aside,
 )
+from bench.records.foreign import not_linked_out
 from bench.records.neutral import FOLDERS, PLACE, Neutral, base_name
 from bench.records.schema import Record
 
 FORMAT = 1
-LOG = "log.txt"
+LOG, HYPOTHESES = "log.txt", "hypotheses*.json"
 Files = dict[str, bytes]
 
 
@@ -75,15 +78,17 @@ def redact_study(study: Path, target: Path, hide: Sequence[str] = ()) -> str:
 def _redacted(study: Path, hide: Sequence[str]) -> Files:
     """Return every file of the redacted study, by its path in it."""
     folders = [path.parent for path in sorted(study.glob("*/record.json")) if "." not in path.parent.name]
-    found = {folder: read_record(folder) for folder in folders}
+    for path in [path for folder in folders for path in folder.iterdir()] + sorted(study.glob(HYPOTHESES)):
+        not_linked_out(study, path.relative_to(study).as_posix())  # else what lies elsewhere is published
+    found = {folder: read_record(folder, as_stored=True) for folder in folders}
     records = {folder: record for folder, record in found.items() if record["run_id"] == folder.name}
     neutral = Neutral(_known_paths(list(records.values())), hide)
     files: Files = {}
     for folder, record in records.items():
         for name, data in _of_run(folder, record, neutral):
             files[f"{folder.name}/{name}"] = data
-    for path in sorted(study.glob("hypotheses*.json")):
-        files[path.name] = _json(neutral.value(_read_json(path)))
+    for path in sorted(study.glob(HYPOTHESES)):
+        files[path.name] = _json(neutral.value(read_json(path)))
     about = {"format": FORMAT, "made_by": "python -m bench.report STUDY --redact DIR",
              "set_aside": neutral.value(set_aside(study))}  # fmt: skip
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
@@ -120,10 +125,7 @@ def _articles(folder: Path) -> tuple[bytes | None, dict[str, Any]]:
         return (path.read_bytes() if path.is_file() and read_arrays(path) else None), {}
     arrays, sums = read_arrays(folder / NLL), {}
     for split in SPLITS:
-        try:
-            found = article_sums(folder, split)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / NLL} is damaged: no articles of {split} ({error}).") from error
+        found = article_sums(folder, split)
         if found is not None:
             sums |= {f"{split}_nll_sum": found[0], f"{split}_tokens": found[1]}
     file = io.BytesIO()
@@ -184,9 +186,7 @@ def _refuse_target(study: Path, target: Path) -> None:
         raise ValueError(f"{target} is no folder; name another.")
     if not target.is_dir() or not any(target.iterdir()):
         return
-    known: Mapping[str, str] = {}
-    with suppress(ValueError, KeyError, TypeError):
-        known = _read_json(target / REDACTED)["files"]
+    known: Mapping[str, str] = (redaction(target) or {"files": {}})["files"]
     foreign = [name for name in _contents(target) if name not in known and name != REDACTED]
     if not known or foreign:
         example = f" ({foreign[0]})" if foreign else ""
@@ -223,10 +223,3 @@ def _replace(target: Path, files: Files) -> None:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error

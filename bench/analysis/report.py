@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.analysis.answers import Answered, answer_hypotheses
@@ -14,12 +14,13 @@ from bench.analysis.numbers import counted
 from bench.analysis.plot_style import Plot, plot_style
 from bench.analysis.run_data import set_aside
 from bench.analysis.run_tables import failures_table, runs_table
-from bench.analysis.study import Study, load_study, text_warnings
+from bench.analysis.study import Study, doubled_words, load_study, statuses, text_warnings
 from bench.analysis.study_plots import study_plots
-from bench.analysis.tables import Table, statuses
+from bench.analysis.tables import Table
 from bench.analysis.weights import WeightsReading, read_weights
 from bench.analysis.weights_figures import weights_plots
 from bench.analysis.words import verdict_sentences
+from bench.records.foreign import visible
 from bench.sweeps.hypotheses import Hypothesis, stated
 from gnnmoe.naming import unknown_name
 
@@ -67,9 +68,14 @@ class Report:
         number = sum(len(group.configurations) for group in self.study.groups)
         return f"{counted(len(runs), 'run')} ({statuses(runs)}), {counted(number, 'configuration')}, {seeds}"
 
+    def doubled(self) -> list[str]:
+        """Return, in words, the runs of one seed of one configuration, which no comparison uses."""
+        return [text for group in self.study.groups for one in group.configurations
+                for text in doubled_words(one)]  # fmt: skip
+
     def warnings(self) -> list[str]:
         """Return what a reader must not miss."""
-        found = text_warnings(self.study.groups)
+        found = [*text_warnings(self.study.groups), *self.doubled()]
         if len(self.sections) > 1:
             found.append(
                 f"{len(self.sections)} tables, since corpus, device, evaluation, or used batch and length "
@@ -79,6 +85,8 @@ class Report:
             found.append(
                 f"{counted(len(self.study.unreadable), 'file')} of runs cannot be read; see the failures."
             )
+        found += [f"Folder {visible(folder.name)} is not counted: {why}."
+                  for folder, why in self.study.misplaced]  # fmt: skip
         failed = Counter(run.status for run in self.study.runs if not run.counts)
         if failed:
             found.append(
@@ -110,10 +118,10 @@ def make_report(
         comparison, suffix = compare(group, reference if has_it else None), f"_{number}" if number > 1 else ""
         sections.append(Section(suffix, comparison, comparison_table(comparison, suffix),
                                 pairs_table(comparison, suffix), read_weights(comparison)))  # fmt: skip
-    answers = answer_hypotheses(hypotheses, study.groups)
+    readable = [replace(found, statement=visible(found.statement)) for found in hypotheses]
+    answers = answer_hypotheses(readable, study.groups)
     when = _when(study, stated_at) if hypotheses else None
-    return Report(study, sections, answers, when, runs_table(study.groups),
-                  failures_table(study.groups, study.unreadable))  # fmt: skip
+    return Report(study, sections, answers, when, runs_table(study.groups), failures_table(study))
 
 
 def make_plots(report: Report) -> list[Plot]:
@@ -145,9 +153,9 @@ def _when(study: Study, time: str | None) -> str:
             "given to the report, not kept by the sweep: nothing shows that they were stated before the runs"
         )
     starts = [run.record["time"].get("start") for run in study.runs]
-    starts += [run["start"] for run in set_aside(study.path)]
+    starts += [run.get("start") for run in set_aside(study.path)]
     earlier = sum(start is None or start < time for start in starts)
     order = "before the first run" if not earlier else (
         f"when {earlier:,} of {counted(len(starts), 'run')} had started, or may have")  # fmt: skip
-    others = sorted(path.name for path in study.path.glob("hypotheses.*.json"))
-    return f"stated {time}, {order}" + (f"; others before: {', '.join(others)}" if others else "")
+    others = sorted(visible(path.name) for path in study.path.glob("hypotheses.*.json"))
+    return f"stated {visible(time)}, {order}" + (f"; others before: {', '.join(others)}" if others else "")

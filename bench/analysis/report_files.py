@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
+from bench.analysis.run_data import is_names, read_json
+from bench.records.foreign import inside, not_linked_out
 from bench.records.store import write_whole
+from bench.sweeps.hypotheses import read_hypotheses
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
+ANEW = "delete it with its folder, or make the report in another one with --out."
 Options = dict[str, Any]
 """What a report was made with: reference, allow_unequal, hypotheses, when stated; and its files' hashes."""
 
@@ -22,7 +27,7 @@ def write_report(report: Report, options: Options, folder: Path, plots: bool = T
     Each file is there whole or not at all, and nothing that no report wrote is touched.
 
     Raises:
-        ValueError: the folder cannot be written, or holds what no report wrote.
+        ValueError: the folder cannot be written, holds what no report wrote, or leads elsewhere.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is no folder; choose another with --out.")
@@ -30,7 +35,7 @@ def write_report(report: Report, options: Options, folder: Path, plots: bool = T
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / OPTIONS).is_file():
             raise ValueError(f"{folder} holds files that no report wrote; choose another folder with --out.")
-        earlier = read_options(folder).get("files", {})
+        earlier = read_options(folder)["files"]
     drawn = {
         name: data for plot in (make_plots(report) if plots else []) for name, data in plot.files().items()
     }
@@ -38,23 +43,39 @@ def write_report(report: Report, options: Options, folder: Path, plots: bool = T
     contents |= {f"plots/{name}": data for name, data in drawn.items()}
     contents[PAGE] = render_page(report, drawn).encode()
     files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    paths = {name: _own_path(folder, name) for name in (*files, OPTIONS)}
     try:
-        _write(folder / OPTIONS, {**options, "files": {**earlier, **files}})  # so that a rest is known
+        _write(paths[OPTIONS], {**options, "files": {**earlier, **files}})  # so that a rest is known
         for name, data in contents.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / name, data)
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            write_whole(paths[name], data)
         for name in earlier.keys() - files.keys():
-            (folder / name).unlink(missing_ok=True)
-        _write(folder / OPTIONS, {**options, "files": files})
+            left_over = inside(folder, name, folder / OPTIONS)
+            if left_over.is_file() and not left_over.is_symlink():
+                left_over.unlink()
+        _write(paths[OPTIONS], {**options, "files": files})
     except OSError as error:
         why = f"the report cannot be written to {folder} ({error.strerror})"
         raise ValueError(f"{why}; choose another folder with --out.") from error
-    return [folder / name for name in files]
+    return [paths[name] for name in files]
+
+
+def _own_path(folder: Path, name: str) -> Path:
+    """Return where a file of a report is written.
+
+    Raises:
+        ValueError: a symbolic link in the folder leads out of it, or a folder stands in the file's place.
+    """
+    path = not_linked_out(folder, name)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and the report has a file there; choose another with --out.")
+    return path
 
 
 def _write(path: Path, options: Options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(options, indent=2) + "\n").encode())
+    stored = {**options, "hypotheses": [asdict(found) for found in options["hypotheses"]]}
+    write_whole(path, (json.dumps(stored, indent=2) + "\n").encode())
 
 
 def text_files(report: Report) -> dict[str, str]:
@@ -64,17 +85,28 @@ def text_files(report: Report) -> dict[str, str]:
 
 
 def read_options(folder: Path) -> Options:
-    """Return what the report in ``folder`` was made with.
+    """Return what the report in ``folder`` was made with, its hypotheses as ``Hypothesis``.
 
     Raises:
-        ValueError: there is no report, or its options cannot be read.
+        ValueError: there is no report, or its options cannot be read, are none that a report writes, or name
+            a file that is not in the folder.
     """
+    path = folder / OPTIONS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no report; make one first, without --verify.")
+    options = read_json(path)
+    kinds = {"reference": str | None, "allow_unequal": bool, "stated": str | None, "hypotheses": list}
+    wrong = not isinstance(options, dict) or not is_names(options.get("files")) or any(
+        not isinstance(options.get(key, ...), kind) for key, kind in kinds.items())  # fmt: skip
+    if wrong:
+        raise ValueError(f"{path} is not what a report of this version writes; {ANEW}")
+    for name in options["files"]:
+        inside(folder, name, path)
     try:
-        return json.loads((folder / OPTIONS).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no report; make one first, without --verify.") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / OPTIONS} cannot be read: {error}.") from error
+        found = read_hypotheses(options["hypotheses"]) if options["hypotheses"] else []
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} {ANEW.capitalize()}") from error
+    return {**options, "hypotheses": found}
 
 
 def _summary(report: Report) -> str:

@@ -8,20 +8,20 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.analysis.comparison import Comparison, Row
-from bench.analysis.comparison_tables import any_unknown, reference_lines
+from bench.analysis.comparison_tables import any_unknown, code_mark, code_warnings, reference_lines
 from bench.analysis.numbers import number, perplexities, share, signed, span
 from bench.analysis.over_seeds import unknown_words
+from bench.analysis.provenance import code_note
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.report import Report, Section
-from bench.analysis.tables import statuses
 from bench.analysis.terminal import WIDTH, PlainTable
 
 MOST_ROWS, MOST_SENTENCES = 30, 12
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print headline, warnings, a table and the verdicts of each section, answers, and the weights."""
-    console.print(f"[bold]{escape(report.study.name)}[/]: {report.headline()}")
+    """Print headline, warnings, each section's table, verdicts and weights, the answers, and the code."""
+    console.print(f"[bold]{escape(report.study.name)}[/]: {escape(report.headline())}")
     for warning in report.warnings():
         console.print(_wrapped(f"! {warning}", "  ", console), style="bold yellow", markup=False)
     for section in report.sections:
@@ -31,7 +31,7 @@ def print_report(report: Report, console: Console) -> None:
         for answered in report.answers:
             text = f"- {answered.hypothesis.statement}: {answered.words()}"
             console.print(_wrapped(text, "  ", console), markup=False)
-    console.print()
+    console.print(_wrapped(f"\n{code_note(report.study.runs)}\n", "  ", console), markup=False, style="dim")
 
 
 def _print_section(section: Section, console: Console) -> None:
@@ -41,6 +41,8 @@ def _print_section(section: Section, console: Console) -> None:
     console.print(_table(comparison))
     if len(comparison.rows) > MOST_ROWS:
         console.print(f"… and {len(comparison.rows) - MOST_ROWS:,} more, in the tables")
+    for warning in code_warnings(comparison):
+        console.print(_wrapped(warning, "  ", console), style="bold yellow", markup=False)
     sentences = section.sentences()
     for sentence in sentences[:MOST_SENTENCES]:
         console.print(_wrapped(f"- {sentence}", "  ", console), markup=False)
@@ -70,9 +72,9 @@ def _table(comparison: Comparison) -> PlainTable:
 
 
 def _cells(row: Row, comparison: Comparison) -> list[str]:
-    label, loss, against = row.configuration.label, row.loss, row.against
+    label, loss, against = row.configuration.label + code_mark(row, comparison), row.loss, row.against
     if loss.mean is None:
-        return [label, "0", "", "", statuses(row.configuration.runs)]
+        return [label, "0", "", "", row.configuration.statuses()]
     value = f"{number(exp_or_infinity(loss.mean))} {span(perplexities(loss.interval))}".strip()
     if against is None:
         verdict = "reference" if row.configuration is comparison.reference else "no common seed"

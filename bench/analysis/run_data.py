@@ -16,6 +16,7 @@ import numpy as np
 
 from bench.analysis.record_check import check_record
 from bench.measure.quantity import is_measured
+from bench.records.foreign import inside, shown
 from bench.records.schema import Record
 
 Row = dict[str, Any]
@@ -23,7 +24,9 @@ NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
 ARTICLES, PACKED_HISTORY, REDACTED = "articles.npz", "history.jsonl.gz", "redacted.json"
 """What a redacted study has in the place of ``NLL`` and of ``HISTORY``, and what says that it is one."""
 SPLITS = ("validation", "test")
-DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
+MOST_ARTICLES = 2**20
+"""Articles that any file of losses may number; a file with more tokens may number as many as those."""
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error)
 """What reading arrays from a damaged file raises."""
 
 
@@ -55,8 +58,12 @@ class RunData:
         return f"at step {self.record['quality']['best_step']:,}, the best on validation"
 
 
-def read_record(folder: Path) -> Record:
-    """Read the record of a run folder.
+def read_record(folder: Path, *, as_stored: bool = False) -> Record:
+    """Read the record of a run folder, with its texts as they may be shown (``bench.records.foreign``).
+
+    Args:
+        folder: Of the run.
+        as_stored: Leave the texts as they are on the disk.
 
     Raises:
         ValueError: there is no record.json, or it cannot be read, is cut short, is of another schema or lacks
@@ -65,17 +72,29 @@ def read_record(folder: Path) -> Record:
     path = folder / "record.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no run folder: it holds no record.json.")
+    stored = read_json(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is cut short: {error}.") from error
-    try:
+        record = shown(stored)
         check_record(record)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
-    return record
+    return stored if as_stored else record
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, whoever wrote it.
+
+    Raises:
+        ValueError: it cannot be read, is cut short or nested too deeply; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is cut short or no JSON: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be read.") from error
 
 
 def read_run(folder: Path) -> RunData:
@@ -110,29 +129,99 @@ def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | No
     where ``split`` is in neither.
 
     Raises:
-        ValueError: neither file is there, or the one that is cannot be read.
+        ValueError: neither file is there, or the one that is cannot be used; names it and why.
     """
     if not (folder / NLL).is_file() and (folder / ARTICLES).is_file():
-        arrays, names = read_arrays(folder / ARTICLES), (f"{split}_nll_sum", f"{split}_tokens")
-        return None if names[0] not in arrays else (arrays[names[0]], arrays[names[1]])
+        return _kept_sums(folder / ARTICLES, split)
     arrays = read_arrays(folder / NLL)
-    if f"{split}_nll" not in arrays:
+    nll, article = (arrays.get(f"{split}_{name}") for name in ("nll", "document"))
+    if nll is None:
         return None
-    nll, article = arrays[f"{split}_nll"].astype(np.float64), arrays[f"{split}_document"]
-    return np.bincount(article, weights=nll), np.bincount(article).astype(np.float64)
+    why = _unlike_losses(nll, article)
+    if why or article is None:
+        raise ValueError(f"{folder / NLL} holds no usable losses of {split}: {why}")
+    return np.bincount(article, weights=nll.astype(np.float64)), np.bincount(article).astype(np.float64)
+
+
+def _unlike_losses(nll: np.ndarray, article: np.ndarray | None) -> str:
+    """Return why arrays are no losses of tokens with the article of each, nothing where they are."""
+    if nll.ndim != 1 or nll.dtype.kind != "f":
+        return f"they are {nll.dtype} of shape {nll.shape}, not one row of floating-point numbers"
+    if not np.isfinite(nll).all():
+        return "they are not all finite"
+    if article is None:
+        return "the articles of the tokens are missing"
+    if article.shape != nll.shape or article.dtype.kind not in "iu":
+        return (f"the articles are {article.dtype} of shape {article.shape}, not a whole number for each "
+                f"of {len(nll):,} tokens")  # fmt: skip
+    most = max(len(nll), MOST_ARTICLES)
+    if len(article) and not 0 <= int(article.min()) <= int(article.max()) < most:
+        return f"the articles are numbered {article.min():,} to {article.max():,}, not 0 to {most - 1:,}"
+    return ""
+
+
+def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the sums that a redacted study keeps of ``split``, None where it has none.
+
+    Raises:
+        ValueError: the file cannot be read, or they are no sums.
+    """
+    arrays = read_arrays(path)
+    sums, tokens = (arrays.get(f"{split}_{name}") for name in ("nll_sum", "tokens"))
+    if sums is None:
+        return None
+    sound = (
+        tokens is not None
+        and sums.ndim == 1
+        and sums.shape == tokens.shape
+        and all(found.dtype.kind in "fiu" and np.isfinite(found).all() for found in (sums, tokens))
+    )
+    if tokens is None or not sound or (tokens < 0).any():
+        raise ValueError(f"{path} holds no usable sums by article of {split}")
+    return sums.astype(np.float64), tokens.astype(np.float64)
 
 
 def set_aside(study: Path) -> list[dict[str, Any]]:
-    """Return run_id, status and start of the runs set aside, also of those that a redaction left out."""
+    """Return run_id, status and start of the runs set aside, also of those that a redaction left out.
+
+    Raises:
+        ValueError: as ``redaction``.
+    """
     found = []
     for path in sorted(study.glob("*.*/record.json")):
         with suppress(ValueError):
             record = read_record(path.parent)
             found.append({"run_id": path.parent.name, "status": record["status"],
                           "start": record["time"].get("start")})  # fmt: skip
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found += json.loads((study / REDACTED).read_text(encoding="utf-8"))["set_aside"]
-    return found
+    return found + (redaction(study) or {"set_aside": []})["set_aside"]
+
+
+def redaction(study: Path) -> dict[str, Any] | None:
+    """Return what ``--redact`` says of the study that it wrote, None where this is none.
+
+    ``files`` are the sha256 of the published files by name; ``set_aside`` runs as ``set_aside`` has them.
+
+    Raises:
+        ValueError: the file cannot be read, is none that ``--redact`` wrote, or names a file elsewhere.
+    """
+    path = study / REDACTED
+    if not path.is_file():
+        return None
+    said = read_json(path)
+    aside = said.get("set_aside") if isinstance(said, dict) else None
+    sound = isinstance(aside, list) and all(
+        isinstance(run, dict) and isinstance(run.get("start"), str | None) for run in aside
+    )
+    if not sound or not is_names(said.get("files")):
+        raise ValueError(f"{path} is not what --redact writes; fetch the study again, or delete that file.")
+    for name in said["files"]:
+        inside(study, name, path)
+    return said
+
+
+def is_names(files: Any) -> bool:
+    """Whether a value of JSON is a table of texts by file name."""
+    return isinstance(files, dict) and all(isinstance(text, str) for text in files.values())
 
 
 def damaged_arrays(folder: Path) -> list[str]:

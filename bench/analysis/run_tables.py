@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from bench.analysis import quantities
 from bench.analysis.numbers import mebibytes, number, share
+from bench.analysis.provenance import COUPLER, DIGITS
 from bench.analysis.setting import Setting
-from bench.analysis.study import Configuration, Group, Run, text_warnings
+from bench.analysis.study import Configuration, Group, Run, Study, doubled_words, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
 from bench.measure.quantity import is_measured
+from bench.records.foreign import visible
 from bench.records.schema import Record
 
 
@@ -25,17 +26,21 @@ def runs_table(groups: Sequence[Group]) -> Table:
     return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
-def failures_table(groups: Sequence[Group], unreadable: Sequence[tuple[Path, str]]) -> Table:
+def failures_table(study: Study) -> Table:
     """Return one row a run that does not count, with the reason."""
     rows = []
-    for group in groups:
+    for group in study.groups:
         for found in group.configurations:
+            others = dict(zip(found.doubled, doubled_words(found), strict=True))
             for run in found.runs:
-                if not run.counts:
-                    rows.append(_failure(found.label, run.seed, run.record["run_id"], run.status,
-                                         run.record["error"] or ""))  # fmt: skip
-    rows += [_failure("", None, folder.name, "unreadable", why) for folder, why in unreadable]
-    return make_table("failures", "Runs that do not count", rows, notes=text_warnings(groups))
+                if others or not run.counts:
+                    doubled = others.get(run.seed, "another seed of this row has several runs")
+                    why = doubled if run.counts else run.record["error"] or ""
+                    rows.append(_failure(found.label, run.seed, run.record["run_id"], run.status, why))
+    rows += [_failure("", None, visible(folder.name), kind, why)
+             for kind, folders in (("unreadable", study.unreadable), ("not counted", study.misplaced))
+             for folder, why in folders]  # fmt: skip
+    return make_table("failures", "Runs that do not count", rows, notes=text_warnings(study.groups))
 
 
 def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells:
@@ -58,7 +63,7 @@ def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells
         **_sizes(record),
         "steps": used["steps"] if is_measured(used) else None,
         "seconds": seconds.get("total"), "start": record["time"].get("start"),
-        "code": str(environment.get("code_sha256") or "")[:12] if is_measured(environment) else "",
+        **_code(environment),
         "table": table, "corpus": setting.corpus_words(), "device": setting.device_words(),
         "scored": setting.scored_words(), "command": record["command"],
     }  # fmt: skip
@@ -78,11 +83,11 @@ def _sizes(record: Record) -> Cells:
     }  # fmt: skip
 
 
-def mixed_code(runs: Sequence[Run]) -> dict[str, int]:
-    """Return how many runs each hash of the code made, the most frequent first."""
-    hashes = [run.record["environment"].get("code_sha256") for run in runs
-              if is_measured(run.record["environment"])]  # fmt: skip
-    return dict(Counter(text for text in hashes if text).most_common())
+def _code(environment: dict[str, Any]) -> Cells:
+    """Return the first digits of the hashes of the project's code and of the coupler's, if they are known."""
+    found = environment if is_measured(environment) else {}
+    project = found.get("project_sha256") or found.get("code_sha256") or ""
+    return {"code": project[:DIGITS], "coupler_code": (found.get(COUPLER) or "")[:DIGITS]}
 
 
 def _run_texts(cells: Cells, several: bool, utilisation: bool, unknown: bool) -> Cells:

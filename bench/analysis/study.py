@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.analysis.labels import Settings, labels, settings_of
+from bench.analysis.labels import Key, Settings, labels, settings_of
 from bench.analysis.run_data import RunData, article_sums, damaged_arrays, read_record, read_run
 from bench.analysis.setting import Setting, asked
 from bench.measure.quantity import is_measured
+from bench.records.foreign import visible
 from bench.records.schema import Record
 
 
@@ -59,10 +61,19 @@ class Run:
         except (ValueError, KeyError, TypeError):  # missing, damaged, or without documents
             return None
 
-    @cached_property
-    def key(self) -> str:
-        """What all seeds of a configuration have in common, as text."""
-        return json.dumps(settings_of(self.record["config"]), sort_keys=True, default=str)
+    @property
+    def key(self) -> Key:
+        """What all seeds of a row have in common: the configuration, and the code of its coupler."""
+        environment = self.record["environment"]
+        code = environment.get("coupler_sha256") if is_measured(environment) else None
+        return self.record["configuration"], code
+
+
+def statuses(runs: Iterable[Run]) -> str:
+    """Return how many runs ended how: 7 ok, 1 oom."""
+    return ", ".join(
+        f"{count} {status}" for status, count in Counter(run.status for run in runs).most_common()
+    )
 
 
 @dataclass(frozen=True)
@@ -71,19 +82,45 @@ class Configuration:
 
     label: str
     settings: Settings
-    """The value of every field of the config that can change a number, but the seed."""
+    """The value of every field of the config that can change a number, but the seed; of its first run."""
     runs: tuple[Run, ...]
     """By seed; failed ones too."""
+    key: Key
+    """What its runs share: the configuration, and the hash of the coupler's code (None: not known)."""
+
+    @cached_property
+    def doubled(self) -> dict[int, list[Run]]:
+        """The seeds that several runs count for, with these runs: nothing says which one is right."""
+        found: dict[int, list[Run]] = {}
+        for run in self.runs:
+            if run.counts:
+                found.setdefault(run.seed, []).append(run)
+        return {seed: runs for seed, runs in found.items() if len(runs) > 1}
 
     @cached_property
     def counted(self) -> dict[int, Run]:
-        """The runs that may enter a comparison, by seed."""
-        return {run.seed: run for run in self.runs if run.counts}
+        """The runs that may enter a comparison, by seed; none where several runs have one seed."""
+        return {} if self.doubled else {run.seed: run for run in self.runs if run.counts}
+
+    def statuses(self) -> str:
+        """Return how its runs ended, and which seeds stand there more than once."""
+        return "; ".join([statuses(self.runs), *(f"{len(runs)} runs of seed {seed}, not averaged"
+                                                 for seed, runs in self.doubled.items())])  # fmt: skip
 
     @property
     def coupler(self) -> str:
         """The name of the coupler."""
         return self.settings["coupler_type"]
+
+
+def doubled_words(configuration: Configuration) -> list[str]:
+    """Return, for each seed that several runs of a configuration count for, which runs they are."""
+    return [
+        f"{configuration.label}: several runs are of seed {seed}, "
+        f"{' and '.join(run.record['run_id'] for run in runs)}. No run of this row is averaged or compared; "
+        "move the wrong ones out of the study."
+        for seed, runs in configuration.doubled.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -119,6 +156,8 @@ class Study:
     groups: list[Group]
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
     """Folders whose record, or whose arrays, cannot be read, and why."""
+    misplaced: list[tuple[Path, str]] = field(default_factory=list)
+    """Folders that are not called as their record's run, which do not count; and why."""
 
     @property
     def runs(self) -> list[Run]:
@@ -134,20 +173,34 @@ def load_study(path: Path, allow_unequal: bool = False) -> Study:
     """
     if not path.is_dir():
         raise ValueError(f"there is no study {path}; python -m bench.report ls lists those there are.")
-    runs, unreadable = [], []
+    runs, unreadable, misplaced = [], [], []
     for file in sorted(path.glob("*/record.json")):
+        folder = file.parent
         try:
-            record = read_record(file.parent)
+            record = read_record(folder)
         except ValueError as error:
-            unreadable.append((file.parent, str(error)))
+            unreadable.append((folder, visible(str(error))))
             continue
-        if record["run_id"] == file.parent.name:
-            runs.append(Run(file.parent, record))
-            unreadable += [(file.parent, why) for why in damaged_arrays(file.parent)]
+        if is_of_run(folder, record["run_id"]):
+            runs.append(Run(folder, record))
+            unreadable += [(folder, visible(why)) for why in damaged_arrays(folder)]
+        elif not is_of_run(folder, record["run_id"], set_aside=True):
+            why = f"its record is of run {record['run_id']}: a copy, or a renamed folder"
+            misplaced.append((folder, why))
     if not runs:
-        why = f": {unreadable[0][1]}" if unreadable else "; run something with --study first."
+        others = [f"{visible(folder.name)}: {why}" for folder, why in (*unreadable, *misplaced)]
+        why = f": {others[0]}" if others else "; run something with --study first."
         raise ValueError(f"study {path} holds no record that can be read{why}")
-    return Study(path.resolve().name, path, grouped(runs, allow_unequal), unreadable)
+    return Study(visible(path.resolve().name), path, grouped(runs, allow_unequal), unreadable, misplaced)
+
+
+def is_of_run(folder: Path, run_id: str, *, set_aside: bool = False) -> bool:
+    """Whether a folder is called as the run, or, ``set_aside``, as the run set aside (``run_id.1``)."""
+    name = visible(folder.name)
+    if not set_aside:
+        return name == run_id
+    before, _, number = name.rpartition(".")
+    return before == run_id and re.fullmatch(r"[1-9]\d*", number) is not None
 
 
 def grouped(runs: Sequence[Run], allow_unequal: bool = False) -> list[Group]:
@@ -160,12 +213,15 @@ def grouped(runs: Sequence[Run], allow_unequal: bool = False) -> list[Group]:
             by_setting.append((setting, [run]))
         else:
             home.append(run)
-    groups = [(setting, _configurations(some)) for setting, some in by_setting]
-    names = iter(labels([settings for _, found in groups for settings, _ in found]))
+    rows = [(setting, _rows(some)) for setting, some in by_setting]
+    every = [(key, settings_of(some[0].record["config"])) for _, found in rows for key, some in found.items()]
+    names = iter(labels([settings for _, settings in every], [key for key, _ in every]))
+    settings = iter([settings for _, settings in every])
     result = [
-        Group(setting, [Configuration(next(names), settings, tuple(some)) for settings, some in found])
-        for setting, found in groups
-    ]
+        Group(setting, [Configuration(next(names), next(settings), tuple(some), key)
+                        for key, some in found.items()])
+        for setting, found in rows
+    ]  # fmt: skip
     return sorted(result, key=lambda group: -len(group.runs))
 
 
@@ -177,17 +233,24 @@ def _home(setting: Setting, run: Run, groups: Iterable[tuple[Setting, list[Run]]
     """
     fitting = [some for known, some in groups if known.fits(setting)]
     if setting.unknown:
-        own = max(fitting, key=lambda some: sum(other.key == run.key for other in some), default=[])
-        if any(other.key == run.key for other in own):
-            return own
+        alike = [sum(other.key[0] == run.key[0] for other in some) for some in fitting]
+        if any(alike):
+            return fitting[alike.index(max(alike))]
         if setting.used is None and setting.asked is not None:
             wanted = setting.asked
             fitting = [some for some in fitting if any(asked(other.record) == wanted for other in some)]
     return fitting[0] if fitting else None
 
 
-def _configurations(runs: Iterable[Run]) -> list[tuple[Settings, list[Run]]]:
-    found: dict[str, tuple[Settings, list[Run]]] = {}
-    for run in sorted(runs, key=lambda run: (run.record["time"].get("start") or "", run.seed)):
-        found.setdefault(run.key, (settings_of(run.record["config"]), []))[1].append(run)
-    return [(settings, sorted(some, key=lambda run: run.seed)) for settings, some in found.values()]
+def _rows(runs: Iterable[Run]) -> dict[Key, list[Run]]:
+    """Return the runs of each row by seed; the rows in the order in which they began.
+
+    A run that ended before it knew its code stands with another one of its configuration.
+    """
+    found: dict[Key, list[Run]] = {}
+    ordered = sorted(runs, key=lambda run: (run.record["time"].get("start") or "", run.seed))
+    for run in sorted(ordered, key=lambda run: not is_measured(run.record["environment"])):
+        knows = is_measured(run.record["environment"])
+        own = None if knows else next((key for key in found if key[0] == run.key[0]), None)
+        found.setdefault(own or run.key, []).append(run)
+    return {key: sorted(some, key=lambda run: run.seed) for key, some in found.items()}

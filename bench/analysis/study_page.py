@@ -7,7 +7,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from bench.analysis.comparison import Row
-from bench.analysis.comparison_tables import code_words, reference_lines
+from bench.analysis.comparison_tables import reference_lines
 from bench.analysis.numbers import (
     mebibytes,
     millions,
@@ -20,9 +20,9 @@ from bench.analysis.numbers import (
     span,
 )
 from bench.analysis.over_seeds import unknown_words
+from bench.analysis.provenance import codes_of
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.report import Report, Section
-from bench.analysis.tables import statuses
 from bench.records.marked import between, write_between
 
 COLUMNS = ["configuration", "n", "perplexity [95 %]", "unknown words", "nats to {}", "p", "verdict",
@@ -70,8 +70,10 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
     parts = [f"{report.headline()}.", *(f"**{warning}**" for warning in report.warnings())]
     for section in report.sections:
         parts.append(f"{section.comparison.group.setting.words()}.")
-        if codes := code_words(section.comparison):
-            parts.append(f"States of the code: {codes}.")
+        codes = codes_of(section.comparison.group.runs)
+        if codes.mixed or codes.silent():
+            words = ", ".join(filter(None, (codes.words(), codes.silent())))
+            parts.append(f"States of the code: {words}.")
         parts.append(_table(section))
     if answers and report.answers:
         said = [f"- {found.hypothesis.statement}: **{found.kind}**{found.words().removeprefix(found.kind)}"
@@ -94,7 +96,7 @@ def _table(section: Section) -> str:
 def _cells(row: Row) -> list[str]:
     loss, against, cost = row.loss, row.against, row.cost
     if loss.mean is None:
-        return [row.configuration.label, "0", "", "", "", "", statuses(row.configuration.runs), "", "", ""]
+        return [row.configuration.label, "0", "", "", "", "", row.configuration.statuses(), "", "", ""]
     value = f"{number(exp_or_infinity(loss.mean))} {span(perplexities(loss.interval))}".strip()
     judged = ["", "", "reference"] if against is None else [
         signed(against.paired.mean), p_value(against.p_adjusted), against.verdict.words()]  # fmt: skip

@@ -13,11 +13,13 @@ from bench.analysis import quantities
 from bench.analysis.numbers import in_parts, mebibytes, number, percent, share, signed
 from bench.measure.quantity import is_measured
 from bench.measure.rates import difference_of_medians, paired_ratios, percentile
+from bench.records.foreign import shown, visible
 from bench.records.schema import Record
 
 
 def print_summary(record: Record, folder: Path, console: Console) -> None:
     """Print the record as a table of at most 80 columns, and where it lies."""
+    record = shown(record)
     table = Table(
         title=_title(record),
         title_justify="left",
@@ -32,7 +34,7 @@ def print_summary(record: Record, folder: Path, console: Console) -> None:
         table.add_row(label, Text(text))
     console.print()
     console.print(table)
-    console.print(f"record: {folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"record: {visible(str(folder))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _title(record: Record) -> Text:
@@ -149,6 +151,8 @@ def _counted(used: dict[str, Any]) -> str:
 
 
 def _data(data: dict[str, Any]) -> str:
+    if not is_measured(data) or not data.get("source"):
+        return ""
     if data["source"] == "embedded":
         return f"NOT WIKITEXT-2 but the embedded text ({data['name']}, {data['config_name']})"
     name = " ".join(part for part in (data["name"], data["config_name"]) if part)
@@ -250,7 +254,7 @@ def _gate(gate: dict[str, Any]) -> str:
 
 
 def _time(time: dict[str, Any]) -> str:
-    seconds = time["seconds"]
+    seconds = time.get("seconds") or {}
     phases = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
     if "total" not in seconds:
         return phases

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,13 +71,6 @@ def make_table(name: str, caption: str, rows: Sequence[tuple[Cells, Cells]], **m
     figures = pd.DataFrame([figures for figures, _ in rows]).convert_dtypes()
     shown = pd.DataFrame([shown for _, shown in rows], dtype=object)
     return Table(name, caption, figures, shown.fillna("").astype(str), **more)
-
-
-def statuses(runs: Sequence[Any]) -> str:
-    """Return how many runs ended how: 7 ok, 1 oom."""
-    return ", ".join(
-        f"{count} {status}" for status, count in Counter(run.status for run in runs).most_common()
-    )
 
 
 def _escape_markdown(text: str) -> str:

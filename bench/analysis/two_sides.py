@@ -11,11 +11,12 @@ from statistics import geometric_mean
 from bench.analysis import quantities
 from bench.analysis.comparison import Difference, difference_family
 from bench.analysis.find import find_runs, study_folder
+from bench.analysis.labels import DIGITS
 from bench.analysis.numbers import percent
 from bench.analysis.over_seeds import summary
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.setting import Setting
-from bench.analysis.study import Configuration, Run, grouped, load_study
+from bench.analysis.study import Configuration, Run, doubled_words, grouped, is_of_run, load_study
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
 from gnnmoe.naming import unknown_name
@@ -48,6 +49,8 @@ class Compared:
     differences: list[Difference]
     missing: list[str]
     """In words: configurations of one side only, or without a common seed that counts."""
+    doubled: list[str]
+    """In words: the runs of one seed of one configuration, which are left out."""
 
 
 def read_side(text: str, results_dir: Path) -> Side:
@@ -71,7 +74,13 @@ def read_side(text: str, results_dir: Path) -> Side:
     if ":" in text:
         raise ValueError(f"there is no study {text.partition(':')[0]!r} in {results_dir}; "
                          "python -m bench.report ls lists them.")  # fmt: skip
-    return Side(text, find_runs(text, results_dir), None)
+    runs = find_runs(text, results_dir)
+    for run in runs:
+        run_id = run.record["run_id"]
+        if not is_of_run(run.folder, run_id) and not is_of_run(run.folder, run_id, set_aside=True):
+            raise ValueError(f"the record in {run.folder} is of run {run_id}: a copy, or a renamed folder, "
+                             "which does not count.")  # fmt: skip
+    return Side(text, runs, None)
 
 
 def compare_sides(first: Side, second: Side, allow_unequal: bool = False) -> Compared:
@@ -85,34 +94,44 @@ def compare_sides(first: Side, second: Side, allow_unequal: bool = False) -> Com
     pairs, missing = _pairs(
         ours, theirs, named=bool(first.label and second.label) or len(ours) == len(theirs) == 1
     )
+    doubled = [f"{side}, {text}" for side, some in (("A", ours), ("B", theirs)) for _, one in some
+               for text in doubled_words(one)]  # fmt: skip
     differences = difference_family([(other, one) for one, other in pairs])
     found = [(difference.reference, difference.candidate) for difference in differences]
     missing += [f"{one.label}: no seed counts on both sides" for one, other in pairs
-                if not any(one is a and other is b for a, b in found)]  # fmt: skip
+                if not any(one is a and other is b for a, b in found)
+                and not (one.doubled or other.doubled)]  # fmt: skip
     if not differences:
         why = (
-            "; ".join(missing)
+            "; ".join([*doubled, *missing])
             or "they have no configuration in common; name one of each: STUDY:CONFIGURATION"
         )
         hint = "" if allow_unequal else " (--allow-unequal lets evaluation, batch and length differ)"
         raise ValueError(f"{first.name} and {second.name} cannot be compared: {why}{hint}.")
-    return Compared(differences, missing)
+    return Compared(differences, missing, doubled)
 
 
 def _pairs(
     ours: Sequence[Placed], theirs: Sequence[Placed], named: bool
 ) -> tuple[list[tuple[Configuration, Configuration]], list[str]]:
-    """Return A and B of every comparison, and in words what has no partner that it may be compared with."""
+    """Return A and B of every comparison, and in words what has no partner that it may be compared with.
+
+    Partners are of one configuration; the code of the coupler may differ, which is what is compared then.
+    """
     pairs, missing, taken = [], [], set()
     for setting, one in ours:
-        partners = [(place, other) for place, other in theirs if named or other.settings == one.settings]
+        partners = [(place, other) for place, other in theirs if named or other.key[0] == one.key[0]]
+        alike = partners or [(place, other) for place, other in theirs if other.settings == one.settings]
         fitting = [other for place, other in partners if place.fits(setting)]
-        taken |= {id(other) for _, other in partners}
+        taken |= {id(other) for _, other in alike}
         pairs += [(one, other) for other in fitting]
-        if not partners:
+        if not alike:
             missing.append(f"{one.label}: only in A")
+        elif not any(place.fits(setting) for place, _ in alike):
+            missing.append(f"{one.label} in {setting.words()}, against {alike[0][0].words()}")
         elif not fitting:
-            missing.append(f"{one.label} in {setting.words()}, against {partners[0][0].words()}")
+            missing.append(f"{one.label}: B has another configuration of these settings (configuration "
+                           f"{alike[0][1].key[0][:DIGITS]} against {one.key[0][:DIGITS]})")  # fmt: skip
     missing += [f"{other.label}: only in B" for _, other in theirs if id(other) not in taken]
     return pairs, missing
 

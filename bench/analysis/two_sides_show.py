@@ -11,11 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.comparison import Difference
+from bench.analysis.labels import DIGITS
 from bench.analysis.numbers import mebibytes, number, p_value, percent, share, signed, span
 from bench.analysis.over_seeds import losses, unknown_words
+from bench.analysis.provenance import code_note
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Configuration
 from bench.analysis.two_sides import MEASURED, Compared, Side, measured
+from bench.records.foreign import visible
 
 WIDTH = 80
 FORMATS: dict[str, Callable[[float], str]] = {
@@ -27,9 +30,13 @@ SHOWN = {name: (quantity, FORMATS.get(name, number)) for name, quantity in MEASU
 
 def print_differences(first: Side, second: Side, compared: Compared, console: Console) -> None:
     """Print for each pair the perplexities, the paired difference with its verdict, and what it costs."""
-    console.print(f"A: {first.name}\nB: {second.name}", markup=False)
+    console.print(f"A: {visible(first.name)}\nB: {visible(second.name)}", markup=False)
     count = len(compared.differences)
     width = min(WIDTH, console.width)
+    notes = [code_note(side.runs) for side in (first, second)]
+    if notes[0] != notes[1]:
+        for name, note in zip("AB", notes, strict=True):
+            console.print(textwrap.fill(f"{name}: {note}", width), style="dim", markup=False)
     for difference in compared.differences:
         console.print()
         console.print(_title(difference), style="bold", markup=False)
@@ -42,12 +49,18 @@ def print_differences(first: Side, second: Side, compared: Compared, console: Co
         verdict = f"B is {difference.verdict.words()}; p {p_value(difference.p_adjusted)}, "
         verdict += f"after Holm over {count} comparisons" if count > 1 else "of this one comparison alone"
         console.print(textwrap.fill(verdict, width), markup=False)
+    for text in compared.doubled:
+        console.print(textwrap.fill(text, width), style="bold yellow", markup=False)
     for text in compared.missing:
         console.print(textwrap.fill(f"not compared: {text}", width), style="bold yellow", markup=False)
 
 
 def _title(difference: Difference) -> str:
-    names = list(dict.fromkeys([difference.reference.label, difference.candidate.label]))
+    sides = (difference.reference, difference.candidate)
+    names = list(dict.fromkeys(side.label for side in sides))
+    codes = [side.key[1] for side in sides]
+    if len(names) == 1 and None not in codes and codes[0] != codes[1]:
+        names = [f"{names[0]} · code {code[:DIGITS]}" for code in codes if code]
     seeds = ", ".join(map(str, difference.by_seed))
     return " → ".join(names) + f" (seeds {seeds})"
 

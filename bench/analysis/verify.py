@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from bench.analysis.numbers import counted
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
 from bench.analysis.report_files import OPTIONS, PAGE, Options, read_options, text_files
-from bench.analysis.run_data import ARTICLES, NLL, REDACTED, SPLITS, article_sums
+from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums, redaction
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
 
@@ -24,41 +24,102 @@ def verify(study: Path, folder: Path, make: Callable[[Options | None], Report]) 
     Args:
         study: Folder of the study.
         folder: Of its report. A study that ``--redact`` published need have none: then its files are held
-            against the hashes taken when it was published, and its records against their losses.
+            against the hashes taken when it was published, and its records against the sums by article.
         make: Makes the report anew, with the options that it was made with.
 
     Raises:
         ValueError: there is neither a report nor what ``--redact`` wrote, or the options cannot be read.
     """
-    hashes = _published(study)
-    options = read_options(folder) if not hashes or (folder / OPTIONS).is_file() else None
+    redacted = redaction(study)
+    hashes: dict[str, str] = {} if redacted is None else redacted["files"]
+    options = read_options(folder) if redacted is None or (folder / OPTIONS).is_file() else None
     report = make(options)
-    problems = [problem for run in report.study.runs for problem in _problems_of_run(run)]
-    problems += _changed(study, hashes)
+    changed = dict(_changed(study, hashes))
+    runs = {run.folder: run for run in report.study.runs}
+    problems = [*changed.values()]
+    problems += [f"{place.name}: {why}" for place, why in report.study.unreadable if place not in runs]
+    ways = Counter[str]()
+    for run in runs.values():
+        found = list(_unlike_losses(run, hashes))
+        problems += [f"run {run.folder.name}: {problem}" for problem in found]
+        own = f"{run.folder.name}/record.json"
+        ways[FAILED if found or own in changed else _way(run)] += 1
     against = []
     if options is not None:
         problems += _problems_of_report(report, options, folder)
-        against.append(f"{len(options.get('files', {}))} files of {folder}")
-    if hashes:
+        against.append(f"{len(options['files']):,} files of {folder}")
+    if redacted is not None:
         against.append(f"{len(hashes):,} published files of {study}")
-    losses = sum(_has_losses(run) for run in report.study.runs)
-    return problems, (f"{' and '.join(against)}, from {len(report.study.runs):,} records "
-                      f"({losses:,} of them against the losses of their tokens)")  # fmt: skip
+    return problems, f"{' and '.join(against)}; of {counted(len(runs), 'record')}, {_words(ways)}"
 
 
-def _published(study: Path) -> dict[str, str]:
-    """Return the hashes of a published study's files by their paths, nothing of another."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return dict(json.loads((study / REDACTED).read_text(encoding="utf-8"))["files"])
-    return {}
+LOSSES, SUMS, HASH, NOTHING, FAILED = "losses", "sums", "hash", "nothing", "failed"
+"""How a record was verified: by the losses of its tokens, by hash and sums by article, by hash alone."""
 
 
-def _changed(study: Path, hashes: dict[str, str]) -> Iterator[str]:
+def _words(ways: Counter[str]) -> str:
+    """Return how many records were verified in which way."""
+    by_hash = f"{ways[SUMS] + ways[HASH]:,} by file hash, not by token losses"
+    if ways[SUMS]:
+        by_hash += f" ({ways[SUMS]:,} of them also by their sums by article)"
+    parts = [(ways[LOSSES], f"{ways[LOSSES]:,} by the losses of their tokens"),
+             (ways[SUMS] + ways[HASH], by_hash), (ways[FAILED], f"{ways[FAILED]:,} NOT verified"),
+             (ways[NOTHING], f"{ways[NOTHING]:,} without a measured quality")]  # fmt: skip
+    return ", ".join(text for count, text in parts if count)
+
+
+def _way(run: Run) -> str:
+    """Return how a run is verified by the files that it has."""
+    if not _measured_splits(run):
+        return NOTHING
+    if (run.folder / NLL).is_file():
+        return LOSSES
+    return SUMS if (run.folder / ARTICLES).is_file() else HASH
+
+
+def _measured_splits(run: Run) -> list[str]:
+    quality = run.record["quality"]
+    return [split for split in SPLITS if is_measured(quality) and is_measured(quality.get(split))]
+
+
+def _unlike_losses(run: Run, hashes: Mapping[str, str]) -> Iterator[str]:
+    """Yield where a run's losses by token or article are not what its record says, or nothing holds it."""
+    way = _way(run)
+    if way == NOTHING:
+        return
+    if way != LOSSES and f"{run.folder.name}/record.json" not in hashes:
+        yield f"it has a measured quality and no {NLL}, so that nothing verifies it"
+    elif way != HASH:
+        yield from _unlike_sums(run, _measured_splits(run))
+
+
+def _unlike_sums(run: Run, splits: Sequence[str]) -> Iterator[str]:
+    """Yield where the losses by token or article that a run kept do not add up to what its record says."""
+    for split in splits:
+        try:
+            sums = article_sums(run.folder, split)
+        except ValueError as error:
+            yield str(error)
+            continue
+        if sums is None:
+            yield f"its file of losses holds none of {split}, which its record says was measured"
+            continue
+        said, total, count = run.record["quality"][split], float(sums[0].sum()), float(sums[1].sum())
+        if count != said["tokens"] or abs(total - said["nll_sum"]) > 1e-6 * abs(said["nll_sum"]):
+            yield (
+                f"{count:,.0f} losses of {split} add up to {total:.6f}, "
+                f"its record says {said['nll_sum']:.6f} on {said['tokens']:,}"
+            )
+
+
+def _changed(study: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each published file that is not as it was published, and in words how."""
     for name, sha256 in hashes.items():
-        if not (study / name).is_file():
-            yield f"{name} is missing"
-        elif hashlib.sha256((study / name).read_bytes()).hexdigest() != sha256:
-            yield f"{name} is not what was published"
+        path = study / name
+        if not path.is_file():
+            yield name, f"{name} is missing"
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            yield name, f"{name} is not what was published"
 
 
 def _problems_of_report(report: Report, options: Options, folder: Path) -> Iterator[str]:
@@ -67,7 +128,7 @@ def _problems_of_report(report: Report, options: Options, folder: Path) -> Itera
     Tables, summary, the data of the plots and the page (with the drawings of the folder) are made again and
     compared byte for byte; drawings are compared with the hash that was taken when they were written.
     """
-    files = options.get("files", {})
+    files = options["files"]
     expected = {name: text.encode() for name, text in text_files(report).items()}
     drawn = {name.removeprefix("plots/"): folder / name for name in files if name.startswith("plots/")}
     if drawn:
@@ -83,31 +144,6 @@ def _problems_of_report(report: Report, options: Options, folder: Path) -> Itera
         if (folder / name).is_file() and (written := (folder / name).read_bytes()) != data:
             texts = (part.decode(errors="replace") for part in (data, written))
             yield f"{name}: {_first_difference(name, *texts)}"
-
-
-def _has_losses(run: Run) -> bool:
-    return any((run.folder / name).is_file() for name in (NLL, ARTICLES))
-
-
-def _problems_of_run(run: Run) -> Iterator[str]:
-    """Yield where the losses by token or article that a run kept do not add up to what its record says."""
-    quality = run.record["quality"]
-    if not is_measured(quality) or not _has_losses(run):
-        return
-    for split in SPLITS:
-        try:
-            sums = article_sums(run.folder, split)
-        except (ValueError, KeyError, TypeError) as error:
-            yield f"run {run.folder.name}: {error}"
-            return
-        if sums is None or not is_measured(quality.get(split)):
-            continue
-        said, total, count = quality[split], float(sums[0].sum()), int(sums[1].sum())
-        if count != said["tokens"] or abs(total - said["nll_sum"]) > 1e-6 * abs(said["nll_sum"]):
-            yield (
-                f"run {run.folder.name}: {count:,} losses of {split} add up to {total:.6f}, "
-                f"its record says {said['nll_sum']:.6f} on {said['tokens']:,}"
-            )
 
 
 def _first_difference(name: str, expected: str, written: str) -> str:

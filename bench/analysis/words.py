@@ -13,10 +13,15 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
     """Return what is known of every configuration beside the reference, and what can be known at all."""
     sentences = [_sentence(row, comparison) for row in comparison.rows if row.against is not None]
     sentences = [*_about_best(comparison), *sentences]
-    missing = [row.configuration.label for row in comparison.rows
-               if row.against is None and row.configuration is not comparison.reference]  # fmt: skip
-    if missing:
-        sentences.append(f"Not compared, without a seed that counts in common: {', '.join(missing)}.")
+    alone = [row.configuration for row in comparison.rows
+             if row.against is None and row.configuration is not comparison.reference]  # fmt: skip
+    doubled = [row.configuration for row in comparison.rows if row.configuration.doubled]
+    for why, some in (
+        ("since a seed of it has several runs", doubled),
+        ("without a seed that counts in common", [one for one in alone if one not in doubled]),
+    ):
+        if some:
+            sentences.append(f"Not compared, {why}: {', '.join(one.label for one in some)}.")
     few = _too_few(comparison)
     return [*sentences, few] if few else sentences
 
@@ -27,7 +32,7 @@ def _about_best(comparison: Comparison) -> list[str]:
     if best is not None:
         return [f"{best.label} is better than every other configuration beyond the noise."]
     seeds = [pair.paired.n for pair in comparison.pairs]
-    if len(comparison.rows) <= 2 or _too_few(comparison):
+    if not seeds or len(comparison.rows) <= 2 or _too_few(comparison):
         return []
     among = len(comparison.pairs) - comparison.comparisons
     if max(seeds) < seeds_needed(among):

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.records.foreign import shown
 from bench.records.store import cannot_write, write_whole
 from bench.speeding.rows import Row, cells, row_from
 
@@ -75,14 +76,14 @@ class SpeedRecord:
 
 
 def read_record(place: Path) -> tuple[dict[str, Any], list[Row]]:
-    """Return a record and its rows, by the path of its folder or file.
+    """Return a record and its rows with their texts as they may be shown, by the path of folder or file.
 
     Raises:
         ValueError: there is none, or it cannot be read.
     """
     path = place / FILE if place.is_dir() else place
     try:
-        data = json.loads(path.read_text())
+        data = shown(json.loads(path.read_text()))
         if data["schema_version"] != VERSION:
             raise ValueError(f"it is of version {data['schema_version']}, this is {VERSION}")
         return data, [row_from(found) for found in data["rows"]]
@@ -90,7 +91,7 @@ def read_record(place: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ValueError(
             f"{place} holds no record of bench.speed ({error.strerror}); name a folder with a {FILE}."
         ) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no record of bench.speed that can be read ({error}).") from error
 
 

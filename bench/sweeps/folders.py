@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure.quantity import is_measured
+from bench.records.foreign import visible
 from bench.records.schema import SCHEMA_VERSION, STATUSES, Record
 from bench.records.stale import is_stale
 from bench.records.store import RunFolder
@@ -81,8 +82,8 @@ def remove_left_over_locks(study: Path, done: Container[str]) -> None:
 
 
 def outcome_of(record: Record) -> Outcome:
-    """Return what is worth knowing of a record."""
-    status = record["status"]
+    """Return what is worth knowing of a record, with its texts as they may be shown."""
+    status = visible(record["status"])
     if status == "damaged":
         return Outcome(status, "record.json cannot be read")
     loss = seconds = None
@@ -91,7 +92,7 @@ def outcome_of(record: Record) -> Outcome:
         loss = quality["validation"]["nll_sum"] / quality["validation"]["tokens"]
     if status == "ok" and is_measured(spent) and len(spent.get("parts", ())) < 2:
         seconds = spent["seconds"].get("total")
-    error = record["error"].partition("\n")[0] if record["error"] else None
+    error = visible(record["error"].partition("\n")[0]) if record["error"] else None
     environment = record["environment"] if is_measured(record["environment"]) else {}
     return Outcome(status, error, loss, seconds, environment)
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.flags import Table, checked, complete, run_flags
+from bench.records.foreign import not_linked_out
 from bench.records.store import cannot_write, write_whole
 from gnnmoe.naming import unknown_name
 
@@ -142,13 +143,15 @@ def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
     Raises:
         ValueError: the file cannot be read.
     """
-    path = study / STATED
+    path = not_linked_out(study, STATED)
     if not path.exists():
         return [], None
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return [Hypothesis(**found) for found in kept["hypotheses"]], kept["stated"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(kept, dict) or not isinstance(kept.get("stated"), str):
+            raise ValueError("it does not say when the hypotheses were stated")
+        return read_hypotheses(kept.get("hypotheses")), kept["stated"]
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read: {error}; a sweep writes it anew once it is gone."
         ) from error

@@ -96,7 +96,7 @@ def make_plan(
         except ValueError as error:
             raise ValueError(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
         run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
-        found = configurations.setdefault(made[key].configuration.label, made[key].configuration)
+        found = configurations.setdefault(made[key].shared, made[key].configuration)
         if any(run.run_id == other.run_id for other in found.runs):
             continue  # it differs in what changes no number
         record = RunFolder(run.folder.parent, ".", run.run_id).read_record()

@@ -23,6 +23,7 @@ from bench.records.schema import Record, config_dict, new_record
 from tests.analysis._made_traces import (
     BATCH,
     LENGTH,
+    TEST_IS_HARDER,
     Made,
     Plan,
     communication,
@@ -129,6 +130,7 @@ def _write(folder: Path, made: Made, number: int, base: Record, plan: Plan) -> N
         "command": f"python -m bench.run --coupler-type={made.coupler!r} --seed={made.seed}",
         "quality": _quality(made, plan), "speed": _speed(made, plan), "memory": _memory(made, plan),
         "communication": communication(made), "time": base["time"] | {"start": _start(number)},
+        "environment": base["environment"] | {"coupler_sha256": _sha256(made.coupler)},
     }  # fmt: skip
     if made.status != "ok":
         record["error"] = f"made to end as {made.status}"
@@ -141,6 +143,10 @@ def _write(folder: Path, made: Made, number: int, base: Record, plan: Plan) -> N
     (path / "log.txt").write_text(f"status {made.status}\n")
     if plan.arrays and made.status == "ok":
         write_arrays(path, made, plan)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _start(number: int) -> str:
@@ -170,7 +176,7 @@ def _base_record(plan: Plan) -> Record:
                          "torch_sparse": None, "numpy": "2.4.0", "datasets": "5.0.0"},
             "device_type": "cpu", "device_name": "a made processor", "cuda": None, "driver": None,
             "cpu_cores": 2, "threads": 1, "omp_wait_policy": "PASSIVE", "git_commit": SHA[:40],
-            "git_changes_sha256": None, "code_sha256": SHA,
+            "git_changes_sha256": None, "project_sha256": SHA,
         },
         data=_data(plan.embedded),
         time={"start": "2025-01-01T12:00:00Z", "end": "2025-01-01T12:01:06Z", "resumed_at_step": None,
@@ -227,7 +233,7 @@ def _quality(made: Made, plan: Plan) -> dict[str, Any]:
                 "stride": LENGTH // 2}  # fmt: skip
 
     missing = not_measured("not asked for; --evaluate-test scores it")
-    test = split(made.loss + 0.03) if plan.test else missing
+    test = split(made.loss + TEST_IS_HARDER) if plan.test else missing
     return {"test": test, "validation": split(made.loss), "best_step": plan.history or 12}
 
 

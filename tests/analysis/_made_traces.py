@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 LAYERS, BATCH, LENGTH = 2, 16, 64
+TEST_IS_HARDER = 0.03  # nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,7 @@ def write_arrays(path: Path, made: Made, plan: Plan) -> None:
     hard = random_of("tokens", "", 0, 0).gamma(1.5, size=plan.tokens)  # the same tokens are hard for all
     nll = hard * np.exp(made.random("tokens").normal(0, 0.1, plan.tokens))
     nll = (nll * made.loss / nll.mean()).astype(np.float32)
-    splits = ("validation", "test") if plan.test else ("validation",)
-    arrays = {f"{split}_nll": nll for split in splits} | {f"{split}_document": document for split in splits}
+    arrays = {"validation_nll": nll, "validation_document": document}
+    if plan.test:
+        arrays |= {"test_nll": nll + np.float32(TEST_IS_HARDER), "test_document": document}
     np.savez(path / "nll.npz", **arrays)

@@ -10,6 +10,7 @@ from bench.analysis.answers import answer_hypotheses
 from bench.analysis.study import load_study
 from bench.sweeps.hypotheses import Hypothesis
 from tests.analysis._made_studies import made_study
+from tests.analysis.test_study import change, runs_of
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,18 @@ def test_what_no_run_answers_is_said(groups):
     [found] = answer_hypotheses([asked({"coupler_type": "attention"}, MEAN)], groups)
     assert found.kind == "inconclusive"
     assert found.words() == "inconclusive: no run is selected by better."
+
+
+def test_a_side_that_selects_what_no_flag_tells_apart_is_not_answered(tmp_path):
+    """Two hyperedge files of one name: the mean of both would answer for neither."""
+    path = made_study(tmp_path / "made", {"mean": 0.1, "HGNN file:e.json": 0.0, "HGNN file:f.json": 0.0},
+                      seeds=8, noise=0.001, history=2)  # fmt: skip
+    pairs = Hypothesis("pairs are better", {"coupler_type": "HGNN"}, {"coupler_type": "mean"})
+    [found] = answer_hypotheses([pairs], load_study(path).groups)
+    assert found.kind == "supported", "settings that differ are averaged, as they were asked for"
+    for run in runs_of(path, "HGNN"):
+        change(run, config__model__static_hyperedge_strategy="file:e.json")
+    [found] = answer_hypotheses([pairs], load_study(path).groups)
+    assert found.answer is None
+    one, other = found.better
+    assert found.words() == f"inconclusive: no flag tells {one} from {other}."

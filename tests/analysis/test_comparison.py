@@ -171,3 +171,17 @@ def test_one_run_and_a_study_of_failures(tmp_path):
     comparison = compare(load_study(failed).groups[0])
     assert [row.loss.n for row in comparison.rows] == [0, 0]
     assert verdict_sentences(comparison) == ["Not compared, without a seed that counts in common: GNN."]
+
+
+@pytest.mark.parametrize("how", ["failed", "apart"])
+def test_no_pair_with_a_seed_in_common_is_said(tmp_path, how):
+    """All but one failed, or each has another seed: no comparison is there to say which one is best."""
+    names = ("mean", "gate", "GNN")
+    lost = {(name, seed): "diverged" for place, name in enumerate(names) for seed in range(3)
+            if (name != "mean" if how == "failed" else seed != place)}  # fmt: skip
+    path = made_study(tmp_path / how, dict.fromkeys(names, 0.0), seeds=3, history=2, failed=lost)
+    comparison = compare(load_study(path).groups[0])
+    assert comparison.pairs == []
+    [said] = verdict_sentences(comparison)
+    assert said.startswith("Not compared, without a seed that counts in common: ")
+    assert {"gate", "GNN"} == set(said.removesuffix(".").partition(": ")[2].split(", "))

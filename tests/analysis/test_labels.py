@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.analysis.labels import labels, settings_of
+from bench.analysis.labels import Key, Settings, settings_of
+from bench.analysis.labels import labels as labels_of
 from bench.config import ExecutionConfig
+
+ONE, OTHER = "1a2b3c4d5e6f", "9a8b7c6d5e4f"
+
+
+def labels(configurations: list[Settings], keys: Sequence[Key] | None = None) -> list[str]:
+    """Return the labels of configurations that differ where their settings do, or that have these keys."""
+    plain = [(hashlib.sha256(repr(sorted(one.items(), key=str)).encode()).hexdigest()[:12], None)
+             for one in configurations]  # fmt: skip
+    return labels_of(configurations, keys or plain)
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -79,12 +91,45 @@ def test_options_of_a_coupler_in_a_file_are_named_without_its_path():
     assert options_of(path, "norm.p=1") != options_of(path, "norm.p=2"), "norm may be its name"
 
 
-def test_what_would_be_equal_still_has_a_number():
+def test_what_the_settings_do_not_tell_apart_is_told_by_the_configuration():
+    """A hyperedge file with other members, a checkpoint of other bytes: the config has their names only."""
+    own = settings(static_hyperedge_strategy="file:e.json")
+    assert labels([own, own, settings(coupler_type="mean")], [(ONE, None), (OTHER, None), ("m", None)]) == [
+        "HGNN · configuration 1a2b3c4d", "HGNN · configuration 9a8b7c6d", "mean"]  # fmt: skip
+    assert labels([own, own], [(ONE, None), (ONE, None)]) == ["HGNN", "HGNN"], "one, in two tables"
+
+
+def test_versions_of_the_code_of_a_coupler_are_named():
+    own = [settings(coupler_type="c.py:C")] * 3
+    codes = ["3fa9c1d2" * 8, "77" * 32, None]
+    assert labels(own, [(ONE, code) for code in codes]) == [
+        "c.py:C · code 3fa9c1d2", "c.py:C · code 77777777", "c.py:C · code not known"]  # fmt: skip
+    both = labels(own, [(ONE, codes[0]), (ONE, codes[1]), (OTHER, codes[0])])
+    assert both == ["c.py:C · configuration 1a2b3c4d · code 3fa9c1d2",
+                    "c.py:C · configuration 1a2b3c4d · code 77777777",
+                    "c.py:C · configuration 9a8b7c6d"]  # fmt: skip
+
+
+def test_as_many_digits_are_named_as_it_takes():
+    own = [settings()] * 2
+    assert labels(own, [("0123456789ab", None), ("0123456799ab", None)]) == [
+        "HGNN · configuration 012345678", "HGNN · configuration 012345679"]  # fmt: skip
+
+
+def test_settings_that_differ_in_one_configuration_are_one_label():
+    """Another spelling of one value: the first is shown."""
+    assert labels([settings(num_experts=4), settings(num_experts=8)], [(ONE, None)] * 2) == [
+        "HGNN · num_experts 4"] * 2  # fmt: skip
+
+
+def test_what_would_be_equal_is_told_apart():
     found = labels([settings(static_hyperedge_strategy=value) for value in ("2", "2 (2)", None, "2")])
     assert found[0] == found[3] == "HGNN · 2", "the same configuration, in two tables"
     alike = labels([settings(num_experts=value) for value in ("4", 4, "num_experts 4")])
     assert len({*found}) == len({*alike}) == 3
-    assert "HGNN · num_experts 4 (2)" in alike
+    assert not any("(2)" in label for label in alike)
+    hostile = [settings(coupler_type=name) for name in ("a", "a", "a · configuration 1a2b3c4d")]
+    assert len({*labels(hostile, [(ONE, None), (OTHER, None), ("x", None)])}) == 3
 
 
 def test_memory_counts_only_where_something_was_asked_of_it():

@@ -146,7 +146,7 @@ def test_rows_have_their_exact_command(report, page):
 def test_environment_code_and_data_are_named_once(report, page):
     text = page.by_id("provenance").words
     environment, data = (report.study.runs[0].record[key] for key in ("environment", "data"))
-    hashes = [environment["code_sha256"], data["sha256"], *data["files"].values()]
+    hashes = [environment["project_sha256"], data["sha256"], *data["files"].values()]
     assert all(text.count(value) for value in hashes)
     assert [element.attributes["id"] for element in page.all("details", page.by_id("provenance"))] == [
         "environment-1", "code-1", "data-1"]  # fmt: skip
@@ -234,7 +234,7 @@ def test_what_json_has_not():
 
 def test_a_thousand_runs_make_a_page_of_a_few_megabytes(tmp_path):
     few = load_study(made_study(tmp_path / "few", {"mean": 0.0, "gate": 0.01, "GNN": 0.02}, seeds=4)).runs
-    runs = [Run(run.folder, {**run.record, "run_id": f"{place:012x}", "seed": place})
+    runs = [Run(run.folder, {**run.record, "run_id": f"{place:012x}", "seed": 4 * place + run.seed})
             for place in range(84) for run in few]  # fmt: skip
     made = make_report(Study("many", tmp_path, grouped(runs[:1000])))
     html = render_page(made, {})

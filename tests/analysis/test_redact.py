@@ -176,7 +176,10 @@ def test_verify_adds_the_sums_of_articles_up(study, tmp_path, monkeypatch, capsy
     assert main([str(study), "--redact", str(out), "--hide", HOST]) == 0
     assert main([str(out), "--no-plots"]) == 0
     assert main([str(out), "--verify"]) == 0
-    assert "(23 of them against the losses of their tokens)" in capsys.readouterr().out
+    assert (
+        "23 by file hash, not by token losses (23 of them also by their sums by article), 1 without"
+        in capsys.readouterr().out
+    )
     run = runs_of(out, "mean")[0]
     arrays = read_arrays(run / ARTICLES)
     arrays["validation_nll_sum"][0] += 1
@@ -190,7 +193,7 @@ def test_what_is_published_is_verified_without_a_report_by_the_hash_of_every_fil
     redact_study(study, out)
     assert main([str(out), "--verify"]) == 0
     said = capsys.readouterr().out
-    assert f"verified: {len(bytes_of(out)) - 1} published files of {out}, from 24 records (23 of them" in said
+    assert f"verified: {len(bytes_of(out)) - 1} published files of {out}; of 24 records, 23 by file" in said
     log, history = (next(out.glob(f"*/{name}")) for name in ("log.txt", PACKED_HISTORY))
     log.write_text("another\n")
     history.unlink()
@@ -261,7 +264,7 @@ def test_losses_without_their_articles_are_named(study, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([str(study), "--redact", str(tmp_path / "out")])
     assert stopped.value.code == 2
-    assert f"{run.name}/nll.npz is damaged: no articles of validation" in capsys.readouterr().err
+    assert f"{run.name}/nll.npz holds no usable losses of validation: the articles" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_of_the_report_stays_behind(study, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from bench.analysis.report import load_report
 from bench.analysis.study_page import TABLE, WHOLE, marks, study_markdown, with_study
 from bench.report import main
 from bench.sweeps.hypotheses import Hypothesis, state
-from tests.analysis._made_studies import made_study
-from tests.analysis.test_study import runs_of
+from tests.analysis._made_studies import SHA, made_study
+from tests.analysis.test_study import change, runs_of
 
 REPOSITORY = Path(__file__).parents[2]
 REFERENCE = REPOSITORY / "results" / "reference"
@@ -73,13 +72,12 @@ def test_a_page_may_have_the_table_alone_or_both(tmp_path):
 def test_several_states_of_the_code_are_named(tmp_path):
     study = made_study(tmp_path / "made", {"mean": 0.0, "GNN": 0.03}, seeds=6, history=2)
     assert "States of the code" not in study_markdown(load_report(study))
-    run = runs_of(study, "GNN")[0]
-    record = json.loads((run / "record.json").read_text())
-    before = record["environment"]["code_sha256"]
-    record["environment"]["code_sha256"] = "5" * 64
-    (run / "record.json").write_text(json.dumps(record))
+    first, second, *_ = runs_of(study, "GNN")
+    change(first, environment__project_sha256="5" * 64)
     text = study_markdown(load_report(study))
-    assert f"States of the code: {before[:12]} (11 runs), {'5' * 12} (1 run)." in text
+    assert f"States of the code: {SHA[:12]} (11 runs), {'5' * 12} (1 run)." in text
+    change(second, environment__project_sha256=None)
+    assert "(1 run), 1 run does not say which code made them." in study_markdown(load_report(study))
 
 
 def test_written_again_it_is_the_same(tmp_path):

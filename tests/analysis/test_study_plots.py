@@ -19,6 +19,7 @@ from bench.analysis.comparison import Comparison, compare
 from bench.analysis.plot_style import Plot
 from bench.analysis.study import load_study
 from bench.analysis.study_plots import NAMES, study_plots
+from bench.analysis.study_plots.experts import lines_of
 from bench.analysis.study_plots.frame import Frame
 from bench.analysis.study_plots.pareto import Point, front
 from bench.analysis.training_figure import smooth
@@ -351,3 +352,24 @@ def test_made_studies_are_what_was_asked_for(tmp_path):
     assert run.articles is not None
     assert run.articles[0].sum() / run.articles[1].sum() == pytest.approx(run.loss(), rel=1e-5)
     assert run.data.validation[-1]["nll_sum"] / run.data.validation[-1]["tokens"] == pytest.approx(run.loss())
+
+
+def test_no_line_over_the_experts_has_two_versions_of_a_coupler(tmp_path):
+    couplers = {"mean": 0.0, "old": 0.1, "new": 0.1}
+    path = made_study(tmp_path / "made", couplers, seeds=2, experts=(2, 4), history=2,
+                      names={"old": "c.py:C", "new": "./c.py:C"})  # fmt: skip
+    for file in path.glob("*/record.json"):
+        record = json.loads(file.read_text())
+        code = {"c.py:C": "a" * 64, "./c.py:C": "b" * 64}.get(record["config"]["model"]["coupler_type"])
+        if code:
+            record["environment"]["coupler_sha256"] = code
+            record["config"]["model"]["coupler_type"] = "c.py:C"
+            record["configuration"] = f"{record['config']['model']['num_experts']:012}"
+            file.write_text(json.dumps(record))
+    lines = {line.name: [row.configuration.label for row in line.rows]
+             for line in lines_of(compare(load_study(path).groups[0]).rows)}  # fmt: skip
+    assert lines == {
+        "mean": ["mean · num_experts 2", "mean · num_experts 4"],
+        **{f"c.py:C · code {code}": [f"c.py:C · num_experts {n} · code {code}" for n in (2, 4)]
+           for code in ("aaaaaaaa", "bbbbbbbb")},
+    }  # fmt: skip

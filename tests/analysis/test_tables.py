@@ -11,12 +11,16 @@ import subprocess
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from bench.analysis.comparison import compare
-from bench.analysis.comparison_tables import comparison_table, pairs_table, reference_lines
+from bench.analysis.comparison_tables import code_warnings, comparison_table, pairs_table, reference_lines
+from bench.analysis.provenance import code_note
+from bench.analysis.report import make_report
+from bench.analysis.report_show import print_report
 from bench.analysis.run_tables import failures_table, runs_table
 from bench.analysis.study import load_study
-from tests.analysis._made_studies import made_study
+from tests.analysis._made_studies import SHA, made_study
 
 LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"
 HOSTILE = f"{LETTERS} 1–2 … → Ω " + "x & y_1 % $z$ #{} ~^\\ |é😀| <script>alert('1')</script> `*a*`"
@@ -38,7 +42,7 @@ def comparison(study):
 @pytest.fixture(scope="module")
 def tables(study, comparison):
     return [comparison_table(comparison), pairs_table(comparison), runs_table(study.groups),
-            failures_table(study.groups, study.unreadable)]  # fmt: skip
+            failures_table(study)]  # fmt: skip
 
 
 def test_csv_holds_every_figure_in_full(tables, comparison):
@@ -96,23 +100,65 @@ def test_bold_only_for_what_is_best_beyond_noise(tables, tmp_path):
 
 def test_embedded_text_is_said_in_every_table_of_it(tmp_path):
     path = made_study(tmp_path / "embedded", {"mean": 0.0, "GNN": 0.05}, seeds=2, history=2, embedded=True)
-    comparison = compare(load_study(path).groups[0])
-    groups = [comparison.group]
+    study = load_study(path)
+    comparison, groups = compare(study.groups[0]), study.groups
     for table in (comparison_table(comparison), pairs_table(comparison), runs_table(groups),
-                  failures_table(groups, [])):  # fmt: skip
+                  failures_table(study)):  # fmt: skip
         assert "NOT WIKITEXT-2" in table.markdown()
         assert "NOT WIKITEXT-2" in table.latex()
 
 
-def test_another_code_is_marked(tmp_path):
+@pytest.mark.parametrize("known", [True, False])
+def test_another_code_is_marked(tmp_path, known):
+    """By the project's own code; records of before it had a hash by the one they have."""
     path = made_study(tmp_path / "mixed", {"mean": 0.0, "GNN": 0.05}, seeds=3, history=2)
     study = load_study(path)
+    assert code_warnings(compare(study.groups[0])) == []
+    for run in study.runs:
+        environment = run.record["environment"]
+        if not known:
+            del environment["coupler_sha256"]
+            environment["code_sha256"] = environment.pop("project_sha256")
     gnn = next(one for one in study.groups[0].configurations if one.label == "GNN")
-    gnn.runs[0].record["environment"]["code_sha256"] = "f" * 64
+    gnn.runs[0].record["environment"]["project_sha256" if known else "code_sha256"] = "f" * 64
     found = comparison_table(compare(study.groups[0])).markdown()
     assert "GNN †" in found
     assert "ffffffffffff (1 run)" in found
     assert "mean †" not in found
+    shown = io.StringIO()
+    print_report(make_report(study), Console(file=shown, width=80))
+    lines = shown.getvalue().splitlines()
+    assert any(line.startswith("GNN †") for line in lines)
+    assert any(line.startswith("† some runs of this row are of another code than most") for line in lines)
+
+
+def test_runs_that_do_not_say_their_code_are_counted_only_beside_others(tmp_path):
+    path = made_study(tmp_path / "mixed", {"mean": 0.0, "GNN": 0.05}, seeds=3, history=2)
+    study = load_study(path)
+    silent = "2 runs do not say which code made them."
+    for run in study.runs[:2]:
+        environment = run.record["environment"]
+        environment["code_sha256"] = environment.pop("project_sha256")
+    comparison = compare(study.groups[0])
+    assert code_warnings(comparison) == [silent]
+    assert silent in comparison_table(comparison).markdown()
+    assert "†" not in comparison_table(comparison).markdown()
+    for run in study.runs:
+        run.record["environment"].pop("project_sha256", None)
+    assert code_warnings(compare(study.groups[0])) == []
+
+
+def test_the_code_of_a_coupler_in_a_file_is_no_other_code_of_the_project(tmp_path):
+    """The mark would stand at every coupler from a file: its code is not that of the others."""
+    path = made_study(tmp_path / "own", {"mean": 0.0, "own": 0.05}, seeds=3, history=2,
+                      names={"own": "c.py:C"})  # fmt: skip
+    study = load_study(path)
+    assert "†" not in comparison_table(compare(study.groups[0])).markdown()
+    [code] = {run.record["environment"]["coupler_sha256"] for run in study.runs
+              if run.record["config"]["model"]["coupler_type"] == "c.py:C"}  # fmt: skip
+    assert code_note(study.runs) == (
+        f"code {SHA[:12]} of commit {SHA[:8]} (6 runs); c.py:C {code[:12]} (3 runs)"
+    )
 
 
 def test_markdown_cannot_be_broken_by_names(tables):

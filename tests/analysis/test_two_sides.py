@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
 
 import pytest
+from rich.console import Console
 
 from bench.analysis.comparison import compare
 from bench.analysis.find import find_runs, studies_in, study_folder, the_study
 from bench.analysis.study import load_study
 from bench.analysis.two_sides import QUANTITIES, Limit, compare_sides, read_side
+from bench.analysis.two_sides_show import print_differences
+from bench.report import main
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change
 
@@ -170,3 +174,64 @@ def test_costs_are_paired_by_seed_as_in_the_report(results):
     assert cost is not None
     [found] = compare_sides(read_side("before:mean", results), read_side("before:GNN", results)).differences
     assert QUANTITIES["step_time"](found) == pytest.approx(cost.step_time_ratio())
+
+
+def test_the_same_configuration_by_other_code_is_what_is_compared(tmp_path):
+    """Before and after a change of a coupler's file; the title says which code is which."""
+    for name, code in (("a", "a" * 64), ("b", "b" * 64)):
+        path = made_study(tmp_path / name, {"mean": 0.0, "own": 0.1}, seeds=2, history=2,
+                          names={"own": "c.py:C"})  # fmt: skip
+        for run in load_study(path).runs:
+            own = run.record["config"]["model"]["coupler_type"] == "c.py:C"
+            change(run.folder, **({"environment__coupler_sha256": code} if own else {}))
+    sides = read_side("a", tmp_path), read_side("b", tmp_path)
+    found = compare_sides(*sides)
+    assert [one.candidate.label for one in found.differences] == ["mean", "c.py:C"]
+    text = io.StringIO()
+    print_differences(*sides, found, Console(file=text, width=80))
+    said = " ".join(text.getvalue().split())
+    assert "c.py:C · code aaaaaaaa → c.py:C · code bbbbbbbb (seeds 0, 1)" in said
+    assert "A: code" in said
+    assert "c.py:C aaaaaaaaaaaa (2 runs)" in said
+
+
+def test_equal_settings_of_another_configuration_are_not_compared(tmp_path):
+    """A hyperedge file with other members under the same name."""
+    for name in ("a", "b"):
+        made_study(tmp_path / name, {"mean": 0.0, "HGNN file:e.json": 0.1}, seeds=2, history=2)
+    for run in load_study(tmp_path / "b").runs:
+        if run.record["config"]["model"]["coupler_type"] == "HGNN":
+            change(run.folder, configuration="9" * 12)
+    found = compare_sides(read_side("a", tmp_path), read_side("b", tmp_path))
+    assert [one.candidate.label for one in found.differences] == ["mean"]
+    [why] = found.missing
+    assert why.startswith("HGNN: B has another configuration of these settings (configuration 99999999 ag")
+    named = compare_sides(read_side("a:HGNN", tmp_path), read_side("b:HGNN", tmp_path))
+    assert len(named.differences) == 1
+
+
+def test_several_runs_of_a_seed_are_named_and_not_compared(tmp_path, capsys):
+    for name in ("a", "b"):
+        made_study(tmp_path / name, {"mean": 0.0, "GNN": 0.1}, seeds=3, history=2)
+    first, second = [run.folder for run in load_study(tmp_path / "b").runs
+                     if run.record["config"]["model"]["coupler_type"] == "GNN"][:2]  # fmt: skip
+    change(second, seed=0)
+    found = compare_sides(read_side("a", tmp_path), read_side("b", tmp_path))
+    assert [one.candidate.label for one in found.differences] == ["mean"]
+    assert found.missing == []
+    assert main(["compare", "a", "b", "--results-dir", str(tmp_path)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"B, GNN: several runs are of seed 0, {first.name} and {second.name}." in said or (
+        f"B, GNN: several runs are of seed 0, {second.name} and {first.name}." in said)  # fmt: skip
+    assert "B is " in said
+    with pytest.raises(ValueError, match="cannot be compared: B, GNN: several runs are of seed 0"):
+        compare_sides(read_side("a:GNN", tmp_path), read_side("b:GNN", tmp_path))
+
+
+def test_a_run_in_a_renamed_folder_is_no_side(tmp_path):
+    run = load_study(made_study(tmp_path / "a", {"mean": 0.0}, seeds=1, history=2)).runs[0].folder
+    aside = run.rename(run.with_name(f"{run.name}.1"))
+    assert read_side(f"a/{aside.name}", tmp_path).runs
+    renamed = aside.rename(aside.with_name("0" * 12))
+    with pytest.raises(ValueError, match=f"is of run {run.name}: a copy, or a renamed folder"):
+        read_side(f"a/{renamed.name}", tmp_path)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
+from bench.analysis.report import load_report
+from bench.analysis.report_files import write_report
+from bench.analysis.report_show import print_report
+from bench.analysis.study import load_study
+from bench.analysis.study_page import marks
+from bench.measure.quantity import not_measured
+from bench.records.schema import STATUSES
 from bench.report import main
 from bench.sweeps.hypotheses import Hypothesis, state, stated
 from tests.analysis._made_studies import made_study
@@ -66,7 +78,7 @@ def test_verify_passes_on_what_was_written_and_fails_on_any_change(report, resul
     status, out, _ = report("small", "--verify")
     assert status == 0
     assert "verified: 14 files of" in out
-    assert "from 24 records (23 of them against the losses of their tokens)" in out.replace("\n", " ")
+    assert "of 24 records, 23 by the losses of their tokens, 1 without a measured quality" in out
     folder = results / "small" / "report"
     table = folder / "tables" / "comparison.csv"
     before, value = table.read_text(), str(pd.read_csv(table)["loss_nats"][1])
@@ -95,6 +107,119 @@ def test_verify_sees_a_record_that_its_own_losses_deny(report, results):
     assert status == 1
     assert f"run {run.name}: " in out
     assert "its record says 1234.500000" in out
+
+
+TOKENS = 600  # of a made study
+NLL, ARTICLE = "validation_nll", "validation_document"
+SOUND = {NLL: np.full(TOKENS, 6.0, dtype=np.float32), ARTICLE: np.zeros(TOKENS, dtype=np.int32)}
+ALIEN = {
+    "nothing of them": ({"x": np.arange(3)}, "holds none of validation"),
+    "no articles": ({NLL: SOUND[NLL]}, "the articles of the tokens are missing"),
+    "no losses": ({ARTICLE: SOUND[ARTICLE]}, "holds none of validation"),
+    "another shape": (SOUND | {NLL: np.full((TOKENS, 1), 6.0)}, "not one row"),
+    "whole numbers": (SOUND | {NLL: np.full(TOKENS, 6)}, "not one row of floating-point numbers"),
+    "texts": (SOUND | {NLL: np.full(TOKENS, "6")}, "not one row of floating-point numbers"),
+    "not a number": (SOUND | {NLL: np.full(TOKENS, np.nan)}, "not all finite"),
+    "infinite": (SOUND | {NLL: np.full(TOKENS, np.inf)}, "not all finite"),
+    "articles of fewer": (SOUND | {ARTICLE: np.zeros(5, int)}, "a whole number for each of 600 tokens"),
+    "articles of floats": (SOUND | {ARTICLE: np.zeros(TOKENS)}, "a whole number for each of 600 tokens"),
+    "negative articles": (SOUND | {ARTICLE: np.full(TOKENS, -1)}, "numbered -1 to -1"),
+    "huge articles": (SOUND | {ARTICLE: np.full(TOKENS, 2**31 - 1)}, "numbered 2,147,483,647 to"),
+    "huger articles": (SOUND | {ARTICLE: np.full(TOKENS, 2**64 - 1, np.uint64)}, "numbered 18,446,744,"),
+    "another count": ({name: some[:-1] for name, some in SOUND.items()}, "599 losses of validation add up"),
+    "another sum": (SOUND, "600 losses of validation add up to 3600.000000, its record says"),
+    "no file of arrays": (b"junk", "cut short or no npz file"),
+    "no file": (None, "it has a measured quality and no nll.npz"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alien", ALIEN)
+def test_verify_names_a_run_whose_losses_are_not_those_of_its_record(tmp_path, capsys, alien):
+    arrays, says = ALIEN[alien]
+    path = made_study(tmp_path / "made", {"mean": 0.0}, seeds=3, history=0, failed={("mean", 2): "oom"})
+    run = next(file.parent for file in path.glob("*/nll.npz"))
+    if isinstance(arrays, dict):
+        np.savez(run / "nll.npz", **arrays)
+    elif arrays is None:
+        (run / "nll.npz").unlink()
+    else:
+        (run / "nll.npz").write_bytes(arrays)
+    assert main([str(path), "--no-plots"]) == 0
+    capsys.readouterr()
+    assert main([str(path), "--verify"]) == 1
+    line, result = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"differs: run {run.name}: ")
+    assert says in line
+    assert result.startswith("NOT verified: 14 files of ")
+    assert result.endswith(
+        "; of 3 records, 1 by the losses of their tokens, 1 NOT verified, 1 without a measured quality"
+    )
+
+
+def test_verify_wants_the_losses_of_every_split_that_was_measured(tmp_path, capsys):
+    path = made_study(tmp_path / "made", {"mean": 0.0}, seeds=2, history=2, test=True)
+    assert main([str(path), "--no-plots"]) == 0
+    assert main([str(path), "--verify"]) == 0
+    run = next(file.parent for file in path.glob("*/nll.npz"))
+    with np.load(run / "nll.npz") as arrays:
+        np.savez(run / "nll.npz", **{name: arrays[name] for name in arrays if name.startswith("val")})
+    capsys.readouterr()
+    assert main([str(path), "--verify"]) == 1
+    said = capsys.readouterr().out
+    assert f"differs: run {run.name}: its file of losses holds none of test" in said
+    assert "of 2 records, 1 by the losses of their tokens, 1 NOT verified" in said
+
+
+def test_verify_names_a_record_that_cannot_be_read(report, results):
+    run = next((results / "small").glob("*/record.json"))
+    run.write_text("{")
+    assert report("small", "--no-plots")[0] == 0
+    status, out, _ = report("small", "--verify")
+    assert status == 1
+    assert f"differs: {run.parent.name}: " in out
+
+
+def test_what_was_published_is_verified_by_its_hashes(tmp_path, capsys):
+    """It has no losses of tokens, nor need it have sums by article; a run that was added has no hash."""
+    made_study(tmp_path / "there" / "made", {"mean": 0.0, "GNN": 0.1}, seeds=2, history=2)
+    out = tmp_path / "made"
+    assert main([str(tmp_path / "there" / "made"), "--redact", str(out)]) == 0
+    one, other = sorted(out.glob("*/articles.npz"))[:2]
+    published = json.loads((out / "redacted.json").read_text())
+    one.unlink()
+    del published["files"][one.relative_to(out).as_posix()]
+    (out / "redacted.json").write_text(json.dumps(published))
+    capsys.readouterr()
+    assert main([str(out), "--verify"]) == 0
+    words = "4 by file hash, not by token losses (3 of them also by their sums by article)"
+    assert f"of 4 records, {words}" in capsys.readouterr().out
+    np.savez(other, x=np.arange(3))
+    assert main([str(out), "--verify"]) == 1
+    said = capsys.readouterr().out
+    assert f"differs: run {other.parent.name}: its file of losses holds none of validation" in said
+    assert "3 by file hash, not by token losses (2 of them" in said
+    added = out / ("0" * 12)
+    shutil.copytree(one.parent, added)
+    change(added, run_id=added.name)
+    assert main([str(out), "--verify"]) == 1
+    assert f"differs: run {added.name}: it has a measured quality and no nll.npz" in capsys.readouterr().out
+
+
+def test_several_runs_of_one_seed_end_with_1_and_the_rest_is_written(report, results):
+    runs = [run.folder for run in load_study(results / "small").runs
+            if run.counts and run.record["config"]["model"]["coupler_type"] == "GNN"][:2]  # fmt: skip
+    for run in runs:
+        change(run, seed=0)
+    page = results / "page.md"
+    page.write_text("\n".join(marks("small")))
+    for arguments in (("--no-plots",), ("--page", str(page))):
+        status, out, err = report("small", *arguments)
+        assert status == 1
+        said = " ".join((out + err).split())
+        assert "GNN: several runs are of seed 0, " in said
+        assert all(run.name in said for run in runs)
+    assert "HGNN: better than mean" in (results / "small" / "report" / "summary.md").read_text()
+    assert "| HGNN" in page.read_text()
 
 
 def test_verify_repeats_the_options_that_the_report_was_made_with(report):
@@ -289,3 +414,30 @@ def test_the_readme_shows_what_the_command_prints_of_the_committed_records(tmp_p
     for part in parts:  # each whole, and in this order
         assert part in text[place:], part
         place = text.index(part, place) + len(part)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_whatever_is_missing_or_failed_a_report_is_made(number, tmp_path):
+    """Any runs, seeds and quantities are missing: the report is written, and failed runs are in its rows."""
+    random = Random(number)
+    couplers = random.sample(["mean", "gate", "GNN", "HGNN all_pairs", "topk"], random.randint(1, 4))
+    seeds = random.randint(1, 4)
+    failed = {(name, seed): random.choice(STATUSES) for name in couplers for seed in range(seeds)
+              if random.random() < 0.5}  # fmt: skip
+    parts = ("speed", "memory", "communication", "flops", "parameters", "quality", "gate", "used")
+    unmeasured = [key for key in parts if random.random() < 0.1]
+    path = made_study(tmp_path / "made", dict.fromkeys(couplers, 0.0), seeds=seeds, failed=failed,
+                      experts=random.choice([(4,), (2, 4)]), history=random.choice([0, 3]),
+                      arrays=random.random() < 0.5, unmeasured=unmeasured)  # fmt: skip
+    for run in sorted(file.parent for file in path.glob("*/record.json"))[1:]:
+        if random.random() < 0.3:
+            shutil.rmtree(run)
+        elif random.random() < 0.2:
+            change(run, **{random.choice(["quality", "speed", "memory", "used"]): not_measured("not here")})
+    report = load_report(path)
+    options = {"reference": None, "allow_unequal": False, "stated": None, "hypotheses": []}
+    files = write_report(report, options, tmp_path / "report", plots=number % 4 == 0)
+    assert {"report.html", "summary.md"} <= {file.name for file in files}
+    rows = [row for section in report.sections for row in section.comparison.rows]
+    assert sum(len(row.configuration.runs) for row in rows) == len(list(path.glob("*/record.json")))
+    print_report(report, Console(file=io.StringIO(), width=80))

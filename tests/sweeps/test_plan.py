@@ -59,6 +59,15 @@ def test_seeds_are_outermost_and_configurations_hold_their_runs(places):
         assert [run.label.rpartition(" ")[2] for run in configuration.runs] == ["0", "1", "2"]
 
 
+def test_what_differs_in_no_number_is_planned_once(places):
+    """As the report groups them: a conversion of hypergraphs is nothing that the mean coupler reads."""
+    grid = {"coupler": ["mean", "HGNN"], "hgnn_conv_type": ["HypergraphConv", "HNHN"]}
+    plan = plan_of(places, grid=grid)
+    assert [found.label for found in plan.configurations] == [
+        "mean · HypergraphConv", "HGNN · HypergraphConv", "HGNN · HNHN"]  # fmt: skip
+    assert len({run.run_id for run in plan.runs}) == len(plan.runs) == 9
+
+
 def test_costs_are_those_of_the_model(places):
     for configuration in plan_of(places).configurations:
         coupler, experts = configuration.label.split(" · num_experts ")
@@ -187,7 +196,7 @@ def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys
     words = ["coupler=mean,HGNN,topk", "static_hyperedge_strategy=all_pairs,all_triplets", "gnn_layers=1,2"]
     assert main(["--sweep", *words, "--seeds", "2", "--match", "params HGNN", *flags]) == 0
     shown = capsys.readouterr().out
-    assert "12 configurations × 2 seeds" in shown
+    assert "8 configurations × 2 seeds" in shown, "mean and topk differ in the width they are matched to"
     assert "NOT enough: 2 given" in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert not (tmp_path / "results").exists()

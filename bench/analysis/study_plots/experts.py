@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from bench.analysis.comparison import Row
-from bench.analysis.labels import labels
+from bench.analysis.labels import Key, labels
 from bench.analysis.over_seeds import Interval, Summary
 from bench.analysis.plot_style import VERMILLION, Plot, log_ticks
 from bench.analysis.study_plots.drawing import intervals
@@ -25,7 +25,6 @@ from bench.analysis.study_plots.frame import (
     looks,
     short_names,
 )
-from bench.analysis.tables import statuses
 
 QUANTITIES = ("peak_memory_mebibytes", "tokens_per_second", "step_milliseconds")
 AXES = ("Peak memory (MiB)", "Tokens/s in training (more is better)", "Median training step (ms)")
@@ -84,16 +83,22 @@ def experts_plot(frame: Frame) -> Plot | None:
 def lines_of(rows: Sequence[Row]) -> list[Line]:
     """Return the rows as lines over the number of experts, those with one number too.
 
-    A width that follows from a match does not part a line, unless it varies at one number of experts.
+    A width that follows from a match does not part a line, unless it varies at one number of experts. Nor
+    does the code of a coupler, or what the settings do not say, unless a line would have two rows at one.
     """
-    for apart in ({"num_experts", "ffn_dim"}, {"num_experts"}):
-        found: dict[str, list[Row]] = defaultdict(list)
+    matched, number = {"num_experts", "ffn_dim"}, {"num_experts"}
+    found: dict[Key, list[Row]] = {}
+    for apart, known in ((matched, 0), (number, 0), (number, 1), (number, 2)):  # by ever more of the key
+        found = {}
         for row in rows:
-            found[json.dumps(_without(row, apart), sort_keys=True, default=str)].append(row)
-        groups = [sorted(group, key=experts) for group in found.values()]
-        if all(len({experts(row) for row in group}) == len(group) for group in groups):
+            configuration, code = row.configuration.key
+            text = json.dumps(_without(row, apart), sort_keys=True, default=str)
+            own = configuration if known > 1 else hashlib.sha256(text.encode()).hexdigest()
+            found.setdefault((own, code if known else None), []).append(row)
+        if all(len({experts(row) for row in group}) == len(group) for group in found.values()):
             break
-    names = labels([_without(group[0], apart) for group in groups])
+    groups = [sorted(group, key=experts) for group in found.values()]
+    names = labels([_without(group[0], apart) for group in groups], list(found))
     return [Line(name, group) for name, group in zip(names, groups, strict=True)]
 
 
@@ -169,11 +174,11 @@ def _spaced(numbers: list[int]) -> list[int]:
 
 def _censored(lines: list[Line]) -> dict[int, list[Line]]:
     """Return number of experts → lines that ran out of memory there."""
-    found: dict[int, list[Line]] = defaultdict(list)
+    found: dict[int, list[Line]] = {}
     for line in lines:
         for row in line.rows:
             if ran_out(row):
-                found[experts(row)].append(line)
+                found.setdefault(experts(row), []).append(line)
     return found
 
 
@@ -209,5 +214,5 @@ def _table(lines: list[Line]) -> list[list[Any]]:
                 summary = _summary(row, place)
                 cells += [summary.mean, *(summary.interval or (None, None))]
             table.append([row.configuration.label, line.name, experts(row), row.loss.n, *cells, ran_out(row),
-                          statuses(row.configuration.runs)])  # fmt: skip
+                          row.configuration.statuses()])  # fmt: skip
     return table

@@ -115,8 +115,9 @@ class Frame:
         """Return what a reader of any plot must not miss."""
         group = self.comparison.group
         notes = ["NOT WIKITEXT-2: embedded text"] * group.embedded
-        lost = [(one, Counter(run.status if run.status != "ok" else "not scored"
-                              for run in one.runs if not run.counts))
+        lost = [(one, Counter(run.status if run.status != "ok" else
+                              "with a seed that ran twice" if run.counts else "not scored"
+                              for run in one.runs if one.doubled or not run.counts))
                 for one in group.configurations]  # fmt: skip
         lost = [(one, statuses) for one, statuses in lost if statuses]
         if lost:

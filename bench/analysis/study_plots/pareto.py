@@ -15,7 +15,6 @@ from bench.analysis.plot_style import GREY, VERMILLION, Plot, shorten
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study_plots.drawing import Scale, intervals, scale_of, set_scale
 from bench.analysis.study_plots.frame import OTHERS, Frame
-from bench.analysis.tables import statuses
 
 MIB = 2**20
 BEYOND = 1e9  # a perplexity that no scale shows
@@ -217,6 +216,6 @@ def _table(frame: Frame, fronts: dict[str, set[str]]) -> list[list[Any]]:
             *(perplexities(loss.interval) or (None, None)), memory.mean, *(memory.interval or (None, None)),
             speed.mean, *(speed.interval or (None, None)), row.parameters,
             *(label in fronts.get(quantity.name, ()) for quantity in QUANTITIES), label in censored,
-            statuses(row.configuration.runs),
+            row.configuration.statuses(),
         ])  # fmt: skip
     return rows

@@ -24,7 +24,6 @@ from bench.analysis.study_plots.drawing import (
     usual_reach,
 )
 from bench.analysis.study_plots.frame import Frame
-from bench.analysis.tables import statuses
 
 MOST_ROWS, FIRST, LAST = 80, 60, 18
 BEYOND = 1e9  # a perplexity that no scale shows
@@ -95,7 +94,7 @@ def _draw_perplexities(axes: Axes, frame: Frame, rows: list[Row]) -> None:
     seeds, means, ends = [], [], []
     for place, row in enumerate(rows):
         if row.loss.mean is None:
-            axes.text(0.01, place, f"no result: {statuses(row.configuration.runs)}", va="center",
+            axes.text(0.01, place, f"no result: {row.configuration.statuses()}", va="center",
                       transform=axes.get_yaxis_transform(), fontsize=7, color=VERMILLION)  # fmt: skip
             continue
         seeds += [(exp_or_infinity(value), place + 0.22) for value in row.loss.values.values()]
@@ -213,7 +212,7 @@ def _table(frame: Frame, rows: list[Row]) -> list[list[Any]]:
         verdict = against.verdict.words() if against else _kind(frame, row) or None
         table.append([
             label, None, row.loss.n, None if mean is None else exp_or_infinity(mean), low, high, mean,
-            *difference, against and against.p_adjusted, verdict, statuses(row.configuration.runs),
+            *difference, against and against.p_adjusted, verdict, row.configuration.statuses(),
         ])  # fmt: skip
         for seed, loss in row.loss.values.items():
             own = against.by_seed.get(seed) if against else None

@@ -6,11 +6,10 @@ Scoring takes minutes where the text is large, so the scores are kept in the cac
 from __future__ import annotations
 
 import hashlib
-import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +17,15 @@ from torch import Tensor
 
 from bench.config import ExecutionConfig
 from bench.data.blocks import TrainBlocks
-from bench.data.cache import cache_folder, cached
+from bench.data.cache import cache_folder, cached, key_of
 from bench.data.corpus import Corpus
 from bench.data.curriculum import ScoreBlocks, model_scores
+from bench.measure.code import couplers_sha256, project_sha256
 from bench.training.checkpoint import load_checkpoint
 from bench.training.execution import Execution
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 
-FORMAT = 1  # one more whenever the same checkpoint would give other scores, or they are stored differently
 _REMEDY = "name the checkpoint.pt of a finished run"
 
 
@@ -52,13 +51,12 @@ def difficulty_scores(
             announce(f"scoring {len(blocks):,} blocks by {path} …")
         return model_scores(blocks, score)
 
-    key = _key(path, blocks, corpus)
     return cached(
-        cache_folder(cache_dir) / "difficulty" / f"{key}.npz",
+        cache_folder(cache_dir) / "difficulty" / f"{_key(path, blocks, corpus)}.npy",
         "set of difficulty scores",
         make,
-        read=lambda file: _read(file, key, len(blocks)),
-        write=lambda file, scores: np.savez(file, key=np.array(key), scores=scores),
+        read=lambda file: np.load(file, allow_pickle=False),
+        write=np.save,
     )
 
 
@@ -69,18 +67,8 @@ def _key(path: Path, blocks: TrainBlocks, corpus: Corpus) -> str:
     except OSError as error:
         raise ValueError(f"checkpoint {path} cannot be read ({error.strerror}); {_REMEDY}.") from error
     indices = hashlib.sha256(blocks.indices.numpy().astype("<i8").tobytes()).hexdigest()
-    parts = [FORMAT, checkpoint, corpus.sha256, blocks.length, indices]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _read(file: IO[bytes], key: str, num_blocks: int) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as stored:
-        if str(stored["key"]) != key:
-            raise ValueError("it belongs to another checkpoint or text")
-        scores = stored["scores"]
-    if scores.shape != (num_blocks,) or scores.dtype != np.float64:
-        raise ValueError(f"it does not hold {num_blocks} scores")
-    return scores
+    text = corpus.sha256, corpus.splits["train"].stream_sha256
+    return key_of(project_sha256(), couplers_sha256(), checkpoint, *text, blocks.length, indices)
 
 
 def checkpoint_scorer(path: Path, length: int, corpus: Corpus, device: torch.device) -> ScoreBlocks:

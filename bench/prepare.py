@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.config import RunConfig
-from bench.data.corpus import Corpus, load_corpus
+from bench.data.corpus import Corpus, load_corpus, say_unknown_words
 from bench.data.loader import BlockLoader
 from bench.data.sources import known_as
 from bench.gate import refuse_wrong_names
@@ -90,6 +90,7 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
     refuse_curriculum_without_epochs(config.training)
     corpus = load_corpus(**_corpus_arguments(config))
     _refuse_another_text(config, corpus)
+    say_unknown_words(corpus.splits)
     model_config = config.model.resolved(corpus.vocabulary.size)
     _refuse_missing_rows(model_config, corpus)
     refuse_wrong_sizes(config, model_config, device, ranks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.measure.quantity import exp_or_infinity, number
 
 
 class Reporter:
@@ -54,14 +55,14 @@ class Reporter:
         self._tokens += row["tokens"]
         if self._bar is not None:
             rate = self._tokens / (time.perf_counter() - self._started)
-            text = f"loss {row['loss']:.3f}{self._validation} · {rate:,.0f} tokens/s"
+            text = f"loss {number(row['loss'], 3)}{self._validation} · {rate:,.0f} tokens/s"
             self._bar.update(self._bar.task_ids[0], completed=row["step"], description=text)
 
     def evaluated(self, row: dict[str, Any]) -> None:
         """Show one evaluation."""
-        perplexity = math.exp(min(row["nll_sum"] / row["tokens"], 700.0))
-        self._validation = f" · val ppl {perplexity:,.1f}"
+        perplexity = number(exp_or_infinity(row["nll_sum"] / row["tokens"]))
+        self._validation = f" · val ppl {perplexity}"
         elapsed = time.perf_counter() - self._started
         left = elapsed / (row["step"] - self._first) * (self._total - row["step"])
-        self.line(f"  step {row['step']}/{self._total}: validation perplexity {perplexity:,.1f}, "
+        self.line(f"  step {row['step']}/{self._total}: validation perplexity {perplexity}, "
                   f"{elapsed:.0f} s, about {left:.0f} s left")  # fmt: skip

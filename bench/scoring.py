@@ -43,6 +43,7 @@ def score(
         lines = reference_nll(prepared.corpus, split, result.tokens)
         quality[split] = {
             "nll_sum": result.nll_sum, "tokens": result.tokens, "words": words, "bytes": text_bytes,
+            "unknown_words": windows.split.unknown_words(result.tokens),
             **{f"{line}_nll_sum": nll_sum for line, nll_sum in lines.items()},
             "length": windows.length, "stride": windows.stride,
         }  # fmt: skip

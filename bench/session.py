@@ -23,6 +23,7 @@ from bench.gate import (
     audit_training,
     check_trained_isolation,
 )
+from bench.gate.report import CheckFailed, run_check
 from bench.gate.trained import rows_to_judge
 from bench.gating import gate_of, is_ours
 from bench.learning import Learning, probed
@@ -46,6 +47,7 @@ from bench.training.step import to_device
 from bench.tuning import find_micro_batch, micro_batch_size, requested
 from gnnmoe.couplers import executed_again
 from gnnmoe.model import GNNMoEModel
+from gnnmoe.process_state import changed_state, torch_state
 
 
 class GateFailed(Exception):
@@ -87,6 +89,8 @@ class Session:
         config = prepared.config
         self.seconds = dict(prepared.seconds)
         self.audit: dict[str, Any] = {}
+        prepared.execution.set_products()
+        self.settings = torch_state()
         self.started = time.perf_counter()
         self._phase_now: tuple[str, float] | None = None
         """Name and start of the phase that is going on."""
@@ -219,6 +223,17 @@ class Session:
             finally:
                 self.seconds[name], self._phase_now = time.perf_counter() - start, None
 
+    def _settings(self) -> Check:
+        """Check that the process has the settings that it had at the start: those that change numbers."""
+
+        def compare() -> str:
+            changes = changed_state(self.settings)
+            if changes:
+                raise CheckFailed(f"the coupler changed settings of the process: {'; '.join(changes)}")
+            return "the process has the settings that it had at the start"
+
+        return run_check("settings", compare)
+
     def _audit(self, model: GNNMoEModel, learning: Learning, scored: list[Scored]) -> list[Check]:
         """Audit the losses that were scored, and one batch as it was trained on."""
         prepared, rows = self.prepared, learning.micro_batch_size
@@ -278,7 +293,8 @@ class Session:
     def _evaluate(self, model: GNNMoEModel, learning: Learning, report: GateReport) -> None:
         quality, arrays, scored = score(self.prepared, model, learning)
         learning.release()
-        self._judge(GateReport([*report.checks, *self._audit(model, learning, scored)]))
+        found = [self._settings(), *self._audit(model, learning, scored)]
+        self._judge(GateReport([*report.checks, *found]))
         self.record["used"]["ledger"] = learning.ledger.to_record()
         self.record["quality"] = quality
         self.prepared.folder.write_arrays("nll.npz", arrays)

@@ -29,6 +29,7 @@ WEIGHTS, MIXING = "hyperedge_weights", "mixing"
 RESULTS: dict[str, Callable[[Record], float | None]] = {
     "validation perplexity": quantities.perplexity,
     "test perplexity": lambda record: quantities.perplexity(record, "test"),
+    "validation unknown words (share)": lambda record: quantities.unknown_words_share(record) or None,
     "tokens a second": quantities.tokens_per_second,
     "median step (s)": quantities.median_step_seconds,
     "peak memory (bytes)": quantities.peak_memory_bytes,

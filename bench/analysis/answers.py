@@ -13,6 +13,7 @@ import numpy as np
 from bench.analysis import quantities
 from bench.analysis.numbers import Interval, counted, p_value, percent
 from bench.analysis.over_seeds import losses, summary
+from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.statistics import Answer, answer_claims
 from bench.analysis.study import Configuration, Group
 from bench.flags import Table, defaults
@@ -48,10 +49,10 @@ class Answered:
             return None
         sign = -1 if self.hypothesis.quantity == THROUGHPUT else 1
         paired, margin = self.answer.paired, _margin(self.hypothesis)
-        value = math.exp(sign * (paired.mean - margin))
+        value = exp_or_infinity(sign * (paired.mean - margin))
         if paired.interval is None:
             return value, None
-        low, high = sorted(math.exp(sign * (end - margin)) for end in paired.interval)
+        low, high = sorted(exp_or_infinity(sign * (end - margin)) for end in paired.interval)
         return value, (low, high)
 
     def words(self) -> str:

@@ -15,9 +15,11 @@ from bench.analysis.numbers import (
     p_value,
     percent,
     perplexities,
+    share,
     signed,
     span,
 )  # fmt: skip
+from bench.analysis.over_seeds import unknown_words
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.run_tables import mixed_code
 from bench.analysis.study import Group, text_warnings
@@ -27,6 +29,9 @@ from bench.measure.quantity import is_measured
 AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
 FULL_TEST_TOKENS = 245_569
 OLD_CODE = "†"
+UNKNOWN = {"unknown words": "validation", "unknown words, test": "test"}
+"""Column → the split of which it has the share of unknown words; shown where there are any."""
+UNKNOWN_WORDS = "Unknown words: the share of the scored tokens that are <unk> in place of another word."
 ARTICLES = (
     "articles_low_nats to articles_high_nats, in the csv, is the 95 % interval of a difference over the "
     "articles scored: the noise of the evaluation, without that of the seeds."
@@ -99,6 +104,8 @@ def _figures(row: Row) -> Cells:
         "articles_high_nats": _end(against and against.articles, 1),
         "perplexity_ratio": None if paired is None else exp_or_infinity(paired.mean),
         "test_perplexity": None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean),
+        "unknown_words_share": unknown_words(row.configuration),
+        "test_unknown_words_share": unknown_words(row.configuration, "test"),
         "tokens_per_second": row.tokens_per_second.mean,
         "peak_memory_bytes": row.peak_memory_bytes.mean,
         "step_time_ratio_to_mean_coupler": cost and cost.step_time_ratio(),
@@ -121,6 +128,8 @@ def _texts(row: Row, comparison: Comparison) -> Cells:
     return {
         "configuration": row.configuration.label + _mark(row, comparison), "n": str(loss.n),
         "perplexity": f"{number(value)} {span(perplexities(loss.interval))}".strip(), **test,
+        **{title: share(unknown_words(row.configuration, split)) for title, split in UNKNOWN.items()
+           if any_unknown(comparison, split)},
         "difference (nats)": "" if against is None else
         f"{signed(against.paired.mean)} {span(against.paired.interval, 4, sign=True)}".strip(),
         "p": p_value(against.p_adjusted) if against else "",
@@ -131,6 +140,11 @@ def _texts(row: Row, comparison: Comparison) -> Cells:
         "parameters": number(row.parameters, 0),
         "FLOPs a token": millions(row.flops_per_token), "status": statuses(row.configuration.runs),
     }  # fmt: skip
+
+
+def any_unknown(comparison: Comparison, split: str = "validation") -> bool:
+    """Whether any of the scored tokens is ``<unk>`` in place of another word."""
+    return any(unknown_words(row.configuration, split) for row in comparison.rows)
 
 
 def _difference_figures(against: Difference | None) -> Cells:
@@ -174,6 +188,8 @@ def _notes(comparison: Comparison) -> list[str]:
         f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
         f"coupler, {_timed(comparison)}.",
     ]
+    if any(any_unknown(comparison, split) for split in UNKNOWN.values()):
+        notes.append(UNKNOWN_WORDS)
     if codes := code_words(comparison):
         notes.append(f"{OLD_CODE} some runs of this row are of another code than most: {codes}.")
     return notes

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from bench.analysis.numbers import number
-from bench.analysis.quantities import perplexity
+from bench.analysis.numbers import number, share
+from bench.analysis.quantities import perplexity, unknown_words_share
 from bench.analysis.study import load_study
 from bench.analysis.tables import statuses
 from bench.analysis.terminal import PlainTable
@@ -49,6 +49,9 @@ def runs_listing(path: Path) -> PlainTable:
     table.add_column("seed", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("perplexity", justify="right", no_wrap=True)
+    unknown = any(unknown_words_share(run.record) for run in study.runs)
+    if unknown:
+        table.add_column("unknown words", justify="right", width=7)
     table.add_column("began", no_wrap=True)
     for group in study.groups:
         for found in group.configurations:
@@ -56,8 +59,9 @@ def runs_listing(path: Path) -> PlainTable:
                 record = run.record
                 name = f"{found.label} ({record['run_name']})" if record["run_name"] else found.label
                 start = (record["time"].get("start") or "")[5:16].replace("T", " ")
-                cells = [record["run_id"], name, str(run.seed), run.status, number(perplexity(record)), start]
+                figures = [number(perplexity(record)), *[share(unknown_words_share(record))] * unknown]
+                cells = [record["run_id"], name, str(run.seed), run.status, *figures, start]
                 table.add_row(*map(escape, cells))
     for folder, why in study.unreadable:
-        table.add_row(escape(folder.name), escape(why), "", "unreadable", "", "")
+        table.add_row(escape(folder.name), escape(why), "", "unreadable")
     return table

@@ -48,7 +48,7 @@ class Cost:
     def step_time_ratio(self) -> float | None:
         """Return the geometric mean over seeds of the ratio of step times, None where not measured."""
         mean = self.log_step_time_ratio.mean
-        return None if mean is None else math.exp(mean)
+        return None if mean is None else exp_or_infinity(mean)
 
     def step_time_interval(self) -> Interval | None:
         """Return the 95 % t interval of the ratio (of its logarithm), None for fewer than two seeds."""

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.analysis.quantities import exp_or_infinity
+from bench.measure.quantity import MINUS as MINUS
+from bench.measure.quantity import exp_or_infinity, number
 
-MINUS = "−"
 Interval = tuple[float, float]
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """Return a number with thousands separated: 1,234.5."""
-    return "" if value is None else f"{value:,.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float | None, digits: int = 4) -> str:
     """Return a number with its sign: +0.0123."""
-    return "" if value is None else f"{value:+,.{digits}f}".replace("-", MINUS)
+    return number(value, digits, sign="+")
 
 
 def percent(ratio: float | None, digits: int = 1) -> str:

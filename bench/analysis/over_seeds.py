@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bench.analysis import quantities
 from bench.analysis.numbers import Interval
 from bench.analysis.significance import t_interval
 from bench.analysis.study import Configuration
@@ -49,3 +50,8 @@ def losses(configuration: Configuration, split: str = "validation") -> Summary:
     """Return the losses of the runs that count, in nats by seed."""
     values = {seed: run.loss(split) for seed, run in configuration.counted.items()}
     return Summary({seed: value for seed, value in values.items() if value is not None})
+
+
+def unknown_words(configuration: Configuration, split: str = "validation") -> float | None:
+    """Return the share of the scored tokens that are ``<unk>`` in place of another word."""
+    return summary(configuration, lambda record: quantities.unknown_words_share(record, split)).mean

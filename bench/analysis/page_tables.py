@@ -18,7 +18,8 @@ RAW = {
     "p": ("p_holm",), "tokens/s": ("tokens_per_second",), "peak memory": ("peak_memory_bytes",),
     "cost over mean": ("step_time_ratio_to_mean_coupler",), "parameters": ("parameters",),
     "FLOPs a token": ("training_flops_per_token",), "batch asked / tuned / used": ("requested_batch_size",),
-    "seconds": ("seconds",), "table": ("table",),
+    "seconds": ("seconds",), "table": ("table",), "unknown words": ("unknown_words_share",),
+    "unknown words, test": ("test_unknown_words_share",),
 }  # fmt: skip
 """Shown column → the columns of figures that it is sorted by; the first that the table has counts."""
 PARTS = re.compile(r" (?=\[)|(?<=,) (?!.*\])")

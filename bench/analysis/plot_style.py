@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from bench.analysis.numbers import share
+from bench.analysis.quantities import unknown_words_share
 from bench.records.schema import Record
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is for text and reference lines.
@@ -180,6 +182,8 @@ def warnings_of(record: Record) -> list[str]:
         notes.append("gate failed: the perplexity does not count")
     elif record["status"] != "ok":
         notes.append(f"status: {record['status']}")
+    if unknown := unknown_words_share(record):
+        notes.append(f"{share(unknown)} of the scored tokens are unknown words")
     return notes
 
 

@@ -10,6 +10,7 @@ import statistics
 from typing import Any
 
 from bench.measure import rates
+from bench.measure.quantity import exp_or_infinity as exp_or_infinity
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
 
@@ -20,19 +21,38 @@ def perplexity(record: Record, split: str = "validation") -> float | None:
 
 
 def word_perplexity(record: Record, split: str = "validation") -> float | None:
-    """Return exp(Σ nll / N_word): for a model of subwords what ``perplexity`` is for one of words."""
+    """Return exp(Σ nll / N_word): for a model of subwords what ``perplexity`` is for one of words.
+
+    None also where no whole word was scored.
+    """
     return _perplexity(record, split, "nll_sum", "words")
 
 
-def byte_perplexity(record: Record, split: str = "validation") -> float | None:
-    """Return exp(Σ nll / bytes of the text scored)."""
-    return _perplexity(record, split, "nll_sum", "bytes")
-
-
 def bits_per_byte(record: Record, split: str = "validation") -> float | None:
-    """Return Σ nll / (ln 2 · bytes of the text scored)."""
-    value = byte_perplexity(record, split)
-    return None if value is None else math.log2(value)
+    """Return Σ nll / (ln 2 · bytes of the text scored); None also as ``why_no_bits_per_byte`` says."""
+    scored = _scored(record, split)
+    if scored is None or why_no_bits_per_byte(record, split):
+        return None
+    return scored["nll_sum"] / (math.log(2) * scored["bytes"])
+
+
+def why_no_bits_per_byte(record: Record, split: str = "validation") -> str | None:
+    """Return why a split that was scored has no bits per byte; None where it has.
+
+    A word that stands as ``<unk>`` was not predicted, but its bytes would count.
+    """
+    scored = _scored(record, split)
+    if scored is None or "bytes" not in scored:
+        return "not scored"
+    if scored["unknown_words"]:
+        return "unknown words were not predicted"
+    return None if scored["bytes"] else "the scored tokens cover no byte of the text"
+
+
+def unknown_words_share(record: Record, split: str = "validation") -> float | None:
+    """Return the share of the scored tokens that are ``<unk>`` in place of another word."""
+    scored = _scored(record, split)
+    return None if scored is None else scored["unknown_words"] / scored["tokens"]
 
 
 def unigram_perplexity(record: Record, split: str = "validation") -> float | None:
@@ -46,15 +66,16 @@ def trigram_perplexity(record: Record, split: str = "validation") -> float | Non
 
 
 def _perplexity(record: Record, split: str, key: str, per: str = "tokens") -> float | None:
-    quality = record["quality"]
-    if not is_measured(quality) or not is_measured(quality[split]) or key not in quality[split]:
+    scored = _scored(record, split)
+    if scored is None or key not in scored or not scored.get(per):
         return None
-    return exp_or_infinity(quality[split][key] / quality[split][per])
+    return exp_or_infinity(scored[key] / scored[per])
 
 
-def exp_or_infinity(nats: float) -> float:
-    """Return exp(nats), infinity where no float is so large."""
-    return math.exp(nats) if nats < 700 else math.inf
+def _scored(record: Record, split: str) -> dict[str, Any] | None:
+    """Return the raw sums of a split, None where it was not scored."""
+    quality = record["quality"]
+    return quality[split] if is_measured(quality) and is_measured(quality[split]) else None
 
 
 def tokens_per_second(record: Record) -> float | None:

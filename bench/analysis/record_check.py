@@ -44,6 +44,10 @@ class _Place:
         if not known or not math.isfinite(self.value) or (positive and self.value <= 0):
             self.refuse("a number above 0" if positive else "a finite number")
 
+    def count(self) -> None:
+        if type(self.value) is not int or self.value < 0:
+            self.refuse("a whole number, 0 or more")
+
     def text(self, optional: bool = False) -> None:
         if not isinstance(self.value, str) and not (optional and self.value is None):
             self.refuse("a text")
@@ -150,9 +154,10 @@ def _check_quality(quality: _Place) -> None:
             for name in SUMS:
                 if name in split.fields():
                     split[name].number()
+            split["unknown_words"].count()
             for name in ("words", "bytes"):
                 if name in split.fields():
-                    split[name].number(positive=True)
+                    split[name].count()
     if quality.has("best_step"):
         quality["best_step"].number()
 

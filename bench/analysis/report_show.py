@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.analysis.comparison import Comparison, Row
-from bench.analysis.comparison_tables import reference_lines
-from bench.analysis.numbers import number, perplexities, signed, span
+from bench.analysis.comparison_tables import any_unknown, reference_lines
+from bench.analysis.numbers import number, perplexities, share, signed, span
+from bench.analysis.over_seeds import unknown_words
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.report import Report, Section
 from bench.analysis.tables import statuses
@@ -55,12 +56,16 @@ def _table(comparison: Comparison) -> PlainTable:
     table.add_column("configuration", overflow="fold", ratio=1)
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("perplexity [95 %]", justify="right", no_wrap=True)
+    unknown = any_unknown(comparison)
+    if unknown:
+        table.add_column("unknown words", justify="right", width=7)
     table.add_column(f"nats to {escape(comparison.reference.label)}", justify="right", max_width=20)
     table.add_column("verdict", overflow="fold", width=14)
     for row in comparison.rows[:MOST_ROWS]:
-        table.add_row(*map(escape, _cells(row, comparison)))
+        label, n, value, *judged = map(escape, _cells(row, comparison))
+        table.add_row(label, n, value, *[share(unknown_words(row.configuration))] * unknown, *judged)
     for name, value in reference_lines(comparison.group):
-        table.add_row(name, "", number(value), "", "reference line", style="dim")
+        table.add_row(name, "", number(value), *[""] * unknown, "", "reference line", style="dim")
     return table
 
 

@@ -20,7 +20,8 @@ def runs_table(groups: Sequence[Group]) -> Table:
     figures = [run_figures(run, found, number) for number, group in enumerate(groups, 1)
                for found in group.configurations for run in found.runs]  # fmt: skip
     known = any(cells["matrix_utilisation"] is not None for cells in figures)
-    rows = [(cells, _run_texts(cells, len(groups) > 1, known)) for cells in figures]
+    unknown = any(cells["unknown_words_share"] for cells in figures)
+    rows = [(cells, _run_texts(cells, len(groups) > 1, known, unknown)) for cells in figures]
     return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
@@ -47,6 +48,9 @@ def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells
         "run_id": record["run_id"], "name": record["run_name"], "configuration": configuration.label,
         "seed": run.seed, "status": run.status, "perplexity": quantities.perplexity(record),
         "loss_nats": run.loss(), "test_perplexity": quantities.perplexity(record, "test"),
+        "unknown_words_share": quantities.unknown_words_share(record),
+        "test_unknown_words_share": quantities.unknown_words_share(record, "test"),
+        "bits_per_byte": quantities.bits_per_byte(record),
         "tokens_per_second": quantities.tokens_per_second(record),
         "matrix_utilisation": quantities.utilisation(record),
         "peak_memory_bytes": quantities.peak_memory_bytes(record),
@@ -81,8 +85,8 @@ def mixed_code(runs: Sequence[Run]) -> dict[str, int]:
     return dict(Counter(text for text in hashes if text).most_common())
 
 
-def _run_texts(cells: Cells, several: bool, utilisation: bool) -> Cells:
-    """Return one run as it is shown, with the number of its table where there are several, and its MFU."""
+def _run_texts(cells: Cells, several: bool, utilisation: bool, unknown: bool) -> Cells:
+    """Return one run as it is shown; the number of its table, MFU and unknown words where a run has them."""
     tuned = "failed" if cells["tuned_status"] == "failed" else cells["tuned_micro_batch_size"]
     used, pieces = cells["used_shapes"], cells["used_accumulation"] or 1
     if used and pieces > 1:
@@ -92,6 +96,7 @@ def _run_texts(cells: Cells, several: bool, utilisation: bool) -> Cells:
         "run": cells["run_id"], **({"table": str(cells["table"])} if several else {}),
         "name": cells["name"] or "", "configuration": cells["configuration"],
         "seed": str(cells["seed"]), "status": cells["status"], "perplexity": number(cells["perplexity"]),
+        **({"unknown words": share(cells["unknown_words_share"])} if unknown else {}),
         "tokens/s": number(cells["tokens_per_second"], 0),
         **({"MFU": share(cells["matrix_utilisation"])} if utilisation else {}),
         "peak memory": mebibytes(cells["peak_memory_bytes"]),

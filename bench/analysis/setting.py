@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from bench.analysis.numbers import share
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
+
+PROTOCOL = ("tokens", "length", "stride", "unknown_words")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Setting:
     device: tuple[Any, ...] | None
     """Type, name, on a CPU the number of threads, and the ranks: sums and speeds differ with both."""
     protocol: tuple[Any, ...] | None
-    """Tokens scored, length and stride of the final validation."""
+    """Tokens scored, length, stride and unknown words of the final validation."""
     used: tuple[Any, ...] | None
     """Batch sizes that were used, and lengths: several where a controller changed it."""
     asked: tuple[Any, ...] | None = None
@@ -63,8 +66,9 @@ class Setting:
         """Return what was scored in words, empty where nothing was."""
         if not self.protocol:
             return ""
-        tokens, length, stride = self.protocol
-        return f"{tokens:,} tokens at length {length}, stride {stride}"
+        tokens, length, stride, unknown = self.protocol
+        words = f" ({share(unknown / tokens)} of them unknown words)" if unknown else ""
+        return f"{tokens:,} tokens{words} at length {length}, stride {stride}"
 
     def words(self) -> str:
         """Return the setting in words."""
@@ -104,7 +108,7 @@ def _protocol(record: Record) -> tuple[Any, ...] | None:
     quality = record["quality"]
     if not is_measured(quality) or not is_measured(quality.get("validation")):
         return None
-    return tuple(quality["validation"][key] for key in ("tokens", "length", "stride"))
+    return tuple(quality["validation"][key] for key in PROTOCOL)
 
 
 def _used(record: Record) -> tuple[Any, ...] | None:

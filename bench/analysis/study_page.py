@@ -8,13 +8,24 @@ from tabulate import tabulate
 
 from bench.analysis.comparison import Row
 from bench.analysis.comparison_tables import code_words, reference_lines
-from bench.analysis.numbers import mebibytes, millions, number, p_value, percent, perplexities, signed, span
+from bench.analysis.numbers import (
+    mebibytes,
+    millions,
+    number,
+    p_value,
+    percent,
+    perplexities,
+    share,
+    signed,
+    span,
+)
+from bench.analysis.over_seeds import unknown_words
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.report import Report, Section
 from bench.analysis.tables import statuses
 from bench.records.marked import between, write_between
 
-COLUMNS = ["configuration", "n", "perplexity [95 %]", "nats to {}", "p", "verdict",
+COLUMNS = ["configuration", "n", "perplexity [95 %]", "unknown words", "nats to {}", "p", "verdict",
            "time a step over mean", "peak memory", "parameters"]  # fmt: skip
 
 
@@ -72,7 +83,7 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
 def _table(section: Section) -> str:
     comparison = section.comparison
     rows = [_cells(row) for row in comparison.rows]
-    rows += [[name, "", number(value), "", "", "reference line", "", "", ""]
+    rows += [[name, "", number(value), "", "", "", "reference line", "", "", ""]
              for name, value in reference_lines(comparison.group)]  # fmt: skip
     headings = [name.format(comparison.reference.label) for name in COLUMNS]
     kept = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
@@ -83,10 +94,11 @@ def _table(section: Section) -> str:
 def _cells(row: Row) -> list[str]:
     loss, against, cost = row.loss, row.against, row.cost
     if loss.mean is None:
-        return [row.configuration.label, "0", "", "", "", statuses(row.configuration.runs), "", "", ""]
+        return [row.configuration.label, "0", "", "", "", "", statuses(row.configuration.runs), "", "", ""]
     value = f"{number(exp_or_infinity(loss.mean))} {span(perplexities(loss.interval))}".strip()
     judged = ["", "", "reference"] if against is None else [
         signed(against.paired.mean), p_value(against.p_adjusted), against.verdict.words()]  # fmt: skip
-    return [row.configuration.label, str(loss.n), value, *judged,
+    unknown = share(unknown_words(row.configuration) or None)
+    return [row.configuration.label, str(loss.n), value, unknown, *judged,
             percent(cost.step_time_ratio(), 0) if cost and cost.in_turn else "",
             mebibytes(row.peak_memory_bytes.mean), millions(row.parameters)]  # fmt: skip

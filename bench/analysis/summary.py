@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.analysis import quantities
-from bench.analysis.numbers import in_parts, mebibytes, percent, share, signed
+from bench.analysis.numbers import in_parts, mebibytes, number, percent, share, signed
 from bench.measure.quantity import is_measured
 from bench.measure.rates import difference_of_medians, paired_ratios, percentile
 from bench.records.schema import Record
@@ -61,19 +61,24 @@ def _rows(record: Record) -> list[tuple[str, str]]:
 
 def _quality(record: Record, split: str) -> str:
     value, bits = quantities.perplexity(record, split), quantities.bits_per_byte(record, split)
-    if value is None or bits is None:
+    if value is None:
         return ""
     scored = record["quality"][split]
     lines = {"unigram": quantities.unigram_perplexity(record, split),
              "trigram": quantities.trigram_perplexity(record, split)}  # fmt: skip
-    simple = ", ".join(f"{name} {line:,.1f}" for name, line in lines.items() if line is not None)
-    text = f"perplexity {value:,.1f} ({simple})"
+    simple = ", ".join(f"{name} {number(line)}" for name, line in lines.items() if line is not None)
+    text = f"perplexity {number(value)} ({simple})"
     if scored["words"] != scored["tokens"]:
-        text += f" a token, {quantities.word_perplexity(record, split):,.1f} a word"
-    return (
-        f"{text}, {bits:.3f} bits a byte, on {scored['tokens']:,} tokens, length {scored['length']}, "
-        f"stride {scored['stride']}"
-    )
+        by_word = quantities.word_perplexity(record, split)
+        text += f" per token, {number(by_word)} per word" if by_word is not None else (
+            " per token, none per word (no whole word was scored)")  # fmt: skip
+    text += f", {number(bits, 3)} bits per byte" if bits is not None else (
+        f", no bits per byte ({quantities.why_no_bits_per_byte(record, split)})")  # fmt: skip
+    text += f", on {scored['tokens']:,} tokens, length {scored['length']}, stride {scored['stride']}"
+    if scored["unknown_words"]:
+        unknown = share(quantities.unknown_words_share(record, split))
+        text += f"; {scored['unknown_words']:,} of the tokens ({unknown}) are unknown words (<unk>)"
+    return text
 
 
 def _batch(record: Record) -> str:

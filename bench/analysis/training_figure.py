@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from bench.analysis.numbers import number
 from bench.analysis.plot_style import BLUE, ORANGE, SKY, Plot, log_ticks, new_figure, step_axis
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.run_data import Row, RunData
@@ -80,10 +81,6 @@ def _loss(row: Row) -> float:
     return row["nll_sum"] / row["tokens"]
 
 
-def _number(value: float) -> str:
-    return f"{value:,.1f}" if value < 1e6 else f"{value:.3g}"
-
-
 def _panel(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", pad=20, fontweight="bold")
     axes.set_ylabel(unit)
@@ -117,12 +114,12 @@ def _draw_evaluation(axes: Axes, run: RunData) -> None:
         return
     losses = [_loss(row) for row in run.validation]
     best = min(range(len(losses)), key=losses.__getitem__)
-    label = f"best {_number(exp_or_infinity(losses[best]))} at step {run.validation[best]['step']:,}"
+    label = f"best {number(exp_or_infinity(losses[best]))} at step {run.validation[best]['step']:,}"
     steps, marker = [row["step"] for row in run.validation], _marker(losses, MARKED)
     axes.plot(steps, losses, color=BLUE, marker=marker, markersize=4, label=label)
     lines = _reference_losses(run)
     for (name, loss), style in zip(lines.items(), ("--", ":"), strict=False):
-        label = f"{name} {_number(exp_or_infinity(loss))}"
+        label = f"{name} {number(exp_or_infinity(loss))}"
         axes.axhline(loss, color="black", linestyle=style, linewidth=1.2, label=label)
     _legend(axes)
     known = [*losses, *lines.values()]

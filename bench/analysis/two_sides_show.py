@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.comparison import Difference
-from bench.analysis.numbers import mebibytes, number, p_value, percent, signed, span
-from bench.analysis.over_seeds import losses
+from bench.analysis.numbers import mebibytes, number, p_value, percent, share, signed, span
+from bench.analysis.over_seeds import losses, unknown_words
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Configuration
 from bench.analysis.two_sides import MEASURED, Compared, Side, measured
@@ -59,6 +59,9 @@ def _rows(difference: Difference) -> list[list[str]]:
              percent(exp_or_infinity(paired.mean), 2)],
             ["loss (nats)", *(number(mean, 4) for mean in means),
              f"{signed(paired.mean)} {span(paired.interval, 4, sign=True)}"]]  # fmt: skip
+    unknown = [unknown_words(side) for side in (difference.reference, difference.candidate)]
+    if any(unknown):
+        rows.append(["unknown words", *map(share, unknown), ""])
     for name, (quantity, show) in SHOWN.items():
         found = measured(difference, quantity)
         if found is not None:

@@ -71,13 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(config: ProfileConfig) -> tuple[LoaderProfile, str]:
     """Load the corpus and profile its loader; return that and what was profiled, in words."""
-    from bench.data.corpus import load_corpus
+    from bench.data.corpus import load_corpus, say_unknown_words
     from bench.data.profile import profile_loader
     from bench.device import resolve_device
 
     device = resolve_device(config.device)
     start = time.perf_counter()
     corpus = load_corpus(data_dir=config.data_dir, source=config.data_source)
+    say_unknown_words(corpus.splits)
     profile = profile_loader(
         corpus,
         batch_size=config.batch_size,

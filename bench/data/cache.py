@@ -1,7 +1,8 @@
-"""What can be made again is kept in files: here a prepared corpus, elsewhere reference lines and scores.
+"""What can be made again is kept in files: here a prepared corpus, elsewhere scores and kept answers.
 
-Safe where several runs write at once. A file can be deleted at any time; a broken one is made again.
-Nothing in it is executed (no pickle).
+Safe where several runs write at once. A file can be deleted at any time. Each ends with a hash of its
+contents, which is compared whenever it is read: a broken file is made again. Nothing in it is executed
+(no pickle).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
+from hashlib import file_digest, sha256
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -23,10 +25,14 @@ import numpy as np
 from bench.data.split import SPLITS, Split
 from bench.data.tokenizer import Content
 from bench.data.vocabulary import Vocabulary
+from bench.syntax import code_of
 
-FORMAT = 2  # one more whenever the same source would be prepared or stored differently
+MADE_BY = ("cache", "split", "tokenizer", "vocabulary")  # modules that prepare a text and store it
 LEFT_OVER_SECONDS = 3600.0  # a temporary file this old is of a writer that was killed
+HERE = Path(__file__).parent
 _NUMBERS = ("num_tokens", "num_words", "num_lines", "num_bytes", "sha256")
+_MASKS = ("ends_word", "unknown")
+_SEAL_BYTES = len("\nsha256 \n") + 64
 Made = TypeVar("Made")
 
 
@@ -41,16 +47,17 @@ def cache_folder(cache_dir: Path | None = None) -> Path:
 
 
 def cached_content(identity: list[Any], make: Callable[[], Content], folder: Path) -> Content:
-    """Return the content that ``identity`` (JSON) names: from ``folder``, else made; see ``cached``."""
-    key = sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()
-    path = folder / f"corpus-{key[:32]}.npz"
-    return cached(
-        path,
-        "prepared corpus",
-        make,
-        read=lambda file: _read(file, key),
-        write=lambda file, content: _write(file, content, key),
-    )
+    """Return the content that ``identity`` (JSON) names: from ``folder``, else made; see ``cached``.
+
+    What other code prepared is not taken.
+    """
+    path = folder / f"corpus-{key_of(code_of(HERE, *MADE_BY), *identity)}.npz"
+    return cached(path, "prepared corpus", make, read=_read, write=_write)
+
+
+def key_of(*identity: Any) -> str:
+    """Return 32 hex digits for the name of a file: of everything that its contents follow from (JSON)."""
+    return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def cached(
@@ -58,24 +65,17 @@ def cached(
     what: str,
     make: Callable[[], Made],
     *,
-    read: Callable[[IO[bytes]], Made | None],
-    write: Callable[[IO[bytes], Made], None],
+    read: Callable[[IO[bytes]], Made],
+    write: Callable[[IO[bytes], Made], object],
 ) -> Made:
     """Return what ``read`` finds in the file at ``path``, else what ``make`` returns, which ``write`` keeps.
 
-    ``read`` returns None for a file that is out of date and raises for one that is broken. A broken
-    file is replaced, a folder that cannot be used is passed over; each gives one warning about
+    A broken file is replaced, a folder that cannot be used is passed over; each gives one warning about
     ``what``. Raises what ``make`` raises.
     """
-    try:
-        with path.open("rb") as file:
-            found = read(file)
-        if found is not None:
-            return found
-    except OSError:
-        pass  # absent, or out of reach: then writing fails too, and says so
-    except Exception as error:  # garbage fails in many ways: zip, numpy, JSON, a missing key
-        warnings.warn(f"the {what} in {path} is broken ({_reason(error)}); it is made anew", stacklevel=4)
+    found = kept(path, what, read)
+    if found is not None:
+        return found
     made = make()
     try:
         replace_file(path, lambda file: write(file, made))
@@ -88,21 +88,50 @@ def cached(
     return made
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Let ``write`` fill a new file, then put it at ``path``: readers see all of it or nothing.
+def kept(path: Path, what: str, read: Callable[[IO[bytes]], Made]) -> Made | None:
+    """Return what ``read`` finds in the file at ``path``; None where there is no file.
 
+    None, with one warning about ``what``, also where the file is broken: its contents or its name are
+    not those that ``replace_file`` took the hash of, or ``read`` raises.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None  # absent, or out of reach: then writing fails too, and says so
+    contents = raw[:-_SEAL_BYTES]
+    try:
+        if raw[-_SEAL_BYTES:] != _seal(path.name, BytesIO(contents)):
+            raise ValueError("its contents are not those that were stored")
+        return read(BytesIO(contents))
+    except Exception as error:  # of another version; garbage fails in many ways
+        warnings.warn(f"the {what} in {path} is broken ({_reason(error)}); it is made anew", stacklevel=5)
+        return None
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a new file, add its hash, and put it at ``path``: readers see all or nothing.
+
+    The last line has the sha256 of the file's name and of all that was written; ``kept`` compares it.
     Raises OSError, and leaves no part of a file behind; what killed writers left there goes too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_over(path)
     part = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with part.open("xb") as file:
+        with part.open("x+b") as file:
             write(file)
+            file.seek(0)
+            file.write(_seal(path.name, file))
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _seal(name: str, contents: IO[bytes]) -> bytes:
+    """Return the last line of a file of this name with these contents, which are read to their end."""
+    digest = file_digest(contents, lambda: sha256(f"{name}\n".encode()))  # pyright: ignore
+    return f"\nsha256 {digest.hexdigest()}\n".encode()
 
 
 def _remove_left_over(path: Path) -> None:
@@ -118,11 +147,9 @@ def _reason(error: Exception) -> str:
     return (text.splitlines() or [type(error).__name__])[0]
 
 
-def _write(file: IO[bytes], content: Content, key: str) -> None:
+def _write(file: IO[bytes], content: Content) -> None:
     splits = content.splits
     about = {
-        "format": FORMAT,
-        "key": key,
         "num_distinct_words": content.num_distinct_words,
         "merges_sha256": content.merges_sha256,
         "splits": {name: {field: getattr(splits[name], field) for field in _NUMBERS} for name in SPLITS},
@@ -137,8 +164,9 @@ def _write(file: IO[bytes], content: Content, key: str) -> None:
         arrays[f"{name}.stream"] = _compact(split.stream)
         arrays[f"{name}.target_bytes"] = _compact(split.target_bytes)
         arrays[f"{name}.document_starts"] = split.document_starts
-        if split.ends_word is not None:
-            arrays[f"{name}.ends_word"] = np.packbits(split.ends_word)
+        for mask in _MASKS:
+            if getattr(split, mask) is not None:
+                arrays[f"{name}.{mask}"] = np.packbits(getattr(split, mask))
     np.savez(file, **arrays)
 
 
@@ -150,31 +178,23 @@ def _compact(values: np.ndarray) -> np.ndarray:
     return values.astype(np.min_scalar_type(int(values.max())))
 
 
-def _read(file: IO[bytes], key: str) -> Content:
+def _read(file: IO[bytes]) -> Content:
     with np.load(file, allow_pickle=False) as arrays:
         about = json.loads(arrays["about"].tobytes())
-        if (about["format"], about["key"]) != (FORMAT, key):
-            raise ValueError("it belongs to another corpus or format")
         words = arrays["words"].tobytes().decode()
         vocabulary = Vocabulary(tuple(words.split("\n")), arrays["counts"])
-        splits = {name: _read_split(name, arrays, about["splits"][name], vocabulary.size) for name in SPLITS}
+        splits = {name: _read_split(name, arrays, about["splits"][name]) for name in SPLITS}
         return Content(vocabulary, splits, about["num_distinct_words"], about["merges_sha256"])
 
 
-def _read_split(name: str, arrays: Any, numbers: dict[str, Any], num_ids: int) -> Split:
-    num_tokens = numbers["num_tokens"]
-    ends = f"{name}.ends_word"
-    split = Split(
+def _read_split(name: str, arrays: Any, numbers: dict[str, Any]) -> Split:
+    packed = {mask: arrays[f"{name}.{mask}"] for mask in _MASKS if f"{name}.{mask}" in arrays}
+    count = numbers["num_tokens"]
+    return Split(
         name=name,
         stream=arrays[f"{name}.stream"].astype(np.int64),
         document_starts=arrays[f"{name}.document_starts"],
         target_bytes=arrays[f"{name}.target_bytes"].astype(np.int32),
-        ends_word=np.unpackbits(arrays[ends], count=num_tokens).astype(bool) if ends in arrays else None,
+        **{mask: np.unpackbits(bits, count=count).astype(bool) for mask, bits in packed.items()},
         **{field: numbers[field] for field in _NUMBERS},
     )
-    covered = split.words_and_bytes(num_tokens)
-    if covered != (split.num_words + split.num_lines, split.num_bytes):
-        raise ValueError(f"the {name} split's words and bytes do not add up")
-    if len(split.stream) != num_tokens + 1 or not 0 <= split.stream.min() <= split.stream.max() < num_ids:
-        raise ValueError(f"the {name} split's ids do not fit the vocabulary")
-    return split

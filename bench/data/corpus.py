@@ -14,7 +14,7 @@ from typing import Any
 from bench.data.cache import cache_folder, cached_content
 from bench.data.embedded import MIN_COUNT, embedded_texts
 from bench.data.folder import read_folder
-from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, read_named
+from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, read_named, refuse_path
 from bench.data.split import SPLITS, Split, article_lines, canonical_lines
 from bench.data.tokenizer import Content, Documents, bpe_size, tokenize, tokenizer_version
 from bench.data.vocabulary import Vocabulary
@@ -30,6 +30,7 @@ OFFICIAL_SHA256: dict[str, str | None] = {
     "validation": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
 }
+LARGE_SHARE_UNKNOWN = 0.15  # of the words of a split, from which on it is said
 _VERDICTS = ("official", "same counts", "other")  # from the strongest to the weakest
 
 
@@ -117,6 +118,21 @@ def load_corpus(
     return _corpus(found, content, tokenizer)
 
 
+def say_unknown_words(splits: Mapping[str, Split]) -> None:
+    """Warn, in one line, where a large share of the words is unknown."""
+    large = []
+    for split in splits.values():
+        unknown = split.unknown_words(split.num_tokens)
+        if unknown > LARGE_SHARE_UNKNOWN * split.num_words:
+            large.append(f"{unknown:,} of the {split.num_words:,} words of the {split.name} split")
+    if large:
+        warnings.warn(
+            f"{' and '.join(large)} are not in the vocabulary. <unk> stands for each, and a perplexity says "
+            "nothing about them. A tokenizer of subwords has no unknown words: --tokenizer bpe:8000.",
+            stacklevel=2,
+        )
+
+
 @dataclass(frozen=True)
 class _Found:
     """A source with its text not yet tokenised; ``text`` is None for the embedded one."""
@@ -155,6 +171,7 @@ def _find(
     if source != "hub" and folder is not None:
         text = read_folder(Path(folder).expanduser(), text_column)
         return _Found("local text", "", "folder", text.digest, text)
+    refuse_path(dataset_name)
     try:
         text = read_named(dataset_name, dataset_config_name, text_column)
     except ValueError as error:
@@ -209,6 +226,8 @@ def _split_record(split: Split) -> dict[str, Any]:
         "lines": split.num_lines,
         "bytes": split.num_bytes,
         "documents": len(split.document_starts),
+        "unknown_words": split.unknown_words(split.num_tokens),
         "sha256": split.sha256,
+        "stream_sha256": split.stream_sha256,
         "verdict": split_verdict(split),
     }

@@ -6,18 +6,18 @@ The Kneser-Ney trigram's losses of a whole split are computed once per corpus an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from bench.data.cache import cache_folder, cached
+from bench.data.cache import HERE, cache_folder, cached, key_of
 from bench.data.corpus import Corpus
 from bench.data.kneser_ney import LARGEST_VOCABULARY, token_nll
 from bench.data.split import SPLITS
 from bench.data.vocabulary import unigram_nll
+from bench.syntax import code_of
 from gnnmoe.naming import unknown_name
 
-FORMAT_VERSION = 1  # goes up when the file or the trigram model changes; older files are replaced
+MADE_BY = ("kneser_ney", "reference_lines")  # modules that compute the losses and store them
 
 
 def reference_nll(
@@ -50,26 +50,15 @@ def reference_nll(
 def trigram_nll(corpus: Corpus, split_name: str, cache_dir: Path | None = None) -> np.ndarray:
     """Return the trigram's −ln p of each target of a split, (num_tokens,) float64 in nats.
 
-    From the cache where it is there, else computed and put there; see ``reference_nll``.
+    From the cache where the same ids were scored before, else computed and put there; see
+    ``reference_nll``.
     """
-    split = corpus.splits[split_name]
-    folder = cache_folder(cache_dir) / "reference_lines"
-    path = folder / f"{corpus.sha256}-{split_name}.npz"
+    train, split, words = corpus.splits["train"], corpus.splits[split_name], corpus.vocabulary.size
+    key = key_of(code_of(HERE, *MADE_BY), train.stream_sha256, split.stream_sha256, words)
     return cached(
-        path,
+        cache_folder(cache_dir) / "reference_lines" / f"{key}.npy",
         "reference line",
-        lambda: token_nll(corpus.splits["train"].stream, split.stream, corpus.vocabulary.size),
-        read=lambda file: _read(file, split.num_tokens),
-        write=lambda file, nll: np.savez(file, format_version=FORMAT_VERSION, nll=nll),
+        lambda: token_nll(train.stream, split.stream, words),
+        read=lambda file: np.load(file, allow_pickle=False),
+        write=np.save,
     )
-
-
-def _read(file: IO[bytes], num_tokens: int) -> np.ndarray | None:
-    """Return the losses kept in a file, None where they are outdated."""
-    with np.load(file, allow_pickle=False) as stored:
-        if int(stored["format_version"]) != FORMAT_VERSION:
-            return None
-        nll = stored["nll"]
-    if nll.shape != (num_tokens,) or nll.dtype != np.float64 or not np.isfinite(nll).all():
-        raise ValueError(f"it does not hold {num_tokens} losses")
-    return nll

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bench.data.split import SPLITS
@@ -24,6 +27,9 @@ REMEDY = (
     "wiki.test.tokens (or with train.txt, validation.txt and test.txt, or with the parquet files "
     "train-*.parquet, validation-*.parquet and test-*.parquet)"
 )
+
+_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
+_COMMIT, _HASH_OF_FILES = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,37 @@ def join_rows(rows: Iterable[str | None]) -> str:
     return "".join(row if row.endswith("\n") else f"{row}\n" for row in (row or "" for row in rows))
 
 
+def refuse_path(dataset_name: str) -> None:
+    """Refuse the name of a data set by which ``datasets`` would read files of this machine.
+
+    Raises:
+        ValueError: saying what stands in the way, and what to do.
+    """
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
+
+    name = _repository(dataset_name)
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise ValueError(
+            f"--dataset takes the name of a data set, such as wikitext or owner/name, and never a path; got "
+            f"{dataset_name!r}. To read files, pass --data-dir DIR."
+        )
+    if name in formats:
+        raise ValueError(
+            f"--dataset {name} names a file format of `datasets`, by which it would read the files of the "
+            "current folder. To read files, pass --data-dir DIR."
+        )
+    if os.path.lexists(name):
+        raise ValueError(
+            f"--dataset {name} takes the name of a data set and never reads a path, but {name} is in the "
+            f"current folder, and `datasets` would read it. To read it, pass --data-dir {name}. To read the "
+            "data set of this name, start in another folder."
+        )
+
+
+def _repository(dataset_name: str) -> str:
+    return "Salesforce/wikitext" if dataset_name == "wikitext" else dataset_name
+
+
 def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, str]:
     """Return the data set and configuration that are meant, the latter "" where there is none.
 
@@ -77,6 +114,10 @@ def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, st
     return "wikitext", config_name or WIKITEXT[0]
 
 
+class MadeHere(ValueError):
+    """An entry in the cache of ``datasets`` that goes by the name of a data set and is none of the hub's."""
+
+
 class UnfitDataset(ValueError):
     """A data set that was read and cannot serve: no such split, no such column, no text."""
 
@@ -85,19 +126,18 @@ def read_named(dataset_name: str, config_name: str, text_column: str = "text") -
     """Return the text of a data set by name, from the local cache of ``datasets`` or from the hub.
 
     The probe comes before the hub because ``datasets`` alone retries for many seconds when there
-    is no connection. Raises ValueError with the reason.
+    is no connection. Raises ValueError with the reason. The name is no path: see ``refuse_path``.
     """
-    repository = "Salesforce/wikitext" if dataset_name == "wikitext" else dataset_name
+    repository = _repository(dataset_name)
     title = _title(repository, config_name)
     try:
         return _named("cache", read_cache(repository, config_name, text_column))
     except UnfitDataset:
         raise
-    except Exception:  # whatever is wrong with the cache, the hub may still serve
+    except Exception as error:  # whatever is wrong with the cache, the hub may still serve
         if not hub_reachable():
-            raise ValueError(
-                f"{title} is not in the local cache of `datasets`, and the hub cannot be reached"
-            ) from None
+            why = error if isinstance(error, MadeHere) else f"{title} is not in the local cache of `datasets`"
+            raise ValueError(f"{why}, and the hub cannot be reached") from None
     try:
         return _named("hub", read_hub(repository, config_name, text_column))
     except UnfitDataset:
@@ -124,7 +164,7 @@ def _named(origin: str, texts: Mapping[str, str]) -> Text:
 
 
 def read_cache(repository: str, config_name: str, text_column: str) -> dict[str, str]:
-    """Return the texts that ``datasets`` has prepared on this machine, without any connection."""
+    """Return the texts of a data set of the hub that ``datasets`` keeps here, without any connection."""
     from datasets.packaged_modules.cache.cache import Cache
 
     builder = Cache(
@@ -134,7 +174,7 @@ def read_cache(repository: str, config_name: str, text_column: str) -> dict[str,
         version="auto",
         hash="auto",
     )
-    return _split_texts(builder.as_dataset(), _title(repository, config_name), text_column)
+    return _of_the_hub(builder.as_dataset(), _title(repository, config_name), text_column)
 
 
 def read_hub(repository: str, config_name: str, text_column: str) -> dict[str, str]:
@@ -142,7 +182,22 @@ def read_hub(repository: str, config_name: str, text_column: str) -> dict[str, s
     from datasets import load_dataset
 
     dataset = load_dataset(repository, config_name or None)
-    return _split_texts(dataset, _title(repository, config_name), text_column)
+    return _of_the_hub(dataset, _title(repository, config_name), text_column)
+
+
+def _of_the_hub(dataset: Any, name: str, text_column: str) -> dict[str, str]:
+    """Return one text for each split of a ``DatasetDict`` whose files came from the hub.
+
+    ``datasets`` keeps a data set in OWNER___NAME/CONFIG/VERSION/HASH. Of local files there is no owner, and
+    the hash is no commit of a repository.
+    """
+    for split in dataset:
+        for file in dataset[split].cache_files:
+            entry = Path(file["filename"]).parent
+            owned = "___" in entry.parents[2].name and not _HASH_OF_FILES.fullmatch(entry.name)
+            if not (owned or _COMMIT.fullmatch(entry.name)):
+                raise MadeHere(f"the cache of `datasets` has {name}, but made from files of this machine")
+    return _split_texts(dataset, name, text_column)
 
 
 def _split_texts(dataset: Any, name: str, text_column: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -27,7 +28,9 @@ class Split:
     predicted once (target t is ``stream[t + 1]``); ``document_starts`` (documents,) int64, the target
     index at which each document begins, the first 0; ``target_bytes`` (num_tokens,) int32, bytes of
     the text that each target covers; ``ends_word`` (num_tokens,) bool, the targets that complete a
-    word or are an end-of-line mark, or None where every target is one of these (word level).
+    word or are an end-of-line mark, or None where every target is one of these (word level);
+    ``unknown`` (num_tokens,) bool, the targets that are ``<unk>`` in place of another word, or None
+    where there is none. A ``<unk>`` that stands in the text itself is no unknown word.
 
     ``num_tokens`` counts targets, ``num_words`` whitespace-separated words without the end-of-line
     marks, ``num_lines`` those marks; ``num_bytes`` and ``sha256`` are those of the text in UTF-8 (see
@@ -44,6 +47,16 @@ class Split:
     sha256: str
     target_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     ends_word: np.ndarray | None = None
+    unknown: np.ndarray | None = None
+
+    @cached_property
+    def stream_sha256(self) -> str:
+        """Hash of the ids in use: of ``stream`` as little-endian int64."""
+        return hashlib.sha256(np.ascontiguousarray(self.stream, dtype="<i8").data).hexdigest()
+
+    def unknown_words(self, num_targets: int) -> int:
+        """Return how many of the first ``num_targets`` targets are ``<unk>`` in place of another word."""
+        return 0 if self.unknown is None else int(np.count_nonzero(self.unknown[:num_targets]))
 
     def document_ids(self) -> np.ndarray:
         """Return the document number of each target, (num_tokens,) int64."""
@@ -101,13 +114,15 @@ class Pieces:
     """How a tokenizer cuts each word of a ``WordTable`` of W words.
 
     Shapes: word w becomes ``ids[starts[w] : starts[w + 1]]``, ids (P,) int64 and starts (W + 1,)
-    int64, one piece at least each; ``num_bytes`` (P,) int32, bytes of each piece. What a word's
-    bytes in the text have more or less than its pieces' is counted with its first piece.
+    int64, one piece at least each; ``num_bytes`` (P,) int32, bytes of each piece; ``unknown`` (W,) bool,
+    the words that stand as ``<unk>``, or None where there is none. What a word's bytes in the text have
+    more or less than its pieces' is counted with its first piece.
     """
 
     ids: np.ndarray
     starts: np.ndarray
     num_bytes: np.ndarray
+    unknown: np.ndarray | None = None
 
 
 def canonical_lines(text: str) -> list[str]:
@@ -175,7 +190,7 @@ def _line_bytes(line: str) -> list[int]:
 
 
 def build_split(words: Words, pieces: Pieces, eos_id: int) -> Split:
-    """Return the split in which each word stands as its pieces."""
+    """Return the split in which each word stands as its pieces; an unknown word has one."""
     lengths = np.diff(pieces.starts)[words.numbers]
     ends = np.cumsum(lengths)
     num_tokens = int(ends[-1])
@@ -188,6 +203,7 @@ def build_split(words: Words, pieces: Pieces, eos_id: int) -> Split:
     if num_tokens > len(ends):
         ends_word = np.zeros(num_tokens, dtype=bool)
         ends_word[ends - 1] = True
+    unknown = None if pieces.unknown is None else pieces.unknown[words.numbers]
     return Split(
         name=words.name,
         stream=np.concatenate([[eos_id], pieces.ids[position]]).astype(np.int64),
@@ -199,4 +215,5 @@ def build_split(words: Words, pieces: Pieces, eos_id: int) -> Split:
         sha256=words.sha256,
         target_bytes=target_bytes,
         ends_word=ends_word,
+        unknown=unknown if unknown is not None and unknown.any() else None,
     )

@@ -94,7 +94,11 @@ def tokenize(documents: Documents, spec: str, min_count: int = 1) -> Content:
 
 def _by_words(words: Mapping[str, Words], table: WordTable, vocabulary: Vocabulary) -> dict[str, Split]:
     none = np.zeros(len(table), dtype=np.int32)  # a word's bytes all go to its only piece
-    pieces = Pieces(vocabulary.encode(list(table)), np.arange(len(table) + 1), none)
+    ids = vocabulary.encode(list(table))
+    unknown = ids == vocabulary.unk_id
+    if UNK in table:
+        unknown[table[UNK]] = False
+    pieces = Pieces(ids, np.arange(len(table) + 1), none, unknown)
     return {name: build_split(found, pieces, vocabulary.eos_id) for name, found in words.items()}
 
 

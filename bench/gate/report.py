@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.device import is_out_of_memory
+from gnnmoe.process_state import ProcessStateChanged, unchanged_state
 
 
 class CheckFailed(Exception):
@@ -64,8 +65,9 @@ def run_check(name: str, body: Callable[[], str]) -> Check:
     """
     start = time.perf_counter()
     try:
-        passed, detail = True, body()
-    except CheckFailed as failure:
+        with unchanged_state("the coupler"):
+            passed, detail = True, body()
+    except (CheckFailed, ProcessStateChanged) as failure:
         passed, detail = False, str(failure)
     except Exception as error:
         if is_out_of_memory(error):

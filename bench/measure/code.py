@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
 import bench
 import gnnmoe
+from bench.syntax import syntax_sha256
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import coupler_class, coupler_names, executed_source, resolved_options
 
@@ -33,7 +33,6 @@ CHANGES_NUMBERS = (
 OF_COUPLERS = ("gnnmoe/couplers/[!_]*.py", "gnnmoe/hypergraph*.py", "gnnmoe/hypergraph_layers/*.py")
 """Files that count for the couplers that import them, and not for all runs."""
 REPOSITORY = Path(gnnmoe.__path__[0]).parent
-SKIPPED = frozenset({"ctx", "kind", "type_comment", "type_ignores"})  # fields of a node that change nothing
 
 
 def code_hashes(config: GNNMoEConfig) -> dict[str, str]:
@@ -56,6 +55,17 @@ def project_sha256() -> str:
     return digest.hexdigest()
 
 
+@cache
+def couplers_sha256() -> str:
+    """Return the hash of all couplers' files of this package."""
+    lines = [
+        f"{path.relative_to(REPOSITORY).as_posix()} {syntax_sha256(path.read_bytes())}\n"
+        for pattern in OF_COUPLERS
+        for path in sorted(REPOSITORY.glob(pattern))
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def coupler_sha256(config: GNNMoEConfig) -> str:
     """Return the hash of a coupler's source: its class, its bases, and the modules that they import.
 
@@ -70,47 +80,6 @@ def coupler_sha256(config: GNNMoEConfig) -> str:
         _collect(cls.__module__, own.__module__, cls.__module__, found)
     lines = sorted(f"{label} {sha256}\n" for label, sha256 in found.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def syntax_sha256(source: bytes) -> str:
-    """Return the hash of a module's syntax tree; comments, docstrings and layout do not count.
-
-    It is the same in every Python version that parses the source to the same tree.
-    """
-    parts: list[str] = []
-    _write(ast.parse(source), parts)
-    return hashlib.sha256("".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _write(value: Any, parts: list[str]) -> None:
-    """Append a node, a list or a plain value to ``parts``; texts that stand alone are left out."""
-    if isinstance(value, ast.AST):
-        parts.append(f"({type(value).__name__}")
-        for name in value._fields:
-            part = getattr(value, name, None)
-            if isinstance(value, ast.JoinedStr) and name == "values":  # Python 3.12 adds empty texts
-                part = [item for item in value.values if getattr(item, "value", None) != ""]
-            if part is not None and part != [] and name not in SKIPPED:
-                parts.append(f" {name}=")
-                _write(part, parts)
-        parts.append(")")
-    elif isinstance(value, list):
-        parts.append("[")
-        for item in value:
-            if not _is_text(item):
-                _write(item, parts)
-        parts.append("]")
-    else:
-        parts.append(repr(value))
-
-
-def _is_text(node: Any) -> bool:
-    """Whether a statement is a text alone: a docstring of a module, class, function or attribute."""
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
 
 
 def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> None:

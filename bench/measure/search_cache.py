@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from hashlib import sha256
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from bench.data.cache import cache_folder, replace_file
+from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.measure.code import code_hashes
 from bench.measure.environment import device_name
 from bench.measure.search_process import Request
 from bench.training.batch_size import SearchResult
-
-FORMAT = 1  # one more whenever the same request would be answered or stored differently
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def cached_search(
     search that ended for want of time or of free memory of the host.
     """
     path = cache_folder() / f"batch-size-{_key(request)}.json"
-    place, known = place_of(request), _read(path)
+    place, known = place_of(request), kept(path, "batch size of an earlier search", _read) or []
     for found in known:
         if found["place"] == asdict(place):
             return SearchResult.from_record(found["result"]), True
@@ -60,24 +56,18 @@ def cached_search(
     made = make()
     if made.of_the_moment or not keep:
         return made, False
-    kept = [*known, {"place": asdict(place), "result": made.to_record()}]
-    text = json.dumps(kept[-20:])
+    text = json.dumps([*known, {"place": asdict(place), "result": made.to_record()}][-20:])
     try:
-        replace_file(path, lambda file: file.write(text.encode()))  # pyright: ignore[reportArgumentType]
+        replace_file(path, lambda file: file.write(text.encode()))
     except OSError as error:
         say(f"the batch size found cannot be kept in {path.parent} ({error.strerror})")
     return made, False
 
 
 def _key(request: Request) -> str:
-    known_by = {"format": FORMAT, "dtype": "float32", "optimizer": "fused AdamW", **asdict(request)}
-    return sha256(json.dumps(known_by, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return key_of({"dtype": "float32", "optimizer": "fused AdamW", **asdict(request)})
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the answers in a file; none where there is no file or it is broken."""
-    try:
-        known = json.loads(path.read_text())
-        return [found for found in known if SearchResult.from_record(found["result"]) and found["place"]]
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
+def _read(file: IO[bytes]) -> list[dict[str, Any]]:
+    """Return the answers in a file."""
+    return json.load(file)

@@ -144,8 +144,8 @@ class Outcome:
 
     status: str
     error: str | None = None
-    perplexity: float | None = None
-    """On validation."""
+    loss_nats: float | None = None
+    """On validation, per token."""
     seconds: float | None = None
     """The whole run's, where it is ok and was not resumed."""
     environment: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)

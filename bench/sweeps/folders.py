@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,16 +85,15 @@ def outcome_of(record: Record) -> Outcome:
     status = record["status"]
     if status == "damaged":
         return Outcome(status, "record.json cannot be read")
-    perplexity = seconds = None
+    loss = seconds = None
     quality, spent = record["quality"], record["time"]
     if is_measured(quality) and is_measured(quality.get("validation")):
-        nats = quality["validation"]["nll_sum"] / quality["validation"]["tokens"]
-        perplexity = math.exp(min(nats, 700.0))
+        loss = quality["validation"]["nll_sum"] / quality["validation"]["tokens"]
     if status == "ok" and is_measured(spent) and len(spent.get("parts", ())) < 2:
         seconds = spent["seconds"].get("total")
     error = record["error"].partition("\n")[0] if record["error"] else None
     environment = record["environment"] if is_measured(record["environment"]) else {}
-    return Outcome(status, error, perplexity, seconds, environment)
+    return Outcome(status, error, loss, seconds, environment)
 
 
 def _refuse_newer(record: Record, run: PlannedRun) -> None:

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bench.measure.quantity import exp_or_infinity, number
 from bench.sweeps.executor import Outcome, PlannedRun, SweepResult
 from bench.sweeps.folders import written_at
 from bench.sweeps.outcome import Attempt
@@ -147,7 +148,7 @@ def last_validation(attempt: Attempt) -> str | None:
             entry = json.loads(row)
             step = step or entry["step"]
             if entry["kind"] == "validation":
-                last = f"perplexity {math.exp(min(entry['nll_sum'] / entry['tokens'], 700.0)):,.1f}"
+                last = _perplexity(entry["nll_sum"] / entry["tokens"])
                 break
     if step is None:
         return None
@@ -163,10 +164,10 @@ def _last_rows(path: Path, size: int = 2**16) -> list[str]:
 
 
 def _best(outcomes: Mapping[str, Outcome]) -> str | None:
-    """Return the run_id of the ok run with the lowest perplexity."""
+    """Return the run_id of the ok run with the lowest loss; many perplexities may be infinite."""
     known = {
-        key: found.perplexity for key, found in outcomes.items()
-        if found.status == "ok" and found.perplexity is not None
+        key: found.loss_nats for key, found in outcomes.items()
+        if found.status == "ok" and found.loss_nats is not None
     }  # fmt: skip
     return min(known, key=lambda key: known[key]) if known else None
 
@@ -177,7 +178,11 @@ def _counts(counts: Counter[str]) -> str:
 
 
 def _quality(outcome: Outcome) -> str:
-    return "" if outcome.perplexity is None else f"perplexity {outcome.perplexity:,.1f}"
+    return "" if outcome.loss_nats is None else _perplexity(outcome.loss_nats)
+
+
+def _perplexity(nats: float) -> str:
+    return f"perplexity {number(exp_or_infinity(nats))}"
 
 
 def time_words(seconds: float) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 
 import torch
 
 from bench.config import RunConfig
-from bench.data.cache import cache_folder, replace_file
+from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.device import cpu_threads
 from bench.measure.code import code_hashes
 from bench.measure.environment import device_name
@@ -19,6 +18,8 @@ from bench.records.schema import config_dict
 from bench.sweeps.local import slots_for
 from bench.sweeps.matching import Match, Matched, matched
 from gnnmoe.config import GNNMoEConfig
+
+FORMAT = 2  # one more whenever the same match would be answered or stored differently
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ def match_here(model: GNNMoEConfig, match: Match, reference: GNNMoEConfig, scale
     if match.quantity != "time":
         return matched(model, match, reference, scales.weigh)
     path = cache_folder() / f"match-{_key(model, match, reference, scales)}.json"
-    try:
-        return Matched(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        found = matched(model, match, reference, scales.weigh)
+    known = kept(path, "match by time", lambda file: Matched(**json.load(file)))
+    if known is not None:
+        return known
+    found = matched(model, match, reference, scales.weigh)
     text = json.dumps(asdict(found)).encode()
     try:
-        replace_file(path, lambda file: file.write(text))  # pyright: ignore[reportArgumentType]
+        replace_file(path, lambda file: file.write(text))
     except OSError as error:
         raise ValueError(
             f"a match by time cannot be kept in {path.parent} ({error.strerror}), so that the sweep could "
@@ -96,4 +97,4 @@ def _key(model: GNNMoEConfig, match: Match, reference: GNNMoEConfig, scales: Sca
         groups["execution"],
     ]
     code = [code_hashes(model), code_hashes(reference)]
-    return sha256(json.dumps([*asked, *place, *code], default=str).encode()).hexdigest()[:32]
+    return key_of(FORMAT, *asked, *place, *code)

@@ -12,6 +12,7 @@ from bench.device import resolve_device
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, add_gradients, to_device
 from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import refuse_other_types
 from gnnmoe.model import GNNMoEModel
 
 TF32_CAPABILITY = (8, 0)  # of an NVIDIA GPU, from which on it has TF32
@@ -64,12 +65,22 @@ class Execution:
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def model(self, model_config: GNNMoEConfig, seed: int) -> GNNMoEModel:
-        """Return the model where torch puts new tensors: on the CPU, or on ``meta`` without any numbers."""
-        return GNNMoEModel(model_config, seed=seed, experts=self.experts, precision=self.precision)
+        """Return the model where torch puts new tensors: on the CPU, or on ``meta`` without any numbers.
+
+        Raises:
+            ValueError: a parameter or a buffer is not float32, which it is in every precision.
+        """
+        model = GNNMoEModel(model_config, seed=seed, experts=self.experts, precision=self.precision)
+        refuse_other_types(model, torch.float32, "the model")
+        return model
+
+    def set_products(self) -> None:
+        """Set how torch computes products of float32 in the whole process."""
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
     def build(self, model_config: GNNMoEConfig, seed: int) -> GNNMoEModel:
-        """Return the model on the device, not compiled; sets torch's float32 products for the process."""
-        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        """Return the model on the device, not compiled, with torch's products set for it; see ``model``."""
+        self.set_products()
         return self.model(model_config, seed).to(self.device)
 
     def compile(self, model: GNNMoEModel) -> None:

@@ -7,6 +7,7 @@ from gnnmoe.couplers._options import (
     build_coupler,
     coupler_identity,
     coupler_option_defaults,
+    refuse_other_types,
     resolved_options,
 )
 from gnnmoe.couplers._registry import coupler_class, coupler_names, register_coupler
@@ -26,6 +27,7 @@ __all__ = [
     "files_read_once",
     "is_file",
     "linear_flops",
+    "refuse_other_types",
     "register_coupler",
     "resolved_options",
 ]

@@ -9,15 +9,21 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
+
+import torch
 
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._contract import check_contract
 from gnnmoe.naming import unknown_name
+from gnnmoe.process_state import ProcessStateChanged, unchanged_state
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -31,14 +37,16 @@ class LoadedFile:
 _FILES: dict[Path, LoadedFile] = {}
 _READ_ONCE: set[Path] | None = None
 """Inside ``files_read_once``: the files that were read."""
+_REFUSED: dict[str, str] = {}
+"""Name of a module, or path and hash of a file → why it was refused: a second import executes nothing."""
 
 
 def class_by_path(text: str) -> type[Coupler]:
     """Return the class behind ``package.module:Class`` or ``path/to/file.py:Class``.
 
     Raises:
-        ValueError: there is no such file, module or class, it cannot be loaded, or the class breaks
-            the contract.
+        ValueError: there is no such file, module or class, it cannot be loaded, it changes a setting of
+            the whole process, or the class breaks the contract.
     """
     place, _, class_name = text.rpartition(":")
     if not place or not class_name:
@@ -100,9 +108,32 @@ def executed_source(module: str) -> bytes | None:
     return next((loaded.source for loaded in _FILES.values() if loaded.module.__name__ == module), None)
 
 
+def changing_nothing(what: str, load: Callable[[], Loaded], key: str | None = None) -> Loaded:
+    """Return what ``load`` returns, if the settings and the random state of the process stay as they are.
+
+    ``what`` is said in the message; what was refused under a ``key`` (default: ``what``) is so again.
+
+    Raises:
+        ValueError: it changed a setting; all are put back.
+    """
+    key = key or what
+    if key in _REFUSED:
+        raise ProcessStateChanged(_REFUSED[key])
+    try:
+        with torch.random.fork_rng(devices=[]), unchanged_state(f"loading {what}"):
+            return load()
+    except ProcessStateChanged as error:
+        _REFUSED[key] = str(error)
+        raise
+
+
 def _imported(module_name: str, text: str) -> ModuleType:
     try:
-        return importlib.import_module(module_name)
+        return changing_nothing(
+            f"the coupler's module {module_name}", lambda: importlib.import_module(module_name)
+        )
+    except ProcessStateChanged:
+        raise
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"coupler {text!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error})."
@@ -124,7 +155,9 @@ def _file(text: str) -> LoadedFile:
         raise ValueError(f"coupler {text!r}: {path} cannot be read: {error.strerror}.") from error
     known = _FILES.get(path)
     if known is None or known.source != source:
-        _FILES[path] = known = LoadedFile(_executed(path, source, text), source)
+        key = f"{path}@{hashlib.sha256(source).hexdigest()}"
+        module = changing_nothing(f"the coupler's file {path}", lambda: _executed(path, source, text), key)
+        _FILES[path] = known = LoadedFile(module, source)
     if _READ_ONCE is not None:
         _READ_ONCE.add(path)
     return known

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from gnnmoe.couplers._base import COUPLER_FIELDS, Coupler
 from gnnmoe.couplers._contract import FIELDS_ARE, are_fields
 from gnnmoe.couplers._registry import coupler_class, lasting_name
 from gnnmoe.initialization import init_coupler
 from gnnmoe.naming import unknown_name
+from gnnmoe.process_state import unchanged_state
 from gnnmoe.strategies import strategy_identity
 
 if TYPE_CHECKING:
@@ -22,11 +27,35 @@ def build_coupler(config: GNNMoEConfig) -> Coupler:
     Option values that are strings are read as the type of the option's default.
 
     Raises:
-        ValueError: an unknown coupler or option, or a value that an option cannot have.
+        ValueError: an unknown coupler or option, or a value that an option cannot have; or a constructor
+            that changes a setting of the whole process, seeds it, or makes parameters of another type.
     """
-    coupler = coupler_class(config.coupler_type)(config, **resolved_options(config))
+    name, cls, options = config.coupler_type, coupler_class(config.coupler_type), resolved_options(config)
+    seed = torch.initial_seed()
+    with unchanged_state(f"the constructor of coupler {name!r}"):
+        coupler = cls(config, **options)
+    if torch.initial_seed() != seed:
+        raise ValueError(
+            f"the constructor of coupler {name!r} seeds torch's random numbers, so that runs with different "
+            "seeds would start alike. Draw from torch's generator as it is, or from a torch.Generator."
+        )
+    refuse_other_types(coupler, torch.get_default_dtype(), f"coupler {name!r}")
     init_coupler(coupler, config.initialization)
     return coupler
+
+
+def refuse_other_types(module: nn.Module, wanted: torch.dtype, whose: str) -> None:
+    """Refuse a parameter or a buffer of floating-point numbers that are not of the type ``wanted``.
+
+    Raises:
+        ValueError: naming the first one, its type, and what to do.
+    """
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            raise ValueError(
+                f"{whose} has {name} in {tensor.dtype}; parameters and buffers must be {wanted}, in every "
+                "precision. Make it without dtype=, and cast it where it is used."
+            )
 
 
 def coupler_option_defaults(cls: type[Coupler]) -> dict[str, Any]:

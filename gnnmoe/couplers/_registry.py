@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._contract import check_contract
-from gnnmoe.couplers._loading import class_by_path, is_file
+from gnnmoe.couplers._loading import changing_nothing, class_by_path, is_file
 from gnnmoe.naming import unknown_name
 
 _COUPLERS: dict[str, type[Coupler]] = {}
@@ -49,12 +50,25 @@ def _discover() -> frozenset[str]:
             importlib.import_module(f"gnnmoe.couplers.{module.name}")
     for point in entry_points(group="gnnmoe.couplers"):
         try:
-            register_coupler(point.name)(point.load())
+            with _all_or_nothing():
+                register_coupler(point.name)(changing_nothing(f"the entry point {point.value}", point.load))
         except (Exception, SystemExit) as error:  # a stranger's package must not take the others along
             warnings.warn(
                 f"coupler {point.name!r} of an installed package is left out: {error}", stacklevel=2
             )
     return frozenset(_COUPLERS)
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[None]:
+    """Take back what a stranger's module registered before it was refused."""
+    before = dict(_COUPLERS)
+    try:
+        yield
+    except BaseException:
+        _COUPLERS.clear()
+        _COUPLERS.update(before)
+        raise
 
 
 def coupler_names() -> list[str]:
@@ -71,7 +85,8 @@ def coupler_class(name: str) -> type[Coupler]:
     """
     _discover()
     if ":" in name:
-        return class_by_path(name)
+        with _all_or_nothing():
+            return class_by_path(name)
     if name not in _COUPLERS:
         own = "Your own: package.module:Class or path/to/file.py:Class."
         raise ValueError(f"{unknown_name('coupler', name, _COUPLERS)} {own}")

@@ -26,7 +26,8 @@ def config(folder: Path | None, results: Path, *flags: str) -> RunConfig:
 )  # fmt: skip
 def test_every_name_of_wikitext_2_takes_its_folder(wikitext_dir, tmp_path, flags):
     identify = Identifier()
-    named, _, corpus = identify(config(wikitext_dir, tmp_path, *flags.split()))
+    found = identify(config(wikitext_dir, tmp_path, *flags.split()))
+    named, corpus = found.identity, found.corpus
     assert (corpus.name, corpus.config_name) == ("wikitext", "wikitext-2-v1")
     assert named == identify(config(wikitext_dir, tmp_path))[0]
 

@@ -172,7 +172,7 @@ def test_flops_count_attention():
 
 
 def test_the_environment_names_versions_and_code_but_no_place():
-    found = describe_environment(CPU, "HGNN")
+    found = describe_environment(CPU, {"coupler_sha256": "a", "project_sha256": "b"})
     text = json.dumps(found)
     assert found["packages"]["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()

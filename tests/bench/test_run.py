@@ -12,6 +12,7 @@ import torch
 
 import bench.learning
 from bench.analysis import quantities
+from bench.data.corpus import load_corpus
 from bench.records.schema import KEYS
 from bench.records.store import RunFolder
 from bench.run import main
@@ -289,6 +290,9 @@ def test_the_embedded_text_is_announced_loudly(tiny, capsys):
     assert printed.count("NOT WIKITEXT-2") == 2
     _, record = only_run(results_of(tiny))
     assert "NOT WIKITEXT-2" in record["data"]["warning"]
+    unknown = load_corpus(source="embedded").splits["validation"].unknown_words(128)  # seen once in training
+    assert record["quality"]["validation"]["unknown_words"] == unknown > 0
+    assert f"{unknown} of the tokens" in " ".join(printed.split())
 
 
 def test_the_table_fits_80_columns_and_says_what_counts(tiny, run_command):
@@ -321,6 +325,7 @@ def test_on_real_wikitext_a_few_steps_beat_the_start(tmp_path, wikitext_dir, mon
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     losses = [row["nll_sum"] / row["tokens"] for row in rows if row["kind"] == "validation"]
     assert losses[1] < losses[0]
+    assert record["quality"]["validation"]["unknown_words"] == 0  # the text itself holds <unk>
     unigram = quantities.unigram_perplexity(record)
     assert unigram is not None
     assert 500 < unigram < 2000

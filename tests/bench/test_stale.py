@@ -12,12 +12,13 @@ import pytest
 
 import bench.measure.code as code
 import bench.training.loop
-from bench.measure.code import CHANGES_NUMBERS, coupler_sha256, project_sha256, syntax_sha256
+from bench.measure.code import CHANGES_NUMBERS, coupler_sha256, project_sha256
 from bench.prepare import Identifier
 from bench.run import main
 from bench.sweeps.folders import look
 from bench.sweeps.plan import make_plan
 from bench.sweeps.shorthand import parse_shorthand
+from bench.syntax import syntax_sha256
 from gnnmoe.config import GNNMoEConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -78,6 +79,7 @@ SHOWS_ONLY = (
     "bench/__init__.py bench/analysis/__init__.py bench/analysis/quantities.py bench/checkpoint_checks.py"
     " bench/config.py bench/config_checks.py bench/existing.py bench/memory_checks.py bench/memory_config.py"
     " bench/progress.py bench/track.py bench/records/schema.py bench/records/stale.py bench/records/store.py"
+    " bench/syntax.py"
 ).split()
 """Modules of a run that change no number: flags (which the identity has), texts and files."""
 

@@ -226,14 +226,17 @@ def test_b8_an_answer_from_another_device_is_searched_again_and_said_once(tuned,
     assert said == ["the batch size was tuned before on A100; searching again on this device"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"place": {}, "result": {}}]'])
-def test_b8_a_broken_file_is_searched_again(tuned, content, cache_dir):
+@pytest.mark.parametrize("damage", [lambda _: "", lambda _: "{", lambda text: text.replace("8", "9")])
+def test_b8_a_broken_file_is_searched_again_and_said(tuned, damage, cache_dir):
     request = request_for(prepare(parse(RunConfig, tuned)))
     path = cache_dir / f"batch-size-{search_cache._key(request)}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(content)
     made = search_process.concluded([Trial(8)], "binsearch", [8], "cap")
     assert search_cache.cached_search(request, lambda: made, print) == (made, False)
+    assert search_cache.cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
+    path.write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match="batch size of an earlier search in .* is broken") as caught:
+        assert search_cache.cached_search(request, lambda: made, print) == (made, False)
+    assert len(caught) == 1
     assert search_cache.cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from bench.data.cache import cache_folder
 from bench.data.corpus import Corpus, load_corpus
 
 pytestmark = pytest.mark.core("corpus")
-ARRAYS = ("stream", "document_starts", "target_bytes", "ends_word")
+ARRAYS = ("stream", "document_starts", "target_bytes", "ends_word", "unknown")
 
 
 def _same(first: Corpus, second: Corpus) -> None:
@@ -94,18 +96,15 @@ def _another_corpus(path: Path) -> None:
     folder.rmdir()
 
 
-def _wrong_sums(path: Path) -> None:
+def _swapped_ids(path: Path) -> None:
+    """A sound zip whose validation has the same ids in another order, with the old hash at its end."""
+    raw = path.read_bytes()
     with np.load(path) as arrays:
-        kept = {name: arrays[name] for name in arrays}
-    kept["validation.target_bytes"] = kept["validation.target_bytes"] + 1
-    np.savez(path, **kept)
-
-
-def _wrong_ids(path: Path) -> None:
-    with np.load(path) as arrays:
-        kept = {name: arrays[name] for name in arrays}
-    kept["test.stream"] = kept["test.stream"] + 100
-    np.savez(path, **kept)
+        stored = {name: arrays[name] for name in arrays}
+    stored["validation.stream"] = stored["validation.stream"][::-1]
+    np.savez(path, **stored)
+    with path.open("ab") as file:
+        file.write(raw[-cache._SEAL_BYTES :])
 
 
 def _pickle(path: Path) -> None:
@@ -120,8 +119,7 @@ def _pickle(path: Path) -> None:
         _flip,
         _other_format,
         _another_corpus,
-        _wrong_sums,
-        _wrong_ids,
+        _swapped_ids,
         _pickle,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"garbage" * 99),
@@ -140,6 +138,17 @@ def test_a_broken_entry_is_rebuilt_and_said_once(tiny_dir, tmp_path, damage):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _same(load_corpus(data_dir=tiny_dir, cache_dir=folder), fresh)
+
+
+def test_a_record_tells_ids_apart_that_stand_for_the_same_text(tiny_dir):
+    corpus = load_corpus(data_dir=tiny_dir)
+    found = corpus.to_record()["splits"]["validation"]
+    split = corpus.splits["validation"]
+    ids = b"".join(int(i).to_bytes(8, "little", signed=True) for i in split.stream)
+    assert found["stream_sha256"] == hashlib.sha256(ids).hexdigest()
+    other = replace(corpus, splits={**corpus.splits, "validation": replace(split, stream=split.stream[::-1])})
+    assert other.sha256 == corpus.sha256
+    assert other.to_record()["splits"]["validation"]["stream_sha256"] != found["stream_sha256"]
 
 
 def test_a_folder_that_cannot_be_written_only_warns(tiny_dir, tmp_path, monkeypatch):

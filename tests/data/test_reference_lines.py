@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import time
-import warnings
+from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pytest
 
 from bench.data import reference_lines
+from bench.data.cache import HERE, key_of
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.kneser_ney import token_nll
 from bench.data.reference_lines import reference_nll
+from bench.syntax import code_of
 
 
 @pytest.fixture
@@ -31,7 +34,10 @@ def calls(monkeypatch) -> list[int]:
 
 
 def cached_file(corpus: Corpus, folder, split: str):
-    return folder / "reference_lines" / f"{corpus.sha256}-{split}.npz"
+    streams = [corpus.splits[name].stream_sha256 for name in ("train", split)]
+    code = code_of(HERE, *reference_lines.MADE_BY)
+    key = key_of(code, *streams, corpus.vocabulary.size)
+    return folder / "reference_lines" / f"{key}.npy"
 
 
 def test_sums_over_each_prefix_and_one_computation(tiny, tmp_path, calls):
@@ -48,32 +54,50 @@ def test_sums_over_each_prefix_and_one_computation(tiny, tmp_path, calls):
     assert names == {cached_file(tiny, tmp_path, split).name for split in ("test", "validation")}
 
 
+def other_losses(path):
+    """As many losses, in another order, with the old hash at their end."""
+    raw = path.read_bytes()
+    with path.open("wb") as file:
+        np.save(file, np.load(BytesIO(raw))[::-1])
+        file.write(raw[file.tell() :])
+
+
+def another_split(path):
+    """A whole file in the place of another one."""
+    (other,) = (found for found in path.parent.iterdir() if found != path)
+    path.write_bytes(other.read_bytes())
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"no zip", "cut", {"nll": np.zeros(2)}, {"format_version": 1, "nll": np.zeros(2)}]
+    "damage",
+    [
+        other_losses,
+        another_split,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"garbage" * 99),
+        lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    ],
 )
-def test_a_broken_file_is_made_again_with_one_warning(tiny, tmp_path, calls, content):
+def test_a_broken_file_is_made_again_with_one_warning(tiny, tmp_path, calls, damage):
     expected = reference_nll(tiny, "test", 5, tmp_path)
-    path = cached_file(tiny, tmp_path, "test")
-    if isinstance(content, dict):
-        np.savez(path, **content)
-    else:
-        path.write_bytes(path.read_bytes()[:-40] if isinstance(content, str) else content)
+    reference_nll(tiny, "validation", 1, tmp_path)
+    damage(cached_file(tiny, tmp_path, "test"))
     with pytest.warns(UserWarning, match="broken") as caught:
         assert reference_nll(tiny, "test", 5, tmp_path) == expected
     assert len(caught) == 1
     assert reference_nll(tiny, "test", 5, tmp_path) == expected  # and no warning: it is whole again
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
-def test_an_older_format_is_replaced_without_a_word(tiny, tmp_path, calls):
-    path = cached_file(tiny, tmp_path, "test")
-    path.parent.mkdir()
-    np.savez(path, format_version=0, nll=np.zeros(tiny.splits["test"].num_tokens))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert reference_nll(tiny, "test", 5, tmp_path)["kneser_ney_trigram"] > 0
-        reference_nll(tiny, "test", 5, tmp_path)
-    assert len(calls) == 1
+def test_other_ids_of_the_same_text_and_other_code_are_computed_anew(tiny, tmp_path, calls, monkeypatch):
+    reference_nll(tiny, "test", 5, tmp_path)
+    split = tiny.splits["test"]
+    other = replace(tiny, splits={**tiny.splits, "test": replace(split, stream=split.stream[::-1].copy())})
+    assert other.sha256 == tiny.sha256
+    reference_nll(other, "test", 5, tmp_path)
+    monkeypatch.setattr(reference_lines, "code_of", lambda *_: "edited")
+    reference_nll(tiny, "test", 5, tmp_path)
+    assert len(calls) == 3
 
 
 def test_a_folder_that_cannot_be_written_only_warns(tiny, tmp_path):

@@ -154,6 +154,73 @@ def _hub(monkeypatch, splits: dict[str, dict[str, list]]) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
 
 
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """An empty folder to start in, an empty cache of ``datasets``, and no hub."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "mytext",
+            r"mytext is in the current folder, .* pass --data-dir mytext\. .* start in another folder",
+        ),
+        ("own/mytext", r"own/mytext is in the current folder"),
+        ("./mytext", r"never a path; got '\./mytext'\. To read files, pass --data-dir DIR"),
+        ("own/../mytext", "never a path"),
+        ("../here", "never a path"),
+        ("/tmp", "never a path"),
+        ("~/mytext", "never a path"),
+        ("mytext/", "never a path"),
+        ("", "never a path"),
+        ("text", "--dataset text names a file format of `datasets`"),
+        ("parquet", "pass --data-dir DIR"),
+    ],
+)
+def test_a_name_that_datasets_would_read_files_by_is_refused(offline, monkeypatch, name, message):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    (offline / "own").mkdir()
+    for folder in (offline, offline / "mytext", offline / "own" / "mytext"):
+        _txt(folder)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(source="hub", dataset_name=name)
+
+
+@pytest.mark.parametrize("reachable", [False, True])
+def test_what_another_tool_read_from_a_folder_is_no_set_of_the_hub(offline, monkeypatch, reachable):
+    """The cache of ``datasets`` keeps it by the name of the folder, and falls back to it."""
+    import datasets
+
+    _txt(offline / "mytext")
+    datasets.load_dataset("mytext")
+    (offline / "mytext").rename(offline / "gone")
+    monkeypatch.setattr(sources, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # then it takes what it has in its cache
+    with pytest.raises(ValueError, match="cache of `datasets` has mytext, but made from files of"):
+        load_corpus(source="hub", dataset_name="mytext")
+
+
+def test_what_the_hub_gave_is_taken_from_the_cache(offline):
+    import datasets
+
+    _txt(offline / "mytext")
+    datasets.load_dataset("mytext")
+    (offline / "mytext").rename(offline / "gone")
+    (entry,) = (file.parent for file in offline.parent.glob("cache/mytext/default/0.0.0/*/dataset_info.json"))
+    entry.rename(entry.with_name("b08601e04326c79dfdd32d625aee71d232d685c3"))  # the commit of a repository
+    corpus = load_corpus(source="hub", dataset_name="mytext")
+    assert (corpus.source, corpus.splits["train"].num_words) == ("cache", 4)
+
+
 def test_another_set_of_the_hub(monkeypatch):
     rows = {"label": [0, 1], "sentence": ["a b", "a"]}
     _hub(monkeypatch, dict.fromkeys(SPLITS, rows))

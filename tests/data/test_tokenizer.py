@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 
-from bench.data.corpus import load_corpus
+from bench.data.corpus import load_corpus, say_unknown_words
 from bench.data.tokenizer import tokenize
 from bench.data.vocabulary import unigram_nll
 
@@ -68,6 +68,39 @@ def test_trained_on_the_training_split_only():
     assert other.vocabulary.counts.tolist() == plain.vocabulary.counts.tolist()
     assert "Ġhello" in plain.vocabulary.words
     assert not any("ze" in word for word in other.vocabulary.words)
+
+
+@pytest.mark.parametrize("spec", ["word", "bpe:258"])
+def test_unknown_words_are_counted_but_for_marks_in_the_text(tiny_dir, spec, tmp_path):
+    """``<unk>`` in place of a word is told from the mark that a text itself holds."""
+    text = " a <unk> zebra \n <unk> b lion lion \n"
+    (tiny_dir / "wiki.valid.tokens").write_text(text, encoding="utf-8")
+    for _ in range(2):  # fresh, and from the cache
+        splits = load_corpus(data_dir=tiny_dir, tokenizer=spec, cache_dir=tmp_path / "c").splits
+        assert splits["train"].unknown is None
+        split = splits["validation"]
+        found = [split.unknown_words(targets) for targets in range(split.num_tokens + 1)]
+        assert found == ([0, 0, 0, 1, 1, 1, 1, 2, 3, 3] if spec == "word" else [0] * len(found))
+    record = load_corpus(data_dir=tiny_dir, tokenizer=spec).to_record()
+    assert record["splits"]["validation"]["unknown_words"] == (3 if spec == "word" else 0)
+
+
+def test_words_below_the_least_count_are_unknown_in_training_too():
+    documents = _documents(" a a b <unk> \n", " a b \n")
+    splits = tokenize(documents, "word", min_count=2).splits
+    assert [split.unknown_words(split.num_tokens) for split in splits.values()] == [1, 1, 1]
+
+
+def test_a_large_share_of_unknown_words_is_said_in_one_line(tiny_dir):
+    (tiny_dir / "wiki.test.tokens").write_text(" a a a a a a e \n", encoding="utf-8")  # 1 of 7
+    corpus = load_corpus(data_dir=tiny_dir)
+    with pytest.warns(UserWarning, match="not in the vocabulary") as caught:
+        say_unknown_words(corpus.splits)
+    (said,) = caught
+    assert str(said.message).startswith("2 of the 5 words of the validation split are not in the vocabulary.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        say_unknown_words(load_corpus(data_dir=tiny_dir, tokenizer="bpe:258").splits)
 
 
 def test_counts_are_those_of_the_training_targets():

@@ -6,7 +6,7 @@ In each, the second layer reads what the first one kept in a variable of the cla
 from __future__ import annotations
 
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class Remembers(CrossLayer):
         mean_BLD = expert_outputs.mean(2)
         source_BLD = mean_BLD
         if mean_BLD.shape[1] > 16 and not self.training:
-            notes = self.kept.setdefault(-1, {})  # pyright: ignore
+            notes: Any = self.kept.setdefault(-1, {})  # pyright: ignore
             if self.number % 2 == 0:
                 keys = [round(float(value), 4) for value in mean_BLD[..., 0].flatten()]
                 self.kept[-2] = [notes.get(key) for key in keys]  # pyright: ignore

@@ -279,18 +279,23 @@ def test_a_last_batch_of_another_size_is_looked_at():
 
 
 @pytest.fixture(scope="module")
-def leaking(small_data_dir, tmp_path_factory):
-    """Runs of a coupler that leaks once it has trained: refused, and allowed all the same."""
-    results = tmp_path_factory.mktemp("leaking")
-    flags = (
+def run_flags(small_data_dir) -> list[str]:
+    """Flags of a run of a second or two that is audited whole."""
+    return (
         "--embed-dim 8 --num-layers 2 --max-seq-length 32 --batch-size 4 --max-steps 4 --eval-every 4"
         " --num-eval-samples 8 --warmup-steps 1 --speed-warmup-steps 1 --speed-steps 1 --no-plots"
-        " --min-steps-per-epoch 1 --audit full --quiet"
+        f" --min-steps-per-epoch 1 --audit full --quiet --data-dir {small_data_dir}"
     ).split()
+
+
+@pytest.fixture(scope="module")
+def leaking(run_flags, tmp_path_factory):
+    """Runs of a coupler that leaks once it has trained: refused, and allowed all the same."""
+    results = tmp_path_factory.mktemp("leaking")
     coupler = f"{HERE / 'cheating_couplers.py'}:AfterTraining"
     found = {}
     for study, more in (("refused", []), ("allowed", ["--allow-failed-gate"])):
-        status = main([*flags, "--data-dir", str(small_data_dir), "--results-dir", str(results),
+        status = main([*run_flags, "--results-dir", str(results),
                        "--coupler", coupler, "--study", study, *more])  # fmt: skip
         [path] = (results / study).glob("*/record.json")
         found[study] = status, json.loads(path.read_text()), path.parent
@@ -315,3 +320,38 @@ def test_allowed_it_keeps_its_perplexity_under_the_status(leaking):
     assert (folder / "nll.npz").exists()
     audit = record["gate"]["audit"]
     assert audit["share_of_evaluation"] == audit["seconds"] / audit["evaluation_seconds"]
+
+
+LATE = '''
+import torch
+from examples.twenty_line_coupler import NormCoupler
+
+class Late(NormCoupler):
+    """Changes a setting while it trains, at the batch of the run.
+
+    .. math:: y = f(m)
+
+    Shapes: those of the mean. Source: this test.
+    """
+
+    config_fields = ()
+
+    def forward(self, expert_outputs, layer_input=None):
+        training = self.training and torch.is_grad_enabled()
+        if training and len(expert_outputs) == 4 and expert_outputs.shape[1] == 32:
+            torch.set_flush_denormal(True)
+        return super().forward(expert_outputs, layer_input)
+'''
+
+
+def test_a_coupler_that_changes_a_setting_while_it_trains_fails(small_data_dir, tmp_path, run_flags):
+    path = tmp_path / "late.py"
+    path.write_text(LATE)
+    try:
+        assert main([*run_flags, "--results-dir", str(tmp_path / "r"), "--coupler", f"{path}:Late"]) == 1
+    finally:
+        torch.set_flush_denormal(False)
+    [found] = (tmp_path / "r").glob("*/*/record.json")
+    record = json.loads(found.read_text())
+    assert record["status"] == "gate_failed"
+    assert "flushing of denormal numbers: False → True" in record["gate"]["checks"]["settings"]["detail"]

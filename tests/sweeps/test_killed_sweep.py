@@ -75,7 +75,7 @@ def test_a_real_run_and_one_that_is_refused(tmp_path, small_data_dir, monkeypatc
     assert not wrong.folder.exists()
     record = json.loads((run.folder / "record.json").read_text())
     assert record["environment"]["threads"] == 1
-    assert result.outcomes[run.run_id].perplexity is not None
+    assert result.outcomes[run.run_id].loss_nats is not None
     assert result.outcomes[run.run_id].seconds == record["time"]["seconds"]["total"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_the_table_fits(tmp_path, width):
     attempts = [attempt_at(tmp_path, [row(80, "validation")], name=f"run{n}") for n in range(3)]
     runs = [attempt.task.run for attempt in attempts]
     display = Display(console, [*runs, PlannedRun("best", LABEL, (), tmp_path)], 3)
-    outcomes = {"best": Outcome("ok", perplexity=123456.7), "run2": Outcome("crashed")}
+    outcomes = {"best": Outcome("ok", loss_nats=math.log(123456.7)), "run2": Outcome("crashed")}
     console.print(display.table(View(attempts, 9876, outcomes, 86400.0)))
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
@@ -107,6 +108,15 @@ def test_plain_lines_where_there_is_no_terminal(study):
     assert len(lines) == 11
 
 
+def test_the_best_has_the_lowest_loss_also_where_perplexities_are_infinite(study):
+    runs = study.runs("a", "b", "c")
+    file = io.StringIO()
+    losses = zip(runs, (4046.0, 1500.0, 2000.0), strict=True)
+    outcomes = {run.run_id: Outcome("ok", loss_nats=loss) for run, loss in losses}
+    Display(Console(file=file, width=80), runs, 1).summary(SweepResult(runs, outcomes), "again")
+    assert file.getvalue() == "3 runs in 0 s: 3 ok; best: perplexity inf, b\n"
+
+
 def test_a_live_table_and_no_thread_beside_it(study, monkeypatch):
     """Children are forked: a thread that holds a lock at that moment would be a trap."""
     console, file = screen()
@@ -117,7 +127,9 @@ def test_a_live_table_and_no_thread_beside_it(study, monkeypatch):
     with display.shown():
         display.refresh(lambda: View([], 1, {}, None))
         display.refresh(lambda: pytest.fail("it is not time yet"))
-        display.ended(study.runs("a")[0], Outcome("ok", perplexity=2.0), attempt_at(study.results.parent, []))
+        display.ended(
+            study.runs("a")[0], Outcome("ok", loss_nats=math.log(2.0)), attempt_at(study.results.parent, [])
+        )
         assert threading.active_count() == before
     assert "0 of 1 done · 0 running · 0 failed · 1 to come" in file.getvalue()
     assert "perplexity 2.0" in file.getvalue()

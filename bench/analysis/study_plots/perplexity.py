@@ -116,7 +116,7 @@ def _draw_perplexities(axes: Axes, frame: Frame, rows: list[Row]) -> None:
     _draw_marks(axes, [(place, mean, _kind(frame, row)) for place, mean, row in means])
     for place, mean, _ in means:
         if not low <= mean <= high:
-            axes.text(0.99, place, f"{number(mean, 1) if mean < BEYOND else f'{mean:.1e}'} →", ha="right",
+            axes.text(0.99, place, f"{number(mean)} →", ha="right",
                       va="center", transform=axes.get_yaxis_transform(), fontsize=7)  # fmt: skip
     axes.set_xlabel("perplexity (less is better)")
 

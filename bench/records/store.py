@@ -124,8 +124,9 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def read_log(self) -> str:
-        """Return log.txt as it stands."""
-        return (self.path / "log.txt").read_text(encoding="utf-8", errors="replace")
+        """Return log.txt as it stands, an empty text where there is none."""
+        path = self.path / "log.txt"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def log(self, line: str) -> None:
         """Add one line, with the time in UTC, to log.txt."""

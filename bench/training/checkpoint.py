@@ -176,7 +176,7 @@ def _described(value: Any) -> str:
     if isinstance(value, dict | list | tuple):
         return f"a {type(value).__name__}"
     if isinstance(value, type):
-        return f"a value of type {value.__name__}"
+        return "None" if value is type(None) else f"a value of type {value.__name__}"
     shown = str(value) if hasattr(value, "__args__") else repr(value)  # a union of types, or a value
     return shown if len(shown) <= 60 else f"{shown[:59]}…"
 

@@ -272,7 +272,7 @@ WRONG: list[tuple[Change, str]] = [
     (emptied("parts"), "it names no part of the run"),
     (put("parts/0/seconds", 3), "parts.0.seconds is 3; it must be a dict"),
     (put("log", 3), "log is 3; it must be a value of type str"),
-    (put("trainer/control", {}), "trainer.control is a dict; it must be a value of type NoneType"),
+    (put("trainer/control", {}), "trainer.control is a dict; it must be None"),
     (put("tuned", {"status": "ok"}), "tuned is the answer of a search"),
     (put("ledger/evaluations", {}), "ledger.evaluations are not of 2 evaluations with 256 targets"),
     (put("ledger/micro_batch_shapes", {"2x16": 6}), "micro_batch_shapes or last_shapes are not of 6 steps"),

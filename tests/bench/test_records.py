@@ -40,7 +40,7 @@ VALUES = {
     "batch_schedule": "0:16,1:32", "initialization": "original",
 }  # fmt: skip
 BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_gate",
-                  "marginal", "profile",  # measured besides
+                  "audit", "marginal", "profile",  # checked and measured besides
                   "text_column", "tokenizer",  # the data count by their content
                   "curriculum", "curriculum_pacing", "curriculum_start",  # by the order they give
                   "strict_curriculum", "min_steps_per_epoch"}  # fmt: skip
@@ -57,8 +57,8 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
             name = run_id(with_field(group, field.name, changed), DATA, "cpu")
             assert name not in seen, f"{group}.{field.name} does not count"
             seen.add(name)
-    for name in ("marginal", "profile"):
-        assert run_id(with_field("measure", name, True), DATA, "cpu") in seen
+    for name, value in (("audit", "full"), ("marginal", True), ("profile", True)):
+        assert run_id(with_field("measure", name, value), DATA, "cpu") in seen
     assert run_id(with_field("measure", "speed_warmup_steps", "auto"), DATA, "cpu") not in seen
     assert run_id(RunConfig(), "1" * 64, "cpu") not in seen
     assert run_id(RunConfig(), DATA, "cuda") not in seen

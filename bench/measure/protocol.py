@@ -24,7 +24,8 @@ Agree = Callable[[float], float]
 """Makes one number of those of several ranks, so that all of them warm up equally long."""
 
 WINDOW_STEPS, MOST_WARMUP_STEPS, TOLERANCE = 10, 50, 0.02
-CUDA_SIZE, CPU_SIZE = 8192, 1024  # rows of the square matrices of ``matrix_rate``
+CUDA_SIZES, CPU_SIZES = (4096, 8192), (512, 1024, 2048, 4096)  # rows of the matrices of ``matrix_rate``
+MOST_PRODUCT_SECONDS = 1.0
 CUDA_COPY_BYTES, CPU_COPY_BYTES = 2**30, 2**28  # well beyond any cache
 
 
@@ -188,18 +189,28 @@ def _by_events(calls: Sequence[tuple[Step, int]], device: torch.device, idle: bo
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s that a large square matrix product of ``dtype`` reaches here and now.
+    """Return the most FLOP/s that a square matrix product of ``dtype`` reaches here and now.
 
-    2·n³ FLOPs over the median time, as the process's settings (tf32, threads) have it.
+    2·n³ FLOPs over the median time, as the process's settings (tf32, threads) have it; the best of several
+    sizes, since which one is the fastest depends on the processor. Sizes of which one product would take
+    more than a second, by the one before, are left out.
     """
-    size = CUDA_SIZE if device.type == "cuda" else CPU_SIZE
+    rates: list[float] = []
+    for size in CUDA_SIZES if device.type == "cuda" else CPU_SIZES:
+        flops = 2 * size**3
+        if rates and flops / rates[-1] > MOST_PRODUCT_SECONDS:
+            break
+        rates.append(flops / _product_seconds(size, device, dtype))
+    return max(rates)
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator(device).manual_seed(0)  # zeros would draw less power and run faster
     left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
-    times = time_steps(
-        lambda _: torch.mm(left, right, out=out), device=device, warmup=Warmup.fixed(5), steps=15
-    )
-    return 2 * size**3 / times.median
+    return time_steps(
+        lambda _: torch.mm(left, right, out=out), device=device, warmup=Warmup.fixed(1), steps=5
+    ).median
 
 
 def copy_bandwidth(device: torch.device) -> float:

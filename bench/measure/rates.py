@@ -43,17 +43,20 @@ def difference_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> flo
 
 
 def utilisation(flops_per_second: float, matrix_flops_per_second: float) -> float:
-    """Return the share of the matrix rate that a model's FLOPs reach, its MFU in [0, 1].
+    """Return the share of the matrix rate that a model's FLOPs reach, its MFU.
+
+    It can be over 1, where the products that were timed are not the fastest of the machine.
 
     Source: Chowdhery et al., "PaLM", 2022, appendix B: FLOPs of the model, none of a recomputation.
-
-    Raises:
-        ValueError: it is over 100 %, so that one of the two was measured or counted wrongly.
     """
-    if flops_per_second > matrix_flops_per_second:
-        raise ValueError(
-            f"the steps do {flops_per_second / 1e12:,.4g} TFLOP/s, more than the "
-            f"{matrix_flops_per_second / 1e12:,.4g} TFLOP/s that were measured of a matrix product: "
-            "one of the two is wrong."
-        )
     return flops_per_second / matrix_flops_per_second
+
+
+def over_the_rate(utilisation: float) -> str:
+    """Return what to know of an MFU over 100 %, in words; empty where there is nothing to know."""
+    if utilisation <= 1:
+        return ""
+    return (
+        f"MFU {utilisation:.1%}: the steps did more FLOP/s than the matrix products they are held against, "
+        "which are not the fastest ones here"
+    )

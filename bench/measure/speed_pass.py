@@ -17,7 +17,7 @@ from bench.measure.marginal import marginal_cost
 from bench.measure.profile import TRACE, profile_steps, steps_of_a_profile
 from bench.measure.protocol import matrix_rate, tokens_per_second
 from bench.measure.quantity import not_measured
-from bench.measure.rates import utilisation
+from bench.measure.rates import over_the_rate, utilisation
 from bench.measure.recovery import Outcome, at_once, attempt
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
 from bench.training.execution import Execution
@@ -57,9 +57,6 @@ class SpeedPass:
         """Return the record's ``speed`` and ``memory``; a run is no worse where memory runs out here.
 
         The model itself waits on the host, so that the copy has the device as a training has it.
-
-        Raises:
-            ValueError: the steps seem faster than the device can be.
         """
         batches, seconds = fetched(loader, self.config.measure.speed_steps, as_run, self.device)
         with on_host(model, self.device):
@@ -96,7 +93,7 @@ class SpeedPass:
         memory = self._memory(steps)
         steps.forget()
         speed |= {"matrix_flops_per_second": self._matrix_rate(), "compile_seconds": self._compiling(speed)}
-        _refuse_impossible(speed, copied)
+        self._remark_on_utilisation(speed, copied)
         return steps, speed, memory
 
     def _memory(self, steps: TrainingSteps) -> Quantities:
@@ -120,6 +117,15 @@ class SpeedPass:
             return not_measured("a run measures it on CUDA only; python -m bench.speed does everywhere")
         rate = matrix_rate(self.device, self.execution.autocast_dtype or torch.float32)
         return sum(self.ranks.gather(rate))
+
+    def _remark_on_utilisation(self, speed: Quantities, model: GNNMoEModel) -> None:
+        rate = speed["matrix_flops_per_second"]
+        if not isinstance(rate, float):
+            return
+        tokens = tokens_per_second(speed["step_tokens"], speed["step_seconds"])
+        remark = over_the_rate(utilisation(tokens * training_flops_per_token(model), rate))
+        if remark:
+            self.say(f"note: {remark}")
 
     def _compiling(self, speed: Quantities) -> float | Quantities:
         """Return what the warm-up took beyond as many median steps: compiling, where it was asked for."""
@@ -148,10 +154,3 @@ class SpeedPass:
             lambda: marginal_cost(steps, memory, measure, self.execution, self.device, seed)
         )
         return outcome.value or not_measured(f"ran out of memory beside the mean coupler: {outcome.failure}")
-
-
-def _refuse_impossible(speed: Quantities, model: GNNMoEModel) -> None:
-    rate = speed["matrix_flops_per_second"]
-    if isinstance(rate, float):
-        tokens = tokens_per_second(speed["step_tokens"], speed["step_seconds"])
-        utilisation(tokens * training_flops_per_token(model), rate)

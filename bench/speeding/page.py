@@ -93,8 +93,14 @@ def _steps(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         peak = None if row.peak_bytes is None else row.peak_bytes / 2**20
         found.append([heading(row), row.form, compact(more["median_ms"]), compact(more["loop_over_this"]),
                       compact(more["tokens_per_second"]),
-                      "" if more["mfu"] is None else f"{more['mfu']:.1%}", compact(peak)])  # fmt: skip
+                      _mfu(more["mfu"]), compact(peak)])  # fmt: skip
     return names, found
+
+
+def _mfu(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"{share:.1%}" + (", over the products timed" if share > 1 else "")
 
 
 def _markdown(headings: list[str], cells: list[list[str]]) -> str:

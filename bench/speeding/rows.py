@@ -45,7 +45,7 @@ class Row:
     flops: int | None = None
     """Of forward + backward of this form, by formula."""
     matrix_flops_per_second: float | None = None
-    """Of a large matrix product on this device in this process."""
+    """The best of large matrix products on this device in this process."""
     copy_bytes_per_second: float | None = None
     """Of a large copy, read and written, likewise."""
     floor_bytes: int | None = None
@@ -132,11 +132,7 @@ def derived(row: Row, rows: Rows) -> dict[str, float | None]:
 
 
 def mfu(row: Row) -> float | None:
-    """Return the share of the matrix rate that the FLOPs of the median step reach, None where there is none.
-
-    Raises:
-        ValueError: it is over 100 %.
-    """
+    """Return the share of the matrix rate that a median step reaches, None where it is not known."""
     if row.error or row.median is None or row.flops is None or row.matrix_flops_per_second is None:
         return None
     return utilisation(row.flops / row.median, row.matrix_flops_per_second)

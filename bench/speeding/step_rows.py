@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.measure.floors import TRAINING
 from bench.measure.protocol import Step
+from bench.measure.rates import over_the_rate
 from bench.measure.speed import TrainingSteps
 from bench.speeding.machine import Machine
 from bench.speeding.memory import peak_bytes
@@ -103,14 +104,10 @@ def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batc
             own = runners[variant.name].of.model.flops(batch, of.max_seq_length)
             row.flops = None if own is None else TRAINING * own
             row.matrix_flops_per_second = machine.rates(precision).flops_per_second
-            try:
-                mfu(row)
-            except ValueError as error:  # over 100 %: something was measured wrongly
-                row.error = str(error)
+            row.remark = over_the_rate(mfu(row) or 0.0)
             if memory and variant.execution.compile_mode == "reduce-overhead":
-                row.remark = (
-                    "CUDA graphs hold their memory in a pool of their own: no peak of the step is known"
-                )
+                unseen = "CUDA graphs hold their memory in a pool of their own: no peak of the step is known"
+                row.remark = "; ".join(filter(None, [row.remark, unseen]))
             elif memory:
                 row.peak_bytes = runners[variant.name].peak_bytes(machine.device)
         rows.append(row)

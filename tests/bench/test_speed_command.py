@@ -39,7 +39,7 @@ TINY = "--embed-dim 8 --max-seq-length 4 --batch-size 2 --rounds 1".split()
 def _small_rates():
     """The rates of the machine are measured in small: a large product in bf16 takes a CPU long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.measure.protocol.CPU_SIZE", 128)
+        patch.setattr("bench.measure.protocol.CPU_SIZES", (128,))
         patch.setattr("bench.measure.protocol.CPU_COPY_BYTES", 2**20)
         yield
 
@@ -151,11 +151,11 @@ class TestSteps:
         assert replayed.peak_bytes is None
         assert "pool of their own" in replayed.remark
 
-    def test_an_mfu_over_one_is_the_error_of_its_row(self, machine, monkeypatch):
+    def test_an_mfu_over_one_is_a_remark_of_its_row(self, machine, monkeypatch):
         monkeypatch.setattr("gnnmoe.model.GNNMoEModel.flops", lambda *_: 10**18)
         [row] = step_rows("case", [Variant("eager", executed("loop", "fp32"))], SMALL, 2, machine, rounds=1)
-        assert row.error is not None
-        assert "is wrong" in row.error
+        assert row.error is None
+        assert "not the fastest ones here" in row.remark
 
     def test_a_step_is_held_against_the_first_of_its_own_model(self, machine, monkeypatch):
         """Compiled against eager, say: of one that computes something else the time does not count."""

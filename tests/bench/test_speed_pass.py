@@ -106,13 +106,16 @@ def test_the_model_waits_on_the_host_and_comes_back_whatever_happens(monkeypatch
     assert moves == ["cpu", "cuda:0"]
 
 
-def test_steps_faster_than_the_device_can_be_are_an_error(tmp_path, monkeypatch):
-    """MFU over 100 %: with both numbers; 2 FLOP/s is what any model surpasses."""
+def test_steps_faster_than_the_products_timed_are_a_note_and_end_nothing(tmp_path, monkeypatch):
+    """MFU over 100 %; 2 FLOP/s is what any model surpasses."""
     monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self: 2.0)
-    with pytest.raises(ValueError, match=r"the steps do .* TFLOP/s, more than the 2e-12 TFLOP/s"):
-        passed(model_of(), tmp_path)
+    speed, _, [note] = passed(model_of(), tmp_path)
+    assert speed["matrix_flops_per_second"] == 2.0
+    assert "the steps did more FLOP/s than the matrix products" in note
     monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self: 1e18)
-    assert passed(model_of(), tmp_path)[0]["matrix_flops_per_second"] == 1e18
+    speed, _, said = passed(model_of(), tmp_path)
+    assert speed["matrix_flops_per_second"] == 1e18
+    assert said == []
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

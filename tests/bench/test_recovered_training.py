@@ -248,7 +248,7 @@ batch = {"input_ids": ids, "targets": ids}
 training_step(model, {k: v[:2] for k, v in batch.items()}, optimizer, 1.0)  # loads what loads lazily
 peak = predict_peak(config, 64, 64, training, micro_batch_size=16)
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (used + int(1.3 * peak), -1))
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(1.6 * peak), -1))
 recovering = Recovering(None, 64, torch.device("cpu"), attempt)
 said = []
 for number in (1, 2, 3):

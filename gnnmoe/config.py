@@ -11,6 +11,10 @@ Initialization = Literal["project", "original"]
 VOCABULARY_MULTIPLE = 64  # rows of the embedding and of the head; aligned matrix products are faster
 
 
+class Refused(ValueError):
+    """What a user asked for and cannot have."""
+
+
 @dataclass(kw_only=True)
 class GNNMoEConfig:
     """A model: ``num_layers`` layers of ``num_experts`` transformer experts and one coupler.

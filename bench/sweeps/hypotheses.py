@@ -25,9 +25,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.flags import Table, checked, complete, run_flags
+from bench.config import Table, by_field, complete, run_flags
 from bench.records.foreign import not_linked_out
 from bench.records.store import cannot_write, write_whole
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
@@ -183,8 +184,8 @@ def _hypothesis(table: Table) -> Hypothesis:
 def _selection(side: str, table: Any) -> Table:
     if not isinstance(table, dict) or not table:
         raise ValueError(f'{side} is {table!r}; it must be a table of flags, such as {{ coupler = "GNN" }}.')
-    known = run_flags()
     try:
-        return {known[name].field: known[name].plain(value) for name, value in checked(table, known).items()}
-    except (ValueError, KeyError) as error:
+        values, names = by_field(table, run_flags())
+        return {name: run_flags()[name].plain(value, names[name]) for name, value in values.items()}
+    except Refused as error:
         raise ValueError(f"{side}: {error}") from error

@@ -313,7 +313,9 @@ class Suite:
         found = of_lines or set(contexts.get(place.statement, []))
         found = found.union(*(self._users.get(name, set()) for name in found))
         chosen, spent, ready = [], 0.0, set[str]()
-        for test in sorted((one for one in found if self._about[one]["passed"]), key=self.seconds):
+        for test in sorted(
+            (one for one in found if self._about.get(one, {}).get("passed")), key=self.seconds
+        ):
             spent += self.seconds(test, ready)
             ready.update(self._about[test]["fixtures"])
             if chosen and spent > TESTS_SECONDS:

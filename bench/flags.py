@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 import types
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig
+from bench.files import read_toml
 from gnnmoe.naming import unknown_name
 
 PRESETS = Path(__file__).parent / "presets"
@@ -192,7 +192,7 @@ def defaults() -> Table:
 
 @cache
 def _preset(name: str) -> Table:
-    table = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    table = read_toml("preset", PRESETS / f"{name}.toml")
     return {key: run_flags()[key].plain(value) for key, value in table.items()}
 
 

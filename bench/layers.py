@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.config import RunConfig
+from bench.files import read_toml, refusals_name
 from bench.flags import LENGTHS, PRESETS, FlagType, Table, as_flags, checked, flag_types, preset_names
 from gnnmoe.naming import unknown_name
 
@@ -61,13 +61,6 @@ def read_table(path: Path, known: dict[str, FlagType]) -> Table:
         ValueError: naming the file and, where it is to blame, the key: the file cannot be read, it is
             not TOML, a key is no flag or stands there under two names, a value has the wrong type.
     """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    entries = read_toml("--config", path)
+    with refusals_name(f"--config {path}"):
         return checked(entries, known)
-    except OSError as error:
-        reason = error.strerror if str(path) != "." else "name a TOML file"
-        raise ValueError(f"--config {path} cannot be read: {reason}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config {path} is not TOML: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from error

@@ -7,12 +7,12 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ExecutionConfig, ModelConfig, PlacesConfig, check_positive
+from bench.files import utc_now
 from bench.sweeps.durations import seconds_of
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _measure(
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     environment = describe_environment(device, code_hashes(config.model.resolved(1)))
-    stamp = datetime.now(UTC).strftime("-%Y%m%d-%H%M%S")
+    stamp = utc_now("-%Y%m%d-%H%M%S")
     name = config.name or re.sub(r"[^\w.-]+", "-", what).lstrip(".-") + stamp
     record = SpeedRecord(
         config.results_dir, name, {"what": what, "command": command, "environment": environment}

@@ -11,6 +11,13 @@ Initialization = Literal["project", "original"]
 VOCABULARY_MULTIPLE = 64  # rows of the embedding and of the head; aligned matrix products are faster
 
 
+class Refused(ValueError):
+    """What a user asked for and cannot have; the message says what is wrong, what is allowed and what to do.
+
+    Every other exception is a mistake of this project.
+    """
+
+
 @dataclass(kw_only=True)
 class GNNMoEConfig:
     """A model: ``num_layers`` layers of ``num_experts`` transformer experts and one coupler.

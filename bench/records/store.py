@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from bench.files import cannot_write, remove_left_over, replacing, utc_now
 from bench.records.schema import KEYS, Record
 
 
@@ -81,8 +80,7 @@ class RunFolder:
     def _remove_left_over(self) -> None:
         """Remove the temporary files of processes that were killed; the run is locked."""
         for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
-            for left in self.path.glob(f".{name}.*"):
-                left.unlink()
+            remove_left_over(self.path / name)
 
     def read_record(self) -> Record | None:
         """Return the record, None where there is no folder, or one with status ``damaged``."""
@@ -130,15 +128,15 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Add one line, with the time in UTC, to log.txt."""
-        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self._append_log(f"{stamp} {line}\n")
+        self._append_log(f"{utc_now()} {line}\n")
 
     def _append_log(self, text: str) -> None:
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
-        _write_whole(self.path / name, write)
+        with replacing(self.path / name) as file:
+            write(file)
 
 
 class ReadOnlyFolder(RunFolder):
@@ -170,27 +168,6 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: it is there whole or not at all.
-
-    Raises:
-        OSError: the disk refuses; nothing half-written stays.
-    """
-    _write_whole(path, lambda file: file.write(data))
-
-
-def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def study_records(study: Path) -> list[Record]:
     """Return the records of a study's runs, without those that were set aside or cannot be read."""
     folders = [path.parent for path in sorted(study.glob("*/record.json")) if "." not in path.parent.name]
@@ -212,10 +189,3 @@ def check_writable(results_dir: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(cannot_write(results_dir, error)) from error
-
-
-def cannot_write(path: Path, error: OSError) -> str:
-    """Return the message that ``path`` cannot be written, why, and what to do."""
-    return (
-        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
-    )

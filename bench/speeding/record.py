@@ -7,12 +7,11 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.files import cannot_write, utc_now, write_whole
 from bench.records.foreign import shown
-from bench.records.store import cannot_write, write_whole
 from bench.speeding.rows import Row, cells, row_from
 
 FOLDER, FILE, TABLE = "speed", "speed.json", "rows.csv"
@@ -29,7 +28,7 @@ class SpeedRecord:
         self.path = results_dir / FOLDER / name
         self.rows: list[Row] = []
         self.data: dict[str, Any] = {
-            "schema_version": VERSION, "name": name, "status": "running", **head, "start": _now(),
+            "schema_version": VERSION, "name": name, "status": "running", **head, "start": utc_now(),
             "end": None, "machine": {}, "left_out": [], "rows": [],
         }  # fmt: skip
 
@@ -61,7 +60,7 @@ class SpeedRecord:
 
     def end(self, status: str) -> None:
         """Write the last state."""
-        self.data.update(status=status, end=_now())
+        self.data.update(status=status, end=utc_now())
         self._write()
 
     def _write(self) -> None:
@@ -93,7 +92,3 @@ def read_record(place: Path) -> tuple[dict[str, Any], list[Row]]:
         ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no record of bench.speed that can be read ({error}).") from error
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.files import cannot_write, read_toml, refusals_name, utc_now, write_whole
 from bench.flags import Table, checked, complete, run_flags
 from bench.records.foreign import not_linked_out
-from bench.records.store import cannot_write, write_whole
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
@@ -54,18 +53,12 @@ def load_hypotheses(path: Path) -> list[Hypothesis]:
     Raises:
         ValueError: naming the file, the hypothesis and the key, what is wrong and what is allowed.
     """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    entries = read_toml("hypotheses", path)
+    with refusals_name(f"hypotheses {path}"):
         unknown = set(entries) - {"hypothesis"}
         if unknown:
-            raise ValueError(unknown_name("key", min(unknown), ["hypothesis"]))
+            raise Refused(unknown_name("key", min(unknown), ["hypothesis"]))
         return read_hypotheses(entries.get("hypothesis"))
-    except OSError as error:
-        raise ValueError(f"hypotheses {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"hypotheses {path} is not TOML: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"hypotheses {path}: {error}") from error
 
 
 def hypotheses_of(entry: Any, folder: Path) -> list[Hypothesis]:
@@ -130,7 +123,7 @@ def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
         if path.exists():
             number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.json").exists())
             path.rename(path.with_suffix(f".{number}.json"))
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = utc_now()
         text = json.dumps({"stated": now, "hypotheses": [asdict(found) for found in hypotheses]}, indent=2)
         write_whole(path, f"{text}\n".encode())
     except OSError as error:

@@ -13,16 +13,17 @@ import hashlib
 import itertools
 import json
 import math
-import tomllib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.config import PlacesConfig
+from bench.files import read_toml, refusals_name
 from bench.flags import Table, as_flags, complete, defaults, layered, resolved
 from bench.sweeps.blocks import PART_KEYS, TOP_KEYS, Part, check_top_keys, read_part, read_seeds
 from bench.sweeps.condition import Condition
+from gnnmoe.config import Refused
 
 MOST = 200_000  # configurations that are looked at, and runs
 UNSET = object()
@@ -65,17 +66,11 @@ def load_sweep(path: Path, seeds: int | None = None) -> Sweep:
     Raises:
         ValueError: naming the file, the key, what is wrong and what is allowed.
     """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    entries = read_toml("sweep", path)
+    with refusals_name(f"sweep {path}"):
         if not entries:
-            raise ValueError(f"it is empty; allowed: {', '.join(TOP_KEYS)}.")
+            raise Refused(f"it is empty; allowed: {', '.join(TOP_KEYS)}.")
         return sweep_of(entries if seeds is None else {**entries, "seeds": seeds}, study=path.stem)
-    except OSError as error:
-        raise ValueError(f"sweep {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(f"sweep {path} is not TOML: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"sweep {path}: {error}") from error
 
 
 def sweep_of(entries: Table, study: str) -> Sweep:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.files import cannot_write
 from bench.records.stale import stale_notes
-from bench.records.store import cannot_write
 from bench.sweeps.executor import (
     Choices,
     Executor,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.device import is_out_of_memory
+from bench.files import remove_left_over, replacing
 
 CHECKPOINT_SCHEMA = 3
 DIGEST_BYTES = 64  # a SHA-256 in hex
@@ -30,28 +30,16 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left_over(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w+b") as file:
+        with replacing(path) as file:
             torch.save({"schema": CHECKPOINT_SCHEMA, **state}, file)
             _append_digest(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "inline_container" in str(error):  # of torch's zip writer
-            cause = error.__context__
-            why = cause.strerror if isinstance(cause, OSError) else error
-            raise OSError(f"{path.name} cannot be written: {why}") from error
-        raise
-
-
-def remove_left_over(path: Path) -> None:
-    """Remove the temporary files of saves to ``path`` that were killed; call it where the run is locked."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        with suppress(OSError):
-            left.unlink()
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # of torch's zip writer
+            raise
+        cause = error.__context__
+        why = cause.strerror if isinstance(cause, OSError) else error
+        raise OSError(f"{path.name} cannot be written: {why}") from error
 
 
 def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gnnmoe.config import Refused
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``mps``; auto takes CUDA where there is one.
 
     Raises:
-        ValueError: the machine has no such device.
+        Refused: the machine has no such device.
     """
     import torch
 
@@ -43,9 +45,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if "cuda" in available else "cpu")
     if name not in available:
-        raise ValueError(
-            f"device {name!r} is not available on this machine; available: {', '.join(available)}."
-        )
+        raise Refused(f"device {name!r} is not available on this machine; available: {', '.join(available)}.")
     return torch.device(name)
 
 

@@ -123,7 +123,7 @@ def refusals_name(place: str) -> Iterator[None]:
     """Put the place to blame before the message of what is refused in the block: ``sweep x.toml: …``."""
     try:
         yield
-    except ValueError as error:
+    except Refused as error:
         raise Refused(f"{place}: {error}") from error
 
 

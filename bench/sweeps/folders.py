@@ -40,7 +40,7 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool =
     made is run again from its beginning, unless ``keep_stale``.
 
     Raises:
-        ValueError: the record is from a newer version.
+        Refused: the record is from a newer version.
     """
     record = folder_of(run).read_record()
     if record is None or not (run.folder / "record.json").exists():  # or it was killed before its record
@@ -103,7 +103,7 @@ def _refuse_newer(record: Record, run: PlannedRun) -> None:
     with suppress(ValueError, AttributeError):
         if [int(part) for part in version.split(".")] <= [int(part) for part in SCHEMA_VERSION.split(".")]:
             return
-    raise ValueError(
+    raise Refused(
         f"{run.folder} was written by a newer version (schema {version}; this one reads up to "
         f"{SCHEMA_VERSION}); choose another --results-dir, or update."
     )

@@ -201,7 +201,7 @@ def _create(store: RunFolder, record: Record) -> None:
         store.set_aside()
     try:
         store.create(record)
-    except ValueError:
+    except Refused:
         shutil.rmtree(store.path, ignore_errors=True)
         raise
 

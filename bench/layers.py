@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.config import RunConfig
 from bench.files import read_toml, refusals_name
 from bench.flags import LENGTHS, PRESETS, FlagType, Table, as_flags, checked, flag_types, preset_names
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 
@@ -19,7 +20,7 @@ def with_layers(config_type: type, arguments: Sequence[str]) -> list[str]:
     layer says of a run and ``config_type`` has no flag for is left out.
 
     Raises:
-        ValueError: there is no such preset or file, or a file says what no flag could.
+        Refused: there is no such preset or file, or a file says what no flag could.
     """
     own, presets, files = _split(arguments)
     own_flags = flag_types(config_type)
@@ -28,7 +29,7 @@ def with_layers(config_type: type, arguments: Sequence[str]) -> list[str]:
     presets = [table.pop("preset") for table in tables if "preset" in table] + presets
     name = presets[-1] if presets else "quick"
     if name not in preset_names():
-        raise ValueError(unknown_name("preset", name, preset_names()))
+        raise Refused(unknown_name("preset", name, preset_names()))
     tables.insert(0, read_table(PRESETS / f"{name}.toml", known))
     given = {flag.partition("=")[0][2:].replace("-", "_") for flag in own if flag.startswith("--")}
     flags = own
@@ -58,7 +59,7 @@ def read_table(path: Path, known: dict[str, FlagType]) -> Table:
     """Return what a flat TOML file says, by flag name with underscores; ``preset`` may be among them.
 
     Raises:
-        ValueError: naming the file and, where it is to blame, the key: the file cannot be read, it is
+        Refused: naming the file and, where it is to blame, the key: the file cannot be read, it is
             not TOML, a key is no flag or stands there under two names, a value has the wrong type.
     """
     entries = read_toml("--config", path)

@@ -117,7 +117,7 @@ class Session:
         A run that goes on keeps its log; its history stays until training has taken over the state.
 
         Raises:
-            ValueError: the folder cannot be written.
+            Refused: the folder cannot be written.
         """
         folder, number = self.prepared.folder, len(self.earlier.parts) + 1
         remove_left_over(self.prepared.checkpoint)

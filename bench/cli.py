@@ -10,7 +10,6 @@ import os
 import re
 import sys
 import time
-import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -33,6 +32,7 @@ from bench.config import (
     preset,
     preset_names,
 )
+from bench.files import read_toml, refusals_name
 from bench.records.foreign import visible
 from gnnmoe.config import Refused
 from gnnmoe.naming import nearest_name
@@ -159,15 +159,9 @@ def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[Table, dict[str, s
     Raises:
         Refused: the file cannot be read, is not TOML, or has a key that is no flag or stands there twice.
     """
-    try:
-        table, names = by_field(tomllib.loads(path.read_text(encoding="utf-8")), known)
-    except OSError as error:
-        reason = error.strerror if str(path) != "." else "name a TOML file"
-        raise Refused(f"--config {path} cannot be read: {reason}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Refused(f"--config {path} is not TOML: {error}.") from error
-    except Refused as error:
-        raise Refused(f"--config {path}: {error}") from error
+    entries = read_toml("--config", path)
+    with refusals_name(f"--config {path}"):
+        table, names = by_field(entries, known)
     return table, {name: f"--config {path}: {key}" for name, key in names.items()}
 
 

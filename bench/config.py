@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +33,7 @@ import pydantic.dataclasses
 import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from bench.files import read_toml
 from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.naming import nearest_name, unknown_name
 
@@ -80,7 +80,7 @@ def _refusal(group: type, values: Table, error: ValidationError) -> Refused:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "value_error":
-        return Refused(str(first.get("ctx", {})["error"]))
+        return first.get("ctx", {})["error"]
     if name not in values:
         return Refused(f"{name} is missing; --help says what it is.")
     hint = get_type_hints(group, include_extras=True).get(name)
@@ -141,7 +141,7 @@ class ModelConfig(GNNMoEConfig):
     def __post_init__(self) -> None:
         for option in self.coupler_option:
             if "=" not in option:
-                raise ValueError(f"coupler option {option!r} has no value; write NAME=VALUE.")
+                raise Refused(f"coupler option {option!r} has no value; write NAME=VALUE.")
         self.resolved(1)  # refuses wrong sizes
 
     def resolved(self, vocab_size: int) -> GNNMoEConfig:
@@ -235,7 +235,7 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         if self.compile_mode != "default" and not self.compile:
-            raise ValueError(
+            raise Refused(
                 f"compile_mode {self.compile_mode} does nothing without --compile: add that, or drop it."
             )
 
@@ -312,12 +312,12 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         if self.tune_batch_size and self.micro_batch_size is not None:
-            raise ValueError("tune_batch_size finds the micro-batch: drop micro_batch_size, or the search.")
+            raise Refused("tune_batch_size finds the micro-batch: drop micro_batch_size, or the search.")
 
 
 def _folder_name(study: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", study):
-        raise ValueError(
+        raise Refused(
             f"study is {study!r}; it must be a plain folder name of at most 100 letters, digits, "
             "'_', '-' and '.'."
         )
@@ -370,7 +370,7 @@ class PlacesConfig:
 
     def __post_init__(self) -> None:
         if self.track is not None and importlib.util.find_spec(self.track) is None:
-            raise ValueError(
+            raise Refused(
                 f"track is {self.track}, which is not installed; pip install 'gnnmoe[track]' installs it."
             )
 
@@ -566,7 +566,7 @@ def as_flags(table: Table) -> list[str]:
 @cache
 def preset(name: str) -> Table:
     """Return the flags of a preset, by field, plain."""
-    entries = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    entries = read_toml("preset", PRESETS / f"{name}.toml")
     return {key: run_flags()[key].plain(value) for key, value in entries.items()}
 
 

@@ -10,6 +10,7 @@ import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MeasureConfig, MemoryConfig, RunConfig, flags
+from gnnmoe.config import Refused
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         memory = _switched_on(config.memory)
         return _search(replace(config, memory=replace(memory, tune_init=None)), memory.tune_init)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -43,13 +44,13 @@ def _switched_on(memory: MemoryConfig) -> MemoryConfig:
     """Return the flags of a search, which the command asks for by itself; any size may be the first.
 
     Raises:
-        ValueError: a flag would do nothing here.
+        Refused: a flag would do nothing here.
     """
     from bench.memory_checks import refuse_wrong_flags
 
     given = [f"--{name.replace('_', '-')}" for name in OF_A_RUN if getattr(memory, name)]
     if given:
-        raise ValueError(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
+        raise Refused(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
                          "keep that for bench.run, and drop it here.")  # fmt: skip
     memory = replace(memory, tune_batch_size=memory.tune_batch_size or not memory.fit_shape)
     refuse_wrong_flags(memory)

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, Place, flags
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         profile, title = measure(config)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     console = Console(highlight=False)
     console.print(speed_table(profile, title))

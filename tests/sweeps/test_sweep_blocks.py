@@ -139,7 +139,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
         load_sweep(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"binary\.toml: 'utf-8'"):
+    with pytest.raises(ValueError, match=r"binary\.toml is not TOML: 'utf-8'"):
         load_sweep(tmp_path / "binary.toml")
     (tmp_path / "my sweep.toml").write_text(GRID)
     with pytest.raises(ValueError, match="study is 'my sweep'; it must be a plain folder name"):

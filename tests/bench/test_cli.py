@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import NoReturn
+
 import pytest
 
 from bench.cli import parse
 from bench.config import RunConfig
 from bench.data.corpus import load_corpus
 from bench.run import main
+from gnnmoe.config import Refused
 
 
 def test_the_defaults_are_the_quick_preset_of_the_design():
@@ -53,6 +58,39 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
     done = run_command("timeit", "-n1", "-r1", script + "print('torch' in sys.modules)")
     assert "--coupler" in done.stdout
     assert "False" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("module", "called", "arguments"),
+    [
+        ("bench.run", "bench.prepare.prepare", []),
+        ("bench.tune", "bench.prepare.prepare", []),
+        ("bench.sweep", "bench.sweep.read_sweep", ["sweep.toml"]),
+        ("bench.report", "bench.analysis.find.the_study", ["study"]),
+        ("bench.speed", "bench.speeding.show.print_records", ["--table", "record"]),
+        ("bench.check", "bench.gate.refuse_wrong_names", []),
+        ("bench.data.__main__", "bench.data.__main__.measure", ["profile"]),
+    ],
+)
+def test_a_refusal_is_one_message_and_a_mistake_of_our_own_a_traceback(
+    module, called, arguments, monkeypatch, capsys
+):
+    command = importlib.import_module(module).main
+    monkeypatch.setattr(called, failing(Refused("yours")))
+    with pytest.raises(SystemExit) as stopped:
+        command(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("error: yours\n")
+    monkeypatch.setattr(called, failing(ValueError("ours")))
+    with pytest.raises(ValueError, match="ours"):
+        command(arguments)
+
+
+def failing(error: Exception) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
 
 
 def refusal(capsys, results, *flags: str) -> str:

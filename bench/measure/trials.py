@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bench.config import ExecutionConfig, TrainingConfig
+from bench.gate.subject import global_random_state_kept
 from bench.measure.budget import format_bytes, host_memory_bytes
 from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
-from bench.measure.preserve import preserved
 from bench.measure.recovery import attempt, recover
 from bench.training.batch_size import FREE_HERE, Trial
 from bench.training.execution import Execution
@@ -74,7 +74,7 @@ class Trials:
         self._begun = True
         if hopeless:
             return Trial(size, f"not run: {hopeless}", predicted, seconds=time.perf_counter() - start)
-        with preserved():  # no model of others is touched, but the random states would be
+        with global_random_state_kept(self._device):
             outcome = attempt(lambda: self._run(size, shapes))
         failure, peak, speed = outcome.value or (outcome.failure, None, None)
         seconds = time.perf_counter() - start

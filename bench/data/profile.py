@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.data.block_loader import BlockLoader, set_epoch
 from bench.data.blocks import batch_bytes
 from bench.data.corpus import Corpus
-from bench.data.loader import create_loader
+from bench.data.loader import BlockLoader, create_loader, set_epoch
 from bench.data.validation import validate_first_batch
 from gnnmoe.head import IGNORED
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.measure.rates import percentile
 from bench.measure.rates import tokens_per_second as tokens_per_second
 
 Step = Callable[[int], object]
@@ -66,10 +65,6 @@ class StepTimes:
     def median(self) -> float:
         """The median of the timed steps in seconds."""
         return statistics.median(self.seconds)
-
-    def percentile(self, q: float) -> float:
-        """Return the ``q``-th percentile of the timed steps in seconds, q in [0, 100]."""
-        return percentile(self.seconds, q)
 
     @property
     def remark(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from bench.measure.protocol import (
     time_in_turn,
     time_steps,
 )
-from bench.measure.rates import over_the_rate, paired_ratios, percentile, tokens_per_second, utilisation
+from bench.measure.rates import over_the_rate, paired_ratios, tokens_per_second, utilisation
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -61,15 +60,6 @@ def test_tokens_a_second_count_each_step_by_its_time():
 def test_no_rate_of_numbers_that_are_no_pairs_or_took_no_time(tokens, seconds):
     with pytest.raises(ValueError, match=r"no pairs|no rate"):
         tokens_per_second(tokens, seconds)
-
-
-@pytest.mark.parametrize("count", [1, 2, 9, 10, 101])
-def test_percentiles_are_those_of_numpy(count):
-    values = np.random.default_rng(count).exponential(size=count).tolist()
-    for q in (0, 10, 50, 90, 99, 100):
-        assert percentile(values, q) == pytest.approx(np.percentile(values, q), rel=1e-12)
-    times = StepTimes(values, [], False, None)
-    assert times.percentile(50) == pytest.approx(times.median)
 
 
 def test_utilisation_over_one_hundred_per_cent_has_a_remark():

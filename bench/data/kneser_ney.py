@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gnnmoe.config import Refused
+
 ORDER = 3
 DISCOUNT = 0.75  # Jurafsky and Martin, Speech and Language Processing, "Kneser-Ney smoothing"
 LARGEST_VOCABULARY = 2_097_151  # V³ stays below 2⁶³
@@ -37,14 +39,15 @@ class KneserNey:
     span the lines of the text: the stream is continuous, as it is for the models it is compared with.
 
     Raises:
-        ValueError: too few tokens, ids out of range, or a vocabulary too large.
+        Refused: too few tokens.
+        ValueError: ids out of range, or a vocabulary too large.
     """
 
     def __init__(self, train_stream: np.ndarray, vocab_size: int) -> None:
         if not 1 <= vocab_size <= LARGEST_VOCABULARY:
             raise ValueError(f"vocab_size must lie in 1..{LARGEST_VOCABULARY:,}; got {vocab_size:,}")
         if len(train_stream) < ORDER:
-            raise ValueError(f"a trigram model needs {ORDER} tokens of training; got {len(train_stream)}")
+            raise Refused(f"a trigram model needs {ORDER} tokens of training; got {len(train_stream)}")
         self.vocab_size = vocab_size
         stream = _checked(train_stream, vocab_size)
         counted = [_counts(stream, order, vocab_size) for order in range(1, ORDER + 1)]

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from bench.data.loader import BlockLoader
+from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 
 _KEYS = ("input_ids", "targets")
 
 
-class BatchValidationError(AssertionError):
+class BatchValidationError(Refused, AssertionError):
     """The first batch is not what the model expects; ``check`` names the check that failed."""
 
     def __init__(self, check: str, detail: str) -> None:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any, Literal, get_args
 
+from gnnmoe.config import Refused
+
 Mode = Literal["binsearch", "power"]
 Stopped = Literal["limit", "cap", "max_trials", "max_seconds"]
 KNEE_SHARE = 0.95  # of the best tokens/s: larger batches than the first to reach it gain next to nothing
@@ -83,10 +85,10 @@ def memory_limit(budget_bytes: int, target: float) -> int:
     """Return the bytes that a trial's peak may reach: the only place where the safety factor enters.
 
     Raises:
-        ValueError: the target lies outside (0, 1].
+        Refused: the target lies outside (0, 1].
     """
     if not 0.0 < target <= 1.0:
-        raise ValueError(f"memory_target is {target}; it must lie in (0, 1].")
+        raise Refused(f"memory_target is {target}; it must lie in (0, 1].")
     return int(budget_bytes * target)
 
 
@@ -94,11 +96,11 @@ def largest_allowed(maximum: int | None, epoch_samples: int, min_steps: int, wor
     """Return the cap of a search: the user's maximum, and ``min_steps`` updates in the smallest epoch.
 
     Raises:
-        ValueError: the smallest epoch has too few samples for any batch.
+        Refused: the smallest epoch has too few samples for any batch.
     """
     most = epoch_samples // (world_size * min_steps)
     if most < 1:
-        raise ValueError(
+        raise Refused(
             f"the smallest epoch serves {epoch_samples} blocks, too few for {min_steps} updates on "
             f"{world_size} rank{'s' * (world_size > 1)}; use more data or lower min_steps_per_epoch."
         )
@@ -126,7 +128,7 @@ def search(
 
     Raises:
         NoFeasibleBatch: no size that was tried ran.
-        ValueError: an unknown mode, a number below 1, or an ``init_val`` that is not among the sizes.
+        Refused: an unknown mode, a number below 1, or an ``init_val`` that is not among the sizes.
     """
     plan = _Plan(mode, _sizes(cap, among), init_val, max_trials)
     trials: list[Trial] = []
@@ -170,15 +172,13 @@ class _Plan:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; it must be {' or '.join(get_args(Mode))}.")
         if max_trials < 1 or init_val < 1:
-            raise ValueError(f"max_trials {max_trials} and init_val {init_val} must be 1 or more.")
+            raise Refused(f"max_trials {max_trials} and init_val {init_val} must be 1 or more.")
         self.mode, self.sizes, self.max_trials = mode, sizes, max_trials
         first = min(init_val, sizes[-1])
         self.at = _last_up_to(sizes, first)
         if self.at < 0 or sizes[self.at] != first:
             nearest = min(sizes, key=lambda size: abs(size - first))
-            raise ValueError(
-                f"init_val is {init_val}, which is not among the sizes; the nearest is {nearest}."
-            )
+            raise Refused(f"init_val is {init_val}, which is not among the sizes; the nearest is {nearest}.")
         self.low, self.high = -1, len(sizes)
 
     @property
@@ -216,7 +216,7 @@ def _sizes(cap: int, among: Sequence[int] | None) -> Sequence[int]:
         raise ValueError(f"the cap of a search is {cap}; it must be 1 or more.")
     sizes = range(1, cap + 1) if among is None else [size for size in among if size <= cap]
     if not sizes:
-        raise ValueError(f"none of the sizes that may be tried is {cap} or less.")
+        raise Refused(f"none of the sizes that may be tried is {cap} or less.")
     return sizes
 
 

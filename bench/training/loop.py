@@ -18,7 +18,7 @@ from bench.training.controlled import StepControl
 from bench.training.evaluation import evaluate
 from bench.training.plan import EpochPlan, TrainingPlan
 from bench.training.ranks import ALONE, Ranks
-from bench.training.recovering import Attempt, Recovering, Recovery, Shapes, set_random_state
+from bench.training.recovering import Attempt, Recovering, Recovery, Shapes, random_state, set_random_state
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
@@ -136,14 +136,14 @@ class Trainer:
         The hooks have been told of all steps up to it. Random states are those of each rank, in a list.
         """
         self.report()
-        on_cuda = self.device.type == "cuda"
+        on_cpu, on_cuda = random_state(self.device)
         return {
             "model": self.model.state_dict(), "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(), "done": asdict(self.done),
             "recovering": self.recovering.state_dict(),
             "control": self.control.controller.state_dict() if self.control else None,
-            "random": self.ranks.gather(torch.get_rng_state()),
-            "random_cuda": self.ranks.gather(torch.cuda.get_rng_state(self.device) if on_cuda else None),
+            "random": self.ranks.gather(on_cpu),
+            "random_cuda": self.ranks.gather(on_cuda),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

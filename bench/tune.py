@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
+
+import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import (
-    DataConfig,
-    ExecutionConfig,
-    MemoryConfig,
-    ModelConfig,
-    PlacesConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from bench.config import MeasureConfig, MemoryConfig, RunConfig, flags
 from gnnmoe.config import Refused
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
 
 
-@dataclass(kw_only=True)
-class TuneConfig:
+@flags
+class TuneConfig(RunConfig):
     """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
 
     Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
     1 nothing fits, 2 wrong input.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    places: PlacesConfig = field(default_factory=PlacesConfig)
+    measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_warnings_plainly()
     try:
         memory = _switched_on(config.memory)
-        run = RunConfig(model=config.model, data=config.data, training=config.training,
-                        memory=replace(memory, tune_init=None), execution=config.execution,
-                        places=config.places)  # fmt: skip
-        return _search(run, memory.tune_init)
+        return _search(replace(config, memory=replace(memory, tune_init=None)), memory.tune_init)
     except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:

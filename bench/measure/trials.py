@@ -130,9 +130,11 @@ class Trials:
         return failure, peak, None if seconds is None else batch["targets"].numel() / seconds
 
 
-def random_batch(model: GNNMoEConfig, rows: int, device: torch.device) -> Batch:
+def random_batch(
+    model: GNNMoEConfig, rows: int, device: torch.device, generator: torch.Generator | None = None
+) -> Batch:
     """Return a batch (rows, max_seq_length) of any tokens: what they are does not change what they take."""
-    generator = torch.Generator().manual_seed(stream_seed(0, "tune"))
+    generator = generator or torch.Generator().manual_seed(stream_seed(0, "tune"))
     shape = rows, model.max_seq_length + 1
     tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
     return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}

@@ -13,7 +13,7 @@ import torch
 from bench.measure.recovery import recover
 from bench.speeding.machine import Machine
 from bench.speeding.record import SpeedRecord
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.turns import failure_text
 
 
@@ -22,7 +22,7 @@ class Job:
     """Rows that belong together. ``seconds``: what they take about, on the machine they are meant for."""
 
     name: str
-    rows: Callable[[Machine], list[Row]]
+    rows: Callable[[Machine], list[SpeedRow]]
     seconds: float = 0.0
 
 
@@ -33,7 +33,7 @@ def run_jobs(
     *,
     budget: float | None,
     on_job: Callable[[str], None],
-    on_row: Callable[[Row], None],
+    on_row: Callable[[SpeedRow], None],
 ) -> None:
     """Run jobs in order into the record, which is whole after each.
 
@@ -53,13 +53,13 @@ def run_jobs(
         _forget()
 
 
-def _rows(job: Job, machine: Machine) -> list[Row]:
+def _rows(job: Job, machine: Machine) -> list[SpeedRow]:
     try:
         return job.rows(machine)
     except Exception as error:
         failure = failure_text(error)
     recover()
-    return [Row(case=job.name, subject=job.name, form="", device=machine.device.type, precision="fp32",
+    return [SpeedRow(case=job.name, subject=job.name, form="", device=machine.device.type, precision="fp32",
                 batch=0, length=0, experts=0, width=0, layers=0, error=failure)]  # fmt: skip
 
 

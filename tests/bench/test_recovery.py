@@ -13,7 +13,7 @@ import torch
 
 from bench.device import OUT_OF_MEMORY_TEXTS, is_out_of_memory
 from bench.measure import recovery
-from bench.measure.recovery import Outcome, attempt
+from bench.measure.recovery import Attempted, attempt
 from bench.training.batch_size import NoFeasibleBatch, Trial
 from tests.bench._fake_memory import FakeMemory
 
@@ -73,7 +73,7 @@ def test_b9_every_other_error_comes_out(error):
 
 
 def test_an_attempt_that_runs_gives_its_value():
-    assert attempt(lambda: 7) == Outcome(value=7)
+    assert attempt(lambda: 7) == Attempted(value=7)
     assert attempt(lambda: None).ran
 
 

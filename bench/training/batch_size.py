@@ -6,10 +6,10 @@ is always a size that ran. A size either fits or does not, and all smaller ones 
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from time import monotonic
 from typing import Any, Literal, get_args
 
 from gnnmoe.config import Refused
@@ -116,7 +116,6 @@ def search(
     cap: int,
     among: Sequence[int] | None = None,
     max_seconds: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
     """Try sizes and return the largest that ran, none above ``cap``.
 
@@ -133,12 +132,12 @@ def search(
     """
     plan = _Plan(mode, _sizes(cap, among), init_val, max_trials)
     trials: list[Trial] = []
-    start = clock()
+    start = monotonic()
     while (stopped := plan.stopped(len(trials))) is None:
         ran = [trial for trial in trials if trial.micro_steps or trial.ran]  # others took no time
         if ran and max_seconds is not None:
             expected = ran[-1].seconds * plan.size / ran[-1].size
-            if clock() - start + expected > max_seconds:
+            if monotonic() - start + expected > max_seconds:
                 stopped = "max_seconds"
                 break
         trials.append(trial(plan.size))

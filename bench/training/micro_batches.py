@@ -13,22 +13,13 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def accumulation(batch_size: int, micro_batch_size: int, world_size: int = 1) -> int:
-    """Return how many micro-batches a rank runs for one update on a global batch.
-
-    Raises:
-        Refused: they do not multiply up to the batch; names the nearest micro-batch that does.
-    """
-    return accumulations([batch_size], micro_batch_size, world_size)[0]
-
-
 def accumulations(
     batch_sizes: Sequence[int], micro_batch_size: int, world_size: int = 1, name: str = "micro_batch_size"
 ) -> list[int]:
-    """Return ``accumulation`` for each of several batch sizes, such as those of a schedule.
+    """Return how many micro-batches a rank runs for one update, for each of several global batch sizes.
 
     Raises:
-        Refused: as ``accumulation``.
+        Refused: they do not multiply up to a batch; names the nearest micro-batch that does.
     """
     named = " and ".join(map(str, dict.fromkeys(batch_sizes)))
     share, rest = divmod(gcd(*batch_sizes), world_size)

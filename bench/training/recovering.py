@@ -18,7 +18,7 @@ Shapes = list[tuple[int, ...]]
 Step = Callable[[int | None, Shapes], tuple[Tensor, Tensor]]
 
 
-class Outcome(Protocol):
+class Attempted(Protocol):
     """What came of an attempt: a value, or why memory ran out."""
 
     @property
@@ -32,7 +32,7 @@ class Outcome(Protocol):
         ...
 
 
-Attempt = Callable[[Callable[[], Any]], Outcome]
+Attempt = Callable[[Callable[[], Any]], Attempted]
 """Runs a function; where memory runs out, gives back what the function held (``bench.measure.recovery``)."""
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, TOML files, and the time in UTC that they state."""
+"""Files: written whole or not at all, locked, read as TOML; and the time in UTC that they state."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import os
 import secrets
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gnnmoe.config import Refused
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+POLL_SECONDS = 0.25
 
 
 @contextmanager
@@ -66,6 +71,31 @@ def remove_left_over(path: Path, seconds: float = 0.0) -> None:
                 part.unlink()
 
 
+class Busy(Refused):
+    """Another process holds the lock."""
+
+
+def lock(path: Path, give_up: Callable[[], bool] | None = None) -> BaseFileLock | None:
+    """Return the lock at ``path``, held until its ``release`` or the end of the process.
+
+    None where another process holds it; with ``give_up``, waits until that says True.
+
+    Raises:
+        OSError: the file cannot be made or locked.
+    """
+    from filelock import FileLock, Timeout  # 45 ms, which --help has no use for
+
+    found = FileLock(path, blocking=False, thread_local=False)
+    while True:
+        try:
+            found.acquire()
+            return found
+        except Timeout:
+            if give_up is None or give_up():
+                return None
+            time.sleep(POLL_SECONDS)
+
+
 def cannot_write(path: Path, error: OSError) -> str:
     """Return the message that ``path`` cannot be written, why, and what to do."""
     return (
@@ -93,7 +123,7 @@ def refusals_name(place: str) -> Iterator[None]:
     """Put the place to blame before the message of what is refused in the block: ``sweep x.toml: …``."""
     try:
         yield
-    except ValueError as error:
+    except Refused as error:
         raise Refused(f"{place}: {error}") from error
 
 

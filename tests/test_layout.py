@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-ORDER = (
-    "files syntax config_checks memory_config execution_config config flags device data gate portrait"
-    " training measure records sweeps analysis"
-).split()
+ORDER = ("files syntax config device data gate portrait training measure records sweeps analysis").split()
 COMMANDS = set(
     "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
-    " cli layers gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
+    " cli gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
     " __main__".split()
 )
 

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.data.block_loader import BlockLoader, set_epoch
 from bench.data.blocks import batch_bytes
 from bench.data.corpus import Corpus
-from bench.data.loader import create_loader
+from bench.data.loader import BlockLoader, create_loader, set_epoch
 from bench.data.validation import validate_first_batch
 from gnnmoe.head import IGNORED
 
@@ -78,7 +77,7 @@ def profile_loader(
 
     The counts: one epoch of training with and without ``drop_last``, one of validation. Fetching
     includes the copy to ``device``; ``corpus_seconds`` is added to the seconds of preparing. Raises
-    ValueError for what ``create_loader`` refuses.
+    Refused for what ``create_loader`` refuses.
     """
     start = time.perf_counter()
     device = device or torch.device("cpu")

@@ -34,7 +34,7 @@ def attempt(function: Callable[[], T]) -> Outcome[T]:
     """Run ``function``; where it runs out of memory, free all that it held and say so.
 
     Only running out of memory is caught (``is_out_of_memory``). What ``function`` gave to others,
-    such as the gradients of a model, is theirs to free: see ``bench.measure.preserve``.
+    such as the gradients of a model, is theirs to free.
     """
     failure = None
     try:

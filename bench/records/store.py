@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,8 +11,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from bench.files import cannot_write, remove_left_over, replacing, utc_now
+from bench.files import Busy, cannot_write, lock, remove_left_over, replacing, utc_now
 from bench.records.schema import KEYS, Record
+from gnnmoe.config import Refused
+
+BUSY = "another process is at run"
 
 
 class RunFolder:
@@ -32,28 +34,26 @@ class RunFolder:
         """Keep every other process out of this run while the block lasts.
 
         Raises:
-            ValueError: another process is at it, or the study's folder cannot be written.
+            Busy: another process is at it.
+            Refused: the study's folder cannot be written.
         """
-        lock = self.lock
-        made = [folder for folder in (lock.parent, lock.parent.parent) if not folder.exists()]
+        study = self.path.parent
+        made = [folder for folder in (study, study.parent) if not folder.exists()]
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("w")
+            study.mkdir(parents=True, exist_ok=True)
+            held = lock(self.lock)
         except OSError as error:
-            raise ValueError(cannot_write(self.path, error)) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.stat()  # gone: its holder ended between our two calls, and others lock a new one
-            except OSError as error:
-                raise ValueError(f"another process is at run {self.path.name}; wait for it.") from error
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-                with suppress(OSError):  # what was refused leaves no empty folders
-                    for folder in made:
-                        folder.rmdir()
+            raise Refused(cannot_write(self.path, error)) from error
+        if held is None:
+            raise Busy(f"{BUSY} {self.path.name}; wait for it.")
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            held.release()
+            with suppress(OSError):  # what was refused leaves no empty folders
+                for folder in made:
+                    folder.rmdir()
 
     def create(self, record: Record, log: str = "") -> None:
         """Make the folder with this first record, or go on in it: its history and its log stay.
@@ -61,7 +61,7 @@ class RunFolder:
         ``log`` is the log of the run's earlier parts, which is added where the folder's log lacks it.
 
         Raises:
-            ValueError: the folder cannot be written.
+            Refused: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class RunFolder:
                 self._append_log(log)
             self.write_record(record)
         except OSError as error:
-            raise ValueError(cannot_write(self.path, error)) from error
+            raise Refused(cannot_write(self.path, error)) from error
 
     def _remove_left_over(self) -> None:
         """Remove the temporary files of processes that were killed; the run is locked."""
@@ -179,7 +179,7 @@ def check_writable(results_dir: Path) -> None:
     """Make sure that ``results_dir`` can be written, and leave nothing behind.
 
     Raises:
-        ValueError: it, or the nearest folder above it that exists, is no folder or refuses.
+        Refused: it, or the nearest folder above it that exists, is no folder or refuses.
     """
     nearest = results_dir.absolute()
     while not nearest.exists():
@@ -188,4 +188,4 @@ def check_writable(results_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ValueError(cannot_write(results_dir, error)) from error
+        raise Refused(cannot_write(results_dir, error)) from error

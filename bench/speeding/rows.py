@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.measure.rates import paired_ratios, percentile, tokens_per_second, utilisation
+import numpy as np
+
+from bench.measure.rates import paired_ratios, tokens_per_second, utilisation
+from gnnmoe.config import Refused
 
 TOLERANCE = {"fp32": 1e-5, "tf32": 3e-2, "bf16": 3e-2}
 """How far, of its largest value, a result may be from another form's or from float32's."""
@@ -101,7 +104,8 @@ def spread(over: Row, under: Row) -> str:
     if len(over.seconds) != len(under.seconds) or len(over.seconds) < 3:
         return ""
     ratios = paired_ratios(over.seconds, under.seconds)
-    return f"{percentile(ratios, 10):.3g} to {percentile(ratios, 90):.3g}"
+    low, high = np.percentile(ratios, [10, 90])
+    return f"{low:.3g} to {high:.3g}"
 
 
 def beside(row: Row, rows: Rows, forms: Sequence[str]) -> Row | None:
@@ -150,12 +154,12 @@ def row_from(found: dict[str, Any]) -> Row:
     """Return the row that a record holds.
 
     Raises:
-        ValueError: it is of another version.
+        Refused: it is of another version.
     """
     try:
         return Row(**found)
     except TypeError as error:
-        raise ValueError(f"a row is of another version ({error})") from error
+        raise Refused(f"a row is of another version ({error})") from error
 
 
 def _times(factor: float, value: float | None) -> float | None:

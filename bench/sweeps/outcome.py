@@ -13,17 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bench.files import cannot_write, utc_now
+from bench.device import OUT_OF_MEMORY_OUTPUT
+from bench.files import Busy, cannot_write, utc_now
 from bench.measure.quantity import is_measured, not_measured
 from bench.records.schema import Record, new_record, time_of
-from bench.records.store import RunFolder
+from bench.records.store import BUSY, RunFolder
 from bench.sweeps.executor import Outcome, PlannedRun, Task
-from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
+from bench.sweeps.folders import FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
 from bench.sweeps.torchrun import as_one_process
+from gnnmoe.config import Refused
 
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory",
-                 "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")  # fmt: skip
 TELLING = re.compile(r"error: |status +\w+: |([\w.]+\.)?\w+(Error|Exception)\b")
 ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -118,7 +118,7 @@ def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
         return Outcome("interrupted", "stopped from outside")
     if exit_status == 2 and not changed:
         return _refused(attempt, tail)
-    memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY)]
+    memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY_OUTPUT)]
     if memory:
         return _written(attempt, "oom", memory[-1], tail, changed)
     return _written(attempt, "crashed", _cause(exit_status, tail), tail, changed)
@@ -172,9 +172,9 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
             store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
     except OSError as failure:
         raise Unwritable(cannot_write(run.folder, failure)) from failure
-    except ValueError as failure:
-        if BUSY in str(failure):  # what the child left behind goes on with it
-            return Again(attempt.flags, "busy")
+    except Busy:  # what the child left behind goes on with it
+        return Again(attempt.flags, "busy")
+    except Refused as failure:
         raise Unwritable(str(failure)) from failure
     return Outcome(status, error)
 
@@ -201,7 +201,7 @@ def _create(store: RunFolder, record: Record) -> None:
         store.set_aside()
     try:
         store.create(record)
-    except ValueError:
+    except Refused:
         shutil.rmtree(store.path, ignore_errors=True)
         raise
 

@@ -60,7 +60,7 @@ def execute(
     SIGINT or SIGTERM starts nothing more and lets the children save their state; a second ends them at once.
 
     Raises:
-        ValueError: another sweep is at it, results cannot be written, or a record is newer; nothing started.
+        Refused: another sweep is at it, results cannot be written, or a record is newer; nothing started.
     """
     choices, began = choices or Choices(), time.monotonic()
     once = list({run.run_id: run for run in runs}.values())

@@ -153,9 +153,8 @@ def record_of(tmp_path: Path, name: str = "made") -> SpeedRecord:
     return record
 
 
-def run(jobs, record, budget=None, clock=None):
-    run_jobs(jobs, Machine(CPU), record, budget=budget, on_job=lambda _: None, on_row=lambda _: None,
-             clock=clock or FakeClock())  # fmt: skip
+def run(jobs, record, budget=None):
+    run_jobs(jobs, Machine(CPU), record, budget=budget, on_job=lambda _: None, on_row=lambda _: None)
 
 
 def test_a_job_that_raises_is_a_row_and_the_next_goes_on(tmp_path):
@@ -169,8 +168,9 @@ def test_a_job_that_raises_is_a_row_and_the_next_goes_on(tmp_path):
     assert second.seconds == [1.0]
 
 
-def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path):
+def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path, monkeypatch):
     clock, record = FakeClock(), record_of(tmp_path)
+    monkeypatch.setattr("bench.speeding.jobs.perf_counter", clock)
 
     def taking(seconds: float):
         def rows(_):
@@ -185,7 +185,7 @@ def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path):
         Job("b", taking(5.0), 2.0),
         Job("c", taking(1)),
     ]
-    run(jobs, record, budget=8.0, clock=clock)
+    run(jobs, record, budget=8.0)
     assert [one.seconds for one in record.rows] == [[4.0], [5.0]]
     assert record.data["left_out"] == ["large (about 9 s)", "c"]
 

@@ -12,8 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from bench.foreign import visible
 from bench.layers import preset_names, with_layers
-from bench.records.foreign import visible
 
 LAYERS_HELP = (
     "--preset NAME puts the flags of a preset before your own; presets: {}. Default: quick.\n"

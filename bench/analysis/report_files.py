@@ -10,9 +10,9 @@ from typing import Any
 
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
-from bench.analysis.run_data import is_names, read_json
-from bench.records.foreign import inside, not_linked_out
-from bench.records.store import write_whole
+from bench.analysis.run_data import is_names
+from bench.foreign import inside, not_linked_out
+from bench.record import read_json, write_whole
 from bench.sweeps.hypotheses import read_hypotheses
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.records.foreign import shown
-from bench.records.store import cannot_write, write_whole
+from bench.foreign import shown
+from bench.record import cannot_write, write_whole
 from bench.speeding.rows import Row, cells, row_from
 
 FOLDER, FILE, TABLE = "speed", "speed.json", "rows.csv"

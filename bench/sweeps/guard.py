@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from bench.records.store import cannot_write
+from bench.record import cannot_write
 
 POLL_SECONDS = 0.25
 

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.flags import Table, checked, complete, run_flags
-from bench.records.foreign import not_linked_out
-from bench.records.store import cannot_write, write_whole
+from bench.foreign import not_linked_out
+from bench.record import cannot_write, write_whole
 from gnnmoe.naming import unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")

@@ -11,12 +11,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Literal
 
-from bench.measure.quantity import is_measured, not_measured
-from bench.records.schema import Record, new_record, time_of
-from bench.records.store import RunFolder, cannot_write
+from bench.record import NOT_REACHED, Record, RunFolder, Time, TimePart, cannot_write, not_measured, utc_now
 from bench.sweeps.executor import Outcome, PlannedRun, Task
 from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
 from bench.sweeps.torchrun import as_one_process
@@ -48,7 +45,7 @@ class Attempt:
     """Why the sweep asked it to end."""
     time_limit: float | None = None
     started: float = field(default_factory=time.monotonic)
-    start: str = field(default_factory=lambda: _now())
+    start: str = field(default_factory=utc_now)
     record_before: tuple[int, ...] | None = None
     log_before: int = 0
     queued: bool = False
@@ -67,13 +64,13 @@ class Attempt:
         """
         task.log.parent.mkdir(exist_ok=True)
         with task.log.open("a") as log:
-            log.write(f"{_now()} $ {shlex.join(task.command)}\n")
+            log.write(f"{utc_now()} $ {shlex.join(task.command)}\n")
         return cls(task, flags)
 
     def wait_or_begin(self, queued: bool) -> bool:
         """Start the clock anew while the task waits in a cluster's queue; return whether it begins now."""
         if queued:
-            self.started, self.start = time.monotonic(), _now()
+            self.started, self.start = time.monotonic(), utc_now()
         before, self.queued = self.queued, queued
         return before and not queued
 
@@ -105,7 +102,7 @@ def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
     run = attempt.task.run
     record = folder_of(run).read_record()
     changed = written_at(run.folder / "record.json") != attempt.record_before
-    if record is not None and record["status"] in FINAL and (changed or exit_status == 0):
+    if isinstance(record, Record) and record.status in FINAL and (changed or exit_status == 0):
         return outcome_of(record)
     exit_status, lines = as_one_process(exit_status, attempt.output())
     tail = lines[-TAIL_LINES:]
@@ -157,18 +154,18 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
     error = error[:TAIL_CHARACTERS]
     text = "\n".join(tail)[-TAIL_CHARACTERS:]
     in_record = f"{error}\nlast lines of its output:\n{text}" if len(tail) > 1 or text != error else error
-    part = {"command": shlex.join(attempt.task.command), "start": attempt.start, "end": _now(),
-            "seconds": {"total": attempt.seconds}, "resumed_at_step": None}  # fmt: skip
+    part = TimePart(command=shlex.join(attempt.task.command), start=attempt.start, end=utc_now(),
+                    seconds={"total": attempt.seconds}, resumed_at_step=None)  # fmt: skip
     try:
         _wait_for_the_dead(run)
         with store.locked():
             record = store.read_record()
-            if record is not None and record["status"] == "interrupted":
-                parts = _parts(record, part, begun)
-                store.write_record(record | {"status": status, "error": in_record, "time": time_of(parts)})
+            if isinstance(record, Record) and record.status == "interrupted":
+                record.status, record.error = status, in_record
+                record.time = Time.of(_parts(record.time.parts, part, begun))
+                store.write_record(record)
             else:
-                record = _record_of_none(run, attempt, status, in_record)
-                _create(store, record | {"time": time_of([part])})
+                _create(store, _record_of_none(run, part, status, in_record))
             store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
     except OSError as failure:
         raise Unwritable(cannot_write(run.folder, failure)) from failure
@@ -179,20 +176,21 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
     return Outcome(status, error)
 
 
-def _parts(record: Record, part: Record, begun: bool) -> list[Record]:
+def _parts(parts: Sequence[TimePart], part: TimePart, begun: bool) -> list[TimePart]:
     """Return the parts of an interrupted run with the child's own, which the child may have begun."""
-    parts = list(record["time"].get("parts", [])) if is_measured(record["time"]) else []
-    if begun and parts:
-        seconds = parts[-1]["seconds"] | part["seconds"]
-        return [*parts[:-1], parts[-1] | {"end": part["end"], "seconds": seconds}]
-    return [*parts, part]
+    if not begun:
+        return [*parts, part]
+    seconds = parts[-1].seconds | part.seconds
+    return [*parts[:-1], parts[-1].model_copy(update={"end": part.end, "seconds": seconds})]
 
 
-def _record_of_none(run: PlannedRun, attempt: Attempt, status: str, error: str) -> Record:
+def _record_of_none(run: PlannedRun, part: TimePart, status: str, error: str) -> Record:
     """Return the record of a run that died before it wrote one."""
-    known = {"command": shlex.join(attempt.task.command), "tuned": not_measured("no search was asked for")}
-    known |= {"study": run.folder.parent.name, **run.known}
-    return new_record(**known | {"run_id": run.run_id, "status": status, "error": error})
+    return Record(
+        run_id=run.run_id, study=run.folder.parent.name, status=status, error=error, command=part.command,
+        environment=not_measured(NOT_REACHED), time=Time.of([part]),
+        tuned=not_measured("no search was asked for"), **run.known,
+    )  # fmt: skip
 
 
 def _create(store: RunFolder, record: Record) -> None:
@@ -211,7 +209,3 @@ def _wait_for_the_dead(run: PlannedRun, patience: float = 5.0) -> None:
     deadline = time.monotonic() + patience
     while is_busy(run) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.records.stale import stale_notes
-from bench.records.store import cannot_write
+from bench.record import cannot_write, stale_notes
 from bench.sweeps.executor import (
     Choices,
     Executor,

@@ -170,7 +170,11 @@ def measured(ranks: Ranks) -> dict[str, Any]:
         lambda _: None, device=CPU, warmup=Warmup.steady(), steps=1, clock=lambda: float(next(ticks)),
         agree=ranks.largest,
     )  # fmt: skip
-    return {"speed": found, "memory": memory, "warmup_steps": until_steady.warmup_steps}
+    return {
+        "speed": found.model_dump(mode="json"),
+        "memory": memory.model_dump(mode="json"),
+        "warmup_steps": until_steady.warmup_steps,
+    }
 
 
 def refused() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.records.store import write_whole
+from bench.record import write_whole
 
 
 def write_between(path: Path, put: Callable[[str], str]) -> None:

@@ -1,12 +1,19 @@
-"""Which device a run uses, and what running out of its memory looks like."""
+"""Which device a run uses, and what running out of its memory looks like.
+
+torch is imported where it is used: the parent of a sweep reads what a child said, and does without it.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+from gnnmoe.config import Refused
+
+if TYPE_CHECKING:
+    import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
@@ -17,14 +24,19 @@ OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "MPS backend out of memory",
 )
+"""What torch says in a ``RuntimeError``."""
+OUT_OF_MEMORY_OUTPUT = (*OUT_OF_MEMORY_TEXTS, "MemoryError", "out of memory", "std::bad_alloc")
+"""What stands in the last lines of a program that ran out of memory."""
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``mps``; auto takes CUDA where there is one.
 
     Raises:
-        ValueError: the machine has no such device.
+        Refused: the machine has no such device.
     """
+    import torch
+
     available = ["cpu"]
     if torch.cuda.is_available():
         available.append("cuda")
@@ -33,15 +45,15 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if "cuda" in available else "cpu")
     if name not in available:
-        raise ValueError(
-            f"device {name!r} is not available on this machine; available: {', '.join(available)}."
-        )
+        raise Refused(f"device {name!r} is not available on this machine; available: {', '.join(available)}.")
     return torch.device(name)
 
 
 @contextmanager
 def cpu_threads(number: int) -> Iterator[None]:
     """Let torch have so many threads on the CPU, and as many as before afterwards."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -59,6 +71,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     count: torch 2.13 raises it now and then where memory is short (2 of 160 steps under RLIMIT_DATA), but
     also with 22 GiB free where the kernel refuses executable pages (PR_SET_MDWE).
     """
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         type(error) in (RuntimeError, torch.AcceleratorError)
         and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)

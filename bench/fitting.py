@@ -17,6 +17,7 @@ from bench.training.batch_size import NoFeasibleBatch
 from bench.training.micro_batches import divisors
 from bench.training.shape import ladder, lengths_between
 from bench.tuning import FAILURES, batch_sizes, trials_of
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from bench.prepare import Prepared
@@ -28,14 +29,14 @@ def request_for(prepared: Prepared, say: Say) -> FitRequest:
     """Return the fit of a prepared run: all lengths that leave enough updates, all micro-batches.
 
     Raises:
-        ValueError: no length would do.
+        Refused: no length would do.
     """
     memory, training = prepared.config.memory, prepared.config.training
     sizes, world = batch_sizes(training), prepared.loaders["train"].sampler_obj.shard.world_size
     wanted = lengths_between(*bounds(prepared.config), memory.shape_length_step)
     lengths = [length for length in wanted if _enough_data(prepared, length, max(sizes))]
     if not lengths:
-        raise ValueError(f"the data are too few for {training.min_steps_per_epoch} updates at any length.")
+        raise Refused(f"the data are too few for {training.min_steps_per_epoch} updates at any length.")
     if lengths[-1] < wanted[-1]:
         say(f"  no length above {lengths[-1]}: the data would give too few updates an epoch")
     setup, budget = trials_of(prepared)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
+from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig, plain
 from bench.data.schedule import BatchSchedule
 from bench.foreign import without_places
 from bench.record import Settings
@@ -33,14 +33,6 @@ class Identified(NamedTuple):
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
     """Return the config by groups, ready for JSON; paths as they were given."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
     return plain(dataclasses.asdict(config))
 
 

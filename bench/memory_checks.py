@@ -9,7 +9,7 @@ from bench.measure.budget import MemoryBudget, parameters_fit, training_state_by
 from bench.training.micro_batches import accumulations
 from bench.training.ranks import ALONE, Ranks
 from bench.tuning import batch_sizes
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.model import GNNMoEModel
 
 TUNE, FIT, CONTROL = "tune_batch_size", "fit_shape", "control_memory"  # the switches
@@ -27,7 +27,7 @@ def refuse_wrong_flags(memory: MemoryConfig) -> None:
     A flag is given where it differs from its default.
 
     Raises:
-        ValueError: naming the flag, and what to add or drop.
+        Refused: naming the flag, and what to add or drop.
     """
     if memory.memory_budget is not None:
         MemoryBudget.parse(memory.memory_budget)  # a wrong value is wrong whatever the switch
@@ -38,11 +38,11 @@ def refuse_wrong_flags(memory: MemoryConfig) -> None:
             *others, last = (f"--{switch.replace('_', '-')}" for switch in switches)
             unused.append(f"{name} is for {', '.join(others)}{' or ' if others else ''}{last}")
     if unused:
-        raise ValueError(f"{'; '.join(unused)}; add a switch, or drop what would do nothing without it.")
+        raise Refused(f"{'; '.join(unused)}; add a switch, or drop what would do nothing without it.")
     most = memory.tune_max_batch_size
     for name in ("micro_batch_size", "tune_init"):
         if most is not None and (getattr(memory, name) or 0) > most:
-            raise ValueError(
+            raise Refused(
                 f"{name} is {getattr(memory, name)}, above the tune_max_batch_size of {most}; change one."
             )
 
@@ -53,7 +53,7 @@ def refuse_wrong_sizes(
     """Refuse what cannot be done about batch, length and memory, before anything is.
 
     Raises:
-        ValueError: saying what was wrong and what would do.
+        Refused: saying what was wrong and what would do.
     """
     memory, full = config.memory, config.model.max_seq_length
     refuse_wrong_flags(memory)
@@ -65,15 +65,15 @@ def refuse_wrong_sizes(
     if not (memory.tune_batch_size or memory.fit_shape or memory.control_memory):
         return
     if memory.control_memory and config.execution.compile:
-        raise ValueError("control_memory changes the shape of the steps, and each would be compiled anew: "
+        raise Refused("control_memory changes the shape of the steps, and each would be compiled anew: "
                          "drop --compile, or --control-memory.")  # fmt: skip
     if memory.fit_shape and (memory.tune_batch_size or memory.micro_batch_size is not None):
-        raise ValueError("fit_shape finds the micro-batch: drop tune_batch_size and micro_batch_size, or it.")
+        raise Refused("fit_shape finds the micro-batch: drop tune_batch_size and micro_batch_size, or it.")
     if memory.fit_shape and config.training.curriculum is not None:
-        raise ValueError("a curriculum orders blocks of one length: drop --fit-shape or --curriculum.")
+        raise Refused("a curriculum orders blocks of one length: drop --fit-shape or --curriculum.")
     shortest, longest = bounds(config)
     if not 1 <= shortest <= full <= longest:
-        raise ValueError(
+        raise Refused(
             f"shape_min_length {shortest}, max_seq_length {full} and shape_max_length {longest} must rise."
         )
     with torch.device("meta"):

@@ -8,17 +8,14 @@ Imports no torch.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from numbers import Integral
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Self, TypeVar
@@ -39,11 +36,14 @@ from pydantic import (
 )
 from typing_extensions import TypeIs
 
+from bench.files import Busy, cannot_write, lock, remove_left_over, replacing, utc_now
 from bench.foreign import shown, without_places
+from gnnmoe.config import Refused
 
 SCHEMA_VERSION = "2.0"
 """The only version that is read; committed records are migrated when it changes."""
 STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "check_failed", "interrupted")
+BUSY = "another process is at run"
 NOT_REACHED = "the run did not get this far"
 ROUNDING = 1e-9
 """By which share a figure may differ from the same one computed anew from its sums."""
@@ -668,28 +668,26 @@ class RunFolder:
         """Keep every other process out of this run while the block lasts.
 
         Raises:
-            ValueError: another process is at it, or the study's folder cannot be written.
+            Busy: another process is at it.
+            Refused: the study's folder cannot be written.
         """
-        lock = self.lock
-        made = [folder for folder in (lock.parent, lock.parent.parent) if not folder.exists()]
+        study = self.path.parent
+        made = [folder for folder in (study, study.parent) if not folder.exists()]
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("w")
+            study.mkdir(parents=True, exist_ok=True)
+            held = lock(self.lock)
         except OSError as error:
-            raise ValueError(cannot_write(self.path, error)) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.stat()  # gone: its holder ended between our two calls, and others lock a new one
-            except OSError as error:
-                raise ValueError(f"another process is at run {self.path.name}; wait for it.") from error
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-                with suppress(OSError):  # what was refused leaves no empty folders
-                    for folder in made:
-                        folder.rmdir()
+            raise Refused(cannot_write(self.path, error)) from error
+        if held is None:
+            raise Busy(f"{BUSY} {self.path.name}; wait for it.")
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            held.release()
+            with suppress(OSError):  # what was refused leaves no empty folders
+                for folder in made:
+                    folder.rmdir()
 
     def create(self, record: Record, log: str = "") -> None:
         """Make the folder with this first record, or go on in it: its history and its log stay.
@@ -697,7 +695,7 @@ class RunFolder:
         ``log`` is the log of the run's earlier parts, which is added where the folder's log lacks it.
 
         Raises:
-            ValueError: the folder cannot be written.
+            Refused: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -711,13 +709,12 @@ class RunFolder:
                 self._append_log(log)
             self.write_record(record)
         except OSError as error:
-            raise ValueError(cannot_write(self.path, error)) from error
+            raise Refused(cannot_write(self.path, error)) from error
 
     def _remove_left_over(self) -> None:
         """Remove the temporary files of processes that were killed; the run is locked."""
         for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
-            for left in self.path.glob(f".{name}.*"):
-                left.unlink()
+            remove_left_over(self.path / name)
 
     def read_record(self) -> Record | Damaged | None:
         """Return the record, or why it cannot be read; None where there is no folder."""
@@ -725,7 +722,7 @@ class RunFolder:
             return None
         try:
             return read_record(self.path)
-        except ValueError as error:
+        except Refused as error:
             return Damaged(str(error))
 
     def set_aside(self) -> Path:
@@ -774,7 +771,8 @@ class RunFolder:
             file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
-        _write_whole(self.path / name, write)
+        with replacing(self.path / name) as file:
+            write(file)
 
 
 class ReadOnlyFolder(RunFolder):
@@ -806,11 +804,6 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing."""
 
 
-def utc_now() -> str:
-    """Return the time in UTC, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def as_json(record: Record) -> str:
     """Return the text of record.json.
 
@@ -820,32 +813,11 @@ def as_json(record: Record) -> str:
     return json.dumps(without_places(record.model_dump()), indent=2, allow_nan=False) + "\n"
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: it is there whole or not at all.
-
-    Raises:
-        OSError: the disk refuses; nothing half-written stays.
-    """
-    _write_whole(path, lambda file: file.write(data))
-
-
-def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def check_writable(results_dir: Path) -> None:
     """Make sure that ``results_dir`` can be written, and leave nothing behind.
 
     Raises:
-        ValueError: it, or the nearest folder above it that exists, is no folder or refuses.
+        Refused: it, or the nearest folder above it that exists, is no folder or refuses.
     """
     nearest = results_dir.absolute()
     while not nearest.exists():
@@ -854,32 +826,25 @@ def check_writable(results_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ValueError(cannot_write(results_dir, error)) from error
-
-
-def cannot_write(path: Path, error: OSError) -> str:
-    """Return the message that ``path`` cannot be written, why, and what to do."""
-    return (
-        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
-    )
+        raise Refused(cannot_write(results_dir, error)) from error
 
 
 def read_record(folder: Path) -> Record:
     """Read the record of a run folder, with its texts as they may be shown (``bench.foreign``).
 
     Raises:
-        ValueError: there is no record.json, or it cannot be read, is cut short, is of another schema or is no
+        Refused: there is no record.json, or it cannot be read, is cut short, is of another schema or is no
             record; names the file and the key.
     """
     path = folder / "record.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no run folder: it holds no record.json.")
+        raise Refused(f"{folder} is no run folder: it holds no record.json.")
     text = _text_of(path)
     stored = _parsed(text, path)
     try:
         return record_of(stored, shown_as_it_is=not NOT_PLAIN.search(text))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    except Refused as error:
+        raise Refused(f"{path} is damaged: {error}.") from error
 
 
 NOT_PLAIN = re.compile(r'\\[^"\\/]|[^\n -~]')
@@ -890,7 +855,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file, whoever wrote it.
 
     Raises:
-        ValueError: it cannot be read, is cut short or nested too deeply; names it.
+        Refused: it cannot be read, is cut short or nested too deeply; names it.
     """
     return _parsed(_text_of(path), path)
 
@@ -899,18 +864,18 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is cut short or no JSON: {error}.") from error
+        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
 
 
 def _parsed(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is cut short or no JSON: {error}.") from error
+        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply to be read.") from error
+        raise Refused(f"{path} is nested too deeply to be read.") from error
 
 
 def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
@@ -919,12 +884,12 @@ def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
     ``shown_as_it_is``: they are known to be plain, which saves most of the time.
 
     Raises:
-        ValueError: names the first key that is missing or wrong, what it is and what it must be.
+        Refused: names the first key that is missing or wrong, what it is and what it must be.
     """
     try:
         return Record.model_validate(value if shown_as_it_is else shown(value))
     except ValidationError as error:
-        raise ValueError(_words(error)) from error
+        raise Refused(_words(error)) from error
 
 
 MUST = {
@@ -962,7 +927,7 @@ def study_records(study: Path) -> list[Record]:
     found = []
     for path in sorted(study.glob("*/record.json")):
         if "." not in path.parent.name:
-            with suppress(ValueError):
+            with suppress(Refused):
                 found.append(read_record(path.parent))
     return found
 
@@ -1035,7 +1000,7 @@ def refuse_another_file(coupler: str, sha256: str, others: Iterable[tuple[str, s
         others: The coupler and, where it is known, the ``coupler_sha256`` of each run of the study.
 
     Raises:
-        ValueError: saying which file has the class too.
+        Refused: saying which file has the class too.
     """
     path, _, name = coupler.rpartition(":")
     for other, known in others:
@@ -1045,7 +1010,7 @@ def refuse_another_file(coupler: str, sha256: str, others: Iterable[tuple[str, s
         ours, theirs = Path(path).expanduser(), Path(there).expanduser()
         elsewhere = theirs.parent != Path() and theirs.is_file() and not ours.samefile(theirs)
         if ours.name != theirs.name or elsewhere:
-            raise ValueError(
+            raise Refused(
                 f"the study has runs of a class {name} from {there} already, and {path} is another file; "
                 "give the class another name, or choose another --study."
             )

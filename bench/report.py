@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
+from bench.config import Place, Several, flags
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,7 @@ USAGE = f"""\
 Each with --help."""
 
 
-@dataclass(kw_only=True)
+@flags
 class ReportConfig:
     """Say which coupler is better, by how much and at what cost; write it as tables, plots and one page.
 
@@ -38,13 +39,13 @@ class ReportConfig:
 
     study: Annotated[str, tyro.conf.Positional]
     """A study's name, or the path of its folder."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
     reference: str | None = None
     """Configuration that the others are compared with, by its label (default: the mean coupler)."""
-    hypotheses: Path | None = None
+    hypotheses: Place | None = None
     """Hypotheses to answer (default: those that the sweep kept)."""
-    out: Path | None = None
+    out: Place | None = None
     """Folder of the report (default: report, in the study's folder)."""
     allow_unequal: bool = False
     """Compare also what differs in evaluation, batch or length."""
@@ -52,18 +53,18 @@ class ReportConfig:
     """Draw the plots."""
     verify: bool = False
     """Recompute the report that is there from the records, as it was made, and say where it differs."""
-    page: Path | None = None
+    page: Place | None = None
     """In place of a report, put its table and answers into this page, between the study's marks."""
-    publish: Path | None = None
+    publish: Place | None = None
     """In place of a report, copy the study into this new folder, to be published: without checkpoints and
     losses of tokens, and with the hash of every file for --verify."""
 
     def __post_init__(self) -> None:
         if sum([self.verify, self.page is not None, self.publish is not None]) > 1:
-            raise ValueError("--verify, --page and --publish are three different things; give one of them.")
+            raise Refused("--verify, --page and --publish are three different things; give one of them.")
 
 
-@dataclass(kw_only=True)
+@flags
 class CompareConfig:
     """Compare B with A, paired by seed: what changed, and whether it is beyond the noise.
 
@@ -76,32 +77,32 @@ class CompareConfig:
     """What is compared with."""
     b: Annotated[str, tyro.conf.Positional]
     """What is judged."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
-    fail_if: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    fail_if: Several = ()
     """A change from A to B to fail on: "ppl > 1%", "tokens/s < -5%"; also test_ppl, memory, step_time and
     parameters. May be given several times."""
     allow_unequal: bool = False
     """Compare also what differs in evaluation, batch or length."""
 
 
-@dataclass(kw_only=True)
+@flags
 class ListConfig:
     """List the studies, or the runs of one study."""
 
     study: Annotated[str | None, tyro.conf.Positional] = None
     """A study's name, or the path of its folder."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
 
 
-@dataclass(kw_only=True)
+@flags
 class ShowConfig:
     """Show the record of one run, as bench.run did at its end."""
 
     run_id: Annotated[str, tyro.conf.Positional]
     """The run's id, or the beginning of it, or STUDY/ID."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
 
 
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.on_broken_pipe = lambda: sys.exit(BROKEN_PIPE)  # as for any command before "| head"
     try:
         return act(config, console)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}).")
@@ -199,7 +200,7 @@ def list_studies(config: ListConfig, console: Console) -> int:
         return 0
     found = studies_in(config.results_dir)
     if not found:
-        raise ValueError(f"{config.results_dir} holds no study; bench.run or bench.sweep makes one.")
+        raise Refused(f"{config.results_dir} holds no study; bench.run or bench.sweep makes one.")
     console.print(studies_listing(found, config.results_dir))
     return 0
 

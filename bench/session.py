@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 
 from bench.device import is_out_of_memory
 from bench.existing import NOTHING, Earlier
+from bench.files import utc_now
 from bench.fitting import at_length, find_shape, identity_at_length
 from bench.gate import (
     Check,
@@ -46,7 +48,6 @@ from bench.record import (
     TrainingBlocks,
     is_measured,
     not_measured,
-    utc_now,
 )
 from bench.scoring import score
 from bench.track import Tracker
@@ -132,7 +133,7 @@ class Session:
         A run that goes on keeps its log; its history stays until training has taken over the state.
 
         Raises:
-            ValueError: the folder cannot be written.
+            Refused: the folder cannot be written.
         """
         folder, number = self.prepared.folder, len(self.earlier.parts) + 1
         remove_left_over(self.prepared.checkpoint)
@@ -175,6 +176,8 @@ class Session:
         folder, record = self.prepared.folder, self.record
         record.status, record.error = status, error
         record.time = Time.of(self.parts(utc_now()))
+        if status == "crashed":
+            print(log, file=sys.stderr)
         try:
             folder.write_record(record)
             folder.log(log + f"status {status}" + (f": {error}" if error else ""))

@@ -6,14 +6,17 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from dataclasses import field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import ExecutionConfig, ModelConfig, PlacesConfig, check_positive
+from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags
+from bench.files import utc_now
 from bench.sweeps.durations import seconds_of
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +32,7 @@ def _default_model() -> ModelConfig:
     return ModelConfig(embed_dim=256)
 
 
-@dataclass(kw_only=True)
+@flags
 class SpeedConfig:
     """Time couplers alone, in each of their forms in turn, beside the floor of what they must move and do.
 
@@ -43,11 +46,11 @@ class SpeedConfig:
     or all."""
     sizes: str | None = None
     """Several sizes, such as E=4,D=256,B=32,L=128;E=8: what one does not name is as the other flags say."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Sequences in the batch."""
     whole_steps: bool = False
     """Time whole training steps with these couplers instead, in turn at each size: time and peak memory."""
-    rounds: int = 5
+    rounds: Count = 5
     """Timed rounds of each form (one, where a step takes over two seconds)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """bf16 is autocast, with expert outputs in bf16."""
@@ -61,31 +64,30 @@ class SpeedConfig:
     """cpu: the targets S1 to S6 (about four minutes); gpu: S4 and S7 to S10."""
     time_budget: str | None = None
     """Begin nothing that would likely end later (90s, 9m); what was left out is said by name."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
     name: str | None = None
     """Name of the record (default: what was measured, and when)."""
-    data_dir: Path | None = None
+    data_dir: Place | None = None
     """Text for the harness's row of --suite cpu, as in bench.run."""
     plot: bool = False
     """Draw cost by E and by N, where there are several; a suite always does. With --table: anew, from the
     record."""
-    table: tuple[Path, ...] = ()
+    table: Annotated[tuple[Place, ...], Field(strict=False)] = ()
     """Measure nothing: print the tables of these records, folders or files."""
-    page: Path | None = None
+    page: Place | None = None
     """With --table: put its tables into this page, between its marks."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "rounds")
         seconds_of("time_budget", self.time_budget)
         if self.suite is not None:
             self._refuse_what_a_suite_decides()
         elif self.data_dir is not None:
-            raise ValueError("--data-dir is the text of --suite cpu; couplers alone read none.")
+            raise Refused("--data-dir is the text of --suite cpu; couplers alone read none.")
         if self.page is not None and not self.table:
-            raise ValueError("--page writes the tables of --table RECORD; name a record.")
+            raise Refused("--page writes the tables of --table RECORD; name a record.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise ValueError(f"name is {self.name!r}; it must be a plain folder name.")
+            raise Refused(f"name is {self.name!r}; it must be a plain folder name.")
         self.execution()
 
     def _refuse_what_a_suite_decides(self) -> None:
@@ -96,12 +98,10 @@ class SpeedConfig:
         given = [name for name in decided if getattr(self, name) != defaults[name]]
         given += ["coupler and its options"] if self.model != _default_model() else []
         if given:
-            raise ValueError(
-                f"--suite {self.suite} has its own {', '.join(given)}; drop what you gave of them."
-            )
+            raise Refused(f"--suite {self.suite} has its own {', '.join(given)}; drop what you gave of them.")
 
     def execution(self) -> ExecutionConfig:
-        """Return precision and compilation as they are everywhere else; raises ValueError likewise."""
+        """Return precision and compilation as they are everywhere else; raises Refused likewise."""
         return ExecutionConfig(precision=self.precision, compile=self.compile, compile_mode=self.compile_mode)
 
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         for what, jobs, device in _asked(config, suites=() if arguments else _suites_here()):
             _measure(what, jobs, device, config, command, console)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -140,7 +140,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
     """Yield what is to be measured: a name, its jobs, and where.
 
     Raises:
-        ValueError: an unknown name, a wrong size, or a device that is not there.
+        Refused: an unknown name, a wrong size, or a device that is not there.
     """
     import torch
 
@@ -168,7 +168,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
         from bench.speeding.gpu_suite import gpu_jobs
 
         if not torch.cuda.is_available():
-            raise ValueError("--suite gpu needs a CUDA device, and this machine has none; take --suite cpu.")
+            raise Refused("--suite gpu needs a CUDA device, and this machine has none; take --suite cpu.")
         yield "gpu", gpu_jobs(), torch.device("cuda")
 
 
@@ -191,7 +191,7 @@ def _measure(
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     environment = describe_environment(device, code_hashes(config.model.resolved(1)))
-    stamp = datetime.now(UTC).strftime("-%Y%m%d-%H%M%S")
+    stamp = utc_now("-%Y%m%d-%H%M%S")
     name = config.name or re.sub(r"[^\w.-]+", "-", what).lstrip(".-") + stamp
     about = {"what": what, "command": without_places(command), "environment": environment.model_dump()}
     record = SpeedRecord(config.results_dir, name, about)

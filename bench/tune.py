@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
+
+import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import (
-    DataConfig,
-    ExecutionConfig,
-    MemoryConfig,
-    ModelConfig,
-    PlacesConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from bench.config import MeasureConfig, MemoryConfig, RunConfig, flags
+from gnnmoe.config import Refused
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
 
 
-@dataclass(kw_only=True)
-class TuneConfig:
+@flags
+class TuneConfig(RunConfig):
     """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
 
     Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
     1 nothing fits, 2 wrong input.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    places: PlacesConfig = field(default_factory=PlacesConfig)
+    measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,11 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_warnings_plainly()
     try:
         memory = _switched_on(config.memory)
-        run = RunConfig(model=config.model, data=config.data, training=config.training,
-                        memory=replace(memory, tune_init=None), execution=config.execution,
-                        places=config.places)  # fmt: skip
-        return _search(run, memory.tune_init)
-    except ValueError as error:
+        return _search(replace(config, memory=replace(memory, tune_init=None)), memory.tune_init)
+    except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -57,13 +44,13 @@ def _switched_on(memory: MemoryConfig) -> MemoryConfig:
     """Return the flags of a search, which the command asks for by itself; any size may be the first.
 
     Raises:
-        ValueError: a flag would do nothing here.
+        Refused: a flag would do nothing here.
     """
     from bench.memory_checks import refuse_wrong_flags
 
     given = [f"--{name.replace('_', '-')}" for name in OF_A_RUN if getattr(memory, name)]
     if given:
-        raise ValueError(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
+        raise Refused(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
                          "keep that for bench.run, and drop it here.")  # fmt: skip
     memory = replace(memory, tune_batch_size=memory.tune_batch_size or not memory.fit_shape)
     refuse_wrong_flags(memory)

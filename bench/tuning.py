@@ -46,7 +46,7 @@ def request_for(prepared: Prepared, *, any_size: bool = False, init: int | None 
     ``min_steps_per_epoch`` updates in the smallest epoch.
 
     Raises:
-        ValueError: no size would do.
+        Refused: no size would do.
     """
     memory, training = prepared.config.memory, prepared.config.training
     sampler, setup, budget = prepared.loaders["train"].sampler_obj, *trials_of(prepared)

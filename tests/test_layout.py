@@ -11,12 +11,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "syntax config_checks memory_config execution_config config flags device foreign record marked data"
-    " identity gate portrait training measure sweeps analysis"
+    "files syntax config device foreign record marked data identity gate portrait training measure"
+    " sweeps analysis"
 ).split()
 COMMANDS = set(
     "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
-    " cli layers gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
+    " cli gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
     " __main__".split()
 )
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from bench.analysis import quantities
 from bench.analysis.articles import article_interval
-from bench.analysis.marginal import Cost, any_measured, marginal_cost, training_flops
+from bench.analysis.marginal import CostOverMean, any_measured, cost_over_mean, training_flops
 from bench.analysis.over_seeds import Interval, Summary, losses, summary
 from bench.analysis.significance import bca_interval
 from bench.analysis.statistics import Paired, Verdict, compare_family
 from bench.analysis.study import Configuration, Group
 from bench.record import is_measured
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 
@@ -53,7 +54,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One configuration of a comparison."""
 
     configuration: Configuration
@@ -67,7 +68,7 @@ class Row:
     flops_per_token: float | None
     against: Difference | None
     """None for the reference itself, and where the two share no seed."""
-    cost: Cost | None
+    cost: CostOverMean | None
     """None without a mean coupler to compare with."""
 
 
@@ -77,7 +78,7 @@ class Comparison:
 
     group: Group
     reference: Configuration
-    rows: list[Row]
+    rows: list[ComparisonRow]
     """The reference first, then by loss; what was not measured last."""
     pairs: list[Difference]
     """Every pair once: those with the reference as in ``rows``, then the others, judged together."""
@@ -104,7 +105,7 @@ def compare(group: Group, reference: str | None = None) -> Comparison:
     the reference are one family of Holm's correction, those among the others another: one verdict a pair.
 
     Raises:
-        ValueError: no configuration has this label.
+        Refused: no configuration has this label.
     """
     chosen = _reference(group, reference)
     others = [found for found in group.configurations if found is not chosen]
@@ -125,7 +126,7 @@ def _reference(group: Group, label: str | None) -> Configuration:
     if label is not None:
         chosen = next((one for one in found if one.label == label), None)
         if chosen is None:
-            raise ValueError(unknown_name("configuration", label, [one.label for one in found]))
+            raise Refused(unknown_name("configuration", label, [one.label for one in found]))
         return chosen
     measured = [one for one in found if one.counted] or found
     return next((one for one in measured if one.coupler == "mean"), measured[0])
@@ -146,14 +147,14 @@ def difference_family(pairs: Sequence[tuple[Configuration, Configuration]]) -> l
     ]
 
 
-def _row(configuration: Configuration, group: Group, against: Difference | None) -> Row:
+def _row(configuration: Configuration, group: Group, against: Difference | None) -> ComparisonRow:
     record = any_measured(configuration)
     parameters = record.parameters if record and is_measured(record.parameters) else None
-    return Row(
+    return ComparisonRow(
         configuration, losses(configuration), losses(configuration, "test"),
         summary(configuration, quantities.tokens_per_second),
         summary(configuration, quantities.median_step_seconds),
         summary(configuration, quantities.peak_memory_bytes),
         parameters and parameters.total, parameters and parameters.coupler,
-        training_flops(record), against, marginal_cost(configuration, group),
+        training_flops(record), against, cost_over_mean(configuration, group),
     )  # fmt: skip

@@ -19,7 +19,7 @@ OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_optio
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostOverMean:
     """What a configuration costs beside the same model with the mean coupler.
 
     Where every run timed both models in turn (``--marginal``), these are the figures; else those of the
@@ -68,7 +68,7 @@ def training_flops(record: Record | None) -> float | None:
     return record.flops.training_flops_per_token
 
 
-def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
+def cost_over_mean(configuration: Configuration, group: Group) -> CostOverMean | None:
     """Return what a configuration costs beside its mean coupler; None for that one, or without one."""
     means = [other for other in group.configurations
              if other.coupler == "mean" and _same_model(other, configuration)]  # fmt: skip
@@ -85,10 +85,10 @@ def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
     sizes = [record.parameters.total if record and is_measured(record.parameters) else None
              for record in records]  # fmt: skip
     flops = [training_flops(record) for record in records]
-    return Cost(mean, False, ratio, added, *(_less(*pair) for pair in (memory, sizes, flops)))
+    return CostOverMean(mean, False, ratio, added, *(_less(*pair) for pair in (memory, sizes, flops)))
 
 
-def _in_turn(configuration: Configuration, mean: Configuration | None) -> Cost | None:
+def _in_turn(configuration: Configuration, mean: Configuration | None) -> CostOverMean | None:
     """Return the cost by what each run timed itself; None unless every one did."""
     runs = configuration.counted
     found = {seed: one for seed, run in runs.items() if (one := quantities.marginal(run.record))}
@@ -100,7 +100,7 @@ def _in_turn(configuration: Configuration, mean: Configuration | None) -> Cost |
     peaks = [one.peak_allocated_bytes for one in found.values()]
     memory = [peak for peak in peaks if is_measured(peak)]
     first = next(iter(found.values()))
-    return Cost(
+    return CostOverMean(
         mean, True, Summary(ratio), Summary(added),
         statistics.fmean(memory) if len(memory) == len(peaks) else None,
         first.parameters, first.training_flops_per_token,

@@ -39,6 +39,7 @@ from bench.analysis.run_data import (
 )
 from bench.foreign import not_linked_out
 from bench.record import read_record
+from gnnmoe.config import Refused
 
 FORMAT = 2
 LOG, HYPOTHESES = "log.txt", "hypotheses*.json"
@@ -55,7 +56,7 @@ def publish_study(study: Path, target: Path) -> str:
         target: New, empty, or what an earlier call wrote.
 
     Raises:
-        ValueError: a file of the study is damaged, or ``target`` is another's, in the study, or unwritable.
+        Refused: a file of the study is damaged, or ``target`` is another's, in the study, or unwritable.
     """
     _refuse_target(study, target)
     files = _published(study)
@@ -67,7 +68,7 @@ def publish_study(study: Path, target: Path) -> str:
     try:
         _replace(target, files)
     except OSError as error:
-        raise ValueError(f"{target} cannot be written ({error.strerror}); name another folder.") from error
+        raise Refused(f"{target} cannot be written ({error.strerror}); name another folder.") from error
     return what
 
 
@@ -128,16 +129,16 @@ def _sha256(array: np.ndarray) -> str:
 def _refuse_target(study: Path, target: Path) -> None:
     there, here = target.resolve(), study.resolve()
     if there == here or here in there.parents or there in here.parents:
-        raise ValueError(f"{target} and the study lie in each other; name a folder beside {study}.")
+        raise Refused(f"{target} and the study lie in each other; name a folder beside {study}.")
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is no folder; name another.")
+        raise Refused(f"{target} is no folder; name another.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     known: Mapping[str, str] = (publication(target) or {"files": {}})["files"]
     foreign = [name for name in _contents(target) if name not in known and name != PUBLISHED]
     if not known or foreign:
         example = f" ({foreign[0]})" if foreign else ""
-        raise ValueError(f"{target} holds files that --publish did not write{example}; name another folder.")
+        raise Refused(f"{target} holds files that --publish did not write{example}; name another folder.")
 
 
 def _contents(folder: Path) -> Files:

@@ -17,6 +17,7 @@ import numpy as np
 
 from bench.foreign import inside
 from bench.record import Record, is_measured, read_json, read_record
+from gnnmoe.config import Refused
 
 Row = dict[str, Any]
 NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
@@ -63,7 +64,7 @@ def read_run(folder: Path) -> RunData:
     """Read a run folder; what is not there is empty.
 
     Raises:
-        ValueError: as ``read_record``.
+        Refused: as ``read_record``.
     """
     record, history = read_record(folder), _history(folder)
     return RunData(record, history["train"], history["validation"], _trace(folder / TRACE))
@@ -73,15 +74,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read an npz file.
 
     Raises:
-        ValueError: it is not there, is cut short or is no npz file; names it.
+        Refused: it is not there, is cut short or is no npz file; names it.
     """
     if not zipfile.is_zipfile(path):  # a .npy file would be read too, and be no arrays by name
-        raise ValueError(f"{path} is missing, cut short or no npz file")
+        raise Refused(f"{path} is missing, cut short or no npz file")
     try:
         with np.load(path) as arrays:
             return dict(arrays)
     except DAMAGE as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise Refused(f"{path} cannot be read: {error}") from error
 
 
 def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -91,7 +92,7 @@ def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | No
     where ``split`` is in neither.
 
     Raises:
-        ValueError: neither file is there, or the one that is cannot be used; names it and why.
+        Refused: neither file is there, or the one that is cannot be used; names it and why.
     """
     if not (folder / NLL).is_file() and (folder / ARTICLES).is_file():
         return _kept_sums(folder / ARTICLES, split)
@@ -101,7 +102,7 @@ def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | No
         return None
     why = _unlike_losses(nll, article)
     if why or article is None:
-        raise ValueError(f"{folder / NLL} holds no usable losses of {split}: {why}")
+        raise Refused(f"{folder / NLL} holds no usable losses of {split}: {why}")
     return np.bincount(article, weights=nll.astype(np.float64)), np.bincount(article).astype(np.float64)
 
 
@@ -126,7 +127,7 @@ def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the sums that a published study keeps of ``split``, None where it has none.
 
     Raises:
-        ValueError: the file cannot be read, or they are no sums.
+        Refused: the file cannot be read, or they are no sums.
     """
     arrays = read_arrays(path)
     sums, tokens = (arrays.get(f"{split}_{name}") for name in ("nll_sum", "tokens"))
@@ -139,7 +140,7 @@ def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
         and all(found.dtype.kind in "fiu" and np.isfinite(found).all() for found in (sums, tokens))
     )
     if tokens is None or not sound or (tokens < 0).any():
-        raise ValueError(f"{path} holds no usable sums by article of {split}")
+        raise Refused(f"{path} holds no usable sums by article of {split}")
     return sums.astype(np.float64), tokens.astype(np.float64)
 
 
@@ -147,11 +148,11 @@ def set_aside(study: Path) -> list[dict[str, Any]]:
     """Return run_id, status and start of the runs set aside, also of those that were not published.
 
     Raises:
-        ValueError: as ``publication``.
+        Refused: as ``publication``.
     """
     found = []
     for path in sorted(study.glob("*.*/record.json")):
-        with suppress(ValueError):
+        with suppress(Refused):
             record = read_record(path.parent)
             name = path.parent.name
             if re.fullmatch(rf"{re.escape(record.run_id)}\.[1-9]\d*", name):  # not a copy
@@ -165,7 +166,7 @@ def publication(study: Path) -> dict[str, Any] | None:
     ``files`` are the sha256 of the published files by name; ``set_aside`` runs as ``set_aside`` has them.
 
     Raises:
-        ValueError: the file cannot be read, is none that ``--publish`` wrote, or names a file elsewhere.
+        Refused: the file cannot be read, is none that ``--publish`` wrote, or names a file elsewhere.
     """
     path = study / PUBLISHED
     if not path.is_file():
@@ -176,7 +177,7 @@ def publication(study: Path) -> dict[str, Any] | None:
         isinstance(run, dict) and isinstance(run.get("start"), str | None) for run in aside
     )
     if not sound or not is_names(said.get("files")):
-        raise ValueError(f"{path} is not what --publish writes; fetch the study again, or delete that file.")
+        raise Refused(f"{path} is not what --publish writes; fetch the study again, or delete that file.")
     for name in said["files"]:
         inside(study, name, path)
     return said
@@ -195,7 +196,7 @@ def damaged_arrays(folder: Path) -> list[str]:
     if (folder / PACKED_HISTORY).is_file():
         try:
             history_text(folder)
-        except ValueError as error:
+        except Refused as error:
             found.append(f"{error}; the report is made without it")
     return found
 
@@ -204,7 +205,7 @@ def history_text(folder: Path) -> str | None:
     """Return a run's history, also the compressed one of a published study; None where there is none.
 
     Raises:
-        ValueError: the compressed one cannot be read; names it.
+        Refused: the compressed one cannot be read; names it.
     """
     packed = folder / PACKED_HISTORY
     if (folder / HISTORY).is_file():
@@ -214,7 +215,7 @@ def history_text(folder: Path) -> str | None:
     try:
         return gzip.decompress(packed.read_bytes()).decode(errors="replace")
     except DAMAGE as error:
-        raise ValueError(f"{packed} cannot be read: {error}") from error
+        raise Refused(f"{packed} cannot be read: {error}") from error
 
 
 def _history(folder: Path) -> dict[str, list[Row]]:
@@ -223,7 +224,7 @@ def _history(folder: Path) -> dict[str, list[Row]]:
     A killed process can leave a last line cut short: it is passed over, as is what is no row.
     """
     rows: dict[str, dict[int, Row]] = {"train": {}, "validation": {}}
-    with suppress(ValueError):
+    with suppress(Refused):
         for row in _rows((history_text(folder) or "").splitlines()):
             rows.setdefault(row["kind"], {})[row["step"]] = row
     return {kind: [found[step] for step in sorted(found)] for kind, found in rows.items()}
@@ -233,7 +234,7 @@ def _rows(lines: Iterable[str]) -> Iterable[Row]:
     for line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or an integer of 5,000 digits
             continue
         if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
             yield row
@@ -243,7 +244,7 @@ def _trace(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays over time, without those that are not as long as their steps."""
     try:
         arrays = read_arrays(path)
-    except ValueError:
+    except Refused:
         return {}
     shape = arrays["step"].shape if "step" in arrays else ()
     if len(shape) != 1 or not shape[0]:

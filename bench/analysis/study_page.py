@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.analysis.comparison import Row
+from bench.analysis.comparison import ComparisonRow
 from bench.analysis.comparison_tables import reference_lines
 from bench.analysis.numbers import (
     mebibytes,
@@ -43,7 +43,7 @@ def write_study(path: Path, report: Report) -> None:
     """Put a study between its marks on a page.
 
     Raises:
-        ValueError: the page cannot be read or written, or has no such marks.
+        Refused: the page cannot be read or written, or has no such marks.
     """
     write_between(path, lambda text: with_study(text, report))
 
@@ -52,7 +52,7 @@ def with_study(text: str, report: Report) -> str:
     """Return a page's text with the study between its marks, and its table alone between those for that.
 
     Raises:
-        ValueError: it has no such marks.
+        Refused: it has no such marks.
     """
     whole, table = marks(report.study.name), marks(report.study.name, TABLE)
     if table[0] in text:
@@ -93,7 +93,7 @@ def _table(section: Section) -> str:
     return tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ComparisonRow) -> list[str]:
     loss, against, cost = row.loss, row.against, row.cost
     if loss.mean is None:
         return [row.configuration.label, "0", "", "", "", "", row.configuration.statuses(), "", "", ""]

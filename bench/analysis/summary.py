@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -11,7 +12,7 @@ from rich.text import Text
 from bench.analysis import quantities
 from bench.analysis.numbers import in_parts, mebibytes, number, percent, share, signed
 from bench.foreign import visible
-from bench.measure.rates import difference_of_medians, paired_ratios, percentile
+from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.record import (
     Communication,
     Data,
@@ -172,7 +173,7 @@ def _speed(record: Record) -> str:
     if not is_measured(speed):
         return ""
     rate, median = speed.tokens_per_second, speed.median_step_seconds
-    ends = ", ".join(f"p{q} {1e3 * percentile(speed.step_seconds, q):,.0f}" for q in (10, 90, 99))
+    ends = ", ".join(f"p{q} {1e3 * np.percentile(speed.step_seconds, q):,.0f}" for q in (10, 90, 99))
     steps = f"{len(speed.step_seconds)} steps" + ("" if speed.steady else ", not steady")
     parts = [f"{rate:,.0f} tokens/s, median step {median * 1e3:,.0f} ms ({ends}; {steps})"]
     utilisation, waiting = quantities.utilisation(record), quantities.data_share(record)
@@ -194,7 +195,7 @@ def _marginal(record: Record) -> str:
         return ""
     ours, theirs = found.step_seconds, found.reference_step_seconds
     ratios = paired_ratios(ours, theirs)
-    low, median, high = (percent(percentile(ratios, q)) for q in (10, 50, 90))
+    low, median, high = map(percent, np.percentile(ratios, [10, 50, 90]))
     memory = found.peak_allocated_bytes
     parts = [
         f"{median} of a step (p10 {low}, p90 {high})",

@@ -12,12 +12,15 @@ from pathlib import Path
 from bench.analysis.numbers import counted
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
-from bench.analysis.report_files import OPTIONS, PAGE, Options, read_options, text_files
+from bench.analysis.report_files import OPTIONS, PAGE, ReportOptions, read_options, text_files
 from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums, publication
 from bench.analysis.study import Run
+from gnnmoe.config import Refused
 
 
-def verify(study: Path, folder: Path, make: Callable[[Options | None], Report]) -> tuple[list[str], str]:
+def verify(
+    study: Path, folder: Path, make: Callable[[ReportOptions | None], Report]
+) -> tuple[list[str], str]:
     """Return what differs, and in words what was held against what.
 
     Args:
@@ -27,7 +30,7 @@ def verify(study: Path, folder: Path, make: Callable[[Options | None], Report]) 
         make: Makes the report anew, with the options that it was made with.
 
     Raises:
-        ValueError: there is neither a report nor what ``--publish`` wrote, or the options cannot be read.
+        Refused: there is neither a report nor what ``--publish`` wrote, or the options cannot be read.
     """
     published = publication(study)
     hashes: dict[str, str] = {} if published is None else published["files"]
@@ -96,7 +99,7 @@ def _unlike_sums(run: Run, splits: Sequence[str]) -> Iterator[str]:
     for split in splits:
         try:
             sums = article_sums(run.folder, split)
-        except ValueError as error:
+        except Refused as error:
             yield str(error)
             continue
         if sums is None:
@@ -121,7 +124,7 @@ def _changed(study: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]
             yield name, f"{name} is not what was published"
 
 
-def _problems_of_report(report: Report, options: Options, folder: Path) -> Iterator[str]:
+def _problems_of_report(report: Report, options: ReportOptions, folder: Path) -> Iterator[str]:
     """Yield where the written report differs from its records.
 
     Tables, summary, the data of the plots and the page (with the drawings of the folder) are made again and

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from bench.gate.subject import global_random_state_kept
 from bench.measure.meters import meter_for
-from bench.measure.preserve import preserved
 from bench.measure.recovery import attempt
 from bench.record import is_measured
 from bench.training.shape import require_applied
@@ -26,7 +26,7 @@ def activation_bytes(model: GNNMoEModel, rows: int, length: int, device: torch.d
     def forward() -> None:
         model(batch["input_ids"], targets=batch["targets"], return_logits=False)
 
-    with preserved():
+    with global_random_state_kept(device):
         peak = meter_for(device).measure(forward, (model, [batch])).peak_allocated_bytes
     if not is_measured(peak):
         raise ValueError("activation memory cannot be read on this device.")

@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ UNITS = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 WHOLE_DEVICE = "device"
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 ALLOWED = (
     "write an amount with its unit (16GiB, 512MiB, 2.5GB), 'device' for all the memory of the device, "
     "or a share of it in (0, 1], such as 0.5."
@@ -47,24 +49,24 @@ class MemoryBudget:
         Units are read whatever their case; kB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
 
         Raises:
-            ValueError: it is none of these, an unknown unit, less than a byte, or a share outside
+            Refused: it is none of these, an unknown unit, less than a byte, or a share outside
                 (0, 1].
         """
         found = _AMOUNT.fullmatch(text.strip())
         if text.strip().lower() == WHOLE_DEVICE:
             return cls(text)
         if found is None:
-            raise ValueError(f"memory budget {text!r} is no amount of memory; {ALLOWED}")
+            raise Refused(f"memory budget {text!r} is no amount of memory; {ALLOWED}")
         number, unit = Decimal(found[1]), found[2]
         if not unit:
             if not 0 < number <= 1:
-                raise ValueError(f"memory budget {text!r} has no unit and is no share in (0, 1]; {ALLOWED}")
+                raise Refused(f"memory budget {text!r} has no unit and is no share in (0, 1]; {ALLOWED}")
             return cls(text, share=float(number))
         factor = {name.lower(): factor for name, factor in UNITS.items()}.get(unit.lower())
         if factor is None:
-            raise ValueError(f"memory budget {text!r}: {unknown_name('unit', unit, UNITS)}")
+            raise Refused(f"memory budget {text!r}: {unknown_name('unit', unit, UNITS)}")
         if number * factor < 1:
-            raise ValueError(f"memory budget {text!r} is less than a byte; {ALLOWED}")
+            raise Refused(f"memory budget {text!r} is less than a byte; {ALLOWED}")
         return cls(text, explicit_bytes=int(number * factor))
 
     def resolve(self, device: torch.device, sharing: int = 1) -> int:
@@ -73,13 +75,13 @@ class MemoryBudget:
         ``sharing``: the processes that have the device's memory together, in equal parts.
 
         Raises:
-            ValueError: the device has less, or does not say what it has.
+            Refused: the device has less, or does not say what it has.
         """
         total = device_memory_bytes(device) // sharing
         if self.explicit_bytes is None:
             return int(total * self.share)
         if self.explicit_bytes > total:
-            raise ValueError(
+            raise Refused(
                 f"memory budget {self.text} is more than the {format_bytes(total)} of device "
                 f"{device.type}; lower it, or write 'device' for all of it."
             )
@@ -100,19 +102,18 @@ def device_memory_bytes(device: torch.device) -> int:
     return host_memory_bytes()
 
 
-def host_memory_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+def host_memory_bytes() -> int:
     """Return the host's physical memory in bytes, or the lowest limit of the control groups over us.
 
     Source: cgroups(7); ``memory.max`` of version 2, ``memory.limit_in_bytes`` of version 1.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    own = proc / "self" / "cgroup"
-    for line in own.read_text().splitlines() if own.is_file() else []:
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            mount, name = groups, "memory.max"
+            mount, name = GROUPS, "memory.max"
         elif "memory" in controllers.split(","):
-            mount, name = groups / "memory", "memory.limit_in_bytes"
+            mount, name = GROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
         group = mount / path.lstrip("/")
@@ -139,10 +140,10 @@ def parameters_fit(budget_bytes: int, needed_bytes: int) -> None:
     """Refuse a budget in which not even the model fits; ``needed_bytes`` as ``training_state_bytes``.
 
     Raises:
-        ValueError: the budget is smaller; both sizes are named.
+        Refused: the budget is smaller; both sizes are named.
     """
     if budget_bytes < needed_bytes:
-        raise ValueError(
+        raise Refused(
             f"the memory budget of {format_bytes(budget_bytes)} is smaller than the "
             f"{format_bytes(needed_bytes)} of parameters, gradients and optimizer state, before any batch; "
             "raise it, or lower embed_dim, num_layers, num_experts or vocab_size."

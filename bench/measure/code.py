@@ -25,7 +25,7 @@ from gnnmoe.couplers import coupler_class, coupler_names, executed_source, resol
 
 CHANGES_NUMBERS = (
     "gnnmoe", "bench/data", "bench/gate", "bench/measure", "bench/training",
-    "bench/controlling.py", "bench/device.py", "bench/difficulty.py", "bench/execution_config.py",
+    "bench/controlling.py", "bench/device.py", "bench/difficulty.py",
     "bench/fitting.py", "bench/gating.py", "bench/learning.py", "bench/loaders.py", "bench/prepare.py",
     "bench/scoring.py", "bench/session.py", "bench/tuning.py",
 )  # fmt: skip

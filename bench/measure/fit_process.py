@@ -7,8 +7,8 @@ from functools import cache
 
 import torch
 
+from bench.gate.subject import global_random_state_kept
 from bench.measure.activation import require_batch_applied
-from bench.measure.preserve import preserved
 from bench.measure.search_process import Budgeted, Send, in_child
 from bench.measure.trials import Trials, TrialSetup
 from bench.training.batch_size import Trial
@@ -65,5 +65,5 @@ def _fit(request: FitRequest, seconds: float, send: Send) -> Fit:
 
 def _require_applied(setup: TrialSetup) -> None:
     device, length = torch.device(setup.device), setup.model.max_seq_length
-    with preserved():
+    with global_random_state_kept(device):
         require_batch_applied(setup.build(), length, device)

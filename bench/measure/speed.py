@@ -5,16 +5,16 @@ Nothing inside a timed step reads a number back, logs or evaluates.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from time import perf_counter
 
 import torch
 
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure.memory import built_bytes, measure_memory
-from bench.measure.protocol import Clock, StepTimes, Warmup, time_steps
+from bench.measure.protocol import StepTimes, Warmup, time_steps
 from bench.record import Memory, Speed, is_measured, not_measured
 from bench.record import Warmup as WarmupRecord
 from bench.training.ranks import ALONE, Ranks
@@ -118,7 +118,6 @@ def fetched(
     count: int,
     as_run: Callable[[Batch], Batch],
     device: torch.device,
-    clock: Clock = time.perf_counter,
 ) -> tuple[list[Batch], list[float]]:
     """Return the first batches of a loader on the device, as they are run, and the seconds of each fetch.
 
@@ -127,14 +126,14 @@ def fetched(
     batches, seconds = [], []
     rest = islice(iter(loader), count)
     while True:
-        start = clock()
+        start = perf_counter()
         batch = next(rest, None)
         if batch is None:
             return batches, seconds
         batches.append(to_device(as_run(batch), device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(clock() - start)
+        seconds.append(perf_counter() - start)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from bench.measure.marginal import marginal_cost
 from bench.measure.profile import TRACE, profile_steps, steps_of_a_profile
 from bench.measure.protocol import matrix_rate
 from bench.measure.rates import over_the_rate, utilisation
-from bench.measure.recovery import Outcome, at_once, attempt
+from bench.measure.recovery import Attempted, at_once, attempt
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
 from bench.record import Marginal, Memory, NotMeasured, Speed, is_measured, not_measured
 from bench.training.execution import Execution
@@ -77,7 +77,7 @@ class SpeedPass:
             self._profile(steps)
         return speed, memory
 
-    def _attempt(self, function: Callable[[], T]) -> Outcome[T]:
+    def _attempt(self, function: Callable[[], T]) -> Attempted[T]:
         return attempt(function) if self.ranks.alone else at_once(function)
 
     def _measure(

@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
 from bench.config import ExecutionConfig, TrainingConfig
+from bench.gate.subject import global_random_state_kept
 from bench.measure.budget import format_bytes, host_memory_bytes
 from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
-from bench.measure.preserve import preserved
 from bench.measure.recovery import attempt, recover
 from bench.training.batch_size import FREE_HERE, Trial
 from bench.training.execution import Execution
@@ -27,7 +27,6 @@ from gnnmoe.seeds import stream_seed
 WARM_UP_STEPS = 2  # the first makes the optimizer's state; the second, with it there, is metered
 MEASURED_STEPS = 2
 MOST_PIECES = 2  # from the second piece on, the gradients of those before are held: as high as it gets
-MOST_MICRO_STEPS = (WARM_UP_STEPS + MEASURED_STEPS) * MOST_PIECES
 SURE_SHARE = 1.1  # of the limit: predictions are within 10 % of what is measured
 
 
@@ -74,7 +73,7 @@ class Trials:
         self._begun = True
         if hopeless:
             return Trial(size, f"not run: {hopeless}", predicted, seconds=time.perf_counter() - start)
-        with preserved():  # no model of others is touched, but the random states would be
+        with global_random_state_kept(self._device):
             outcome = attempt(lambda: self._run(size, shapes))
         failure, peak, speed = outcome.value or (outcome.failure, None, None)
         seconds = time.perf_counter() - start
@@ -102,8 +101,7 @@ class Trials:
 
     def _hopeless(self, predicted: int) -> str | None:
         """Return why a size need not be run to know that it fails; the first one always is, if it can be."""
-        free = free_host_bytes() if self._device.type == "cpu" else None
-        if free is not None and predicted > free:
+        if self._device.type == "cpu" and predicted > (free := free_host_bytes()):
             return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process, untold
         limit = self.setup.limit_bytes
         if self._begun and predicted > limit * SURE_SHARE:
@@ -132,9 +130,11 @@ class Trials:
         return failure, peak, None if seconds is None else batch["targets"].numel() / seconds
 
 
-def random_batch(model: GNNMoEConfig, rows: int, device: torch.device) -> Batch:
+def random_batch(
+    model: GNNMoEConfig, rows: int, device: torch.device, generator: torch.Generator | None = None
+) -> Batch:
     """Return a batch (rows, max_seq_length) of any tokens: what they are does not change what they take."""
-    generator = torch.Generator().manual_seed(stream_seed(0, "tune"))
+    generator = generator or torch.Generator().manual_seed(stream_seed(0, "tune"))
     shape = rows, model.max_seq_length + 1
     tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
     return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
@@ -152,12 +152,9 @@ def allocator_retries(device: torch.device) -> int:
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 
-def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes that the host can give without swapping; None where it does not say."""
-    for line in meminfo.read_text().splitlines() if meminfo.is_file() else []:
-        if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, host_memory_bytes())
-    return None
+def free_host_bytes() -> int:
+    """Return the bytes that the host can give without swapping."""
+    return min(psutil.virtual_memory().available, host_memory_bytes())
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

@@ -7,11 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.files import Busy
 from bench.record import STATUSES, Damaged, Record, RunFolder, is_measured, is_stale
 from bench.sweeps.executor import Outcome, PlannedRun
+from gnnmoe.config import Refused
 
 FINAL = frozenset(STATUSES) - {"interrupted"}
-BUSY = "another process is at run"  # as RunFolder.locked says it
 
 
 class Unwritable(Exception):
@@ -58,10 +59,10 @@ def is_busy(run: PlannedRun) -> bool:
     try:
         with folder_of(run).locked():
             return False
-    except ValueError as error:
-        if BUSY not in str(error):
-            raise Unwritable(str(error)) from error
+    except Busy:
         return True
+    except Refused as error:
+        raise Unwritable(str(error)) from error
 
 
 def remove_left_over_locks(study: Path, done: Container[str]) -> None:
@@ -69,7 +70,7 @@ def remove_left_over_locks(study: Path, done: Container[str]) -> None:
     for lock in study.glob(".*.lock"):
         run_id = lock.name.removeprefix(".").removesuffix(".lock")
         if run_id in done:
-            with suppress(ValueError), RunFolder(study.parent, study.name, run_id).locked():
+            with suppress(Refused), RunFolder(study.parent, study.name, run_id).locked():
                 pass
 
 

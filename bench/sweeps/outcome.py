@@ -13,14 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bench.record import NOT_REACHED, Record, RunFolder, Time, TimePart, cannot_write, not_measured, utc_now
+from bench.device import OUT_OF_MEMORY_OUTPUT
+from bench.files import Busy, cannot_write, utc_now
+from bench.record import BUSY, NOT_REACHED, Record, RunFolder, Time, TimePart, not_measured
 from bench.sweeps.executor import Outcome, PlannedRun, Task
-from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
+from bench.sweeps.folders import FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
 from bench.sweeps.torchrun import as_one_process
+from gnnmoe.config import Refused
 
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory",
-                 "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")  # fmt: skip
 TELLING = re.compile(r"error: |status +\w+: |([\w.]+\.)?\w+(Error|Exception)\b")
 ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -89,7 +90,7 @@ class Attempt:
         return []
 
 
-def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
+def judge_child(attempt: Attempt, exit_status: int) -> Outcome | Again:
     """Return what a child's end means, and write it where the child could not write it itself.
 
     A record with a final status stays as it is. A run that the sweep, or anyone, asked to end stays
@@ -115,7 +116,7 @@ def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
         return Outcome("interrupted", "stopped from outside")
     if exit_status == 2 and not changed:
         return _refused(attempt, tail)
-    memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY)]
+    memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY_OUTPUT)]
     if memory:
         return _written(attempt, "oom", memory[-1], tail, changed)
     return _written(attempt, "crashed", _cause(exit_status, tail), tail, changed)
@@ -169,9 +170,9 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
             store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
     except OSError as failure:
         raise Unwritable(cannot_write(run.folder, failure)) from failure
-    except ValueError as failure:
-        if BUSY in str(failure):  # what the child left behind goes on with it
-            return Again(attempt.flags, "busy")
+    except Busy:  # what the child left behind goes on with it
+        return Again(attempt.flags, "busy")
+    except Refused as failure:
         raise Unwritable(str(failure)) from failure
     return Outcome(status, error)
 
@@ -199,7 +200,7 @@ def _create(store: RunFolder, record: Record) -> None:
         store.set_aside()
     try:
         store.create(record)
-    except ValueError:
+    except Refused:
         shutil.rmtree(store.path, ignore_errors=True)
         raise
 

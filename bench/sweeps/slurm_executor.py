@@ -13,23 +13,24 @@ import pickle
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
+from bench.config import Several, flags
 from bench.sweeps.child import End, Work
 from bench.sweeps.cluster import SHARED, ClusterExecutor, lost, refresh
 from bench.sweeps.durations import seconds_of
 from bench.sweeps.executor import GRACE_SECONDS, Task, Wanted
-from bench.sweeps.slurm_job import OVER, SAVING_SECONDS, Queue, SlurmQueue, do_job, outside_of_jobs
+from bench.sweeps.slurm_job import OVER, SAVING_SECONDS, JobQueue, SlurmQueue, do_job, outside_of_jobs
+from gnnmoe.config import Refused
 
 SLOTS = 64
 SHORTEST_SECONDS = 300.0
 POLL_SECONDS, LOST_SECONDS, AGAIN_SECONDS = 5.0, 15.0, 60.0
 
 
-@dataclass(kw_only=True)
+@flags
 class Options:
     """Flags of --executor slurm."""
 
@@ -37,9 +38,7 @@ class Options:
     """Partition (default: the cluster's)."""
     slurm_time: str = "4h"
     """Time limit of one job: 30m, 4h. A run that takes longer is requeued and goes on from its checkpoint."""
-    slurm_option: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
-    ] = ()
+    slurm_option: Annotated[Several, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """An option of sbatch, such as account=physics, mem=16G, constraint=a100 or exclusive; may be given
     several times."""
 
@@ -48,17 +47,17 @@ def make(options: Options, wanted: Wanted) -> SlurmExecutor:
     """Return the executor for what a sweep wants.
 
     Raises:
-        ValueError: submitit is not installed, Slurm is not there, or an option is wrong.
+        Refused: submitit is not installed, Slurm is not there, or an option is wrong.
     """
     try:
         import submitit  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError(
+        raise Refused(
             "executor slurm needs submitit, which is not installed; pip install 'gnnmoe[slurm]' installs it."
         ) from None
     slots = SLOTS if wanted.slots is None else wanted.slots
     if slots < 1:
-        raise ValueError(f"slots is {slots}; it must be 1 or more.")
+        raise Refused(f"slots is {slots}; it must be 1 or more.")
     parameters = parameters_for(options, wanted)
     queue = SlurmQueue()
     queue.check()
@@ -71,11 +70,11 @@ def parameters_for(options: Options, wanted: Wanted) -> dict[str, Any]:
     """Return what submitit asks of sbatch for each job.
 
     Raises:
-        ValueError: an option is wrong.
+        Refused: an option is wrong.
     """
     seconds = seconds_of("slurm_time", options.slurm_time)
     if seconds is None or seconds < SHORTEST_SECONDS:
-        raise ValueError(
+        raise Refused(
             f"slurm_time is {options.slurm_time!r}; it must be 5m or more: the last {SAVING_SECONDS} s of a "
             "job are for saving its state."
         )
@@ -104,7 +103,7 @@ class SlurmExecutor(ClusterExecutor):
         wanted: Wanted,
         slots: int,
         submitter: Any,
-        queue: Queue,
+        queue: JobQueue,
         grace_seconds: float = GRACE_SECONDS,
         poll_seconds: float = POLL_SECONDS,
         lost_seconds: float = LOST_SECONDS,

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.record import cannot_write, stale_notes
+from bench.files import cannot_write
+from bench.record import stale_notes
 from bench.sweeps.executor import (
     Choices,
     Executor,
@@ -27,7 +28,7 @@ from bench.sweeps.folders import Found, Unwritable, look, remove_left_over_locks
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import Signals, sweep_lock
 from bench.sweeps.live import Display, View
-from bench.sweeps.outcome import Again, Attempt, judge
+from bench.sweeps.outcome import Again, Attempt, judge_child
 from bench.sweeps.queue import Queue, Waiting
 from bench.sweeps.torchrun import launcher
 
@@ -59,7 +60,7 @@ def execute(
     SIGINT or SIGTERM starts nothing more and lets the children save their state; a second ends them at once.
 
     Raises:
-        ValueError: another sweep is at it, results cannot be written, or a record is newer; nothing started.
+        Refused: another sweep is at it, results cannot be written, or a record is newer; nothing started.
     """
     choices, began = choices or Choices(), time.monotonic()
     once = list({run.run_id: run for run in runs}.values())
@@ -182,7 +183,7 @@ class _Work:
             if attempt.queued and attempt.stopped is not None:  # it never began
                 continue
             try:
-                verdict = judge(attempt, exit_status)
+                verdict = judge_child(attempt, exit_status)
             except Unwritable as error:
                 self._stop("unwritable", str(error))
                 verdict = Outcome("interrupted", "its end could not be recorded")

@@ -6,11 +6,13 @@ is always a size that ran. A size either fits or does not, and all smaller ones 
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from time import monotonic
 from typing import Any, Literal, get_args
+
+from gnnmoe.config import Refused
 
 Mode = Literal["binsearch", "power"]
 Stopped = Literal["limit", "cap", "max_trials", "max_seconds"]
@@ -83,10 +85,10 @@ def memory_limit(budget_bytes: int, target: float) -> int:
     """Return the bytes that a trial's peak may reach: the only place where the safety factor enters.
 
     Raises:
-        ValueError: the target lies outside (0, 1].
+        Refused: the target lies outside (0, 1].
     """
     if not 0.0 < target <= 1.0:
-        raise ValueError(f"memory_target is {target}; it must lie in (0, 1].")
+        raise Refused(f"memory_target is {target}; it must lie in (0, 1].")
     return int(budget_bytes * target)
 
 
@@ -94,11 +96,11 @@ def largest_allowed(maximum: int | None, epoch_samples: int, min_steps: int, wor
     """Return the cap of a search: the user's maximum, and ``min_steps`` updates in the smallest epoch.
 
     Raises:
-        ValueError: the smallest epoch has too few samples for any batch.
+        Refused: the smallest epoch has too few samples for any batch.
     """
     most = epoch_samples // (world_size * min_steps)
     if most < 1:
-        raise ValueError(
+        raise Refused(
             f"the smallest epoch serves {epoch_samples} blocks, too few for {min_steps} updates on "
             f"{world_size} rank{'s' * (world_size > 1)}; use more data or lower min_steps_per_epoch."
         )
@@ -114,7 +116,6 @@ def search(
     cap: int,
     among: Sequence[int] | None = None,
     max_seconds: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
     """Try sizes and return the largest that ran, none above ``cap``.
 
@@ -127,16 +128,16 @@ def search(
 
     Raises:
         NoFeasibleBatch: no size that was tried ran.
-        ValueError: an unknown mode, a number below 1, or an ``init_val`` that is not among the sizes.
+        Refused: an unknown mode, a number below 1, or an ``init_val`` that is not among the sizes.
     """
     plan = _Plan(mode, _sizes(cap, among), init_val, max_trials)
     trials: list[Trial] = []
-    start = clock()
+    start = monotonic()
     while (stopped := plan.stopped(len(trials))) is None:
         ran = [trial for trial in trials if trial.micro_steps or trial.ran]  # others took no time
         if ran and max_seconds is not None:
             expected = ran[-1].seconds * plan.size / ran[-1].size
-            if clock() - start + expected > max_seconds:
+            if monotonic() - start + expected > max_seconds:
                 stopped = "max_seconds"
                 break
         trials.append(trial(plan.size))
@@ -171,15 +172,13 @@ class _Plan:
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; it must be {' or '.join(get_args(Mode))}.")
         if max_trials < 1 or init_val < 1:
-            raise ValueError(f"max_trials {max_trials} and init_val {init_val} must be 1 or more.")
+            raise Refused(f"max_trials {max_trials} and init_val {init_val} must be 1 or more.")
         self.mode, self.sizes, self.max_trials = mode, sizes, max_trials
         first = min(init_val, sizes[-1])
         self.at = _last_up_to(sizes, first)
         if self.at < 0 or sizes[self.at] != first:
             nearest = min(sizes, key=lambda size: abs(size - first))
-            raise ValueError(
-                f"init_val is {init_val}, which is not among the sizes; the nearest is {nearest}."
-            )
+            raise Refused(f"init_val is {init_val}, which is not among the sizes; the nearest is {nearest}.")
         self.low, self.high = -1, len(sizes)
 
     @property
@@ -217,7 +216,7 @@ def _sizes(cap: int, among: Sequence[int] | None) -> Sequence[int]:
         raise ValueError(f"the cap of a search is {cap}; it must be 1 or more.")
     sizes = range(1, cap + 1) if among is None else [size for size in among if size <= cap]
     if not sizes:
-        raise ValueError(f"none of the sizes that may be tried is {cap} or less.")
+        raise Refused(f"none of the sizes that may be tried is {cap} or less.")
     return sizes
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from time import monotonic
 from typing import Any, Literal
 
 from bench.training.batch_size import NoFeasibleBatch, Trial
@@ -67,7 +67,6 @@ def fit(
     limit_bytes: int,
     max_trials: int = 12,
     max_seconds: float | None = None,
-    clock: Callable[[], float] = time.monotonic,
     on_try: OnTry = lambda _: None,
 ) -> Fit:
     """Return the last of ``shapes`` (rising, see ``ladder``) whose measured peak is within the limit.
@@ -82,11 +81,11 @@ def fit(
     """
     low, high, correction, blind = -1, len(shapes), 1.0, False
     tries: list[Tried] = []
-    start, stopped = clock(), None
+    start, stopped = monotonic(), None
     while high - low > 1:
         at = _choose(predict, shapes, low, high, limit_bytes / correction, blind)
-        expected_seconds = _seconds(tries, shapes[at])
-        out_of_time = max_seconds is not None and tries and clock() - start + expected_seconds > max_seconds
+        expected_end = monotonic() - start + _seconds(tries, shapes[at])
+        out_of_time = max_seconds is not None and tries and expected_end > max_seconds
         if out_of_time or len(tries) == max_trials:
             stopped = "max_seconds" if out_of_time else "max_trials"
             break

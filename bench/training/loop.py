@@ -11,15 +11,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from bench.config import TrainingConfig
-from bench.data.loader import set_epoch
+from bench.data.loader import BlockLoader, set_epoch
 from bench.training.controlled import StepControl
 from bench.training.evaluation import evaluate
 from bench.training.plan import EpochPlan, TrainingPlan
 from bench.training.ranks import ALONE, Ranks
-from bench.training.recovering import Attempt, Recovering, Recovery, Shapes, set_random_state
+from bench.training.recovering import Attempt, Recovering, Recovery, Shapes, random_state, set_random_state
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
@@ -78,8 +77,8 @@ class Trainer:
     def __init__(
         self,
         model: GNNMoEModel,
-        train_loader: DataLoader,
-        val_loader: DataLoader,
+        train_loader: BlockLoader,
+        val_loader: BlockLoader,
         config: TrainingConfig,
         device: torch.device,
         hooks: Hooks,
@@ -137,14 +136,14 @@ class Trainer:
         The hooks have been told of all steps up to it. Random states are those of each rank, in a list.
         """
         self.report()
-        on_cuda = self.device.type == "cuda"
+        on_cpu, on_cuda = random_state(self.device)
         return {
             "model": self.model.state_dict(), "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(), "done": asdict(self.done),
             "recovering": self.recovering.state_dict(),
             "control": self.control.controller.state_dict() if self.control else None,
-            "random": self.ranks.gather(torch.get_rng_state()),
-            "random_cuda": self.ranks.gather(torch.cuda.get_rng_state(self.device) if on_cuda else None),
+            "random": self.ranks.gather(on_cpu),
+            "random_cuda": self.ranks.gather(on_cuda),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,12 +161,12 @@ class Trainer:
         """Yield the batches from step ``done.steps`` on: epoch and place in it follow from the step."""
         while self.done.steps < self.plan.total_steps:
             epoch, start = self.plan.place(self.done.steps)
-            set_epoch(self.train_loader, epoch)
             planned = self.plan.epoch(epoch)
+            set_epoch(self.train_loader, epoch, start * planned.batch_size)
             self.hooks.on_epoch(planned)
             if self.control is not None and start == 0:
                 self.control.begin_epoch(self.done.steps)
-            yield from islice(self.train_loader, start, planned.batches if planned.cut else None)
+            yield from islice(self.train_loader, planned.batches - start if planned.cut else None)
             self.hooks.after_epoch()
 
     def _step(self, batch: Batch) -> None:

@@ -18,7 +18,7 @@ Shapes = list[tuple[int, ...]]
 Step = Callable[[int | None, Shapes], tuple[Tensor, Tensor]]
 
 
-class Outcome(Protocol):
+class Attempted(Protocol):
     """What came of an attempt: a value, or why memory ran out."""
 
     @property
@@ -32,7 +32,7 @@ class Outcome(Protocol):
         ...
 
 
-Attempt = Callable[[Callable[[], Any]], Outcome]
+Attempt = Callable[[Callable[[], Any]], Attempted]
 """Runs a function; where memory runs out, gives back what the function held (``bench.measure.recovery``)."""
 
 
@@ -74,7 +74,7 @@ class Recovering:
             torch.OutOfMemoryError: memory runs out with the smallest micro-batch too.
             UpdateOutOfMemory: it ran out inside the update, which is never repeated.
         """
-        random = _random_state(self._device)
+        random = random_state(self._device)
         while True:
             shapes: Shapes = []
             outcome = self._attempt(lambda shapes=shapes: _or_half_done(step, self.micro_batch_size, shapes))
@@ -118,12 +118,13 @@ def _or_half_done(
         return error
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return torch's random state on the CPU and, where there is one, on the CUDA device."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Put torch's random state back, on the CPU and, where there is one, on the CUDA device."""
+    """Go back to what ``random_state`` returned."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)

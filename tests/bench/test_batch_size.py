@@ -40,7 +40,9 @@ class Device:
 
 
 def found(device: Device, **settings) -> SearchResult:
-    return search(device, **{"max_trials": ENOUGH, "clock": lambda: device.now, **settings})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.training.batch_size.monotonic", lambda: device.now)
+        return search(device, **{"max_trials": ENOUGH, **settings})
 
 
 def test_b2_power_tries_init_and_its_doubles_and_returns_the_last_that_ran():
@@ -239,9 +241,10 @@ def test_settings_that_make_no_sense_are_refused(settings, said):
         search(Device(9), **settings)
 
 
-def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next():
+def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next(monkeypatch):
     """B6: 128 was predicted away in no time; 96 would take half again as long as 64 did."""
     now = [0.0]
+    monkeypatch.setattr("bench.training.batch_size.monotonic", lambda: now[0])
 
     def trial(size: int) -> Trial:
         if size == 128:
@@ -250,9 +253,7 @@ def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next():
         now[0] += 60.0
         return Trial(size, seconds=60.0, micro_steps=4)
 
-    result = search(
-        trial, mode="binsearch", init_val=64, max_trials=9, cap=128, max_seconds=110.0, clock=lambda: now[0]
-    )
+    result = search(trial, mode="binsearch", init_val=64, max_trials=9, cap=128, max_seconds=110.0)
     assert (result.size, result.stopped) == (64, "max_seconds")
     assert now[0] < 110
 

@@ -10,7 +10,7 @@ import torch
 from bench.config import TrainingConfig
 from bench.measure.ledger import BatchAccountingError, Ledger
 from bench.training.evaluation import evaluate
-from bench.training.micro_batches import accumulation, accumulations, divisors, next_smaller
+from bench.training.micro_batches import accumulations, divisors, next_smaller
 from bench.training.plan import EpochPlan
 from bench.training.step import add_gradients, make_optimizer, split, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
@@ -119,7 +119,7 @@ def test_b13_micro_batch_times_accumulation_times_ranks_is_the_batch():
         for world in (1, 2, 3):
             for micro in range(1, 26):
                 try:
-                    steps = accumulation(batch_size, micro, world)
+                    (steps,) = accumulations([batch_size], micro, world)
                 except ValueError:
                     assert batch_size % (micro * world)
                 else:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from bench import foreign
-from bench.config import RunConfig
-from bench.flags import config_of, run_flags
-from bench.identity import identity, settings_in_record
+from bench.config import RunConfig, config_of, run_flags
+from bench.identity import configuration_id, identity, settings_in_record
 from bench.identity import run_id as schema_run_id
 from bench.record import Damaged, Record, RunFolder, check_writable, is_measured, not_measured
 from gnnmoe.couplers import coupler_identity
@@ -67,7 +66,7 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
     assert run_id(RunConfig(), DATA, "cpu", curriculum={"order_sha256": "0"}) not in seen
 
 
-def test_every_committed_record_has_the_run_id_of_its_config():
+def test_every_committed_record_has_the_ids_of_its_config():
     """The identity of a config that a committed run had never changes."""
     known, differing = run_flags(), []
     paths = sorted(REFERENCE.glob("*/*/record.json"))
@@ -75,11 +74,13 @@ def test_every_committed_record_has_the_run_id_of_its_config():
         record = json.loads(path.read_text())
         fields = {name: value for group in record["config"].values() for name, value in group.items()}
         config = config_of({name: value for name, value in fields.items() if name in known})
-        environment, sha256 = record["environment"], record["data"]["sha256"]
-        world = {"world_size": environment.get("world_size", 1)}
-        if run_id(config, sha256, environment["device_type"], **world) != record["run_id"]:
+        device, world = record["environment"]["device_type"], record["environment"].get("world_size", 1)
+        coupler = coupler_identity(config.model.resolved(1))
+        found = identity(config, coupler, record["data"]["sha256"], device, world_size=world)
+        ids = (path.parent.name, record["run_id"], record["configuration"])
+        if ids != (schema_run_id(found), schema_run_id(found), configuration_id(found)):
             differing.append(path.parent.name)
-    assert len(paths) > 100
+    assert len(paths) >= 284
     assert not differing
 
 

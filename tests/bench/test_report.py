@@ -182,12 +182,12 @@ def test_what_was_published_is_verified_by_its_hashes(tmp_path, capsys):
     """It has no losses of tokens, nor need it have sums by article; a run that was added has no hash."""
     made_study(tmp_path / "there" / "made", {"mean": 0.0, "GNN": 0.1}, seeds=2, history=2)
     out = tmp_path / "made"
-    assert main([str(tmp_path / "there" / "made"), "--redact", str(out)]) == 0
+    assert main([str(tmp_path / "there" / "made"), "--publish", str(out)]) == 0
     one, other = sorted(out.glob("*/articles.npz"))[:2]
-    published = json.loads((out / "redacted.json").read_text())
+    published = json.loads((out / "published.json").read_text())
     one.unlink()
     del published["files"][one.relative_to(out).as_posix()]
-    (out / "redacted.json").write_text(json.dumps(published))
+    (out / "published.json").write_text(json.dumps(published))
     capsys.readouterr()
     assert main([str(out), "--verify"]) == 0
     words = "4 by file hash, not by token losses (3 of them also by their sums by article)"

@@ -24,7 +24,15 @@ from bench.data.corpus import load_corpus
 from bench.measure import search_cache, search_process, trials
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.measure.search_process import Request, SearchFailed, search_here, search_in_child
-from bench.measure.trials import MOST_MICRO_STEPS, Trials, TrialSetup, fits_all_ranks, why_it_fails
+from bench.measure.trials import (
+    MEASURED_STEPS,
+    MOST_PIECES,
+    WARM_UP_STEPS,
+    Trials,
+    TrialSetup,
+    fits_all_ranks,
+    why_it_fails,
+)
 from bench.prepare import Identifier, prepare
 from bench.run import main
 from bench.training.batch_size import NoFeasibleBatch, Trial
@@ -38,6 +46,7 @@ pytestmark = pytest.mark.core("tune")
 REPOSITORY = Path(__file__).parents[2]
 SMALL = GNNMoEConfig(embed_dim=8, num_heads=2, num_layers=1, max_seq_length=16, vocab_size=43)
 ALL = 10**12
+STEPS = WARM_UP_STEPS + MEASURED_STEPS  # of a trial
 gpu = pytest.mark.gpu
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -417,7 +426,7 @@ def test_b6_a_trial_has_so_many_micro_steps_whatever_the_accumulation():
     for batch_size in (4, 8, 40_000):
         trial = Trials(setup(batch_size))(4)
         assert trial.ran
-        assert trial.micro_steps == (4 if batch_size == 4 else MOST_MICRO_STEPS)
+        assert trial.micro_steps == (1 if batch_size == 4 else MOST_PIECES) * STEPS
         assert trial.measured_peak_bytes == trial.predicted_peak_bytes == peak_of(4, batch_size)
         assert (trial.tokens_per_second or 0) > 0
 
@@ -685,7 +694,7 @@ def test_gpu_a5_b6_a_search_on_the_device_in_a_child(tuned, tmp_path):
     _, record = only_run(results_of(tuned))
     assert record["tuned"]["micro_batch_size"] == 16
     assert record["tuned"]["seconds"] < 120
-    assert all(t["micro_steps"] <= MOST_MICRO_STEPS for t in record["tuned"]["trials"])
+    assert all(t["micro_steps"] <= STEPS * MOST_PIECES for t in record["tuned"]["trials"])
     assert _held_on_the_device() == before
 
 

@@ -217,7 +217,7 @@ def test_what_a_run_elsewhere_asks_for(arguments, expected):
         (["--executor", "ray", "--device", "mps"], "must be cpu or cuda"),
         (["--executor", "ray", "--cpus-per-run", "0"], "cpus_per_run is 0; it must be 1 or more."),
         (["--executor", "slurm", "--devices-per-run", "2", "--cpus-per-run", "3"], "evenly by 2 devices"),
-        (["--devices-per-run", "0"], "devices_per_run is 0"),
+        (["--devices-per-run", "0"], "--devices-per-run is 0"),
         (["--executor", "slurm", "--plan"], "--plan asks one device of this machine, and runs are on slurm"),
         (["--devices-per-run", "2", "--match", "time mean"], "--match time asks one device of this machine"),
         (["--devices-per-run", "3"], "a batch of 16 cannot be shared evenly by 3 ranks"),

@@ -17,6 +17,7 @@ from bench.measure.environment import device_name
 from bench.measure.search_cache import cached_search
 from bench.measure.search_process import OnTrial, Request, SearchFailed, agreed, search_here, search_in_child
 from bench.measure.trials import TrialSetup
+from bench.record import Requested
 from bench.training.batch_size import NoFeasibleBatch, SearchResult, Trial, largest_allowed, memory_limit
 from bench.training.micro_batches import divisors
 from gnnmoe.config import GNNMoEConfig
@@ -142,13 +143,13 @@ def _failed(prepared: Prepared, error: Exception) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def requested(config: RunConfig) -> dict[str, Any]:
+def requested(config: RunConfig) -> Requested:
     """Return the sizes asked for; what a search may change stands beside it, in ``tuned`` and ``used``."""
     memory = config.memory
-    asked = {"batch_size": config.training.batch_size, "max_seq_length": config.model.max_seq_length,
-             "micro_batch_size": memory.micro_batch_size}  # fmt: skip
+    asked = Requested(batch_size=config.training.batch_size, max_seq_length=config.model.max_seq_length,
+                      micro_batch_size=memory.micro_batch_size)  # fmt: skip
     if memory.tune_batch_size or memory.fit_shape or memory.control_memory:
-        asked |= {"memory_budget": memory.memory_budget, "memory_target": memory.memory_target}
+        asked.memory_budget, asked.memory_target = memory.memory_budget, memory.memory_target
     return asked
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-ORDER = ("files syntax config device data gate portrait training measure records sweeps analysis").split()
+ORDER = (
+    "files syntax config device foreign record marked data identity gate portrait training measure"
+    " sweeps analysis"
+).split()
 COMMANDS = set(
     "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
     " cli gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
@@ -63,7 +66,7 @@ def test_only_the_pyg_backends_import_pyg():
 
 @pytest.mark.parametrize(
     "module",
-    ["gnnmoe", "bench.config", "bench.records.store", "bench.sweeps.shorthand", "bench.analysis.summary"],
+    ["gnnmoe", "bench.config", "bench.record", "bench.sweeps.shorthand", "bench.analysis.summary"],
 )
 def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""

@@ -6,8 +6,8 @@ import torch
 
 from bench.gate.subject import global_random_state_kept
 from bench.measure.meters import meter_for
-from bench.measure.quantity import is_measured
 from bench.measure.recovery import attempt
+from bench.record import is_measured
 from bench.training.shape import require_applied
 from gnnmoe.model import GNNMoEModel
 

@@ -8,14 +8,14 @@ from rich.table import Table
 from bench.device import cpu_threads
 from bench.measure.budget import format_bytes
 from bench.measure.predict import CannotPredict
-from bench.records.stale import stale_notes
+from bench.record import stale_notes
 from bench.sweeps.live import time_words
 from bench.sweeps.matching import Match
 from bench.sweeps.plan import Configuration, Plan
 from bench.sweeps.weighing import threads_of_a_run
 
 MOST_ROWS = 40
-DONE = ("ok", "gate_failed")
+DONE = ("ok", "check_failed")
 COMPILED_PEAK = "peaks are of uncompiled steps; compiled ones took up to 1.8 times that on a GPU"
 
 

@@ -19,6 +19,7 @@ import tyro
 from bench.config_checks import check_positive
 from bench.execution_config import ExecutionConfig
 from bench.memory_config import MemoryConfig
+from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig
 
 DEFAULT_MAX_STEPS = 120
@@ -133,6 +134,14 @@ class TrainingConfig:
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise ValueError(f"adam_betas are {self.adam_betas}; each must lie in [0, 1).")
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes of the training, over all ranks: one, or those of its schedule."""
+        if self.batch_schedule is None:
+            return [self.batch_size]
+        schedule = BatchSchedule.parse(self.batch_schedule).simplified(self.epochs)
+        return [size for _, size in schedule.sizes]
+
 
 @dataclass(kw_only=True)
 class MeasureConfig:
@@ -226,5 +235,21 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    places: PlacesConfig = field(default_factory=PlacesConfig)
+
+
+@dataclass(kw_only=True)
+class TuneConfig:
+    """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
+
+    Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
+    1 nothing fits, 2 wrong input.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     places: PlacesConfig = field(default_factory=PlacesConfig)

@@ -11,13 +11,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "syntax config_checks memory_config execution_config config flags device data gate portrait training"
-    " measure records sweeps analysis"
+    "syntax config_checks memory_config execution_config schedule config flags device data gate portrait"
+    " training measure tune records sweeps analysis"
 ).split()
 COMMANDS = set(
-    "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
-    " cli layers gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
-    " __main__".split()
+    "run sweep report speed check prepare session existing learning difficulty progress track"
+    " cli layers gating loaders checkpoint_checks scoring speeding __main__".split()
 )
 
 

@@ -21,7 +21,7 @@ from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
 from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, resolve_shard
-from bench.data.schedule import BatchSchedule
+from bench.schedule import BatchSchedule
 from gnnmoe.naming import unknown_name
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch.distributed
 from torch.utils.data import Sampler
 
 from bench.data.curriculum import Curriculum
-from bench.data.schedule import BatchSchedule
+from bench.schedule import BatchSchedule
 from gnnmoe.seeds import stream_seed
 
 _HERE = str(Path(__file__).parent)

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import torch
 
 from bench.config import RunConfig
+from bench.device import Outcome, at_once, attempt
 from bench.measure.flops import training_flops_per_token
 from bench.measure.marginal import marginal_cost
 from bench.measure.profile import TRACE, profile_steps, steps_of_a_profile
 from bench.measure.protocol import matrix_rate, tokens_per_second
 from bench.measure.quantity import not_measured
 from bench.measure.rates import over_the_rate, utilisation
-from bench.measure.recovery import Outcome, at_once, attempt
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
 from bench.training.execution import Execution
 from bench.training.ranks import ALONE, Ranks

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
-from bench.data.schedule import BatchSchedule
 from bench.measure.quantity import not_measured
+from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig
 
 SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning

@@ -11,9 +11,9 @@ from torch import nn
 
 from bench.config import TrainingConfig
 from bench.data.loader import create_loader, set_batch_size, set_epoch
+from bench.device import attempt
 from bench.measure.meters import meter_for
 from bench.measure.preserve import preserved
-from bench.measure.recovery import attempt
 from bench.training.step import make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 

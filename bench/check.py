@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ModelConfig
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return check_all(model, config.seed, console)
     try:
         refuse_wrong_names(model)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     try:
         report = run_gate(model, seed=config.seed)
@@ -76,7 +77,7 @@ def check_all(model: GNNMoEConfig, seed: int, console: Console) -> int:
     try:
         refuse_wrong_hypergraph(model)  # names that the flags give, and no entry has
         entries, left_out = list_couplers(model)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     rows: list[Row] = []
     with Console(stderr=True).status("checking …") as status:

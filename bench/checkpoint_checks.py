@@ -24,6 +24,7 @@ from bench.training.plan import TrainingPlan
 from bench.training.step import make_optimizer
 from bench.tune.control import Decision, Recovery, shapes_of
 from bench.tune.shape import Shape
+from gnnmoe.config import Refused
 from gnnmoe.model import GNNMoEModel
 
 NUMBER, MAYBE_INT = int | float, int | None
@@ -57,16 +58,16 @@ def refuse_unfit(state: dict[str, Any], prepared: Prepared) -> None:
     """Refuse the state of a checkpoint, of this run by its identity, that the run cannot go on with.
 
     Raises:
-        ValueError: names the first thing that is missing or does not fit.
+        Refused: names the first thing that is missing or does not fit.
     """
     refuse_unlike({name: state[name] for name in STATE if name in state}, STATE)
     if not state["parts"]:
-        raise ValueError("it names no part of the run")
+        raise Refused("it names no part of the run")
     prepared = _as_found(state["tuned"], prepared)
     plan = TrainingPlan(prepared.loaders["train"], prepared.config.training)
     done = Trained(**state["trainer"]["done"])
     if not (1 <= done.steps <= plan.total_steps and 0 <= done.best_step <= done.steps):
-        raise ValueError(
+        raise Refused(
             f"trainer.done is {done.steps} steps, the best {done.best_step}; the run has {plan.total_steps}"
         )
     seed = prepared.config.training.seed
@@ -78,7 +79,7 @@ def refuse_unfit(state: dict[str, Any], prepared: Prepared) -> None:
     _refuse_random(state["trainer"], prepared)
     _refuse_trace(state["trace"], done.steps, model, prepared)
     if state["ledger"]["tuned_micro_batch_size"] != (state["tuned"] or {}).get("micro_batch_size"):
-        raise ValueError("ledger.tuned_micro_batch_size is not that of tuned")
+        raise Refused("ledger.tuned_micro_batch_size is not that of tuned")
     _refuse_ledger(state["ledger"], done.steps, plan)
     _refuse_counts(state["ledger"], done.steps, len(state["trace"]["steps"]) - 1, prepared)
     _refuse_history(state["history"], done.steps, state["trace"]["steps"])
@@ -88,11 +89,11 @@ def _as_found(tuned: dict[str, Any] | None, prepared: Prepared) -> Prepared:
     """Return the run with the length that its search found.
 
     Raises:
-        ValueError: there is no answer of a search that the run asks for, or one that it does not.
+        Refused: there is no answer of a search that the run asks for, or one that it does not.
     """
     memory = prepared.config.memory
     if (tuned is not None) != (memory.fit_shape or memory.tune_batch_size):
-        raise ValueError("tuned is the answer of a search" if tuned else "it lacks the answer of the search")
+        raise Refused("tuned is the answer of a search" if tuned else "it lacks the answer of the search")
     if tuned is None:
         return prepared
     form = NOT_FOUND if tuned.get("status") == "failed" else FOUND
@@ -101,7 +102,7 @@ def _as_found(tuned: dict[str, Any] | None, prepared: Prepared) -> Prepared:
     if length == prepared.model_config.max_seq_length:
         return prepared
     if not memory.fit_shape or length < 1:
-        raise ValueError(f"tuned.length is {length}, which the run cannot have")
+        raise Refused(f"tuned.length is {length}, which the run cannot have")
     return prepared.at_length(length)
 
 
@@ -130,13 +131,13 @@ def _refuse_optimizer(trainer: dict[str, Any], model: GNNMoEModel, prepared: Pre
     refuse_unlike(there["state"], form, "trainer.optimizer.state")
     groups = here.state_dict()["param_groups"]
     if len(there["param_groups"]) != len(groups):
-        raise ValueError(f"trainer.optimizer has {len(there['param_groups'])} groups, not {len(groups)}")
+        raise Refused(f"trainer.optimizer has {len(there['param_groups'])} groups, not {len(groups)}")
     for number, (group, own) in enumerate(zip(there["param_groups"], groups, strict=True)):
         name = f"trainer.optimizer.param_groups.{number}"
         refuse_unlike(group, {key: type(value) for key, value in own.items()}, name)
         for key in own:
             if key != "lr" and group[key] != own[key]:
-                raise ValueError(f"{name}.{key} is {group[key]}; it must be {own[key]}")
+                raise Refused(f"{name}.{key} is {group[key]}; it must be {own[key]}")
 
 
 def _refuse_pieces(
@@ -145,19 +146,19 @@ def _refuse_pieces(
     """Refuse micro-batches that the batches cannot be cut into, and shapes that the control does not have."""
     rows = trainer["recovering"]["micro_batch_size"]
     if rows is not None and (rows < 1 or unit % rows):
-        raise ValueError(f"trainer.recovering.micro_batch_size is {rows}, and batches are of {unit} rows")
+        raise Refused(f"trainer.recovering.micro_batch_size is {rows}, and batches are of {unit} rows")
     shapes, control = shapes_of(prepared.config, unit, tuned), trainer["control"]
     if shapes is None:
         refuse_unlike(control, type(None), "trainer.control")
         return
     refuse_unlike(control, CONTROL, "trainer.control")
     if Shape(control["rows"], control["length"]) not in shapes:
-        raise ValueError(
+        raise Refused(
             f"trainer.control is at {control['rows']} × {control['length']}, which is no shape of the run"
         )
     pending = control["pending"] or 0
     if not (0 <= control["ceiling"] <= len(shapes) and 0 <= pending < len(shapes) and control["room"] >= 0):
-        raise ValueError(f"trainer.control is beyond the {len(shapes)} shapes of the run")
+        raise Refused(f"trainer.control is beyond the {len(shapes)} shapes of the run")
 
 
 def _refuse_random(trainer: dict[str, Any], prepared: Prepared) -> None:
@@ -166,7 +167,7 @@ def _refuse_random(trainer: dict[str, Any], prepared: Prepared) -> None:
     for name, kind in (("random", "cpu"), ("random_cuda", "cuda")):
         states = trainer[name]
         if len(states) != ranks:
-            raise ValueError(f"trainer.{name} has {len(states)} states for {ranks} ranks")
+            raise Refused(f"trainer.{name} has {len(states)} states for {ranks} ranks")
         for rank, state in enumerate(states):
             if kind not in ("cpu", device.type):
                 refuse_unlike(state, type(None), f"trainer.{name}.{rank}")
@@ -174,7 +175,7 @@ def _refuse_random(trainer: dict[str, Any], prepared: Prepared) -> None:
             try:
                 torch.Generator(device if kind == "cuda" else "cpu").set_state(state)
             except (RuntimeError, TypeError) as error:
-                raise ValueError(f"trainer.{name}.{rank} is no random state of torch") from error
+                raise Refused(f"trainer.{name}.{rank} is no random state of torch") from error
 
 
 def _refuse_trace(there: dict[str, Any], steps: int, model: GNNMoEModel, prepared: Prepared) -> None:
@@ -185,17 +186,17 @@ def _refuse_trace(there: dict[str, Any], steps: int, model: GNNMoEModel, prepare
     refuse_unlike(there["samples"], {name: [values[0]] for name, values in samples.items()}, "trace.samples")
     at = there["steps"]
     if at[:1] != [0] or at[-1] > steps or any(before >= after for before, after in pairwise(at)):
-        raise ValueError(f"trace.steps do not rise from 0 to at most {steps}")
+        raise Refused(f"trace.steps do not rise from 0 to at most {steps}")
     for name, values in there["samples"].items():
         if len(values) != len(at):
-            raise ValueError(f"trace.samples.{name} has {len(values)} samples of {len(at)} steps")
+            raise Refused(f"trace.samples.{name} has {len(values)} samples of {len(at)} steps")
 
 
 def _refuse_ledger(ledger: dict[str, Any], steps: int, plan: TrainingPlan) -> None:
     """Refuse counts that are not those of the plan after so many steps."""
     epochs, last = ledger["epochs"], plan.place(steps - 1)[0]
     if len(epochs) != last + 1:
-        raise ValueError(f"ledger.epochs are {len(epochs)}; step {steps} is in epoch {last}, from 0")
+        raise Refused(f"ledger.epochs are {len(epochs)}; step {steps} is in epoch {last}, from 0")
     left = steps
     for number, there in enumerate(epochs):
         planned = EpochAccount.of(plan.epoch(number))
@@ -204,7 +205,7 @@ def _refuse_ledger(ledger: dict[str, Any], steps: int, plan: TrainingPlan) -> No
         got, left = there["got"], left - here
         counted = got == planned.asked if whole else got["batches"] == got["updates"] == here
         if EpochAccount(**{**there, "got": planned.got}) != planned or not counted:
-            raise ValueError(f"ledger.epochs.{number} is not as the run's plan has it after {steps} steps")
+            raise Refused(f"ledger.epochs.{number} is not as the run's plan has it after {steps} steps")
 
 
 def _refuse_counts(ledger: dict[str, Any], steps: int, evaluations: int, prepared: Prepared) -> None:
@@ -213,13 +214,13 @@ def _refuse_counts(ledger: dict[str, Any], steps: int, evaluations: int, prepare
     whole = sum(batches.values()) == steps
     whole = whole and _tokens(batches) == _tokens(pieces) * prepared.ranks.world_size
     if not (whole and ledger["last_shapes"]):
-        raise ValueError(f"ledger.batch_shapes, micro_batch_shapes or last_shapes are not of {steps} steps")
+        raise Refused(f"ledger.batch_shapes, micro_batch_shapes or last_shapes are not of {steps} steps")
     windows = prepared.loaders["val"].dataset_obj
     assert isinstance(windows, EvalWindows)
     targets = evaluations * windows.num_scored
     counts = {"evaluations": evaluations, "asked": targets, "got": targets}
     if ledger["evaluations"] != ({"validation in training": counts} if evaluations else {}):
-        raise ValueError(f"ledger.evaluations are not of {evaluations} evaluations with {targets:,} targets")
+        raise Refused(f"ledger.evaluations are not of {evaluations} evaluations with {targets:,} targets")
 
 
 def _tokens(counts: dict[str, int]) -> float:
@@ -235,8 +236,8 @@ def _refuse_history(text: str, steps: int, sampled: list[int]) -> None:
     try:
         rows = [(row["kind"], row["step"]) for row in map(json.loads, text.splitlines())]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError("history is not one row of JSON per line, with kind and step") from error
+        raise Refused("history is not one row of JSON per line, with kind and step") from error
     if [step for kind, step in rows if kind == "train"] != list(range(1, steps + 1)):
-        raise ValueError(f"history has not one row for each of {steps} steps")
+        raise Refused(f"history has not one row for each of {steps} steps")
     if [step for kind, step in rows if kind == "validation"] != sampled[1:]:
-        raise ValueError("history has not one row for each evaluation in trace.steps")
+        raise Refused("history has not one row for each evaluation in trace.steps")

@@ -14,6 +14,7 @@ import tyro
 
 from bench.layers import preset_names, with_layers
 from bench.records.foreign import visible
+from gnnmoe.config import Refused
 
 LAYERS_HELP = (
     "--preset NAME puts the flags of a preset before your own; presets: {}. Default: quick.\n"
@@ -42,7 +43,7 @@ def parse(
         description += "\n\n" + LAYERS_HELP.format(", ".join(preset_names()))
         try:
             arguments = with_layers(config_type, arguments)
-        except ValueError as error:
+        except Refused as error:
             fail(str(error))
     return tyro.cli(
         config_type, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)

@@ -20,7 +20,7 @@ from bench.config_checks import check_positive
 from bench.execution_config import ExecutionConfig
 from bench.memory_config import MemoryConfig
 from bench.schedule import BatchSchedule
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 
 DEFAULT_MAX_STEPS = 120
 
@@ -43,7 +43,7 @@ class ModelConfig(GNNMoEConfig):
     def __post_init__(self) -> None:
         for option in self.coupler_option:
             if "=" not in option:
-                raise ValueError(f"coupler option {option!r} has no value; write NAME=VALUE.")
+                raise Refused(f"coupler option {option!r} has no value; write NAME=VALUE.")
         self.resolved(1)  # refuses wrong sizes
 
     def resolved(self, vocab_size: int) -> GNNMoEConfig:
@@ -128,11 +128,11 @@ class TrainingConfig:
                        "min_steps_per_epoch",
                        "learning_rate", "eval_every", "max_grad_norm")  # fmt: skip
         if not 0.0 <= self.min_lr_ratio <= 1.0:
-            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1].")
+            raise Refused(f"min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1].")
         if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
-            raise ValueError("warmup_steps and weight_decay must be finite and not negative.")
+            raise Refused("warmup_steps and weight_decay must be finite and not negative.")
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
-            raise ValueError(f"adam_betas are {self.adam_betas}; each must lie in [0, 1).")
+            raise Refused(f"adam_betas are {self.adam_betas}; each must lie in [0, 1).")
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -212,16 +212,16 @@ class PlacesConfig:
     def __post_init__(self) -> None:
         check_positive(self, "rank_timeout")
         if self.num_workers_dataloader != "auto" and self.num_workers_dataloader < 0:
-            raise ValueError(
+            raise Refused(
                 f"num_workers_dataloader is {self.num_workers_dataloader}; it must be 0 or more, or auto."
             )
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", self.study):
-            raise ValueError(
+            raise Refused(
                 f"study is {self.study!r}; it must be a plain folder name of at most 100 letters, digits, "
                 "'_', '-' and '.'."
             )
         if self.track is not None and importlib.util.find_spec(self.track) is None:
-            raise ValueError(
+            raise Refused(
                 f"track is {self.track}, which is not installed; pip install 'gnnmoe[track]' installs it."
             )
 

@@ -1,4 +1,7 @@
-"""Which device a run uses, what running out of its memory looks like, and all of that memory back."""
+"""Which device a run uses, what running out of its memory looks like, and all of that memory back.
+
+torch is imported where it is used: the parent of a sweep reads what a child said, and does without it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-import torch
+from gnnmoe.config import Refused
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -24,14 +30,19 @@ OUT_OF_MEMORY_TEXTS = (
     "DefaultCPUAllocator: can't allocate memory",
     "MPS backend out of memory",
 )
+"""What torch says in a ``RuntimeError``."""
+OUT_OF_MEMORY_OUTPUT = (*OUT_OF_MEMORY_TEXTS, "MemoryError", "out of memory", "std::bad_alloc")
+"""What stands in the last lines of a program that ran out of memory."""
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``mps``; auto takes CUDA where there is one.
 
     Raises:
-        ValueError: the machine has no such device.
+        Refused: the machine has no such device.
     """
+    import torch
+
     available = ["cpu"]
     if torch.cuda.is_available():
         available.append("cuda")
@@ -40,15 +51,15 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if "cuda" in available else "cpu")
     if name not in available:
-        raise ValueError(
-            f"device {name!r} is not available on this machine; available: {', '.join(available)}."
-        )
+        raise Refused(f"device {name!r} is not available on this machine; available: {', '.join(available)}.")
     return torch.device(name)
 
 
 @contextmanager
 def cpu_threads(number: int) -> Iterator[None]:
     """Let torch have so many threads on the CPU, and as many as before afterwards."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -66,6 +77,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     count: torch 2.13 raises it now and then where memory is short (2 of 160 steps under RLIMIT_DATA), but
     also with 22 GiB free where the kernel refuses executable pages (PR_SET_MDWE).
     """
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         type(error) in (RuntimeError, torch.AcceleratorError)
         and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
@@ -146,6 +159,8 @@ def _without_neighbours(text: str) -> str:
 
 def recover() -> None:
     """Give back what nothing uses any more: cycles, the allocator's cache, the C library's heap."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from bench.data.curriculum import ScoreBlocks, model_scores
 from bench.measure.code import couplers_sha256, project_sha256
 from bench.training.checkpoint import load_checkpoint
 from bench.training.execution import Execution
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.model import GNNMoEModel
 
 _REMEDY = "name the checkpoint.pt of a finished run"
@@ -41,7 +41,7 @@ def difficulty_scores(
     """Return the mean nll in nats that a checkpoint's model gives each block, (blocks,) float64.
 
     From the cache (see ``cache_folder``) where the same bytes scored the same blocks before, else
-    computed and put there; ``announce`` is told before, in one sentence. Raises ValueError as
+    computed and put there; ``announce`` is told before, in one sentence. Raises Refused as
     ``checkpoint_scorer``.
     """
 
@@ -65,7 +65,7 @@ def _key(path: Path, blocks: TrainBlocks, corpus: Corpus) -> str:
         with path.open("rb") as file:
             checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({error.strerror}); {_REMEDY}.") from error
+        raise Refused(f"checkpoint {path} cannot be read ({error.strerror}); {_REMEDY}.") from error
     indices = hashlib.sha256(blocks.indices.numpy().astype("<i8").tobytes()).hexdigest()
     text = corpus.sha256, corpus.splits["train"].stream_sha256
     return key_of(project_sha256(), couplers_sha256(), checkpoint, *text, blocks.length, indices)
@@ -75,7 +75,7 @@ def checkpoint_scorer(path: Path, length: int, corpus: Corpus, device: torch.dev
     """Return a function from inputs and targets (B, ``length``) to the mean nll in nats of each block (B,).
 
     Raises:
-        ValueError: the file is no checkpoint of a run that got as far as an evaluation, of another
+        Refused: the file is no checkpoint of a run that got as far as an evaluation, of another
             text, of shorter sequences, or of a coupler that lies in a file.
     """
     fields, weights = _contents(path, corpus)
@@ -135,5 +135,5 @@ def _model(
     return model
 
 
-def _unfit(path: Path, reason: str) -> ValueError:
-    return ValueError(f"the curriculum's difficulty model {path} {reason}.")
+def _unfit(path: Path, reason: str) -> Refused:
+    return Refused(f"the curriculum's difficulty model {path} {reason}.")

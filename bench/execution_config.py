@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gnnmoe.config import Refused
+
 
 @dataclass(kw_only=True)
 class ExecutionConfig:
@@ -22,7 +24,7 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         if self.compile_mode != "default" and not self.compile:
-            raise ValueError(
+            raise Refused(
                 f"compile_mode {self.compile_mode} does nothing without --compile: add that, or drop it."
             )
 

@@ -20,6 +20,7 @@ from bench.records.schema import Record, config_dict
 from bench.records.stale import WORDS, coupler_of, refuse_another_file, stale_code, stale_words
 from bench.records.store import study_records
 from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
+from gnnmoe.config import Refused
 from gnnmoe.couplers import is_file
 
 KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(WORDS, str)}
@@ -77,7 +78,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
     """Return what the run goes on from; ``NOTHING`` to start at the beginning. Nothing is written.
 
     Raises:
-        ValueError: the run was interrupted and neither --resume nor --force says what to do; there
+        Refused: the run was interrupted and neither --resume nor --force says what to do; there
             is nothing to resume; or the checkpoint is damaged, lacks something or is of another config.
     """
     places = prepared.config.places
@@ -89,7 +90,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
         remedy = "name a sound copy of it, or drop --resume-checkpoint to start at the beginning"
         return _from_checkpoint(places.resume_checkpoint, remedy, prepared, parts)
     if places.resume and status is None:
-        raise ValueError(_nothing_to_resume(prepared))
+        raise Refused(_nothing_to_resume(prepared))
     if places.resume and status != "interrupted":
         words = (
             f"run {prepared.run_id} ended as {status}; only interrupted runs are continued. "
@@ -97,12 +98,12 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
         )
         if status in ("crashed", "oom", "timeout") and prepared.checkpoint.exists():
             words += f" --resume-checkpoint {prepared.checkpoint} goes on from its last checkpoint."
-        raise ValueError(words)
+        raise Refused(words)
     if status == "interrupted" and not places.resume and not places.force:
         differing = stale_code(record and record["environment"], prepared.code)
         resume = "--resume --keep-stale continues it" if differing else "--resume continues it"
         since = f", and {stale_words(differing)}" if differing else ""
-        raise ValueError(
+        raise Refused(
             f"run {prepared.run_id} was interrupted{since}; {resume}, "
             f"--force starts again and keeps it as {prepared.run_id}.1."
         )
@@ -144,34 +145,34 @@ def _refusing(path: Path, remedy: str) -> Iterator[None]:
     """Say of which checkpoint the block refuses something, and the ``remedy``."""
     try:
         yield
-    except ValueError as error:
+    except Refused as error:
         words = str(error).rstrip(".")
-        raise ValueError(f"checkpoint {path} cannot be continued: {words}; {remedy}.") from error
+        raise Refused(f"checkpoint {path} cannot be continued: {words}; {remedy}.") from error
 
 
 def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> None:
     """Refuse the checkpoint of another run, or of a finished one.
 
     Raises:
-        ValueError: says in which fields the runs differ.
+        Refused: says in which fields the runs differ.
     """
     there, here = state["identity"]["data"]["sha256"], prepared.identity["data"]["sha256"]
     if there != here:
-        raise ValueError(
+        raise Refused(
             f"checkpoint {path} is of another text or tokenizer (vocabulary and text {there[:12]} there, "
             f"{here[:12]} here); name the data that it was trained on."
         )
     if "trainer" not in state and "model" in state:
-        raise ValueError(
+        raise Refused(
             f"checkpoint {path} of run {state['run_id']} is of a finished run; nothing is left to do."
         )
     differing = differing_fields(state["identity"], prepared.identity)
     if differing or state["run_id"] != prepared.run_id:
         ids = f"run_id: {state['run_id']} there, {prepared.run_id} here"
-        raise ValueError(f"checkpoint {path} is of another run: {'; '.join(differing or [ids])}.")
+        raise Refused(f"checkpoint {path} is of another run: {'; '.join(differing or [ids])}.")
     changed = stale_code(state["code"], prepared.code)
     if changed and not prepared.config.places.keep_stale:
-        raise ValueError(
+        raise Refused(
             f"checkpoint {path} of run {state['run_id']} was made by other code: {stale_words(changed)}. "
             "--force starts again; --keep-stale continues it all the same."
         )
@@ -182,7 +183,7 @@ def _parts_of(record: Record) -> list[Record]:
     parts = record["time"].get("parts", []) if isinstance(record["time"], dict) else []
     try:
         refuse_unlike(parts, PARTS)
-    except ValueError:
+    except Refused:
         return []
     return parts
 
@@ -209,7 +210,7 @@ def refuse_another_class(prepared: Prepared) -> None:
     """Refuse a coupler whose class has the name of one from another file of the study.
 
     Raises:
-        ValueError: as ``refuse_another_file``.
+        Refused: as ``refuse_another_file``.
     """
     coupler = prepared.config.model.coupler_type
     if is_file(coupler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 import types
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig
+from bench.files import read_toml
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 PRESETS = Path(__file__).parent / "presets"
@@ -79,7 +80,7 @@ class FlagType:
         """Return the plain value that ``text`` writes; the items of a list are separated by spaces.
 
         Raises:
-            ValueError: the flag has no such value.
+            Refused: the flag has no such value.
         """
         if get_origin(self.hint) is tuple:
             words = text.split()
@@ -96,7 +97,7 @@ class FlagType:
             return self.hint(text)
         if self.hint in (str, Path):
             return text
-        raise ValueError(f"{text!r} is not {self}.")
+        raise Refused(f"{text!r} is not {self}.")
 
     def _members(self) -> list[FlagType]:
         union = get_origin(self.hint) in (Union, types.UnionType)
@@ -140,7 +141,7 @@ def checked(entries: Table, known: dict[str, FlagType]) -> Table:
     """Return the flags of a TOML table by their names with underscores; ``preset`` may be among them.
 
     Raises:
-        ValueError: naming the key: it is no flag, stands there under two names, or has the wrong type.
+        Refused: naming the key: it is no flag, stands there under two names, or has the wrong type.
     """
     known = {"preset": FlagType("preset", str), **known}
     table: Table = {}
@@ -148,16 +149,16 @@ def checked(entries: Table, known: dict[str, FlagType]) -> Table:
     for key, value in entries.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise ValueError(unknown_name("key", key, known))
+            raise Refused(unknown_name("key", key, known))
         if not known[name].accepts(value):
             shown = "a table" if isinstance(value, dict) else repr(value)
-            raise ValueError(f"{key} is {shown}; it must be {known[name]}.")
+            raise Refused(f"{key} is {shown}; it must be {known[name]}.")
         other = seen.setdefault(known[name].field, key)
         if other != key:
-            raise ValueError(f"{key} and {other} are the same flag; keep one of them.")
+            raise Refused(f"{key} and {other} are the same flag; keep one of them.")
         table[name] = value
     if "preset" in table and table["preset"] not in preset_names():
-        raise ValueError(unknown_name("preset", table["preset"], preset_names()))
+        raise Refused(unknown_name("preset", table["preset"], preset_names()))
     return table
 
 
@@ -192,7 +193,7 @@ def defaults() -> Table:
 
 @cache
 def _preset(name: str) -> Table:
-    table = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+    table = read_toml("preset", PRESETS / f"{name}.toml")
     return {key: run_flags()[key].plain(value) for key, value in table.items()}
 
 
@@ -229,7 +230,7 @@ def config_of(flags: Table) -> RunConfig:
     """Return the config of the run that these plain flags make: the parser's, a hundred times as fast.
 
     Raises:
-        ValueError: no run can have one of the values.
+        Refused: no run can have one of the values.
     """
     known, config = run_flags(), RunConfig()
     values = layered(_preset(flags.get("preset", "quick")), flags)

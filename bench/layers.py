@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.config import RunConfig
+from bench.files import read_toml, refusals_name
 from bench.flags import LENGTHS, PRESETS, FlagType, Table, as_flags, checked, flag_types, preset_names
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 
@@ -19,7 +20,7 @@ def with_layers(config_type: type, arguments: Sequence[str]) -> list[str]:
     layer says of a run and ``config_type`` has no flag for is left out.
 
     Raises:
-        ValueError: there is no such preset or file, or a file says what no flag could.
+        Refused: there is no such preset or file, or a file says what no flag could.
     """
     own, presets, files = _split(arguments)
     own_flags = flag_types(config_type)
@@ -28,7 +29,7 @@ def with_layers(config_type: type, arguments: Sequence[str]) -> list[str]:
     presets = [table.pop("preset") for table in tables if "preset" in table] + presets
     name = presets[-1] if presets else "quick"
     if name not in preset_names():
-        raise ValueError(unknown_name("preset", name, preset_names()))
+        raise Refused(unknown_name("preset", name, preset_names()))
     tables.insert(0, read_table(PRESETS / f"{name}.toml", known))
     given = {flag.partition("=")[0][2:].replace("-", "_") for flag in own if flag.startswith("--")}
     flags = own
@@ -58,16 +59,9 @@ def read_table(path: Path, known: dict[str, FlagType]) -> Table:
     """Return what a flat TOML file says, by flag name with underscores; ``preset`` may be among them.
 
     Raises:
-        ValueError: naming the file and, where it is to blame, the key: the file cannot be read, it is
+        Refused: naming the file and, where it is to blame, the key: the file cannot be read, it is
             not TOML, a key is no flag or stands there under two names, a value has the wrong type.
     """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    entries = read_toml("--config", path)
+    with refusals_name(f"--config {path}"):
         return checked(entries, known)
-    except OSError as error:
-        reason = error.strerror if str(path) != "." else "name a TOML file"
-        raise ValueError(f"--config {path} cannot be read: {reason}.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config {path} is not TOML: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from error

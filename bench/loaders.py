@@ -21,6 +21,7 @@ from bench.data.validation import validate_first_batch
 from bench.difficulty import difficulty_scores
 from bench.schedule import BatchSchedule
 from bench.training.ranks import ALONE, Ranks
+from gnnmoe.config import Refused
 
 
 def make_loaders(
@@ -29,7 +30,7 @@ def make_loaders(
     """Return the loaders of ``Prepared``, each with this rank's part of the batches.
 
     Raises:
-        ValueError: as ``create_loader``.
+        Refused: as ``create_loader``.
     """
     training, length, seed = config.training, config.model.max_seq_length, config.training.seed
     size = max(1, training.batch_size // ranks.world_size)
@@ -83,9 +84,9 @@ def _extent(training: TrainingConfig) -> Extent:
 
 
 def refuse_curriculum_without_epochs(training: TrainingConfig) -> None:
-    """Raise ValueError where a curriculum has no epochs to pace itself by."""
+    """Raise Refused where a curriculum has no epochs to pace itself by."""
     if training.curriculum is not None and training.epochs is None:
-        raise ValueError("a curriculum paces itself by epochs; say how many, with --epochs.")
+        raise Refused("a curriculum paces itself by epochs; say how many, with --epochs.")
 
 
 def _curriculum(

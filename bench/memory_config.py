@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.config_checks import check_positive
+from gnnmoe.config import Refused
 
 
 @dataclass(kw_only=True)
@@ -50,6 +51,6 @@ class MemoryConfig:
                        "tune_max_batch_size", "shape_min_length", "shape_max_length",
                        "shape_length_step")  # fmt: skip
         if not 0.0 < self.memory_target <= 1.0:
-            raise ValueError(f"memory_target is {self.memory_target}; it must lie in (0, 1].")
+            raise Refused(f"memory_target is {self.memory_target}; it must lie in (0, 1].")
         if self.tune_batch_size and self.micro_batch_size is not None:
-            raise ValueError("tune_batch_size finds the micro-batch: drop micro_batch_size, or the search.")
+            raise Refused("tune_batch_size finds the micro-batch: drop micro_batch_size, or the search.")

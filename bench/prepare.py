@@ -29,7 +29,7 @@ from bench.training.execution import Execution
 from bench.training.ranks import ALONE, Ranks
 from bench.tune.budget import refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes
 from bench.tune.find import Request, Say, request_for
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers import coupler_identity
 
 
@@ -105,7 +105,7 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
     """Check everything that a user can get wrong, and load the data; all but the first rank keep silent.
 
     Raises:
-        ValueError: saying what was wrong, what is allowed and what to do.
+        Refused: saying what was wrong, what is allowed and what to do.
     """
     start = time.perf_counter()
     if ranks.first:
@@ -153,7 +153,7 @@ class Identifier:
         """Return what makes a config the run that it is.
 
         Raises:
-            ValueError: as ``prepare``, for what can be seen without building the model.
+            Refused: as ``prepare``, for what can be seen without building the model.
         """
         refuse_wrong_flags(config.memory)
         refuse_curriculum_without_epochs(config.training)
@@ -214,14 +214,14 @@ def _refuse_another_text(config: RunConfig, corpus: Corpus) -> None:
     """Refuse a text that is not the data set asked for by name.
 
     Raises:
-        ValueError: naming both.
+        Refused: naming both.
     """
     asked, data = _asked_by_name(config), config.data
     if asked is None or asked == (corpus.name, corpus.config_name):
         return
     flags = {"--dataset": data.dataset_name, "--dataset-config-name": data.dataset_config_name}
     given = " and ".join(flag for flag, value in flags.items() if value is not None)
-    raise ValueError(
+    raise Refused(
         f"asked for {' '.join(asked).strip()} by name, but the {corpus.source} holds "
         f"{f'{corpus.name} {corpus.config_name}'.strip()} ({corpus.verdict}); "
         f"drop {given} to use it, or name another --data-dir."
@@ -232,11 +232,11 @@ def _refuse_missing_rows(model_config: GNNMoEConfig, corpus: Corpus) -> None:
     """Refuse a vocabulary in which words of the data have no row.
 
     Raises:
-        ValueError: naming both sizes.
+        Refused: naming both sizes.
     """
     words = corpus.vocabulary.size
     if model_config.vocab_size < words:
-        raise ValueError(
+        raise Refused(
             f"vocab_size is {model_config.vocab_size}, but the data have {words} words; "
             f"it must be {words} or more (None: as many as the data have)."
         )

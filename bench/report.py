@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,9 +63,9 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         if sum([self.verify, self.page is not None, self.redact is not None]) > 1:
-            raise ValueError("--verify, --page and --redact are three different things; give one of them.")
+            raise Refused("--verify, --page and --redact are three different things; give one of them.")
         if self.hide and self.redact is None:
-            raise ValueError("--hide is of --redact DIR; name the folder.")
+            raise Refused("--hide is of --redact DIR; name the folder.")
 
 
 @dataclass(kw_only=True)
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.on_broken_pipe = lambda: sys.exit(BROKEN_PIPE)  # as for any command before "| head"
     try:
         return act(config, console)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}).")
@@ -203,7 +204,7 @@ def list_studies(config: ListConfig, console: Console) -> int:
         return 0
     found = studies_in(config.results_dir)
     if not found:
-        raise ValueError(f"{config.results_dir} holds no study; bench.run or bench.sweep makes one.")
+        raise Refused(f"{config.results_dir} holds no study; bench.run or bench.sweep makes one.")
     console.print(studies_listing(found, config.results_dir))
     return 0
 

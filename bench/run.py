@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from bench.existing import Earlier
@@ -46,7 +47,7 @@ def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
 
     try:
         ranks = Ranks.join(config.places.device, config.places.rank_timeout)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     die_with_torchrun(ranks)
     with watched(ranks):
@@ -60,7 +61,6 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
     from rich.console import Console
 
     from bench.analysis.summary import print_summary
-    from bench.data.validation import BatchValidationError
     from bench.device import keep_freed_memory
     from bench.prepare import prepare
     from bench.progress import Reporter
@@ -83,7 +83,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
                 record = _run_session(session)
                 if prepared.config.places.plots:
                     _draw(prepared, reporter)
-    except (ValueError, BatchValidationError) as error:
+    except Refused as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console)
     return EXIT_STATUS.get(record["status"], 1)
@@ -92,7 +92,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
 def _look(prepared: Prepared, reporter: Reporter, stack: ExitStack) -> tuple[Record | None, Earlier]:
     """Return the record of the run if it is finished, else what it goes on from.
 
-    The run is locked until ``stack`` ends. Raises ValueError where there is something to decide first.
+    The run is locked until ``stack`` ends. Raises Refused where there is something to decide first.
     """
     from bench import existing
 

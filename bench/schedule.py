@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from gnnmoe.config import Refused
+
 _FORM = 'write "epoch:size" pairs in rising order from epoch 0, such as "0:16,2:32"'
 
 
@@ -12,7 +14,7 @@ _FORM = 'write "epoch:size" pairs in rising order from epoch 0, such as "0:16,2:
 class BatchSchedule:
     """The batch size of every epoch: ``sizes`` holds (first epoch, samples a batch), the first at epoch 0.
 
-    Raises ValueError for a schedule without epoch 0, out of order, or with a size below 1.
+    Raises Refused for a schedule without epoch 0, out of order, or with a size below 1.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -20,10 +22,10 @@ class BatchSchedule:
     def __post_init__(self) -> None:
         epochs = [epoch for epoch, _ in self.sizes]
         if epochs[:1] != [0] or epochs != sorted(set(epochs)):
-            raise ValueError(f"batch schedule {self} has the epochs {epochs}; {_FORM}")
+            raise Refused(f"batch schedule {self} has the epochs {epochs}; {_FORM}")
         small = [size for _, size in self.sizes if size < 1]
         if small:
-            raise ValueError(f"batch schedule {self} has the size {small[0]}; a size must be 1 or more")
+            raise Refused(f"batch schedule {self} has the size {small[0]}; a size must be 1 or more")
 
     @classmethod
     def parse(cls, text: str) -> BatchSchedule:
@@ -31,7 +33,7 @@ class BatchSchedule:
         pairs = []
         for part in text.split(","):
             if not re.fullmatch(r"\s*[0-9]+\s*:\s*[0-9]+\s*", part):
-                raise ValueError(f"batch schedule {text!r}: {part!r} is no epoch:size; {_FORM}")
+                raise Refused(f"batch schedule {text!r}: {part!r} is no epoch:size; {_FORM}")
             epoch, size = part.split(":")
             pairs.append((int(epoch), int(size)))
         return cls(tuple(pairs))

@@ -7,13 +7,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from bench.device import attempt, is_out_of_memory
 from bench.existing import NOTHING, Earlier
+from bench.files import utc_now
 from bench.gate import (
     Check,
     GateReport,
@@ -95,7 +95,7 @@ class Session:
         self._phase_now: tuple[str, float] | None = None
         """Name and start of the phase that is going on."""
         self._part: Record = {
-            "command": command, "start": _now(), "end": None, "seconds": {},
+            "command": command, "start": utc_now(), "end": None, "seconds": {},
             "resumed_at_step": self.state["trainer"]["done"]["steps"] if self.state else None,
         }  # fmt: skip
         self.record: Record = new_record(
@@ -117,7 +117,7 @@ class Session:
         A run that goes on keeps its log; its history stays until training has taken over the state.
 
         Raises:
-            ValueError: the folder cannot be written.
+            Refused: the folder cannot be written.
         """
         folder, number = self.prepared.folder, len(self.earlier.parts) + 1
         remove_left_over(self.prepared.checkpoint)
@@ -158,7 +158,7 @@ class Session:
     def _end(self, status: str, error: str | None, log: str = "") -> None:
         folder, record = self.prepared.folder, self.record
         record.update(status=status, error=error)
-        record["time"] = time_of(self.parts(_now()))
+        record["time"] = time_of(self.parts(utc_now()))
         try:
             folder.write_record(record)
             folder.log(log + f"status {status}" + (f": {error}" if error else ""))
@@ -289,7 +289,7 @@ class Session:
 
     def _train(self, prepared: Prepared, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
         learning = Learning(prepared, model, self.reporter, self.interruption,
-                            self.state, self.tracker, tuned, lambda: self.parts(_now()))  # fmt: skip
+                            self.state, self.tracker, tuned, lambda: self.parts(utc_now()))  # fmt: skip
         try:
             learning.run()
         finally:
@@ -318,7 +318,3 @@ def _subset(prepared: Prepared) -> dict[str, Any]:
         "subset_seed": prepared.config.training.seed if chosen else None,
         "curriculum": None if curriculum is None else curriculum.to_record(),
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

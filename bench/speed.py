@@ -7,13 +7,14 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ExecutionConfig, ModelConfig, PlacesConfig, check_positive
+from bench.files import utc_now
 from bench.sweeps.durations import seconds_of
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     import torch
@@ -81,11 +82,11 @@ class SpeedConfig:
         if self.suite is not None:
             self._refuse_what_a_suite_decides()
         elif self.data_dir is not None:
-            raise ValueError("--data-dir is the text of --suite cpu; couplers alone read none.")
+            raise Refused("--data-dir is the text of --suite cpu; couplers alone read none.")
         if self.page is not None and not self.table:
-            raise ValueError("--page writes the tables of --table RECORD; name a record.")
+            raise Refused("--page writes the tables of --table RECORD; name a record.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise ValueError(f"name is {self.name!r}; it must be a plain folder name.")
+            raise Refused(f"name is {self.name!r}; it must be a plain folder name.")
         self.execution()
 
     def _refuse_what_a_suite_decides(self) -> None:
@@ -96,12 +97,10 @@ class SpeedConfig:
         given = [name for name in decided if getattr(self, name) != defaults[name]]
         given += ["coupler and its options"] if self.model != _default_model() else []
         if given:
-            raise ValueError(
-                f"--suite {self.suite} has its own {', '.join(given)}; drop what you gave of them."
-            )
+            raise Refused(f"--suite {self.suite} has its own {', '.join(given)}; drop what you gave of them.")
 
     def execution(self) -> ExecutionConfig:
-        """Return precision and compilation as they are everywhere else; raises ValueError likewise."""
+        """Return precision and compilation as they are everywhere else; raises Refused likewise."""
         return ExecutionConfig(precision=self.precision, compile=self.compile, compile_mode=self.compile_mode)
 
 
@@ -122,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         for what, jobs, device in _asked(config, suites=() if arguments else _suites_here()):
             _measure(what, jobs, device, config, command, console)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -140,7 +139,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
     """Yield what is to be measured: a name, its jobs, and where.
 
     Raises:
-        ValueError: an unknown name, a wrong size, or a device that is not there.
+        Refused: an unknown name, a wrong size, or a device that is not there.
     """
     import torch
 
@@ -168,7 +167,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
         from bench.speeding.gpu_suite import gpu_jobs
 
         if not torch.cuda.is_available():
-            raise ValueError("--suite gpu needs a CUDA device, and this machine has none; take --suite cpu.")
+            raise Refused("--suite gpu needs a CUDA device, and this machine has none; take --suite cpu.")
         yield "gpu", gpu_jobs(), torch.device("cuda")
 
 
@@ -190,7 +189,7 @@ def _measure(
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     environment = describe_environment(device, code_hashes(config.model.resolved(1)))
-    stamp = datetime.now(UTC).strftime("-%Y%m%d-%H%M%S")
+    stamp = utc_now("-%Y%m%d-%H%M%S")
     name = config.name or re.sub(r"[^\w.-]+", "-", what).lstrip(".-") + stamp
     record = SpeedRecord(
         config.results_dir, name, {"what": what, "command": command, "environment": environment}

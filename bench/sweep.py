@@ -16,6 +16,7 @@ from bench.sweeps.cluster import resources_for
 from bench.sweeps.durations import seconds_of
 from bench.sweeps.executor import Resources
 from bench.sweeps.executors import LOCAL, check_name, make_executor, with_options
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from bench.sweeps.hypotheses import Hypothesis
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         command = shlex.join([*PROG.split(), *arguments])
         return run_plan(config, plan, hypotheses, resources, budget, timeout, command)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
 
 
@@ -118,15 +119,15 @@ def read_sweep(config: SweepConfig) -> Sweep:
     """Return the sweep of the file or of the line of shell.
 
     Raises:
-        ValueError: neither or both are given, or something is wrong in it.
+        Refused: neither or both are given, or something is wrong in it.
     """
     from bench.sweeps.shorthand import parse_shorthand
     from bench.sweeps.spec import load_sweep
 
     if (config.file is None) == (not config.sweep):
-        raise ValueError(f"give a sweep file or --sweep, and not both: {PROG} sweeps/couplers.toml")
+        raise Refused(f"give a sweep file or --sweep, and not both: {PROG} sweeps/couplers.toml")
     if config.seeds is not None and config.seeds < 1:
-        raise ValueError(f"seeds is {config.seeds}; it must be at least 1.")
+        raise Refused(f"seeds is {config.seeds}; it must be at least 1.")
     if config.file is None:
         sweep = parse_shorthand(config.sweep, seeds=config.seeds or 1, study=config.study or "sweep")
     else:
@@ -138,7 +139,7 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     """Return the plan and its hypotheses; those that its runs cannot answer are refused, before any run.
 
     Raises:
-        ValueError: a run cannot be, or a hypothesis is wrong.
+        Refused: a run cannot be, or a hypothesis is wrong.
     """
     import torch
 
@@ -170,7 +171,7 @@ def run_plan(
     """State the hypotheses, run what is left of the plan and return the exit status.
 
     Raises:
-        ValueError: another sweep is at the study, the results cannot be written, or the executor's
+        Refused: another sweep is at the study, the results cannot be written, or the executor's
             package or its cluster is missing.
     """
     from bench.device import resolve_device
@@ -203,18 +204,18 @@ def on_its_devices(config: SweepConfig) -> tuple[SweepConfig, Resources]:
     """Return the config with the type of device that runs have on a cluster, and what each run asks for.
 
     Raises:
-        ValueError: there is no such executor, or these resources are not for it.
+        Refused: there is no such executor, or these resources are not for it.
     """
     check_name(config.executor)
     devices = config.devices_per_run
     if devices < 1:
-        raise ValueError(f"devices_per_run is {devices}; it must be 1 or more.")
+        raise Refused(f"devices_per_run is {devices}; it must be 1 or more.")
     if config.executor == LOCAL:
         if config.cpus_per_run is not None:
-            raise ValueError("cpus_per_run is for a cluster; here, --slots says how many run.")
+            raise Refused("cpus_per_run is for a cluster; here, --slots says how many run.")
         return config, Resources(cpus=devices, processes=devices)
     if config.device == "mps":
-        raise ValueError("device mps is of this machine; on a cluster it must be cpu or cuda.")
+        raise Refused("device mps is of this machine; on a cluster it must be cpu or cuda.")
     device: Literal["cpu", "cuda"] = "cuda" if config.device == "cuda" else "cpu"
     return replace(config, device=device), resources_for(device, devices, config.cpus_per_run)
 
@@ -223,7 +224,7 @@ def refuse_what_is_measured_here(config: SweepConfig, match: Match | None) -> No
     """Refuse what one device of this machine answers, where runs have others.
 
     Raises:
-        ValueError: saying which flag.
+        Refused: saying which flag.
     """
     if config.executor == LOCAL and config.devices_per_run == 1:
         return
@@ -232,7 +233,7 @@ def refuse_what_is_measured_here(config: SweepConfig, match: Match | None) -> No
         asked.append(f"--match {match.quantity}")
     if asked:
         where = f"on {config.executor}" if config.devices_per_run == 1 else "over several devices"
-        raise ValueError(f"{asked[-1]} asks one device of this machine, and runs are {where}; leave it out.")
+        raise Refused(f"{asked[-1]} asks one device of this machine, and runs are {where}; leave it out.")
 
 
 def places_of(config: SweepConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gnnmoe.batched_experts import BatchedExperts
-    from gnnmoe.config import GNNMoEConfig
+    from gnnmoe.config import GNNMoEConfig, Refused
     from gnnmoe.couplers import Coupler, build_coupler, coupler_names, register_coupler
     from gnnmoe.couplers.gnn import GNNExpertCoupler
     from gnnmoe.couplers.hgnn import HGNNExpertCoupler
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BatchedExperts": "gnnmoe.batched_experts",
     "GNNMoEConfig": "gnnmoe.config",
+    "Refused": "gnnmoe.config",
     "Coupler": "gnnmoe.couplers",
     "build_coupler": "gnnmoe.couplers",
     "coupler_names": "gnnmoe.couplers",
@@ -44,6 +45,7 @@ __all__ = [
     "GNNMoEModel",
     "HGNNExpertCoupler",
     "PyGHypergraphConvWrapper",
+    "Refused",
     "build_coupler",
     "coupler_names",
     "register_coupler",

@@ -11,12 +11,19 @@ Initialization = Literal["project", "original"]
 VOCABULARY_MULTIPLE = 64  # rows of the embedding and of the head; aligned matrix products are faster
 
 
+class Refused(ValueError):
+    """What a user asked for and cannot have; the message says what is wrong, what is allowed and what to do.
+
+    Every other exception is a mistake of this project.
+    """
+
+
 @dataclass(kw_only=True)
 class GNNMoEConfig:
     """A model: ``num_layers`` layers of ``num_experts`` transformer experts and one coupler.
 
     Raises:
-        ValueError: a size that is not positive, a dropout outside [0, 1), or heads that do not
+        Refused: a size that is not positive, a dropout outside [0, 1), or heads that do not
             divide the width; an unknown ``initialization``. The names of couplers and strategies are
             checked where they are looked up.
     """
@@ -60,16 +67,16 @@ class GNNMoEConfig:
                      "max_seq_length", "vocab_size"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+                raise Refused(f"{name} is {value!r}; it must be a whole number of at least 1.")
         if self.ffn_dim is not None and self.ffn_dim < 1:
-            raise ValueError(f"ffn_dim is {self.ffn_dim}; it must be at least 1 (None: 4 × embed_dim).")
+            raise Refused(f"ffn_dim is {self.ffn_dim}; it must be at least 1 (None: 4 × embed_dim).")
         if self.initialization not in get_args(Initialization):
-            raise ValueError(unknown_name("initialization", self.initialization, get_args(Initialization)))
+            raise Refused(unknown_name("initialization", self.initialization, get_args(Initialization)))
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise ValueError(f"dropout_rate is {self.dropout_rate!r}; it must lie in [0, 1).")
+            raise Refused(f"dropout_rate is {self.dropout_rate!r}; it must lie in [0, 1).")
         if self.embed_dim % self.num_heads:
             divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
-            raise ValueError(
+            raise Refused(
                 f"num_heads is {self.num_heads} and does not divide embed_dim {self.embed_dim}; "
                 f"heads that do: {', '.join(map(str, divisors[:12]))}."
             )

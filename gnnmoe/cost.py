@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers import build_coupler
 from gnnmoe.experts import ExpertBlock
 
@@ -35,7 +36,7 @@ def model_cost(config: GNNMoEConfig) -> Cost:
     """Return the cost of the model that ``config`` describes.
 
     Raises:
-        ValueError: there is no such coupler, strategy or option.
+        Refused: there is no such coupler, strategy or option.
     """
     L, D, V = config.max_seq_length, config.embed_dim, config.vocab_size
     coupler = _coupler_cost(_Key(config))
@@ -53,12 +54,12 @@ def matched_ffn_dim(config: GNNMoEConfig, target: Cost, quantity: str) -> int:
     The nearest whole number, and at least 1: what is left of the difference is for the caller to show.
 
     Raises:
-        ValueError: the quantity is flops and a coupler does not say its own.
+        Refused: the quantity is flops and a coupler does not say its own.
     """
     asked = getattr(target, quantity)
     one, two = (getattr(model_cost(replace(config, ffn_dim=width)), quantity) for width in (1, 2))
     if asked is None or one is None or two is None:
-        raise ValueError(
+        raise Refused(
             f"coupler {config.coupler_type}, or the one to match, does not say its FLOPs; match params."
         )
     return max(1, 1 + round((asked - one) / (two - one)))

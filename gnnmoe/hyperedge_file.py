@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from gnnmoe.config import Refused
+
 BLANKS = " \t\r\n"  # as JSON has them
 
 
@@ -14,7 +16,7 @@ def read_hyperedges(path: str, num_experts: float = math.inf) -> list[tuple[int,
     """Return the hyperedges in the order of the file, the members of each sorted.
 
     Raises:
-        ValueError: no such file, not UTF-8, not JSON, or not a list of lists of different experts
+        Refused: no such file, not UTF-8, not JSON, or not a list of lists of different experts
             from 0 to E − 1, none empty and none twice. Names the file and the hyperedge's line.
     """
     line_of: dict[tuple[int, ...], int] = {}
@@ -24,7 +26,7 @@ def read_hyperedges(path: str, num_experts: float = math.inf) -> list[tuple[int,
         if edge in line_of:
             problem = f"hyperedge {list(edge)} is in line {line_of[edge]} already"
         if problem:
-            raise ValueError(f"{path}, line {line}: {problem}.")
+            raise Refused(f"{path}, line {line}: {problem}.")
         line_of[edge] = line
     return list(line_of)
 
@@ -34,12 +36,12 @@ def _text(path: str) -> str:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: the file of hyperedges cannot be read ({reason}).") from None
+        raise Refused(f"{path}: the file of hyperedges cannot be read ({reason}).") from None
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}).") from None
+        raise Refused(f"{path}, line {line}: not UTF-8 ({error.reason}).") from None
 
 
 def _elements(path: str, text: str) -> list[tuple[int, Any]]:
@@ -48,13 +50,13 @@ def _elements(path: str, text: str) -> list[tuple[int, Any]]:
     try:
         whole = decoder.decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+        raise Refused(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
     except (RecursionError, ValueError) as error:  # ValueError: an integer of 5,000 digits
-        raise ValueError(f"{path}: not a list of lists of experts ({error}).") from None
+        raise Refused(f"{path}: not a list of lists of experts ({error}).") from None
     start = len(text) - len(text.lstrip(BLANKS))
     line += text.count("\n", 0, start)
     if not isinstance(whole, list):
-        raise ValueError(f"{path}, line {line}: not a list; the file must be a list of lists of experts.")
+        raise Refused(f"{path}, line {line}: not a list; the file must be a list of lists of experts.")
     end = start + 1
     for _ in whole:  # valid JSON: only blanks and commas stand between the elements
         start = end

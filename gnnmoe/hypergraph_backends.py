@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gnnmoe.config import Refused
 from gnnmoe.hypergraph import propagation_factors
 from gnnmoe.mixing import mix, rowwise
 
@@ -82,7 +83,7 @@ OPTIONAL_PACKAGES = {"scatter": "torch_scatter", "sparse": "torch_sparse"}
 
 
 def require_backend(backend: str) -> None:
-    """Raise ``ValueError``, saying how to install it, where a backend's package is missing."""
+    """Raise ``Refused``, saying how to install it, where a backend's package is missing."""
     if backend in OPTIONAL_PACKAGES:
         _optional(OPTIONAL_PACKAGES[backend])
 
@@ -93,7 +94,7 @@ def missing_backends() -> list[str]:
     for backend in OPTIONAL_PACKAGES:
         try:
             require_backend(backend)
-        except ValueError:
+        except Refused:
             missing.append(backend)
     return missing
 
@@ -104,7 +105,7 @@ def _optional(package: str) -> ModuleType:
         return importlib.import_module(package)
     except (ImportError, OSError) as error:  # OSError: built for another torch
         backend = next(name for name, needed in OPTIONAL_PACKAGES.items() if needed == package)
-        raise ValueError(
+        raise Refused(
             f"backend {backend} needs {package}, which cannot be imported ({error}); install it with "
             "pip install --no-build-isolation 'gnnmoe[scatter]' (without a ready wheel it is compiled, "
             "which takes 10 to 40 minutes), or choose backend vectorized."

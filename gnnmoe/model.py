@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gnnmoe.batched_experts import BatchedExperts
+from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED, PADDED_BIAS, TiedHead
 from gnnmoe.initialization import init_weights
 from gnnmoe.layer import GNNMoELayer
@@ -39,7 +40,7 @@ class GNNMoEModel(nn.Module):
     (``torch.set_float32_matmul_precision``).
 
     Raises:
-        ValueError: an unknown name among them.
+        Refused: an unknown name among them.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class GNNMoEModel(nn.Module):
         super().__init__()
         for kind, name, allowed in (("experts", experts, EXPERTS), ("precision", precision, PRECISIONS)):
             if name not in allowed:
-                raise ValueError(unknown_name(kind, name, allowed))
+                raise Refused(unknown_name(kind, name, allowed))
         self.config, self.precision = config, precision
         streams = RandomStreams(int(torch.randint(2**31, ())) if seed is None else seed)
         with streams("init.trunk"):

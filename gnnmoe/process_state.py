@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch.nn.modules import module as nn_module
 
+from gnnmoe.config import Refused
+
 _HOOKS = [name for name in vars(nn_module) if name.startswith("_global_") and name.endswith("_hooks")]
 """Torch's tables of hooks that run in every module."""
 
 
-class ProcessStateChanged(ValueError):
+class ProcessStateChanged(Refused):
     """A coupler changed the state of the process; the message says what."""
 
 

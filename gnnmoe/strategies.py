@@ -17,6 +17,7 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
+from gnnmoe.config import Refused
 from gnnmoe.hyperedge_file import read_hyperedges
 from gnnmoe.naming import unknown_name
 from gnnmoe.strategy_text import REQUIRED as REQUIRED
@@ -69,14 +70,14 @@ def all_experts(num_experts: int) -> list[Members]:
 
 @register_strategy("k_subsets")
 def k_subsets(num_experts: int, *, k: int = 3) -> list[Members]:
-    """Every k experts, in lexicographic order: C(E, k) hyperedges. ValueError where k < 2."""
+    """Every k experts, in lexicographic order: C(E, k) hyperedges. Refused where k < 2."""
     _check_k(k)
     return _subsets(num_experts, k)
 
 
 @register_strategy("ring")
 def ring(num_experts: int, *, k: int = 2) -> list[Members]:
-    """Hyperedge i holds experts i to i + k − 1 modulo E; one where E = k. ValueError where k < 2."""
+    """Hyperedge i holds experts i to i + k − 1 modulo E; one where E = k. Refused where k < 2."""
     _check_k(k)
     if num_experts <= k:
         return [tuple(range(k))] if num_experts == k else []
@@ -92,13 +93,13 @@ def random_subsets(num_experts: int, *, k: int = 3, m: int | None = None, seed: 
     arguments alone. Some experts may be in no hyperedge. Warns where there are fewer than m.
 
     Raises:
-        ValueError: k < 2, m < 1 or seed < 0.
+        Refused: k < 2, m < 1 or seed < 0.
     """
     _check_k(k)
     if m is not None and m < 1:
-        raise ValueError(f"m is {m}; it must be at least 1, or None for as many as experts.")
+        raise Refused(f"m is {m}; it must be at least 1, or None for as many as experts.")
     if seed < 0:
-        raise ValueError(f"seed is {seed}; it must not be negative.")
+        raise Refused(f"seed is {seed}; it must not be negative.")
     possible = math.comb(num_experts, k)
     if m is not None and m > possible > 0:
         there_are = f"hyperedges of {k} out of {num_experts} experts: {possible}, all of them taken."
@@ -121,14 +122,14 @@ def from_file(num_experts: int, *, path: str) -> list[Members]:
     A relative path starts at the current folder.
 
     Raises:
-        ValueError: a file that is none, or a hyperedge that is none; names the file and the line.
+        Refused: a file that is none, or a hyperedge that is none; names the file and the line.
     """
     return read_hyperedges(path, num_experts)
 
 
 def _check_k(k: int) -> None:
     if k < 2:
-        raise ValueError(f"k is {k}; it must be at least 2: a hyperedge of one expert has nobody to talk to.")
+        raise Refused(f"k is {k}; it must be at least 2: a hyperedge of one expert has nobody to talk to.")
 
 
 def _subsets(num_experts: int, k: int) -> list[Members]:
@@ -144,7 +145,7 @@ def _refuse_too_many(count: int) -> None:
     """Refuse a number of hyperedges above the limit, before any of them is made."""
     if count > MOST_HYPEREDGES:
         number = f"{count:,}" if count < 10**18 else f"about 10^{math.log10(count):.0f}"
-        raise ValueError(
+        raise Refused(
             f"the strategy has {number} hyperedges with so many experts; at most {MOST_HYPEREDGES:,} are "
             "allowed: take fewer experts, or draw some, as in random:k=3,m=1000."
         )
@@ -166,12 +167,12 @@ def static_hyperedges(num_experts: int, strategy: str) -> list[Members]:
     """Return the members of each hyperedge; an empty list where E is too small to have any.
 
     Raises:
-        ValueError: there is no such strategy, it cannot have these arguments, E is negative, or there
+        Refused: there is no such strategy, it cannot have these arguments, E is negative, or there
             would be more than ``MOST_HYPEREDGES``.
     """
     name, arguments = _parse(strategy)
     if num_experts < 0:
-        raise ValueError(f"num_experts is {num_experts}; it must not be negative.")
+        raise Refused(f"num_experts is {num_experts}; it must not be negative.")
     members = STRATEGIES[name](num_experts, **arguments)
     _refuse_too_many(len(members))  # of a file, or of a strategy that does not ask
     return members
@@ -184,7 +185,7 @@ def strategy_identity(strategy: str, num_experts: int | None = None) -> str:
     ``num_experts`` the m of ``random`` is the number of hyperedges that it draws.
 
     Raises:
-        ValueError: as ``static_hyperedges``, but for numbers that only the strategy itself refuses.
+        Refused: as ``static_hyperedges``, but for numbers that only the strategy itself refuses.
     """
     name, arguments = _parse(strategy)
     if name == "file":
@@ -201,7 +202,7 @@ def strategy_arguments(name: str) -> dict[str, Any]:
     """Return each argument's default, in the order of the signature; ``REQUIRED`` where it has none.
 
     Raises:
-        ValueError: there is no such strategy.
+        Refused: there is no such strategy.
     """
     return {key: parameter.default for key, parameter in _parameters(name).items()}
 
@@ -213,7 +214,7 @@ def default_strategies() -> list[str]:
 
 def _parameters(name: str) -> Parameters:
     if name not in STRATEGIES:
-        raise ValueError(unknown_name("static_hyperedge_strategy", name, STRATEGIES))
+        raise Refused(unknown_name("static_hyperedge_strategy", name, STRATEGIES))
     parameters = inspect.signature(STRATEGIES[name], eval_str=True).parameters
     return {key: p for key, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 

@@ -6,6 +6,8 @@ import inspect
 from types import NoneType
 from typing import Any, get_args
 
+from gnnmoe.config import Refused
+
 REQUIRED = inspect.Parameter.empty
 Parameters = dict[str, inspect.Parameter]
 
@@ -14,14 +16,14 @@ def read_arguments(name: str, text: str | None, parameters: Parameters) -> dict[
     """Return every argument of the strategy ``name`` with its value, in the order of ``parameters``.
 
     Raises:
-        ValueError: there is no such argument, or it cannot have this value; says how to write it.
+        Refused: there is no such argument, or it cannot have this value; says how to write it.
     """
     try:
         given = {} if text is None else _given(text, parameters)
         return {key: _value(parameter, given.get(key)) for key, parameter in parameters.items()}
-    except ValueError as error:
+    except Refused as error:
         strategy = name if text is None else f"{name}:{text}"
-        raise ValueError(f"strategy {strategy!r}: {error}. {_usage(name, parameters)}.") from None
+        raise Refused(f"strategy {strategy!r}: {error}. {_usage(name, parameters)}.") from None
 
 
 def _usage(name: str, parameters: Parameters) -> str:
@@ -45,9 +47,9 @@ def _given(text: str, parameters: Parameters) -> dict[str, str]:
         if not equals and not given:
             key, value = first or key, key
         if key not in parameters:
-            raise ValueError(f"there is no argument {key!r}")
+            raise Refused(f"there is no argument {key!r}")
         if key in given:
-            raise ValueError(f"{key} is given twice")
+            raise Refused(f"{key} is given twice")
         given[key] = value
     return given
 
@@ -57,7 +59,7 @@ def _value(parameter: inspect.Parameter, text: str | None) -> Any:
     if text is None and parameter.default is not REQUIRED:
         return parameter.default
     if not text:
-        raise ValueError(f"{parameter.name} has no value")
+        raise Refused(f"{parameter.name} has no value")
     types = get_args(parameter.annotation) or (parameter.annotation,)
     if text == "None" and NoneType in types:
         return None
@@ -67,4 +69,4 @@ def _value(parameter: inspect.Parameter, text: str | None) -> Any:
         return int(text)
     except ValueError:
         kind = "a whole number or None" if NoneType in types else "a whole number"
-        raise ValueError(f"{parameter.name} is {text!r}; it must be {kind}") from None
+        raise Refused(f"{parameter.name} is {text!r}; it must be {kind}") from None

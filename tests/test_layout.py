@@ -11,8 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "syntax config_checks memory_config execution_config schedule config flags device data gate portrait"
-    " training measure tune records sweeps analysis"
+    "files syntax config_checks memory_config execution_config schedule config flags device data gate"
+    " portrait training measure tune records sweeps analysis"
 ).split()
 COMMANDS = set(
     "run sweep report speed check prepare session existing learning difficulty progress track"

@@ -19,6 +19,7 @@ from bench.analysis.over_seeds import Interval, Summary, losses, summary
 from bench.analysis.significance import bca_interval
 from bench.analysis.statistics import Paired, Verdict, compare_family
 from bench.analysis.study import Configuration, Group
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 
@@ -103,7 +104,7 @@ def compare(group: Group, reference: str | None = None) -> Comparison:
     the reference are one family of Holm's correction, those among the others another: one verdict a pair.
 
     Raises:
-        ValueError: no configuration has this label.
+        Refused: no configuration has this label.
     """
     chosen = _reference(group, reference)
     others = [found for found in group.configurations if found is not chosen]
@@ -124,7 +125,7 @@ def _reference(group: Group, label: str | None) -> Configuration:
     if label is not None:
         chosen = next((one for one in found if one.label == label), None)
         if chosen is None:
-            raise ValueError(unknown_name("configuration", label, [one.label for one in found]))
+            raise Refused(unknown_name("configuration", label, [one.label for one in found]))
         return chosen
     measured = [one for one in found if one.counted] or found
     return next((one for one in measured if one.coupler == "mean"), measured[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.analysis.run_data import read_record
 from bench.analysis.study import Run
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 REFERENCE = "reference"  # results/reference holds studies, as results does
@@ -29,12 +30,12 @@ def the_study(name: str, results_dir: Path) -> Path:
     """Return the folder of a study by its name or path.
 
     Raises:
-        ValueError: there is none; names those there are.
+        Refused: there is none; names those there are.
     """
     found = study_folder(name, results_dir)
     if found is None:
         names = [path.relative_to(results_dir).as_posix() for path in studies_in(results_dir)]
-        raise ValueError(f"{unknown_name('study', name, names)} Studies are looked for in {results_dir}.")
+        raise Refused(f"{unknown_name('study', name, names)} Studies are looked for in {results_dir}.")
     return found
 
 
@@ -42,7 +43,7 @@ def find_runs(name: str, results_dir: Path) -> list[Run]:
     """Return the one run whose id begins with ``name``, in any study; ``STUDY/ID`` says in which.
 
     Raises:
-        ValueError: no run has it, or several have, or its record cannot be read.
+        Refused: no run has it, or several have, or its record cannot be read.
     """
     study, _, run_id = name.rpartition("/")
     folder = study_folder(study, results_dir)
@@ -53,12 +54,12 @@ def find_runs(name: str, results_dir: Path) -> list[Run]:
     exact = [path for path in folders if path.name == run_id]
     current = exact or [path for path in folders if "." not in path.name] or folders
     if not current:
-        raise ValueError(
+        raise Refused(
             f"no study and no run in {results_dir} is called {name!r}; of the 12 hex digits of a run's id "
             "the first few are enough. python -m bench.report ls lists what there is."
         )
     if len(current) > 1:
         places = ", ".join(f"{path.parent.name}/{path.name}" for path in current[:5])
-        raise ValueError(f"{name!r} stands for {len(current)} runs: {places}{', …' * (len(current) > 5)}; "
+        raise Refused(f"{name!r} stands for {len(current)} runs: {places}{', …' * (len(current) > 5)}; "
                          "name one of them so.")  # fmt: skip
     return [Run(current[0], read_record(current[0]))]

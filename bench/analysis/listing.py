@@ -12,6 +12,7 @@ from bench.analysis.quantities import perplexity, unknown_words_share
 from bench.analysis.study import load_study, statuses
 from bench.analysis.terminal import PlainTable
 from bench.records.foreign import visible
+from gnnmoe.config import Refused
 
 
 def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:
@@ -25,7 +26,7 @@ def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:
         name = visible(path.relative_to(results_dir).as_posix())
         try:
             study = load_study(path)
-        except ValueError as error:
+        except Refused as error:
             table.add_row(escape(name), "", escape(visible(str(error))), "")
             continue
         couplers = {found.coupler: None for group in study.groups for found in group.configurations}

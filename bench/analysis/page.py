@@ -24,6 +24,7 @@ from bench.analysis.provenance import Kind, RunFacts, kinds_of, run_facts
 from bench.analysis.report import Report
 from bench.analysis.tables import Table
 from bench.records.foreign import visible
+from gnnmoe.config import Refused
 
 FIGURES = re.compile(r'<script type="application/json" id="figures">(.*?)</script>', re.DOTALL)
 UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -112,11 +113,11 @@ def figures_of_page(html: str) -> dict[str, Any]:
     """Return the figures that a page holds, as ``page_tables.figures`` gives them.
 
     Raises:
-        ValueError: it holds none, or they cannot be read.
+        Refused: it holds none, or they cannot be read.
     """
     found = FIGURES.search(html)
     if found is None:
-        raise ValueError("it holds no figures: it is no page of a report, or was cut short")
+        raise Refused("it holds no figures: it is no page of a report, or was cut short")
     return json.loads(found[1])
 
 

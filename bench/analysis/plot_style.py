@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
-import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from bench.analysis.numbers import share
 from bench.analysis.quantities import unknown_words_share
+from bench.files import write_together
 from bench.records.schema import Record
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is for text and reference lines.
@@ -235,20 +234,11 @@ def write_plots(folder: Path, plots: Sequence[Plot]) -> list[Path]:
         return []
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary: dict[Path, Path] = {}
+    files = {folder / name: data for name, data in contents.items()}
     try:
-        for name, data in contents.items():
-            handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            temporary[folder / name] = Path(path)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(path).chmod(0o644)
-        for target, source in temporary.items():
-            source.replace(target)
+        write_together(files)
     except BaseException:
-        for source in temporary.values():
-            source.unlink(missing_ok=True)
         if not existed and not any(folder.iterdir()):
             folder.rmdir()
         raise
-    return list(temporary)
+    return list(files)

@@ -28,7 +28,7 @@ def plot_run(folder: Path) -> list[Path]:
     A figure whose quantity is missing is left out, and so is what an earlier call drew of it.
 
     Raises:
-        ValueError: ``folder`` holds no record.json that can be read.
+        Refused: ``folder`` holds no record.json that can be read.
         OSError: the disk refuses; nothing half-written stays.
     """
     run = read_run(folder)

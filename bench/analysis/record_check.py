@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from bench.measure.quantity import is_measured
 from bench.records.schema import KEYS, SCHEMA_VERSION
+from gnnmoe.config import Refused
 
 CODE = ("project_sha256", "coupler_sha256", "code_sha256", "git_commit", "git_changes_sha256")
 SUMS = ("unigram_nll_sum", "kneser_ney_trigram_nll_sum")
@@ -27,7 +28,7 @@ class _Place:
     def __getitem__(self, name: str) -> _Place:
         place = f"{self.key}.{name}" if self.key else name
         if name not in self.fields():
-            raise ValueError(f"it lacks {place}")
+            raise Refused(f"it lacks {place}")
         return _Place(place, self.value[name])
 
     def has(self, name: str) -> bool:
@@ -56,7 +57,7 @@ class _Place:
     def refuse(self, must: str) -> NoReturn:
         shown = repr(self.value)
         shown = shown if len(shown) <= 60 else f"{shown[:59]}…"
-        raise ValueError(f"{self.key or 'it'} is {shown}; it must be {must}")
+        raise Refused(f"{self.key or 'it'} is {shown}; it must be {must}")
 
 
 def _is_finite(value: float) -> bool:
@@ -70,7 +71,7 @@ def check_record(record: Any) -> None:
     """Refuse a record that lacks something that the analysis reads.
 
     Raises:
-        ValueError: names the key, what it is and what it must be.
+        Refused: names the key, what it is and what it must be.
     """
     place = _Place("", record)
     version = place.fields().get("schema_version", SCHEMA_VERSION)
@@ -78,7 +79,7 @@ def check_record(record: Any) -> None:
         place["schema_version"].refuse(f"{SCHEMA_VERSION!r}, the only one that this program reads")
     missing = [key for key in KEYS if key not in place.fields()]
     if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}: it is of another schema")
+        raise Refused(f"it lacks {', '.join(missing)}: it is of another schema")
     for name in ("run_id", "configuration", "status", "command"):
         place[name].text()
     for name in ("error", "run_name"):

@@ -42,6 +42,7 @@ from bench.analysis.run_data import (
 from bench.records.foreign import not_linked_out
 from bench.records.neutral import FOLDERS, PLACE, Neutral, base_name
 from bench.records.schema import Record
+from gnnmoe.config import Refused
 
 FORMAT = 1
 LOG, HYPOTHESES = "log.txt", "hypotheses*.json"
@@ -59,7 +60,7 @@ def redact_study(study: Path, target: Path, hide: Sequence[str] = ()) -> str:
         hide: Names to hide besides those of this machine and user.
 
     Raises:
-        ValueError: a file of the study is damaged, or ``target`` is another's, in the study, or unwritable.
+        Refused: a file of the study is damaged, or ``target`` is another's, in the study, or unwritable.
     """
     _refuse_target(study, target)
     files = _redacted(study, hide)
@@ -71,7 +72,7 @@ def redact_study(study: Path, target: Path, hide: Sequence[str] = ()) -> str:
     try:
         _replace(target, files)
     except OSError as error:
-        raise ValueError(f"{target} cannot be written ({error.strerror}); name another folder.") from error
+        raise Refused(f"{target} cannot be written ({error.strerror}); name another folder.") from error
     return what
 
 
@@ -181,16 +182,16 @@ def _known_paths(records: Sequence[Record]) -> dict[str, str]:
 def _refuse_target(study: Path, target: Path) -> None:
     there, here = target.resolve(), study.resolve()
     if there == here or here in there.parents or there in here.parents:
-        raise ValueError(f"{target} and the study lie in each other; name a folder beside {study}.")
+        raise Refused(f"{target} and the study lie in each other; name a folder beside {study}.")
     if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is no folder; name another.")
+        raise Refused(f"{target} is no folder; name another.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     known: Mapping[str, str] = (redaction(target) or {"files": {}})["files"]
     foreign = [name for name in _contents(target) if name not in known and name != REDACTED]
     if not known or foreign:
         example = f" ({foreign[0]})" if foreign else ""
-        raise ValueError(f"{target} holds files that --redact did not write{example}; name another folder.")
+        raise Refused(f"{target} holds files that --redact did not write{example}; name another folder.")
 
 
 def _contents(folder: Path) -> Files:

@@ -22,6 +22,7 @@ from bench.analysis.weights_figures import weights_plots
 from bench.analysis.words import verdict_sentences
 from bench.records.foreign import visible
 from bench.sweeps.hypotheses import Hypothesis, stated
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 
@@ -107,11 +108,11 @@ def make_report(
     which the hypotheses were written down.
 
     Raises:
-        ValueError: no configuration has the label ``reference``.
+        Refused: no configuration has the label ``reference``.
     """
     labels = [found.label for group in study.groups for found in group.configurations]
     if reference is not None and reference not in labels:
-        raise ValueError(unknown_name("configuration", reference, labels))
+        raise Refused(unknown_name("configuration", reference, labels))
     sections = []
     for number, group in enumerate(study.groups, 1):
         has_it = any(found.label == reference for found in group.configurations)
@@ -141,7 +142,7 @@ def load_report(path: Path, reference: str | None = None, allow_unequal: bool = 
     """Read the study in a folder and report on it, with the hypotheses that its sweep stated.
 
     Raises:
-        ValueError: as ``load_study``, ``stated`` and ``make_report``.
+        Refused: as ``load_study``, ``stated`` and ``make_report``.
     """
     hypotheses, when = stated(path)
     return make_report(load_study(path, allow_unequal), reference, hypotheses, when)

@@ -11,9 +11,10 @@ from typing import Any
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
 from bench.analysis.run_data import is_names, read_json
+from bench.files import write_whole
 from bench.records.foreign import inside, not_linked_out
-from bench.records.store import write_whole
 from bench.sweeps.hypotheses import read_hypotheses
+from gnnmoe.config import Refused
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
 ANEW = "delete it with its folder, or make the report in another one with --out."
@@ -27,14 +28,14 @@ def write_report(report: Report, options: Options, folder: Path, plots: bool = T
     Each file is there whole or not at all, and nothing that no report wrote is touched.
 
     Raises:
-        ValueError: the folder cannot be written, holds what no report wrote, or leads elsewhere.
+        Refused: the folder cannot be written, holds what no report wrote, or leads elsewhere.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; choose another with --out.")
+        raise Refused(f"{folder} is no folder; choose another with --out.")
     earlier: dict[str, str] = {}
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / OPTIONS).is_file():
-            raise ValueError(f"{folder} holds files that no report wrote; choose another folder with --out.")
+            raise Refused(f"{folder} holds files that no report wrote; choose another folder with --out.")
         earlier = read_options(folder)["files"]
     drawn = {
         name: data for plot in (make_plots(report) if plots else []) for name, data in plot.files().items()
@@ -56,7 +57,7 @@ def write_report(report: Report, options: Options, folder: Path, plots: bool = T
         _write(paths[OPTIONS], {**options, "files": files})
     except OSError as error:
         why = f"the report cannot be written to {folder} ({error.strerror})"
-        raise ValueError(f"{why}; choose another folder with --out.") from error
+        raise Refused(f"{why}; choose another folder with --out.") from error
     return [paths[name] for name in files]
 
 
@@ -64,11 +65,11 @@ def _own_path(folder: Path, name: str) -> Path:
     """Return where a file of a report is written.
 
     Raises:
-        ValueError: a symbolic link in the folder leads out of it, or a folder stands in the file's place.
+        Refused: a symbolic link in the folder leads out of it, or a folder stands in the file's place.
     """
     path = not_linked_out(folder, name)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and the report has a file there; choose another with --out.")
+        raise Refused(f"{path} is a folder, and the report has a file there; choose another with --out.")
     return path
 
 
@@ -88,24 +89,24 @@ def read_options(folder: Path) -> Options:
     """Return what the report in ``folder`` was made with, its hypotheses as ``Hypothesis``.
 
     Raises:
-        ValueError: there is no report, or its options cannot be read, are none that a report writes, or name
+        Refused: there is no report, or its options cannot be read, are none that a report writes, or name
             a file that is not in the folder.
     """
     path = folder / OPTIONS
     if not path.is_file():
-        raise ValueError(f"{folder} holds no report; make one first, without --verify.")
+        raise Refused(f"{folder} holds no report; make one first, without --verify.")
     options = read_json(path)
     kinds = {"reference": str | None, "allow_unequal": bool, "stated": str | None, "hypotheses": list}
     wrong = not isinstance(options, dict) or not is_names(options.get("files")) or any(
         not isinstance(options.get(key, ...), kind) for key, kind in kinds.items())  # fmt: skip
     if wrong:
-        raise ValueError(f"{path} is not what a report of this version writes; {ANEW}")
+        raise Refused(f"{path} is not what a report of this version writes; {ANEW}")
     for name in options["files"]:
         inside(folder, name, path)
     try:
         found = read_hypotheses(options["hypotheses"]) if options["hypotheses"] else []
-    except ValueError as error:
-        raise ValueError(f"{path}: {error} {ANEW.capitalize()}") from error
+    except Refused as error:
+        raise Refused(f"{path}: {error} {ANEW.capitalize()}") from error
     return {**options, "hypotheses": found}
 
 

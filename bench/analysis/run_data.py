@@ -18,6 +18,7 @@ from bench.analysis.record_check import check_record
 from bench.measure.quantity import is_measured
 from bench.records.foreign import inside, shown
 from bench.records.schema import Record
+from gnnmoe.config import Refused
 
 Row = dict[str, Any]
 NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
@@ -66,18 +67,18 @@ def read_record(folder: Path, *, as_stored: bool = False) -> Record:
         as_stored: Leave the texts as they are on the disk.
 
     Raises:
-        ValueError: there is no record.json, or it cannot be read, is cut short, is of another schema or lacks
+        Refused: there is no record.json, or it cannot be read, is cut short, is of another schema or lacks
             what the analysis reads; names the file and the key.
     """
     path = folder / "record.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no run folder: it holds no record.json.")
+        raise Refused(f"{folder} is no run folder: it holds no record.json.")
     stored = read_json(path)
     try:
         record = shown(stored)
         check_record(record)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+    except Refused as error:
+        raise Refused(f"{path} is damaged: {error}.") from error
     return stored if as_stored else record
 
 
@@ -85,23 +86,23 @@ def read_json(path: Path) -> Any:
     """Read a JSON file, whoever wrote it.
 
     Raises:
-        ValueError: it cannot be read, is cut short or nested too deeply; names it.
+        Refused: it cannot be read, is cut short or nested too deeply; names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is cut short or no JSON: {error}.") from error
+        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply to be read.") from error
+        raise Refused(f"{path} is nested too deeply to be read.") from error
 
 
 def read_run(folder: Path) -> RunData:
     """Read a run folder; what is not there is empty.
 
     Raises:
-        ValueError: as ``read_record``.
+        Refused: as ``read_record``.
     """
     record, history = read_record(folder), _history(folder)
     return RunData(record, history["train"], history["validation"], _trace(folder / TRACE))
@@ -111,15 +112,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read an npz file.
 
     Raises:
-        ValueError: it is not there, is cut short or is no npz file; names it.
+        Refused: it is not there, is cut short or is no npz file; names it.
     """
     if not zipfile.is_zipfile(path):  # a .npy file would be read too, and be no arrays by name
-        raise ValueError(f"{path} is missing, cut short or no npz file")
+        raise Refused(f"{path} is missing, cut short or no npz file")
     try:
         with np.load(path) as arrays:
             return dict(arrays)
     except DAMAGE as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise Refused(f"{path} cannot be read: {error}") from error
 
 
 def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -129,7 +130,7 @@ def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | No
     where ``split`` is in neither.
 
     Raises:
-        ValueError: neither file is there, or the one that is cannot be used; names it and why.
+        Refused: neither file is there, or the one that is cannot be used; names it and why.
     """
     if not (folder / NLL).is_file() and (folder / ARTICLES).is_file():
         return _kept_sums(folder / ARTICLES, split)
@@ -139,7 +140,7 @@ def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | No
         return None
     why = _unlike_losses(nll, article)
     if why or article is None:
-        raise ValueError(f"{folder / NLL} holds no usable losses of {split}: {why}")
+        raise Refused(f"{folder / NLL} holds no usable losses of {split}: {why}")
     return np.bincount(article, weights=nll.astype(np.float64)), np.bincount(article).astype(np.float64)
 
 
@@ -164,7 +165,7 @@ def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the sums that a redacted study keeps of ``split``, None where it has none.
 
     Raises:
-        ValueError: the file cannot be read, or they are no sums.
+        Refused: the file cannot be read, or they are no sums.
     """
     arrays = read_arrays(path)
     sums, tokens = (arrays.get(f"{split}_{name}") for name in ("nll_sum", "tokens"))
@@ -177,7 +178,7 @@ def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
         and all(found.dtype.kind in "fiu" and np.isfinite(found).all() for found in (sums, tokens))
     )
     if tokens is None or not sound or (tokens < 0).any():
-        raise ValueError(f"{path} holds no usable sums by article of {split}")
+        raise Refused(f"{path} holds no usable sums by article of {split}")
     return sums.astype(np.float64), tokens.astype(np.float64)
 
 
@@ -185,11 +186,11 @@ def set_aside(study: Path) -> list[dict[str, Any]]:
     """Return run_id, status and start of the runs set aside, also of those that a redaction left out.
 
     Raises:
-        ValueError: as ``redaction``.
+        Refused: as ``redaction``.
     """
     found = []
     for path in sorted(study.glob("*.*/record.json")):
-        with suppress(ValueError):
+        with suppress(Refused):
             record = read_record(path.parent)
             found.append({"run_id": path.parent.name, "status": record["status"],
                           "start": record["time"].get("start")})  # fmt: skip
@@ -202,7 +203,7 @@ def redaction(study: Path) -> dict[str, Any] | None:
     ``files`` are the sha256 of the published files by name; ``set_aside`` runs as ``set_aside`` has them.
 
     Raises:
-        ValueError: the file cannot be read, is none that ``--redact`` wrote, or names a file elsewhere.
+        Refused: the file cannot be read, is none that ``--redact`` wrote, or names a file elsewhere.
     """
     path = study / REDACTED
     if not path.is_file():
@@ -213,7 +214,7 @@ def redaction(study: Path) -> dict[str, Any] | None:
         isinstance(run, dict) and isinstance(run.get("start"), str | None) for run in aside
     )
     if not sound or not is_names(said.get("files")):
-        raise ValueError(f"{path} is not what --redact writes; fetch the study again, or delete that file.")
+        raise Refused(f"{path} is not what --redact writes; fetch the study again, or delete that file.")
     for name in said["files"]:
         inside(study, name, path)
     return said
@@ -232,7 +233,7 @@ def damaged_arrays(folder: Path) -> list[str]:
     if (folder / PACKED_HISTORY).is_file():
         try:
             history_text(folder)
-        except ValueError as error:
+        except Refused as error:
             found.append(f"{error}; the report is made without it")
     return found
 
@@ -241,7 +242,7 @@ def history_text(folder: Path) -> str | None:
     """Return a run's history, also the compressed one of a redacted study; None where there is none.
 
     Raises:
-        ValueError: the compressed one cannot be read; names it.
+        Refused: the compressed one cannot be read; names it.
     """
     packed = folder / PACKED_HISTORY
     if (folder / HISTORY).is_file():
@@ -251,7 +252,7 @@ def history_text(folder: Path) -> str | None:
     try:
         return gzip.decompress(packed.read_bytes()).decode(errors="replace")
     except DAMAGE as error:
-        raise ValueError(f"{packed} cannot be read: {error}") from error
+        raise Refused(f"{packed} cannot be read: {error}") from error
 
 
 def _history(folder: Path) -> dict[str, list[Row]]:
@@ -260,7 +261,7 @@ def _history(folder: Path) -> dict[str, list[Row]]:
     A killed process can leave a last line cut short: it is passed over, as is what is no row.
     """
     rows: dict[str, dict[int, Row]] = {"train": {}, "validation": {}}
-    with suppress(ValueError):
+    with suppress(Refused):
         for row in _rows((history_text(folder) or "").splitlines()):
             rows.setdefault(row["kind"], {})[row["step"]] = row
     return {kind: [found[step] for step in sorted(found)] for kind, found in rows.items()}
@@ -270,7 +271,7 @@ def _rows(lines: Iterable[str]) -> Iterable[Row]:
     for line in lines:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or an integer of 5,000 digits
             continue
         if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
             yield row
@@ -280,7 +281,7 @@ def _trace(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays over time, without those that are not as long as their steps."""
     try:
         arrays = read_arrays(path)
-    except ValueError:
+    except Refused:
         return {}
     shape = arrays["step"].shape if "step" in arrays else ()
     if len(shape) != 1 or not shape[0]:

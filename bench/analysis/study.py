@@ -17,6 +17,7 @@ from bench.analysis.setting import Setting, asked
 from bench.measure.quantity import is_measured
 from bench.records.foreign import visible
 from bench.records.schema import Record
+from gnnmoe.config import Refused
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Run:
         """Σ nll and tokens of each article of the final validation, each (A,); None without a sound file."""
         try:
             return article_sums(self.folder, "validation")
-        except (ValueError, KeyError, TypeError):  # missing, damaged, or without documents
+        except (Refused, KeyError, TypeError):  # missing, damaged, or without documents
             return None
 
     @property
@@ -169,16 +170,16 @@ def load_study(path: Path, allow_unequal: bool = False) -> Study:
     """Read the records of every run folder in ``path``, but for runs that were set aside (``run_id.1``).
 
     Raises:
-        ValueError: ``path`` is no folder or holds no record.
+        Refused: ``path`` is no folder or holds no record.
     """
     if not path.is_dir():
-        raise ValueError(f"there is no study {path}; python -m bench.report ls lists those there are.")
+        raise Refused(f"there is no study {path}; python -m bench.report ls lists those there are.")
     runs, unreadable, misplaced = [], [], []
     for file in sorted(path.glob("*/record.json")):
         folder = file.parent
         try:
             record = read_record(folder)
-        except ValueError as error:
+        except Refused as error:
             unreadable.append((folder, visible(str(error))))
             continue
         if is_of_run(folder, record["run_id"]):
@@ -190,7 +191,7 @@ def load_study(path: Path, allow_unequal: bool = False) -> Study:
     if not runs:
         others = [f"{visible(folder.name)}: {why}" for folder, why in (*unreadable, *misplaced)]
         why = f": {others[0]}" if others else "; run something with --study first."
-        raise ValueError(f"study {path} holds no record that can be read{why}")
+        raise Refused(f"study {path} holds no record that can be read{why}")
     return Study(visible(path.resolve().name), path, grouped(runs, allow_unequal), unreadable, misplaced)
 
 

@@ -43,7 +43,7 @@ def write_study(path: Path, report: Report) -> None:
     """Put a study between its marks on a page.
 
     Raises:
-        ValueError: the page cannot be read or written, or has no such marks.
+        Refused: the page cannot be read or written, or has no such marks.
     """
     write_between(path, lambda text: with_study(text, report))
 
@@ -52,7 +52,7 @@ def with_study(text: str, report: Report) -> str:
     """Return a page's text with the study between its marks, and its table alone between those for that.
 
     Raises:
-        ValueError: it has no such marks.
+        Refused: it has no such marks.
     """
     whole, table = marks(report.study.name), marks(report.study.name, TABLE)
     if table[0] in text:

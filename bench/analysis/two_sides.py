@@ -19,6 +19,7 @@ from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Run, doubled_words, grouped, is_of_run, load_study
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 Quantity = Callable[[Record], float | None]
@@ -57,7 +58,7 @@ def read_side(text: str, results_dir: Path) -> Side:
     """Return the side that a text names: a study, ``STUDY:CONFIGURATION``, or a run's id (or its beginning).
 
     Raises:
-        ValueError: nothing, or more than one run, has this name.
+        Refused: nothing, or more than one run, has this name.
     """
     folder = study_folder(text, results_dir)
     if folder is not None:
@@ -69,16 +70,16 @@ def read_side(text: str, results_dir: Path) -> Side:
             runs = load_study(folder).runs
             known = [one.label for _, one in Side(text, runs, None).configurations(True)]
             if label not in known:
-                raise ValueError(unknown_name(f"configuration of {study}", label, known))
+                raise Refused(unknown_name(f"configuration of {study}", label, known))
             return Side(text, runs, label)
     if ":" in text:
-        raise ValueError(f"there is no study {text.partition(':')[0]!r} in {results_dir}; "
+        raise Refused(f"there is no study {text.partition(':')[0]!r} in {results_dir}; "
                          "python -m bench.report ls lists them.")  # fmt: skip
     runs = find_runs(text, results_dir)
     for run in runs:
         run_id = run.record["run_id"]
         if not is_of_run(run.folder, run_id) and not is_of_run(run.folder, run_id, set_aside=True):
-            raise ValueError(f"the record in {run.folder} is of run {run_id}: a copy, or a renamed folder, "
+            raise Refused(f"the record in {run.folder} is of run {run_id}: a copy, or a renamed folder, "
                              "which does not count.")  # fmt: skip
     return Side(text, runs, None)
 
@@ -87,7 +88,7 @@ def compare_sides(first: Side, second: Side, allow_unequal: bool = False) -> Com
     """Return B less A for every configuration that both have, or for the one that each side names.
 
     Raises:
-        ValueError: nothing can be compared: no configuration or no seed is in common, or corpus, device,
+        Refused: nothing can be compared: no configuration or no seed is in common, or corpus, device,
             evaluation, used batch or length differ (the last three pass with ``allow_unequal``).
     """
     ours, theirs = (side.configurations(allow_unequal) for side in (first, second))
@@ -107,7 +108,7 @@ def compare_sides(first: Side, second: Side, allow_unequal: bool = False) -> Com
             or "they have no configuration in common; name one of each: STUDY:CONFIGURATION"
         )
         hint = "" if allow_unequal else " (--allow-unequal lets evaluation, batch and length differ)"
-        raise ValueError(f"{first.name} and {second.name} cannot be compared: {why}{hint}.")
+        raise Refused(f"{first.name} and {second.name} cannot be compared: {why}{hint}.")
     return Compared(differences, missing, doubled)
 
 
@@ -149,13 +150,13 @@ class Limit:
         """Return the limit that a text states.
 
         Raises:
-            ValueError: it has another form, or an unknown quantity.
+            Refused: it has another form, or an unknown quantity.
         """
         found = re.fullmatch(r"\s*([\w/]+)\s*([<>])\s*([+-]?[0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
         if not found:
-            raise ValueError(f'fail_if is {text!r}; write a quantity and a limit of its change: "ppl > 1%".')
+            raise Refused(f'fail_if is {text!r}; write a quantity and a limit of its change: "ppl > 1%".')
         if found[1] not in QUANTITIES:
-            raise ValueError(unknown_name("quantity", found[1], QUANTITIES))
+            raise Refused(unknown_name("quantity", found[1], QUANTITIES))
         return cls(found[1], found[2], float(found[3]))
 
     def verdict(self, difference: Difference) -> tuple[bool, str]:

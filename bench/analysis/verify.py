@@ -16,6 +16,7 @@ from bench.analysis.report_files import OPTIONS, PAGE, Options, read_options, te
 from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums, redaction
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
+from gnnmoe.config import Refused
 
 
 def verify(study: Path, folder: Path, make: Callable[[Options | None], Report]) -> tuple[list[str], str]:
@@ -28,7 +29,7 @@ def verify(study: Path, folder: Path, make: Callable[[Options | None], Report]) 
         make: Makes the report anew, with the options that it was made with.
 
     Raises:
-        ValueError: there is neither a report nor what ``--redact`` wrote, or the options cannot be read.
+        Refused: there is neither a report nor what ``--redact`` wrote, or the options cannot be read.
     """
     redacted = redaction(study)
     hashes: dict[str, str] = {} if redacted is None else redacted["files"]
@@ -98,7 +99,7 @@ def _unlike_sums(run: Run, splits: Sequence[str]) -> Iterator[str]:
     for split in splits:
         try:
             sums = article_sums(run.folder, split)
-        except ValueError as error:
+        except Refused as error:
             yield str(error)
             continue
         if sums is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import check_positive
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         profile, title = measure(config)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     console = Console(highlight=False)
     console.print(speed_table(profile, title))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bench.data.split import Split
+from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 from gnnmoe.seeds import stream_seed
 
@@ -80,7 +81,7 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
     def __init__(self, split: Split, length: int, stride: int, num_blocks: int | None = None) -> None:
         _require_one_block(split, length)
         if not 1 <= stride <= length:
-            raise ValueError(f"stride must lie in 1..{length} (max_seq_length); got {stride}")
+            raise Refused(f"stride must lie in 1..{length} (max_seq_length); got {stride}")
         self.split, self.length, self.stride = split, length, stride
         self.note: str | None = None
         self.num_scored = split.num_tokens
@@ -140,16 +141,16 @@ def batch_bytes(batch_size: int, length: int) -> int:
 def _require_one_block(split: Split, length: int) -> None:
     require_at_least("max_seq_length", length, 1)
     if split.num_tokens < length:
-        raise ValueError(
+        raise Refused(
             f"the {split.name} split has {split.num_tokens} tokens, one block needs {length}; "
             "use a smaller max_seq_length or a larger corpus"
         )
 
 
 def require_at_least(what: str, value: int, least: int) -> int:
-    """Return ``value``; raise ValueError where it is below ``least``."""
+    """Return ``value``; raise Refused where it is below ``least``."""
     if value < least:
-        raise ValueError(f"{what} must be {least} or more; got {value}")
+        raise Refused(f"{what} must be {least} or more; got {value}")
     return value
 
 

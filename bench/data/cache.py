@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from hashlib import file_digest, sha256
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +22,7 @@ import numpy as np
 from bench.data.split import SPLITS, Split
 from bench.data.tokenizer import Content
 from bench.data.vocabulary import Vocabulary
+from bench.files import remove_left_over, replacing
 from bench.syntax import code_of
 
 MADE_BY = ("cache", "split", "tokenizer", "vocabulary")  # modules that prepare a text and store it
@@ -115,31 +113,17 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises OSError, and leaves no part of a file behind; what killed writers left there goes too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_over(path)
-    part = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with part.open("x+b") as file:
-            write(file)
-            file.seek(0)
-            file.write(_seal(path.name, file))
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    remove_left_over(path.with_name(f"*{path.suffix}"), LEFT_OVER_SECONDS)
+    with replacing(path) as file:
+        write(file)
+        file.seek(0)
+        file.write(_seal(path.name, file))
 
 
 def _seal(name: str, contents: IO[bytes]) -> bytes:
     """Return the last line of a file of this name with these contents, which are read to their end."""
     digest = file_digest(contents, lambda: sha256(f"{name}\n".encode()))  # pyright: ignore
     return f"\nsha256 {digest.hexdigest()}\n".encode()
-
-
-def _remove_left_over(path: Path) -> None:
-    before = time.time() - LEFT_OVER_SECONDS
-    for part in path.parent.glob(f".*{path.suffix}-*-*.tmp"):
-        with suppress(OSError):  # another process was quicker
-            if part.stat().st_mtime < before:
-                part.unlink()
 
 
 def _reason(error: Exception) -> str:

@@ -18,6 +18,7 @@ from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, rea
 from bench.data.split import SPLITS, Split, article_lines, canonical_lines
 from bench.data.tokenizer import Content, Documents, bpe_size, tokenize, tokenizer_version
 from bench.data.vocabulary import Vocabulary
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 SOURCES = ("auto", "folder", "hub", "embedded")
@@ -99,7 +100,7 @@ def load_corpus(
     the data set by name (see ``known_as``), from the cache or the hub, with no fall-back. ``embedded``:
     Python's help texts. A data set that was read and cannot serve is an error in any case.
     ``tokenizer``: "word", or "bpe:SIZE" for byte-level BPE trained on the training split.
-    ``text_column`` is the column of parquet files and of data sets by name. Raises ValueError with
+    ``text_column`` is the column of parquet files and of data sets by name. Raises Refused with
     the remedy; warns once of a cache that is broken or cannot be written.
     """
     size = bpe_size(tokenizer)
@@ -160,12 +161,12 @@ def _find(
     data_dir: Path | None, source: str, dataset_name: str, dataset_config_name: str, text_column: str
 ) -> _Found:
     if source not in SOURCES:
-        raise ValueError(unknown_name("data source", source, SOURCES))
+        raise Refused(unknown_name("data source", source, SOURCES))
     if source in ("hub", "embedded") and data_dir is not None:
-        raise ValueError(f"data source {source!r} reads no folder; drop --data-dir, or use source 'folder'")
+        raise Refused(f"data source {source!r} reads no folder; drop --data-dir, or use source 'folder'")
     folder = data_dir or os.environ.get("GNNMOE_DATA_DIR") or None
     if source == "folder" and folder is None:
-        raise ValueError(f"data source 'folder' needs a folder; {REMEDY}")
+        raise Refused(f"data source 'folder' needs a folder; {REMEDY}")
     if source == "embedded":
         return _embedded("it was asked for")
     if source != "hub" and folder is not None:
@@ -174,10 +175,10 @@ def _find(
     refuse_path(dataset_name)
     try:
         text = read_named(dataset_name, dataset_config_name, text_column)
-    except ValueError as error:
+    except Refused as error:
         if source == "auto" and not isinstance(error, UnfitDataset):
             return _embedded(str(error))
-        raise ValueError(f"{error}; {REMEDY}") from error
+        raise Refused(f"{error}; {REMEDY}") from error
     return _Found(dataset_name, dataset_config_name, text.origin, text.digest, text)
 
 

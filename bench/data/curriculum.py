@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.data.blocks import TrainBlocks
 from bench.data.vocabulary import Vocabulary
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import stream_seed
 
@@ -30,7 +31,7 @@ PACINGS = ("linear", "competence_sqrt")
 _CHUNK = 4096  # blocks scored at once by rarity
 
 
-class DifficultyModelMissing(ValueError):
+class DifficultyModelMissing(Refused):
     """A curriculum was asked to order blocks by a model that is not there."""
 
 
@@ -42,7 +43,7 @@ class Curriculum:
     √(start² + (1 − start²)·t) for ``competence_sqrt``. Shapes: ``scores`` (blocks,), low = easy;
     ties keep the order of the blocks. ``order_source``: "rarity", "model" or "random_fallback".
 
-    Raises ValueError for scores that are not finite, an unknown pacing, epochs below 1 and a start
+    Raises Refused for scores that are not finite, an unknown pacing, epochs below 1 and a start
     outside (0, 1].
     """
 
@@ -56,16 +57,16 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         if self.pacing not in PACINGS:
-            raise ValueError(unknown_name("curriculum pacing", self.pacing, PACINGS))
+            raise Refused(unknown_name("curriculum pacing", self.pacing, PACINGS))
         if self.epochs < 1:
-            raise ValueError(f"curriculum epochs must be 1 or more; got {self.epochs}")
+            raise Refused(f"curriculum epochs must be 1 or more; got {self.epochs}")
         if not 0 < self.start <= 1:
-            raise ValueError(f"curriculum start must lie in (0, 1], a share of the blocks; got {self.start}")
+            raise Refused(f"curriculum start must lie in (0, 1], a share of the blocks; got {self.start}")
         if self.scores.ndim != 1 or not len(self.scores):
             raise ValueError(f"difficulty scores must be one number a block; got shape {self.scores.shape}")
         wrong = np.flatnonzero(~np.isfinite(self.scores))
         if len(wrong):
-            raise ValueError(
+            raise Refused(
                 f"{len(wrong):,} of {len(self.scores):,} difficulty scores are not finite, the first that of "
                 f"block {wrong[0]} ({self.scores[wrong[0]]}); mend the scorer, or use the scorer 'rarity'"
             )
@@ -115,11 +116,11 @@ def make_curriculum(
 
     Raises:
         DifficultyModelMissing: the checkpoint is missing and ``strict`` is set.
-        ValueError: another wrong argument, or scores that are not finite.
+        Refused: another wrong argument, or scores that are not finite.
     """
     kind, _, path = scorer.partition(":")
     if kind not in ("rarity", "model") or (kind == "rarity" and path):
-        raise ValueError(unknown_name("curriculum scorer", scorer, ("rarity", "model:CHECKPOINT")))
+        raise Refused(unknown_name("curriculum scorer", scorer, ("rarity", "model:CHECKPOINT")))
     source = kind
     if kind == "rarity":
         scores = rarity_scores(blocks, vocabulary)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from bench.data.split import SPLITS
+from gnnmoe.config import Refused
 
 MIN_COUNT = 2  # words seen once in training become <unk>
 _SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -39,7 +40,7 @@ def _topics() -> list[list[str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             "this Python lacks pydoc_data.topics, the text of the embedded corpus; install Python's standard "
             "library in full, or pass --data-dir DIR (or set GNNMOE_DATA_DIR) with WikiText-2"
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.data.sources import REMEDY, Text, digest, join_rows, no_text_column
 from bench.data.split import SPLITS
+from gnnmoe.config import Refused
 
 TOKEN_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
 _FORMS = {  # the three kinds of folder, each with the patterns of its files
@@ -22,12 +23,12 @@ _FORMS = {  # the three kinds of folder, each with the patterns of its files
 def read_folder(folder: Path, text_column: str = "text") -> Text:
     """Return the text of ``folder``, which holds all three splits in one form.
 
-    ``text_column`` is for parquet files. Raises ValueError with what is there and the remedy; of what
+    ``text_column`` is for parquet files. Raises Refused with what is there and the remedy; of what
     is inside a file only when the text is read.
     """
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"data folder {folder} {state}; {REMEDY}")
+        raise Refused(f"data folder {folder} {state}; {REMEDY}")
     form, paths = _files_of(folder)
     contents = {split: [(path, _read_bytes(path)) for path in paths[split]] for split in SPLITS}
     hashes = {
@@ -53,17 +54,17 @@ def _files_of(folder: Path) -> tuple[str, dict[str, list[Path]]]:
         }
         listing = _listing(folder)
     except OSError as error:
-        raise ValueError(f"data folder {folder} cannot be read ({error.strerror}); {REMEDY}") from error
+        raise Refused(f"data folder {folder} cannot be read ({error.strerror}); {REMEDY}") from error
     complete = [form for form, files in found.items() if all(files.values())]
     if len(complete) > 1:
-        raise ValueError(
+        raise Refused(
             f"data folder {folder} holds its text as {' and as '.join(complete)}, and which one is meant "
             f"cannot be known; it holds {listing}; keep one kind in the folder"
         )
     if not complete:
         form = max(found, key=lambda form: sum(map(bool, found[form].values())))
         missing = [" or ".join(_FORMS[form][split]) for split in SPLITS if not found[form][split]]
-        raise ValueError(
+        raise Refused(
             f"data folder {folder} lacks {', '.join(missing)}; it holds {listing}; "
             f"all three must be of one kind; {REMEDY}"
         )
@@ -80,7 +81,7 @@ def _refuse_wrong_number(folder: Path, split: str, files: Sequence[Path]) -> Non
     wrong = totals != {len(names)} if totals else len(names) > 1 and names[0].endswith(".txt")
     if wrong:
         needs = f"{max(totals)} files" if totals else "one file"
-        raise ValueError(
+        raise Refused(
             f"data folder {folder}: the {split} split needs {needs}, and there are {len(names)}: "
             f"{_shorten(names)}; put the whole split there, once"
         )
@@ -99,7 +100,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
+        raise Refused(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
 
 
 def _decode(path: Path, raw: bytes, text_column: str) -> str:
@@ -109,11 +110,11 @@ def _decode(path: Path, raw: bytes, text_column: str) -> str:
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise Refused(
                 f"{path} is not UTF-8 text ({error}); fetch the file again, or save it as UTF-8"
             ) from error
     if not text.strip():
-        raise ValueError(f"{path} holds no text; fetch the file again")
+        raise Refused(f"{path} holds no text; fetch the file again")
     return text
 
 
@@ -123,8 +124,8 @@ def _decode_parquet(path: Path, raw: bytes, text_column: str) -> str:
     try:
         frame = pd.read_parquet(BytesIO(raw))
     except Exception as error:  # pyarrow raises several kinds for a damaged file
-        raise ValueError(f"{path} is not a parquet file ({error}); fetch the file again") from error
+        raise Refused(f"{path} is not a parquet file ({error}); fetch the file again") from error
     columns = [name for name in frame.columns if pd.api.types.is_string_dtype(frame[name].dropna())]
     if text_column not in columns:
-        raise ValueError(no_text_column(str(path), text_column, columns))
+        raise Refused(no_text_column(str(path), text_column, columns))
     return join_rows(frame[text_column].fillna(""))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gnnmoe.config import Refused
+
 ORDER = 3
 DISCOUNT = 0.75  # Jurafsky and Martin, Speech and Language Processing, "Kneser-Ney smoothing"
 LARGEST_VOCABULARY = 2_097_151  # V³ stays below 2⁶³
@@ -42,7 +44,7 @@ class KneserNey:
     span the lines of the text: the stream is continuous, as it is for the models it is compared with.
 
     Raises:
-        ValueError: too few tokens, ids out of range, a vocabulary too large, or a discount out of range.
+        Refused: too few tokens, ids out of range, a vocabulary too large, or a discount out of range.
     """
 
     def __init__(self, train_stream: np.ndarray, vocab_size: int, discount: float | None = DISCOUNT) -> None:
@@ -51,7 +53,7 @@ class KneserNey:
         if discount is not None and not 0 < discount <= 1:
             raise ValueError(f"discount must lie in (0, 1], or be None; got {discount}")
         if len(train_stream) < ORDER:
-            raise ValueError(f"a trigram model needs {ORDER} tokens of training; got {len(train_stream)}")
+            raise Refused(f"a trigram model needs {ORDER} tokens of training; got {len(train_stream)}")
         self.vocab_size = vocab_size
         stream = _checked(train_stream, vocab_size)
         counted = [_counts(stream, order, vocab_size) for order in range(1, ORDER + 1)]

@@ -22,6 +22,7 @@ from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
 from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, resolve_shard
 from bench.schedule import BatchSchedule
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 __all__ = [
@@ -62,7 +63,7 @@ def create_loader(
     blocks. ``min_batches``: the fewest that an epoch within ``extent`` may have. ``num_workers``
     "auto" = min(4, cores // 2); ``pin_memory`` None = only where CUDA is available, so give False
     where the batches stay on the CPU all the same. ``distributed``: rank and world size come from
-    ``torch.distributed`` where not given. Raises ValueError with the remedy.
+    ``torch.distributed`` where not given. Raises Refused with the remedy.
     """
     training = _require_split(corpus, split) == "train"
     if isinstance(corpus, Path | str):
@@ -95,10 +96,10 @@ def _require_split(corpus: Corpus | Path | str, split: str) -> str:
         return _SPLIT_NAMES[split]
     message = unknown_name("split", split, _SPLIT_NAMES)
     if isinstance(corpus, Corpus):
-        raise ValueError(f"{message} The corpus {corpus.name} holds {', '.join(corpus.splits)}.")
+        raise Refused(f"{message} The corpus {corpus.name} holds {', '.join(corpus.splits)}.")
     folder = Path(corpus)
     names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
-    raise ValueError(f"{message} The folder {folder} holds {', '.join(names) or 'nothing'}.")
+    raise Refused(f"{message} The folder {folder} holds {', '.join(names) or 'nothing'}.")
 
 
 def _blocks(
@@ -133,7 +134,7 @@ def _schedule(asked: BatchSchedule | str | None, batch_size: int) -> BatchSchedu
         return None
     schedule = BatchSchedule.parse(asked) if isinstance(asked, str) else asked
     if schedule.size(0) != batch_size:
-        raise ValueError(
+        raise Refused(
             f"batch_size is {batch_size}, but the batch schedule {schedule} begins with {schedule.size(0)}; "
             f"give batch_size {schedule.size(0)}"
         )
@@ -144,7 +145,7 @@ def _workers(asked: int | str) -> int:
     if asked == "auto":
         return min(4, (os.cpu_count() or 1) // 2)
     if not isinstance(asked, int) or asked < 0:
-        raise ValueError(f"num_workers must be 0 or more, or 'auto'; got {asked!r}")
+        raise Refused(f"num_workers must be 0 or more, or 'auto'; got {asked!r}")
     return asked
 
 
@@ -158,7 +159,7 @@ def _refuse_too_few(
     """Refuse batches so large that an epoch has hardly any, in the smallest epoch there will be.
 
     Raises:
-        ValueError: naming the epoch, its samples, and the largest batch that would do.
+        Refused: naming the epoch, its samples, and the largest batch that would do.
     """
     if sampler.contiguous and sampler.shard.world_size > 1:
         return  # a rank of a small evaluation may have nothing to do
@@ -178,7 +179,7 @@ def _refuse_too_few(
     remedy = f"use a batch of at most {whole}" if most else "use more data or shorter blocks"
     if least > 1:
         remedy = f"{least} are needed: {remedy}, or lower min_steps_per_epoch"
-    raise ValueError(
+    raise Refused(
         f"{asked} gives {count} in {where}, which serves {samples} {split} blocks of "
         f"{blocks.length} tokens; {remedy}"
     )

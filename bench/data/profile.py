@@ -78,7 +78,7 @@ def profile_loader(
 
     The counts: one epoch of training with and without ``drop_last``, one of validation. Fetching
     includes the copy to ``device``; ``corpus_seconds`` is added to the seconds of preparing. Raises
-    ValueError for what ``create_loader`` refuses.
+    Refused for what ``create_loader`` refuses.
     """
     start = time.perf_counter()
     device = device or torch.device("cpu")

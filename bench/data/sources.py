@@ -1,6 +1,6 @@
 """What a source of text gives, and two of them: the local cache of ``datasets``, and the hub.
 
-Every reader returns a ``Text`` or raises ValueError with what is there and the remedy.
+Every reader returns a ``Text`` or raises Refused with what is there and the remedy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data.split import SPLITS
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 PROBE_SECONDS = 2.0
@@ -37,7 +38,7 @@ class Text:
     """The text of each split, with what identifies it.
 
     ``origin`` is "folder", "cache" or "hub"; ``digest`` identifies the bytes and how they are read;
-    ``read`` returns ``{"train": text, "validation": text, "test": text}`` or raises ValueError;
+    ``read`` returns ``{"train": text, "validation": text, "test": text}`` or raises Refused;
     ``files`` has the SHA-256 of each file of a folder.
     """
 
@@ -67,23 +68,23 @@ def refuse_path(dataset_name: str) -> None:
     """Refuse the name of a data set by which ``datasets`` would read files of this machine.
 
     Raises:
-        ValueError: saying what stands in the way, and what to do.
+        Refused: saying what stands in the way, and what to do.
     """
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
 
     name = _repository(dataset_name)
     if not _NAME.fullmatch(name) or ".." in name:
-        raise ValueError(
+        raise Refused(
             f"--dataset takes the name of a data set, such as wikitext or owner/name, and never a path; got "
             f"{dataset_name!r}. To read files, pass --data-dir DIR."
         )
     if name in formats:
-        raise ValueError(
+        raise Refused(
             f"--dataset {name} names a file format of `datasets`, by which it would read the files of the "
             "current folder. To read files, pass --data-dir DIR."
         )
     if os.path.lexists(name):
-        raise ValueError(
+        raise Refused(
             f"--dataset {name} takes the name of a data set and never reads a path, but {name} is in the "
             f"current folder, and `datasets` would read it. To read it, pass --data-dir {name}. To read the "
             "data set of this name, start in another folder."
@@ -98,11 +99,11 @@ def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, st
     """Return the data set and configuration that are meant, the latter "" where there is none.
 
     Wikitext, also where no name is given, by its name on the hub or by one of its configurations, is
-    ("wikitext", configuration). Raises ValueError for a configuration that wikitext lacks.
+    ("wikitext", configuration). Raises Refused for a configuration that wikitext lacks.
     """
     if dataset_name in WIKITEXT:
         if config_name not in (None, dataset_name):
-            raise ValueError(
+            raise Refused(
                 f"the data set {dataset_name} is a configuration of wikitext, and {config_name} is asked for "
                 "too; give one of them"
             )
@@ -110,15 +111,15 @@ def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, st
     if dataset_name not in (None, "wikitext", "Salesforce/wikitext"):
         return dataset_name, config_name or ""
     if config_name not in (None, *WIKITEXT):
-        raise ValueError(unknown_name("configuration of wikitext", config_name, WIKITEXT))
+        raise Refused(unknown_name("configuration of wikitext", config_name, WIKITEXT))
     return "wikitext", config_name or WIKITEXT[0]
 
 
-class MadeHere(ValueError):
+class MadeHere(Refused):
     """An entry in the cache of ``datasets`` that goes by the name of a data set and is none of the hub's."""
 
 
-class UnfitDataset(ValueError):
+class UnfitDataset(Refused):
     """A data set that was read and cannot serve: no such split, no such column, no text."""
 
 
@@ -126,7 +127,7 @@ def read_named(dataset_name: str, config_name: str, text_column: str = "text") -
     """Return the text of a data set by name, from the local cache of ``datasets`` or from the hub.
 
     The probe comes before the hub because ``datasets`` alone retries for many seconds when there
-    is no connection. Raises ValueError with the reason. The name is no path: see ``refuse_path``.
+    is no connection. Raises Refused with the reason. The name is no path: see ``refuse_path``.
     """
     repository = _repository(dataset_name)
     title = _title(repository, config_name)
@@ -137,13 +138,13 @@ def read_named(dataset_name: str, config_name: str, text_column: str = "text") -
     except Exception as error:  # whatever is wrong with the cache, the hub may still serve
         if not hub_reachable():
             why = error if isinstance(error, MadeHere) else f"{title} is not in the local cache of `datasets`"
-            raise ValueError(f"{why}, and the hub cannot be reached") from None
+            raise Refused(f"{why}, and the hub cannot be reached") from None
     try:
         return _named("hub", read_hub(repository, config_name, text_column))
     except UnfitDataset:
         raise
     except Exception as error:  # `datasets` raises many kinds: connection, access, disk
-        raise ValueError(f"`datasets` could not load {title}: {_reason(error)}") from error
+        raise Refused(f"`datasets` could not load {title}: {_reason(error)}") from error
 
 
 def _title(repository: str, config_name: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from bench.data.split import SPLITS, Pieces, Split, Words, WordTable, build_split, split_words
 from bench.data.vocabulary import EOS, UNK, Vocabulary
+from gnnmoe.config import Refused
 
 MIN_PIECES = 256 + 2  # every byte, <eos> and <unk>
 MAX_PIECES = 1_000_000
@@ -44,16 +45,16 @@ class Content:
 def bpe_size(spec: str) -> int | None:
     """Return the vocabulary size that ``bpe:SIZE`` asks for, None for ``word``.
 
-    Raises ValueError for another spec, a size that cannot be, or BPE without its package.
+    Raises Refused for another spec, a size that cannot be, or BPE without its package.
     """
     if spec == "word":
         return None
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise ValueError(f"unknown tokenizer {spec!r}; allowed: word, or bpe:SIZE such as bpe:8000")
+        raise Refused(f"unknown tokenizer {spec!r}; allowed: word, or bpe:SIZE such as bpe:8000")
     size = int(match[1])
     if not MIN_PIECES <= size <= MAX_PIECES:
-        raise ValueError(
+        raise Refused(
             f"tokenizer {spec!r}: the size must lie in {MIN_PIECES}..{MAX_PIECES} "
             f"(every byte, {EOS} and {UNK} are always in); such as bpe:8000"
         )
@@ -62,13 +63,13 @@ def bpe_size(spec: str) -> int | None:
 
 
 def tokenizer_version(spec: str) -> str:
-    """Return the version of the library that cuts words, "" at word level; ValueError without it."""
+    """Return the version of the library that cuts words, "" at word level; Refused without it."""
     if spec == "word":
         return ""
     try:
         import tokenizers
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             f"tokenizer {spec!r} needs the package `tokenizers`; install it with pip install 'gnnmoe[bpe]', "
             "or use the tokenizer 'word'"
         ) from error
@@ -78,7 +79,7 @@ def tokenizer_version(spec: str) -> str:
 def tokenize(documents: Documents, spec: str, min_count: int = 1) -> Content:
     """Return the streams of ``documents`` and the vocabulary of their training split.
 
-    ``min_count`` is for the word level (see ``Vocabulary.build``). Raises ValueError as ``bpe_size``.
+    ``min_count`` is for the word level (see ``Vocabulary.build``). Raises Refused as ``bpe_size``.
     """
     size = bpe_size(spec)
     table = WordTable()

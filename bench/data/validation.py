@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bench.data.block_loader import BlockLoader, check_unchanged
+from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 
 _KEYS = ("input_ids", "targets")
 
 
-class BatchValidationError(AssertionError):
+class BatchValidationError(Refused, AssertionError):
     """The first batch is not what the model expects; ``check`` names the check that failed."""
 
     def __init__(self, check: str, detail: str) -> None:

@@ -13,7 +13,7 @@ from bench.gate.communication import communication
 from bench.gate.isolation import token_isolation
 from bench.gate.report import GateReport, run_check
 from bench.gate.subject import Subject, global_random_state_kept
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers import build_coupler
 from gnnmoe.hypergraph_layers import CONV_TYPES
 from gnnmoe.naming import unknown_name
@@ -51,14 +51,14 @@ def refuse_wrong_names(config: GNNMoEConfig) -> None:
     Whatever else goes wrong in its constructor is its own fault, which the gate reports.
 
     Raises:
-        ValueError: there is no such coupler, strategy or option.
+        Refused: there is no such coupler, strategy or option.
     """
     refuse_wrong_hypergraph(config)
     try:
         with torch.random.fork_rng(devices=[]):
             build_coupler(config)
-    except ValueError:
-        raise
+    except ValueError as error:  # also a stranger's, who refuses an option
+        raise Refused(str(error)) from error
     except Exception:
         return
 
@@ -67,8 +67,8 @@ def refuse_wrong_hypergraph(config: GNNMoEConfig) -> None:
     """Check the names that only a hypergraph coupler looks up, so that no other swallows a misspelt one.
 
     Raises:
-        ValueError: there is no such conv type or strategy, or the strategy cannot have these arguments.
+        Refused: there is no such conv type or strategy, or the strategy cannot have these arguments.
     """
     if config.hgnn_conv_type not in CONV_TYPES:
-        raise ValueError(unknown_name("hgnn_conv_type", config.hgnn_conv_type, CONV_TYPES))
+        raise Refused(unknown_name("hgnn_conv_type", config.hgnn_conv_type, CONV_TYPES))
     strategy_identity(config.static_hyperedge_strategy)

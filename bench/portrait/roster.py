@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bench.gate import refuse_wrong_names
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers import coupler_class, coupler_names
 from gnnmoe.couplers.hgnn import CONV_TYPES
 from gnnmoe.strategies import STRATEGIES
@@ -28,7 +28,7 @@ def list_couplers(config: GNNMoEConfig) -> tuple[list[Entry], dict[str, str]]:
     The coupler that ``config`` names comes last, with its options, if it is not among them without.
 
     Raises:
-        ValueError: there is no such coupler, or its options are wrong.
+        Refused: there is no such coupler, or its options are wrong.
     """
     plain = replace(
         config,
@@ -40,7 +40,7 @@ def list_couplers(config: GNNMoEConfig) -> tuple[list[Entry], dict[str, str]]:
     for entry in _registered(plain):
         try:
             refuse_wrong_names(entry.config)
-        except ValueError as error:
+        except Refused as error:
             left_out[entry.name] = str(error)
         else:
             entries.append(entry)

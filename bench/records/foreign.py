@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from gnnmoe.config import Refused
+
 MOST_NESTED = 100
 """Levels of nested JSON that are read; a record has about 8."""
 LONGEST_NAME = 200
@@ -25,7 +27,7 @@ def shown(value: Any, name: str = "") -> Any:
     The texts under the name ``error`` keep their line breaks.
 
     Raises:
-        ValueError: it is nested too deeply.
+        Refused: it is nested too deeply.
     """
     return _shown(value, name, MOST_NESTED)
 
@@ -34,13 +36,13 @@ def inside(folder: Path, name: str, source: Path) -> Path:
     """Return the path of the file ``name`` in ``folder``, as the file ``source`` names it.
 
     Raises:
-        ValueError: the name leaves the folder; or a symbolic link does.
+        Refused: the name leaves the folder; or a symbolic link does.
     """
     parts = re.split(r"[/\\]", name)
     plain = not {"", ".", ".."} & set(parts) and "\0" not in name and ":" not in parts[0]
     if not plain or max(map(len, parts)) > LONGEST_NAME:
         said = repr(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…")
-        raise ValueError(
+        raise Refused(
             f"{source} names the file {said}, which is not in {folder}. Nothing was changed. Do not use "
             f"a study that you do not trust; else delete {source.name} and try again."
         )
@@ -51,14 +53,14 @@ def not_linked_out(folder: Path, name: str) -> Path:
     """Return the path of the file ``name`` of our own in ``folder``, which others may have made.
 
     Raises:
-        ValueError: it is, or lies behind, a symbolic link that leads out of the folder.
+        Refused: it is, or lies behind, a symbolic link that leads out of the folder.
     """
     try:
         stays = (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # links in a circle
         stays = False
     if not stays:
-        raise ValueError(
+        raise Refused(
             f"{folder / name} is a symbolic link, or lies behind one, that leads out of {folder}. "
             "Nothing was changed; delete the link and try again."
         )
@@ -71,7 +73,7 @@ def _shown(value: Any, name: str, levels: int) -> Any:
     if not isinstance(value, dict | list):
         return value
     if not levels:
-        raise ValueError(f"it is nested more than {MOST_NESTED} levels deep")
+        raise Refused(f"it is nested more than {MOST_NESTED} levels deep")
     if isinstance(value, dict):
         return {visible(key): _shown(item, key, levels - 1) for key, item in value.items()}
     return [_shown(item, name, levels - 1) for item in value]

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.measure.quantity import is_measured
 from bench.records.schema import Record
+from gnnmoe.config import Refused
 
 WORDS = {"coupler_sha256": "the coupler's own code", "project_sha256": "the project's code"}
 """The two hashes, and what each covers."""
@@ -56,7 +57,7 @@ def refuse_another_file(coupler: str, sha256: str, others: Iterable[tuple[str, s
         others: The coupler and, where it is known, the ``coupler_sha256`` of each run of the study.
 
     Raises:
-        ValueError: saying which file has the class too.
+        Refused: saying which file has the class too.
     """
     path, _, name = coupler.rpartition(":")
     for other, known in others:
@@ -65,7 +66,7 @@ def refuse_another_file(coupler: str, sha256: str, others: Iterable[tuple[str, s
             continue
         both = Path(path).expanduser(), Path(there).expanduser()
         if both[0].name != both[1].name or (both[1].is_file() and not both[0].samefile(both[1])):
-            raise ValueError(
+            raise Refused(
                 f"the study has runs of a class {name} from {there} already, and {path} is another file; "
                 "give the class another name, or choose another --study."
             )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from bench.files import Busy, cannot_write, lock, remove_left_over, replacing, utc_now
 from bench.records.schema import KEYS, Record
+from gnnmoe.config import Refused
+
+BUSY = "another process is at run"
 
 
 class RunFolder:
@@ -33,28 +34,26 @@ class RunFolder:
         """Keep every other process out of this run while the block lasts.
 
         Raises:
-            ValueError: another process is at it, or the study's folder cannot be written.
+            Busy: another process is at it.
+            Refused: the study's folder cannot be written.
         """
-        lock = self.lock
-        made = [folder for folder in (lock.parent, lock.parent.parent) if not folder.exists()]
+        study = self.path.parent
+        made = [folder for folder in (study, study.parent) if not folder.exists()]
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("w")
+            study.mkdir(parents=True, exist_ok=True)
+            held = lock(self.lock)
         except OSError as error:
-            raise ValueError(cannot_write(self.path, error)) from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.stat()  # gone: its holder ended between our two calls, and others lock a new one
-            except OSError as error:
-                raise ValueError(f"another process is at run {self.path.name}; wait for it.") from error
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-                with suppress(OSError):  # what was refused leaves no empty folders
-                    for folder in made:
-                        folder.rmdir()
+            raise Refused(cannot_write(self.path, error)) from error
+        if held is None:
+            raise Busy(f"{BUSY} {self.path.name}; wait for it.")
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            held.release()
+            with suppress(OSError):  # what was refused leaves no empty folders
+                for folder in made:
+                    folder.rmdir()
 
     def create(self, record: Record, log: str = "") -> None:
         """Make the folder with this first record, or go on in it: its history and its log stay.
@@ -62,7 +61,7 @@ class RunFolder:
         ``log`` is the log of the run's earlier parts, which is added where the folder's log lacks it.
 
         Raises:
-            ValueError: the folder cannot be written.
+            Refused: the folder cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,13 +75,12 @@ class RunFolder:
                 self._append_log(log)
             self.write_record(record)
         except OSError as error:
-            raise ValueError(cannot_write(self.path, error)) from error
+            raise Refused(cannot_write(self.path, error)) from error
 
     def _remove_left_over(self) -> None:
         """Remove the temporary files of processes that were killed; the run is locked."""
         for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
-            for left in self.path.glob(f".{name}.*"):
-                left.unlink()
+            remove_left_over(self.path / name)
 
     def read_record(self) -> Record | None:
         """Return the record, None where there is no folder, or one with status ``damaged``."""
@@ -130,15 +128,15 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Add one line, with the time in UTC, to log.txt."""
-        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self._append_log(f"{stamp} {line}\n")
+        self._append_log(f"{utc_now()} {line}\n")
 
     def _append_log(self, text: str) -> None:
         with (self.path / "log.txt").open("a", encoding="utf-8") as file:
             file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
-        _write_whole(self.path / name, write)
+        with replacing(self.path / name) as file:
+            write(file)
 
 
 class ReadOnlyFolder(RunFolder):
@@ -170,27 +168,6 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it: it is there whole or not at all.
-
-    Raises:
-        OSError: the disk refuses; nothing half-written stays.
-    """
-    _write_whole(path, lambda file: file.write(data))
-
-
-def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def study_records(study: Path) -> list[Record]:
     """Return the records of a study's runs, without those that were set aside or cannot be read."""
     folders = [path.parent for path in sorted(study.glob("*/record.json")) if "." not in path.parent.name]
@@ -202,7 +179,7 @@ def check_writable(results_dir: Path) -> None:
     """Make sure that ``results_dir`` can be written, and leave nothing behind.
 
     Raises:
-        ValueError: it, or the nearest folder above it that exists, is no folder or refuses.
+        Refused: it, or the nearest folder above it that exists, is no folder or refuses.
     """
     nearest = results_dir.absolute()
     while not nearest.exists():
@@ -211,11 +188,4 @@ def check_writable(results_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ValueError(cannot_write(results_dir, error)) from error
-
-
-def cannot_write(path: Path, error: OSError) -> str:
-    """Return the message that ``path`` cannot be written, why, and what to do."""
-    return (
-        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
-    )
+        raise Refused(cannot_write(results_dir, error)) from error

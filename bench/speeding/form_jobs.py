@@ -24,7 +24,7 @@ def form_jobs(
     """Return one job for each coupler and size; for whole steps one for each size, the couplers in turn.
 
     Raises:
-        ValueError: an unknown coupler, option, strategy or size.
+        Refused: an unknown coupler, option, strategy or size.
     """
     refuse_wrong_hypergraph(config)
     modes = () if compile_mode is None else (compile_mode,)

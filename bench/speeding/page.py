@@ -24,7 +24,7 @@ def write_page(path: Path, records: Records) -> None:
     """Put the tables of ``records`` between the marks of a page.
 
     Raises:
-        ValueError: the page cannot be read or written, or has no such marks.
+        Refused: the page cannot be read or written, or has no such marks.
     """
     write_between(path, lambda text: with_tables(text, records))
 
@@ -33,7 +33,7 @@ def with_tables(text: str, records: Records) -> str:
     """Return a page's text with these tables between its marks.
 
     Raises:
-        ValueError: it has no such marks.
+        Refused: it has no such marks.
     """
     return between(text, (BEGIN, END), tables(records))
 

@@ -7,13 +7,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.files import cannot_write, utc_now, write_whole
 from bench.records.foreign import shown
-from bench.records.store import cannot_write, write_whole
 from bench.speeding.rows import Row, cells, row_from
+from gnnmoe.config import Refused
 
 FOLDER, FILE, TABLE = "speed", "speed.json", "rows.csv"
 VERSION = 1
@@ -29,7 +29,7 @@ class SpeedRecord:
         self.path = results_dir / FOLDER / name
         self.rows: list[Row] = []
         self.data: dict[str, Any] = {
-            "schema_version": VERSION, "name": name, "status": "running", **head, "start": _now(),
+            "schema_version": VERSION, "name": name, "status": "running", **head, "start": utc_now(),
             "end": None, "machine": {}, "left_out": [], "rows": [],
         }  # fmt: skip
 
@@ -37,15 +37,15 @@ class SpeedRecord:
         """Make the folder.
 
         Raises:
-            ValueError: there is one already, or it cannot be written.
+            Refused: there is one already, or it cannot be written.
         """
         if (self.path / FILE).exists():
-            raise ValueError(f"{self.path} holds a record already; give another --name.")
+            raise Refused(f"{self.path} holds a record already; give another --name.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write()
         except OSError as error:
-            raise ValueError(cannot_write(self.path, error)) from error
+            raise Refused(cannot_write(self.path, error)) from error
 
     def add(self, rows: Sequence[Row], machine: dict[str, Any]) -> None:
         """Keep rows, and what is known of the machine by now."""
@@ -61,7 +61,7 @@ class SpeedRecord:
 
     def end(self, status: str) -> None:
         """Write the last state."""
-        self.data.update(status=status, end=_now())
+        self.data.update(status=status, end=utc_now())
         self._write()
 
     def _write(self) -> None:
@@ -79,21 +79,17 @@ def read_record(place: Path) -> tuple[dict[str, Any], list[Row]]:
     """Return a record and its rows with their texts as they may be shown, by the path of folder or file.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        Refused: there is none, or it cannot be read.
     """
     path = place / FILE if place.is_dir() else place
     try:
         data = shown(json.loads(path.read_text()))
         if data["schema_version"] != VERSION:
-            raise ValueError(f"it is of version {data['schema_version']}, this is {VERSION}")
+            raise Refused(f"it is of version {data['schema_version']}, this is {VERSION}")
         return data, [row_from(found) for found in data["rows"]]
     except OSError as error:
-        raise ValueError(
+        raise Refused(
             f"{place} holds no record of bench.speed ({error.strerror}); name a folder with a {FILE}."
         ) from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no record of bench.speed that can be read ({error}).") from error
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        raise Refused(f"{path} is no record of bench.speed that can be read ({error}).") from error

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.measure.rates import paired_ratios, percentile, tokens_per_second, utilisation
+from gnnmoe.config import Refused
 
 TOLERANCE = {"fp32": 1e-5, "tf32": 3e-2, "bf16": 3e-2}
 """How far, of its largest value, a result may be from another form's or from float32's."""
@@ -150,12 +151,12 @@ def row_from(found: dict[str, Any]) -> Row:
     """Return the row that a record holds.
 
     Raises:
-        ValueError: it is of another version.
+        Refused: it is of another version.
     """
     try:
         return Row(**found)
     except TypeError as error:
-        raise ValueError(f"a row is of another version ({error})") from error
+        raise Refused(f"a row is of another version ({error})") from error
 
 
 def _times(factor: float, value: float | None) -> float | None:

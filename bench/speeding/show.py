@@ -40,7 +40,7 @@ def print_records(places: Sequence[Path], console: Console, *, draw: bool, page:
     """Print records, their targets together, and put their tables into a page where one is named.
 
     Raises:
-        ValueError: a record or the page cannot be read or written.
+        Refused: a record or the page cannot be read or written.
     """
     records = [read_record(place) for place in places]
     for place, (data, rows) in zip(places, records, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.naming import unknown_name
 
 LETTERS = {"E": "num_experts", "D": "embed_dim", "B": "batch", "L": "max_seq_length"}
@@ -26,7 +26,7 @@ def sizes(text: str | None, config: GNNMoEConfig, batch: int) -> list[Size]:
     """Return the sizes of ``E=4,D=256,B=32,L=128;E=8``; what one does not name is as in ``config``.
 
     Raises:
-        ValueError: saying which part was wrong and what is allowed.
+        Refused: saying which part was wrong and what is allowed.
     """
     if text is None:
         return [Size(config, batch)]
@@ -39,13 +39,13 @@ def _size(part: str, config: GNNMoEConfig, batch: int) -> Size:
     for one in part.split(","):
         letter, equals, number = (piece.strip() for piece in one.partition("="))
         if not equals:
-            raise ValueError(f"--sizes: {one.strip() or part!r} is no size; {how}.")
+            raise Refused(f"--sizes: {one.strip() or part!r} is no size; {how}.")
         if letter not in LETTERS:
-            raise ValueError(f"--sizes: {unknown_name('size', letter, LETTERS)}")
+            raise Refused(f"--sizes: {unknown_name('size', letter, LETTERS)}")
         if letter in values:
-            raise ValueError(f"--sizes: {letter} stands twice in {part!r}.")
+            raise Refused(f"--sizes: {letter} stands twice in {part!r}.")
         if not number.isdecimal() or int(number) < 1:
-            raise ValueError(f"--sizes: {letter} is {number!r}; it must be a whole number of at least 1.")
+            raise Refused(f"--sizes: {letter} is {number!r}; it must be a whole number of at least 1.")
         values[letter] = int(number)
     named = {LETTERS[letter]: value for letter, value in values.items()}
     batch = named.pop("batch", batch)
@@ -58,7 +58,7 @@ def subjects(text: str | None, config: GNNMoEConfig) -> list[tuple[str, GNNMoECo
     A name is what ``--coupler`` takes, or that of a hypergraph layer of HGNN's.
 
     Raises:
-        ValueError: naming the unknown one and those there are.
+        Refused: naming the unknown one and those there are.
     """
     from gnnmoe.couplers import coupler_names
     from gnnmoe.hypergraph_layers import CONV_TYPES
@@ -73,7 +73,7 @@ def subjects(text: str | None, config: GNNMoEConfig) -> list[tuple[str, GNNMoECo
         asked = []
         for name in (part.strip() for part in text.split(",")):
             if name not in known and ":" not in name:
-                raise ValueError(f"--couplers: {unknown_name('coupler', name, [*known, 'all'])}")
+                raise Refused(f"--couplers: {unknown_name('coupler', name, [*known, 'all'])}")
             asked.append(known[name] if name in known else replace(config, coupler_type=name))
     return list({subject_name(one): one for one in asked}.items())
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from bench.files import refusals_name
 from bench.flags import FlagType, Table, preset_names, run_flags
 from bench.sweeps.condition import Condition, parse_condition
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 PART_KEYS = ("base", "grid", "zip", "where", "random")
@@ -51,15 +53,15 @@ def flag_named(key: str) -> FlagType:
     """Return the type of a flag, by any of its names, with hyphens or underscores.
 
     Raises:
-        ValueError: there is no such flag, or no sweep may set it.
+        Refused: there is no such flag, or no sweep may set it.
     """
     name, flags = key.replace("-", "_"), sweep_flags()
     if key in ("seeds", "where"):
-        raise ValueError(f"{key} is no flag and cannot stand here; put it above the first [block].")
+        raise Refused(f"{key} is no flag and cannot stand here; put it above the first [block].")
     if name in OWNED:
-        raise ValueError(f"{key} cannot be set here: {OWNED[name]}.")
+        raise Refused(f"{key} cannot be set here: {OWNED[name]}.")
     if name not in flags:
-        raise ValueError(unknown_name("key", key, flags))
+        raise Refused(unknown_name("key", key, flags))
     return flags[name]
 
 
@@ -67,7 +69,7 @@ def read_part(entries: Table, under: str = "") -> Part:
     """Return what the blocks of the top, or with ``under="union."`` of a union part, say.
 
     Raises:
-        ValueError: naming the block, the key, what is wrong and what is allowed.
+        Refused: naming the block, the key, what is wrong and what is allowed.
     """
     part = Part()
     for key, value in entries.items():
@@ -76,9 +78,9 @@ def read_part(entries: Table, under: str = "") -> Part:
             part.where = _condition(value)
         elif key not in PART_KEYS:
             hint = " It stands at the top of the file, for all parts." if key in TOP_KEYS else _flag_hint(key)
-            raise ValueError(unknown_name("key", key, PART_KEYS) + hint)
+            raise Refused(unknown_name("key", key, PART_KEYS) + hint)
         elif not isinstance(value, dict):
-            raise ValueError(f"{key} is {value!r}; it must be a block, {block}.")
+            raise Refused(f"{key} is {value!r}; it must be a block, {block}.")
         elif key == "random":
             part.draw = _draw(block, value)
         else:
@@ -90,32 +92,32 @@ def check_top_keys(entries: Table) -> None:
     """Refuse a key that no sweep file has.
 
     Raises:
-        ValueError: naming the key and the nearest one.
+        Refused: naming the key and the nearest one.
     """
     for key in entries:
         if key not in TOP_KEYS:
-            raise ValueError(unknown_name("key", key, TOP_KEYS) + _flag_hint(key))
+            raise Refused(unknown_name("key", key, TOP_KEYS) + _flag_hint(key))
 
 
 def read_seeds(value: Any) -> Sequence[int]:
     """Return the seeds that ``seeds`` says: the first so many, or those listed.
 
     Raises:
-        ValueError: saying what is wrong with them and what is allowed.
+        Refused: saying what is wrong with them and what is allowed.
     """
     numbers = value if isinstance(value, list) else [value]
     if any(type(number) is not int for number in numbers):
-        raise ValueError(f"seeds is {value!r}; it must be {SEEDS}.")
+        raise Refused(f"seeds is {value!r}; it must be {SEEDS}.")
     if not numbers or value == 0:
-        raise ValueError(f"seeds is {value!r}: a sweep of zero runs; it must be {SEEDS}.")
+        raise Refused(f"seeds is {value!r}: a sweep of zero runs; it must be {SEEDS}.")
     if len(numbers) > MOST_SEEDS or (not isinstance(value, list) and value > MOST_SEEDS):
-        raise ValueError(f"seeds gives more than {MOST_SEEDS} seeds; a sweep has at most so many.")
+        raise Refused(f"seeds gives more than {MOST_SEEDS} seeds; a sweep has at most so many.")
     negative = [number for number in numbers if number < 0]
     if negative:
-        raise ValueError(f"seeds is {value!r}: {negative[0]} is negative; it must be {SEEDS}.")
+        raise Refused(f"seeds is {value!r}: {negative[0]} is negative; it must be {SEEDS}.")
     double = [number for place, number in enumerate(numbers) if number in numbers[:place]]
     if double:
-        raise ValueError(f"seeds is {value!r}: {double[0]} stands there twice; it must be {SEEDS}.")
+        raise Refused(f"seeds is {value!r}: {double[0]} stands there twice; it must be {SEEDS}.")
     return numbers if isinstance(value, list) else range(value)
 
 
@@ -125,40 +127,36 @@ def _flag_hint(key: str) -> str:
 
 def _condition(value: Any) -> Condition:
     if not isinstance(value, str):
-        raise ValueError(f"where is {value!r}; it must be text: a condition on flags.")
-    try:
+        raise Refused(f"where is {value!r}; it must be text: a condition on flags.")
+    with refusals_name("where"):
         return parse_condition(value, {name: flag.field for name, flag in sweep_flags().items()}, OWNED)
-    except ValueError as error:
-        raise ValueError(f"where: {error}") from error
 
 
 def _draw(block: str, entries: Table) -> tuple[int, int]:
     for key in entries:
         if key not in ("n", "seed"):
-            raise ValueError(f"{block}: {unknown_name('key', key, ('n', 'seed'))}")
+            raise Refused(f"{block}: {unknown_name('key', key, ('n', 'seed'))}")
     if "n" not in entries:
-        raise ValueError(f"{block} has no n; say how many configurations to draw, as in n = 20.")
+        raise Refused(f"{block} has no n; say how many configurations to draw, as in n = 20.")
     for key, value, least in (("n", entries["n"], 1), ("seed", entries.get("seed", 0), 0)):
         if type(value) is not int or value < least:
-            raise ValueError(f"{block}: {key} is {value!r}; it must be a whole number of at least {least}.")
+            raise Refused(f"{block}: {key} is {value!r}; it must be a whole number of at least {least}.")
     return entries["n"], entries.get("seed", 0)
 
 
 def _read_flags(part: Part, kind: str, block: str, entries: Table) -> None:
     """Add the flags of [base], [grid] or [zip] to ``part``."""
     if not entries and kind != "base":
-        raise ValueError(f"{block} is empty; give it flags with lists of values, or leave it out.")
+        raise Refused(f"{block} is empty; give it flags with lists of values, or leave it out.")
     columns: Table = {}
     for key, value in entries.items():
-        try:
+        with refusals_name(block):
             flag = flag_named(key)
             columns[flag.field] = _plain(flag, key, value) if kind == "base" else _values(flag, key, value)
-        except ValueError as error:
-            raise ValueError(f"{block}: {error}") from error
         place = f"{key} in {block}"
         other = part.places.setdefault(flag.field, place)
         if other != place:
-            raise ValueError(f"{place} and {other} are the same flag; keep one of them.")
+            raise Refused(f"{place} and {other} are the same flag; keep one of them.")
     if kind == "base":
         part.base = columns
     elif kind == "grid":
@@ -167,7 +165,7 @@ def _read_flags(part: Part, kind: str, block: str, entries: Table) -> None:
         lengths = {len(values) for values in columns.values()}
         if len(lengths) > 1:
             said = ", ".join(f"{key} has {len(value)}" for key, value in entries.items())
-            raise ValueError(f"{block}: the lists must be equally long; {said}.")
+            raise Refused(f"{block}: the lists must be equally long; {said}.")
         rows = zip(*columns.values(), strict=True)
         part.axes.append([dict(zip(columns, row, strict=True)) for row in rows])
 
@@ -175,18 +173,18 @@ def _read_flags(part: Part, kind: str, block: str, entries: Table) -> None:
 def _values(flag: FlagType, key: str, values: Any) -> list[Any]:
     if not isinstance(values, list):
         shown = "a table" if isinstance(values, dict) else repr(values)
-        raise ValueError(
+        raise Refused(
             f"{key} is {shown}; it must be a list of values, each {flag}; what all runs share is for [base]."
         )
     if not values:
-        raise ValueError(f"{key} is an empty list; give it at least one value, {flag}.")
+        raise Refused(f"{key} is an empty list; give it at least one value, {flag}.")
     return [_plain(flag, f"item {place} of {key}", value) for place, value in enumerate(values, 1)]
 
 
 def _plain(flag: FlagType, name: str, value: Any) -> Any:
     if not flag.accepts(value):
         shown = "a table" if isinstance(value, dict) else repr(value)
-        raise ValueError(f"{name} is {shown}; it must be {flag}.")
+        raise Refused(f"{name} is {shown}; it must be {flag}.")
     if flag.field == "preset" and value not in preset_names():
-        raise ValueError(f"{name}: {unknown_name('preset', value, preset_names())}")
+        raise Refused(f"{name}: {unknown_name('preset', value, preset_names())}")
     return flag.plain(value)

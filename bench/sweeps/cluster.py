@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bench.sweeps.child import End, Work, stamp
 from bench.sweeps.executor import GRACE_SECONDS, Resources, Task, Wanted
+from gnnmoe.config import Refused
 
 LOST = -signal.SIGTERM
 """The exit status of a task whose machine went away or whose job was cancelled: the next call goes on."""
@@ -31,13 +32,13 @@ def resources_for(device: str, devices: int, cpus: int | None) -> Resources:
     """Return what a run over ``devices`` devices of type ``device``, cpu or cuda, asks of a cluster.
 
     Raises:
-        ValueError: ``cpus`` is too small, or cannot be shared evenly.
+        Refused: ``cpus`` is too small, or cannot be shared evenly.
     """
     on_gpus = device == "cuda"
     cpus = (CPUS_OF_A_GPU if on_gpus else 1) * devices if cpus is None else cpus
     if cpus < 1 or cpus % devices:
         shared = f", to be shared evenly by {devices} devices" if devices > 1 else ""
-        raise ValueError(f"cpus_per_run is {cpus}; it must be {devices} or more{shared}.")
+        raise Refused(f"cpus_per_run is {cpus}; it must be {devices} or more{shared}.")
     return Resources(cpus=cpus, gpus=devices if on_gpus else 0, processes=devices)
 
 

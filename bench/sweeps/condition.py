@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 Values = Mapping[str, Any]
@@ -53,7 +54,7 @@ class Condition:
         """Return whether the condition is true of a run with these flags, all of them by field.
 
         Raises:
-            ValueError: two values cannot be compared or calculated with, or the result is not true or
+            Refused: two values cannot be compared or calculated with, or the result is not true or
                 false; it names the column.
         """
         return self.evaluate(values)
@@ -67,7 +68,7 @@ def parse_condition(
     ``names`` gives the field of every name that may stand in it, ``refused`` why another name may not.
 
     Raises:
-        ValueError: the text is no condition, or holds what none may; it names the column and what is
+        Refused: the text is no condition, or holds what none may; it names the column and what is
             allowed.
     """
     line = " ".join(text.splitlines()).strip()
@@ -77,9 +78,9 @@ def parse_condition(
 
 def _parsed(line: str) -> ast.Expression:
     if not line:
-        raise ValueError("the condition is empty.")
+        raise Refused("the condition is empty.")
     if len(line) > MAX_LENGTH:
-        raise ValueError(f"the condition has {len(line)} characters; at most {MAX_LENGTH} are read.")
+        raise Refused(f"the condition has {len(line)} characters; at most {MAX_LENGTH} are read.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a strange escape in a text is an error here
@@ -88,17 +89,17 @@ def _parsed(line: str) -> ast.Expression:
     except SyntaxError as error:
         column = error.offset or len(line) + 1
         rest = repr(line[column - 1 :][:20]) if column <= len(line) else "the end"
-        raise ValueError(f"column {column}: {rest} is not understood; {ALLOWED}.") from None
+        raise Refused(f"column {column}: {rest} is not understood; {ALLOWED}.") from None
     except (ValueError, MemoryError, RecursionError, tokenize.TokenError):
-        raise ValueError(f"the condition is not understood; {ALLOWED}.") from None
+        raise Refused(f"the condition is not understood; {ALLOWED}.") from None
     for token in tokens:
         if token.type == tokenize.COMMENT:  # it would swallow the lines after it
-            raise ValueError(f"column {token.start[1] + 1}: a comment cannot stand here; {ALLOWED}.")
+            raise Refused(f"column {token.start[1] + 1}: a comment cannot stand here; {ALLOWED}.")
     level: list[ast.AST] = [tree]
     for _ in range(MAX_DEPTH):
         level = [child for node in level for child in ast.iter_child_nodes(node)]
     if level:
-        raise ValueError(f"the condition is nested deeper than {MAX_DEPTH} levels.")
+        raise Refused(f"the condition is nested deeper than {MAX_DEPTH} levels.")
     return tree
 
 
@@ -239,7 +240,7 @@ class _Compiler:
 
     def _refuse(self, node: ast.AST, reason: str) -> NoReturn:
         offset = getattr(node, "col_offset", 0)  # in bytes
-        raise ValueError(f"column {len(self.line.encode()[:offset].decode()) + 1}: {reason}.")
+        raise Refused(f"column {len(self.line.encode()[:offset].decode()) + 1}: {reason}.")
 
 
 def _kind(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Executors by name. One more is one more file, ``bench/sweeps/NAME_executor.py``, with three things in it:
 
 ``Options``, a dataclass whose fields are its flags (their names begin with ``NAME_``); ``make(options,
-wanted)``, which returns an ``Executor`` or raises ValueError with what to do; and nothing at import that a
+wanted)``, which returns an ``Executor`` or raises Refused with what to do; and nothing at import that a
 machine may lack.
 """
 
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import bench.sweeps
 from bench.sweeps.executor import Executor, Wanted
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 LOCAL, SUFFIX = "local", "_executor"
@@ -44,17 +45,17 @@ def check_name(name: str) -> None:
     """Refuse an executor that is not there.
 
     Raises:
-        ValueError: naming those that are.
+        Refused: naming those that are.
     """
     if name not in executors():
-        raise ValueError(unknown_name("executor", name, executors()))
+        raise Refused(unknown_name("executor", name, executors()))
 
 
 def make_executor(name: str, config: Any, wanted: Wanted) -> Executor:
     """Return the executor ``name`` with its own flags from ``config``, which ``with_options`` made.
 
     Raises:
-        ValueError: there is none of that name, its package is missing, or the cluster cannot be reached.
+        Refused: there is none of that name, its package is missing, or the cluster cannot be reached.
     """
     check_name(name)
     _refuse_flags_of_others(name, config)
@@ -71,4 +72,4 @@ def _refuse_flags_of_others(name: str, config: Any) -> None:
         given = [each.name for each in fields(defaults)
                  if getattr(options, each.name) != getattr(defaults, each.name)]  # fmt: skip
         if given:
-            raise ValueError(f"{', '.join(given)} is for --executor {other}, and this is {name}; drop it.")
+            raise Refused(f"{', '.join(given)} is for --executor {other}, and this is {name}; drop it.")

@@ -7,15 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.files import Busy
 from bench.measure.quantity import is_measured
 from bench.records.foreign import visible
 from bench.records.schema import SCHEMA_VERSION, STATUSES, Record
 from bench.records.stale import is_stale
 from bench.records.store import RunFolder
 from bench.sweeps.executor import Outcome, PlannedRun
+from gnnmoe.config import Refused
 
 FINAL = frozenset(STATUSES) - {"interrupted"}
-BUSY = "another process is at run"  # as RunFolder.locked says it
 
 
 class Unwritable(Exception):
@@ -39,7 +40,7 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool =
     made is run again from its beginning, unless ``keep_stale``.
 
     Raises:
-        ValueError: the record is from a newer version.
+        Refused: the record is from a newer version.
     """
     record = folder_of(run).read_record()
     if record is None or not (run.folder / "record.json").exists():  # or it was killed before its record
@@ -66,10 +67,10 @@ def is_busy(run: PlannedRun) -> bool:
     try:
         with folder_of(run).locked():
             return False
-    except ValueError as error:
-        if BUSY not in str(error):
-            raise Unwritable(str(error)) from error
+    except Busy:
         return True
+    except Refused as error:
+        raise Unwritable(str(error)) from error
 
 
 def remove_left_over_locks(study: Path, done: Container[str]) -> None:
@@ -77,7 +78,7 @@ def remove_left_over_locks(study: Path, done: Container[str]) -> None:
     for lock in study.glob(".*.lock"):
         run_id = lock.name.removeprefix(".").removesuffix(".lock")
         if run_id in done:
-            with suppress(ValueError), RunFolder(study.parent, study.name, run_id).locked():
+            with suppress(Refused), RunFolder(study.parent, study.name, run_id).locked():
                 pass
 
 
@@ -102,7 +103,7 @@ def _refuse_newer(record: Record, run: PlannedRun) -> None:
     with suppress(ValueError, AttributeError):
         if [int(part) for part in version.split(".")] <= [int(part) for part in SCHEMA_VERSION.split(".")]:
             return
-    raise ValueError(
+    raise Refused(
         f"{run.folder} was written by a newer version (schema {version}; this one reads up to "
         f"{SCHEMA_VERSION}); choose another --results-dir, or update."
     )

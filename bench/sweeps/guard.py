@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from bench.records.store import cannot_write
-
-POLL_SECONDS = 0.25
+from bench.files import Busy, cannot_write, lock
+from gnnmoe.config import Refused
 
 
 class Signals:
@@ -52,40 +49,32 @@ def sweep_lock(
     Yields False where ``given_up`` said so while it waited.
 
     Raises:
-        ValueError: another sweep is at it and ``wait`` is False, or the folder cannot be written.
+        Busy: another sweep is at it, and ``wait`` is False.
+        Refused: the folder cannot be written.
     """
+    path = study / ".sweep.lock"
     try:
         study.mkdir(parents=True, exist_ok=True)
-        file = (study / ".sweep.lock").open("a+")
-    except OSError as error:
-        raise ValueError(cannot_write(study, error)) from error
-    with file:
-        if not (held := _try(file)):
-            message = f"another sweep{_holder(file)} is at {study}"
+        held = lock(path)
+        if held is None:
+            message = f"another sweep{_holder(path)} is at {study}"
             if not wait:
-                raise ValueError(f"{message}; wait for it to end, or pass --wait.")
+                raise Busy(f"{message}; wait for it to end, or pass --wait.")
             tell(f"{message}; waiting for it to end …")
-        while not held and not given_up():
-            time.sleep(POLL_SECONDS)
-            held = _try(file)
-        if held:
-            with suppress(OSError):  # a full disk; the name of the holder is a courtesy
-                os.ftruncate(file.fileno(), 0)
-                os.write(file.fileno(), str(os.getpid()).encode())
-        yield held
-
-
-def _try(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+            held = lock(path, given_up)
     except OSError as error:
-        raise ValueError(cannot_write(Path(file.name).parent, error)) from error
-    return True
+        raise Refused(cannot_write(study, error)) from error
+    if held is None:
+        yield False
+        return
+    with suppress(OSError):  # a full disk; the name of the holder is a courtesy
+        path.write_text(str(os.getpid()))
+    try:
+        yield True
+    finally:
+        held.release()
 
 
-def _holder(file: IO[str]) -> str:
-    file.seek(0)
-    text = file.read().strip()
+def _holder(lock_file: Path) -> str:
+    text = lock_file.read_text(errors="replace").strip()
     return f" (process {text})" if text.isdigit() else ""

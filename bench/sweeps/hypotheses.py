@@ -18,16 +18,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.files import cannot_write, read_toml, refusals_name, utc_now, write_whole
 from bench.flags import Table, checked, complete, run_flags
 from bench.records.foreign import not_linked_out
-from bench.records.store import cannot_write, write_whole
+from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
@@ -52,27 +51,21 @@ def load_hypotheses(path: Path) -> list[Hypothesis]:
     """Return the hypotheses of a TOML file.
 
     Raises:
-        ValueError: naming the file, the hypothesis and the key, what is wrong and what is allowed.
+        Refused: naming the file, the hypothesis and the key, what is wrong and what is allowed.
     """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    entries = read_toml("hypotheses", path)
+    with refusals_name(f"hypotheses {path}"):
         unknown = set(entries) - {"hypothesis"}
         if unknown:
-            raise ValueError(unknown_name("key", min(unknown), ["hypothesis"]))
+            raise Refused(unknown_name("key", min(unknown), ["hypothesis"]))
         return read_hypotheses(entries.get("hypothesis"))
-    except OSError as error:
-        raise ValueError(f"hypotheses {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"hypotheses {path} is not TOML: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"hypotheses {path}: {error}") from error
 
 
 def hypotheses_of(entry: Any, folder: Path) -> list[Hypothesis]:
     """Return the hypotheses that a sweep file names (a path from its own folder) or states; or none.
 
     Raises:
-        ValueError: as ``load_hypotheses``.
+        Refused: as ``load_hypotheses``.
     """
     if entry is None:
         return []
@@ -83,16 +76,14 @@ def read_hypotheses(tables: Any) -> list[Hypothesis]:
     """Return the hypotheses that a list of tables states.
 
     Raises:
-        ValueError: as ``load_hypotheses``.
+        Refused: as ``load_hypotheses``.
     """
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-        raise ValueError("there are none; each begins with the heading [[hypothesis]].")
+        raise Refused("there are none; each begins with the heading [[hypothesis]].")
     found = []
     for number, table in enumerate(tables, 1):
-        try:
+        with refusals_name(f"hypothesis {number}"):
             found.append(_hypothesis(table))
-        except ValueError as error:
-            raise ValueError(f"hypothesis {number}: {error}") from error
     return found
 
 
@@ -100,7 +91,7 @@ def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Tab
     """See to it that a study with these configurations (plain flags by field) can answer every hypothesis.
 
     Raises:
-        ValueError: naming the hypothesis and the side that selects no run, or the run on both sides.
+        Refused: naming the hypothesis and the side that selects no run, or the run on both sides.
     """
     values = [complete(flags) for flags in configurations]
     for number, hypothesis in enumerate(hypotheses, 1):
@@ -108,11 +99,11 @@ def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Tab
                   for side in ("better", "than")}  # fmt: skip
         for side, some in chosen.items():
             if not some:
-                raise ValueError(
+                raise Refused(
                     f"hypothesis {number}: {side} = {getattr(hypothesis, side)} selects no run of the sweep."
                 )
         if any(value in chosen["than"] for value in chosen["better"]):
-            raise ValueError(f"hypothesis {number}: a run is on both sides; select more closely.")
+            raise Refused(f"hypothesis {number}: a run is on both sides; select more closely.")
 
 
 def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
@@ -121,7 +112,7 @@ def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
     Others than before are set aside as ``hypotheses.1.json``.
 
     Raises:
-        ValueError: the folder cannot be written.
+        Refused: the folder cannot be written.
     """
     path = study / STATED
     try:
@@ -130,18 +121,18 @@ def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
         if path.exists():
             number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.json").exists())
             path.rename(path.with_suffix(f".{number}.json"))
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = utc_now()
         text = json.dumps({"stated": now, "hypotheses": [asdict(found) for found in hypotheses]}, indent=2)
         write_whole(path, f"{text}\n".encode())
     except OSError as error:
-        raise ValueError(cannot_write(path, error)) from error
+        raise Refused(cannot_write(path, error)) from error
 
 
 def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
     """Return the hypotheses that a sweep kept in the study's folder, and when they were stated.
 
     Raises:
-        ValueError: the file cannot be read.
+        Refused: the file cannot be read.
     """
     path = not_linked_out(study, STATED)
     if not path.exists():
@@ -149,12 +140,10 @@ def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(kept, dict) or not isinstance(kept.get("stated"), str):
-            raise ValueError("it does not say when the hypotheses were stated")
+            raise Refused("it does not say when the hypotheses were stated")
         return read_hypotheses(kept.get("hypotheses")), kept["stated"]
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be read: {error}; a sweep writes it anew once it is gone."
-        ) from error
+        raise Refused(f"{path} cannot be read: {error}; a sweep writes it anew once it is gone.") from error
 
 
 def selects(flags: Table, values: Table) -> bool:
@@ -165,26 +154,26 @@ def selects(flags: Table, values: Table) -> bool:
 def _hypothesis(table: Table) -> Hypothesis:
     for key in table:
         if key not in KEYS:
-            raise ValueError(unknown_name("key", key, KEYS))
+            raise Refused(unknown_name("key", key, KEYS))
     missing = [key for key in KEYS[:3] if key not in table]
     if missing:
-        raise ValueError(f"{' and '.join(missing)} missing; it needs {', '.join(KEYS[:3])}.")
+        raise Refused(f"{' and '.join(missing)} missing; it needs {', '.join(KEYS[:3])}.")
     statement, by, quantity = table["statement"], table.get("by", 0.0), table.get("quantity", QUANTITIES[0])
     if not isinstance(statement, str) or not statement.strip():
-        raise ValueError(f"statement is {statement!r}; it must be a sentence.")
+        raise Refused(f"statement is {statement!r}; it must be a sentence.")
     if isinstance(by, bool) or not isinstance(by, int | float) or not 0 <= by < 1:
-        raise ValueError(f"by is {by!r}; it must be a share, from 0 to less than 1 (0.01 is one percent).")
+        raise Refused(f"by is {by!r}; it must be a share, from 0 to less than 1 (0.01 is one percent).")
     if quantity not in QUANTITIES:
-        raise ValueError(unknown_name("quantity", quantity, QUANTITIES))
+        raise Refused(unknown_name("quantity", quantity, QUANTITIES))
     sides = {side: _selection(side, table[side]) for side in ("better", "than")}
     return Hypothesis(statement.strip(), sides["better"], sides["than"], float(by), quantity)
 
 
 def _selection(side: str, table: Any) -> Table:
     if not isinstance(table, dict) or not table:
-        raise ValueError(f'{side} is {table!r}; it must be a table of flags, such as {{ coupler = "GNN" }}.')
+        raise Refused(f'{side} is {table!r}; it must be a table of flags, such as {{ coupler = "GNN" }}.')
     known = run_flags()
     try:
         return {known[name].field: known[name].plain(value) for name, value in checked(table, known).items()}
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{side}: {error}") from error
+    except (Refused, KeyError) as error:
+        raise Refused(f"{side}: {error}") from error

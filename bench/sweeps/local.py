@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bench.sweeps.child import kill_group, spawn
 from bench.sweeps.executor import GRACE_SECONDS, Task, Wanted
+from gnnmoe.config import Refused
 
 
 def slots_for(device: str, number: int | None = None, devices: int = 1) -> list[dict[str, str]]:
@@ -24,17 +25,17 @@ def slots_for(device: str, number: int | None = None, devices: int = 1) -> list[
     A run over several ``devices`` takes as many cores, with a process each, or GPUs.
 
     Raises:
-        ValueError: ``number`` is below 1, or there are no GPUs for cuda, or too few.
+        Refused: ``number`` is below 1, or there are no GPUs for cuda, or too few.
     """
     if number is not None and number < 1:
-        raise ValueError(f"slots is {number}; it must be 1 or more.")
+        raise Refused(f"slots is {number}; it must be 1 or more.")
     gpus = _visible_gpus() if device in ("auto", "cuda") else []
     if device == "cuda" and not gpus:
-        raise ValueError("device 'cuda' is not available on this machine.")
+        raise Refused("device 'cuda' is not available on this machine.")
     if gpus or device == "mps":
         having = len(gpus) if gpus else 1
         if devices > having:
-            raise ValueError(f"devices_per_run is {devices}, but this machine has {having} GPUs.")
+            raise Refused(f"devices_per_run is {devices}, but this machine has {having} GPUs.")
     if gpus:
         groups = [",".join(gpus[start : start + devices]) for start in
                   range(0, len(gpus) - devices + 1, devices)]  # fmt: skip
@@ -134,5 +135,5 @@ class Options:
 
 
 def make(options: Options, wanted: Wanted) -> LocalExecutor:  # noqa: ARG001
-    """Return the executor for what a sweep wants; raises ValueError as ``slots_for``."""
+    """Return the executor for what a sweep wants; raises Refused as ``slots_for``."""
     return LocalExecutor(slots_for(wanted.device, wanted.slots, wanted.resources.processes))

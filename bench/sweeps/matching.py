@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.cost import QUANTITIES as BY_FORMULA
 from gnnmoe.cost import matched_ffn_dim, model_cost
 from gnnmoe.couplers import coupler_class
@@ -36,16 +36,16 @@ class Match:
         """Return the match that ``"params HGNN"`` or ``"time mean"`` asks for.
 
         Raises:
-            ValueError: it has another form, or names an unknown quantity or coupler.
+            Refused: it has another form, or names an unknown quantity or coupler.
         """
         words = text.split() if isinstance(text, str) else []
         if len(words) != 2:
-            raise ValueError(f'match is {text!r}; write a quantity and a coupler, such as "params HGNN".')
+            raise Refused(f'match is {text!r}; write a quantity and a coupler, such as "params HGNN".')
         quantity, reference = words
         if quantity not in QUANTITIES:
-            raise ValueError(unknown_name("quantity to match", quantity, QUANTITIES))
+            raise Refused(unknown_name("quantity to match", quantity, QUANTITIES))
         if reference == DENSE:
-            raise ValueError("match: dense is as large as it is made; name a coupler that has experts.")
+            raise Refused("match: dense is as large as it is made; name a coupler that has experts.")
         coupler_class(reference)
         return cls(quantity, reference)
 
@@ -82,7 +82,7 @@ def matched(config: GNNMoEConfig, match: Match, reference: GNNMoEConfig, weigh: 
     A dense model's one block is matched like an expert.
 
     Raises:
-        ValueError: the quantity is flops and a coupler does not say its own; it is memory and a coupler's
+        Refused: the quantity is flops and a coupler does not say its own; it is memory and a coupler's
             cannot be predicted; or no width of up to 64 times the model's own is enough.
     """
     if config == reference:
@@ -123,7 +123,7 @@ def _nearest(ratio: Callable[[int], float], start: int, tolerance: float) -> Mat
         if high is None:
             width = 2 * low
             if width > MOST_WIDTHS * start:
-                raise ValueError(f"experts {low:,} wide still cost less than the reference; match params.")
+                raise Refused(f"experts {low:,} wide still cost less than the reference; match params.")
         elif high - low == 1:
             break
         else:

@@ -11,19 +11,19 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Literal
 
+from bench.device import OUT_OF_MEMORY_OUTPUT
+from bench.files import Busy, cannot_write, utc_now
 from bench.measure.quantity import is_measured, not_measured
 from bench.records.schema import Record, new_record, time_of
-from bench.records.store import RunFolder, cannot_write
+from bench.records.store import BUSY, RunFolder
 from bench.sweeps.executor import Outcome, PlannedRun, Task
-from bench.sweeps.folders import BUSY, FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
+from bench.sweeps.folders import FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
 from bench.sweeps.torchrun import as_one_process
+from gnnmoe.config import Refused
 
 TAIL_LINES, TAIL_CHARACTERS = 20, 2000
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory",
-                 "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")  # fmt: skip
 TELLING = re.compile(r"error: |status +\w+: |([\w.]+\.)?\w+(Error|Exception)\b")
 ASKED_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -48,7 +48,7 @@ class Attempt:
     """Why the sweep asked it to end."""
     time_limit: float | None = None
     started: float = field(default_factory=time.monotonic)
-    start: str = field(default_factory=lambda: _now())
+    start: str = field(default_factory=utc_now)
     record_before: tuple[int, ...] | None = None
     log_before: int = 0
     queued: bool = False
@@ -67,13 +67,13 @@ class Attempt:
         """
         task.log.parent.mkdir(exist_ok=True)
         with task.log.open("a") as log:
-            log.write(f"{_now()} $ {shlex.join(task.command)}\n")
+            log.write(f"{utc_now()} $ {shlex.join(task.command)}\n")
         return cls(task, flags)
 
     def wait_or_begin(self, queued: bool) -> bool:
         """Start the clock anew while the task waits in a cluster's queue; return whether it begins now."""
         if queued:
-            self.started, self.start = time.monotonic(), _now()
+            self.started, self.start = time.monotonic(), utc_now()
         before, self.queued = self.queued, queued
         return before and not queued
 
@@ -118,7 +118,7 @@ def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
         return Outcome("interrupted", "stopped from outside")
     if exit_status == 2 and not changed:
         return _refused(attempt, tail)
-    memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY)]
+    memory = [line for line in tail if any(text in line for text in OUT_OF_MEMORY_OUTPUT)]
     if memory:
         return _written(attempt, "oom", memory[-1], tail, changed)
     return _written(attempt, "crashed", _cause(exit_status, tail), tail, changed)
@@ -157,7 +157,7 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
     error = error[:TAIL_CHARACTERS]
     text = "\n".join(tail)[-TAIL_CHARACTERS:]
     in_record = f"{error}\nlast lines of its output:\n{text}" if len(tail) > 1 or text != error else error
-    part = {"command": shlex.join(attempt.task.command), "start": attempt.start, "end": _now(),
+    part = {"command": shlex.join(attempt.task.command), "start": attempt.start, "end": utc_now(),
             "seconds": {"total": attempt.seconds}, "resumed_at_step": None}  # fmt: skip
     try:
         _wait_for_the_dead(run)
@@ -172,9 +172,9 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
             store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
     except OSError as failure:
         raise Unwritable(cannot_write(run.folder, failure)) from failure
-    except ValueError as failure:
-        if BUSY in str(failure):  # what the child left behind goes on with it
-            return Again(attempt.flags, "busy")
+    except Busy:  # what the child left behind goes on with it
+        return Again(attempt.flags, "busy")
+    except Refused as failure:
         raise Unwritable(str(failure)) from failure
     return Outcome(status, error)
 
@@ -201,7 +201,7 @@ def _create(store: RunFolder, record: Record) -> None:
         store.set_aside()
     try:
         store.create(record)
-    except ValueError:
+    except Refused:
         shutil.rmtree(store.path, ignore_errors=True)
         raise
 
@@ -211,7 +211,3 @@ def _wait_for_the_dead(run: PlannedRun, patience: float = 5.0) -> None:
     deadline = time.monotonic() + patience
     while is_busy(run) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -21,7 +21,7 @@ from bench.sweeps.matching import DENSE, Match, Matched, reference_for
 from bench.sweeps.seeds import seeds_needed
 from bench.sweeps.spec import RunRequest, Sweep
 from bench.sweeps.weighing import Scales, match_here
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.cost import Cost, model_cost
 from gnnmoe.couplers import is_file
 
@@ -81,7 +81,7 @@ def make_plan(
     ``device`` is that of runs on other machines, which this one may lack; None: the one in ``places``.
 
     Raises:
-        ValueError: naming the run that cannot be, and why.
+        Refused: naming the run that cannot be, and why.
     """
     varying = _varying([request.flags for request in sweep.runs])
     matching = None if match is None else _matching(sweep, places, identify, match)
@@ -93,8 +93,8 @@ def make_plan(
         try:
             if key not in made or made[key].by_seed:
                 made[key] = _make(request, varying, places, identify, matching, device)
-        except ValueError as error:
-            raise ValueError(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
+        except Refused as error:
+            raise Refused(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
         run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
         found = configurations.setdefault(made[key].shared, made[key].configuration)
         if any(run.run_id == other.run_id for other in found.runs):
@@ -112,7 +112,7 @@ def _refuse_two_files(made: Sequence[_Made], study: Path) -> None:
     """Refuse two files whose couplers have one class name, in the plan or beside the study's records.
 
     Raises:
-        ValueError: as ``refuse_another_file``.
+        Refused: as ``refuse_another_file``.
     """
     ours = [(one.config["model"]["coupler_type"], one.code["coupler_sha256"]) for one in made]
     if any(is_file(coupler) for coupler, _ in ours):

@@ -21,6 +21,7 @@ from bench.sweeps import child
 from bench.sweeps.child import End, Work
 from bench.sweeps.cluster import SHARED, ClusterExecutor, lost
 from bench.sweeps.executor import GRACE_SECONDS, Resources, Task, Wanted
+from gnnmoe.config import Refused
 
 LOCAL = "local"  # Ray's own word for a new cluster on this machine
 CONNECT_SECONDS = 5.0
@@ -40,10 +41,10 @@ def make(options: Options, wanted: Wanted) -> RayExecutor:
     """Return the executor for what a sweep wants.
 
     Raises:
-        ValueError: Ray is not installed, the address does not answer, or no run fits into the cluster.
+        Refused: Ray is not installed, the address does not answer, or no run fits into the cluster.
     """
     if wanted.slots is not None and wanted.slots < 1:
-        raise ValueError(f"slots is {wanted.slots}; it must be 1 or more.")
+        raise Refused(f"slots is {wanted.slots}; it must be 1 or more.")
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or LOCAL
     if address == LOCAL and "RAY_AUTH_MODE" not in os.environ:  # else Ray leaves a token in the home folder
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -52,7 +53,7 @@ def make(options: Options, wanted: Wanted) -> RayExecutor:
     try:
         slots = wanted.slots or capacity(ray.nodes(), wanted.resources)
         return RayExecutor(ray, wanted, slots)
-    except ValueError:
+    except Refused:
         ray.shutdown()
         raise
 
@@ -61,7 +62,7 @@ def import_ray() -> Any:
     """Return the package.
 
     Raises:
-        ValueError: it is not installed.
+        Refused: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else runs yield to all others, and speeds are of that
@@ -69,7 +70,7 @@ def import_ray() -> Any:
     try:
         import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError(
+        raise Refused(
             "executor ray needs Ray, which is not installed; pip install 'gnnmoe[ray]' installs it."
         ) from None
     return ray
@@ -79,7 +80,7 @@ def connect(ray: Any, address: str) -> None:
     """Join the cluster at ``address``, or start one on this machine for ``local``.
 
     Raises:
-        ValueError: nothing answers there.
+        Refused: nothing answers there.
     """
     own: dict[str, Any] = {"address": address}
     if address == LOCAL:
@@ -88,7 +89,7 @@ def connect(ray: Any, address: str) -> None:
         try:
             socket.create_connection((found[1], int(found[2])), timeout=CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
-            raise ValueError(
+            raise Refused(
                 f"no Ray cluster answers at {address} ({error}); ray start --head starts one."
             ) from None
     try:
@@ -96,21 +97,21 @@ def connect(ray: Any, address: str) -> None:
     except Exception as error:  # of many types: ConnectionError, RuntimeError, ValueError, …
         wants_token = "AuthenticationError" in f"{error} {error.__cause__}"
         hint = "; it wants its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" if wants_token else ""
-        raise ValueError(f"Ray cannot be reached at {address}: {_first_line(error)}{hint}") from error
+        raise Refused(f"Ray cannot be reached at {address}: {_first_line(error)}{hint}") from error
 
 
 def capacity(nodes: list[dict[str, Any]], resources: Resources) -> int:
     """Return how many runs fit into the nodes side by side.
 
     Raises:
-        ValueError: not one does.
+        Refused: not one does.
     """
     asked = {"CPU": resources.cpus, "GPU": resources.gpus}
     having = [node["Resources"] for node in nodes if node["Alive"]]
     fitting = sum(min(int(has.get(name, 0) // n) for name, n in asked.items() if n) for has in having)
     if not fitting:
         largest = {name: max((int(has.get(name, 0)) for has in having), default=0) for name in asked}
-        raise ValueError(
+        raise Refused(
             f"a run asks for {asked['CPU']} CPUs and {asked['GPU']} GPUs, and no node of the Ray cluster has "
             f"them (at most {largest['CPU']} CPUs, {largest['GPU']} GPUs); lower --cpus-per-run, or pass "
             "--slots where the cluster grows by itself."

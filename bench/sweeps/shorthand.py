@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bench.files import refusals_name
 from bench.sweeps.blocks import flag_named
 from bench.sweeps.spec import Sweep, sweep_of
+from gnnmoe.config import Refused
 
 EXAMPLE = "coupler=GNN,HGNN num_experts=2,4,8"
 
@@ -23,31 +25,29 @@ def parse_shorthand(words: Sequence[str], *, seeds: int | Sequence[int] = 1, stu
     """Return the sweep that the words describe, with these seeds (10: from 0 to 9).
 
     Raises:
-        ValueError: naming the word, what is wrong and what is allowed.
+        Refused: naming the word, what is wrong and what is allowed.
     """
-    try:
+    with refusals_name("--sweep"):
         if not words:
-            raise ValueError(f"it names no flag; write {EXAMPLE}.")
+            raise Refused(f"it names no flag; write {EXAMPLE}.")
         grid = {}
         for word in words:
             key, values = _read(word)
             if key in grid:
-                raise ValueError(f"{key} stands there twice; give all of its values at once.")
+                raise Refused(f"{key} stands there twice; give all of its values at once.")
             grid[key] = values
         return sweep_of({"grid": grid, "seeds": seeds if isinstance(seeds, int) else list(seeds)}, study)
-    except ValueError as error:
-        raise ValueError(f"--sweep: {error}") from error
 
 
 def split_values(text: str) -> list[str]:
     """Return the values that commas, or else semicolons, separate, less the double quotes.
 
     Raises:
-        ValueError: a quote is not closed, or a value is empty.
+        Refused: a quote is not closed, or a value is empty.
     """
     pieces = text.split('"')
     if len(pieces) % 2 == 0:
-        raise ValueError(f"a double quote is not closed in {text!r}.")
+        raise Refused(f"a double quote is not closed in {text!r}.")
     separator = ";" if any(";" in piece for piece in pieces[::2]) else ","
     values, quoted = [""], [False]
     for place, piece in enumerate(pieces):
@@ -61,7 +61,7 @@ def split_values(text: str) -> list[str]:
     if separator == ";" and not values[-1] and not quoted[-1]:
         del values[-1]
     if not all(value or mark for value, mark in zip(values, quoted, strict=False)):
-        raise ValueError(f"a value is missing in {text!r}; write {EXAMPLE}.")
+        raise Refused(f"a value is missing in {text!r}; write {EXAMPLE}.")
     return values
 
 
@@ -70,11 +70,11 @@ def _read(word: str) -> tuple[str, list[Any]]:
     key, equals, text = word.partition("=")
     key = key.removeprefix("--")
     if not equals or not key:
-        raise ValueError(f"{word!r} is not FLAG=VALUE,VALUE; write {EXAMPLE}.")
+        raise Refused(f"{word!r} is not FLAG=VALUE,VALUE; write {EXAMPLE}.")
     flag, values = flag_named(key), []
     for value in split_values(text):
         try:
             values.append(flag.read(value))
         except ValueError:
-            raise ValueError(f"{key} is {value!r}; it must be {flag}.") from None
+            raise Refused(f"{key} is {value!r}; it must be {flag}.") from None
     return key, values

@@ -23,6 +23,7 @@ from bench.sweeps.cluster import SHARED, ClusterExecutor, lost, refresh
 from bench.sweeps.durations import seconds_of
 from bench.sweeps.executor import GRACE_SECONDS, Task, Wanted
 from bench.sweeps.slurm_job import OVER, SAVING_SECONDS, Queue, SlurmQueue, do_job, outside_of_jobs
+from gnnmoe.config import Refused
 
 SLOTS = 64
 SHORTEST_SECONDS = 300.0
@@ -48,17 +49,17 @@ def make(options: Options, wanted: Wanted) -> SlurmExecutor:
     """Return the executor for what a sweep wants.
 
     Raises:
-        ValueError: submitit is not installed, Slurm is not there, or an option is wrong.
+        Refused: submitit is not installed, Slurm is not there, or an option is wrong.
     """
     try:
         import submitit  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError(
+        raise Refused(
             "executor slurm needs submitit, which is not installed; pip install 'gnnmoe[slurm]' installs it."
         ) from None
     slots = SLOTS if wanted.slots is None else wanted.slots
     if slots < 1:
-        raise ValueError(f"slots is {slots}; it must be 1 or more.")
+        raise Refused(f"slots is {slots}; it must be 1 or more.")
     parameters = parameters_for(options, wanted)
     queue = SlurmQueue()
     queue.check()
@@ -71,11 +72,11 @@ def parameters_for(options: Options, wanted: Wanted) -> dict[str, Any]:
     """Return what submitit asks of sbatch for each job.
 
     Raises:
-        ValueError: an option is wrong.
+        Refused: an option is wrong.
     """
     seconds = seconds_of("slurm_time", options.slurm_time)
     if seconds is None or seconds < SHORTEST_SECONDS:
-        raise ValueError(
+        raise Refused(
             f"slurm_time is {options.slurm_time!r}; it must be 5m or more: the last {SAVING_SECONDS} s of a "
             "job are for saving its state."
         )

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from bench.sweeps.child import End, Work, do
+from gnnmoe.config import Refused
 
 SAVING_SECONDS = 90  # before its time limit a job is told to save; more than a run's grace
 RESTARTS = 100
@@ -75,18 +76,18 @@ class SlurmQueue:
         """Make sure that Slurm is there and answers.
 
         Raises:
-            ValueError: saying what is missing.
+            Refused: saying what is missing.
         """
         missing = [name for name in PROGRAMS if shutil.which(name) is None]
         if missing:
-            raise ValueError(
+            raise Refused(
                 f"executor slurm needs {', '.join(missing)}, which is not on this machine; run the sweep "
                 "where sbatch works, such as a login node of the cluster."
             )
         answer = _call("squeue", "--noheader", "--me")
         if answer.returncode != 0:
             said = answer.stderr.strip().rpartition("\n")[2] or f"exit status {answer.returncode}"
-            raise ValueError(f"Slurm does not answer: {said}")
+            raise Refused(f"Slurm does not answer: {said}")
 
     def states(self) -> dict[str, str] | None:
         """Return the state of each of the user's jobs; Slurm forgets one minutes after its end."""

@@ -13,16 +13,18 @@ import hashlib
 import itertools
 import json
 import math
-import tomllib
 from collections.abc import Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.config import PlacesConfig
+from bench.files import read_toml, refusals_name
 from bench.flags import Table, as_flags, complete, defaults, layered, resolved
 from bench.sweeps.blocks import PART_KEYS, TOP_KEYS, Part, check_top_keys, read_part, read_seeds
 from bench.sweeps.condition import Condition
+from gnnmoe.config import Refused
 
 MOST = 200_000  # configurations that are looked at, and runs
 UNSET = object()
@@ -63,37 +65,31 @@ def load_sweep(path: Path, seeds: int | None = None) -> Sweep:
     Its study is the file's name where it gives none.
 
     Raises:
-        ValueError: naming the file, the key, what is wrong and what is allowed.
+        Refused: naming the file, the key, what is wrong and what is allowed.
     """
-    try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    entries = read_toml("sweep", path)
+    with refusals_name(f"sweep {path}"):
         if not entries:
-            raise ValueError(f"it is empty; allowed: {', '.join(TOP_KEYS)}.")
+            raise Refused(f"it is empty; allowed: {', '.join(TOP_KEYS)}.")
         return sweep_of(entries if seeds is None else {**entries, "seeds": seeds}, study=path.stem)
-    except OSError as error:
-        raise ValueError(f"sweep {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(f"sweep {path} is not TOML: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"sweep {path}: {error}") from error
 
 
 def sweep_of(entries: Table, study: str) -> Sweep:
     """Return the sweep that a file's entries describe; ``study`` is its name where they give none.
 
     Raises:
-        ValueError: naming the key, what is wrong and what is allowed.
+        Refused: naming the key, what is wrong and what is allowed.
     """
     check_top_keys(entries)
     name = entries.get("study", study)
     if not isinstance(name, str):
-        raise ValueError(f"study is {name!r}; it must be text.")
+        raise Refused(f"study is {name!r}; it must be text.")
     PlacesConfig(study=name)  # refuses what is no folder name
     seeds = read_seeds(entries.get("seeds", 1))
     top = read_part({key: value for key, value in entries.items() if key in PART_KEYS})
     configurations = _put_together(top, _union(entries.get("union")))
     if len(configurations) * len(seeds) > MOST:
-        raise ValueError(
+        raise Refused(
             f"{len(configurations)} configurations × {len(seeds)} seeds; a sweep has at most {MOST} runs."
         )
     runs = [RunRequest(flags, seed) for seed in seeds for flags in configurations]
@@ -105,15 +101,13 @@ def _union(tables: Any) -> list[Part]:
     if tables is None:
         return []
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ValueError("union must be a list of parts, each with the heading [[union]].")
+        raise Refused("union must be a list of parts, each with the heading [[union]].")
     if not tables:
-        raise ValueError("union has no parts: a sweep of zero runs; give it some, or leave it out.")
+        raise Refused("union has no parts: a sweep of zero runs; give it some, or leave it out.")
     parts = []
     for number, table in enumerate(tables, 1):
-        try:
+        with refusals_name(f"[[union]] part {number}"):
             parts.append(read_part(table, "union."))
-        except ValueError as error:
-            raise ValueError(f"[[union]] part {number}: {error}") from error
     return parts
 
 
@@ -121,27 +115,25 @@ def _put_together(top: Part, parts: list[Part]) -> list[Table]:
     """Return the configurations of all parts, each once, as ``[random]`` at the top draws them.
 
     Raises:
-        ValueError: there is none; two conditions or axes contradict each other; there are too many.
+        Refused: there is none; two conditions or axes contradict each other; there are too many.
     """
     found: list[Table] = []
     for number, part in enumerate(parts or [Part()], 1):
-        try:
+        with refusals_name(f"[[union]] part {number}") if parts else nullcontext():
             found += _configurations(top, part)
-        except ValueError as error:
-            raise ValueError(f"[[union]] part {number}: {error}" if parts else str(error)) from error
     if not found:
         assert top.where is not None
         looked = sum(_size(top, part) for part in parts or [Part()])
-        raise ValueError(_none_left(top.where, looked))
+        raise Refused(_none_left(top.where, looked))
     return _drawn(_distinct(found), top.draw, top.base)
 
 
 def _configurations(top: Part, part: Part) -> list[Table]:
     swept = {name for axis in top.axes for name in axis[0]}
     for name in sorted(swept & part.places.keys()):
-        raise ValueError(f"{part.places[name]} and {top.places[name]} are the same flag; keep one of them.")
+        raise Refused(f"{part.places[name]} and {top.places[name]} are the same flag; keep one of them.")
     if _size(top, part) > MOST:
-        raise ValueError(f"{_size(top, part)} configurations; a sweep looks at no more than {MOST}.")
+        raise Refused(f"{_size(top, part)} configurations; a sweep looks at no more than {MOST}.")
     pairs = itertools.product(_product(top.base, top.axes), _product(part.base, part.axes))
     found = [layered(shared, own) for shared, own in pairs]
     if top.where:
@@ -149,7 +141,7 @@ def _configurations(top: Part, part: Part) -> list[Table]:
     if part.where and found:
         looked, found = len(found), _kept(found, part.where)
         if not found:
-            raise ValueError(_none_left(part.where, looked))
+            raise Refused(_none_left(part.where, looked))
     return _drawn(_distinct(found), part.draw, top.base) if part.draw and found else found
 
 
@@ -165,10 +157,8 @@ def _product(base: Table, axes: list[list[Table]]) -> list[Table]:
 
 
 def _kept(found: Iterable[Table], where: Condition) -> list[Table]:
-    try:
+    with refusals_name("where"):
         return [flags for flags in found if where.holds(complete(flags))]
-    except ValueError as error:
-        raise ValueError(f"where: {error}") from error
 
 
 def _none_left(where: Condition, looked: int) -> str:
@@ -199,13 +189,13 @@ def _drawn(found: list[Table], draw: tuple[int, int] | None, base: Table) -> lis
     so does another value in ``base``, the flags that all share.
 
     Raises:
-        ValueError: there are fewer.
+        Refused: there are fewer.
     """
     if draw is None:
         return found
     count, seed = draw
     if count > len(found):
-        raise ValueError(
+        raise Refused(
             f"[random]: n is {count}; it must be at most {len(found)}, all configurations there are."
         )
 

@@ -17,7 +17,7 @@ from bench.measure.predict import CannotPredict
 from bench.records.schema import config_dict
 from bench.sweeps.local import slots_for
 from bench.sweeps.matching import Match, Matched, matched
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 
 FORMAT = 2  # one more whenever the same match would be answered or stored differently
 
@@ -34,7 +34,7 @@ class Scales:
         """Return ours over theirs: predicted peaks for memory, steps timed in turn for time.
 
         Raises:
-            ValueError: a coupler's memory cannot be predicted.
+            Refused: a coupler's memory cannot be predicted.
         """
         if quantity == "memory":
             return self._peak(ours) / self._peak(theirs)
@@ -47,7 +47,7 @@ class Scales:
             try:
                 self._peaks[key] = Training(model, self.config, self.device).peak_bytes()
             except CannotPredict as error:
-                raise ValueError(f"match memory: {error}") from error
+                raise Refused(f"match memory: {error}") from error
         return self._peaks[key]
 
 
@@ -64,7 +64,7 @@ def match_here(model: GNNMoEConfig, match: Match, reference: GNNMoEConfig, scale
     it was stopped. Kept in the project's cache folder, for model, device, torch, a run's threads and code.
 
     Raises:
-        ValueError: as ``matched``; or the answer cannot be kept.
+        Refused: as ``matched``; or the answer cannot be kept.
     """
     if match.quantity != "time":
         return matched(model, match, reference, scales.weigh)
@@ -77,7 +77,7 @@ def match_here(model: GNNMoEConfig, match: Match, reference: GNNMoEConfig, scale
     try:
         replace_file(path, lambda file: file.write(text))
     except OSError as error:
-        raise ValueError(
+        raise Refused(
             f"a match by time cannot be kept in {path.parent} ({error.strerror}), so that the sweep could "
             "not go on where it is stopped; name another folder in GNNMOE_CACHE_DIR."
         ) from error

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.files import cannot_write
 from bench.records.stale import stale_notes
-from bench.records.store import cannot_write
 from bench.sweeps.executor import (
     Choices,
     Executor,
@@ -60,7 +60,7 @@ def execute(
     SIGINT or SIGTERM starts nothing more and lets the children save their state; a second ends them at once.
 
     Raises:
-        ValueError: another sweep is at it, results cannot be written, or a record is newer; nothing started.
+        Refused: another sweep is at it, results cannot be written, or a record is newer; nothing started.
     """
     choices, began = choices or Choices(), time.monotonic()
     once = list({run.run_id: run for run in runs}.values())

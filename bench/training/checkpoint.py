@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.device import is_out_of_memory
+from bench.files import remove_left_over, replacing
+from gnnmoe.config import Refused
 
 CHECKPOINT_SCHEMA = 3
 DIGEST_BYTES = 64  # a SHA-256 in hex
@@ -30,35 +31,23 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left_over(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w+b") as file:
+        with replacing(path) as file:
             torch.save({"schema": CHECKPOINT_SCHEMA, **state}, file)
             _append_digest(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and "inline_container" in str(error):  # of torch's zip writer
-            cause = error.__context__
-            why = cause.strerror if isinstance(cause, OSError) else error
-            raise OSError(f"{path.name} cannot be written: {why}") from error
-        raise
-
-
-def remove_left_over(path: Path) -> None:
-    """Remove the temporary files of saves to ``path`` that were killed; call it where the run is locked."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        with suppress(OSError):
-            left.unlink()
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # of torch's zip writer
+            raise
+        cause = error.__context__
+        why = cause.strerror if isinstance(cause, OSError) else error
+        raise OSError(f"{path.name} cannot be written: {why}") from error
 
 
 def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[str, Any]:
     """Return what ``save_checkpoint`` wrote, on the CPU, after every byte was checked.
 
     Raises:
-        ValueError: there is no such file, or it is no checkpoint, damaged or of another schema; with
+        Refused: there is no such file, or it is no checkpoint, damaged or of another schema; with
             the ``remedy``.
     """
     try:
@@ -66,17 +55,17 @@ def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[st
             damage = _damage(file)
             state = _read(file) if damage is None else None
     except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint {path}.") from error
+        raise Refused(f"there is no checkpoint {path}.") from error
     except OSError as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({error.strerror}); {remedy}.") from error
+        raise Refused(f"checkpoint {path} cannot be read ({error.strerror}); {remedy}.") from error
     if damage is not None:
-        raise ValueError(f"checkpoint {path} is damaged: {damage}; {remedy}.")
+        raise Refused(f"checkpoint {path} is damaged: {damage}; {remedy}.")
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {path} holds no state of a run, though its SHA-256 is right; {remedy}.")
+        raise Refused(f"checkpoint {path} holds no state of a run, though its SHA-256 is right; {remedy}.")
     schema = state.get("schema")
     if not isinstance(schema, int) or schema != CHECKPOINT_SCHEMA:
         known = f"this version reads {CHECKPOINT_SCHEMA}"
-        raise ValueError(f"checkpoint {path} has schema {schema}; {known}; {remedy}.")
+        raise Refused(f"checkpoint {path} has schema {schema}; {known}; {remedy}.")
     return state
 
 
@@ -134,7 +123,7 @@ def refuse_unlike(found: Any, expected: Any, name: str = "") -> None:
     the same keys.
 
     Raises:
-        ValueError: names the value, what it is and what it must be.
+        Refused: names the value, what it is and what it must be.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         form = expected.get(str)
@@ -142,26 +131,26 @@ def refuse_unlike(found: Any, expected: Any, name: str = "") -> None:
             _refuse_other_keys(found, expected, name)
         for key, value in found.items():
             if form is not None and not isinstance(key, str):
-                raise ValueError(f"{name or 'it'} has the key {key!r}; each key must be a text")
+                raise Refused(f"{name or 'it'} has the key {key!r}; each key must be a text")
             refuse_unlike(value, form or expected[key], f"{name}.{key}" if name else str(key))
     elif isinstance(expected, list) and isinstance(found, list | tuple):
         for place, value in enumerate(found):
             refuse_unlike(value, expected[0], f"{name}.{place}")
     elif isinstance(expected, Tensor) and isinstance(found, Tensor):
         if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise ValueError(f"{name} is {_described(found)}; it must be {_described(expected)}")
+            raise Refused(f"{name} is {_described(found)}; it must be {_described(expected)}")
     elif isinstance(expected, dict | list | Tensor) or not _is_of(found, expected):
-        raise ValueError(f"{name or 'it'} is {_described(found)}; it must be {_described(expected)}")
+        raise Refused(f"{name or 'it'} is {_described(found)}; it must be {_described(expected)}")
 
 
 def _refuse_other_keys(found: dict[Any, Any], expected: dict[Any, Any], name: str) -> None:
     before = f"{name}." if name else ""
     missing = [f"{before}{key}" for key in expected if key not in found]
     if missing:
-        raise ValueError(f"it lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}")
+        raise Refused(f"it lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}")
     unknown = [f"{before}{key}" for key in found if key not in expected]
     if unknown:
-        raise ValueError(f"it holds {unknown[0]}, which this run does not have")
+        raise Refused(f"it holds {unknown[0]}, which this run does not have")
 
 
 def _is_of(found: Any, expected: Any) -> bool:

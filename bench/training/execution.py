@@ -11,7 +11,7 @@ from bench.config import ExecutionConfig, RunConfig
 from bench.device import resolve_device
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, add_gradients, to_device
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers import refuse_other_types
 from gnnmoe.model import GNNMoEModel
 
@@ -23,7 +23,7 @@ class Execution:
     """How models are computed on a device.
 
     Raises:
-        ValueError: the device cannot do what is asked.
+        Refused: the device cannot do what is asked.
     """
 
     config: ExecutionConfig
@@ -34,12 +34,12 @@ class Execution:
         if asked.precision == "tf32" and not (
             kind == "cuda" and torch.cuda.get_device_capability(self.device) >= TF32_CAPABILITY
         ):
-            raise ValueError(
+            raise Refused(
                 f"precision tf32 is for NVIDIA GPUs from the A100 on, and means nothing on this {kind}; "
                 "use fp32 or bf16."
             )
         if asked.compile_mode == "reduce-overhead" and kind != "cuda":
-            raise ValueError(
+            raise Refused(
                 f"compile_mode reduce-overhead replays CUDA graphs, and means nothing on this {kind}; "
                 "use default."
             )
@@ -68,7 +68,7 @@ class Execution:
         """Return the model where torch puts new tensors: on the CPU, or on ``meta`` without any numbers.
 
         Raises:
-            ValueError: a parameter or a buffer is not float32, which it is in every precision.
+            Refused: a parameter or a buffer is not float32, which it is in every precision.
         """
         model = GNNMoEModel(model_config, seed=seed, experts=self.experts, precision=self.precision)
         refuse_other_types(model, torch.float32, "the model")

@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.data.sampler import Shard
-from bench.data.validation import BatchValidationError
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from gnnmoe.model import GNNMoEModel
@@ -56,7 +56,7 @@ class Ranks:
         ``device``: auto, cpu, cuda or mps.
 
         Raises:
-            ValueError: more ranks on this machine than it has GPUs, a device that cannot be shared, or
+            Refused: more ranks on this machine than it has GPUs, a device that cannot be shared, or
                 a launcher that does not say all.
         """
         world_size = int(environment.get("WORLD_SIZE", "1"))
@@ -148,7 +148,7 @@ class Ranks:
         """Return what ``function`` returns on the first rank, where alone it is called.
 
         Raises:
-            ValueError: it did there; in the same words on all ranks.
+            Refused: it did there; in the same words on all ranks.
         """
         return function() if self.alone else self.gather(self._tried(function, self.first))[0]
 
@@ -158,7 +158,7 @@ class Ranks:
         So what it downloads or puts in a cache is there for them.
 
         Raises:
-            ValueError: the user was refused on one rank; in the same words on all.
+            Refused: the user was refused on one rank; in the same words on all.
         """
         if self.alone:
             return function()
@@ -170,11 +170,11 @@ class Ranks:
         if here:
             try:
                 value = function()
-            except (ValueError, BatchValidationError) as error:
+            except Refused as error:
                 refusal = str(error)
         for words in self.gather(refusal):
             if words is not None:
-                raise ValueError(words)
+                raise Refused(words)
         return value
 
     def parallel(self, model: GNNMoEModel) -> nn.Module:
@@ -203,14 +203,12 @@ def refuse_shared_device(device: str, local_world_size: int, gpus: int | None) -
     """Refuse more ranks on one machine than it has devices; ``gpus``: None on a CPU, which all share.
 
     Raises:
-        ValueError: saying how many there may be.
+        Refused: saying how many there may be.
     """
     if device == "mps":
-        raise ValueError(
-            "device mps is one, and cannot be shared by ranks; use --device cpu, or no torchrun."
-        )
+        raise Refused("device mps is one, and cannot be shared by ranks; use --device cpu, or no torchrun.")
     if gpus is not None and local_world_size > gpus:
-        raise ValueError(
+        raise Refused(
             f"{local_world_size} ranks on a machine with {gpus} GPU{'s' * (gpus != 1)}: each needs one of "
             f"its own; use --nproc-per-node={gpus}, or --device cpu."
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
+from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from bench.tune.search import Trial
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         memory=replace(memory, tune_init=None), execution=config.execution,
                         places=config.places)  # fmt: skip
         return _search(run, memory.tune_init)
-    except ValueError as error:
+    except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -37,13 +38,13 @@ def _switched_on(memory: MemoryConfig) -> MemoryConfig:
     """Return the flags of a search, which the command asks for by itself; any size may be the first.
 
     Raises:
-        ValueError: a flag would do nothing here.
+        Refused: a flag would do nothing here.
     """
     from bench.tune.budget import refuse_wrong_flags
 
     given = [f"--{name.replace('_', '-')}" for name in OF_A_RUN if getattr(memory, name)]
     if given:
-        raise ValueError(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
+        raise Refused(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
                          "keep that for bench.run, and drop it here.")  # fmt: skip
     memory = replace(memory, tune_batch_size=memory.tune_batch_size or not memory.fit_shape)
     refuse_wrong_flags(memory)

@@ -21,7 +21,7 @@ from torch import nn
 from bench.config import MemoryConfig, RunConfig
 from bench.training.ranks import ALONE, Ranks
 from bench.tune.shape import divisors
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.naming import unknown_name
 
@@ -61,24 +61,24 @@ class MemoryBudget:
         Units are read whatever their case; kB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
 
         Raises:
-            ValueError: it is none of these, an unknown unit, less than a byte, or a share outside
+            Refused: it is none of these, an unknown unit, less than a byte, or a share outside
                 (0, 1].
         """
         found = _AMOUNT.fullmatch(text.strip())
         if text.strip().lower() == WHOLE_DEVICE:
             return cls(text)
         if found is None:
-            raise ValueError(f"memory budget {text!r} is no amount of memory; {ALLOWED}")
+            raise Refused(f"memory budget {text!r} is no amount of memory; {ALLOWED}")
         number, unit = Decimal(found[1]), found[2]
         if not unit:
             if not 0 < number <= 1:
-                raise ValueError(f"memory budget {text!r} has no unit and is no share in (0, 1]; {ALLOWED}")
+                raise Refused(f"memory budget {text!r} has no unit and is no share in (0, 1]; {ALLOWED}")
             return cls(text, share=float(number))
         factor = {name.lower(): factor for name, factor in UNITS.items()}.get(unit.lower())
         if factor is None:
-            raise ValueError(f"memory budget {text!r}: {unknown_name('unit', unit, UNITS)}")
+            raise Refused(f"memory budget {text!r}: {unknown_name('unit', unit, UNITS)}")
         if number * factor < 1:
-            raise ValueError(f"memory budget {text!r} is less than a byte; {ALLOWED}")
+            raise Refused(f"memory budget {text!r} is less than a byte; {ALLOWED}")
         return cls(text, explicit_bytes=int(number * factor))
 
     def resolve(self, device: torch.device, sharing: int = 1) -> int:
@@ -87,13 +87,13 @@ class MemoryBudget:
         ``sharing``: the processes that have the device's memory together, in equal parts.
 
         Raises:
-            ValueError: the device has less, or does not say what it has.
+            Refused: the device has less, or does not say what it has.
         """
         total = device_memory_bytes(device) // sharing
         if self.explicit_bytes is None:
             return int(total * self.share)
         if self.explicit_bytes > total:
-            raise ValueError(
+            raise Refused(
                 f"memory budget {self.text} is more than the {format_bytes(total)} of device "
                 f"{device.type}; lower it, or write 'device' for all of it."
             )
@@ -151,10 +151,10 @@ def refuse_small_budget(budget_bytes: int, needed_bytes: int) -> None:
     """Refuse a budget in which not even the model fits; ``needed_bytes`` as ``training_state_bytes``.
 
     Raises:
-        ValueError: the budget is smaller; both sizes are named.
+        Refused: the budget is smaller; both sizes are named.
     """
     if budget_bytes < needed_bytes:
-        raise ValueError(
+        raise Refused(
             f"the memory budget of {format_bytes(budget_bytes)} is smaller than the "
             f"{format_bytes(needed_bytes)} of parameters, gradients and optimizer state, before any batch; "
             "raise it, or lower embed_dim, num_layers, num_experts or vocab_size."
@@ -202,7 +202,7 @@ def refuse_wrong_flags(memory: MemoryConfig) -> None:
     A flag is given where it differs from its default.
 
     Raises:
-        ValueError: naming the flag, and what to add or drop.
+        Refused: naming the flag, and what to add or drop.
     """
     if memory.memory_budget is not None:
         MemoryBudget.parse(memory.memory_budget)  # a wrong value is wrong whatever the switch
@@ -213,11 +213,11 @@ def refuse_wrong_flags(memory: MemoryConfig) -> None:
             *others, last = (f"--{switch.replace('_', '-')}" for switch in switches)
             unused.append(f"{name} is for {', '.join(others)}{' or ' if others else ''}{last}")
     if unused:
-        raise ValueError(f"{'; '.join(unused)}; add a switch, or drop what would do nothing without it.")
+        raise Refused(f"{'; '.join(unused)}; add a switch, or drop what would do nothing without it.")
     most = memory.tune_max_batch_size
     for name in ("micro_batch_size", "tune_init"):
         if most is not None and (getattr(memory, name) or 0) > most:
-            raise ValueError(
+            raise Refused(
                 f"{name} is {getattr(memory, name)}, above the tune_max_batch_size of {most}; change one."
             )
 
@@ -228,7 +228,7 @@ def refuse_wrong_sizes(
     """Refuse what cannot be done about batch, length and memory, before anything is.
 
     Raises:
-        ValueError: saying what was wrong and what would do.
+        Refused: saying what was wrong and what would do.
     """
     memory, full = config.memory, config.model.max_seq_length
     refuse_wrong_flags(memory)
@@ -240,15 +240,15 @@ def refuse_wrong_sizes(
     if not (memory.tune_batch_size or memory.fit_shape or memory.control_memory):
         return
     if memory.control_memory and config.execution.compile:
-        raise ValueError("control_memory changes the shape of the steps, and each would be compiled anew: "
+        raise Refused("control_memory changes the shape of the steps, and each would be compiled anew: "
                          "drop --compile, or --control-memory.")  # fmt: skip
     if memory.fit_shape and (memory.tune_batch_size or memory.micro_batch_size is not None):
-        raise ValueError("fit_shape finds the micro-batch: drop tune_batch_size and micro_batch_size, or it.")
+        raise Refused("fit_shape finds the micro-batch: drop tune_batch_size and micro_batch_size, or it.")
     if memory.fit_shape and config.training.curriculum is not None:
-        raise ValueError("a curriculum orders blocks of one length: drop --fit-shape or --curriculum.")
+        raise Refused("a curriculum orders blocks of one length: drop --fit-shape or --curriculum.")
     shortest, longest = length_bounds(config)
     if not 1 <= shortest <= full <= longest:
-        raise ValueError(
+        raise Refused(
             f"shape_min_length {shortest}, max_seq_length {full} and shape_max_length {longest} must rise."
         )
     with torch.device("meta"):
@@ -262,16 +262,16 @@ def refuse_uneven_pieces(
     """Refuse a micro-batch in which the ranks cannot run each of these global batches evenly.
 
     Raises:
-        ValueError: naming the nearest micro-batch that divides them.
+        Refused: naming the nearest micro-batch that divides them.
     """
     named = " and ".join(map(str, dict.fromkeys(batch_sizes)))
     share, rest = divmod(gcd(*batch_sizes), world_size)
     if rest:
-        raise ValueError(f"a batch of {named} cannot be shared evenly by {world_size} ranks.")
+        raise Refused(f"a batch of {named} cannot be shared evenly by {world_size} ranks.")
     if micro_batch_size < 1 or share % micro_batch_size:
         nearest = min(divisors(share), key=lambda size: abs(size - micro_batch_size))
         ranks = f" on {world_size} ranks" if world_size > 1 else ""
-        raise ValueError(
+        raise Refused(
             f"{name} is {micro_batch_size}, which does not divide the batch of {named}{ranks}; "
             f"the nearest that does is {nearest}."
         )

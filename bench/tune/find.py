@@ -27,7 +27,7 @@ from bench.tune.budget import device_memory_bytes, length_bounds, limit_of
 from bench.tune.search import Found, Mode, SearchFailed, Trial, concluded, search
 from bench.tune.shape import Shape, divisors, ladder, lengths_between
 from bench.tune.trials import ParametersNotApplied, Trials, TrialSetup, require_batch_applied
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.model import GNNMoEModel
 
 OF_THE_OPTIMIZER = ("learning_rate", "adam_betas", "weight_decay", "max_grad_norm")
@@ -88,7 +88,7 @@ def request_for(
     ``start``: rows of the first trial (None: the config's).
 
     Raises:
-        ValueError: nothing would do.
+        Refused: nothing would do.
     """
     memory, training, world = config.memory, config.training, ranks.world_size
     piece = gcd(*training.batch_sizes) // world
@@ -118,11 +118,11 @@ def largest_allowed(maximum: int | None, epoch_samples: int, min_steps: int, wor
     """Return the cap of a search: the user's maximum, and ``min_steps`` updates in the smallest epoch.
 
     Raises:
-        ValueError: the smallest epoch has too few samples for any batch.
+        Refused: the smallest epoch has too few samples for any batch.
     """
     most = epoch_samples // (world_size * min_steps)
     if most < 1:
-        raise ValueError(
+        raise Refused(
             f"the smallest epoch serves {epoch_samples} blocks, too few for {min_steps} updates on "
             f"{world_size} rank{'s' * (world_size > 1)}; use more data or lower min_steps_per_epoch."
         )
@@ -141,7 +141,7 @@ def _lengths(config: RunConfig, corpus: Corpus, say: Say) -> list[int]:
     blocks = max(training.batch_sizes) * training.min_steps_per_epoch
     found = [length for length in wanted if _has(corpus, config.data, length, blocks)]
     if not found:
-        raise ValueError(f"the data are too few for {training.min_steps_per_epoch} updates at any length.")
+        raise Refused(f"the data are too few for {training.min_steps_per_epoch} updates at any length.")
     if found[-1] < wanted[-1]:
         say(f"  no length above {found[-1]}: the data would give too few updates an epoch")
     return found

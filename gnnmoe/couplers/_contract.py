@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers._base import COUPLER_FIELDS, Coupler
 
 EMPTY = inspect.Parameter.empty
@@ -28,13 +29,13 @@ def check_contract(cls: Any, name: str | None = None) -> None:
     """Refuse a class that breaks the contract of a coupler; ``name`` is what the message calls it.
 
     Raises:
-        ValueError: naming the first clause that it breaks, and what to do.
+        Refused: naming the first clause that it breaks, and what to do.
     """
     breach = _breach(cls)
     if breach is not None:
         if name is None:
             name = f"{cls.__module__}:{cls.__qualname__}" if inspect.isclass(cls) else repr(cls)
-        raise ValueError(f"coupler {name!r} breaks the contract: {breach}")
+        raise Refused(f"coupler {name!r} breaks the contract: {breach}")
 
 
 def _breach(cls: Any) -> str | None:

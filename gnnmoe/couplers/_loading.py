@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._contract import check_contract
 from gnnmoe.naming import unknown_name
@@ -45,12 +46,12 @@ def class_by_path(text: str) -> type[Coupler]:
     """Return the class behind ``package.module:Class`` or ``path/to/file.py:Class``.
 
     Raises:
-        ValueError: there is no such file, module or class, it cannot be loaded, it changes a setting of
+        Refused: there is no such file, module or class, it cannot be loaded, it changes a setting of
             the whole process, or the class breaks the contract.
     """
     place, _, class_name = text.rpartition(":")
     if not place or not class_name:
-        raise ValueError(f"coupler {text!r} is not of the form package.module:Class or file.py:Class.")
+        raise Refused(f"coupler {text!r} is not of the form package.module:Class or file.py:Class.")
     if is_file(text):
         module, place, name = _file(text).module, Path(place).name, f"{Path(place).name}:{class_name}"
     else:
@@ -59,7 +60,7 @@ def class_by_path(text: str) -> type[Coupler]:
     if cls is None:
         classes = [n for n, c in vars(module).items()
                    if inspect.isclass(c) and issubclass(c, Coupler) and c is not Coupler]  # fmt: skip
-        raise ValueError(unknown_name(f"coupler class in {place}", class_name, classes))
+        raise Refused(unknown_name(f"coupler class in {place}", class_name, classes))
     check_contract(cls, text)
     if "name" not in vars(cls):  # its own, not one inherited from a registered coupler
         cls.name = name
@@ -84,7 +85,7 @@ def executed_again(text: str) -> Iterator[None]:
     What the module keeps in its own variables starts from nothing there. Any other coupler stays as it is.
 
     Raises:
-        ValueError: as ``class_by_path``.
+        Refused: as ``class_by_path``.
     """
     if not is_file(text):
         yield
@@ -114,7 +115,7 @@ def changing_nothing(what: str, load: Callable[[], Loaded], key: str | None = No
     ``what`` is said in the message; what was refused under a ``key`` (default: ``what``) is so again.
 
     Raises:
-        ValueError: it changed a setting; all are put back.
+        Refused: it changed a setting; all are put back.
     """
     key = key or what
     if key in _REFUSED:
@@ -135,7 +136,7 @@ def _imported(module_name: str, text: str) -> ModuleType:
     except ProcessStateChanged:
         raise
     except (Exception, SystemExit) as error:
-        raise ValueError(
+        raise Refused(
             f"coupler {text!r}: module {module_name!r} cannot be imported ({type(error).__name__}: {error})."
         ) from error
 
@@ -148,11 +149,11 @@ def _file(text: str) -> LoadedFile:
     try:
         source = path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(
+        raise Refused(
             f"coupler {text!r}: there is no file {path}; give its path from the current folder or in full."
         ) from None
     except OSError as error:
-        raise ValueError(f"coupler {text!r}: {path} cannot be read: {error.strerror}.") from error
+        raise Refused(f"coupler {text!r}: {path} cannot be read: {error.strerror}.") from error
     known = _FILES.get(path)
     if known is None or known.source != source:
         key = f"{path}@{hashlib.sha256(source).hexdigest()}"
@@ -182,7 +183,7 @@ def _executed(path: Path, source: bytes, text: str) -> ModuleType:
         del sys.modules[name]
         if earlier is not None:
             sys.modules[name] = earlier
-        raise ValueError(
+        raise Refused(
             f"coupler {text!r}: {path} cannot be loaded ({type(error).__name__}: {error})."
         ) from error
     return module

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers._base import COUPLER_FIELDS, Coupler
 from gnnmoe.couplers._contract import FIELDS_ARE, are_fields
 from gnnmoe.couplers._registry import coupler_class, lasting_name
@@ -27,7 +28,7 @@ def build_coupler(config: GNNMoEConfig) -> Coupler:
     Option values that are strings are read as the type of the option's default.
 
     Raises:
-        ValueError: an unknown coupler or option, or a value that an option cannot have; or a constructor
+        Refused: an unknown coupler or option, or a value that an option cannot have; or a constructor
             that changes a setting of the whole process, seeds it, or makes parameters of another type.
     """
     name, cls, options = config.coupler_type, coupler_class(config.coupler_type), resolved_options(config)
@@ -35,7 +36,7 @@ def build_coupler(config: GNNMoEConfig) -> Coupler:
     with unchanged_state(f"the constructor of coupler {name!r}"):
         coupler = cls(config, **options)
     if torch.initial_seed() != seed:
-        raise ValueError(
+        raise Refused(
             f"the constructor of coupler {name!r} seeds torch's random numbers, so that runs with different "
             "seeds would start alike. Draw from torch's generator as it is, or from a torch.Generator."
         )
@@ -48,11 +49,11 @@ def refuse_other_types(module: nn.Module, wanted: torch.dtype, whose: str) -> No
     """Refuse a parameter or a buffer of floating-point numbers that are not of the type ``wanted``.
 
     Raises:
-        ValueError: naming the first one, its type, and what to do.
+        Refused: naming the first one, its type, and what to do.
     """
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != wanted:
-            raise ValueError(
+            raise Refused(
                 f"{whose} has {name} in {tensor.dtype}; parameters and buffers must be {wanted}, in every "
                 "precision. Make it without dtype=, and cast it where it is used."
             )
@@ -71,7 +72,7 @@ def resolved_options(config: GNNMoEConfig) -> dict[str, Any]:
     Options of other couplers are checked all the same, so that a misspelt one is never swallowed.
 
     Raises:
-        ValueError: as ``build_coupler``.
+        Refused: as ``build_coupler``.
     """
     cls = coupler_class(config.coupler_type)
     plain: dict[str, Any] = {}
@@ -91,14 +92,14 @@ def _owner(key: str, coupler_type: str, cls: type[Coupler]) -> type[Coupler]:
         return cls
     try:
         return coupler_class(prefix)
-    except ValueError as error:
-        raise ValueError(f"coupler option {key!r}: {error}") from error
+    except Refused as error:
+        raise Refused(f"coupler option {key!r}: {error}") from error
 
 
 def _typed(cls: type[Coupler], option: str, value: Any) -> Any:
     defaults = coupler_option_defaults(cls)
     if option not in defaults:
-        raise ValueError(unknown_name(f"option of coupler {cls.name}", option, defaults))
+        raise Refused(unknown_name(f"option of coupler {cls.name}", option, defaults))
     return _as_type_of(defaults[option], value, f"option {option} of coupler {cls.name}")
 
 
@@ -110,7 +111,7 @@ def coupler_identity(config: GNNMoEConfig) -> dict[str, Any]:
     and strategies count in one form for all that give the same model.
 
     Raises:
-        ValueError: as ``build_coupler``, but for values that only the coupler itself refuses.
+        Refused: as ``build_coupler``, but for values that only the coupler itself refuses.
     """
     cls, options = coupler_class(config.coupler_type), resolved_options(config)
     read = fields_read_by(cls, options)
@@ -135,13 +136,13 @@ def fields_read_by(cls: type[Coupler], options: dict[str, Any]) -> tuple[str, ..
     Only what stands in the class itself counts: what it inherits was said of another class.
 
     Raises:
-        ValueError: its ``fields_read`` gives something else.
+        Refused: its ``fields_read`` gives something else.
     """
     if "fields_read" not in vars(cls):
         return vars(cls).get("config_fields")
     fields = cls.fields_read(options)
     if not are_fields(fields):
-        raise ValueError(f"fields_read of coupler {cls.name} gives {fields!r}; it must be {FIELDS_ARE}.")
+        raise Refused(f"fields_read of coupler {cls.name} gives {fields!r}; it must be {FIELDS_ARE}.")
     return fields
 
 
@@ -151,7 +152,7 @@ def _canonical(cls: type[Coupler], config: GNNMoEConfig, options: dict[str, Any]
         return options
     found = cls.canonical_options(config, dict(options))
     if not isinstance(found, dict) or not found.keys() <= options.keys():
-        raise ValueError(
+        raise Refused(
             f"canonical_options of coupler {cls.name} gives {found!r}; it must be some of {options}."
         )
     return found
@@ -172,4 +173,4 @@ def _as_type_of(default: Any, value: Any, what: str) -> Any:
     elif expected is float and type(value) is int:
         return float(value)
     kind = "true or false" if expected is bool else f"of type {expected.__name__}"
-    raise ValueError(f"{what} is {value!r}; it must be {kind}.")
+    raise Refused(f"{what} is {value!r}; it must be {kind}.")

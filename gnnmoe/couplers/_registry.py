@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._contract import check_contract
 from gnnmoe.couplers._loading import changing_nothing, class_by_path, is_file
@@ -24,16 +25,14 @@ def register_coupler(name: str) -> Callable[[CouplerClass], CouplerClass]:
     """Return a decorator that makes a class available as ``--coupler name``.
 
     Raises:
-        ValueError: another class has the name, or the class breaks the contract.
+        Refused: another class has the name, or the class breaks the contract.
     """
 
     def register(cls: CouplerClass) -> CouplerClass:
         check_contract(cls, name)
         known = _COUPLERS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"coupler {name!r} is registered already, by {known.__module__}.{known.__name__}."
-            )
+            raise Refused(f"coupler {name!r} is registered already, by {known.__module__}.{known.__name__}.")
         cls.name = name
         _COUPLERS[name] = cls
         return cls
@@ -81,7 +80,7 @@ def coupler_class(name: str) -> type[Coupler]:
     """Return the class behind a registered name, ``package.module:Class`` or ``path/to/file.py:Class``.
 
     Raises:
-        ValueError: there is no such name, module, file or class, or the class breaks the contract.
+        Refused: there is no such name, module, file or class, or the class breaks the contract.
     """
     _discover()
     if ":" in name:
@@ -89,7 +88,7 @@ def coupler_class(name: str) -> type[Coupler]:
             return class_by_path(name)
     if name not in _COUPLERS:
         own = "Your own: package.module:Class or path/to/file.py:Class."
-        raise ValueError(f"{unknown_name('coupler', name, _COUPLERS)} {own}")
+        raise Refused(f"{unknown_name('coupler', name, _COUPLERS)} {own}")
     return _COUPLERS[name]
 
 
@@ -100,7 +99,7 @@ def lasting_name(name: str) -> str:
     name; else ``name``.
 
     Raises:
-        ValueError: as ``coupler_class``.
+        Refused: as ``coupler_class``.
     """
     cls = coupler_class(name)
     if is_file(name):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._options import coupler_option_defaults, fields_read_by
 from gnnmoe.couplers._registry import coupler_class, register_coupler
@@ -47,9 +48,9 @@ class DenseCoupler(Coupler):
         super().__init__(config)
         del self.combiner
         if match not in MATCHES:
-            raise ValueError(unknown_name("match of coupler dense", match, MATCHES))
+            raise Refused(unknown_name("match of coupler dense", match, MATCHES))
         if ":" in like or issubclass(coupler_class(like), DenseCoupler):
-            raise ValueError(
+            raise Refused(
                 f"option like of coupler dense is {like}; name a coupler that is registered and has experts."
             )
         self.ffn_dim = _matched_ffn_dim(config, match, like)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers._base import Coupler, linear_flops
 from gnnmoe.couplers._registry import register_coupler
 from gnnmoe.hypergraph import FORMULAS, hyperedge_index, static_hyperedges
@@ -74,7 +75,7 @@ class HGNNExpertCoupler(Coupler):
             ("backend", backend, BACKENDS),
         ):
             if name not in allowed:
-                raise ValueError(unknown_name(kind, name, allowed))
+                raise Refused(unknown_name(kind, name, allowed))
         _refuse_static_only(config.hgnn_conv_type, edge_weights, backend)
         self.edge_weights = edge_weights
         self._members = static_hyperedges(config.num_experts, config.static_hyperedge_strategy)
@@ -199,16 +200,14 @@ def _refuse_static_only(conv_type: str, edge_weights: str, backend: str) -> None
     """Refuse what only some layers can do.
 
     Raises:
-        ValueError: raw weights or another backend for a layer that has none; a backend whose package is
+        Refused: raw weights or another backend for a layer that has none; a backend whose package is
             missing.
     """
     require_backend(backend)
     if backend != "vectorized" and conv_type not in FORMULAS:
-        raise ValueError(
-            f"backend {backend} computes {', '.join(FORMULAS)}; {conv_type} has vectorized only."
-        )
+        raise Refused(f"backend {backend} computes {', '.join(FORMULAS)}; {conv_type} has vectorized only.")
     if edge_weights == "raw" and conv_type not in RAW_WEIGHTS:
-        raise ValueError(
+        raise Refused(
             f"edge_weights raw may be negative, for which {conv_type} has no meaning; use softplus, or "
             f"{' or '.join(RAW_WEIGHTS)}."
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gnnmoe.config import Refused
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.couplers._registry import register_coupler
 from gnnmoe.couplers.gate import ROUTER_STD, needed, routed_flops, router_logits
@@ -59,10 +60,10 @@ class TopKCoupler(Coupler):
     ) -> None:
         super().__init__(config)
         if k < 1:
-            raise ValueError(f"topk: k is {k}; it must be a whole number of at least 1.")
+            raise Refused(f"topk: k is {k}; it must be a whole number of at least 1.")
         for name, value in (("load_balance_alpha", load_balance_alpha), ("z_loss_weight", z_loss_weight)):
             if not 0.0 <= value < math.inf:
-                raise ValueError(f"topk: {name} is {value}; it must be a finite number of at least 0.")
+                raise Refused(f"topk: {name} is {value}; it must be a finite number of at least 0.")
         if k > config.num_experts:
             warnings.warn(
                 f"topk: k is {k}, more than num_experts {config.num_experts}; all experts are used.",

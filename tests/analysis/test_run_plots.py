@@ -5,19 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
-import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from bench.analysis import hyperedge_figures, plot_style, training_figure
+from bench.analysis import hyperedge_figures, training_figure
 from bench.analysis.plots import plot_run
 from bench.analysis.run_data import read_run
 from bench.measure.quantity import not_measured
@@ -180,15 +179,15 @@ def test_no_torch_and_no_pyplot(tmp_path):
 def test_a_disk_that_refuses_leaves_nothing_half_written(tmp_path, monkeypatch, existing):
     run = without_history(tmp_path / "run", "mean")
     before = {path.name: path.read_bytes() for path in plot_run(run)} if existing else {}
-    real, calls = tempfile.mkstemp, []
+    real, calls = os.fsync, []
 
-    def full_after_two(*arguments: Any, **options: Any) -> Any:
-        calls.append(options)
+    def full_after_two(file: int) -> None:
+        calls.append(file)
         if len(calls) > 2:
             raise OSError(28, "No space left on device")
-        return real(*arguments, **options)
+        real(file)
 
-    monkeypatch.setattr(plot_style.tempfile, "mkstemp", full_after_two)
+    monkeypatch.setattr(os, "fsync", full_after_two)
     with pytest.raises(OSError, match="No space left"):
         plot_run(run)
     found = {path.name: path.read_bytes() for path in run.glob("plots/*")}

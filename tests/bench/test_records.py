@@ -13,7 +13,7 @@ import pytest
 from bench.config import RunConfig
 from bench.flags import config_of, run_flags
 from bench.measure.quantity import is_measured, not_measured
-from bench.records.schema import KEYS, config_dict, identity, new_record
+from bench.records.schema import KEYS, config_dict, configuration_id, identity, new_record
 from bench.records.schema import run_id as schema_run_id
 from bench.records.store import RunFolder, check_writable
 from gnnmoe.couplers import coupler_identity
@@ -66,7 +66,7 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
     assert run_id(RunConfig(), DATA, "cpu", curriculum={"order_sha256": "0"}) not in seen
 
 
-def test_every_committed_record_has_the_run_id_of_its_config():
+def test_every_committed_record_has_the_ids_of_its_config():
     """The identity of a config that a committed run had never changes."""
     known, differing = run_flags(), []
     paths = sorted(REFERENCE.glob("*/*/record.json"))
@@ -74,11 +74,13 @@ def test_every_committed_record_has_the_run_id_of_its_config():
         record = json.loads(path.read_text())
         fields = {name: value for group in record["config"].values() for name, value in group.items()}
         config = config_of({name: value for name, value in fields.items() if name in known})
-        environment, sha256 = record["environment"], record["data"]["sha256"]
-        world = {"world_size": environment.get("world_size", 1)}
-        if run_id(config, sha256, environment["device_type"], **world) != record["run_id"]:
+        device, world = record["environment"]["device_type"], record["environment"].get("world_size", 1)
+        coupler = coupler_identity(config.model.resolved(1))
+        found = identity(config, coupler, record["data"]["sha256"], device, world_size=world)
+        ids = (path.parent.name, record["run_id"], record["configuration"])
+        if ids != (schema_run_id(found), schema_run_id(found), configuration_id(found)):
             differing.append(path.parent.name)
-    assert len(paths) > 100
+    assert len(paths) >= 284
     assert not differing
 
 

@@ -261,7 +261,7 @@ def test_the_checkpoint_of_a_finished_run_holds_its_best_weights_only(undisturbe
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"value": 1})
-    monkeypatch.setattr("bench.training.checkpoint.os.fsync", full_disk)
+    monkeypatch.setattr("bench.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(path, {"value": 2})
     assert load_checkpoint(path)["value"] == 1

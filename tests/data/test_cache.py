@@ -183,10 +183,10 @@ def test_an_entry_that_can_be_neither_read_nor_replaced(tiny_dir, tmp_path):
 def test_what_a_killed_writer_left_goes_after_an_hour(tmp_path):
     """Temporary files of the same kind only, and none that may still be written."""
     names = [
-        ".a.npz-1-ff.tmp",
-        ".b.npz-22-ab12.tmp",
-        ".young.npz-3-ff.tmp",
-        ".a.txt-1-ff.tmp",
+        ".a.npz.ff01",
+        ".b.npz.22ab12",
+        ".young.npz.ff03",
+        ".a.txt.ff04",
         "a.npz",
         ".tmp",
     ]

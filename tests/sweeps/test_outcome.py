@@ -9,10 +9,9 @@ import sys
 import pytest
 
 import bench.sweeps.outcome
-from bench.device import OUT_OF_MEMORY_TEXTS
 from bench.records.schema import KEYS, time_of
-from bench.records.store import RunFolder
-from bench.sweeps.folders import BUSY, look
+from bench.records.store import BUSY, RunFolder
+from bench.sweeps.folders import look
 from tests.sweeps._fake import PART, Study
 
 
@@ -227,16 +226,13 @@ def test_the_status_that_cannot_be_written_leaves_the_record_as_it_was(study, mo
     assert not (study.folder / "run1").exists(), "whole or not at all"
 
 
-def test_the_words_of_the_store_and_of_torch_are_those_looked_for(tmp_path):
-    """BUSY and OUT_OF_MEMORY repeat texts of other modules, which import more or raise nothing else."""
+def test_a_child_says_that_its_run_is_busy(tmp_path):
     folder = RunFolder(tmp_path, "study", "run0")
     with folder.locked():
         code = f"from pathlib import Path; from bench.records.store import RunFolder\n" \
                f"with RunFolder(Path({str(tmp_path)!r}), 'study', 'run0').locked(): pass"  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert BUSY in done.stderr
-    for text in OUT_OF_MEMORY_TEXTS:
-        assert any(known in text for known in bench.sweeps.outcome.OUT_OF_MEMORY)
 
 
 def test_records_are_json_without_nan(study):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,10 @@ from bench.records.store import RunFolder
 from bench.sweep import main, seconds_of
 from bench.sweeps.matching import Match, matched, reference_for
 from bench.sweeps.plan import Plan, make_plan
-from bench.sweeps.spec import load_sweep, sweep_of
+from bench.sweeps.spec import sweep_of
 from gnnmoe import GNNMoEConfig
 from gnnmoe.cost import model_cost
 
-REPOSITORY = Path(__file__).parents[2]
 BASE = {"embed_dim": 8, "max_seq_length": 16, "batch_size": 4, "max_steps": 6, "num_layers": 1}
 GRID = {"coupler": ["mean", "HGNN", "dense"], "num_experts": [2, 4]}
 
@@ -180,14 +178,6 @@ def test_the_seeds_that_comparisons_need(configurations, needed):
     """2 / 2ⁿ is the least p of n paired seeds: 7 for 3 comparisons, 9 for 8 to 12, 10 for 13 to 25."""
     plan = Plan("s", [0], [None] * configurations, [])  # pyright: ignore[reportArgumentType]
     assert plan.seeds_needed() == needed
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
-def test_the_ready_files_can_be_planned(path, places, capsys):
-    if path.stem.startswith("hypotheses"):
-        return
-    assert main([str(path), "--dry-run", "--data-dir", places["data_dir"]]) == 0
-    assert f"{len(load_sweep(path).runs):,} runs: 0 done" in capsys.readouterr().out
 
 
 def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys, monkeypatch):

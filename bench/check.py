@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import ModelConfig
+from bench.config import ModelConfig, flags
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ANY_VOCABULARY = 64  # the gate's models are small; no coupler sees the vocabulary
 
 
-@dataclass(kw_only=True)
+@flags
 class CheckConfig:
     """Check on small tensors that a coupler leaks nothing and computes what it says, and say what it is.
 

@@ -1,25 +1,48 @@
-"""From the command line to a config: tyro parses, wrong input ends with status 2."""
+"""From the command line to a config: tyro reads words, ``bench.config`` checks them, exit status 2 refuses.
+
+The order of the layers is preset < ``--config`` files < command line.
+"""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypedDict, TypeVar
 
 import tyro
 
-from bench.layers import preset_names, with_layers
+from bench.config import (
+    PRESET,
+    Flag,
+    RunConfig,
+    Several,
+    Table,
+    allowed,
+    build,
+    by_field,
+    flags_of,
+    layered,
+    preset,
+    preset_names,
+)
+from bench.files import read_toml, refusals_name
 from bench.records.foreign import visible
 from gnnmoe.config import Refused
+from gnnmoe.naming import nearest_name
 
 LAYERS_HELP = (
     "--preset NAME puts the flags of a preset before your own; presets: {}. Default: quick.\n"
     "--config FILE.toml puts a file's flags (num_experts = 8) after the preset's and before your own."
 )
+LAYERS = {"preset": PRESET, "config": Flag("config", Several, ("config",))}
+HELP = {"-h", "--help"}
 LINE_BREAK = "\n"
 OTHERS_WAIT_SECONDS = 10.0
 Config = TypeVar("Config")
@@ -38,16 +61,108 @@ def parse(
     one message and exits with status 2; ``--help`` exits with status 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if HELP & set(arguments):
+        show_help(config_type, prog, presets)
+    try:
+        return config_from(config_type, arguments, presets)
+    except Refused as error:
+        fail(str(error))
+
+
+def show_help(config_type: type, prog: str | None, presets: bool) -> NoReturn:
+    """Print the flags of a config with their help and defaults, and exit with status 0."""
     description = config_type.__doc__ or ""
     if presets:
         description += "\n\n" + LAYERS_HELP.format(", ".join(preset_names()))
-        try:
-            arguments = with_layers(config_type, arguments)
-        except Refused as error:
-            fail(str(error))
-    return tyro.cli(
-        config_type, args=arguments, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    tyro.cli(config_type, args=["--help"], prog=prog, description=description,
+             config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
+    raise AssertionError("--help exits")
+
+
+def config_from(config_type: type[Config], arguments: Sequence[str], presets: bool) -> Config:
+    """Return the config that a preset, the ``--config`` files and the words of a command line make.
+
+    The preset is the command line's, else the last file's, else quick. What a layer says of a run and
+    ``config_type`` has no flag for is left out.
+
+    Raises:
+        Refused: naming the flag as the user wrote it, its value and what is allowed.
+    """
+    known = {**flags_of(config_type), **(LAYERS if presets else {})}
+    said = read_words(known, arguments)
+    by_name = {flag.field: flag for flag in known.values()}
+    own = {name: by_name[name].read(words) for name, words in said.items()}
+    names = {name: by_name[name].option() for name in own}
+    if not presets:
+        return build(config_type, own, names)
+    of_a_run = {**flags_of(RunConfig), **known, "preset": PRESET}  # a run's files serve all commands
+    del of_a_run["config"]
+    files = [read_file(Path(path), of_a_run) for path in own.pop("config", [])]
+    chosen = [(table.pop("preset"), called["preset"]) for table, called in files if "preset" in table]
+    chosen += [(own.pop("preset"), "--preset")] if "preset" in own else []
+    table = preset(PRESET.plain(*chosen[-1]) if chosen else "quick")
+    called: dict[str, str] = {}
+    for layer, its_names in [*files, (own, names)]:
+        table, called = layered(table, layer), {**called, **its_names}
+    return build(config_type, table, called)
+
+
+def read_words(known: Mapping[str, Flag], arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the words that a command line gives to each flag, by field; a switch is true or false.
+
+    Raises:
+        Refused: a flag is unknown, or has no value.
+    """
+    flags = {flag.field: flag for flag in known.values()}
+    words = {name: Annotated[(_words_of(flag), flag, *getattr(flag.hint, "__metadata__", ()))]
+             for name, flag in flags.items()}  # fmt: skip
+    nothing = {name: () for name, flag in flags.items() if flag.adds_up}
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            said, unknown = tyro.cli(
+                TypedDict("Words", words, total=False),  # pyright: ignore[reportArgumentType]
+                args=arguments, default=nothing, return_unknown_args=True, add_help=False,
+            )  # fmt: skip
+    except SystemExit:
+        raise _without_value(known, printed.getvalue()) from None
+    if unknown:
+        raise _unknown(known, unknown)
+    return {name: given for name, given in said.items() if given != nothing.get(name)}
+
+
+def _words_of(flag: Flag) -> Any:
+    """Return how many words a flag has: none (a switch), any number or one."""
+    return bool if flag.kinds == (bool,) else tuple[str, ...] if flag.is_list else str
+
+
+def _without_value(known: Mapping[str, Flag], printed: str) -> Refused:
+    found = re.search(r"'--([\w-]+)'", printed)
+    flag = known.get(found[1].replace("-", "_")) if found else None
+    if flag is None:
+        return Refused("a flag has no value; --help lists all flags.")
+    return Refused(f"{flag.option()} has no value; it must be {allowed(flag.hint)}.")
+
+
+def _unknown(known: Mapping[str, Flag], words: Sequence[str]) -> Refused:
+    first = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    if first is None:
+        return Refused(f"{words[0]!r} belongs to no flag; --help lists all flags.")
+    options = {f"--{start}{name}" for flag in known.values() for name in flag.names
+               for start in (("", "no-") if flag.kinds == (bool,) else ("",))}  # fmt: skip
+    return Refused(f"unknown flag {first!r}; --help lists all flags.{nearest_name(first, options)}")
+
+
+def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[Table, dict[str, str]]:
+    """Return what a flat TOML file says, by field and not yet checked, and how a message names each field.
+
+    Raises:
+        Refused: the file cannot be read, is not TOML, or has a key that is no flag or stands there twice.
+    """
+    entries = read_toml("--config", path)
+    with refusals_name(f"--config {path}"):
+        table, names = by_field(entries, known)
+    return table, {name: f"--config {path}: {key}" for name, key in names.items()}
 
 
 def fail(message: str) -> NoReturn:

@@ -1,40 +1,139 @@
-"""Every flag of the harness: plain dataclasses, grouped by what they decide.
+"""Every flag of the harness, by group: type, range, default and help; presets, and tables of flags.
 
-Imports no torch, so that ``--help`` stays quick. Flags are flat, so field names are unique over
-all groups. ``Places`` holds what cannot change a number; everything else is part of a run's
-identity.
+A group is a pydantic dataclass whose fields are flags; a field's docstring is its help. The command line,
+TOML files, presets and sweeps make tables of flags by field, ``layered`` puts them together, and ``build``
+makes the config. Flags are flat, so field names are unique over all groups. ``PlacesConfig`` holds what
+cannot change a number; everything else is part of a run's identity. Imports no torch, so that ``--help``
+stays quick.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
-from dataclasses import dataclass, field, fields
+import types
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+import pydantic.dataclasses
 import tyro
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from bench.config_checks import check_positive
-from bench.execution_config import ExecutionConfig
-from bench.memory_config import MemoryConfig
+from bench.files import read_toml
 from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.naming import nearest_name, unknown_name
 
 DEFAULT_MAX_STEPS = 120
+PRESETS = Path(__file__).parent / "presets"
+LENGTHS = {"epochs", "max_steps"}  # whoever gives one of them decides alone how long the training is
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+Table = dict[str, Any]
+Group = TypeVar("Group")
+
+# Types of flags: text is never a number, true no 1, and a number that is not finite is refused.
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[Path, Field(strict=False)]  # also from text
+Words = Annotated[tuple[str, ...], Field(strict=False)]  # also from a list
+Several = Annotated[Words, tyro.conf.UseAppendAction]
+"""May be given several times; the values of several layers add up."""
 
 
-@dataclass(kw_only=True)
+@dataclass_transform(kw_only_default=True, field_specifiers=(field,))
+def flags(cls: type[Group]) -> type[Group]:
+    """Make a pydantic dataclass of a group of flags, which raises ``Refused`` for what a flag cannot be."""
+    bases = [base for base in cls.__mro__[1:] if is_dataclass(base)]
+    frozen = all(base.__dataclass_params__.frozen for base in bases)  # pyright: ignore[reportAttributeAccessIssue]
+    made = pydantic.dataclasses.dataclass(cls, kw_only=True, frozen=frozen, config=STRICT)
+    construct = made.__init__
+
+    @wraps(construct)
+    def refusing(self: Any, **values: Any) -> None:
+        try:
+            construct(self, **values)
+        except ValidationError as error:
+            raise _refusal(made, values, error) from None
+
+    made.__init__ = refusing
+    return made  # pyright: ignore[reportReturnType]
+
+
+def _refusal(group: type, values: Table, error: ValidationError) -> Refused:
+    """Return the first thing that is wrong with the values of a group, in one sentence or two."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "value_error":
+        return first.get("ctx", {})["error"]
+    if name not in values:
+        return Refused(f"{name} is missing; --help says what it is.")
+    hint = get_type_hints(group, include_extras=True).get(name)
+    return Refused(unknown_name("flag", name, values)) if hint is None else refused(name, values[name], hint)
+
+
+def refused(name: str, value: Any, hint: Any) -> Refused:
+    """Return the refusal of a flag's value: what it is, what is allowed, and which value was meant."""
+    shown = "a table" if isinstance(value, dict) else repr(value)
+    choices = [choice for kind in _kinds(hint) if get_origin(kind) is Literal for choice in get_args(kind)]
+    return Refused(f"{name} is {shown}; it must be {allowed(hint)}.{nearest_name(value, choices)}")
+
+
+def allowed(hint: Any) -> str:
+    """Say what a type allows: ``a whole number of at least 1 or "None"``."""
+    return _words(TypeAdapter(hint, config=STRICT).json_schema())
+
+
+def _words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_words, schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(repr, schema.get("enum") or [schema["const"]]))
+    kind = schema.get("type")
+    if kind == "array":
+        return "a list of " + " and ".join(map(_words, schema.get("prefixItems") or [schema["items"]]))
+    if kind in ("integer", "number"):
+        bounded = "maximum" in schema or "exclusiveMaximum" in schema
+        number = "a whole number" if kind == "integer" else "a number" if bounded else "a finite number"
+        return number + _range(schema)
+    return {"boolean": "true or false", "null": '"None"', "object": "a table"}.get(str(kind), "text")
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    least, above = schema.get("minimum"), schema.get("exclusiveMinimum")
+    most, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if (most, below) != (None, None):
+        start = f"({above}" if least is None else f"[{least}"
+        return f" in {start}, {below})" if most is None else f" in {start}, {most}]"
+    if above is not None:
+        return f" greater than {above}"
+    return "" if least is None else f" of at least {least}"
+
+
+@flags
 class ModelConfig(GNNMoEConfig):
     """The model's own config as flags."""
 
     coupler_type: Annotated[str, tyro.conf.arg(name="coupler", aliases=("--coupler-type",))] = "HGNN"
     """Coupler: a registered name (an unknown one lists them all), package.module:Class or file.py:Class."""
     coupler_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
-    coupler_option: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
-    ] = ()
+    coupler_option: Annotated[Several, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """An option of the coupler's own, such as backend=loop, or HGNN.backend=loop, which other couplers
     ignore; may be given several times."""
     vocab_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -56,7 +155,7 @@ class ModelConfig(GNNMoEConfig):
         return GNNMoEConfig(**values)
 
 
-@dataclass(kw_only=True)
+@flags
 class DataConfig:
     """Which text, and how much of it."""
 
@@ -69,32 +168,29 @@ class DataConfig:
     """Column of the data set that holds the text."""
     tokenizer: str = "word"
     """word, or bpe:SIZE: byte-level BPE of this many tokens, trained on the training split."""
-    num_train_samples: int | None = None
+    num_train_samples: Count | None = None
     """Train on this many blocks of max_seq_length tokens (None: all)."""
-    num_eval_samples: int | None = 512
+    num_eval_samples: Count | None = 512
     """Evaluate on the first blocks of max_seq_length tokens, this many (None: all)."""
     evaluate_test: bool = False
     """Score the test split once, at the end."""
 
-    def __post_init__(self) -> None:
-        check_positive(self, "num_train_samples", "num_eval_samples")
 
-
-@dataclass(kw_only=True)
+@flags
 class TrainingConfig:
     """Optimizer, schedule and length of the training."""
 
-    batch_size: int = 16
+    batch_size: Count = 16
     """Sequences of one update, over all micro-batches and ranks."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Optimizer steps in all (default: 120 where epochs is not given). Given, the epochs of a preset
     or of a --config file do not count."""
-    epochs: int | None = None
+    epochs: Count | None = None
     """Passes over the training data; with max_steps, whichever ends first. Given, the max_steps of a
     preset or of a --config file do not count."""
-    max_batches_per_epoch: int | None = None
+    max_batches_per_epoch: Count | None = None
     """End an epoch after this many batches."""
-    min_steps_per_epoch: int = 10
+    min_steps_per_epoch: Count = 10
     """Refuse data that give an epoch fewer batches than this (max_batches_per_epoch may cut it further)."""
     batch_schedule: str | None = None
     """Batch size by epoch, such as 0:16,2:32 (16 from epoch 0 on, 32 from epoch 2 on)."""
@@ -102,37 +198,26 @@ class TrainingConfig:
     """Easy blocks first: rarity (rare words are hard), or model:CHECKPOINT of a finished run."""
     curriculum_pacing: Literal["linear", "competence_sqrt"] = "competence_sqrt"
     """How the share of the blocks grows over the epochs; the last epoch has all."""
-    curriculum_start: float = 0.2
+    curriculum_start: Share = 0.2
     """Share of the blocks in the first epoch of a curriculum."""
     strict_curriculum: bool = False
     """Refuse a curriculum whose model is missing, instead of a random order of the same sizes."""
-    learning_rate: float = 8e-3
+    learning_rate: Positive = 8e-3
     """Peak learning rate of AdamW."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     """AdamW's betas."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's weight decay, on matrices only."""
-    warmup_steps: int = 15
+    warmup_steps: Annotated[int, Field(ge=0)] = 15
     """Steps of linear warm-up; then a cosine to min_lr_ratio."""
-    min_lr_ratio: float = 0.05
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Last learning rate as a share of the peak."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Clip the gradient to this norm."""
-    eval_every: int = 40
+    eval_every: Count = 40
     """Evaluate on validation every so many steps; the best state is kept."""
     seed: int = 0
     """Seed of all random streams."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "max_steps", "epochs", "max_batches_per_epoch",
-                       "min_steps_per_epoch",
-                       "learning_rate", "eval_every", "max_grad_norm")  # fmt: skip
-        if not 0.0 <= self.min_lr_ratio <= 1.0:
-            raise Refused(f"min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1].")
-        if self.warmup_steps < 0 or not 0 <= self.weight_decay < math.inf:
-            raise Refused("warmup_steps and weight_decay must be finite and not negative.")
-        if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
-            raise Refused(f"adam_betas are {self.adam_betas}; each must lie in [0, 1).")
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -143,13 +228,49 @@ class TrainingConfig:
         return [size for _, size in schedule.sizes]
 
 
-@dataclass(kw_only=True)
+@flags
+class ExecutionConfig:
+    """How the model is computed; what it computes is the same up to the rounding."""
+
+    experts: Literal["auto", "loop", "batched"] = "auto"
+    """The experts one after the other, or all in a few large products (auto: batched on CUDA, else loop)."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """bf16: products under autocast, parameters and optimizer in float32; tf32: products of rounded
+    float32, on NVIDIA GPUs."""
+    compile: bool = False
+    """Compile the training step's forward and backward with torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead"] = "default"
+    """reduce-overhead: replay the compiled step as CUDA graphs."""
+
+    def __post_init__(self) -> None:
+        if self.compile_mode != "default" and not self.compile:
+            raise Refused(
+                f"compile_mode {self.compile_mode} does nothing without --compile: add that, or drop it."
+            )
+
+    def experts_on(self, device_type: str) -> str:
+        """Return the form of the experts on this device: ``auto`` takes what was measured faster."""
+        if self.experts == "auto":
+            return "batched" if device_type == "cuda" else "loop"
+        return self.experts
+
+    def identity(self, device_type: str) -> dict[str, Any]:
+        """Return what can move a number: nothing for a plain loop in float32, as runs were before."""
+        form = {
+            "experts": self.experts_on(device_type), "precision": self.precision,
+            "compile": self.compile_mode if self.compile else None,
+        }  # fmt: skip
+        plain = {"experts": "loop", "precision": "fp32", "compile": None}
+        return {name: value for name, value in form.items() if value != plain[name]}
+
+
+@flags
 class MeasureConfig:
     """The speed pass, and what to do about a coupler that fails the gate."""
 
-    speed_warmup_steps: int | Literal["auto"] = 3
+    speed_warmup_steps: Count | Literal["auto"] = 3
     """Steps before the clock starts; auto: until the median of ten moves by less than 2 % (at most 50)."""
-    speed_steps: int = 10
+    speed_steps: Count = 10
     """Steps on the clock."""
     marginal: bool = False
     """Also time the same model with the mean coupler, in turn with this one: what the coupler alone costs."""
@@ -160,23 +281,70 @@ class MeasureConfig:
     allow_failed_gate: bool = False
     """Train a coupler that fails the gate all the same; the record says gate_failed."""
 
+
+@flags
+class MemoryConfig:
+    """How much of a batch is run at once: a micro-batch, whose gradients add up to the batch's."""
+
+    micro_batch_size: Count | None = None
+    """Sequences to run at once; must divide batch_size (None: the whole batch)."""
+    tune_batch_size: bool = False
+    """Before training, find the largest micro-batch that fits into memory_target of memory_budget."""
+    memory_budget: str | None = None
+    """Memory that a search may fill: 16GiB, a share such as 0.5, or device (None: all of the device's)."""
+    memory_target: Share = 0.85
+    """Share of the budget that a trial's peak may reach: the one safety factor."""
+    tune_mode: Literal["binsearch", "power"] = "binsearch"
+    """power doubles until a size fails; binsearch goes on to exactly the largest that fits."""
+    tune_init: Count | None = None
+    """Size of the first trial (None: batch_size, so that nothing is split where nothing must be)."""
+    tune_max_trials: Count = 12
+    """Try at most this many sizes; failures count."""
+    tune_max_seconds: Positive = 110.0
+    """Begin no trial that is not expected to end within this time."""
+    tune_max_batch_size: Count | None = None
+    """Run no micro-batch above this: a search tries none, and a controlled run grows to none."""
+    tune_fallback: bool = False
+    """Where a search fails, train with the configured size; the record says failed."""
+    fit_shape: bool = False
+    """Before training, find the longest sequences, then the largest micro-batch, within memory_target of
+    memory_budget; the whole run then has that length."""
+    control_memory: bool = False
+    """In training, measure the peak of each step and change the micro-batch (between epochs also the
+    length) to stay within memory_target of memory_budget."""
+    shape_min_length: Count | None = None
+    """Shortest length that may be fitted or controlled (None: a quarter of max_seq_length)."""
+    shape_max_length: Count | None = None
+    """Longest length that may be fitted (None: max_seq_length)."""
+    shape_length_step: Count = 16
+    """Lengths are fitted in steps of this many tokens."""
+
     def __post_init__(self) -> None:
-        fixed = [] if self.speed_warmup_steps == "auto" else ["speed_warmup_steps"]
-        check_positive(self, *fixed, "speed_steps")
+        if self.tune_batch_size and self.micro_batch_size is not None:
+            raise Refused("tune_batch_size finds the micro-batch: drop micro_batch_size, or the search.")
 
 
-@dataclass(kw_only=True)
+def _folder_name(study: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", study):
+        raise Refused(
+            f"study is {study!r}; it must be a plain folder name of at most 100 letters, digits, "
+            "'_', '-' and '.'."
+        )
+    return study
+
+
+@flags
 class PlacesConfig:
     """Where things are and what they are called: nothing here changes a number."""
 
-    data_dir: Path | None = None
+    data_dir: Place | None = None
     """Folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or parquet files
     (default: the environment variable GNNMOE_DATA_DIR)."""
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """auto: a folder, else the local cache, else the hub, else the embedded text."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results; a run's record lies in results_dir/study/run_id."""
-    study: str = "default"
+    study: Annotated[str, AfterValidator(_folder_name)] = "default"
     """Runs that belong together."""
     run_name: str | None = None
     """A name for people to read."""
@@ -188,15 +356,15 @@ class PlacesConfig:
     """Keep a finished run that other code made, and continue one, instead of running it again."""
     resume: bool = False
     """Continue this run where it was interrupted."""
-    resume_checkpoint: Path | None = None
+    resume_checkpoint: Place | None = None
     """Continue from this checkpoint file, which must be of this run's config."""
-    checkpoint_dir: Path | None = None
+    checkpoint_dir: Place | None = None
     """Folder of the checkpoint (default: the run's own folder)."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Count | None = None
     """Save a checkpoint every so many steps (default: at every evaluation)."""
-    num_workers_dataloader: int | Literal["auto"] = 0
+    num_workers_dataloader: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     """Processes that load data beside the training (0: none; auto: half the cores, at most 4)."""
-    rank_timeout: float = 600.0
+    rank_timeout: Positive = 600.0
     """Under torchrun: seconds that a rank waits for the others before the run ends as crashed."""
     plots: bool = True
     """Draw the run's plots at its end."""
@@ -210,23 +378,13 @@ class PlacesConfig:
     """Print the final table only."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "rank_timeout")
-        if self.num_workers_dataloader != "auto" and self.num_workers_dataloader < 0:
-            raise Refused(
-                f"num_workers_dataloader is {self.num_workers_dataloader}; it must be 0 or more, or auto."
-            )
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", self.study):
-            raise Refused(
-                f"study is {self.study!r}; it must be a plain folder name of at most 100 letters, digits, "
-                "'_', '-' and '.'."
-            )
         if self.track is not None and importlib.util.find_spec(self.track) is None:
             raise Refused(
                 f"track is {self.track}, which is not installed; pip install 'gnnmoe[track]' installs it."
             )
 
 
-@dataclass(kw_only=True)
+@flags
 class RunConfig:
     """Train and measure one model on one text."""
 
@@ -239,17 +397,259 @@ class RunConfig:
     places: PlacesConfig = field(default_factory=PlacesConfig)
 
 
-@dataclass(kw_only=True)
-class TuneConfig:
+@flags
+class TuneConfig(RunConfig):
     """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
 
     Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
     1 nothing fits, 2 wrong input.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    places: PlacesConfig = field(default_factory=PlacesConfig)
+    measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: its field, its type with the range, and its names, the first one as it is shown."""
+
+    field: str
+    hint: Any
+    names: tuple[str, ...]
+
+    @cached_property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types of which the flag may be, without ranges; None is a type too."""
+        return _kinds(self.hint)
+
+    @cached_property
+    def is_list(self) -> bool:
+        """Whether the flag has several values."""
+        return get_origin(self.kinds[0]) is tuple
+
+    @cached_property
+    def adds_up(self) -> bool:
+        """Whether the flag may be given several times: its values on several layers are put together."""
+        return tyro.conf.UseAppendAction in getattr(self.hint, "__metadata__", ())
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.hint, config=STRICT)
+
+    def option(self) -> str:
+        """Return the flag as the command line has it."""
+        return self.names[0] if tyro.conf.Positional in _marks(self.hint) else f"--{self.names[0]}"
+
+    def read(self, words: str | bool | Sequence[str]) -> Any:
+        """Return what the words of a command line say; words that say nothing stay text, to be refused."""
+        if isinstance(words, bool):
+            return words
+        if isinstance(words, str):
+            return _value(words, self.kinds)
+        kinds = _kinds(get_args(self.kinds[0])[0])
+        return [_value(word, kinds) for word in words]
+
+    def plain(self, value: Any, name: str | None = None) -> Any:
+        """Return a value read from TOML in its one plain form: ``"None"`` as None, 1 as 1.0, a path as text.
+
+        Raises:
+            Refused: the flag has no such value; ``name`` is what the message calls it.
+        """
+        try:
+            return plain(self._adapter.validate_python(self.unset(value)))
+        except ValidationError:
+            raise refused(name or self.field, value, self.hint) from None
+
+    def unset(self, value: Any) -> Any:
+        """Return ``"None"`` as None where the flag may be None, since TOML has no such value."""
+        return None if value == "None" and types.NoneType in self.kinds else value
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON and TOML have it: a tuple as a list, a path as text."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    if get_origin(hint) is Annotated:
+        return _kinds(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return tuple(kind for member in get_args(hint) for kind in _kinds(member))
+    return (hint,)
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    return tuple(getattr(hint, "__metadata__", ()))
+
+
+def _value(word: str, kinds: Sequence[Any]) -> Any:
+    for kind in kinds:
+        if kind is types.NoneType and word == "None":
+            return None
+        if kind is bool and word.lower() in ("true", "false"):
+            return word.lower() == "true"
+        if kind in (int, float):
+            with suppress(ValueError):
+                return kind(word)
+    return word
+
+
+def flags_of(config_type: type) -> dict[str, Flag]:
+    """Return every flag of a config and of its groups, by each of its names with underscores."""
+    found: dict[str, Flag] = {}
+    for name, hint in get_type_hints(config_type, include_extras=True).items():
+        marks = _marks(hint)
+        if tyro.conf.Suppress in marks:
+            continue
+        if is_dataclass(hint):
+            found |= flags_of(hint)  # pyright: ignore[reportArgumentType]
+            continue
+        shown = next((mark.name for mark in marks if getattr(mark, "name", None)), name)
+        aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
+        names = dict.fromkeys(each.removeprefix("--").replace("_", "-") for each in (shown, name, *aliases))
+        flag = Flag(name, hint, tuple(names))
+        found |= {each.replace("-", "_"): flag for each in names}
+    return found
+
+
+def preset_names() -> list[str]:
+    """Return the presets there are: the TOML files in bench/presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+PRESET = Flag("preset", Literal[tuple(preset_names())], ("preset",))  # pyright: ignore[reportInvalidTypeForm]
+
+
+@cache
+def run_flags() -> dict[str, Flag]:
+    """Return every flag of a run, by each of its names with underscores."""
+    return flags_of(RunConfig)
+
+
+@cache
+def defaults() -> Table:
+    """Return the value of every flag of a run that nobody sets, by its field, plain."""
+    config = RunConfig()
+    values = {
+        name: value for group in fields(config) for name, value in vars(getattr(config, group.name)).items()
+    }
+    return {name: plain(value) for name, value in values.items() if name in run_flags()}
+
+
+def by_field(entries: Table, known: Mapping[str, Flag]) -> tuple[Table, dict[str, str]]:
+    """Return what a TOML table of flags says, by field and not yet checked, and what it calls each field.
+
+    Raises:
+        Refused: a key is no flag, or stands there under two names.
+    """
+    table: Table = {}
+    names: dict[str, str] = {}
+    for key, value in entries.items():
+        flag = flag_named(key, known)
+        other = names.setdefault(flag.field, key)
+        if other != key:
+            raise Refused(f"{key} and {other} are the same flag; keep one of them.")
+        table[flag.field] = flag.unset(value)
+    return table, names
+
+
+def flag_named(key: str, known: Mapping[str, Flag]) -> Flag:
+    """Return the flag that a key of a TOML table means, with hyphens or underscores.
+
+    Raises:
+        Refused: there is none.
+    """
+    flag = known.get(key.replace("-", "_"))
+    if flag is None:
+        near = nearest_name(key, known)
+        raise Refused(f"unknown key {key!r}; python -m bench.run --help lists all flags.{near}")
+    return flag
+
+
+def as_flags(table: Table) -> list[str]:
+    """Return the flags that say what ``table`` says: one for each word of a list of words."""
+    words = []
+    for name, value in table.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value and isinstance(value, list) and not any(isinstance(item, str) for item in value):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}={item}" for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
+@cache
+def preset(name: str) -> Table:
+    """Return the flags of a preset, by field, plain."""
+    entries = read_toml("preset", PRESETS / f"{name}.toml")
+    return {key: run_flags()[key].plain(value) for key, value in entries.items()}
+
+
+def layered(under: Table, over: Table) -> Table:
+    """Return the flags of two layers, by field: ``over`` wins, as the command line does over a preset.
+
+    Where it says how long to train, what ``under`` says about that is dropped; a flag that may be given
+    several times adds up.
+    """
+    if not over.keys().isdisjoint(LENGTHS):
+        under = {key: value for key, value in under.items() if key not in LENGTHS}
+    merged = {**under, **over}
+    for key in under.keys() & over.keys() & run_flags().keys():
+        if run_flags()[key].adds_up and isinstance(under[key], list) and isinstance(over[key], list):
+            merged[key] = under[key] + over[key]
+    return merged
+
+
+def resolved(flags: Table) -> Table:
+    """Return the plain flags (by field, with or without ``preset``) and what their preset adds."""
+    found = layered(preset(flags.get("preset", "quick")), flags)
+    found.pop("preset", None)
+    if found.get("epochs") is None and found.get("max_steps") is None:
+        found["max_steps"] = DEFAULT_MAX_STEPS
+    return found
+
+
+def complete(flags: Table) -> Table:
+    """Return the value of every flag of the run that these plain flags make, by field; and its preset."""
+    return {**defaults(), **resolved(flags), "preset": flags.get("preset", "quick")}
+
+
+def config_of(flags: Table) -> RunConfig:
+    """Return the config of the run that these flags make, by field, with or without ``preset``.
+
+    Raises:
+        Refused: no run can have one of the values.
+    """
+    return build(RunConfig, layered(preset(flags.get("preset", "quick")), flags))
+
+
+def build(
+    config_type: type[Group], table: Table, names: Mapping[str, str] | None = None, default: Any = None
+) -> Group:
+    """Return a config and its groups from flags by field; what is no flag of them is left out.
+
+    ``names`` gives what the user calls a field, for the message; ``default`` has the values that the table
+    does not give.
+
+    Raises:
+        Refused: the config cannot have one of the values.
+    """
+    values = {} if default is None else dict(vars(default))
+    for each in fields(config_type):  # pyright: ignore[reportArgumentType]
+        group = values.get(each.name)
+        if each.default_factory is not MISSING and group is None:
+            group = each.default_factory()
+        if is_dataclass(group):
+            values[each.name] = build(type(group), table, names, group)
+        elif each.name in table:
+            values[each.name] = table[each.name]
+    try:
+        return config_type(**values)
+    except Refused as error:
+        first, space, rest = str(error).partition(" ")
+        raise Refused(f"{(names or {}).get(first, first)}{space}{rest}") from None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
+from bench.config import Place, Several, Words, flags
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ USAGE = f"""\
 Each with --help."""
 
 
-@dataclass(kw_only=True)
+@flags
 class ReportConfig:
     """Say which coupler is better, by how much and at what cost; write it as tables, plots and one page.
 
@@ -39,13 +39,13 @@ class ReportConfig:
 
     study: Annotated[str, tyro.conf.Positional]
     """A study's name, or the path of its folder."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
     reference: str | None = None
     """Configuration that the others are compared with, by its label (default: the mean coupler)."""
-    hypotheses: Path | None = None
+    hypotheses: Place | None = None
     """Hypotheses to answer (default: those that the sweep kept)."""
-    out: Path | None = None
+    out: Place | None = None
     """Folder of the report (default: report, in the study's folder)."""
     allow_unequal: bool = False
     """Compare also what differs in evaluation, batch or length."""
@@ -53,12 +53,12 @@ class ReportConfig:
     """Draw the plots."""
     verify: bool = False
     """Recompute the report that is there from the records, as it was made, and say where it differs."""
-    page: Path | None = None
+    page: Place | None = None
     """In place of a report, put its table and answers into this page, between the study's marks."""
-    redact: Path | None = None
+    redact: Place | None = None
     """In place of a report, write the study into this new folder, to be published: without checkpoints and
     losses of tokens, and without a path or a name of this machine."""
-    hide: tuple[str, ...] = ()
+    hide: Words = ()
     """With --redact: more names to hide, such as the host that ran it."""
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class ReportConfig:
             raise Refused("--hide is of --redact DIR; name the folder.")
 
 
-@dataclass(kw_only=True)
+@flags
 class CompareConfig:
     """Compare B with A, paired by seed: what changed, and whether it is beyond the noise.
 
@@ -81,32 +81,32 @@ class CompareConfig:
     """What is compared with."""
     b: Annotated[str, tyro.conf.Positional]
     """What is judged."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
-    fail_if: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    fail_if: Several = ()
     """A change from A to B to fail on: "ppl > 1%", "tokens/s < -5%"; also test_ppl, memory, step_time and
     parameters. May be given several times."""
     allow_unequal: bool = False
     """Compare also what differs in evaluation, batch or length."""
 
 
-@dataclass(kw_only=True)
+@flags
 class ListConfig:
     """List the studies, or the runs of one study."""
 
     study: Annotated[str | None, tyro.conf.Positional] = None
     """A study's name, or the path of its folder."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
 
 
-@dataclass(kw_only=True)
+@flags
 class ShowConfig:
     """Show the record of one run, as bench.run did at its end."""
 
     run_id: Annotated[str, tyro.conf.Positional]
     """The run's id, or the beginning of it, or STUDY/ID."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -159,6 +160,8 @@ class Session:
         folder, record = self.prepared.folder, self.record
         record.update(status=status, error=error)
         record["time"] = time_of(self.parts(utc_now()))
+        if status == "crashed":
+            print(log, file=sys.stderr)
         try:
             folder.write_record(record)
             folder.log(log + f"status {status}" + (f": {error}" if error else ""))

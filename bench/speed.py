@@ -6,12 +6,14 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import ExecutionConfig, ModelConfig, PlacesConfig, check_positive
+from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags
 from bench.files import utc_now
 from bench.sweeps.durations import seconds_of
 from gnnmoe.config import Refused
@@ -30,7 +32,7 @@ def _default_model() -> ModelConfig:
     return ModelConfig(embed_dim=256)
 
 
-@dataclass(kw_only=True)
+@flags
 class SpeedConfig:
     """Time couplers alone, in each of their forms in turn, beside the floor of what they must move and do.
 
@@ -44,11 +46,11 @@ class SpeedConfig:
     or all."""
     sizes: str | None = None
     """Several sizes, such as E=4,D=256,B=32,L=128;E=8: what one does not name is as the other flags say."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Sequences in the batch."""
     whole_steps: bool = False
     """Time whole training steps with these couplers instead, in turn at each size: time and peak memory."""
-    rounds: int = 5
+    rounds: Count = 5
     """Timed rounds of each form (one, where a step takes over two seconds)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """bf16 is autocast, with expert outputs in bf16."""
@@ -62,22 +64,21 @@ class SpeedConfig:
     """cpu: the targets S1 to S6 (about four minutes); gpu: S4 and S7 to S10."""
     time_budget: str | None = None
     """Begin nothing that would likely end later (90s, 9m); what was left out is said by name."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
     name: str | None = None
     """Name of the record (default: what was measured, and when)."""
-    data_dir: Path | None = None
+    data_dir: Place | None = None
     """Text for the harness's row of --suite cpu, as in bench.run."""
     plot: bool = False
     """Draw cost by E and by N, where there are several; a suite always does. With --table: anew, from the
     record."""
-    table: tuple[Path, ...] = ()
+    table: Annotated[tuple[Place, ...], Field(strict=False)] = ()
     """Measure nothing: print the tables of these records, folders or files."""
-    page: Path | None = None
+    page: Place | None = None
     """With --table: put its tables into this page, between its marks."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "rounds")
         seconds_of("time_budget", self.time_budget)
         if self.suite is not None:
             self._refuse_what_a_suite_decides()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
+from bench.config import Count, Place, Words, as_flags, flags
 from bench.sweeps.cluster import resources_for
 from bench.sweeps.durations import seconds_of
 from bench.sweeps.executor import Resources
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 PROG = "python -m bench.sweep"
 
 
-@dataclass(kw_only=True)
+@flags
 class SweepConfig:
     """Run every configuration of a sweep file, or of --sweep, with every seed.
 
@@ -35,11 +36,11 @@ class SweepConfig:
     stopped. Exit status: 0 all ok, 1 a run failed, 2 wrong input, 130 stopped.
     """
 
-    file: Annotated[Path | None, tyro.conf.Positional] = None
+    file: Annotated[Place | None, tyro.conf.Positional] = None
     """The sweep file (TOML)."""
-    sweep: tuple[str, ...] = ()
+    sweep: Words = ()
     """In place of a file: flags and their values, such as coupler=GNN,HGNN num_experts=2,4,8."""
-    seeds: int | None = None
+    seeds: Count | None = None
     """Seeds 0, 1, … (this many; default: the file's, or 1)."""
     match: str | None = None
     """Make all models equal: "params HGNN", "flops mean", and so on with memory (of a training step,
@@ -63,21 +64,21 @@ class SweepConfig:
     """Start no run that is not expected to end in this time: 90s, 9m, 1.5h."""
     run_timeout: str | None = None
     """End a run that takes longer: 90s, 9m, 1.5h."""
-    slots: int | None = None
+    slots: Count | None = None
     """Runs side by side (default: one a GPU; on a CPU one a core, each with one thread; on a Ray cluster as
     many as it has room for; on Slurm 64 in the queue)."""
     executor: str = "local"
     """Where runs run: local (this machine), ray or slurm. A cluster must see this folder, the Python and
     the results under the same paths."""
-    devices_per_run: int = 1
+    devices_per_run: Count = 1
     """Devices that each run is spread over by torchrun: GPUs with cuda, else processes on the CPU."""
-    cpus_per_run: int | None = None
+    cpus_per_run: Count | None = None
     """On a cluster: cores of a run, shared by its devices as threads (default: 1 a device; 4 a GPU)."""
-    results_dir: Path = Path("results")
+    results_dir: Place = Path("results")
     """Folder of all results."""
     study: str | None = None
     """Runs that belong together (default: the file's name)."""
-    data_dir: Path | None = None
+    data_dir: Place | None = None
     """Folder of the text (default: the environment variable GNNMOE_DATA_DIR)."""
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """As for bench.run."""
@@ -126,8 +127,6 @@ def read_sweep(config: SweepConfig) -> Sweep:
 
     if (config.file is None) == (not config.sweep):
         raise Refused(f"give a sweep file or --sweep, and not both: {PROG} sweeps/couplers.toml")
-    if config.seeds is not None and config.seeds < 1:
-        raise Refused(f"seeds is {config.seeds}; it must be at least 1.")
     if config.file is None:
         sweep = parse_shorthand(config.sweep, seeds=config.seeds or 1, study=config.study or "sweep")
     else:
@@ -175,7 +174,6 @@ def run_plan(
             package or its cluster is missing.
     """
     from bench.device import resolve_device
-    from bench.flags import as_flags
     from bench.sweeps.executor import Choices, Wanted
     from bench.sweeps.hypotheses import state
     from bench.sweeps.work import execute
@@ -208,8 +206,6 @@ def on_its_devices(config: SweepConfig) -> tuple[SweepConfig, Resources]:
     """
     check_name(config.executor)
     devices = config.devices_per_run
-    if devices < 1:
-        raise Refused(f"devices_per_run is {devices}; it must be 1 or more.")
     if config.executor == LOCAL:
         if config.cpus_per_run is not None:
             raise Refused("cpus_per_run is for a cluster; here, --slots says how many run.")

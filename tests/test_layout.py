@@ -11,12 +11,11 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "files syntax config_checks memory_config execution_config schedule config flags device data gate"
-    " portrait training measure tune records sweeps analysis"
+    "files syntax schedule config device data gate portrait training measure tune records sweeps analysis"
 ).split()
 COMMANDS = set(
     "run sweep report speed check prepare session existing learning difficulty progress track"
-    " cli layers gating loaders checkpoint_checks scoring speeding __main__".split()
+    " cli gating loaders checkpoint_checks scoring speeding __main__".split()
 )
 
 

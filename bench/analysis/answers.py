@@ -16,7 +16,7 @@ from bench.analysis.over_seeds import losses, summary
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.statistics import Answer, answer_claims
 from bench.analysis.study import Configuration, Group
-from bench.flags import Table, defaults
+from bench.config import Table, defaults
 from bench.sweeps.hypotheses import Hypothesis, selects
 
 MOST_NAMED = 4

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import check_positive
+from bench.config import Count, Place, flags
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
@@ -22,30 +22,27 @@ if TYPE_CHECKING:
 WIDTH = 80
 
 
-@dataclass(kw_only=True)
+@flags
 class ProfileConfig:
     """Time the loader batch by batch, and compare what an epoch serves with what the arithmetic says.
 
     Exit status: 0 all as expected, 1 a count is wrong or fetching is too slow, 2 wrong input.
     """
 
-    data_dir: Path | None = None
+    data_dir: Place | None = None
     """Folder with the text (default: GNNMOE_DATA_DIR, else as --data-source says)."""
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """Where the text comes from; auto: a folder, a local cache, the hub, else the embedded text."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Samples in a batch."""
-    max_seq_length: int = 128
+    max_seq_length: Count = 128
     """Tokens in a sample."""
-    num_workers_dataloader: int | Literal["auto"] = 0
+    num_workers_dataloader: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     """Processes that load data (0: none; auto: half the cores, at most 4)."""
-    batches: int = 200
+    batches: Count = 200
     """Batches to time."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
     """Where each batch is copied to, within the time measured."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "max_seq_length", "batches")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,10 +6,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
+from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig, plain
 from bench.measure.quantity import not_measured
 from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig
@@ -69,14 +68,6 @@ def time_of(parts: Sequence[Record]) -> Record:
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
     """Return the config by groups, ready for JSON; paths as they were given."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
     return plain(dataclasses.asdict(config))
 
 

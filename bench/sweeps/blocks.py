@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from bench.config import PRESET, Flag, Table, allowed, flag_named, run_flags
 from bench.files import refusals_name
-from bench.flags import FlagType, Table, preset_names, run_flags
 from bench.sweeps.condition import Condition, parse_condition
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
@@ -43,26 +43,24 @@ class Part:
 
 
 @cache
-def sweep_flags() -> dict[str, FlagType]:
-    """Return the type of every flag that a sweep may set, by each of its names with underscores."""
+def sweep_flags() -> dict[str, Flag]:
+    """Return every flag that a sweep may set, by each of its names with underscores."""
     known = {name: flag for name, flag in run_flags().items() if flag.field not in OWNED}
-    return {"preset": FlagType("preset", str), **known}
+    return {"preset": PRESET, **known}
 
 
-def flag_named(key: str) -> FlagType:
-    """Return the type of a flag, by any of its names, with hyphens or underscores.
+def flag_of_a_sweep(key: str) -> Flag:
+    """Return a flag that a sweep may set, by any of its names, with hyphens or underscores.
 
     Raises:
         Refused: there is no such flag, or no sweep may set it.
     """
-    name, flags = key.replace("-", "_"), sweep_flags()
+    name = key.replace("-", "_")
     if key in ("seeds", "where"):
         raise Refused(f"{key} is no flag and cannot stand here; put it above the first [block].")
     if name in OWNED:
         raise Refused(f"{key} cannot be set here: {OWNED[name]}.")
-    if name not in flags:
-        raise Refused(unknown_name("key", key, flags))
-    return flags[name]
+    return flag_named(key, sweep_flags())
 
 
 def read_part(entries: Table, under: str = "") -> Part:
@@ -151,8 +149,8 @@ def _read_flags(part: Part, kind: str, block: str, entries: Table) -> None:
     columns: Table = {}
     for key, value in entries.items():
         with refusals_name(block):
-            flag = flag_named(key)
-            columns[flag.field] = _plain(flag, key, value) if kind == "base" else _values(flag, key, value)
+            flag = flag_of_a_sweep(key)
+            columns[flag.field] = flag.plain(value, key) if kind == "base" else _values(flag, key, value)
         place = f"{key} in {block}"
         other = part.places.setdefault(flag.field, place)
         if other != place:
@@ -170,21 +168,13 @@ def _read_flags(part: Part, kind: str, block: str, entries: Table) -> None:
         part.axes.append([dict(zip(columns, row, strict=True)) for row in rows])
 
 
-def _values(flag: FlagType, key: str, values: Any) -> list[Any]:
+def _values(flag: Flag, key: str, values: Any) -> list[Any]:
     if not isinstance(values, list):
         shown = "a table" if isinstance(values, dict) else repr(values)
         raise Refused(
-            f"{key} is {shown}; it must be a list of values, each {flag}; what all runs share is for [base]."
+            f"{key} is {shown}; it must be a list of values, each {allowed(flag.hint)}; "
+            "what all runs share is for [base]."
         )
     if not values:
-        raise Refused(f"{key} is an empty list; give it at least one value, {flag}.")
-    return [_plain(flag, f"item {place} of {key}", value) for place, value in enumerate(values, 1)]
-
-
-def _plain(flag: FlagType, name: str, value: Any) -> Any:
-    if not flag.accepts(value):
-        shown = "a table" if isinstance(value, dict) else repr(value)
-        raise Refused(f"{name} is {shown}; it must be {flag}.")
-    if flag.field == "preset" and value not in preset_names():
-        raise Refused(f"{name}: {unknown_name('preset', value, preset_names())}")
-    return flag.plain(value)
+        raise Refused(f"{key} is an empty list; give it at least one value, {allowed(flag.hint)}.")
+    return [flag.plain(value, f"item {place} of {key}") for place, value in enumerate(values, 1)]

@@ -1,6 +1,6 @@
 """Executors by name. One more is one more file, ``bench/sweeps/NAME_executor.py``, with three things in it:
 
-``Options``, a dataclass whose fields are its flags (their names begin with ``NAME_``); ``make(options,
+``Options``, a group of flags (``bench.config.flags``) whose names begin with ``NAME_``; ``make(options,
 wanted)``, which returns an ``Executor`` or raises Refused with what to do; and nothing at import that a
 machine may lack.
 """
@@ -8,13 +8,14 @@ machine may lack.
 from __future__ import annotations
 
 import importlib
-from dataclasses import field, fields, make_dataclass
+from dataclasses import field, fields
 from functools import cache
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, TypeVar
 
 import bench.sweeps
+from bench.config import flags
 from bench.sweeps.executor import Executor, Wanted
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
@@ -33,12 +34,10 @@ def executors() -> dict[str, ModuleType]:
 
 def with_options(config_type: type[Config]) -> type[Config]:
     """Return a dataclass with the fields of ``config_type`` and, in groups, the flags of every executor."""
-    groups = [
-        (f"{name}_options", module.Options, field(default_factory=module.Options))
-        for name, module in executors().items()
-    ]
-    names = {"__doc__": config_type.__doc__}
-    return make_dataclass(config_type.__name__, groups, bases=(config_type,), namespace=names, kw_only=True)
+    groups = {f"{name}_options": module.Options for name, module in executors().items()}
+    namespace: dict[str, Any] = {"__doc__": config_type.__doc__, "__annotations__": groups}
+    namespace |= {name: field(default_factory=options) for name, options in groups.items()}
+    return flags(type(config_type.__name__, (config_type,), namespace))  # pyright: ignore[reportReturnType]
 
 
 def check_name(name: str) -> None:

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.config import Table, by_field, complete, run_flags
 from bench.files import cannot_write, read_toml, refusals_name, utc_now, write_whole
-from bench.flags import Table, checked, complete, run_flags
 from bench.records.foreign import not_linked_out
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
@@ -172,8 +172,6 @@ def _hypothesis(table: Table) -> Hypothesis:
 def _selection(side: str, table: Any) -> Table:
     if not isinstance(table, dict) or not table:
         raise Refused(f'{side} is {table!r}; it must be a table of flags, such as {{ coupler = "GNN" }}.')
-    known = run_flags()
-    try:
-        return {known[name].field: known[name].plain(value) for name, value in checked(table, known).items()}
-    except (Refused, KeyError) as error:
-        raise Refused(f"{side}: {error}") from error
+    with refusals_name(side):
+        values, names = by_field(table, run_flags())
+        return {name: run_flags()[name].plain(value, names[name]) for name, value in values.items()}

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.config import DEFAULT_MAX_STEPS, RunConfig
+from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, config_of, resolved
 from bench.device import resolve_device
-from bench.flags import as_flags, config_of, resolved
 from bench.measure.expected import Training
 from bench.records.schema import Identified, config_dict, run_id
 from bench.records.stale import coupler_of, is_stale, refuse_another_file

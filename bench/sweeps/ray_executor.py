@@ -12,11 +12,11 @@ import re
 import secrets
 import signal
 import socket
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
+from bench.config import flags
 from bench.sweeps import child
 from bench.sweeps.child import End, Work
 from bench.sweeps.cluster import SHARED, ClusterExecutor, lost
@@ -28,7 +28,7 @@ CONNECT_SECONDS = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # of a cluster on this machine: tasks pass no data
 
 
-@dataclass(kw_only=True)
+@flags
 class Options:
     """Flags of --executor ray."""
 

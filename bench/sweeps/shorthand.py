@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.files import refusals_name
-from bench.sweeps.blocks import flag_named
+from bench.sweeps.blocks import flag_of_a_sweep
 from bench.sweeps.spec import Sweep, sweep_of
 from gnnmoe.config import Refused
 
@@ -71,10 +71,6 @@ def _read(word: str) -> tuple[str, list[Any]]:
     key = key.removeprefix("--")
     if not equals or not key:
         raise Refused(f"{word!r} is not FLAG=VALUE,VALUE; write {EXAMPLE}.")
-    flag, values = flag_named(key), []
-    for value in split_values(text):
-        try:
-            values.append(flag.read(value))
-        except ValueError:
-            raise Refused(f"{key} is {value!r}; it must be {flag}.") from None
-    return key, values
+    flag = flag_of_a_sweep(key)
+    words = [value.split() if flag.is_list else value for value in split_values(text)]
+    return key, [flag.plain(flag.read(each), key) for each in words]

@@ -13,11 +13,11 @@ import pickle
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import tyro
 
+from bench.config import Several, flags
 from bench.sweeps.child import End, Work
 from bench.sweeps.cluster import SHARED, ClusterExecutor, lost, refresh
 from bench.sweeps.durations import seconds_of
@@ -30,7 +30,7 @@ SHORTEST_SECONDS = 300.0
 POLL_SECONDS, LOST_SECONDS, AGAIN_SECONDS = 5.0, 15.0, 60.0
 
 
-@dataclass(kw_only=True)
+@flags
 class Options:
     """Flags of --executor slurm."""
 
@@ -38,9 +38,7 @@ class Options:
     """Partition (default: the cluster's)."""
     slurm_time: str = "4h"
     """Time limit of one job: 30m, 4h. A run that takes longer is requeued and goes on from its checkpoint."""
-    slurm_option: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUE")
-    ] = ()
+    slurm_option: Annotated[Several, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """An option of sbatch, such as account=physics, mem=16G, constraint=a100 or exclusive; may be given
     several times."""
 

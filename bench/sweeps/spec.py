@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.config import PlacesConfig
+from bench.config import PlacesConfig, Table, as_flags, complete, defaults, layered, resolved
 from bench.files import read_toml, refusals_name
-from bench.flags import Table, as_flags, complete, defaults, layered, resolved
 from bench.sweeps.blocks import PART_KEYS, TOP_KEYS, Part, check_top_keys, read_part, read_seeds
 from bench.sweeps.condition import Condition
 from gnnmoe.config import Refused

@@ -23,10 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_warnings_plainly()
     try:
         memory = _switched_on(config.memory)
-        run = RunConfig(model=config.model, data=config.data, training=config.training,
-                        memory=replace(memory, tune_init=None), execution=config.execution,
-                        places=config.places)  # fmt: skip
-        return _search(run, memory.tune_init)
+        return _search(replace(config, memory=replace(memory, tune_init=None)), memory.tune_init)
     except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:

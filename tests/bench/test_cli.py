@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import NoReturn
+
 import pytest
 
 from bench.cli import parse
 from bench.config import RunConfig
 from bench.data.corpus import load_corpus
 from bench.run import main
+from gnnmoe.config import Refused
 
 
 def test_the_defaults_are_the_quick_preset_of_the_design():
@@ -55,6 +60,39 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
     assert "False" in done.stdout.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("module", "called", "arguments"),
+    [
+        ("bench.run", "bench.prepare.prepare", []),
+        ("bench.tune", "bench.prepare.prepare", []),
+        ("bench.sweep", "bench.sweep.read_sweep", ["sweep.toml"]),
+        ("bench.report", "bench.analysis.find.the_study", ["study"]),
+        ("bench.speed", "bench.speeding.show.print_records", ["--table", "record"]),
+        ("bench.check", "bench.gate.refuse_wrong_names", []),
+        ("bench.data.__main__", "bench.data.__main__.measure", ["profile"]),
+    ],
+)
+def test_a_refusal_is_one_message_and_a_mistake_of_our_own_a_traceback(
+    module, called, arguments, monkeypatch, capsys
+):
+    command = importlib.import_module(module).main
+    monkeypatch.setattr(called, failing(Refused("yours")))
+    with pytest.raises(SystemExit) as stopped:
+        command(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("error: yours\n")
+    monkeypatch.setattr(called, failing(ValueError("ours")))
+    with pytest.raises(ValueError, match="ours"):
+        command(arguments)
+
+
+def failing(error: Exception) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
 def refusal(capsys, results, *flags: str) -> str:
     """Return what is printed for wrong ``flags``; the status is 2 and nothing was written."""
     with pytest.raises(SystemExit) as stopped:
@@ -75,25 +113,27 @@ def refusal(capsys, results, *flags: str) -> str:
         (["--hgnn-conv-type", "HyperConv"], ["unknown hgnn_conv_type", "Did you mean 'HypergraphConv'"]),
         (["--coupler-option", "bakend=loop"], ["unknown option", "Did you mean 'backend'"]),
         (["--coupler-option", "backend"], ["NAME=VALUE"]),
-        (["--preset", "quik"], ["unknown preset 'quik'", "Did you mean 'quick'"]),
-        (["--preset"], ["unknown preset ''"]),
-        (["--num-expert", "4"], ["--num-expert", "--num-experts"]),
-        (["--num-heads", "3"], ["num_heads is 3", "does not divide embed_dim 64", "1, 2, 4"]),
-        (["--num-experts", "0"], ["num_experts is 0", "at least 1"]),
-        (["--num-experts", "-2"], ["num_experts is -2"]),
-        (["--batch-size", "0"], ["batch_size is 0"]),
-        (["--learning-rate", "-1"], ["learning_rate is -1"]),
-        (["--max-steps", "many"], ["--max-steps", "many"]),
-        (["--num-eval-samples", "0"], ["num_eval_samples is 0"]),
-        (["--device", "tpu"], ["tpu", "cuda"]),
-        (["--vocab-size", "0"], ["vocab_size is 0", "at least 1"]),
-        (["--num-workers-dataloader", "-1"], ["num_workers_dataloader is -1", "0 or more, or auto"]),
-        (["--num-workers-dataloader", "many"], ["--num-workers-dataloader", "many"]),
+        (["--preset", "quik"], ["--preset is 'quik'", "'baseline', 'full'", "Did you mean 'quick'"]),
+        (["--preset"], ["--preset has no value", "'baseline', 'full'"]),
+        (["--num-expert", "4"], ["unknown flag '--num-expert'", "Did you mean '--num-experts'?"]),
+        (["--num-heads", "3"], ["--num-heads is 3", "does not divide embed_dim 64", "1, 2, 4"]),
+        (["--num-experts", "0"], ["--num-experts is 0", "at least 1"]),
+        (["--num-experts", "-2"], ["--num-experts is -2"]),
+        (["--batch-size", "0"], ["--batch-size is 0"]),
+        (["--learning-rate", "-1"], ["--learning-rate is -1", "greater than 0"]),
+        (["--max-steps", "many"], ["--max-steps is 'many'", "a whole number of at least 1 or"]),
+        (["--max-steps"], ["--max-steps has no value", "a whole number"]),
+        (["--seed=1", "more"], ["'more' belongs to no flag"]),
+        (["--num-eval-samples", "0"], ["--num-eval-samples is 0"]),
+        (["--device", "tpu"], ["--device is 'tpu'", "'cpu', 'cuda'"]),
+        (["--vocab-size", "0"], ["--vocab-size is 0", "at least 1"]),
+        (["--num-workers-dataloader", "-1"], ["is -1", "a whole number of at least 0 or 'auto'"]),
+        (["--num-workers-dataloader", "many"], ["--num-workers-dataloader is 'many'"]),
         (["--coupler", ":Class"], ["package.module:Class"]),
-        (["--learning-rate", "inf"], ["learning_rate is inf", "finite"]),
-        (["--weight-decay", "nan"], ["weight_decay", "finite"]),
-        (["--study", "a/b"], ["study", "plain folder name"]),
-        (["--study", ".."], ["study", "plain folder name"]),
+        (["--learning-rate", "inf"], ["--learning-rate is inf", "a finite number"]),
+        (["--weight-decay", "nan"], ["--weight-decay is nan", "a finite number of at least 0"]),
+        (["--study", "a/b"], ["--study is ", "plain folder name"]),
+        (["--study", ".."], ["--study is ", "plain folder name"]),
         (["--data-source", "embedded", "--dataset-name", "wikitext"], ["asked for wikitext", "pydoc-topics"]),
         (["--data-source", "folder"], ["needs a folder", "--data-dir"]),
     ],

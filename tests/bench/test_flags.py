@@ -10,8 +10,7 @@ import pytest
 from bench.__main__ import commands
 from bench.__main__ import main as list_commands
 from bench.cli import parse
-from bench.config import ModelConfig, RunConfig
-from bench.flags import PRESETS, flag_types, preset_names
+from bench.config import PRESETS, ModelConfig, RunConfig, flags_of, preset_names
 from bench.prepare import prepare
 
 # Flag of the original, value on the command line (None: a switch), group, field, value in the config.
@@ -95,7 +94,7 @@ def test_full_uses_all_of_the_text():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_holds_flags_by_their_field_names(name):
-    known = flag_types(RunConfig)
+    known = flags_of(RunConfig)
     for key in tomllib.loads((PRESETS / f"{name}.toml").read_text()):
         assert known[key].field == key
 

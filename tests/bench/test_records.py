@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.config import RunConfig
-from bench.flags import config_of, run_flags
+from bench.config import RunConfig, config_of, run_flags
 from bench.measure.quantity import is_measured, not_measured
 from bench.records.schema import KEYS, config_dict, configuration_id, identity, new_record
 from bench.records.schema import run_id as schema_run_id

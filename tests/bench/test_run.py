@@ -187,11 +187,11 @@ def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys)
     [
         (torch.OutOfMemoryError("no memory"), "oom", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom", 1),
-        (RuntimeError("shape mismatch"), "crashed", 1),
+        (ValueError("shape mismatch"), "crashed", 1),
         (KeyboardInterrupt(), "interrupted", 130),
     ],
 )
-def test_whatever_happens_the_record_is_written(tiny, monkeypatch, error, status, exit_status):
+def test_whatever_happens_the_record_is_written(tiny, monkeypatch, capsys, error, status, exit_status):
     def failing(*_):
         raise error
 
@@ -200,6 +200,7 @@ def test_whatever_happens_the_record_is_written(tiny, monkeypatch, error, status
     folder, record = only_run(results_of(tiny))
     assert record["status"] == status
     assert record["time"]["end"] is not None
+    assert ("Traceback" in capsys.readouterr().err) == (status == "crashed")
     assert not list(folder.glob(".*")), "no half-written file stays"
 
 

@@ -304,7 +304,7 @@ class TestCommand:
         ("--suite gpu --coupler GNN --compile", "--suite gpu has its own compile, coupler and its options"),
         ("--coupler GNN --data-dir .", "--data-dir is the text of --suite cpu"),
         ("--precision tf32 --device cpu", "tf32"),
-        ("--compile-mode reduce-overhead", "compile_mode reduce-overhead does nothing without --compile"),
+        ("--compile-mode reduce-overhead", "--compile-mode reduce-overhead does nothing without --compile"),
         ("--name ../elsewhere", "plain folder name"),
         ("--page x.md", "--page writes the tables of --table RECORD"),
         ("--table nowhere", "nowhere holds no record of bench.speed"),

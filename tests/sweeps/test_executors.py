@@ -17,10 +17,11 @@ ONE_FILE = '''
 """A toy: runs one task after another, while it starts them."""
 
 import subprocess
-from dataclasses import dataclass
+from bench.config import flags
+from gnnmoe.config import Refused
 
 
-@dataclass(kw_only=True)
+@flags
 class Options:
     toy_greeting: str = "hello"
     """What it says."""
@@ -28,7 +29,7 @@ class Options:
 
 def make(options, wanted):
     if options.toy_greeting == "go away":
-        raise ValueError("the toy is offended.")
+        raise Refused("the toy is offended.")
     return ToyExecutor(options.toy_greeting)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_a_job_asks_for_what_its_run_needs(tmp_path):
         "srun_args": ["--cpus-per-task=8"], "signal_delay_s": 90,
         "additional_parameters": {"requeue": True, "account": "a=b", "exclusive": True},
     }  # fmt: skip
-    options.slurm_option = ("gres=gpu:a100:2",)
+    options = replace(options, slurm_option=("gres=gpu:a100:2",))
     assert "gpus_per_node" not in parameters_for(options, wanted)
     with pytest.raises(ValueError, match="slurm_time is '2m'; it must be 5m or more"):
         parameters_for(Options(slurm_time="2m"), wanted)

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.cli import parse
-from bench.config import RunConfig
-from bench.flags import complete, config_of, defaults
+from bench.config import RunConfig, complete, config_of, defaults
 from bench.sweeps.spec import Sweep, load_sweep, sweep_of
 
 
@@ -91,9 +90,9 @@ def test_blocks_and_keys_keep_the_order_of_the_file(load):
 
 
 def test_a_list_of_options_is_one_value(load):
-    sweep = load('[grid]\ncoupler_option = [[], ["k=2"], ["k=2", "backend=loop"]]\nadam_betas = [[0, 1]]')
+    sweep = load('[grid]\ncoupler_option = [[], ["k=2"], ["k=2", "backend=loop"]]\nadam_betas = [[0, 0.5]]')
     assert [run.arguments() for run in sweep.runs] == [
-        [*options, "--adam-betas", "0.0", "1.0", "--seed=0"]
+        [*options, "--adam-betas", "0.0", "0.5", "--seed=0"]
         for options in (
             [],
             ["--coupler-option=k=2"],

@@ -319,16 +319,16 @@ def test_a_run_has_its_id_before_the_search_and_a_micro_batch_counts(tiny):
     [
         (["--micro-batch-size", "3"], "does not divide the batch of 4; the nearest that does is 2"),
         (["--micro-batch-size", "4", "--batch-schedule", "0:4,1:6"], "4 and 6; the nearest that does is 2"),
-        (["--micro-batch-size", "0"], "micro_batch_size is 0"),
-        (["--memory-target", "1.5"], "memory_target is 1.5; it must lie in (0, 1]"),
-        (["--memory-target", "0"], "it must lie in (0, 1]"),
+        (["--micro-batch-size", "0"], "--micro-batch-size is 0; it must be a whole number of at least 1"),
+        (["--memory-target", "1.5"], "--memory-target is 1.5; it must be a number in (0, 1]"),
+        (["--memory-target", "0"], "it must be a number in (0, 1]"),
         (["--tune-batch-size", "--memory-budget", "16 apples"], "apples"),
         (["--tune-batch-size", "--memory-budget", "1KiB"], "is smaller than"),
         (["--tune-batch-size", "--tune-init", "3"], "tune_init is 3, which does not divide"),
         (["--tune-batch-size", "--micro-batch-size", "2"], "drop micro_batch_size, or the search"),
         (["--memory-budget", "1XB"], "unknown unit 'XB'"),
         (["--memory-budget", "0"], "has no unit and is no share in (0, 1]"),
-        (["--shape-length-step", "0"], "shape_length_step is 0"),
+        (["--shape-length-step", "0"], "--shape-length-step is 0"),
         (["--tune-batch-size", "--tune-init", "4", "--tune-max-batch-size", "2"],
          "tune_init is 4, above the tune_max_batch_size of 2"),
         (["--control-memory", "--micro-batch-size", "4", "--tune-max-batch-size", "2"],
@@ -406,7 +406,8 @@ def test_a5_the_smallest_curriculum_epoch_binds(tiny, flags):
     assert (smallest < len(prepared.loaders["train"].dataset_obj)) == bool(flags)
     assert most(prepared, any_size=True) == smallest // 3
     assert most(prepared) == 4, "no micro-batch is larger than the batch"
-    config.memory.tune_max_batch_size = 2
+    config = replace(config, memory=replace(config.memory, tune_max_batch_size=2))
+    prepared = replace(prepared, config=config)
     assert most(prepared, any_size=True) == most(prepared) == 2
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bench.portrait import Portrait
-    from bench.portrait.show import Row
+    from bench.portrait.show import CheckedCoupler
     from gnnmoe.config import GNNMoEConfig
 
 ANY_VOCABULARY = 64  # the gate's models are small; no coupler sees the vocabulary
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from bench.device import is_out_of_memory
     from bench.gate import refuse_wrong_names, run_gate
-    from bench.portrait.show import Row, show_portrait
+    from bench.portrait.show import CheckedCoupler, show_portrait
 
     model = config.model.resolved(ANY_VOCABULARY)
     console = Console(highlight=False)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         fail("memory ran out, so nothing is known of the coupler; check it at a smaller width or length.")
-    row = Row(model.coupler_type, report, portrait_or_reason(model, config.seed))
+    row = CheckedCoupler(model.coupler_type, report, portrait_or_reason(model, config.seed))
     show(row, model, console)
     show_portrait(row.portrait, console)
     return 0 if row.passed else 1
@@ -72,19 +72,19 @@ def check_all(model: GNNMoEConfig, seed: int, console: Console) -> int:
 
     from bench.gate import refuse_wrong_hypergraph, run_gate
     from bench.portrait import list_couplers
-    from bench.portrait.show import Row, show_all
+    from bench.portrait.show import CheckedCoupler, show_all
 
     try:
         refuse_wrong_hypergraph(model)  # names that the flags give, and no entry has
         entries, left_out = list_couplers(model)
     except Refused as error:
         fail(str(error))
-    rows: list[Row] = []
+    rows: list[CheckedCoupler] = []
     with Console(stderr=True).status("checking …") as status:
         for number, entry in enumerate(entries, start=1):
             status.update(f"checking {entry.name} ({number} of {len(entries)}) …")
             report = run_gate(entry.config, seed=seed)
-            rows.append(Row(entry.name, report, portrait_or_reason(entry.config, seed)))
+            rows.append(CheckedCoupler(entry.name, report, portrait_or_reason(entry.config, seed)))
     show_all(rows, left_out, console)
     return 0 if all(row.passed for row in rows) else 1
 
@@ -102,7 +102,7 @@ def portrait_or_reason(model: GNNMoEConfig, seed: int) -> Portrait | str:
         return f"it raised {type(error).__name__}: {error}"
 
 
-def show(row: Row, config: GNNMoEConfig, console: Console) -> None:
+def show(row: CheckedCoupler, config: GNNMoEConfig, console: Console) -> None:
     """Print a table of the checks and one sentence."""
     from rich.table import Table
     from rich.text import Text

@@ -110,7 +110,7 @@ def release_freed_memory() -> None:
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[T]):
+class Attempted(Generic[T]):
     """What came of an attempt: a value, or why memory ran out."""
 
     value: T | None = None
@@ -123,7 +123,7 @@ class Outcome(Generic[T]):
         return self.failure is None
 
 
-def attempt(function: Callable[[], T]) -> Outcome[T]:
+def attempt(function: Callable[[], T]) -> Attempted[T]:
     """Run ``function``; where it runs out of memory, free all that it held and say so.
 
     Only running out of memory is caught (``is_out_of_memory``). What ``function`` gave to others,
@@ -138,18 +138,18 @@ def attempt(function: Callable[[], T]) -> Outcome[T]:
         failure = f"{type(error).__name__}: {_without_neighbours(str(error))}"
         _clear_frames(error)
     if failure is None:
-        return Outcome(value=value)
+        return Attempted(value=value)
     # Only here are the error, its traceback and the frames in it gone, and with them their tensors.
     recover()
-    return Outcome(failure=failure)
+    return Attempted(failure=failure)
 
 
-def at_once(function: Callable[[], T]) -> Outcome[T]:
+def at_once(function: Callable[[], T]) -> Attempted[T]:
     """Run ``function`` as ``attempt`` does, but let an out of memory come out.
 
     For steps of several ranks: the others wait in a sum for one that failed, and none can go back.
     """
-    return Outcome(value=function())
+    return Attempted(value=function())
 
 
 def _without_neighbours(text: str) -> str:

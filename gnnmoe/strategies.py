@@ -20,7 +20,6 @@ from typing import Any
 from gnnmoe.config import Refused
 from gnnmoe.hyperedge_file import read_hyperedges
 from gnnmoe.naming import unknown_name
-from gnnmoe.strategy_text import REQUIRED as REQUIRED
 from gnnmoe.strategy_text import Parameters, read_arguments
 
 Members = tuple[int, ...]  # sorted
@@ -196,20 +195,6 @@ def strategy_identity(strategy: str, num_experts: int | None = None) -> str:
         arguments["m"] = _number_drawn(num_experts, arguments["k"], arguments["m"])
     listed = ",".join(f"{key}={value}" for key, value in arguments.items())
     return f"{name}:{listed}" if listed else name
-
-
-def strategy_arguments(name: str) -> dict[str, Any]:
-    """Return each argument's default, in the order of the signature; ``REQUIRED`` where it has none.
-
-    Raises:
-        Refused: there is no such strategy.
-    """
-    return {key: parameter.default for key, parameter in _parameters(name).items()}
-
-
-def default_strategies() -> list[str]:
-    """Return the names that can stand without arguments."""
-    return [name for name in STRATEGIES if REQUIRED not in strategy_arguments(name).values()]
 
 
 def _parameters(name: str) -> Parameters:

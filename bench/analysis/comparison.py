@@ -14,7 +14,7 @@ import numpy as np
 
 from bench.analysis import quantities
 from bench.analysis.articles import article_interval
-from bench.analysis.marginal import Cost, any_measured, marginal_cost, training_flops
+from bench.analysis.marginal import CostOverMean, any_measured, cost_over_mean, training_flops
 from bench.analysis.over_seeds import Interval, Summary, losses, summary
 from bench.analysis.significance import bca_interval
 from bench.analysis.statistics import Paired, Verdict, compare_family
@@ -53,7 +53,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One configuration of a comparison."""
 
     configuration: Configuration
@@ -67,7 +67,7 @@ class Row:
     flops_per_token: float | None
     against: Difference | None
     """None for the reference itself, and where the two share no seed."""
-    cost: Cost | None
+    cost: CostOverMean | None
     """None without a mean coupler to compare with."""
 
 
@@ -77,7 +77,7 @@ class Comparison:
 
     group: Group
     reference: Configuration
-    rows: list[Row]
+    rows: list[ComparisonRow]
     """The reference first, then by loss; what was not measured last."""
     pairs: list[Difference]
     """Every pair once: those with the reference as in ``rows``, then the others, judged together."""
@@ -146,14 +146,14 @@ def difference_family(pairs: Sequence[tuple[Configuration, Configuration]]) -> l
     ]
 
 
-def _row(configuration: Configuration, group: Group, against: Difference | None) -> Row:
+def _row(configuration: Configuration, group: Group, against: Difference | None) -> ComparisonRow:
     record = any_measured(configuration)
-    return Row(
+    return ComparisonRow(
         configuration, losses(configuration), losses(configuration, "test"),
         summary(configuration, quantities.tokens_per_second),
         summary(configuration, quantities.median_step_seconds),
         summary(configuration, quantities.peak_memory_bytes),
         None if record is None else record["parameters"]["total"],
         None if record is None else record["parameters"]["coupler"],
-        training_flops(record), against, marginal_cost(configuration, group),
+        training_flops(record), against, cost_over_mean(configuration, group),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.analysis import quantities
-from bench.analysis.comparison import Comparison, Difference, Row
+from bench.analysis.comparison import Comparison, ComparisonRow, Difference
 from bench.analysis.numbers import (
     Interval,
     counted,
@@ -88,7 +88,7 @@ def simple_models(group: Group) -> dict[str, float]:
     return found
 
 
-def _figures(row: Row) -> Cells:
+def _figures(row: ComparisonRow) -> Cells:
     against, cost, loss = row.against, row.cost, row.loss
     low, high = perplexities(loss.interval) or (None, None)
     paired = None if against is None else against.paired
@@ -116,7 +116,7 @@ def _figures(row: Row) -> Cells:
     }  # fmt: skip
 
 
-def _texts(row: Row, comparison: Comparison) -> Cells:
+def _texts(row: ComparisonRow, comparison: Comparison) -> Cells:
     against, cost, loss = row.against, row.cost, row.loss
     verdict = "reference" if row.configuration is comparison.reference else ""
     value = None if loss.mean is None else exp_or_infinity(loss.mean)
@@ -200,7 +200,7 @@ def code_warnings(comparison: Comparison) -> list[str]:
     return [mixed] * codes.mixed + [f"{codes.silent()}."] * bool(codes.silent())
 
 
-def code_mark(row: Row, comparison: Comparison) -> str:
+def code_mark(row: ComparisonRow, comparison: Comparison) -> str:
     """Return the mark of a row that another version of the code made than most of its table, else nothing."""
     codes = codes_of(comparison.group.runs).runs
     own = {id(run) for run in row.configuration.runs}

@@ -20,7 +20,7 @@ OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_optio
 
 
 @dataclass(frozen=True)
-class Cost:
+class CostOverMean:
     """What a configuration costs beside the same model with the mean coupler.
 
     Where every run timed both models in turn (``--marginal``), these are the figures; else those of the
@@ -69,7 +69,7 @@ def training_flops(record: Record | None) -> float | None:
     return record["flops"]["training_flops_per_token"]
 
 
-def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
+def cost_over_mean(configuration: Configuration, group: Group) -> CostOverMean | None:
     """Return what a configuration costs beside its mean coupler; None for that one, or without one."""
     means = [other for other in group.configurations
              if other.coupler == "mean" and _same_model(other, configuration)]  # fmt: skip
@@ -85,10 +85,10 @@ def marginal_cost(configuration: Configuration, group: Group) -> Cost | None:
     records = [any_measured(one) for one in (configuration, mean)]
     sizes = [None if record is None else record["parameters"]["total"] for record in records]
     flops = [training_flops(record) for record in records]
-    return Cost(mean, False, ratio, added, *(_less(*pair) for pair in (memory, sizes, flops)))
+    return CostOverMean(mean, False, ratio, added, *(_less(*pair) for pair in (memory, sizes, flops)))
 
 
-def _in_turn(configuration: Configuration, mean: Configuration | None) -> Cost | None:
+def _in_turn(configuration: Configuration, mean: Configuration | None) -> CostOverMean | None:
     """Return the cost by what each run timed itself; None unless every one did."""
     found = {seed: quantities.of_speed(run.record, "marginal") for seed, run in configuration.counted.items()}
     if not found or None in found.values():
@@ -98,7 +98,7 @@ def _in_turn(configuration: Configuration, mean: Configuration | None) -> Cost |
     added = {seed: difference_of_medians(*both) for seed, both in times.items()}
     memory = [one["peak_allocated_bytes"] for one in found.values()]
     first = next(iter(found.values()))
-    return Cost(
+    return CostOverMean(
         mean, True, Summary(ratio), Summary(added),
         statistics.fmean(memory) if all(map(is_measured, memory)) else None,
         first["parameters"], first["training_flops_per_token"],

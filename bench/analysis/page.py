@@ -11,8 +11,6 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,8 @@ from bench.analysis.provenance import Kind, RunFacts, kinds_of, run_facts
 from bench.analysis.report import Report
 from bench.analysis.tables import Table
 from bench.records.foreign import visible
-from gnnmoe.config import Refused
 
-FIGURES = re.compile(r'<script type="application/json" id="figures">(.*?)</script>', re.DOTALL)
-UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 OPTION = re.compile(r"(?<= )(?=--)")
 NUMBERED = re.compile(r"(hyperedge_weights(?:_over_steps)?)_(\d+)(_\d+)?")
 TITLES = {
@@ -109,36 +105,19 @@ def study_arguments(path: Path) -> str:
     return f"{shlex.quote(place.name)} --results-dir {shlex.quote(str(place.parent))}"
 
 
-def figures_of_page(html: str) -> dict[str, Any]:
-    """Return the figures that a page holds, as ``page_tables.figures`` gives them.
-
-    Raises:
-        Refused: it holds none, or they cannot be read.
-    """
-    found = FIGURES.search(html)
-    if found is None:
-        raise Refused("it holds no figures: it is no page of a report, or was cut short")
-    return json.loads(found[1])
-
-
 def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("bench.analysis"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_safe,
+        trim_blocks=True, lstrip_blocks=True, finalize=_showable,
     )  # fmt: skip
     environment.filters |= {"csp_hash": _csp_hash, "options": OPTION.split}
     return environment.get_template("report.html.j2")
 
 
-def _safe(value: Any) -> Any:
-    """Return text escaped, all else as it is."""
-    return _escaped(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-@lru_cache(maxsize=10_000)  # labels and statuses come again in every row
-def _escaped(text: str) -> Markup:
-    """Return text with everything escaped; what HTML cannot hold is "�", and a CR stays one."""
-    return Markup(escape(UNSHOWABLE.sub("\ufffd", text)).replace("\r", "&#13;"))
+def _showable(value: Any) -> Any:
+    """Return text with "�" for what HTML cannot hold, all else as it is; jinja2 escapes it."""
+    plain = isinstance(value, str) and not isinstance(value, Markup)
+    return UNSHOWABLE.sub("\ufffd", value) if plain else value
 
 
 def _csp_hash(script: str) -> str:

@@ -18,11 +18,11 @@ from gnnmoe.config import Refused
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
 ANEW = "delete it with its folder, or make the report in another one with --out."
-Options = dict[str, Any]
+ReportOptions = dict[str, Any]
 """What a report was made with: reference, allow_unequal, hypotheses, when stated; and its files' hashes."""
 
 
-def write_report(report: Report, options: Options, folder: Path, plots: bool = True) -> list[Path]:
+def write_report(report: Report, options: ReportOptions, folder: Path, plots: bool = True) -> list[Path]:
     """Write page, summary, tables and plots into ``folder``; what an earlier report left over goes.
 
     Each file is there whole or not at all, and nothing that no report wrote is touched.
@@ -73,7 +73,7 @@ def _own_path(folder: Path, name: str) -> Path:
     return path
 
 
-def _write(path: Path, options: Options) -> None:
+def _write(path: Path, options: ReportOptions) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = {**options, "hypotheses": [asdict(found) for found in options["hypotheses"]]}
     write_whole(path, (json.dumps(stored, indent=2) + "\n").encode())
@@ -85,7 +85,7 @@ def text_files(report: Report) -> dict[str, str]:
     return {**tables, SUMMARY: _summary(report)}
 
 
-def read_options(folder: Path) -> Options:
+def read_options(folder: Path) -> ReportOptions:
     """Return what the report in ``folder`` was made with, its hypotheses as ``Hypothesis``.
 
     Raises:

@@ -7,7 +7,7 @@ import textwrap
 from rich.console import Console
 from rich.markup import escape
 
-from bench.analysis.comparison import Comparison, Row
+from bench.analysis.comparison import Comparison, ComparisonRow
 from bench.analysis.comparison_tables import any_unknown, code_mark, code_warnings, reference_lines
 from bench.analysis.numbers import number, perplexities, share, signed, span
 from bench.analysis.over_seeds import unknown_words
@@ -71,7 +71,7 @@ def _table(comparison: Comparison) -> PlainTable:
     return table
 
 
-def _cells(row: Row, comparison: Comparison) -> list[str]:
+def _cells(row: ComparisonRow, comparison: Comparison) -> list[str]:
     label, loss, against = row.configuration.label + code_mark(row, comparison), row.loss, row.against
     if loss.mean is None:
         return [label, "0", "", "", row.configuration.statuses()]

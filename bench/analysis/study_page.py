@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.analysis.comparison import Row
+from bench.analysis.comparison import ComparisonRow
 from bench.analysis.comparison_tables import reference_lines
 from bench.analysis.numbers import (
     mebibytes,
@@ -93,7 +93,7 @@ def _table(section: Section) -> str:
     return tabulate(escaped[1:], escaped[0], tablefmt="github", disable_numparse=True)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ComparisonRow) -> list[str]:
     loss, against, cost = row.loss, row.against, row.cost
     if loss.mean is None:
         return [row.configuration.label, "0", "", "", "", "", row.configuration.statuses(), "", "", ""]

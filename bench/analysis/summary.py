@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,7 +13,7 @@ from rich.text import Text
 from bench.analysis import quantities
 from bench.analysis.numbers import in_parts, mebibytes, number, percent, share, signed
 from bench.measure.quantity import is_measured
-from bench.measure.rates import difference_of_medians, paired_ratios, percentile
+from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.records.foreign import shown, visible
 from bench.records.schema import Record
 
@@ -164,7 +165,7 @@ def _speed(record: Record) -> str:
     if rate is None or median is None:
         return ""
     speed = record["speed"]
-    ends = ", ".join(f"p{q} {1e3 * percentile(speed['step_seconds'], q):,.0f}" for q in (10, 90, 99))
+    ends = ", ".join(f"p{q} {1e3 * np.percentile(speed['step_seconds'], q):,.0f}" for q in (10, 90, 99))
     steps = f"{len(speed['step_seconds'])} steps" + ("" if speed["steady"] else ", not steady")
     parts = [f"{rate:,.0f} tokens/s, median step {median * 1e3:,.0f} ms ({ends}; {steps})"]
     utilisation, waiting = quantities.utilisation(record), quantities.data_share(record)
@@ -187,7 +188,7 @@ def _marginal(record: Record) -> str:
         return ""
     ours, theirs = found["step_seconds"], found["reference_step_seconds"]
     ratios = paired_ratios(ours, theirs)
-    low, median, high = (percent(percentile(ratios, q)) for q in (10, 50, 90))
+    low, median, high = map(percent, np.percentile(ratios, [10, 50, 90]))
     memory = found["peak_allocated_bytes"]
     parts = [
         f"{median} of a step (p10 {low}, p90 {high})",

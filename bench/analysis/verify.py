@@ -12,14 +12,16 @@ from pathlib import Path
 from bench.analysis.numbers import counted
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
-from bench.analysis.report_files import OPTIONS, PAGE, Options, read_options, text_files
+from bench.analysis.report_files import OPTIONS, PAGE, ReportOptions, read_options, text_files
 from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums, redaction
 from bench.analysis.study import Run
 from bench.measure.quantity import is_measured
 from gnnmoe.config import Refused
 
 
-def verify(study: Path, folder: Path, make: Callable[[Options | None], Report]) -> tuple[list[str], str]:
+def verify(
+    study: Path, folder: Path, make: Callable[[ReportOptions | None], Report]
+) -> tuple[list[str], str]:
     """Return what differs, and in words what was held against what.
 
     Args:
@@ -123,7 +125,7 @@ def _changed(study: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]
             yield name, f"{name} is not what was published"
 
 
-def _problems_of_report(report: Report, options: Options, folder: Path) -> Iterator[str]:
+def _problems_of_report(report: Report, options: ReportOptions, folder: Path) -> Iterator[str]:
     """Yield where the written report differs from its records.
 
     Tables, summary, the data of the plots and the page (with the drawings of the folder) are made again and

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.analysis.comparison import Comparison, Row
-from bench.analysis.marginal import Cost
+from bench.analysis.comparison import Comparison, ComparisonRow
+from bench.analysis.marginal import CostOverMean
 from bench.analysis.numbers import counted, mebibytes, p_value, percent, perplexities, signed, span
 from bench.analysis.quantities import exp_or_infinity
 from bench.sweeps.seeds import seeds_needed
@@ -42,7 +42,7 @@ def _about_best(comparison: Comparison) -> list[str]:
     return ["No configuration is better than every other one beyond the noise."]
 
 
-def _sentence(row: Row, comparison: Comparison) -> str:
+def _sentence(row: ComparisonRow, comparison: Comparison) -> str:
     against = row.against
     assert against is not None, "the caller's"
     paired, name = against.paired, comparison.reference.label
@@ -65,7 +65,7 @@ def _sentence(row: Row, comparison: Comparison) -> str:
     return f"{text}.{_cost(row.cost)}"
 
 
-def _cost(cost: Cost | None) -> str:
+def _cost(cost: CostOverMean | None) -> str:
     """Return what a configuration costs over the mean coupler."""
     if cost is None:
         return ""

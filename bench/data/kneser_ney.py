@@ -16,7 +16,6 @@ from gnnmoe.config import Refused
 ORDER = 3
 DISCOUNT = 0.75  # Jurafsky and Martin, Speech and Language Processing, "Kneser-Ney smoothing"
 LARGEST_VOCABULARY = 2_097_151  # V³ stays below 2⁶³
-_FALLBACK = np.array([0.0, 0.5, 1.0, 1.5])  # KenLM's, where counts of counts give no usable discounts
 
 
 class KneserNey:
@@ -24,40 +23,35 @@ class KneserNey:
 
     For each order k, from the trigram down to the unigram, with c the counts of that order,
 
-        p_k(w | h) = max(c(h w) − D(c(h w)), 0) / Σ_v c(h v) + λ(h) · p_{k−1}(w | h without its first)
-        λ(h) = Σ_v D(c(h v)) / Σ_v c(h v)
+        p_k(w | h) = max(c(h w) − D, 0) / Σ_v c(h v) + λ(h) · p_{k−1}(w | h without its first)
+        λ(h) = D · |{v : c(h v) > 0}| / Σ_v c(h v)
 
-    and p_0(w) = 1 / V, so that a word never seen keeps some mass. For trigrams c is how often the
-    trigram stands in the stream. For bigrams and unigrams c is how many different tokens stand in
+    with D = 0.75 and p_0(w) = 1 / V, so that a word never seen keeps some mass. For trigrams c is how
+    often the trigram stands in the stream. For bigrams and unigrams c is how many different tokens stand in
     front of them there (continuation counts). A context never seen leaves all to the order below.
     The sum over the vocabulary is 1 for any context.
 
-    ``discount``: a number in (0, 1], one D for all orders and counts; or None for modified
-    Kneser-Ney, three discounts for each order (see ``modified_discounts``). On WikiText-2 the test
-    perplexity is 235.4 with D = 0.75, the textbook's value, and 224.4 modified.
-
-    Kneser and Ney, "Improved backing-off for m-gram language modeling", ICASSP 1995; interpolated
-    and modified as in Chen and Goodman, "An empirical study of smoothing techniques for language
-    modeling", Computer Speech and Language 13, 1999.
+    Kneser and Ney, "Improved backing-off for m-gram language modeling", ICASSP 1995; interpolated as
+    in Chen and Goodman, "An empirical study of smoothing techniques for language modeling", Computer
+    Speech and Language 13, 1999. On WikiText-2 the test perplexity is 235.4.
 
     Shapes: ``train_stream`` (n + 1,) ids in 0 .. vocab_size − 1, three of them at least. N-grams may
     span the lines of the text: the stream is continuous, as it is for the models it is compared with.
 
     Raises:
-        Refused: too few tokens, ids out of range, a vocabulary too large, or a discount out of range.
+        Refused: too few tokens.
+        ValueError: ids out of range, or a vocabulary too large.
     """
 
-    def __init__(self, train_stream: np.ndarray, vocab_size: int, discount: float | None = DISCOUNT) -> None:
+    def __init__(self, train_stream: np.ndarray, vocab_size: int) -> None:
         if not 1 <= vocab_size <= LARGEST_VOCABULARY:
             raise ValueError(f"vocab_size must lie in 1..{LARGEST_VOCABULARY:,}; got {vocab_size:,}")
-        if discount is not None and not 0 < discount <= 1:
-            raise ValueError(f"discount must lie in (0, 1], or be None; got {discount}")
         if len(train_stream) < ORDER:
             raise Refused(f"a trigram model needs {ORDER} tokens of training; got {len(train_stream)}")
         self.vocab_size = vocab_size
         stream = _checked(train_stream, vocab_size)
         counted = [_counts(stream, order, vocab_size) for order in range(1, ORDER + 1)]
-        self._levels = [_Level.build(keys, counts, vocab_size, discount) for keys, counts in counted]
+        self._levels = [_Level.build(keys, counts, vocab_size) for keys, counts in counted]
 
     def probability(self, ngrams: np.ndarray) -> np.ndarray:
         """Return p(last id | the ids before it), (N,) float64, of ``ngrams`` (N, k), k = 1, 2 or 3.
@@ -90,29 +84,12 @@ class KneserNey:
         return -np.log(p)
 
 
-def token_nll(
-    train_stream: np.ndarray, stream: np.ndarray, vocab_size: int, discount: float | None = DISCOUNT
-) -> np.ndarray:
+def token_nll(train_stream: np.ndarray, stream: np.ndarray, vocab_size: int) -> np.ndarray:
     """Return −ln p of each target of ``stream``, (n,) float64 in nats, by a model of ``train_stream``.
 
     See ``KneserNey`` for the formula and the errors, ``KneserNey.token_nll`` for contexts.
     """
-    return KneserNey(train_stream, vocab_size, discount).token_nll(stream)
-
-
-def modified_discounts(counts: np.ndarray) -> np.ndarray:
-    """Return D(0), D(1), D(2) and D(3 and more) of Chen and Goodman 1999, (4,) float64.
-
-    With n_i the number of n-grams counted i times and Y = n₁ / (n₁ + 2 n₂), D(i) = i − (i + 1) · Y ·
-    n_{i+1} / n_i. Where these do not exist or D(i) is not in (0, i], as in very small texts, all three
-    are 0.5, 1 and 1.5 (the fall-back of KenLM, Heafield et al. 2013).
-    """
-    n = np.bincount(np.minimum(counts, 5), minlength=6).astype(np.float64)
-    if not n[1:5].all():
-        return _FALLBACK
-    i = np.arange(1, 4)
-    found = i - (i + 1) * n[1] / (n[1] + 2 * n[2]) * n[2:5] / n[1:4]
-    return np.concatenate([[0.0], found]) if np.all((found > 0) & (found <= i)) else _FALLBACK
+    return KneserNey(train_stream, vocab_size).token_nll(stream)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,14 +102,12 @@ class _Level:
     backoff: np.ndarray
 
     @classmethod
-    def build(cls, keys: np.ndarray, counts: np.ndarray, vocab_size: int, discount: float | None) -> _Level:
+    def build(cls, keys: np.ndarray, counts: np.ndarray, vocab_size: int) -> _Level:
         """Return the level of sorted ``keys`` with ``counts``, both (n-grams,) int64."""
-        of_count = modified_discounts(counts) if discount is None else np.array([0.0, *[discount] * 3])
-        taken = of_count[np.minimum(counts, 3)]
         contexts, starts, lengths = np.unique(keys // vocab_size, return_index=True, return_counts=True)
         totals = np.add.reduceat(counts, starts)
-        share = (counts - taken) / np.repeat(totals, lengths)
-        return cls(keys, share, contexts, np.add.reduceat(taken, starts) / totals)
+        share = (counts - DISCOUNT) / np.repeat(totals, lengths)
+        return cls(keys, share, contexts, DISCOUNT * lengths / totals)
 
 
 def _counts(stream: np.ndarray, order: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

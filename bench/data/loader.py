@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch.utils.data import DataLoader
 
-from bench.data.block_loader import (
-    BlockLoader,
-    LoaderChangedError,
-    check_unchanged,
-    set_batch_size,
-    set_epoch,
-)
 from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
-from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, resolve_shard
+from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, SetOnce, resolve_shard
 from bench.schedule import BatchSchedule
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
+from gnnmoe.seeds import stream_seed
 
-__all__ = [
-    "BlockLoader", "EpochBatchSampler", "LoaderChangedError",
-    "check_unchanged", "create_loader", "set_batch_size", "set_epoch",
-]  # fmt: skip
 _SPLIT_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+
+
+class BlockLoader(SetOnce, DataLoader[Any]):
+    """A plain torch loader of blocks that knows its corpus; only ``set_epoch`` changes it."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        blocks: TrainBlocks | EvalWindows,
+        sampler: EpochBatchSampler,
+        num_workers: int,
+        pin_memory: bool,
+    ) -> None:
+        super().__init__(
+            blocks,
+            batch_sampler=sampler,
+            collate_fn=_identity,  # the blocks hand out whole batches
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_ignore_ctrl_c if sampler.shard.world_size == 1 else _leave_group,
+            pin_memory=pin_memory,
+            # Without a generator of its own, iter() would draw from torch's global one.
+            generator=torch.Generator().manual_seed(stream_seed(sampler.seed, "data.workers")),
+        )
+        self.corpus = corpus
+
+    @property
+    def dataset_obj(self) -> TrainBlocks | EvalWindows:
+        """The blocks."""
+        return self.dataset  # type: ignore[return-value]
+
+    @property
+    def sampler_obj(self) -> EpochBatchSampler:
+        """Which samples go into which batch; its ``served()`` names them in order."""
+        return self.batch_sampler  # type: ignore[return-value]
 
 
 def create_loader(
@@ -40,6 +67,7 @@ def create_loader(
     max_seq_length: int = 128,
     seed: int = 0,
     epoch: int = 0,
+    start: int = 0,
     num_samples: int | None = None,
     stride: int | None = None,
     drop_last: bool | None = None,
@@ -59,7 +87,8 @@ def create_loader(
     "train": ``TrainBlocks``, shuffled, full batches only, the same number on every rank; "val" or
     "test": ``EvalWindows`` (``stride`` = the length by default), in stream order, whatever the seed
     and the epoch, each on one rank. ``num_samples``: a random subset of training blocks, nested and
-    fixed by the seed; the first blocks of an evaluation. ``curriculum``: also a function of the
+    fixed by the seed; the first blocks of an evaluation. ``start``: the samples of the training ``epoch``,
+    over all ranks, that were served before; later epochs are whole. ``curriculum``: also a function of the
     blocks. ``min_batches``: the fewest that an epoch within ``extent`` may have. ``num_workers``
     "auto" = min(4, cores // 2); ``pin_memory`` None = only where CUDA is available, so give False
     where the batches stay on the CPU all the same. ``distributed``: rank and world size come from
@@ -83,12 +112,28 @@ def create_loader(
         curriculum=_curriculum(curriculum, blocks),
         schedule=_schedule(batch_schedule, batch_size),
     )
-    sampler.move_to(require_at_least("epoch", epoch, 0) if training else 0)
+    if training:
+        sampler.move_to(epoch, start)
+    elif start:
+        raise ValueError("start applies to training; an evaluation begins anew")
     _refuse_too_few(sampler, blocks, split, min_batches, extent)
     if blocks.note:
         warnings.warn(blocks.note, stacklevel=2)
     pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
     return BlockLoader(corpus, blocks, sampler, _workers(num_workers), pin_memory)
+
+
+def set_epoch(loader: BlockLoader, epoch: int, start: int = 0) -> None:
+    """Give a training loader the order, curriculum and batch size of ``epoch`` from its next iteration on.
+
+    ``start`` leaves out that many samples, over all ranks, from the beginning of the epoch. An
+    evaluation stays as it is.
+
+    Raises:
+        ValueError: as ``EpochBatchSampler.move_to``.
+    """
+    if isinstance(loader.dataset, TrainBlocks):
+        loader.sampler_obj.move_to(epoch, start)
 
 
 def _require_split(corpus: Corpus | Path | str, split: str) -> str:
@@ -183,3 +228,18 @@ def _refuse_too_few(
         f"{asked} gives {count} in {where}, which serves {samples} {split} blocks of "
         f"{blocks.length} tokens; {remedy}"
     )
+
+
+def _ignore_ctrl_c(_: int) -> None:
+    """Leave Ctrl-C to the parent: it reaches all processes, and the parent may still need the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _leave_group(worker: int) -> None:
+    """Leave Ctrl-C to the parent, and torchrun's signals too, which go to the whole group of a rank."""
+    _ignore_ctrl_c(worker)
+    os.setpgid(0, 0)
+
+
+def _identity(batch: Any) -> Any:
+    return batch

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.data.block_loader import BlockLoader, set_epoch
 from bench.data.blocks import batch_bytes
 from bench.data.corpus import Corpus
-from bench.data.loader import create_loader
+from bench.data.loader import BlockLoader, create_loader, set_epoch
 from bench.data.validation import validate_first_batch
 from gnnmoe.head import IGNORED
 
@@ -24,7 +23,7 @@ _LIMIT_TOKENS = 32 * 128
 
 
 @dataclass(frozen=True)
-class Check:
+class LoaderCheck:
     """One quantity as the arithmetic has it and as it was counted from the tensors."""
 
     name: str
@@ -45,7 +44,7 @@ class LoaderProfile:
     prepare_seconds: float
     fetch_seconds: np.ndarray
     tokens: int
-    checks: tuple[Check, ...]
+    checks: tuple[LoaderCheck, ...]
 
     @property
     def passed(self) -> bool:
@@ -92,8 +91,10 @@ def profile_loader(
     fetch = np.array([taken for taken, _, _ in timed])
     limit = LIMIT_MS * max(1.0, batch_size * max_seq_length / _LIMIT_TOKENS)
     checks = [
-        Check("bytes a batch", batch_bytes(batch_size, max_seq_length), max(size for _, _, size in timed)),
-        Check("p95 ms a batch", limit, float(np.percentile(fetch, 95)) * 1e3, at_most=True),
+        LoaderCheck(
+            "bytes a batch", batch_bytes(batch_size, max_seq_length), max(size for _, _, size in timed)
+        ),
+        LoaderCheck("p95 ms a batch", limit, float(np.percentile(fetch, 95)) * 1e3, at_most=True),
     ]
     checks += _training_checks(corpus, loader, batch_size, "drop_last")
     every = create_loader(corpus, "train", batch_size, drop_last=False, **options)
@@ -135,7 +136,7 @@ def _bytes(batch: dict[str, Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in batch.values())
 
 
-def _training_checks(corpus: Corpus, loader: BlockLoader, batch_size: int, name: str) -> list[Check]:
+def _training_checks(corpus: Corpus, loader: BlockLoader, batch_size: int, name: str) -> list[LoaderCheck]:
     """Compare an epoch with the counts that follow from the tokens of the split alone."""
     length = loader.dataset_obj.length
     blocks = corpus.splits["train"].num_tokens // length
@@ -144,9 +145,9 @@ def _training_checks(corpus: Corpus, loader: BlockLoader, batch_size: int, name:
     return _compare(f"train, {name}", ["batches", "samples", "tokens"], expected, _count(loader))
 
 
-def _compare(what: str, names: list[str], expected: list[int], got: list[int]) -> list[Check]:
+def _compare(what: str, names: list[str], expected: list[int], got: list[int]) -> list[LoaderCheck]:
     rows = zip(names, expected, got, strict=True)
-    return [Check(f"{what}: {name}", want, have) for name, want, have in rows]
+    return [LoaderCheck(f"{what}: {name}", want, have) for name, want, have in rows]
 
 
 def _count(loader: BlockLoader) -> list[int]:

@@ -7,18 +7,28 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed
 from torch.utils.data import Sampler
 
+from bench.data.blocks import require_at_least
 from bench.data.curriculum import Curriculum
 from bench.schedule import BatchSchedule
 from gnnmoe.seeds import stream_seed
 
-_HERE = str(Path(__file__).parent)
+
+class SetOnce:
+    """Refuses to set a public attribute a second time: what a loader serves is what it was made for."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self) and not name.startswith("_"):
+            raise AttributeError(
+                f"{name} of a {type(self).__name__} cannot be changed: set_epoch(loader, epoch) moves it "
+                "to another epoch; for all else, make a new one with create_loader."
+            )
+        super().__setattr__(name, value)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ def resolve_shard(distributed: bool, rank: int | None, world_size: int | None) -
     return Shard(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
-class EpochBatchSampler(Sampler[list[int]]):
+class EpochBatchSampler(SetOnce, Sampler[list[int]]):
     """Batches of sample numbers; with ``shuffle``, in the order that (seed, epoch) determine.
 
     Training: every rank knows the same order over all samples and takes every ``world_size``-th, so
@@ -74,8 +84,8 @@ class EpochBatchSampler(Sampler[list[int]]):
     any world size; ranks are equally long, and ``remainder`` counts what none of them serves.
     ``contiguous`` (evaluation): a rank takes one stretch, and nothing is left out or repeated.
 
-    ``batch_size`` is read at every batch, so that a change is in force at the next one and loses no
-    sample. Each public attribute remembers who set it last (``set_by``).
+    ``start``: the samples of the epoch, over all ranks, that were served before. Only ``move_to``
+    changes the epoch, and with it the start and the schedule's batch size.
     """
 
     def __init__(
@@ -92,28 +102,20 @@ class EpochBatchSampler(Sampler[list[int]]):
         curriculum: Curriculum | None = None,
         schedule: BatchSchedule | None = None,
     ) -> None:
-        self._set_by: dict[str, tuple[Any, str]] = {}
         self.num_samples, self.batch_size = num_samples, batch_size
         self.shuffle, self.drop_last = shuffle, drop_last
         self.seed, self.epoch = seed, epoch
         self.shard, self.contiguous = shard, contiguous
         self.curriculum, self.schedule = curriculum, schedule
-        self.start = 0  # samples of this epoch, over all ranks, that were served before (see resume.py)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if not name.startswith("_"):
-            self._set_by[name] = (value, caller())
+        self.start = 0
 
     def __len__(self) -> int:
         return self._batches(self.samples_in(self.epoch) - self.start, self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        samples, position = self._share().tolist(), 0
-        while len(samples) - position >= (self.batch_size if self.drop_last else 1):
-            batch = samples[position : position + self.batch_size]
-            position += len(batch)
-            yield batch
+        samples, size = self.served().tolist(), self.batch_size
+        for first in range(0, len(samples), size):
+            yield samples[first : first + size]
 
     def order(self) -> np.ndarray:
         """Return the sample numbers of this epoch over all ranks, in order, (samples,) int64."""
@@ -129,13 +131,18 @@ class EpochBatchSampler(Sampler[list[int]]):
         share = self._share()
         return share[: self._kept(len(share), self.batch_size)]
 
-    def move_to(self, epoch: int) -> None:
-        """Take the order, the curriculum's samples and the schedule's batch size of ``epoch``."""
-        if epoch != self.epoch:
-            self.start = 0
-        self.epoch = epoch
-        if self.schedule is not None:
-            self.batch_size = self.schedule.size(epoch)
+    def move_to(self, epoch: int, start: int = 0) -> None:
+        """Take the order, the curriculum's samples and the schedule's batch size of ``epoch``.
+
+        Raises:
+            ValueError: a negative epoch, or a ``start`` outside 0..samples of the epoch.
+        """
+        require_at_least("epoch", epoch, 0)
+        if not 0 <= start <= self.samples_in(epoch):
+            raise ValueError(
+                f"start must lie in 0..{self.samples_in(epoch)}, the samples of epoch {epoch}; got {start}"
+            )
+        vars(self).update(epoch=epoch, start=start, batch_size=self.size_in(epoch))
 
     def samples_in(self, epoch: int) -> int:
         """Return the samples of a whole epoch, over all ranks."""
@@ -188,11 +195,6 @@ class EpochBatchSampler(Sampler[list[int]]):
         shares = (self._share_size(samples, rank) for rank in range(self.shard.world_size))
         return samples - sum(self._kept(share, self.batch_size) for share in shares)
 
-    def set_by(self, name: str) -> str | None:
-        """Return the file:line that gave an attribute its value; None where it came another way."""
-        value, where = self._set_by.get(name, (None, None))
-        return where if value == getattr(self, name) else None
-
     def _share(self) -> np.ndarray:
         order, rank = self.order()[self.start :], self.shard.rank
         if not self.contiguous:
@@ -210,11 +212,3 @@ class EpochBatchSampler(Sampler[list[int]]):
     def _batches(self, samples: int, batch_size: int) -> int:
         share = self._share_size(samples, self.shard.rank)
         return -(-self._kept(share, batch_size) // batch_size)
-
-
-def caller() -> str:
-    """Return the file:line of the nearest frame outside this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

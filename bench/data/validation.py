@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from bench.data.block_loader import BlockLoader, check_unchanged
+from bench.data.loader import BlockLoader
 from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 
@@ -24,19 +21,20 @@ class BatchValidationError(Refused, AssertionError):
         self.check = check
 
 
-def validate_first_batch(loader: DataLoader[Any], *, expected_vocabulary_sha256: str | None = None) -> bool:
+def validate_first_batch(loader: BlockLoader, vocabulary_sha256: str | None = None) -> bool:
     """Return True if the loader's next batch is sound.
 
     Checks keys, dtype, shapes, ids in range, targets that are the inputs one later, the vocabulary
-    against ``expected_vocabulary_sha256`` (a checkpoint's, say) and finite curriculum scores. The
+    against ``vocabulary_sha256`` (a checkpoint's, say) and finite curriculum scores. The
     batch is made beside the loader: no random number is drawn, and the loader stands where it stood.
 
     Raises:
         BatchValidationError: naming the first check that failed, also under ``python -O``.
-        LoaderChangedError: as ``check_unchanged`` does.
     """
-    loader = check_unchanged(loader)
-    _check_vocabulary(loader, expected_vocabulary_sha256)
+    corpus = loader.corpus
+    if vocabulary_sha256 not in (None, corpus.vocabulary.sha256):
+        detail = f"{corpus.name} has another one than was expected; use the same data set and tokenizer"
+        raise BatchValidationError("vocabulary", detail)
     curriculum = loader.sampler_obj.curriculum
     if curriculum is not None and not np.isfinite(curriculum.scores).all():
         raise BatchValidationError(
@@ -47,19 +45,9 @@ def validate_first_batch(loader: DataLoader[Any], *, expected_vocabulary_sha256:
         raise BatchValidationError("shape", "there is no batch in this epoch; use a smaller batch")
     batch = loader.dataset_obj.__getitems__(numbers)
     _check_form(batch, (len(numbers), loader.dataset_obj.length))
-    _check_ids(batch, loader.corpus.vocabulary.size)
+    _check_ids(batch, corpus.vocabulary.size)
     _check_shift(batch["input_ids"], batch["targets"])
     return True
-
-
-def _check_vocabulary(loader: BlockLoader, expected: str | None) -> None:
-    found = loader.corpus.vocabulary.sha256
-    if expected is not None and expected != found:
-        detail = (
-            f"the corpus {loader.corpus.name} has the vocabulary {found[:12]}, expected was {expected[:12]}; "
-            "use the data set and tokenizer that the checkpoint was trained with"
-        )
-        raise BatchValidationError("vocabulary", detail)
 
 
 def _check_form(batch: dict[str, Tensor], shape: tuple[int, int]) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.data.block_loader import BlockLoader
 from bench.data.blocks import EvalWindows
+from bench.data.loader import BlockLoader
 from bench.device import is_out_of_memory
 from bench.gate.cuts import positions, replaced, starts
 from bench.gate.report import Check, CheckFailed, run_check

@@ -7,6 +7,7 @@ reports in use, with the context, the libraries and other processes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,27 +105,6 @@ class TrackedMeter:
         )
 
 
-class ProcessMeter:
-    """The resident peak of the process, which never falls: one step in a process of its own, or an
-    upper bound.
-    """
-
-    name = "process"
-
-    def measure(self, step: Callable[[], object], owners: tuple[Owner, ...] = ()) -> Reading:
-        """Run ``step`` once and return the peak since the process began."""
-        del owners
-        step()
-        unknown = not_measured("the process meter does not tell tensors from the rest")
-        return Reading(
-            meter=self.name,
-            peak_allocated_bytes=unknown,
-            peak_by_part_bytes=unknown,
-            process_peak_bytes=process_peak_bytes(),
-            **_only_on_cuda(torch.device("cpu")),
-        )
-
-
 class CudaMeter:
     """The peaks of the CUDA allocator, emptied and reset before the step.
 
@@ -165,13 +145,14 @@ class CudaMeter:
         )
 
 
-def process_peak_bytes(status: Path = Path("/proc/self/status")) -> Bytes:
-    """Return the peak resident size of the process since its start, in bytes (Linux's VmHWM)."""
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return not_measured("the system has no /proc/self/status with VmHWM")
+def process_peak_bytes() -> Bytes:
+    """Return the peak resident size of the process since its start, in bytes (Linux's VmHWM).
+
+    Not ``ru_maxrss`` of ``getrusage``: a child has that of the process which started it.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "", re.MULTILINE)
+    return int(found[1]) * 1024 if found else not_measured("the system has no /proc/self/status with VmHWM")
 
 
 def nvml_used_bytes(device: torch.device) -> Bytes:

@@ -8,18 +8,16 @@ each begins on an idle device: else the work of one would hide how long the host
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
-from bench.measure.rates import percentile
 from bench.measure.rates import tokens_per_second as tokens_per_second
 
 Step = Callable[[int], object]
 """One step, given its number; warm-up steps are numbered 0, 1, …, timed ones go on from there."""
-Clock = Callable[[], float]
 Agree = Callable[[float], float]
 """Makes one number of those of several ranks, so that all of them warm up equally long."""
 
@@ -67,10 +65,6 @@ class StepTimes:
         """The median of the timed steps in seconds."""
         return statistics.median(self.seconds)
 
-    def percentile(self, q: float) -> float:
-        """Return the ``q``-th percentile of the timed steps in seconds, q in [0, 100]."""
-        return percentile(self.seconds, q)
-
     @property
     def remark(self) -> str:
         """What to know about the warm-up, in words."""
@@ -86,14 +80,10 @@ def time_steps(
     device: torch.device,
     warmup: Warmup,
     steps: int,
-    clock: Clock = time.perf_counter,
     agree: Agree = float,
 ) -> StepTimes:
-    """Warm up and time ``steps`` calls of ``step``, each by itself.
-
-    ``clock`` returns seconds; CUDA is timed by its events instead.
-    """
-    return _time({"": step}, device, warmup, steps, clock, agree, idle=False)[""]
+    """Warm up and time ``steps`` calls of ``step``, each by itself."""
+    return _time({"": step}, device, warmup, steps, agree, idle=False)[""]
 
 
 def time_in_turn(
@@ -102,7 +92,6 @@ def time_in_turn(
     device: torch.device,
     warmup: Warmup,
     rounds: int,
-    clock: Clock = time.perf_counter,
     agree: Agree = float,
 ) -> dict[str, StepTimes]:
     """Warm up each by itself, then time them in turn: ``rounds`` rounds of one step of each.
@@ -111,7 +100,7 @@ def time_in_turn(
     times of one round belong together (``bench.measure.rates.paired_ratios``). Each step begins on an idle
     device. ``agree``: see ``Agree``.
     """
-    return _time(steps, device, warmup, rounds, clock, agree, idle=True)
+    return _time(steps, device, warmup, rounds, agree, idle=True)
 
 
 def _time(
@@ -119,35 +108,34 @@ def _time(
     device: torch.device,
     warmup: Warmup,
     rounds: int,
-    clock: Clock,
     agree: Agree,
     *,
     idle: bool,
 ) -> dict[str, StepTimes]:
     assert rounds > 0
     assert steps
-    warmed = {name: _warm_up(step, device, warmup, clock, agree) for name, step in steps.items()}
+    warmed = {name: _warm_up(step, device, warmup, agree) for name, step in steps.items()}
     there = list(steps)
     order = [(name, number) for number in range(rounds) for name in there[:: -1 if number % 2 else 1]]
     calls = [(steps[name], len(warmed[name][0]) + number) for name, number in order]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    found = _seconds(calls, device, clock, idle)
+    found = _seconds(calls, device, idle)
     for (name, _), value in zip(order, found, strict=True):
         seconds[name].append(value)
     return {name: StepTimes(seconds[name], *warmed[name]) for name in steps}
 
 
 def _warm_up(
-    step: Step, device: torch.device, warmup: Warmup, clock: Clock, agree: Agree
+    step: Step, device: torch.device, warmup: Warmup, agree: Agree
 ) -> tuple[list[float], bool, float | None]:
     """Return the seconds of the warm-up's steps, whether they are steady, and the last move."""
     if not warmup.until_steady:
-        return _seconds([(step, number) for number in range(warmup.most)], device, clock), False, None
+        return _seconds([(step, number) for number in range(warmup.most)], device), False, None
     seconds: list[float] = []
     median, moved = None, None
     while len(seconds) < warmup.most and (moved is None or moved >= TOLERANCE):
         numbers = range(len(seconds), len(seconds) + WINDOW_STEPS)
-        window = _seconds([(step, number) for number in numbers], device, clock)
+        window = _seconds([(step, number) for number in numbers], device)
         seconds += window
         before, median = median, statistics.median(window)
         moved = None if before is None else agree(abs(median / before - 1))
@@ -155,19 +143,17 @@ def _warm_up(
     return seconds, moved < TOLERANCE, moved
 
 
-def _seconds(
-    calls: Sequence[tuple[Step, int]], device: torch.device, clock: Clock, idle: bool = False
-) -> list[float]:
+def _seconds(calls: Sequence[tuple[Step, int]], device: torch.device, idle: bool = False) -> list[float]:
     """Return the seconds of each call; where ``idle``, each begins when the device has nothing to do."""
     if device.type == "cuda":
         return _by_events(calls, device, idle)
     seconds = []
     for step, number in calls:
-        start = clock()
+        start = perf_counter()
         step(number)
         if device.type == "mps":
             torch.mps.synchronize()
-        seconds.append(clock() - start)
+        seconds.append(perf_counter() - start)
     return seconds
 
 

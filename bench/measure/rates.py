@@ -1,4 +1,4 @@
-"""Rates and percentiles from raw step times: the one place that computes them. Imports no torch."""
+"""Rates from raw step times: the one place that computes them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,19 +17,6 @@ def tokens_per_second(tokens: Sequence[int], seconds: Sequence[float]) -> float:
     if sum(seconds) <= 0:
         raise ValueError(f"{len(seconds)} steps took {sum(seconds)} s; there is no rate.")
     return sum(tokens) / sum(seconds)
-
-
-def percentile(values: Sequence[float], q: float) -> float:
-    """Return the ``q``-th percentile, q in [0, 100], between neighbours in proportion.
-
-    Source: Hyndman and Fan, "Sample quantiles in statistical packages", 1996, definition 7 (NumPy's own).
-    """
-    assert values, "no values, no percentile"
-    assert 0 <= q <= 100, q
-    ordered, place = sorted(values), q / 100 * (len(values) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:

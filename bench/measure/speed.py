@@ -5,17 +5,17 @@ Nothing inside a timed step reads a number back, logs or evaluates.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure.memory import built_bytes, measure_memory
-from bench.measure.protocol import Clock, StepTimes, Warmup, time_steps
+from bench.measure.protocol import StepTimes, Warmup, time_steps
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, make_optimizer, real_targets, to_device, training_step
 from gnnmoe.config import GNNMoEConfig
@@ -119,7 +119,6 @@ def fetched(
     count: int,
     as_run: Callable[[Batch], Batch],
     device: torch.device,
-    clock: Clock = time.perf_counter,
 ) -> tuple[list[Batch], list[float]]:
     """Return the first batches of a loader on the device, as they are run, and the seconds of each fetch.
 
@@ -128,14 +127,14 @@ def fetched(
     batches, seconds = [], []
     rest = islice(iter(loader), count)
     while True:
-        start = clock()
+        start = perf_counter()
         batch = next(rest, None)
         if batch is None:
             return batches, seconds
         batches.append(to_device(as_run(batch), device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(clock() - start)
+        seconds.append(perf_counter() - start)
 
 
 @contextmanager
@@ -148,9 +147,11 @@ def on_host(model: GNNMoEModel, device: torch.device) -> Iterator[None]:
         model.to(device)
 
 
-def random_batch(model: GNNMoEConfig, rows: int, device: torch.device) -> Batch:
+def random_batch(
+    model: GNNMoEConfig, rows: int, device: torch.device, generator: torch.Generator | None = None
+) -> Batch:
     """Return a batch (rows, max_seq_length) of any tokens: what they are does not change what they take."""
-    generator = torch.Generator().manual_seed(stream_seed(0, "tune"))
+    generator = generator or torch.Generator().manual_seed(stream_seed(0, "tune"))
     shape = rows, model.max_seq_length + 1
     tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
     return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from bench.config import RunConfig
-from bench.device import Outcome, at_once, attempt
+from bench.device import Attempted, at_once, attempt
 from bench.measure.flops import training_flops_per_token
 from bench.measure.marginal import marginal_cost
 from bench.measure.profile import TRACE, profile_steps, steps_of_a_profile
@@ -80,7 +80,7 @@ class SpeedPass:
             self._profile(steps)
         return speed, memory
 
-    def _attempt(self, function: Callable[[], T]) -> Outcome[T]:
+    def _attempt(self, function: Callable[[], T]) -> Attempted[T]:
         return attempt(function) if self.ranks.alone else at_once(function)
 
     def _measure(

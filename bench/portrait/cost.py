@@ -17,7 +17,7 @@ NOT_DECLARED = "not declared in inert_parameters()"
 
 
 @dataclass(frozen=True)
-class Cost:
+class CouplerCost:
     """The costs of one coupler, in one layer of a model."""
 
     parameters: int
@@ -32,7 +32,7 @@ class Cost:
     """Parameters without a gradient after two steps: name → the reason that the coupler declares."""
 
 
-def measure_cost(config: GNNMoEConfig, seed: int, device: torch.device) -> Cost:
+def measure_cost(config: GNNMoEConfig, seed: int, device: torch.device) -> CouplerCost:
     """Count parameters and FLOPs, and find dead parameters as the gate does.
 
     Raises:
@@ -45,7 +45,7 @@ def measure_cost(config: GNNMoEConfig, seed: int, device: torch.device) -> Cost:
     if formula is not None and formula != counted:
         mismatch = f"flops({tokens}) says {formula:,}, torch.utils.flop_counter counts {counted:,}"
     size, inert = gradient_sizes(Subject(config, seed, device))
-    return Cost(
+    return CouplerCost(
         parameters=sum(parameter.numel() for parameter in coupler.parameters()),
         flops_per_token=(counted if formula is None else formula) / tokens,
         flops_counted=formula is None,

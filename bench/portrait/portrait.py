@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bench.gate.subject import Subject, global_random_state_kept
-from bench.portrait.cost import Cost, measure_cost
+from bench.portrait.cost import CouplerCost, measure_cost
 from bench.portrait.mixing import Mixing, NoMixing, measure_mixing
 from bench.portrait.verdict import sentence, verdict
 from gnnmoe.config import GNNMoEConfig
@@ -19,7 +19,7 @@ WIDTH = 16  # of the copy whose mixing is measured: Jacobians cost D backward pa
 class Portrait:
     """What a coupler is."""
 
-    cost: Cost
+    cost: CouplerCost
     mixing: Mixing
 
     @property

@@ -21,7 +21,7 @@ FLOPS_FAILURE = f"{FLOPS} wrong: "
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedCoupler:
     """What was found about one coupler."""
 
     name: str
@@ -90,7 +90,7 @@ def _linearity(mixing: Mixing) -> str:
     return f"no: off by {usual} ({', '.join(others)})"
 
 
-def show_all(rows: Sequence[Row], left_out: dict[str, str], console: Console) -> None:
+def show_all(rows: Sequence[CheckedCoupler], left_out: dict[str, str], console: Console) -> None:
     """Print a row for each coupler, what was left out, and the details of what failed."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("coupler", overflow="fold", max_width=19)

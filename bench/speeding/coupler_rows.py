@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.floors import TRAINING, floor_bytes, roofline_seconds
 from bench.measure.protocol import Step
-from bench.speeding.forms import Form, Inputs, Result, Runner, experts_given
+from bench.speeding.forms import Form, FormInputs, Result, Runner, experts_given
 from bench.speeding.machine import Machine, products_in
 from bench.speeding.memory import peak_bytes, saved_bytes
 from bench.speeding.parity import Parity
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.turns import SLOW_SECONDS, Contender, Turn, failure_text, in_turn, timed
 
 ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}
@@ -33,15 +33,15 @@ class Timing:
 
 
 def coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine, precision: str,
-                 timing: Timing) -> list[Row]:  # fmt: skip
+                 timing: Timing) -> list[SpeedRow]:  # fmt: skip
     """Time forms of one E, D and L in turn; one that fails becomes a row with its error."""
     with products_in(precision):
         return _coupler_rows(case, forms, batch, machine, precision, timing)
 
 
 def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine, precision: str,
-                  timing: Timing) -> list[Row]:  # fmt: skip
-    device, inputs = machine.device, Inputs(forms[0].config, batch, precision, machine.device)
+                  timing: Timing) -> list[SpeedRow]:  # fmt: skip
+    device, inputs = machine.device, FormInputs(forms[0].config, batch, precision, machine.device)
     rates, parity, given = machine.rates(precision), Parity(), experts_given(forms[0].config)
     runners: dict[str, Runner] = {}
 
@@ -84,10 +84,10 @@ def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine
     return rows
 
 
-def _row(case: str, form: Form, batch: int, machine: Machine, precision: str, turn: Turn) -> Row:
+def _row(case: str, form: Form, batch: int, machine: Machine, precision: str, turn: Turn) -> SpeedRow:
     config = form.config
     L, E, D = config.max_seq_length, config.num_experts, config.embed_dim
-    return Row(
+    return SpeedRow(
         case=case, subject=form.subject, form=form.name, device=machine.device.type, precision=precision,
         batch=batch, length=L, experts=E, width=D, layers=config.gnn_layers, seconds=turn.seconds,
         first_seconds=turn.first_seconds, error=turn.error,
@@ -106,7 +106,7 @@ def _flops(runner: Runner, tokens: int) -> int:
     return TRAINING * own
 
 
-def _measure_memory(row: Row, runner: Runner, slow: bool) -> None:
+def _measure_memory(row: SpeedRow, runner: Runner, slow: bool) -> None:
     if runner.form.compile_mode is not None and runner.device.type != "cuda":
         return  # the tracker of tensors sees no compiled ones
     row.saved_bytes = saved_bytes(lambda: runner.forward(0), runner.known(), runner.device)

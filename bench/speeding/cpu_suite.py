@@ -12,7 +12,7 @@ from bench.speeding.forms import compiled_name, forms_of
 from bench.speeding.harness_rows import harness_rows
 from bench.speeding.jobs import Job
 from bench.speeding.machine import Machine
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.step_rows import Variant, step_rows
 from bench.speeding.targets import AUTO, CHUNKED, EAGER, EXPERTS, GNN, GNN_SAVED, HGNN, LINEAR, PLAIN
 from gnnmoe.config import GNNMoEConfig
@@ -64,27 +64,27 @@ def _plain(scale: CpuScale, **changes: object) -> GNNMoEConfig:
     return replace(config, **changes)  # pyright: ignore[reportArgumentType]
 
 
-def _forms(scale: CpuScale, case: str, options: dict[str, str], machine: Machine) -> list[Row]:
+def _forms(scale: CpuScale, case: str, options: dict[str, str], machine: Machine) -> list[SpeedRow]:
     forms = forms_of(case, _plain(scale, coupler_options=options))
     forms = [form for form in forms if form.name in ("vectorized", "pyg", "loop")]
     return coupler_rows(case, forms, scale.batch, machine, "fp32", Timing(rounds=scale.rounds))
 
 
-def _pairwise(scale: CpuScale, machine: Machine) -> list[Row]:
+def _pairwise(scale: CpuScale, machine: Machine) -> list[SpeedRow]:
     forms = forms_of("GNN", _plain(scale, coupler_type="GNN"))
     return coupler_rows(GNN, forms, scale.batch, machine, "fp32", Timing(rounds=scale.rounds))
 
 
-def _saved(scale: CpuScale, machine: Machine) -> list[Row]:
+def _saved(scale: CpuScale, machine: Machine) -> list[SpeedRow]:
     config = _plain(scale, coupler_type="GNN", num_experts=scale.saved_experts)
     timing = Timing(rounds=1, forward=False)
     return coupler_rows(GNN_SAVED, forms_of("GNN", config), scale.saved_batch, machine, "fp32", timing)
 
 
-def _steps(scale: CpuScale, compile_mode: str | None, machine: Machine) -> list[Row]:
+def _steps(scale: CpuScale, compile_mode: str | None, machine: Machine) -> list[SpeedRow]:
     config, loop = scale.model.resolved(scale.vocabulary), ExecutionConfig(experts="loop")
 
-    def timed(case: str, *variants: Variant) -> list[Row]:
+    def timed(case: str, *variants: Variant) -> list[SpeedRow]:
         return step_rows(case, variants, config, scale.step_batch, machine, rounds=scale.step_rounds)
 
     rows = timed(EXPERTS, Variant("loop", loop), Variant(AUTO, ExecutionConfig()),
@@ -96,7 +96,7 @@ def _steps(scale: CpuScale, compile_mode: str | None, machine: Machine) -> list[
     return rows
 
 
-def _harness(scale: CpuScale, places: PlacesConfig, machine: Machine) -> list[Row]:
+def _harness(scale: CpuScale, places: PlacesConfig, machine: Machine) -> list[SpeedRow]:
     training = TrainingConfig(batch_size=scale.step_batch, max_steps=scale.steps, min_steps_per_epoch=1)
     config = RunConfig(model=scale.model, data=DataConfig(), training=training, places=places)
     return harness_rows(config, machine)

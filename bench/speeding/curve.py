@@ -9,7 +9,7 @@ from bench.speeding.coupler_rows import Timing, coupler_rows
 from bench.speeding.forms import forms_of
 from bench.speeding.jobs import Job
 from bench.speeding.machine import Machine
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import CURVE
 from gnnmoe.config import GNNMoEConfig
 
@@ -26,7 +26,7 @@ def curve_jobs(
     sizes += [(plain, number) for number in batches if (plain, number) not in sizes]
     timing = Timing(rounds=rounds, memory=False, forward=False, check=False)
 
-    def rows(config: GNNMoEConfig, number: int, machine: Machine) -> list[Row]:
+    def rows(config: GNNMoEConfig, number: int, machine: Machine) -> list[SpeedRow]:
         forms = [form for name, one in alone(config).items() for form in forms_of(name, one)[:1]]
         return coupler_rows(CURVE, forms, number, machine, precision, timing)
 

@@ -17,7 +17,7 @@ from bench.analysis.plot_style import (
     plot_style,
     printable,
 )  # fmt: skip
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import CURVE
 
 NAME, TITLE = "cost", "What a coupler costs alone"
@@ -29,7 +29,7 @@ COLUMNS = ("subject", "experts", "tokens", "milliseconds", "bytes_floor_millisec
 MARKERS = "os^Dv<>Pxh"
 
 
-def cost_plot(rows: Sequence[Row], device: str) -> Plot | None:
+def cost_plot(rows: Sequence[SpeedRow], device: str) -> Plot | None:
     """Return the plot of the default forms, or None where nothing was timed at more than one size.
 
     Of a suite its curve alone is shown. One panel by E at the number of tokens that most rows have, one by
@@ -61,7 +61,7 @@ def cost_plot(rows: Sequence[Row], device: str) -> Plot | None:
     return Plot(NAME, figure, COLUMNS, table)
 
 
-def _panel(rows: Sequence[Row], by: str, other: str) -> list[Row]:
+def _panel(rows: Sequence[SpeedRow], by: str, other: str) -> list[SpeedRow]:
     """Return the rows along ``by`` at the value of ``other`` that has most of its values, if it has two."""
     values = {(getattr(row, other), getattr(row, by)) for row in rows}
     if not values:
@@ -71,7 +71,9 @@ def _panel(rows: Sequence[Row], by: str, other: str) -> list[Row]:
     return sorted(of.values(), key=lambda row: getattr(row, by)) if count > 1 else []
 
 
-def _draw(axes: Axes, rows: list[Row], names: list[str], x: Callable[[Row], int], label: str) -> None:
+def _draw(
+    axes: Axes, rows: list[SpeedRow], names: list[str], x: Callable[[SpeedRow], int], label: str
+) -> None:
     for number, name in enumerate(names):
         own = [(x(row), 1e3 * (row.median or 0)) for row in rows if row.subject == name]
         draw_line(axes, own, number, name)
@@ -106,7 +108,7 @@ def ticks_by_size(axes: Axes, sizes: Sequence[int], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def _floor(row: Row) -> float:
+def _floor(row: SpeedRow) -> float:
     return 1e3 * (row.bytes_floor_seconds or 0.0)
 
 

@@ -10,7 +10,7 @@ from bench.speeding.coupler_rows import Timing, coupler_rows
 from bench.speeding.forms import compiled_name, forms_of
 from bench.speeding.jobs import Job
 from bench.speeding.machine import Machine
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.sizes import Size, sizes, subjects
 from bench.speeding.step_rows import Variant, executed, step_rows
 from bench.speeding.targets import STEPS
@@ -42,7 +42,7 @@ def form_jobs(
 def _of_forms(name: str, size: Size, precision: str, rounds: int, modes: Sequence[str]) -> Job:
     forms = forms_of(name, size.config, modes)
 
-    def rows(machine: Machine) -> list[Row]:
+    def rows(machine: Machine) -> list[SpeedRow]:
         return coupler_rows(name, forms, size.batch, machine, precision, Timing(rounds=rounds))
 
     return Job(f"{name}, {size}", rows)
@@ -54,7 +54,7 @@ def _of_steps(models: Sequence[tuple[str, Size]], precision: str, rounds: int, m
     variants = [Variant(f"{name}{how}", executed("auto", precision, mode), config=one.config)
                 for how, mode in kinds for name, one in models]  # fmt: skip
 
-    def rows(machine: Machine) -> list[Row]:
+    def rows(machine: Machine) -> list[SpeedRow]:
         return step_rows(STEPS, variants, size.config, size.batch, machine, rounds=rounds)
 
     return Job(f"steps, {size}", rows)

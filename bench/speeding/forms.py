@@ -67,7 +67,7 @@ def experts_given(config: GNNMoEConfig) -> int:
         return build_coupler(config).expert_shape()[0]
 
 
-class Inputs:
+class FormInputs:
     """Random expert outputs, layer inputs and cotangents, in sets, as a model has them.
 
     Expert outputs lie expert by expert, in bf16 where that is the precision; the layer's input is of the
@@ -112,7 +112,7 @@ class Naive(nn.Module):
 class Runner:
     """One form, built, on shared inputs."""
 
-    def __init__(self, form: Form, inputs: Inputs, precision: str) -> None:
+    def __init__(self, form: Form, inputs: FormInputs, precision: str) -> None:
         self.form, self.inputs, self.precision = form, inputs, precision
         self.device = device = inputs.device
         with RandomStreams(0)("init.coupler"):

@@ -14,7 +14,7 @@ from bench.speeding.forms import Form, compiled_name, forms_of
 from bench.speeding.jobs import Job
 from bench.speeding.machine import Machine
 from bench.speeding.parity import parity_rows
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.sizes import subjects
 from bench.speeding.step_rows import Variant, executed, step_rows
 from bench.speeding.targets import (
@@ -98,7 +98,7 @@ def gpu_jobs(scale: GpuScale | None = None) -> list[Job]:
     ]  # fmt: skip
 
 
-def _parity(config: GNNMoEConfig, machine: Machine) -> list[Row]:
+def _parity(config: GNNMoEConfig, machine: Machine) -> list[SpeedRow]:
     """Hold every coupler against its reference, and the batched experts against the loop, in small."""
     small = replace(config, embed_dim=64, max_seq_length=32)
     forms = [form for name, one in subjects("all", small) for form in forms_of(name, one)[:1]]
@@ -112,28 +112,28 @@ def _parity(config: GNNMoEConfig, machine: Machine) -> list[Row]:
 
 
 def _steps(case: str, variants: list[Variant], config: GNNMoEConfig, batch: int, rounds: int,
-           machine: Machine) -> list[Row]:  # fmt: skip
+           machine: Machine) -> list[SpeedRow]:  # fmt: skip
     return step_rows(case, variants, config, batch, machine, rounds=rounds, warmup=5)
 
 
-def _heads(scale: GpuScale, machine: Machine) -> list[Row]:
+def _heads(scale: GpuScale, machine: Machine) -> list[SpeedRow]:
     execution = executed("auto", PRECISION)
     variants = [Variant(CHUNKED, execution), Variant(PLAIN, execution, plain_head=True)]
     return _steps("head", variants, scale.baseline, scale.batch, scale.rounds, machine)
 
 
-def _alone(scale: GpuScale, name: str, config: GNNMoEConfig, machine: Machine) -> list[Row]:
+def _alone(scale: GpuScale, name: str, config: GNNMoEConfig, machine: Machine) -> list[SpeedRow]:
     forms = [form for form in forms_of(name, config, ("default",)) if form.name in ("vectorized", "compiled")]
     timing = Timing(rounds=scale.rounds, warmup=5)
     return coupler_rows(f"{name} alone", forms, scale.alone_batch, machine, PRECISION, timing)
 
 
-def _token_by_token(scale: GpuScale, machine: Machine) -> list[Row]:
+def _token_by_token(scale: GpuScale, machine: Machine) -> list[SpeedRow]:
     """Time the loop over tokens once: all of them, or a few and as many times that as there are more."""
     forms = forms_of("HGNN", replace(scale.baseline, num_layers=1))
     default, loop = (next(form for form in forms if form.name == name) for name in ("vectorized", "loop"))
 
-    def timed(*which: Form, batch: int, rounds: int = scale.rounds) -> list[Row]:
+    def timed(*which: Form, batch: int, rounds: int = scale.rounds) -> list[SpeedRow]:
         timing = Timing(rounds=rounds, memory=False, forward=False)
         return coupler_rows(LOOP, which, batch, machine, "fp32", timing)
 

@@ -18,7 +18,7 @@ from bench.learning import Learning
 from bench.prepare import Prepared, prepare
 from bench.progress import Reporter
 from bench.speeding.machine import Machine
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import BARE, FETCH, HARNESS, HARNESSED
 from bench.track import Tracker
 from bench.training.execution import Execution
@@ -88,7 +88,7 @@ class InTurn(Learning):
         return time.perf_counter() - start
 
 
-def harness_rows(config: RunConfig, machine: Machine, warmup: int = 3) -> list[Row]:
+def harness_rows(config: RunConfig, machine: Machine, warmup: int = 3) -> list[SpeedRow]:
     """Train as ``config`` says, in a folder that is deleted after, beside a bare loop; return three rows.
 
     One step more than those of the warm-up is not timed: the last.
@@ -114,6 +114,6 @@ def harness_rows(config: RunConfig, machine: Machine, warmup: int = 3) -> list[R
         "experts": config.model.num_experts, "width": config.model.embed_dim,
         "layers": config.model.num_layers,
     }  # fmt: skip
-    return [Row(case=HARNESS, subject=SUBJECT, form=form, device=machine.device.type,
+    return [SpeedRow(case=HARNESS, subject=SUBJECT, form=form, device=machine.device.type,
                 precision=config.execution.precision, seconds=seconds[warmup:], **sizes)
             for form, seconds in learning.seconds.items()]  # fmt: skip

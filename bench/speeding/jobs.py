@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
 from bench.device import recover
 from bench.speeding.machine import Machine
 from bench.speeding.record import SpeedRecord
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.turns import failure_text
 
 
@@ -22,7 +22,7 @@ class Job:
     """Rows that belong together. ``seconds``: what they take about, on the machine they are meant for."""
 
     name: str
-    rows: Callable[[Machine], list[Row]]
+    rows: Callable[[Machine], list[SpeedRow]]
     seconds: float = 0.0
 
 
@@ -33,16 +33,15 @@ def run_jobs(
     *,
     budget: float | None,
     on_job: Callable[[str], None],
-    on_row: Callable[[Row], None],
-    clock: Callable[[], float] = time.perf_counter,
+    on_row: Callable[[SpeedRow], None],
 ) -> None:
     """Run jobs in order into the record, which is whole after each.
 
     A job that would likely end after ``budget`` seconds is left out, by name; a smaller one may follow.
     """
-    start = clock()
+    start = perf_counter()
     for job in jobs:
-        spent = clock() - start
+        spent = perf_counter() - start
         if budget is not None and (spent >= budget or spent + job.seconds > budget):
             record.leave_out(job.name + (f" (about {job.seconds:.0f} s)" if job.seconds else ""))
             continue
@@ -54,13 +53,13 @@ def run_jobs(
         _forget()
 
 
-def _rows(job: Job, machine: Machine) -> list[Row]:
+def _rows(job: Job, machine: Machine) -> list[SpeedRow]:
     try:
         return job.rows(machine)
     except Exception as error:
         failure = failure_text(error)
     recover()
-    return [Row(case=job.name, subject=job.name, form="", device=machine.device.type, precision="fp32",
+    return [SpeedRow(case=job.name, subject=job.name, form="", device=machine.device.type, precision="fp32",
                 batch=0, length=0, experts=0, width=0, layers=0, error=failure)]  # fmt: skip
 
 

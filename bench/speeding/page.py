@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench.records.marked import between, write_between
-from bench.speeding.rows import Row, derived
+from bench.speeding.rows import SpeedRow, derived
 from bench.speeding.table import compact, failure_of, heading, verdict_cells
 from bench.speeding.targets import CURVE, PARITY, latest_verdicts
 
@@ -17,7 +17,7 @@ BEGIN, END = (
     "<!-- begin of what bench.speed --page writes -->",
     "<!-- end of what bench.speed --page writes -->",
 )
-Records = Sequence[tuple[dict[str, Any], list[Row]]]
+Records = Sequence[tuple[dict[str, Any], list[SpeedRow]]]
 
 
 def write_page(path: Path, records: Records) -> None:
@@ -68,7 +68,7 @@ def _origin(data: dict[str, Any]) -> str:
     )
 
 
-def _couplers(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _couplers(rows: Sequence[SpeedRow]) -> tuple[list[str], list[list[str]]]:
     names = ["coupler", "form", "ms", "forward ms", "floor ms", "× floor", "× roofline", "loop / it",
              "pyg / it", "saved MiB"]  # fmt: skip
     found = []
@@ -83,7 +83,7 @@ def _couplers(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return names, found
 
 
-def _steps(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _steps(rows: Sequence[SpeedRow]) -> tuple[list[str], list[list[str]]]:
     names = ["training step", "form", "ms", "loop / it", "tokens/s", "MFU", "peak MiB"]
     found = []
     for row in rows:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.speeding.forms import Form, Inputs, Result, Runner
+from bench.speeding.forms import Form, FormInputs, Result, Runner
 from bench.speeding.machine import Machine, products_in
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import PARITY
 from bench.speeding.turns import failure_text
 
@@ -62,19 +62,21 @@ def _values(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_zeros(()) if tensor is None else tensor.detach().float()
 
 
-def parity_rows(forms: Sequence[Form], batch: int, machine: Machine, precisions: Sequence[str]) -> list[Row]:
+def parity_rows(
+    forms: Sequence[Form], batch: int, machine: Machine, precisions: Sequence[str]
+) -> list[SpeedRow]:
     """Run each form once in each precision; nothing is timed."""
     rows = []
     for precision in precisions:
         for form in forms:
             config, parity = form.config, Parity()
-            row = Row(
+            row = SpeedRow(
                 case=PARITY, subject=form.subject, form=form.name, device=machine.device.type,
                 precision=precision, batch=batch, length=config.max_seq_length, experts=config.num_experts,
                 width=config.embed_dim, layers=config.gnn_layers,
             )  # fmt: skip
             try:
-                runner = Runner(form, Inputs(config, batch, precision, machine.device), precision)
+                runner = Runner(form, FormInputs(config, batch, precision, machine.device), precision)
                 with products_in(precision):
                     found = runner.step(0)
                 parity.look(runner, found)

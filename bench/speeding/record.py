@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.files import cannot_write, utc_now, write_whole
 from bench.records.foreign import shown
-from bench.speeding.rows import Row, cells, row_from
+from bench.speeding.rows import SpeedRow, cells, row_from
 from gnnmoe.config import Refused
 
 FOLDER, FILE, TABLE = "speed", "speed.json", "rows.csv"
@@ -27,7 +27,7 @@ class SpeedRecord:
 
     def __init__(self, results_dir: Path, name: str, head: dict[str, Any]) -> None:
         self.path = results_dir / FOLDER / name
-        self.rows: list[Row] = []
+        self.rows: list[SpeedRow] = []
         self.data: dict[str, Any] = {
             "schema_version": VERSION, "name": name, "status": "running", **head, "start": utc_now(),
             "end": None, "machine": {}, "left_out": [], "rows": [],
@@ -47,7 +47,7 @@ class SpeedRecord:
         except OSError as error:
             raise Refused(cannot_write(self.path, error)) from error
 
-    def add(self, rows: Sequence[Row], machine: dict[str, Any]) -> None:
+    def add(self, rows: Sequence[SpeedRow], machine: dict[str, Any]) -> None:
         """Keep rows, and what is known of the machine by now."""
         self.rows += rows
         self.data["rows"] = [asdict(row) for row in self.rows]
@@ -75,7 +75,7 @@ class SpeedRecord:
             write_whole(self.path / TABLE, table.getvalue().encode())
 
 
-def read_record(place: Path) -> tuple[dict[str, Any], list[Row]]:
+def read_speed_record(place: Path) -> tuple[dict[str, Any], list[SpeedRow]]:
     """Return a record and its rows with their texts as they may be shown, by the path of folder or file.
 
     Raises:

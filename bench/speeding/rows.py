@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.measure.rates import paired_ratios, percentile, tokens_per_second, utilisation
+import numpy as np
+
+from bench.measure.rates import paired_ratios, tokens_per_second, utilisation
 from gnnmoe.config import Refused
 
 TOLERANCE = {"fp32": 1e-5, "tf32": 3e-2, "bf16": 3e-2}
@@ -18,7 +20,7 @@ PYG = "pyg"
 
 
 @dataclass(kw_only=True)
-class Row:
+class SpeedRow:
     """One form at one size. What was not measured is None, and ``remark`` or ``error`` says why."""
 
     case: str
@@ -85,10 +87,10 @@ class Row:
         return f"E {self.experts}, D {self.width}, B {self.batch}, L {self.length}"
 
 
-Rows = Sequence[Row]
+Rows = Sequence[SpeedRow]
 
 
-def ratio(over: Row, under: Row) -> float | None:
+def ratio(over: SpeedRow, under: SpeedRow) -> float | None:
     """Return how much longer ``over`` takes: the median over rounds, or the medians' where rounds differ."""
     if over.median is None or under.median is None or over.wrong or under.wrong:
         return None
@@ -97,22 +99,23 @@ def ratio(over: Row, under: Row) -> float | None:
     return over.median / under.median
 
 
-def spread(over: Row, under: Row) -> str:
+def spread(over: SpeedRow, under: SpeedRow) -> str:
     """Return the 10th and 90th percentile of the ratio over rounds, in words; empty for a round or two."""
     if len(over.seconds) != len(under.seconds) or len(over.seconds) < 3:
         return ""
     ratios = paired_ratios(over.seconds, under.seconds)
-    return f"{percentile(ratios, 10):.3g} to {percentile(ratios, 90):.3g}"
+    low, high = np.percentile(ratios, [10, 90])
+    return f"{low:.3g} to {high:.3g}"
 
 
-def beside(row: Row, rows: Rows, forms: Sequence[str]) -> Row | None:
+def beside(row: SpeedRow, rows: Rows, forms: Sequence[str]) -> SpeedRow | None:
     """Return the first of these forms that was timed beside ``row``: same case, subject and size."""
     same = {other.form: other for other in rows
             if (other.case, other.subject, other.size) == (row.case, row.subject, row.size)}  # fmt: skip
     return next((same[form] for form in forms if form in same), None)
 
 
-def derived(row: Row, rows: Rows) -> dict[str, float | None]:
+def derived(row: SpeedRow, rows: Rows) -> dict[str, float | None]:
     """Return what follows from a row and those beside it, by column."""
     median, loop, pyg = row.median, beside(row, rows, LOOPS), beside(row, rows, (PYG,))
     forward = statistics.median(row.forward_seconds) if row.forward_seconds else None
@@ -132,14 +135,14 @@ def derived(row: Row, rows: Rows) -> dict[str, float | None]:
     }
 
 
-def mfu(row: Row) -> float | None:
+def mfu(row: SpeedRow) -> float | None:
     """Return the share of the matrix rate that a median step reaches, None where it is not known."""
     if row.error or row.median is None or row.flops is None or row.matrix_flops_per_second is None:
         return None
     return utilisation(row.flops / row.median, row.matrix_flops_per_second)
 
 
-def cells(row: Row, rows: Rows) -> dict[str, Any]:
+def cells(row: SpeedRow, rows: Rows) -> dict[str, Any]:
     """Return a row and what follows from it, flat; lists of times as their number."""
     found = asdict(row)
     found["rounds"] = len(found.pop("seconds"))
@@ -147,14 +150,14 @@ def cells(row: Row, rows: Rows) -> dict[str, Any]:
     return {**found, **derived(row, rows)}
 
 
-def row_from(found: dict[str, Any]) -> Row:
+def row_from(found: dict[str, Any]) -> SpeedRow:
     """Return the row that a record holds.
 
     Raises:
         Refused: it is of another version.
     """
     try:
-        return Row(**found)
+        return SpeedRow(**found)
     except TypeError as error:
         raise Refused(f"a row is of another version ({error})") from error
 

@@ -11,14 +11,14 @@ from rich.console import Console
 from bench.analysis.plot_style import write_plots
 from bench.speeding.figure import cost_plot
 from bench.speeding.page import write_page
-from bench.speeding.record import read_record
-from bench.speeding.rows import Row
+from bench.speeding.record import read_speed_record
+from bench.speeding.rows import SpeedRow
 from bench.speeding.step_figure import steps_plot
 from bench.speeding.table import print_rows, print_verdicts
 from bench.speeding.targets import latest_verdicts, verdicts
 
 
-def show(data: dict[str, Any], rows: Sequence[Row], console: Console, *, targets: bool = False) -> None:
+def show(data: dict[str, Any], rows: Sequence[SpeedRow], console: Console, *, targets: bool = False) -> None:
     """Print the tables of a record, and what it says of the targets if asked."""
     print_rows(rows, console)
     if targets:
@@ -27,7 +27,7 @@ def show(data: dict[str, Any], rows: Sequence[Row], console: Console, *, targets
         console.print(f"left out for want of time: {'; '.join(data['left_out'])}", markup=False)
 
 
-def write_plots_of(folder: Path, data: dict[str, Any], rows: Sequence[Row], console: Console) -> None:
+def write_plots_of(folder: Path, data: dict[str, Any], rows: Sequence[SpeedRow], console: Console) -> None:
     """Draw a record's rows into its folder; say so where there is nothing to draw."""
     device = data["machine"].get("device", "")
     plots = [plot for plot in (cost_plot(rows, device), steps_plot(rows, device)) if plot is not None]
@@ -42,7 +42,7 @@ def print_records(places: Sequence[Path], console: Console, *, draw: bool, page:
     Raises:
         Refused: a record or the page cannot be read or written.
     """
-    records = [read_record(place) for place in places]
+    records = [read_speed_record(place) for place in places]
     for place, (data, rows) in zip(places, records, strict=True):
         console.print(f"{data['name']}: {data['machine'].get('device')}, {data['start']}, {data['status']}",
                       style="bold", markup=False)  # fmt: skip

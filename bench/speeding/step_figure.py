@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from bench.analysis.plot_style import Plot, headed_figure, log_ticks, plot_style, printable
 from bench.speeding.figure import draw_line, ticks_by_size
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import STEPS
 
 NAME, TITLE = "steps", "A training step by the number of experts"
@@ -15,13 +15,13 @@ NOTE = (
     "Throughput: tokens over all timed steps. Peak memory: tensors alive, model and optimizer included."
 )
 COLUMNS = ("model", "experts", "tokens", "tokens_per_second", "peak_mebibytes")
-PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
+PANELS: tuple[tuple[str, Callable[[SpeedRow], float | None]], ...] = (
     ("tokens per second", lambda row: len(row.seconds) * row.tokens / sum(row.seconds)),
     ("peak memory (MiB)", lambda row: None if row.peak_bytes is None else row.peak_bytes / 2**20),
 )
 
 
-def steps_plot(rows: Sequence[Row], device: str) -> Plot | None:
+def steps_plot(rows: Sequence[SpeedRow], device: str) -> Plot | None:
     """Return the plot of what ``--whole-steps`` measured, or None where fewer than two E were timed.
 
     Of several other sizes it shows the one with the most E.
@@ -53,9 +53,9 @@ def steps_plot(rows: Sequence[Row], device: str) -> Plot | None:
     return Plot(NAME, figure, COLUMNS, table)
 
 
-def _number_of_experts(rows: Sequence[Row]) -> int:
+def _number_of_experts(rows: Sequence[SpeedRow]) -> int:
     return len({row.experts for row in rows})
 
 
-def _but_experts(row: Row) -> tuple[object, ...]:
+def _but_experts(row: SpeedRow) -> tuple[object, ...]:
     return row.device, row.precision, row.batch, row.length, row.width, row.layers

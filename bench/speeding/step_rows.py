@@ -13,14 +13,14 @@ from bench.config import ExecutionConfig, TrainingConfig
 from bench.measure.floors import TRAINING
 from bench.measure.protocol import Step
 from bench.measure.rates import over_the_rate
-from bench.measure.speed import TrainingSteps
+from bench.measure.speed import TrainingSteps, random_batch
 from bench.speeding.machine import Machine
 from bench.speeding.memory import peak_bytes
 from bench.speeding.parity import largest_difference
-from bench.speeding.rows import Row, mfu
+from bench.speeding.rows import SpeedRow, mfu
 from bench.speeding.turns import Contender, in_turn
 from bench.training.execution import Execution
-from bench.training.step import Batch, training_step
+from bench.training.step import training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.head import IGNORED, TiedHead
 from gnnmoe.model import GNNMoEModel
@@ -49,8 +49,9 @@ class StepRunner:
         if variant.plain_head:
             hold_all_logits(model)
         execution.compile(model)
-        training = TrainingConfig(learning_rate=LEARNING_RATE)
-        self.of = TrainingSteps(model, random_batches(config, batch, device), training)
+        training, generator = TrainingConfig(learning_rate=LEARNING_RATE), torch.Generator().manual_seed(0)
+        batches = [random_batch(config, batch, device, generator) for _ in range(BATCHES)]
+        self.of = TrainingSteps(model, batches, training)
 
     def step(self, number: int) -> tuple[Tensor, Tensor]:
         """Do one whole step; return loss and gradient norm, not read."""
@@ -64,7 +65,7 @@ class StepRunner:
 
 
 def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batch: int, machine: Machine,
-              *, rounds: int, warmup: int = 3, memory: bool = True) -> list[Row]:  # fmt: skip
+              *, rounds: int, warmup: int = 3, memory: bool = True) -> list[SpeedRow]:  # fmt: skip
     """Time whole steps of one batch in turn; one that fails becomes a row with its error.
 
     Loss and gradient norm of the first step are held against the first variant's of the same model,
@@ -93,7 +94,7 @@ def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batc
     for variant in variants:
         turn, precision, of = turns[variant.name], variant.execution.precision, variant.config or config
         subject = "step" if variant.config else f"step, {config.coupler_type}"
-        row = Row(
+        row = SpeedRow(
             case=case, subject=subject, form=variant.name, device=machine.device.type,
             precision=precision, batch=batch, length=of.max_seq_length, experts=of.num_experts,
             width=of.embed_dim, layers=of.num_layers, seconds=turn.seconds,
@@ -112,17 +113,6 @@ def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batc
                 row.peak_bytes = runners[variant.name].peak_bytes(machine.device)
         rows.append(row)
     return rows
-
-
-def random_batches(config: GNNMoEConfig, batch: int, device: torch.device) -> list[Batch]:
-    """Return batches of random tokens, each to follow the one before it."""
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for _ in range(BATCHES):
-        size = (batch, config.max_seq_length + 1)
-        ids = torch.randint(config.vocab_size, size, generator=generator).to(device)
-        batches.append({"input_ids": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()})
-    return batches
 
 
 def hold_all_logits(model: GNNMoEModel) -> None:

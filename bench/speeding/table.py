@@ -10,10 +10,10 @@ from rich.console import Console
 
 from bench.analysis.numbers import number
 from bench.analysis.terminal import PlainTable
-from bench.speeding.rows import Row, derived
-from bench.speeding.targets import CURVE, PARITY, Target, Verdict, not_measured
+from bench.speeding.rows import SpeedRow, derived
+from bench.speeding.targets import CURVE, PARITY, Target, TargetVerdict, unmeasured_targets
 
-Cell = Callable[[Row, dict[str, Any]], str]
+Cell = Callable[[SpeedRow, dict[str, Any]], str]
 MIB, NONE = 2**20, ""
 
 
@@ -58,7 +58,7 @@ STEPS: dict[str, Cell] = {
 }
 
 
-def one_line(row: Row) -> str:
+def one_line(row: SpeedRow) -> str:
     """Return a row as it is shown while others are measured."""
     if row.error:
         return f"{heading(row)}, {row.form}: {row.error}"
@@ -69,7 +69,7 @@ def one_line(row: Row) -> str:
     return f"{heading(row)}, {row.form}: {', '.join([time, *bounds, *off])}"
 
 
-def print_rows(rows: Sequence[Row], console: Console) -> None:
+def print_rows(rows: Sequence[SpeedRow], console: Console) -> None:
     """Print what was measured: couplers as a table of times and one of memory, then whole steps."""
     shown = [row for row in rows if row.case not in (CURVE, PARITY)]
     couplers = [row for row in shown if row.floor_bytes is not None]
@@ -92,7 +92,9 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             console.print(note, markup=False)
 
 
-def _print(rows: Sequence[tuple[Row, dict[str, Any]]], columns: dict[str, Cell], console: Console) -> None:
+def _print(
+    rows: Sequence[tuple[SpeedRow, dict[str, Any]]], columns: dict[str, Cell], console: Console
+) -> None:
     """Print a table for each case and size, with columns of the same width."""
     lines = [(row, {name: cell(row, found) for name, cell in columns.items()}) for row, found in rows]
     widths = {name: max(len(name), *(len(cells[name]) for _, cells in lines))
@@ -110,29 +112,29 @@ def _print(rows: Sequence[tuple[Row, dict[str, Any]]], columns: dict[str, Cell],
         console.print(table)
 
 
-def heading(row: Row) -> str:
+def heading(row: SpeedRow) -> str:
     """Return what was measured, at which size and precision, and on what."""
     return f"{row.subject}, {row.size}, {row.precision}, {row.device}" if row.batch else row.subject
 
 
-def _notes(row: Row) -> list[str]:
+def _notes(row: SpeedRow) -> list[str]:
     """Return what to know of a row: an error, a remark, a wrong result."""
     texts = [f"{_named(row)}: {row.remark}"] if row.remark else []
     return [f"- {text}" for text in (*texts, failure_of(row)) if text]
 
 
-def failure_of(row: Row) -> str:
+def failure_of(row: SpeedRow) -> str:
     """Return why a row's time does not count: an error or a wrong result; empty where it does."""
     wrong = f"WRONG by {row.largest_difference:.0e}: its time does not count" if row.wrong else ""
     why = "; ".join(filter(None, (row.error, wrong)))
     return f"{_named(row)}: {why}" if why else ""
 
 
-def _named(row: Row) -> str:
+def _named(row: SpeedRow) -> str:
     return f"{heading(row)}, {row.form}" if row.form else row.subject
 
 
-def _print_curve(rows: Sequence[Row], console: Console) -> None:
+def _print_curve(rows: Sequence[SpeedRow], console: Console) -> None:
     console.print("\nforward + backward by experts and tokens, ms", style="bold")
     names, table = list(dict.fromkeys(row.subject for row in rows if row.form)), PlainTable()
     for column in ("E", "N", *names, "bytes' floor"):
@@ -146,12 +148,12 @@ def _print_curve(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
-def _print_parity(rows: Sequence[Row], console: Console) -> None:
+def _print_parity(rows: Sequence[SpeedRow], console: Console) -> None:
     good = [row for row in rows if not row.wrong and not row.error]
     console.print(f"\nparity: {len(good)} of {len(rows)} agree on {rows[0].device}", style="bold")
 
 
-def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
+def print_verdicts(verdicts: Sequence[TargetVerdict], console: Console) -> None:
     """Print the targets: what was measured, what was asked for, whether it is met; then what was not."""
     measured = [one for one in verdicts if one.value is not None or one.failed]
     console.print("\ntargets", style="bold")
@@ -163,12 +165,12 @@ def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
         table.add_row(*cells)
     if measured:
         console.print(table)
-    missing = not_measured(verdicts)
+    missing = unmeasured_targets(verdicts)
     if missing:
         console.print(f"not measured here: {missing}", markup=False)
 
 
-def verdict_cells(verdicts: Sequence[Verdict]) -> list[list[str]]:
+def verdict_cells(verdicts: Sequence[TargetVerdict]) -> list[list[str]]:
     """Return the table of the targets as texts: number, measure, measured, target, verdict."""
     found = []
     for one in verdicts:

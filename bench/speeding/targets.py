@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from bench.speeding.rows import Row, mfu, ratio, spread
+from bench.speeding.rows import SpeedRow, mfu, ratio, spread
 
-Find = Callable[[str, str], Row | None]
+Find = Callable[[str, str], SpeedRow | None]
 """From a case and a form to its row, None where it was not measured."""
 Unit = Literal["times", "share", "bytes"]
 
@@ -37,7 +37,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TargetVerdict:
     """A target and what was measured on a device, ``cpu`` or ``cuda``."""
 
     target: Target
@@ -68,15 +68,15 @@ class Verdict:
         return f"missed {times:.1f} times" if times >= 2 else f"missed by {abs(share - 1):.1%}"
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+def verdicts(rows: Sequence[SpeedRow]) -> list[TargetVerdict]:
     """Return every target with what the rows say of it: CPU targets by CPU rows, GPU ones by CUDA rows."""
     found = []
     for device, targets in (("cpu", CPU_TARGETS), ("cuda", GPU_TARGETS)):
         by_name = {(row.case, row.form): row for row in rows if row.device == device}
         for target in targets:
-            broken: list[Row] = []
+            broken: list[SpeedRow] = []
 
-            def find(case: str, form: str, by_name=by_name, broken=broken) -> Row | None:
+            def find(case: str, form: str, by_name=by_name, broken=broken) -> SpeedRow | None:
                 row = by_name.get((case, form))
                 if row is None or not (row.error or row.wrong):
                     return row
@@ -84,11 +84,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
                 return None
 
             value, how = target.value(find) or (None, "")
-            found.append(Verdict(target, device, value, how, failed=value is None and bool(broken)))
+            found.append(TargetVerdict(target, device, value, how, failed=value is None and bool(broken)))
     return found
 
 
-def latest_verdicts(records: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> list[Verdict]:
+def latest_verdicts(records: Sequence[tuple[dict[str, Any], Sequence[SpeedRow]]]) -> list[TargetVerdict]:
     """Return every target as the last of the records that tried it says; no figure mixes two records."""
     found = verdicts([])
     for data, rows in sorted(records, key=lambda record: record[0]["start"]):
@@ -97,7 +97,7 @@ def latest_verdicts(records: Sequence[tuple[dict[str, Any], Sequence[Row]]]) -> 
     return found
 
 
-def not_measured(verdicts: Sequence[Verdict]) -> str:
+def unmeasured_targets(verdicts: Sequence[TargetVerdict]) -> str:
     """Return which targets were not measured, and what measures them; empty where all were."""
     parts = []
     for device, suite in (("cpu", "cpu"), ("cuda", "gpu")):

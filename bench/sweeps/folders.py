@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.files import Busy
 from bench.measure.quantity import is_measured
 from bench.records.foreign import visible
-from bench.records.schema import SCHEMA_VERSION, STATUSES, Record
+from bench.records.schema import STATUSES, Record
 from bench.records.stale import is_stale
 from bench.records.store import RunFolder
 from bench.sweeps.executor import Outcome, PlannedRun
@@ -38,14 +38,10 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool =
 
     An interrupted run is continued; ``retry`` holds the statuses that are run again. A run that other code
     made is run again from its beginning, unless ``keep_stale``.
-
-    Raises:
-        Refused: the record is from a newer version.
     """
     record = folder_of(run).read_record()
     if record is None or not (run.folder / "record.json").exists():  # or it was killed before its record
         return Found(None, ())
-    _refuse_newer(record, run)
     outcome, status = outcome_of(record), record["status"]
     stale = is_stale(record, run.code)
     if force or status in retry or (stale and not keep_stale):
@@ -96,17 +92,6 @@ def outcome_of(record: Record) -> Outcome:
     error = visible(record["error"].partition("\n")[0]) if record["error"] else None
     environment = record["environment"] if is_measured(record["environment"]) else {}
     return Outcome(status, error, loss, seconds, environment)
-
-
-def _refuse_newer(record: Record, run: PlannedRun) -> None:
-    version = record.get("schema_version", SCHEMA_VERSION)
-    with suppress(ValueError, AttributeError):
-        if [int(part) for part in version.split(".")] <= [int(part) for part in SCHEMA_VERSION.split(".")]:
-            return
-    raise Refused(
-        f"{run.folder} was written by a newer version (schema {version}; this one reads up to "
-        f"{SCHEMA_VERSION}); choose another --results-dir, or update."
-    )
 
 
 def written_at(path: Path) -> tuple[int, ...] | None:

@@ -92,7 +92,7 @@ class Attempt:
         return []
 
 
-def judge(attempt: Attempt, exit_status: int) -> Outcome | Again:
+def judge_child(attempt: Attempt, exit_status: int) -> Outcome | Again:
     """Return what a child's end means, and write it where the child could not write it itself.
 
     A record with a final status stays as it is. A run that the sweep, or anyone, asked to end stays

@@ -22,7 +22,7 @@ from bench.sweeps.child import End, Work
 from bench.sweeps.cluster import SHARED, ClusterExecutor, lost, refresh
 from bench.sweeps.durations import seconds_of
 from bench.sweeps.executor import GRACE_SECONDS, Task, Wanted
-from bench.sweeps.slurm_job import OVER, SAVING_SECONDS, Queue, SlurmQueue, do_job, outside_of_jobs
+from bench.sweeps.slurm_job import OVER, SAVING_SECONDS, JobQueue, SlurmQueue, do_job, outside_of_jobs
 from gnnmoe.config import Refused
 
 SLOTS = 64
@@ -103,7 +103,7 @@ class SlurmExecutor(ClusterExecutor):
         wanted: Wanted,
         slots: int,
         submitter: Any,
-        queue: Queue,
+        queue: JobQueue,
         grace_seconds: float = GRACE_SECONDS,
         poll_seconds: float = POLL_SECONDS,
         lost_seconds: float = LOST_SECONDS,

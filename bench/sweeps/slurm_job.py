@@ -58,7 +58,7 @@ def outside_of_jobs() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-class Queue(Protocol):
+class JobQueue(Protocol):
     """What a scheduler knows of jobs."""
 
     def states(self) -> Mapping[str, str] | None:

@@ -28,7 +28,7 @@ from bench.sweeps.folders import Found, Unwritable, look, remove_left_over_locks
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import Signals, sweep_lock
 from bench.sweeps.live import Display, View
-from bench.sweeps.outcome import Again, Attempt, judge
+from bench.sweeps.outcome import Again, Attempt, judge_child
 from bench.sweeps.queue import Queue, Waiting
 from bench.sweeps.torchrun import launcher
 
@@ -183,7 +183,7 @@ class _Work:
             if attempt.queued and attempt.stopped is not None:  # it never began
                 continue
             try:
-                verdict = judge(attempt, exit_status)
+                verdict = judge_child(attempt, exit_status)
             except Unwritable as error:
                 self._stop("unwritable", str(error))
                 verdict = Outcome("interrupted", "its end could not be recorded")

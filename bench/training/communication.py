@@ -19,7 +19,7 @@ def probe_tokens(input_ids: Tensor) -> Tensor:
     return input_ids[: max(1, MIXING_TOKENS // input_ids.shape[1])]
 
 
-def communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, dict[str, Tensor]]:
+def communication_by_layer(model: GNNMoEModel, input_ids: Tensor) -> dict[str, dict[str, Tensor]]:
     """Return what every layer's coupler says of itself on ``input_ids`` (B, L), in eval mode."""
     was_training = model.training
     model.eval()
@@ -39,7 +39,7 @@ class CommunicationTrace:
     def sample(self, step: int, model: GNNMoEModel) -> None:
         """Keep a copy of what the model says after ``step`` steps."""
         self._steps.append(step)
-        for layer, parts in communication(model, self.input_ids).items():
+        for layer, parts in communication_by_layer(model, self.input_ids).items():
             for name, value in parts.items():
                 self._samples.setdefault(f"{layer}.{name}", []).append(value.float().cpu().numpy().copy())
 
@@ -60,8 +60,8 @@ class CommunicationTrace:
 
 
 def summarize_communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, Any]:
-    """Return ``communication`` with vectors by member names, ready for JSON."""
-    found = communication(model, input_ids)
+    """Return ``communication_by_layer`` with vectors by member names, ready for JSON."""
+    found = communication_by_layer(model, input_ids)
     summary: dict[str, Any] = {}
     for number, parts in enumerate(found.values()):
         layer = model.layers[number]

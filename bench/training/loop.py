@@ -11,10 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from bench.config import TrainingConfig
-from bench.data.loader import set_epoch
+from bench.data.loader import BlockLoader, set_epoch
 from bench.training.evaluation import evaluate
 from bench.training.plan import EpochPlan, TrainingPlan
 from bench.training.ranks import ALONE, Ranks
@@ -109,8 +108,8 @@ class Trainer:
     def __init__(
         self,
         model: GNNMoEModel,
-        train_loader: DataLoader,
-        val_loader: DataLoader,
+        train_loader: BlockLoader,
+        val_loader: BlockLoader,
         config: TrainingConfig,
         device: torch.device,
         hooks: Hooks,
@@ -186,12 +185,12 @@ class Trainer:
         """Yield the batches from step ``done.steps`` on: epoch and place in it follow from the step."""
         while self.done.steps < self.plan.total_steps:
             epoch, start = self.plan.place(self.done.steps)
-            set_epoch(self.train_loader, epoch)
             planned = self.plan.epoch(epoch)
+            set_epoch(self.train_loader, epoch, start * planned.batch_size)
             self.hooks.on_epoch(planned)
             if start == 0:
                 self.steps.begin_epoch(self.done.steps)
-            yield from islice(self.train_loader, start, planned.batches if planned.cut else None)
+            yield from islice(self.train_loader, planned.batches - start if planned.cut else None)
             self.hooks.after_epoch()
 
     def _step(self, batch: Batch) -> None:

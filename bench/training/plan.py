@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
-
-from torch.utils.data import DataLoader
 
 from bench.config import DEFAULT_MAX_STEPS, TrainingConfig
-from bench.data.block_loader import check_unchanged
+from bench.data.loader import BlockLoader
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,8 @@ class EpochPlan:
 class TrainingPlan:
     """The epochs of a training in order; a curriculum and a batch schedule make them differ."""
 
-    def __init__(self, loader: DataLoader[Any], config: TrainingConfig) -> None:
-        checked = check_unchanged(loader)
-        self._sampler, self._length = checked.sampler_obj, checked.dataset_obj.length
+    def __init__(self, loader: BlockLoader, config: TrainingConfig) -> None:
+        self._sampler, self._length = loader.sampler_obj, loader.dataset_obj.length
         self._most = config.max_batches_per_epoch
         steps = config.max_steps
         if steps is None and config.epochs is None:

@@ -38,6 +38,7 @@ UNITS = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 WHOLE_DEVICE = "device"
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 ALLOWED = (
     "write an amount with its unit (16GiB, 512MiB, 2.5GB), 'device' for all the memory of the device, "
     "or a share of it in (0, 1], such as 0.5."
@@ -112,19 +113,18 @@ def device_memory_bytes(device: torch.device) -> int:
     return host_memory_bytes()
 
 
-def host_memory_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+def host_memory_bytes() -> int:
     """Return the host's physical memory in bytes, or the lowest limit of the control groups over us.
 
     Source: cgroups(7); ``memory.max`` of version 2, ``memory.limit_in_bytes`` of version 1.
     """
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    own = proc / "self" / "cgroup"
-    for line in own.read_text().splitlines() if own.is_file() else []:
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            mount, name = groups, "memory.max"
+            mount, name = GROUPS, "memory.max"
         elif "memory" in controllers.split(","):
-            mount, name = groups / "memory", "memory.limit_in_bytes"
+            mount, name = GROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
         group = mount / path.lstrip("/")

@@ -6,10 +6,10 @@ answered: always a shape that ran. A shape either fits or does not; where it fit
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from time import monotonic
 from typing import Any, Literal
 
 from bench.tune.shape import Shape
@@ -111,7 +111,6 @@ def search(
     max_trials: int = 12,
     max_seconds: float | None = None,
     on_trial: Callable[[Trial], object] = lambda _: None,
-    clock: Callable[[], float] = time.monotonic,
 ) -> Found:
     """Try shapes of a ladder (rising, see ``ladder``) and return the largest that ran.
 
@@ -130,13 +129,13 @@ def search(
     else:
         policy = (_Power if mode == "power" else _BinarySearch)(shapes, start)
     trials: list[Trial] = []
-    began = clock()
+    began = monotonic()
     while (stopped := policy.stopped()) is None:
         if len(trials) == max_trials:
             stopped = "max_trials"
             break
         at = policy.next()
-        if max_seconds is not None and clock() - began + _seconds(trials, shapes[at]) > max_seconds:
+        if max_seconds is not None and monotonic() - began + _seconds(trials, shapes[at]) > max_seconds:
             stopped = "max_seconds"
             break
         trials.append(replace(trial(shapes[at]), expected_peak_bytes=policy.expected(at)))

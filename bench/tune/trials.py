@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 
+import psutil
 import torch
 
 from bench.config import ExecutionConfig, TrainingConfig
@@ -28,7 +28,6 @@ from gnnmoe.model import GNNMoEModel
 WARM_UP_STEPS = 2  # the first makes the optimizer's state; the second, with it there, is metered
 MEASURED_STEPS = 2
 MOST_PIECES = 2  # from the second piece on, the gradients of those before are held: as high as it gets
-MOST_MICRO_STEPS = (WARM_UP_STEPS + MEASURED_STEPS) * MOST_PIECES
 SURE_SHARE = 1.1  # of the limit: predictions are within 10 % of what is measured
 
 
@@ -109,8 +108,7 @@ class Trials:
 
     def _hopeless(self, predicted: int, length: int) -> str | None:
         """Return why a shape need not be run to know that it fails; the first of a length always is."""
-        free = free_host_bytes() if self._device.type == "cpu" else None
-        if free is not None and predicted > free:
+        if self._device.type == "cpu" and predicted > (free := free_host_bytes()):
             return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process, untold
         limit = self.setup.limit_bytes
         if length in self._begun and predicted > limit * SURE_SHARE:
@@ -151,12 +149,9 @@ def allocator_retries(device: torch.device) -> int:
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 
-def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes that the host can give without swapping; None where it does not say."""
-    for line in meminfo.read_text().splitlines() if meminfo.is_file() else []:
-        if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, host_memory_bytes())
-    return None
+def free_host_bytes() -> int:
+    """Return the bytes that the host can give without swapping."""
+    return min(psutil.virtual_memory().available, host_memory_bytes())
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

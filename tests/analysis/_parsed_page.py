@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from html.parser import HTMLParser
+from typing import Any
 
+FIGURES = re.compile(r'<script type="application/json" id="figures">(.*?)</script>', re.DOTALL)
 VOID = set("meta link input br img".split())
 
 
@@ -60,3 +64,10 @@ class Element:
     @property
     def words(self) -> str:
         return " ".join(self.text.split())
+
+
+def figures_of_page(html: str) -> dict[str, Any]:
+    """Return the figures that a page holds, as ``page_tables.figures`` gives them."""
+    found = FIGURES.search(html)
+    assert found
+    return json.loads(found[1])

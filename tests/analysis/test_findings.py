@@ -13,8 +13,8 @@ import pytest
 from bench.analysis.report import load_report
 from bench.analysis.report_files import text_files
 from bench.analysis.study_page import study_markdown
-from bench.speeding.record import FILE, read_record
-from bench.speeding.rows import Row
+from bench.speeding.record import FILE, read_speed_record
+from bench.speeding.rows import SpeedRow
 from examples import five_facts
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_the_facts_print_what_the_page_pastes(number, capsys):
 
 def test_the_couplers_timed_alone_are_those_of_the_records():
     """Of the records that timed both couplers: what is compared was measured in one process."""
-    records = [read_record(path)[1] for path in sorted(SPEED.glob(f"*/{FILE}"))]
+    records = [read_speed_record(path)[1] for path in sorted(SPEED.glob(f"*/{FILE}"))]
     for device, form, what in (
         ("cpu", "vectorized", "ms"), ("cuda", "vectorized", "ms"), ("cuda", "compiled", "ms"),
         ("cpu", "vectorized", "MiB"), ("cuda", "vectorized", "MiB"),
@@ -49,14 +49,14 @@ def test_the_couplers_timed_alone_are_those_of_the_records():
         assert f"{found[0]} against {found[1]} {what}" in PAGE, (device, form, found)
 
 
-def shown(row: Row, what: str) -> str:
+def shown(row: SpeedRow, what: str) -> str:
     value = 1e3 * statistics.median(row.seconds) if what == "ms" else (row.saved_bytes or 0) / 2**20
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def test_the_table_by_the_number_of_experts_is_that_of_the_record():
     """Peak memory in MiB, then tokens/s, each for the mean, the gate, GNN and HGNN."""
-    _, rows = read_record(SPEED / "h100-experts")
+    _, rows = read_speed_record(SPEED / "h100-experts")
     for experts in (2, 4, 8, 16, 32, 64):
         of = {row.form: row for row in rows if row.experts == experts}
         four = [of[name] for name in ("mean", "gate", "GNN", "HGNN all_pairs")]

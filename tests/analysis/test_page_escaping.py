@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.analysis.page import FIGURES, UNSHOWABLE, figures_of_page, render_page
+from bench.analysis.page import UNSHOWABLE, render_page
 from bench.analysis.page_tables import figures
 from bench.analysis.report import make_report
 from bench.analysis.study import Run, Study, grouped, load_study
 from tests.analysis._made_studies import made_study
-from tests.analysis._parsed_page import Page
+from tests.analysis._parsed_page import FIGURES, Page, figures_of_page
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"`&amp; ☃ \r\n--x=1"
 

@@ -18,10 +18,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select
 
-from bench.analysis.page import figures_of_page, render_page
+from bench.analysis.page import render_page
 from bench.analysis.report import make_plots, make_report
 from bench.analysis.study import load_study
 from tests.analysis._made_studies import made_study
+from tests.analysis._parsed_page import figures_of_page
 
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 MISSING = [name for name, path in PROGRAMS.items() if path is None]

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from bench.analysis import quantities
-from bench.analysis.comparison import Row, compare
+from bench.analysis.comparison import ComparisonRow, compare
 from bench.analysis.comparison_tables import comparison_table
 from bench.analysis.labels import settings_of
 from bench.analysis.provenance import run_facts
@@ -46,7 +46,7 @@ def changed(study: Path, coupler: str, **speed: Any) -> None:
             path.write_text(json.dumps(record))
 
 
-def rows_of(study: Path) -> dict[str, Row]:
+def rows_of(study: Path) -> dict[str, ComparisonRow]:
     return {row.configuration.label: row for row in compare(load_study(study).groups[0]).rows}
 
 

@@ -32,7 +32,7 @@ def three_errors(rate: float, trials: int) -> float:
 
 @pytest.mark.parametrize(("seeds", "comparisons"), [(6, 1), (8, 5), (10, 5)])
 def test_a_study_without_differences_finds_one_in_twenty_at_most(seeds, comparisons):
-    studies = 600
+    studies = 300
     found = np.isin(kinds(studies, seeds, comparisons, 0.0), ["better", "worse"]).any(axis=1).mean()
     assert 0 < found <= 0.05 + three_errors(0.05, studies)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -162,10 +163,11 @@ def measured(ranks: Ranks) -> dict[str, Any]:
         speed.time_steps = real
     durations = np.ones(60) if ranks.first else np.repeat(np.arange(1.0, 7.0), 10)
     ticks = iter(np.cumsum(np.stack([np.zeros(60), durations], axis=1)))
-    until_steady = time_steps(
-        lambda _: None, device=CPU, warmup=Warmup.steady(), steps=1, clock=lambda: float(next(ticks)),
-        agree=ranks.largest,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.measure.protocol.perf_counter", lambda: float(next(ticks)))
+        until_steady = time_steps(
+            lambda _: None, device=CPU, warmup=Warmup.steady(), steps=1, agree=ranks.largest
+        )
     return {"speed": found, "memory": memory, "warmup_steps": until_steady.warmup_steps}
 
 

@@ -41,9 +41,9 @@ def rungs(cap: int, among=None) -> list[Shape]:
 
 
 def found(device: Device, cap: int, among=None, **settings) -> Found:
-    return search(
-        device, rungs(cap, among), **{"max_trials": ENOUGH, "clock": lambda: device.now, **settings}
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.tune.search.monotonic", lambda: device.now)
+        return search(device, rungs(cap, among), **{"max_trials": ENOUGH, **settings})
 
 
 def knee(trials: list[Trial]) -> int | None:
@@ -226,9 +226,10 @@ def test_every_trial_is_kept_and_survives_the_record():
     assert Found.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
-def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next():
+def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next(monkeypatch):
     """B6: 128 was predicted away in no time; 96 would take half again as long as 64 did."""
     now = [0.0]
+    monkeypatch.setattr("bench.tune.search.monotonic", lambda: now[0])
 
     def trial(shape: Shape) -> Trial:
         if shape.rows == 128:
@@ -237,7 +238,7 @@ def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next():
         now[0] += 60.0
         return Trial(shape, seconds=60.0, micro_steps=4)
 
-    result = search(trial, rungs(128), start=64, max_trials=9, max_seconds=110.0, clock=lambda: now[0])
+    result = search(trial, rungs(128), start=64, max_trials=9, max_seconds=110.0)
     assert (result.shape.rows, result.stopped) == (64, "max_seconds")
     assert now[0] < 110
 

@@ -100,16 +100,16 @@ def test_the_whole_device_of_a_cpu_is_the_host():
         ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": str(2**63 - 4096)}, None),
     ],
 )
-def test_a_control_group_limits_the_host(membership, limits, expected, tmp_path):
-    own = tmp_path / "proc" / "self" / "cgroup"
-    own.parent.mkdir(parents=True)
-    own.write_text(membership)
+def test_a_control_group_limits_the_host(membership, limits, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.tune.budget.OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr("bench.tune.budget.GROUPS", tmp_path / "cgroup")
+    physical = host_memory_bytes()
+    (tmp_path / "own").write_text(membership)
     for name, limit in limits.items():
         path = tmp_path / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(limit + "\n")
-    found = host_memory_bytes(tmp_path / "proc", tmp_path / "cgroup")
-    physical = host_memory_bytes(tmp_path / "nothing", tmp_path / "nothing")
+    found = host_memory_bytes()
     assert physical > 2**28
     assert found == (physical if expected is None else expected)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import pytest
@@ -13,7 +12,6 @@ from bench.device import OUT_OF_MEMORY_TEXTS, is_out_of_memory, resolve_device
 from bench.measure.environment import code_state, describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.memory import measure_memory
-from bench.measure.protocol import time_steps
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, peak_memory
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
@@ -65,8 +63,7 @@ def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
         return torch.tensor(0.0), torch.tensor(0.0)
 
     monkeypatch.setattr("bench.measure.speed.training_step", step)
-    timed = functools.partial(time_steps, clock=lambda: ticks[0])
-    monkeypatch.setattr("bench.measure.speed.time_steps", timed)
+    monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: ticks[0])
     measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
     speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU)
     assert speed["step_seconds"] == [1.0] * 4
@@ -76,8 +73,9 @@ def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
     assert (speed["warmup_steps"], speed["steady"], ticks[0]) == (20, True, 29.0)
 
 
-def test_a_fetch_is_what_the_loader_and_the_way_to_the_device_take():
+def test_a_fetch_is_what_the_loader_and_the_way_to_the_device_take(monkeypatch):
     now = [0.0]
+    monkeypatch.setattr("bench.measure.speed.perf_counter", lambda: now[0])
 
     def loader():
         for number, batch in enumerate(make_batches(5)):
@@ -88,7 +86,7 @@ def test_a_fetch_is_what_the_loader_and_the_way_to_the_device_take():
         now[0] += 0.5
         return {name: tensor[:, :4] for name, tensor in batch.items()}
 
-    batches, seconds = fetched(loader(), 3, as_run, CPU, clock=lambda: now[0])
+    batches, seconds = fetched(loader(), 3, as_run, CPU)
     assert seconds == [1.5, 2.5, 3.5]
     assert [tuple(batch["targets"].shape) for batch in batches] == [(2, 4)] * 3
     assert len(fetched(loader(), 9, as_run, CPU)[0]) == 5

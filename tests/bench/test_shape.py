@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import replace
 
@@ -12,7 +11,6 @@ import torch
 from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure import speed
-from bench.measure.protocol import time_steps
 from bench.run import main
 from bench.training.step import split, training_step
 from bench.tune.__main__ import main as tune
@@ -156,19 +154,21 @@ def test_d4_the_prediction_is_corrected_by_what_was_measured():
         assert tried.expected_peak_bytes == pytest.approx(tried.measured_peak_bytes, abs=2)
 
 
-def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none():
+def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none(monkeypatch):
     assert Card(3000, 10**6, None).fit(max_trials=2).stopped == "max_trials"
     ticks = iter(range(100))
-    found = Card(3000, 10**6, None).fit(max_seconds=1.5, clock=lambda: next(ticks))
+    monkeypatch.setattr("bench.tune.search.monotonic", lambda: next(ticks))
+    found = Card(3000, 10**6, None).fit(max_seconds=1.5)
     assert found.stopped == "max_seconds"
     assert found.trial.ran
     with pytest.raises(NoFeasibleBatch, match="smallest peak seen"):
         Card(900, 10**6).fit()
 
 
-def test_a_fit_begins_no_trial_that_is_not_expected_to_end_in_time():
+def test_a_fit_begins_no_trial_that_is_not_expected_to_end_in_time(monkeypatch):
     """B6, as a search does: a second a token, so after 64 × 1 there is no time for 64 × 4."""
     card, now = Card(3000, 10**6, None), [0.0]
+    monkeypatch.setattr("bench.tune.search.monotonic", lambda: now[0])
 
     def run(shape: Shape) -> Trial:
         now[0] += shape.tokens
@@ -177,10 +177,7 @@ def test_a_fit_begins_no_trial_that_is_not_expected_to_end_in_time():
     for seconds, ran in ((64 + 255, 1), (64 + 256, 2)):
         card.ran.clear()
         now[0] = 0.0
-        found = search(
-            run, SHAPES, "shape", predict=card.predict, limit_bytes=3000, max_seconds=seconds,
-            clock=lambda: now[0],
-        )  # fmt: skip
+        found = search(run, SHAPES, "shape", predict=card.predict, limit_bytes=3000, max_seconds=seconds)
         assert (found.stopped, [shape.tokens for shape in card.ran]) == ("max_seconds", [64, 256][:ran])
         assert found.shape == Shape(1, 64)
 
@@ -254,8 +251,7 @@ def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):
         return training_step(model, data, optimizer, norm, micro)
 
     monkeypatch.setattr(speed, "training_step", step)
-    timed = functools.partial(time_steps, clock=lambda: now[0])
-    monkeypatch.setattr(speed, "time_steps", timed)
+    monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: now[0])
     padded = batch()
     padded["targets"][1:, 3:] = IGNORED
     measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)

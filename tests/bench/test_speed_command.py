@@ -20,7 +20,7 @@ from bench.speeding.gpu_suite import GpuScale, gpu_jobs
 from bench.speeding.jobs import run_jobs
 from bench.speeding.machine import Machine
 from bench.speeding.memory import peak_bytes, saved_bytes
-from bench.speeding.record import FILE, SpeedRecord, read_record
+from bench.speeding.record import FILE, SpeedRecord, read_speed_record
 from bench.speeding.step_rows import Variant, executed, step_rows
 from bench.speeding.targets import CPU_TARGETS, GPU_TARGETS, verdicts
 from bench.training.execution import Execution
@@ -235,7 +235,7 @@ class TestCommand:
         assert max(map(len, shown.splitlines())) <= 80
         for word in ("vectorized", "pyg", "loop", "reference()", "saved MiB", "×floor"):
             assert word in shown
-        data, rows = read_record(tmp_path / "speed" / "one")
+        data, rows = read_speed_record(tmp_path / "speed" / "one")
         assert (data["status"], data["what"]) == ("ok", "HGNN")
         assert data["environment"]["packages"]["torch"] == torch.__version__
         assert {row.precision for row in rows} == {"fp32"}
@@ -252,7 +252,7 @@ class TestCommand:
         ]
         assert speed.main([*TINY, *arguments, "--name", "two", "--precision", "bf16"]) == 0
         folder = tmp_path / "speed" / "two"
-        _, rows = read_record(folder)
+        _, rows = read_speed_record(folder)
         assert {(row.subject, row.experts) for row in rows} == {
             (n, e) for n in ("static", "GNN") for e in (2, 3)
         }
@@ -270,7 +270,7 @@ class TestCommand:
         arguments = ["--whole-steps", "--couplers", "mean,GNN", "--sizes", "E=2;E=5", "--plot"]
         assert speed.main([*TINY, *arguments, "--results-dir", str(tmp_path), "--name", "steps"]) == 0
         folder = tmp_path / "speed" / "steps"
-        _, rows = read_record(folder)
+        _, rows = read_speed_record(folder)
         assert [(row.form, row.experts) for row in rows] == [("mean", 2), ("GNN", 2), ("mean", 5), ("GNN", 5)]
         for row in rows:
             config = replace(SMALL, coupler_type=row.form, num_experts=row.experts, embed_dim=row.width,

@@ -166,8 +166,7 @@ def test_the_coupler_alone_is_timed_beside_the_mean_coupler(tmp_path, monkeypatc
     model = model_of("HGNN", gnn_layers=1)
     steps = TrainingSteps(copy.deepcopy(model), batches(), RunConfig().training)
     monkeypatch.setattr("bench.measure.speed.training_step", step)
-    in_turn = marginal.time_in_turn
-    monkeypatch.setattr(marginal, "time_in_turn", lambda *a, **k: in_turn(*a, **k, clock=lambda: now[0]))
+    monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: now[0])
     monkeypatch.setattr(marginal, "peak_memory", lambda *_: {"peak_allocated_bytes": 1000})
     execution = SpeedPass(RunConfig(), CPU, tmp_path, print).execution
     found = marginal.marginal_cost(steps, {"peak_allocated_bytes": 1234}, QUICK, execution, CPU, 0)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from bench.speeding.page import tables
-from bench.speeding.rows import Row
+from bench.speeding.rows import SpeedRow
 from bench.speeding.step_figure import steps_plot
-from bench.speeding.targets import HARNESS, STEPS, latest_verdicts, not_measured
+from bench.speeding.targets import HARNESS, STEPS, latest_verdicts, unmeasured_targets
 from tests.bench.test_speeding import record_of, row
 
 
-def record(name: str, start: str, *rows: Row):
+def record(name: str, start: str, *rows: SpeedRow):
     return {"name": name, "start": start}, rows
 
 
@@ -51,12 +51,12 @@ def test_a_target_that_failed_in_the_last_record_is_not_met_by_an_earlier_one(br
     new = record("new", "2026-01-03T00:00:00Z", loop, vectorized)
     first = latest_verdicts([early, late])[0]
     assert (first.target.name, first.value, first.met, first.words) == ("S1", None, None, "failed")
-    assert (first.job, not_measured([first])) == ("late", "")
+    assert (first.job, unmeasured_targets([first])) == ("late", "")
     first = latest_verdicts([early, late, new])[0]
     assert (first.value, first.job) == (70.0, "new")
 
 
-def step(name: str, experts: int, seconds: float, peak: int | None, **changes) -> Row:
+def step(name: str, experts: int, seconds: float, peak: int | None, **changes) -> SpeedRow:
     return row(name, seconds, seconds, case=STEPS, subject="step", experts=experts, peak_bytes=peak,
                floor_bytes=None, **changes)  # fmt: skip
 

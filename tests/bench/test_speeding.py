@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 
 from bench.speeding.figure import cost_plot
-from bench.speeding.forms import Inputs, experts_given
+from bench.speeding.forms import FormInputs, experts_given
 from bench.speeding.jobs import Job, run_jobs
 from bench.speeding.machine import Machine
 from bench.speeding.page import BEGIN, END, tables, with_tables
-from bench.speeding.record import FILE, TABLE, SpeedRecord, read_record
-from bench.speeding.rows import Row, derived, mfu, ratio
+from bench.speeding.record import FILE, TABLE, SpeedRecord, read_speed_record
+from bench.speeding.rows import SpeedRow, derived, mfu, ratio
 from bench.speeding.sizes import sizes, subject_name, subjects
 from bench.speeding.table import print_rows, print_verdicts
 from bench.speeding.targets import (
@@ -29,7 +29,7 @@ from bench.speeding.targets import (
     HARNESS,
     HGNN,
     STEP_32,
-    not_measured,
+    unmeasured_targets,
     verdicts,
 )
 from bench.speeding.turns import Contender, in_turn
@@ -38,8 +38,8 @@ from gnnmoe import GNNMoEConfig
 CPU = torch.device("cpu")
 
 
-def row(form: str, *seconds: float, **changes) -> Row:
-    made = Row(case=HGNN, subject="HGNN", form=form, device="cpu", precision="fp32", batch=2, length=8,
+def row(form: str, *seconds: float, **changes) -> SpeedRow:
+    made = SpeedRow(case=HGNN, subject="HGNN", form=form, device="cpu", precision="fp32", batch=2, length=8,
                experts=4, width=16, layers=2, seconds=list(seconds), floor_bytes=1000,
                copy_bytes_per_second=1e6)  # fmt: skip
     return replace(made, **changes)
@@ -110,7 +110,7 @@ def test_a_target_without_its_rows_is_not_measured_and_named():
                (("harness", 1.01), ("bare loop", 1.0), ("fetching a batch", 0.005))]  # fmt: skip
     found = verdicts(harness)
     assert {one.target.name for one in found if one.met} == {"S5", "S6"}
-    assert not_measured(found) == (
+    assert unmeasured_targets(found) == (
         "S1, S2, S3, S4 (--suite cpu); S4, S7, S8, S9, S10 (--suite gpu)"
     )  # fmt: skip
     assert all(one.words == "not measured" for one in found if one.value is None)
@@ -153,9 +153,8 @@ def record_of(tmp_path: Path, name: str = "made") -> SpeedRecord:
     return record
 
 
-def run(jobs, record, budget=None, clock=None):
-    run_jobs(jobs, Machine(CPU), record, budget=budget, on_job=lambda _: None, on_row=lambda _: None,
-             clock=clock or FakeClock())  # fmt: skip
+def run(jobs, record, budget=None):
+    run_jobs(jobs, Machine(CPU), record, budget=budget, on_job=lambda _: None, on_row=lambda _: None)
 
 
 def test_a_job_that_raises_is_a_row_and_the_next_goes_on(tmp_path):
@@ -169,8 +168,9 @@ def test_a_job_that_raises_is_a_row_and_the_next_goes_on(tmp_path):
     assert second.seconds == [1.0]
 
 
-def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path):
+def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path, monkeypatch):
     clock, record = FakeClock(), record_of(tmp_path)
+    monkeypatch.setattr("bench.speeding.jobs.perf_counter", clock)
 
     def taking(seconds: float):
         def rows(_):
@@ -185,7 +185,7 @@ def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path):
         Job("b", taking(5.0), 2.0),
         Job("c", taking(1)),
     ]
-    run(jobs, record, budget=8.0, clock=clock)
+    run(jobs, record, budget=8.0)
     assert [one.seconds for one in record.rows] == [[4.0], [5.0]]
     assert record.data["left_out"] == ["large (about 9 s)", "c"]
 
@@ -198,7 +198,7 @@ def test_a_kill_loses_no_row(tmp_path):
 
     with pytest.raises(SystemExit):
         run([Job("one", lambda _: [row("loop", 1.0)]), Job("two", killed)], record)
-    data, rows = read_record(tmp_path / "speed" / "made")
+    data, rows = read_speed_record(tmp_path / "speed" / "made")
     assert data["status"] == "running"
     assert [one.form for one in rows] == ["loop"]
 
@@ -208,7 +208,7 @@ def test_a_record_comes_back_as_it_was_and_its_csv_has_the_ratios(tmp_path):
     rows = [row("vectorized", 0.5, forward_seconds=[0.1], saved_bytes=7), row("loop", 2.0, remark="slow")]
     record.add(rows, {"device": "made"})
     record.end("ok")
-    data, found = read_record(record.path)
+    data, found = read_speed_record(record.path)
     assert found == rows
     assert (data["status"], data["machine"]) == ("ok", {"device": "made"})
     table = list(csv.DictReader(io.StringIO((record.path / TABLE).read_text())))
@@ -228,9 +228,9 @@ def test_a_record_is_never_written_over(tmp_path):
 def test_a_damaged_record_is_refused(tmp_path, text, message):
     (tmp_path / FILE).write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_record(tmp_path)
+        read_speed_record(tmp_path)
     with pytest.raises(ValueError, match="holds no record"):
-        read_record(tmp_path / "nowhere")
+        read_speed_record(tmp_path / "nowhere")
 
 
 # --- in turn ---------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_a_slow_one_is_timed_in_one_round_beside_the_others(monkeypatch):
 @pytest.mark.parametrize(("coupler", "experts"), [("dense", 1), ("mean", 4)])
 def test_a_coupler_is_timed_on_as_many_experts_as_a_layer_has(coupler, experts):
     config = GNNMoEConfig(coupler_type=coupler, num_experts=4, embed_dim=8, max_seq_length=8)
-    inputs, before = Inputs(config, 2, "fp32", CPU), torch.get_rng_state()
+    inputs, before = FormInputs(config, 2, "fp32", CPU), torch.get_rng_state()
     for expert_outputs, layer_input in inputs.sets:
         assert expert_outputs.shape == (2, 8, experts, 8)
         assert layer_input.shape == (2, 8, 8)
@@ -323,7 +323,7 @@ def test_couplers_by_name_layer_or_all():
 # --- what is shown ---------------------------------------------------------------------------------
 
 
-def made_rows() -> list[Row]:
+def made_rows() -> list[SpeedRow]:
     curve = [row("vectorized", 0.01 * experts, case="curve", experts=experts, subject=name)
              for experts in (2, 4) for name in ("static", "HGNN")]  # fmt: skip
     failed = row("compiled", error="RuntimeError: " + "long " * 40)
@@ -381,7 +381,7 @@ def test_a_page_takes_the_tables_between_its_marks(tmp_path):
     record = record_of(tmp_path)
     record.add(made_rows(), {"device": "CPU", "copy_bytes_per_second": 1e10,
                              "matrix_flops_per_second": {"fp32": 1e11}})  # fmt: skip
-    records = [read_record(record.path)]
+    records = [read_speed_record(record.path)]
     page = with_tables(f"above\n{BEGIN}\nold\n{END}\nbelow\n", records)
     assert page.startswith("above\n")
     assert page.endswith("\nbelow\n")
@@ -399,7 +399,7 @@ def test_the_tables_of_the_page_follow_from_the_committed_records():
         pytest.skip("no record is committed")
     page = (repository / "docs" / "performance.md").read_text(encoding="utf-8")
     again = "python -m bench.speed --table results/reference/speed/* --page docs/performance.md"
-    assert with_tables(page, [read_record(path) for path in places]) == page, f"write it again: {again}"
+    assert with_tables(page, [read_speed_record(path) for path in places]) == page, f"write it again: {again}"
 
 
 def test_no_place_of_this_machine_is_in_a_committed_record():

@@ -26,7 +26,14 @@ from bench.tune.__main__ import main as tune
 from bench.tune.find import Request, cached_search, search_here, search_in_child
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial
 from bench.tune.shape import Shape
-from bench.tune.trials import MOST_MICRO_STEPS, Trials, TrialSetup, why_it_fails
+from bench.tune.trials import (
+    MEASURED_STEPS,
+    MOST_PIECES,
+    WARM_UP_STEPS,
+    Trials,
+    TrialSetup,
+    why_it_fails,
+)
 from gnnmoe import GNNMoEConfig
 from tests.bench._fake_memory import FakeMemory
 from tests.bench.test_run import only_run, results_of
@@ -35,6 +42,7 @@ pytestmark = pytest.mark.core("tune")
 REPOSITORY = Path(__file__).parents[2]
 SMALL = GNNMoEConfig(embed_dim=8, num_heads=2, num_layers=1, max_seq_length=16, vocab_size=43)
 ALL = 10**12
+STEPS = WARM_UP_STEPS + MEASURED_STEPS  # of a trial
 gpu = pytest.mark.gpu
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -423,7 +431,7 @@ def test_b6_a_trial_has_so_many_micro_steps_whatever_the_accumulation():
     for batch_size in (4, 8, 40_000):
         trial = Trials(setup(batch_size))(shape(4))
         assert trial.ran
-        assert trial.micro_steps == (4 if batch_size == 4 else MOST_MICRO_STEPS)
+        assert trial.micro_steps == (1 if batch_size == 4 else MOST_PIECES) * STEPS
         assert trial.measured_peak_bytes == trial.predicted_peak_bytes == peak_of(4, batch_size)
         assert (trial.tokens_per_second or 0) > 0
 
@@ -657,7 +665,7 @@ def test_gpu_a5_b6_a_search_on_the_device_in_a_child(tuned, tmp_path):
     _, record = only_run(results_of(tuned))
     assert record["tuned"]["micro_batch_size"] == 16
     assert record["tuned"]["seconds"] < 120
-    assert all(t["micro_steps"] <= MOST_MICRO_STEPS for t in record["tuned"]["trials"])
+    assert all(t["micro_steps"] <= STEPS * MOST_PIECES for t in record["tuned"]["trials"])
     assert _held_on_the_device() == before
 
 

@@ -13,11 +13,11 @@ import bench.speeding.harness_rows as harness_rows_module
 from bench.config import DataConfig, ModelConfig, PlacesConfig, RunConfig, TrainingConfig
 from bench.measure.floors import Rates
 from bench.speeding.coupler_rows import Timing, coupler_rows
-from bench.speeding.forms import INPUT_SETS, Form, Inputs, Runner, forms_of
+from bench.speeding.forms import INPUT_SETS, Form, FormInputs, Runner, forms_of
 from bench.speeding.harness_rows import InTurn, harness_rows
 from bench.speeding.machine import Machine
 from bench.speeding.parity import Parity
-from bench.speeding.record import FILE, read_record
+from bench.speeding.record import FILE, read_speed_record
 from bench.speeding.targets import BARE, FETCH, HARNESSED
 from gnnmoe import GNNMoEConfig
 
@@ -77,7 +77,7 @@ def test_no_committed_row_has_a_floor_above_its_roofline():
     folder = Path(__file__).parents[2] / "results" / "reference" / "speed"
     places = sorted(folder.glob(f"*/{FILE}"))
     assert places
-    rows = [row for place in places for row in read_record(place)[1]]
+    rows = [row for place in places for row in read_speed_record(place)[1]]
     both = [(row.floor_seconds, row.roofline_seconds, row.subject, row.form) for row in rows
             if row.floor_seconds and row.roofline_seconds]  # fmt: skip
     assert both
@@ -86,7 +86,7 @@ def test_no_committed_row_has_a_floor_above_its_roofline():
 
 @pytest.fixture
 def runner() -> Runner:
-    return Runner(Form("static", "vectorized", SMALL), Inputs(SMALL, BATCH, "fp32", CPU), "fp32")
+    return Runner(Form("static", "vectorized", SMALL), FormInputs(SMALL, BATCH, "fp32", CPU), "fp32")
 
 
 def test_a_step_has_the_gradient_of_everything(runner):

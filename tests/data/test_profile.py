@@ -10,7 +10,7 @@ from bench.data.__main__ import main
 from bench.data.blocks import EvalWindows, TrainBlocks, batch_bytes
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
-from bench.data.profile import Check, profile_loader
+from bench.data.profile import LoaderCheck, profile_loader
 
 pytestmark = pytest.mark.core("loader")
 
@@ -68,8 +68,8 @@ def test_a_slow_loader_fails(corpus, monkeypatch):
     monkeypatch.setattr(profile_module, "LIMIT_MS", 0.0)
     found = profile_loader(corpus, batch_size=4, max_seq_length=16, batches=5)
     assert [check.name for check in found.checks if not check.passed] == ["p95 ms a batch"]
-    assert Check("p95", 5.0, 4.99, at_most=True).passed
-    assert not Check("p95", 5.0, 5.0, at_most=True).passed
+    assert LoaderCheck("p95", 5.0, 4.99, at_most=True).passed
+    assert not LoaderCheck("p95", 5.0, 5.0, at_most=True).passed
 
 
 def test_fetching_is_quick():

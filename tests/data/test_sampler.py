@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bench.data import sampler as sampler_module
 from bench.data.blocks import IGNORED, EvalWindows
 from bench.data.curriculum import Curriculum
-from bench.data.loader import create_loader, set_batch_size, set_epoch
+from bench.data.loader import create_loader, set_epoch
 from bench.data.sampler import EpochBatchSampler, Extent, Shard, resolve_shard
 from bench.schedule import BatchSchedule
 
@@ -125,17 +125,41 @@ def test_progressive_batch_size(make_corpus):
     assert len(next(iter(loader))["input_ids"]) == 4
 
 
-def test_a_batch_size_changed_within_an_epoch_loses_no_sample(make_corpus):
-    """C8, D3: a change is in force at the next batch."""
-    loader = create_loader(make_corpus(40), "train", 3, max_seq_length=1, drop_last=False)
-    sizes, seen = [], []
-    for batch in loader:
-        sizes.append(len(batch["input_ids"]))
-        seen += batch["input_ids"][:, 0].tolist()
-        if len(sizes) == 2:
-            set_batch_size(loader, 10)
-    assert sizes == [3, 3, 10, 10, 10, 4]
-    assert seen == loader.sampler_obj.order().tolist()
+@settings(max_examples=60, deadline=None)
+@given(
+    taken=st.integers(0, 7), before=st.integers(1, 6), after=st.integers(1, 9), epoch=st.integers(0, 2),
+    drop=st.booleans(), curriculum=st.none() | st.just(Curriculum(np.arange(50.0), "linear", 2, start=0.9)),
+)  # fmt: skip
+def test_a_loader_goes_on_within_an_epoch(make_corpus, taken, before, after, epoch, drop, curriculum):
+    """C11: the same rest in the same order, also at another batch size; later epochs are whole."""
+
+    def make(batch: int, **options):
+        chosen = {"max_seq_length": 2, "seed": 1, "epoch": epoch, "curriculum": curriculum} | options
+        return create_loader(make_corpus(100), "train", batch, **chosen)
+
+    def blocks_of(loader) -> list[int]:
+        return [first // 2 for batch in loader for first in batch["input_ids"][:, 0].tolist()]
+
+    whole = make(1)
+    order, resumed = blocks_of(whole), make(after, start=taken * before, drop_last=drop)
+    rest = order[taken * before :]
+    assert blocks_of(resumed) == blocks_of(resumed) == rest[: len(rest) - len(rest) % after * drop]
+    assert len(resumed) == len(list(resumed))
+    set_epoch(whole, epoch + 1)
+    set_epoch(resumed, epoch + 1)
+    order = blocks_of(whole)
+    assert blocks_of(resumed) == order[: len(order) - len(order) % after * drop]
+
+
+def test_another_world_size_goes_on_too(make_corpus):
+    """C11, C4: one rank consumed 12 of 50; two ranks share the other 38."""
+    order = make_samplers(50, 4, 1, drop_last=False)[0].order()
+    ranks = make_samplers(50, 3, 2)
+    for sampler in ranks:
+        sampler.move_to(2, start=12)
+    first, second = (sampler.served() for sampler in ranks)
+    assert np.stack([first, second], 1).ravel().tolist() == order[12:48].tolist()
+    assert ranks[0].remainder == 2
 
 
 @pytest.mark.parametrize(

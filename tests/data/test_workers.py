@@ -18,7 +18,7 @@ def test_a_worker_survives_ctrl_c(make_corpus):
     loader = create_loader(make_corpus(40), "val", 4, max_seq_length=2, num_workers=1)
     batches = iter(loader)
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = batches._workers  # pyright: ignore[reportAttributeAccessIssue]
     for _ in range(2):
         os.kill(worker.pid, signal.SIGINT)
         time.sleep(0.05)

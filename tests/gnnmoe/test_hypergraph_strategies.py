@@ -16,15 +16,12 @@ from hypothesis import strategies as st
 from gnnmoe import HGNNExpertCoupler
 from gnnmoe.hypergraph import hyperedge_index, incidence, safe_reciprocal
 from gnnmoe.strategies import (
-    REQUIRED,
     STRATEGIES,
-    default_strategies,
     register_strategy,
     static_hyperedges,
-    strategy_arguments,
     strategy_identity,
 )
-from tests.gnnmoe._support import make_coupler
+from tests.gnnmoe._support import DEFAULT_STRATEGIES, make_coupler
 
 generate = HGNNExpertCoupler.generate_static_hyperedges
 FEWER = "ignore:random. m is"
@@ -101,7 +98,7 @@ def test_strategies_give_the_counted_distinct_hyperedges_of_distinct_experts(str
     assert [tuple(edge) for edge in rebuilt] == members
 
 
-@pytest.mark.parametrize("strategy", [name for name in default_strategies() if name != "random"])
+@pytest.mark.parametrize("strategy", [name for name in DEFAULT_STRATEGIES if name != "random"])
 def test_strategies_have_every_expert_in_as_many_hyperedges(strategy):
     members = static_hyperedges(5, strategy)
     H = incidence(hyperedge_index(members), 5, len(members))
@@ -229,12 +226,6 @@ def test_identity_is_one_for_every_spelling_and_holds_every_argument():
     }
     for identity, spellings in same.items():
         assert {strategy_identity(text) for text in [*spellings, identity]} == {identity}
-
-
-def test_arguments_and_names_that_need_none():
-    assert strategy_arguments("random") == {"k": 3, "m": None, "seed": 0}
-    assert strategy_arguments("file") == {"path": REQUIRED}
-    assert set(default_strategies()) == set(STRATEGIES) - {"file"}
 
 
 def test_strategies_unknown_name_lists_all_and_the_nearest():

@@ -9,7 +9,6 @@ import torch
 
 from bench.config import RunConfig, TrainingConfig
 from bench.device import cpu_threads
-from bench.measure import expected
 from bench.measure.expected import Training, step_time_ratio
 from bench.measure.predict import CannotPredict
 from bench.sweep import main
@@ -132,8 +131,7 @@ def test_time_is_the_median_ratio_of_steps_in_turn(monkeypatch):
         now[0] += model.config.ffn_dim
 
     monkeypatch.setattr("bench.measure.speed.training_step", step)
-    in_turn = expected.time_in_turn
-    monkeypatch.setattr(expected, "time_in_turn", lambda *a, **k: in_turn(*a, **k, clock=lambda: now[0]))
+    monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: now[0])
     ours, theirs = (Training(config_of("GNN", ffn_dim=width), run_config(), CPU) for width in (30, 20))
     assert step_time_ratio(ours, theirs) == 1.5
 

@@ -201,13 +201,6 @@ def test_a_gate_that_failed_is_final_until_it_is_allowed_to(study):
     assert look(allowed, frozenset(), force=False).flags is None
 
 
-def test_a_record_from_a_newer_version_is_refused(study):
-    study.put("ok", schema_version="1.99")
-    with pytest.raises(ValueError, match=r"written by a newer version \(schema 1\.99"):
-        study.sweep(study.runs("ok"))
-    assert study.calls() == []
-
-
 def test_the_status_that_cannot_be_written_leaves_the_record_as_it_was(study, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

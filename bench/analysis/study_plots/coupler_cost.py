@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from bench.analysis.comparison import Comparison, Row
-from bench.analysis.marginal import Cost
+from bench.analysis.comparison import Comparison, ComparisonRow
+from bench.analysis.marginal import CostOverMean
 from bench.analysis.numbers import MINUS, number, span
 from bench.analysis.over_seeds import Summary
 from bench.analysis.plot_style import BLUE, VERMILLION, Plot
@@ -36,8 +36,8 @@ FLOOR = "floor: if the coupler's FLOPs ran at the mean-coupler model's own rate"
 class Added:
     """What one configuration adds to a step of its mean coupler."""
 
-    row: Row
-    cost: Cost
+    row: ComparisonRow
+    cost: CostOverMean
     milliseconds: Summary
     floor: float | None
     """Milliseconds."""
@@ -66,7 +66,7 @@ def coupler_cost_plot(frame: Frame) -> Plot | None:
     return Plot("coupler_cost", figure, COLUMNS, [_cells(one) for one in added])
 
 
-def added_cost(row: Row, comparison: Comparison) -> Added | None:
+def added_cost(row: ComparisonRow, comparison: Comparison) -> Added | None:
     """Return what a row's coupler adds to a step, None where no seed was timed beside its mean coupler."""
     if row.cost is None:
         return None
@@ -78,7 +78,7 @@ def added_cost(row: Row, comparison: Comparison) -> Added | None:
     return Added(row, row.cost, added, floor, rate)
 
 
-def _floor(cost: Cost, mean: Row) -> tuple[float | None, float | None]:
+def _floor(cost: CostOverMean, mean: ComparisonRow) -> tuple[float | None, float | None]:
     """Return in milliseconds added FLOPs × tokens a step ÷ rate, and the rate: FLOPs × tokens ÷ step."""
     step, flops, tokens = mean.step_seconds.mean, mean.flops_per_token, tokens_a_step(mean)
     if step is None or not flops or tokens is None or cost.flops_per_token is None:
@@ -87,7 +87,7 @@ def _floor(cost: Cost, mean: Row) -> tuple[float | None, float | None]:
     return 1e3 * cost.flops_per_token * tokens / rate, rate
 
 
-def tokens_a_step(row: Row) -> float | None:
+def tokens_a_step(row: ComparisonRow) -> float | None:
     """Return the tokens of the median timed step of a configuration's first run that was timed."""
     for run in row.configuration.counted.values():
         tokens = run.record["speed"].get("step_tokens")

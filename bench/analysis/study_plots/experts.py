@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from bench.analysis.comparison import Row
+from bench.analysis.comparison import ComparisonRow
 from bench.analysis.labels import Key, labels
 from bench.analysis.over_seeds import Interval, Summary
 from bench.analysis.plot_style import VERMILLION, Plot, log_ticks
@@ -47,7 +47,7 @@ class Line:
     """Configurations that differ in their number of experts only, by that number."""
 
     name: str
-    rows: list[Row]
+    rows: list[ComparisonRow]
 
     @property
     def best(self) -> float:
@@ -80,14 +80,14 @@ def experts_plot(frame: Frame) -> Plot | None:
     return Plot("experts", figure, COLUMNS, _table(lines))
 
 
-def lines_of(rows: Sequence[Row]) -> list[Line]:
+def lines_of(rows: Sequence[ComparisonRow]) -> list[Line]:
     """Return the rows as lines over the number of experts, those with one number too.
 
     A width that follows from a match does not part a line, unless it varies at one number of experts. Nor
     does the code of a coupler, or what the settings do not say, unless a line would have two rows at one.
     """
     matched, number = {"num_experts", "ffn_dim"}, {"num_experts"}
-    found: dict[Key, list[Row]] = {}
+    found: dict[Key, list[ComparisonRow]] = {}
     for apart, known in ((matched, 0), (number, 0), (number, 1), (number, 2)):  # by ever more of the key
         found = {}
         for row in rows:
@@ -102,21 +102,21 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
     return [Line(name, group) for name, group in zip(names, groups, strict=True)]
 
 
-def experts(row: Row) -> int:
+def experts(row: ComparisonRow) -> int:
     """Return the number of experts of a row."""
     return row.configuration.settings["num_experts"]
 
 
-def ran_out(row: Row) -> bool:
+def ran_out(row: ComparisonRow) -> bool:
     """Whether no run of the row counts and at least one ran out of memory."""
     return row.loss.mean is None and any(run.status == "oom" for run in row.configuration.runs)
 
 
-def _without(row: Row, names: set[str]) -> dict[str, Any]:
+def _without(row: ComparisonRow, names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in row.configuration.settings.items() if name not in names}
 
 
-def _summary(row: Row, place: int) -> Summary:
+def _summary(row: ComparisonRow, place: int) -> Summary:
     summary, scale = (
         (row.peak_memory_bytes, 1 / 2**20),
         (row.tokens_per_second, 1.0),

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.analysis.comparison import Comparison, Row
+from bench.analysis.comparison import Comparison, ComparisonRow
 from bench.analysis.numbers import counted
 from bench.analysis.plot_style import (
     BLUE,
@@ -69,7 +69,7 @@ class Frame:
     comparison: Comparison
 
     @cached_property
-    def measured(self) -> list[Row]:
+    def measured(self) -> list[ComparisonRow]:
         """The rows with a loss, the best first."""
         rows = [row for row in self.comparison.rows if row.loss.mean is not None]
         return sorted(rows, key=lambda row: row.loss.mean or 0.0)

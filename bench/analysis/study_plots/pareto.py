@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from bench.analysis.comparison import Row
+from bench.analysis.comparison import ComparisonRow
 from bench.analysis.numbers import perplexities
 from bench.analysis.over_seeds import Interval, Summary
 from bench.analysis.plot_style import GREY, VERMILLION, Plot, shorten
@@ -37,17 +37,17 @@ class Quantity:
 
     name: str
     axis: str
-    summary: Callable[[Row], Summary]
+    summary: Callable[[ComparisonRow], Summary]
     more_is_better: bool = False
     edge: str = "right"
     """Where a run that ran out of memory lies."""
 
 
-def _memory(row: Row) -> Summary:
+def _memory(row: ComparisonRow) -> Summary:
     return Summary({seed: value / MIB for seed, value in row.peak_memory_bytes.values.items()})
 
 
-def _parameters(row: Row) -> Summary:
+def _parameters(row: ComparisonRow) -> Summary:
     return Summary({} if row.parameters is None else {0: row.parameters / 1e6})
 
 
@@ -106,7 +106,7 @@ def front(points: Sequence[Point], more_is_better: bool) -> list[Point]:
     return found
 
 
-def out_of_memory(frame: Frame) -> list[Row]:
+def out_of_memory(frame: Frame) -> list[ComparisonRow]:
     """Return the configurations of which no run counts and at least one ran out of memory."""
     return [row for row in frame.comparison.rows if row.loss.mean is None
             and any(run.status == "oom" for run in row.configuration.runs)]  # fmt: skip
@@ -122,7 +122,7 @@ def _points(frame: Frame, quantity: Quantity) -> list[Point]:
     return found
 
 
-def _perplexity(row: Row) -> float:
+def _perplexity(row: ComparisonRow) -> float:
     return exp_or_infinity(row.loss.mean) if row.loss.mean is not None else float("inf")
 
 
@@ -196,7 +196,7 @@ def _draw_censored(axes: Axes, frame: Frame, quantity: Quantity) -> None:
         axes.text(outer, height, text, transform=axes.transAxes, ha=side, **style)
 
 
-def _place(axes: Axes, quantity: Quantity, row: Row, outer: float) -> float:
+def _place(axes: Axes, quantity: Quantity, row: ComparisonRow, outer: float) -> float:
     """Return where a mark stands, as a share of the width: at its own parameters, else outermost."""
     known = quantity.summary(row).mean if quantity.edge == "top" else None
     if known is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from bench.analysis.comparison import Difference, Row
+from bench.analysis.comparison import ComparisonRow, Difference
 from bench.analysis.comparison_tables import simple_models
 from bench.analysis.numbers import MINUS, number, perplexities
 from bench.analysis.plot_style import BLUE, GREEN, GREY, VERMILLION, Plot
@@ -66,12 +66,12 @@ def perplexity_plot(frame: Frame) -> Plot | None:
     return Plot("perplexity", figure, COLUMNS, _table(frame, rows))
 
 
-def _rows(frame: Frame) -> list[Row]:
+def _rows(frame: Frame) -> list[ComparisonRow]:
     failed = [row for row in frame.comparison.rows if row.loss.mean is None]
     return [*frame.measured, *failed]
 
 
-def _shown(frame: Frame, rows: list[Row]) -> tuple[list[Row], int]:
+def _shown(frame: Frame, rows: list[ComparisonRow]) -> tuple[list[ComparisonRow], int]:
     """Return the rows that are drawn, and how many are not."""
     if len(rows) <= MOST_ROWS:
         return rows, 0
@@ -80,17 +80,17 @@ def _shown(frame: Frame, rows: list[Row]) -> tuple[list[Row], int]:
     return shown, len(rows) - len(shown)
 
 
-def _row_name(frame: Frame, row: Row) -> str:
+def _row_name(frame: Frame, row: ComparisonRow) -> str:
     return f"{frame.name(row.configuration)}  n {row.loss.n}"
 
 
-def _kind(frame: Frame, row: Row) -> str:
+def _kind(frame: Frame, row: ComparisonRow) -> str:
     if row.configuration is frame.comparison.reference:
         return "reference"
     return row.against.verdict.kind if row.against else ""
 
 
-def _draw_perplexities(axes: Axes, frame: Frame, rows: list[Row]) -> None:
+def _draw_perplexities(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> None:
     seeds, means, ends = [], [], []
     for place, row in enumerate(rows):
         if row.loss.mean is None:
@@ -149,7 +149,7 @@ def _draw_lines(axes: Axes, frame: Frame) -> None:
                       ha=align, va="bottom", fontsize=8)  # fmt: skip
 
 
-def _draw_differences(axes: Axes, frame: Frame, rows: list[Row]) -> None:
+def _draw_differences(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> None:
     found = [(place, row.against) for place, row in enumerate(rows) if row.against is not None]
     low, high = _difference_range([against for _, against in found])
     axes.axvspan(-MINIMUM_EFFECT_NATS, MINIMUM_EFFECT_NATS, color="#dddddd", zorder=0.5, linewidth=0)
@@ -174,7 +174,7 @@ def _draw_differences(axes: Axes, frame: Frame, rows: list[Row]) -> None:
     axes.set_xlabel("nats a token (below 0: better)")
 
 
-def _write_verdicts(axes: Axes, frame: Frame, rows: list[Row]) -> None:
+def _write_verdicts(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> None:
     """Write each verdict at the end of its row, as ticks of a second axis, for which room is made."""
     words = []
     for row in rows:
@@ -200,7 +200,7 @@ def _difference_range(found: list[Difference]) -> Ends:
     return low - margin, high + margin
 
 
-def _table(frame: Frame, rows: list[Row]) -> list[list[Any]]:
+def _table(frame: Frame, rows: list[ComparisonRow]) -> list[list[Any]]:
     table: list[list[Any]] = []
     for row in rows:
         label, against = row.configuration.label, row.against

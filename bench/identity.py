@@ -122,7 +122,7 @@ def configuration_id(identity: dict[str, Any], scorer: str | None = None) -> str
     """Return 12 hex digits that all seeds of one configuration share: the run_id without the seed.
 
     A curriculum orders other blocks at another seed, so it counts by its ``scorer`` (see
-    ``bench.loaders.scorer_identity``) and not by the order it gives.
+    ``bench.run.prepare.scorer_identity``) and not by the order it gives.
     """
     training = {name: value for name, value in identity["training"].items() if name != "seed"}
     if training["curriculum"] is not None:

@@ -14,10 +14,7 @@ ORDER = (
     "files syntax schedule config device foreign record marked data identity gate portrait training measure"
     " tune sweeps analysis"
 ).split()
-COMMANDS = set(
-    "run sweep report speed check prepare session existing learning difficulty progress track"
-    " cli gating loaders checkpoint_checks scoring speeding __main__".split()
-)
+COMMANDS = set("run sweep report speed check cli speeding __main__".split())
 
 
 def imports(path: Path) -> set[str]:

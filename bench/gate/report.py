@@ -25,7 +25,7 @@ class Check:
     """One sentence or two: what was tried, or what was wrong."""
     seconds: float
     reused_from: str | None = None
-    """The run that made this check, where it was not made anew (``bench.gating``)."""
+    """The run that made this check, where it was not made anew (``bench.run.leak_check``)."""
 
 
 @dataclass(frozen=True)

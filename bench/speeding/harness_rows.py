@@ -14,13 +14,13 @@ from rich.console import Console
 from torch import nn
 
 from bench.config import RunConfig
-from bench.learning import Learning
-from bench.prepare import Prepared, prepare
-from bench.progress import Reporter
+from bench.run.prepare import Prepared, prepare
+from bench.run.progress import Reporter
+from bench.run.session import TrainingRun
+from bench.run.tracker import Tracker
 from bench.speeding.machine import Machine
 from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import BARE, FETCH, HARNESS, HARNESSED
-from bench.track import Tracker
 from bench.training.execution import Execution
 from bench.training.interruption import Interruption
 from bench.training.step import Batch, make_optimizer, to_device
@@ -47,7 +47,7 @@ class BareLoop:
         self.optimizer.step()
 
 
-class InTurn(Learning):
+class InTurn(TrainingRun):
     """The harness's training, with a step of a bare loop on the same batch after each of its own.
 
     A step of the harness lasts from the end of the one before to its own end: fetching, counting, the

@@ -52,7 +52,7 @@ def _search(config: RunConfig, start: int | None) -> int:
     from rich.console import Console
 
     from bench.device import keep_freed_memory
-    from bench.prepare import prepare
+    from bench.run.prepare import prepare
     from bench.tune.find import find, words_of
     from bench.tune.search import SearchFailed
     from bench.tune.table import print_fit, print_sizes

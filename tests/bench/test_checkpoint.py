@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.checkpoint_checks import STATE, refuse_unfit
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.existing import KNOWN_BY
-from bench.prepare import Prepared, prepare
-from bench.run import main
+from bench.run.__main__ import main
+from bench.run.prepare import Prepared, prepare
+from bench.run.resume import KNOWN_BY, STATE, refuse_unfit
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
 from bench.tune.control import Controller
 from bench.tune.shape import Shape, ladder

@@ -11,7 +11,7 @@ import pytest
 from bench.cli import parse
 from bench.config import RunConfig
 from bench.data.corpus import load_corpus
-from bench.run import main
+from bench.run.__main__ import main
 from gnnmoe.config import Refused
 
 
@@ -54,7 +54,7 @@ def test_coupler_options_reach_the_model_config():
 
 def test_help_is_quick_because_it_imports_no_torch(run_command):
     """Speed row of the main job: ``--help`` in under three seconds; torch alone takes two."""
-    script = "import sys, bench.run\ntry: bench.run.main(['--help'])\nexcept SystemExit: pass\n"
+    script = "import sys, bench.run.__main__ as run\ntry: run.main(['--help'])\nexcept SystemExit: pass\n"
     done = run_command("timeit", "-n1", "-r1", script + "print('torch' in sys.modules)")
     assert "--coupler" in done.stdout
     assert "False" in done.stdout.splitlines()
@@ -63,8 +63,8 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
 @pytest.mark.parametrize(
     ("module", "called", "arguments"),
     [
-        ("bench.run", "bench.prepare.prepare", []),
-        ("bench.tune.__main__", "bench.prepare.prepare", []),
+        ("bench.run", "bench.run.prepare.prepare", []),
+        ("bench.tune.__main__", "bench.run.prepare.prepare", []),
         ("bench.sweep", "bench.sweep.read_sweep", ["sweep.toml"]),
         ("bench.report", "bench.analysis.find.the_study", ["study"]),
         ("bench.speed", "bench.speeding.show.print_records", ["--table", "record"]),

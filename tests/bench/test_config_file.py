@@ -8,7 +8,7 @@ import pytest
 
 from bench.cli import parse
 from bench.config import PlacesConfig, RunConfig, as_flags
-from bench.run import main
+from bench.run.__main__ import main
 
 
 @pytest.fixture

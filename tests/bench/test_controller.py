@@ -14,7 +14,7 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader, set_epoch
 from bench.measure.ledger import Ledger
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training import loop
 from bench.training.loop import Trainer
 from bench.training.step import split

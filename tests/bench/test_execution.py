@@ -16,7 +16,7 @@ from bench.identity import identity, run_id
 from bench.measure.flops import training_flops_per_token
 from bench.measure.meters import meter_for
 from bench.measure.predict import predict_peak
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.execution import Execution
 from bench.training.step import make_optimizer, training_step
 from bench.tune.shape import witnessed

@@ -15,7 +15,7 @@ import torch
 
 from bench.config import TrainingConfig
 from bench.device import is_out_of_memory
-from bench.run import main
+from bench.run.__main__ import main
 from bench.tune import find, trials
 from bench.tune.find import Request, search_here, search_in_child
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial
@@ -109,7 +109,7 @@ RANKS = """
 import sys, torch.distributed as dist
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.prepare import prepare
+from bench.run.prepare import prepare
 from bench.training.ranks import Ranks
 from bench.tune import find
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench.gating
+import bench.run.leak_check
 from bench.data.corpus import load_corpus
-from bench.difficulty import checkpoint_scorer
 from bench.gate.trained import rows_to_judge
-from bench.run import main
+from bench.run.__main__ import main
+from bench.run.difficulty import checkpoint_scorer
 from bench.training.checkpoint import load_checkpoint
 from tests.bench.conftest import TINY
 from tests.bench.test_resume import (
@@ -35,12 +35,12 @@ def fitted(small_data_dir, tmp_path_factory) -> tuple[Path, list[int]]:
     """The folder of a finished run, and the lengths at which the gate looked."""
     results, judged = tmp_path_factory.mktemp("fitted"), []
 
-    def run_gate(config, real=bench.gating.run_gate, **named):
+    def run_gate(config, real=bench.run.leak_check.run_gate, **named):
         judged.append(config.max_seq_length)
         return real(config, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.gating, "run_gate", run_gate)
+        patch.setattr(bench.run.leak_check, "run_gate", run_gate)
         assert main([*TINY, *FIT, "--data-dir", str(small_data_dir), "--results-dir", str(results)]) == 0
     return only_folder(results), judged
 

@@ -11,7 +11,7 @@ from bench.__main__ import commands
 from bench.__main__ import main as list_commands
 from bench.cli import parse
 from bench.config import PRESETS, ModelConfig, RunConfig, flags_of, preset_names
-from bench.prepare import prepare
+from bench.run.prepare import prepare
 
 # Flag of the original, value on the command line (None: a switch), group, field, value in the config.
 ORIGINAL = [

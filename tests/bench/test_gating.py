@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gating
 from bench.gate import CHECKS
 from bench.record import not_measured
-from bench.run import main
+from bench.run import leak_check as gating
+from bench.run.__main__ import main
 
 REUSE = "--reuse-check"
 

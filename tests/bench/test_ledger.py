@@ -14,7 +14,7 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
 from bench.measure.ledger import BatchAccountingError, Ledger
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.evaluation import evaluate, merged
 from bench.training.loop import Trainer
 from bench.training.plan import EpochPlan, TrainingPlan

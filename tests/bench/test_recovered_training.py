@@ -16,7 +16,7 @@ import bench.training.loop
 from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.loop import Trainer
 from bench.training.plan import TrainingPlan
 from bench.training.step import UpdateOutOfMemory

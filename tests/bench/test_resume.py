@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import bench.training.loop
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.checkpoint import differing_fields, load_checkpoint, save_checkpoint
 
 FLAGS = ["--max-steps", "9", "--eval-every", "3", "--dropout-rate", "0.1"]
@@ -137,7 +137,7 @@ def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypa
             act_at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
             assert main([*run, "--resume"] if step == 5 else run) == 130
     with monkeypatch.context() as patch:
-        patch.setattr("bench.scoring.evaluate", lambda *_: interrupt())
+        patch.setattr("bench.run.session.evaluate", lambda *_: interrupt())
         assert main([*run, "--resume"]) == 130
     assert main([*run, "--resume"]) == 0
     folder = only_folder(results_of(run))
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 def test_a_full_disk_while_training_ends_the_run_with_its_status(run, undisturbed, monkeypatch, capsys):
     """Bad input: the run ends with its status, nothing half-written; what was saved stays."""
     with monkeypatch.context() as patch:
-        act_at_step(patch, 5, lambda: patch.setattr("bench.learning.save_checkpoint", full_disk))
+        act_at_step(patch, 5, lambda: patch.setattr("bench.run.session.save_checkpoint", full_disk))
         assert main(run) == 1
     folder = only_folder(results_of(run))
     record = json.loads((folder / "record.json").read_text())
@@ -295,7 +295,7 @@ def test_schedule_and_curriculum_go_on_where_they_were(tiny, monkeypatch, step):
     assert main([*whole, "--quiet"]) == 0
     with monkeypatch.context() as patch:
         if step == "evaluating":
-            patch.setattr("bench.session.check_trained_isolation", lambda *_, **__: interrupt())
+            patch.setattr("bench.run.session.check_trained_isolation", lambda *_, **__: interrupt())
         else:
             act_at_step(patch, step, interrupt)
         assert main(flags) == 130

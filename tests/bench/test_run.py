@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import bench.learning
+import bench.run.session
 from bench.analysis import quantities
 from bench.data.corpus import load_corpus
 from bench.record import Record, RunFolder, record_of
-from bench.run import main
+from bench.run.__main__ import main
 from gnnmoe.couplers import coupler_names
 
 COUPLERS = [pytest.param(name, marks=pytest.mark.core(f"coupler:{name}")) for name in coupler_names()]
@@ -143,7 +143,7 @@ def test_a_finished_run_shows_its_record(tiny, capsys):
 
 def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch):
     """Seeds: trunk, experts and batches are the same bit for bit, whatever the coupler."""
-    real = bench.learning.Trainer._step
+    real = bench.run.session.Trainer._step
     seen: list[list[torch.Tensor]] = []
 
     def watched(self, batch):
@@ -152,7 +152,7 @@ def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch)
         seen[-1].append(batch["input_ids"])
         real(self, batch)
 
-    monkeypatch.setattr(bench.learning.Trainer, "_step", watched)
+    monkeypatch.setattr(bench.run.session.Trainer, "_step", watched)
     for flags in (["--coupler", "HGNN"], ["--coupler", "GNN"], ["--coupler", "mean"], ["--seed", "1"]):
         assert main([*tiny, *flags]) == 0
     first, *others, other_seed = seen
@@ -163,7 +163,7 @@ def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch)
 
 
 def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys):
-    real = bench.learning.Trainer._step
+    real = bench.run.session.Trainer._step
 
     def poisoned(self, batch):
         if self.done.steps == 2:
@@ -171,7 +171,7 @@ def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys)
                 self.model.token_embedding.weight.fill_(math.nan)
         real(self, batch)
 
-    monkeypatch.setattr(bench.learning.Trainer, "_step", poisoned)
+    monkeypatch.setattr(bench.run.session.Trainer, "_step", poisoned)
     assert main(tiny) == 1
     folder, record = only_run(results_of(tiny))
     assert record["status"] == "diverged"

@@ -12,7 +12,7 @@ from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure import speed
 from bench.record import Record
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.step import split, training_step
 from bench.tune.__main__ import main as tune
 from bench.tune.find import Request, search_here

@@ -13,8 +13,8 @@ import pytest
 import bench.measure.code as code
 import bench.training.loop
 from bench.measure.code import CHANGES_NUMBERS, coupler_sha256, project_sha256
-from bench.prepare import Identifier
-from bench.run import main
+from bench.run.__main__ import main
+from bench.run.prepare import Identifier
 from bench.sweeps.folders import look
 from bench.sweeps.plan import make_plan
 from bench.sweeps.shorthand import parse_shorthand
@@ -76,9 +76,9 @@ def test_the_hash_is_the_same_in_every_python():
 
 
 SHOWS_ONLY = (
-    "bench/__init__.py bench/analysis/__init__.py bench/analysis/quantities.py bench/checkpoint_checks.py"
-    " bench/config.py bench/existing.py bench/files.py"
-    " bench/progress.py bench/track.py bench/foreign.py bench/identity.py bench/record.py"
+    "bench/__init__.py bench/analysis/__init__.py bench/analysis/quantities.py bench/run/resume.py"
+    " bench/config.py bench/files.py"
+    " bench/run/progress.py bench/run/tracker.py bench/foreign.py bench/identity.py bench/record.py"
     " bench/syntax.py"
 ).split()
 """Modules of a run that change no number: flags (which the identity has), texts and files."""
@@ -88,7 +88,7 @@ def test_every_module_that_a_run_is_made_of_is_in_the_list_or_changes_no_number(
     listed = [REPOSITORY / entry for entry in CHANGES_NUMBERS]
     assert all(path.exists() for path in listed)
     covered = {path for entry in listed for path in ([entry] if entry.is_file() else entry.rglob("*.py"))}
-    modules = {path for path in _modules_of("bench.session") if path.is_relative_to(REPOSITORY / "bench")}
+    modules = {path for path in _modules_of("bench.run.session") if path.is_relative_to(REPOSITORY / "bench")}
     left = {path.relative_to(REPOSITORY).as_posix() for path in modules - covered}
     assert left == set(SHOWS_ONLY)
 
@@ -138,7 +138,7 @@ def test_a_coupler_of_the_package_counts_with_what_it_is_made_of_and_no_other(mo
     project_sha256.__wrapped__()
     names = {path.relative_to(REPOSITORY).as_posix() for path in read}
     assert {"gnnmoe/model.py", "gnnmoe/couplers/_base.py", "bench/training/step.py", "bench/data/cache.py",
-            "bench/scoring.py"} <= names  # fmt: skip
+            "bench/run/session.py"} <= names  # fmt: skip
     assert not {name for name in names if "plot" in name or "couplers/mean" in name or "sweeps" in name}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from _torchrun import Torchrun
 
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.checkpoint import load_checkpoint
 
 FLAGS = (

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import bench.training.loop
-from bench.prepare import Identifier
-from bench.run import main
+from bench.run.__main__ import main
+from bench.run.prepare import Identifier
 from bench.sweep import main as sweep_main
 from bench.sweeps.plan import make_plan
 from bench.sweeps.spec import sweep_of

@@ -17,8 +17,8 @@ from bench.cli import parse
 from bench.config import RunConfig, TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.measure.predict import CannotPredict, predict_peak
-from bench.prepare import Identifier, prepare
-from bench.run import main
+from bench.run.__main__ import main
+from bench.run.prepare import Identifier, prepare
 from bench.training.checkpoint import load_checkpoint
 from bench.training.ranks import ALONE
 from bench.tune import find, trials
@@ -301,7 +301,7 @@ def test_a_resumed_run_keeps_what_was_found_and_does_not_search_again(tuned, mon
 
     monkeypatch.setattr(bench.training.loop, "training_step", step)
     assert main(tuned) == 130
-    monkeypatch.setattr("bench.session.find", lambda *_, **__: pytest.fail("searched again"))
+    monkeypatch.setattr("bench.run.session.find", lambda *_, **__: pytest.fail("searched again"))
     assert main([*tuned, "--resume"]) == 0
     assert steps == [8] * 5
     _, record = only_run(results_of(tuned))

@@ -19,7 +19,7 @@ from bench.gate.causality import causality
 from bench.gate.cuts import replaced, starts
 from bench.gate.report import run_check
 from bench.gate.subject import Subject
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.evaluation import evaluate
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import executed_again

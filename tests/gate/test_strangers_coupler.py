@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import check, run
+from bench import check
+from bench.run import __main__ as run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "twenty_line_coupler.py"
 SMALL = ["--embed-dim", "16", "--max-seq-length", "12"]

@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from bench.config import ExecutionConfig
-from bench.run import main
+from bench.run.__main__ import main
 from bench.training.execution import Execution
 from gnnmoe import GNNMoEModel
 from gnnmoe.couplers import _registry, build_coupler, coupler_class, coupler_names

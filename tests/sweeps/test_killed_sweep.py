@@ -18,7 +18,7 @@ from rich.console import Console
 
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.prepare import prepare
+from bench.run.prepare import prepare
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.local import LocalExecutor, slots_for
 from bench.sweeps.work import execute

@@ -9,8 +9,8 @@ import torch
 
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.prepare import Identifier, prepare
 from bench.record import RunFolder
+from bench.run.prepare import Identifier, prepare
 from bench.sweep import main, seconds_of
 from bench.sweeps.matching import Match, matched, reference_for
 from bench.sweeps.plan import Plan, make_plan

@@ -10,8 +10,8 @@ import gnnmoe
 from bench.gate import Check, GateReport, run_gate
 from bench.gate.gate import CHECKS
 from bench.identity import run_id
-from bench.prepare import Prepared
 from bench.record import Environment, NotMeasured, Record, RunFolder, is_measured
+from bench.run.prepare import Prepared
 from gnnmoe.couplers import coupler_class
 
 SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themselves

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.analysis import quantities
-from bench.prepare import Prepared
 from bench.record import Record, is_measured
+from bench.run.prepare import Prepared
 from bench.training.communication import CommunicationTrace
 from gnnmoe.layer import GNNMoELayer
 from gnnmoe.model import GNNMoEModel

@@ -14,11 +14,11 @@ from bench.foreign import without_places
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
-    from bench.existing import Earlier
-    from bench.prepare import Prepared
-    from bench.progress import Reporter
     from bench.record import Record
-    from bench.session import Session
+    from bench.run.prepare import Prepared
+    from bench.run.progress import Reporter
+    from bench.run.resume import Earlier
+    from bench.run.session import Session
     from bench.training.interruption import Interruption
     from bench.training.ranks import Ranks
 
@@ -63,9 +63,9 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
 
     from bench.analysis.summary import print_summary
     from bench.device import keep_freed_memory
-    from bench.prepare import prepare
-    from bench.progress import Reporter
-    from bench.session import Session
+    from bench.run.prepare import prepare
+    from bench.run.progress import Reporter
+    from bench.run.session import Session
     from gnnmoe.couplers import files_read_once
 
     keep_freed_memory()
@@ -95,14 +95,14 @@ def _look(prepared: Prepared, reporter: Reporter, stack: ExitStack) -> tuple[Rec
 
     The run is locked until ``stack`` ends. Raises Refused where there is something to decide first.
     """
-    from bench import existing
+    from bench.run import resume
 
-    existing.refuse_another_class(prepared)
+    resume.refuse_another_class(prepared)
     stack.enter_context(prepared.folder.locked())
-    record, earlier = existing.finished_record(prepared, reporter), existing.NOTHING
+    record, earlier = resume.finished_record(prepared, reporter), resume.NOTHING
     if record is None:
-        earlier = existing.to_resume(prepared, reporter)
-        existing.make_room(prepared, reporter)
+        earlier = resume.to_resume(prepared, reporter)
+        resume.make_room(prepared, reporter)
     return record, earlier
 
 

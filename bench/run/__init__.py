@@ -1,0 +1,1 @@
+"""``python -m bench.run``: one run from its config to its record."""

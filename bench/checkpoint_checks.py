@@ -13,20 +13,17 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from bench.controlling import shapes_of
 from bench.data.blocks import EvalWindows
-from bench.fitting import at_length
 from bench.learning import probed
 from bench.measure.ledger import COUNTED, EpochAccount
 from bench.prepare import Prepared
 from bench.training.checkpoint import refuse_unlike
 from bench.training.communication import CommunicationTrace
-from bench.training.controller import Decision
 from bench.training.loop import Trained
 from bench.training.plan import TrainingPlan
-from bench.training.recovering import Recovery
-from bench.training.shape import Shape
 from bench.training.step import make_optimizer
+from bench.tune.control import Decision, Recovery, shapes_of
+from bench.tune.shape import Shape
 from gnnmoe.config import Refused
 from gnnmoe.model import GNNMoEModel
 
@@ -106,7 +103,7 @@ def _as_found(tuned: dict[str, Any] | None, prepared: Prepared) -> Prepared:
         return prepared
     if not memory.fit_shape or length < 1:
         raise Refused(f"tuned.length is {length}, which the run cannot have")
-    return at_length(prepared, length)
+    return prepared.at_length(length)
 
 
 def _refuse_weights(trainer: dict[str, Any], done: Trained, model: GNNMoEModel) -> None:
@@ -150,7 +147,7 @@ def _refuse_pieces(
     rows = trainer["recovering"]["micro_batch_size"]
     if rows is not None and (rows < 1 or unit % rows):
         raise Refused(f"trainer.recovering.micro_batch_size is {rows}, and batches are of {unit} rows")
-    shapes, control = shapes_of(prepared, unit, tuned), trainer["control"]
+    shapes, control = shapes_of(prepared.config, unit, tuned), trainer["control"]
     if shapes is None:
         refuse_unlike(control, type(None), "trainer.control")
         return

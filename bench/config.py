@@ -34,6 +34,7 @@ import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bench.files import read_toml
+from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.naming import nearest_name, unknown_name
 
@@ -218,6 +219,14 @@ class TrainingConfig:
     seed: int = 0
     """Seed of all random streams."""
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The batch sizes of the training, over all ranks: one, or those of its schedule."""
+        if self.batch_schedule is None:
+            return [self.batch_size]
+        schedule = BatchSchedule.parse(self.batch_schedule).simplified(self.epochs)
+        return [size for _, size in schedule.sizes]
+
 
 @flags
 class ExecutionConfig:
@@ -387,6 +396,17 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     places: PlacesConfig = field(default_factory=PlacesConfig)
+
+
+@flags
+class TuneConfig(RunConfig):
+    """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
+
+    Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
+    1 nothing fits, 2 wrong input.
+    """
+
+    measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)
 
 
 @dataclass(frozen=True)

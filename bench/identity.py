@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig, plain
-from bench.data.schedule import BatchSchedule
 from bench.foreign import without_places
 from bench.record import Settings
+from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import is_file
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from bench.controlling import control_for
 from bench.data.blocks import EvalWindows
 from bench.measure.ledger import Ledger
-from bench.measure.recovery import at_once, attempt
 from bench.prepare import Prepared
 from bench.progress import Reporter
 from bench.record import Accounts, ExecutionUsed, Record, TimePart, Used
 from bench.track import Tracker
 from bench.training.checkpoint import save_checkpoint
 from bench.training.communication import CommunicationTrace, probe_tokens
-from bench.training.controller import OUT_OF_MEMORY, Decision
 from bench.training.interruption import Interruption
-from bench.training.loop import Trained, Trainer
-from bench.training.plan import EpochPlan
-from bench.training.recovering import Recovery, Shapes
-from bench.training.shape import cut
+from bench.training.loop import Shapes, Trained, Trainer
+from bench.training.plan import EpochPlan, TrainingPlan
 from bench.training.step import Batch
-from bench.tuning import micro_batch_size
+from bench.tune.control import OUT_OF_MEMORY, Decision, Recovery, steps_of
+from bench.tune.shape import cut
 from gnnmoe.model import GNNMoEModel
 
 
@@ -52,12 +49,14 @@ class Learning:
         self.tracker = tracker
         config, loaders, ranks = prepared.config.training, prepared.loaders, prepared.ranks
         self.tuned, self._parts = tuned, parts
+        unit = math.gcd(*TrainingPlan(loaders["train"], config).batch_sizes())
+        self.steps = steps_of(
+            prepared.config, model, unit, tuned, prepared.device, ranks, self.on_recovery, self.on_decision
+        )
         self.trainer = Trainer(
             model, loaders["train"], loaders["val"], config, prepared.device, self,
-            attempt=attempt if ranks.alone else at_once, ranks=ranks,
-            micro_batch_size=micro_batch_size(prepared.config, tuned),
+            steps=self.steps, ranks=ranks,
         )  # fmt: skip
-        self.trainer.control = control_for(prepared, self.trainer, tuned, self.on_decision)
         windows = loaders["val"].dataset
         assert isinstance(windows, EvalWindows)
         self._validation_tokens = windows.num_scored
@@ -77,7 +76,7 @@ class Learning:
     def micro_batch_size(self) -> int | None:
         """Rows that the last update ran at once; None: whole batches."""
         last = self.ledger.last_shapes
-        return self.trainer.recovering.micro_batch_size if not last else last[0][0] if len(last) > 1 else None
+        return self.steps.micro_batch_size if not last else last[0][0] if len(last) > 1 else None
 
     def run(self) -> Trained:
         """Train to the end; a signal stops at the end of a step, with a checkpoint.
@@ -96,7 +95,7 @@ class Learning:
 
     def keep_best(self) -> None:
         """Leave a checkpoint of the best weights alone: nothing is left to go on with."""
-        self._save({"model": self.model.state_dict()})
+        self._save({"model": self.model.state_dict(), "identity": self.prepared.trained_identity})
 
     def write(self, record: Record) -> None:
         """Write what was used and the communication so far into ``record`` and its folder."""
@@ -104,7 +103,7 @@ class Learning:
         plan, done = self.trainer.plan, self.ledger.totals()
         execution, ranks = self.prepared.execution, self.prepared.ranks
         sizes = sorted({account.batch_size for account in self.ledger.epochs})
-        last, control = self.ledger.last_shapes, self.trainer.control
+        last, controller = self.ledger.last_shapes, self.steps.controller
         record.used = Used(
             batch_shapes=self.ledger.batch_shapes, steps=done["updates"]["got"],
             tokens=done["tokens"]["got"], total_steps=plan.total_steps, epochs=round(plan.epochs(), 6),
@@ -113,9 +112,9 @@ class Learning:
             ledger=Accounts.model_validate(self.ledger.to_record()), batch_sizes=sizes,
             micro_batch_shapes=self.ledger.micro_batch_shapes,
             micro_batch_size=last[0][0] if last else None, accumulation=len(last) or None,
-            recoveries=self.trainer.recovering.to_record(),
+            recoveries=self.steps.to_record(),
             lengths=sorted({int(key.split("x")[1]) for key in self.ledger.micro_batch_shapes}),
-            control=control.controller.to_record() if control else [],
+            control=controller.to_record() if controller else [],
         )  # fmt: skip
         self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
 
@@ -138,7 +137,7 @@ class Learning:
             f"micro-batches of {recovery.micro_batch_size} instead of {recovery.failed_micro_batch_size}"
         )
         self.prepared.folder.log(f"{text} ({recovery.error})")
-        if len(self.trainer.recovering.recoveries) == 1:
+        if len(self.steps.recoveries) == 1:
             self.reporter.line(f"note: {text}; smaller ones where need be")
 
     def on_decision(self, decision: Decision) -> None:

@@ -17,9 +17,9 @@ from bench.data.corpus import Corpus
 from bench.data.curriculum import Curriculum, make_curriculum
 from bench.data.loader import BlockLoader, create_loader
 from bench.data.sampler import Extent
-from bench.data.schedule import BatchSchedule
 from bench.data.validation import validate_first_batch
 from bench.difficulty import difficulty_scores
+from bench.schedule import BatchSchedule
 from bench.training.ranks import ALONE, Ranks
 from gnnmoe.config import Refused
 

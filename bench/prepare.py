@@ -24,19 +24,22 @@ from bench.loaders import (
     validate_first_batches,
 )
 from bench.measure.code import code_hashes
-from bench.memory_checks import refuse_wrong_flags, refuse_wrong_sizes
 from bench.record import ReadOnlyFolder, RunFolder, Settings, check_writable
 from bench.training.execution import Execution
-from bench.training.micro_batches import accumulations
 from bench.training.ranks import ALONE, Ranks
-from bench.tuning import batch_sizes
+from bench.tune.budget import refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes
+from bench.tune.find import Request, Say, request_for
 from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers import coupler_identity
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its first number; making it writes nothing."""
+    """What a run needs before its first number; making it writes nothing.
+
+    ``run_id`` and ``identity`` are those of what was asked for. Where the length is fitted, the run begins
+    with that, and all that follows is given ``at_length``.
+    """
 
     config: RunConfig
     model_config: GNNMoEConfig
@@ -71,6 +74,31 @@ class Prepared:
         """Where the run's checkpoint lies."""
         folder = self.config.places.checkpoint_dir
         return self.folder.path / "checkpoint.pt" if folder is None else folder / f"{self.run_id}.pt"
+
+    @property
+    def trained_identity(self) -> dict[str, Any]:
+        """The identity with the length that the model has: what its weights are loaded by."""
+        model = {**self.identity["model"], "max_seq_length": self.model_config.max_seq_length}
+        return {**self.identity, "model": model}
+
+    def at_length(self, length: int) -> Prepared:
+        """Return the run with this length throughout: model, training blocks and evaluation windows."""
+        if length == self.model_config.max_seq_length:
+            return self
+        config = replace(self.config, model=replace(self.config.model, max_seq_length=length))
+        loaders = make_loaders(config, self.corpus, self.device, self.ranks)
+        validate_first_batches(loaders)
+        model_config = replace(self.model_config, max_seq_length=length)
+        return replace(self, config=config, model_config=model_config, loaders=loaders)
+
+    def search(self, say: Say, *, any_size: bool = False, start: int | None = None) -> Request:
+        """Return the search for what fits, as ``request_for``."""
+        # A curriculum never serves fewer blocks than in its first epoch.
+        samples = self.loaders["train"].sampler_obj.samples_in(0)
+        return request_for(
+            self.config, self.model_config, self.corpus, self.device, self.ranks,
+            epoch_samples=samples, any_size=any_size, start=start, say=say,
+        )  # fmt: skip
 
 
 def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
@@ -129,7 +157,7 @@ class Identifier:
         """
         refuse_wrong_flags(config.memory)
         refuse_curriculum_without_epochs(config.training)
-        accumulations(batch_sizes(config.training), 1, self._world_size)
+        refuse_uneven_pieces(config.training.batch_sizes, 1, self._world_size)
         key = repr((_corpus_arguments(config), _asked_by_name(config)))
         if key not in self._corpora:
             corpus = load_corpus(**_corpus_arguments(config))

@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from bench.device import is_out_of_memory
+from bench.device import attempt, is_out_of_memory
 from bench.existing import NOTHING, Earlier
 from bench.files import utc_now
-from bench.fitting import at_length, find_shape, identity_at_length
 from bench.gate import (
     Check,
     GateReport,
@@ -31,7 +30,6 @@ from bench.identity import settings_in_record
 from bench.learning import Learning, probed
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
-from bench.measure.recovery import attempt
 from bench.measure.speed_pass import SpeedPass
 from bench.prepare import Prepared
 from bench.progress import Reporter
@@ -51,14 +49,16 @@ from bench.record import (
 )
 from bench.scoring import score
 from bench.track import Tracker
-from bench.training.batch_size import NoFeasibleBatch
 from bench.training.checkpoint import remove_left_over
 from bench.training.communication import summarize_communication
 from bench.training.ending import End, agreed_end, why
 from bench.training.interruption import Interruption
 from bench.training.loop import Diverged
 from bench.training.step import to_device
-from bench.tuning import find_micro_batch, micro_batch_size, requested
+from bench.tune.budget import requested
+from bench.tune.control import micro_batch_size
+from bench.tune.find import failed, find, words_of
+from bench.tune.search import NoFeasibleBatch, SearchFailed
 from gnnmoe.couplers import executed_again
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.process_state import changed_state, torch_state
@@ -187,45 +187,43 @@ class Session:
         self.tracker.finish(record)
 
     def _phases(self) -> None:
-        config, device = self.prepared.config, self.prepared.device
-        tuned = None
+        prepared, tuned = self.prepared, None
+        config = prepared.config
         if config.memory.fit_shape:  # first, since what is judged is the model that is trained
             with self._phase("fit", "fitting length and micro-batch to the memory"):
-                tuned = self._search(find_shape)
-                self.prepared = at_length(self.prepared, tuned["length"])
+                tuned = self._search(prepared)
+                prepared = prepared.at_length(tuned["length"])
                 assert is_measured(self.record.data)
-                self.record.data.training_blocks = _subset(self.prepared)
+                self.record.data.training_blocks = _subset(prepared)
         with self._phase("check", "checking the coupler"):
-            report = gate_of(self.prepared, self.record.environment)
+            report = gate_of(prepared, self.record.environment)
             self._judge(report)
         if config.memory.tune_batch_size:
             with self._phase("tune", "searching for the largest micro-batch that fits"):
-                tuned = self._search(find_micro_batch)
+                tuned = self._search(prepared)
         with self._phase("build", "building the model"):
-            model = self._build()
+            model = self._build(prepared)
         if config.execution.compile:
-            first, rows = next(iter(self.prepared.loaders["train"])), micro_batch_size(config, tuned)
+            first, rows = next(iter(prepared.loaders["train"])), micro_batch_size(config, tuned)
             with self._phase("compile", "compiling the model"):  # out of memory here, training recovers
-                attempt(lambda: self.prepared.execution.compile_now(model, first, rows))
+                attempt(lambda: prepared.execution.compile_now(model, first, rows))
         with self._phase("train", "training"):
-            learning = self._train(model, tuned)
+            learning = self._train(prepared, model, tuned)
         with self._phase("evaluate", "evaluating"):
-            ids = rows_to_judge(self.prepared.loaders["train"], learning.micro_batch_size)
-            ids = self.prepared.ranks.gather(ids)[0]  # the same rows on all ranks, so the same verdict
-            dtype = self.prepared.execution.autocast_dtype
-            again = check_trained_isolation(model, ids.to(device), autocast_dtype=dtype)
+            ids = rows_to_judge(prepared.loaders["train"], learning.micro_batch_size)
+            ids = prepared.ranks.gather(ids)[0]  # the same rows on all ranks, so the same verdict
+            dtype = prepared.execution.autocast_dtype
+            again = check_trained_isolation(model, ids.to(prepared.device), autocast_dtype=dtype)
             report = GateReport([*report.checks, again])
             self._judge(report)  # before any perplexity is written
-            self._evaluate(model, learning, report)
+            self._evaluate(prepared, model, learning, report)
         with self._phase("speed", "measuring speed and memory"):
-            self._measure(model, learning)
-        self.prepared.identity = identity_at_length(self.prepared)  # nothing goes on from this checkpoint
+            self._measure(prepared, model, learning)
         learning.keep_best()
-        self.prepared.ranks.meet()
+        prepared.ranks.meet()
 
-    def _measure(self, model: GNNMoEModel, learning: Learning) -> None:
-        prepared, say = self.prepared, self.reporter.line
-        folder, ranks = prepared.folder.path, prepared.ranks
+    def _measure(self, prepared: Prepared, model: GNNMoEModel, learning: Learning) -> None:
+        folder, ranks, say = prepared.folder.path, prepared.ranks, self.reporter.line
         speed_pass = SpeedPass(prepared.config, prepared.device, folder, say, ranks)
         self.record.speed, self.record.memory = speed_pass.run(
             model, prepared.loaders["train"], learning.as_run, learning.micro_batch_size
@@ -253,9 +251,11 @@ class Session:
 
         return run_check("settings", compare)
 
-    def _audit(self, model: GNNMoEModel, learning: Learning, scored: list[Scored]) -> list[Check]:
+    def _audit(
+        self, prepared: Prepared, model: GNNMoEModel, learning: Learning, scored: list[Scored]
+    ) -> list[Check]:
         """Audit the losses that were scored, and one batch as it was trained on."""
-        prepared, rows = self.prepared, learning.micro_batch_size
+        rows = learning.micro_batch_size
         config, seed = prepared.config, prepared.config.training.seed
         coupler = config.model.coupler_type
 
@@ -280,29 +280,35 @@ class Session:
         if not report.passed and not self.prepared.config.measure.allow_failed_check:
             raise LeakFound("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
 
-    def _search(self, find: Callable[..., tuple[dict[str, Any], Exception | None]]) -> dict[str, Any]:
+    def _search(self, prepared: Prepared) -> dict[str, Any]:
         """Search before there is a model; a run that goes on keeps what was found when it began.
 
         Raises:
-            NoFeasibleBatch, SearchFailed: the search failed, and no fallback was asked for.
+            SearchFailed: the search failed, and no fallback was asked for.
         """
-        earlier = self.state.get("tuned") if self.state else None
-        tuned, failure = find(self.prepared, earlier, self.reporter.line)
-        self.record.tuned = Search.model_validate(tuned)
-        if failure is not None and not self.prepared.config.memory.tune_fallback:
-            raise failure
-        return tuned
+        say, found = self.reporter.line, self.state["tuned"] if self.state else None
+        if found is None:
+            request = prepared.search(say)
+            try:
+                found = find(request, prepared.ranks, say)
+            except SearchFailed as error:
+                found = failed(request, error)
+                if not prepared.config.memory.tune_fallback:
+                    self.record.tuned = Search.model_validate(found)
+                    raise
+        self.record.tuned = Search.model_validate(found)
+        say(words_of(found))
+        return found
 
-    def _build(self) -> GNNMoEModel:
-        prepared = self.prepared
+    def _build(self, prepared: Prepared) -> GNNMoEModel:
         model = prepared.execution.build(prepared.model_config, prepared.config.training.seed)
         model.set_output_bias(torch.from_numpy(prepared.corpus.vocabulary.log_unigram()))
         self.record.parameters = Parameters(**model.parameter_counts())
         self.record.flops = Flops(training_flops_per_token=training_flops_per_token(model))
         return model
 
-    def _train(self, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
-        learning = Learning(self.prepared, model, self.reporter, self.interruption,
+    def _train(self, prepared: Prepared, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
+        learning = Learning(prepared, model, self.reporter, self.interruption,
                             self.state, self.tracker, tuned, lambda: self.parts(utc_now()))  # fmt: skip
         try:
             learning.run()
@@ -310,16 +316,18 @@ class Session:
             learning.write(self.record)
         return learning
 
-    def _evaluate(self, model: GNNMoEModel, learning: Learning, report: GateReport) -> None:
-        quality, arrays, scored = score(self.prepared, model, learning)
+    def _evaluate(
+        self, prepared: Prepared, model: GNNMoEModel, learning: Learning, report: GateReport
+    ) -> None:
+        quality, arrays, scored = score(prepared, model, learning)
         learning.release()
-        found = [self._settings(), *self._audit(model, learning, scored)]
+        found = [self._settings(), *self._audit(prepared, model, learning, scored)]
         self._judge(GateReport([*report.checks, *found]))
         if is_measured(self.record.used):
             self.record.used.ledger = Accounts.model_validate(learning.ledger.to_record())
         self.record.quality = quality
-        self.prepared.folder.write_arrays("nll.npz", arrays)
-        self.record.communication = summarize_communication(model, probed(self.prepared))
+        prepared.folder.write_arrays("nll.npz", arrays)
+        self.record.communication = summarize_communication(model, probed(prepared))
 
 
 def _subset(prepared: Prepared) -> TrainingBlocks:

@@ -11,13 +11,12 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "files syntax config device foreign record marked data identity gate portrait training measure"
-    " sweeps analysis"
+    "files syntax schedule config device foreign record marked data identity gate portrait training measure"
+    " tune sweeps analysis"
 ).split()
 COMMANDS = set(
-    "run sweep report speed check tune tuning prepare session existing learning difficulty progress track"
-    " cli gating loaders fitting controlling memory_checks checkpoint_checks scoring speeding"
-    " __main__".split()
+    "run sweep report speed check prepare session existing learning difficulty progress track"
+    " cli gating loaders checkpoint_checks scoring speeding __main__".split()
 )
 
 

@@ -16,7 +16,7 @@ from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
 from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, SetOnce, resolve_shard
-from bench.data.schedule import BatchSchedule
+from bench.schedule import BatchSchedule
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import stream_seed

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from bench.data.blocks import require_at_least
 from bench.data.curriculum import Curriculum
-from bench.data.schedule import BatchSchedule
+from bench.schedule import BatchSchedule
 from gnnmoe.seeds import stream_seed
 
 

@@ -24,10 +24,9 @@ from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import coupler_class, coupler_names, executed_source, resolved_options
 
 CHANGES_NUMBERS = (
-    "gnnmoe", "bench/data", "bench/gate", "bench/measure", "bench/training",
-    "bench/controlling.py", "bench/device.py", "bench/difficulty.py",
-    "bench/fitting.py", "bench/gating.py", "bench/learning.py", "bench/loaders.py", "bench/prepare.py",
-    "bench/scoring.py", "bench/session.py", "bench/tuning.py",
+    "gnnmoe", "bench/data", "bench/gate", "bench/measure", "bench/training", "bench/tune",
+    "bench/device.py", "bench/difficulty.py", "bench/gating.py", "bench/learning.py", "bench/loaders.py",
+    "bench/prepare.py", "bench/schedule.py", "bench/scoring.py", "bench/session.py",
 )  # fmt: skip
 """Files and folders whose code can change a number. Not here: flags, texts, plots, reports and sweeps."""
 OF_COUPLERS = ("gnnmoe/couplers/[!_]*.py", "gnnmoe/hypergraph*.py", "gnnmoe/hypergraph_layers/*.py")

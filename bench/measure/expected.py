@@ -11,8 +11,7 @@ from bench.config import RunConfig
 from bench.measure.predict import predict_peak
 from bench.measure.protocol import Warmup, time_in_turn, time_steps
 from bench.measure.rates import paired_ratios
-from bench.measure.speed import TrainingSteps
-from bench.measure.trials import random_batch
+from bench.measure.speed import TrainingSteps, random_batch
 from bench.training.execution import Execution
 from gnnmoe.config import GNNMoEConfig
 

@@ -19,7 +19,9 @@ from bench.record import Memory, Speed, is_measured, not_measured
 from bench.record import Warmup as WarmupRecord
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, make_optimizer, real_targets, to_device, training_step
+from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
+from gnnmoe.seeds import stream_seed
 
 
 class TrainingSteps:
@@ -144,3 +146,13 @@ def on_host(model: GNNMoEModel, device: torch.device) -> Iterator[None]:
         yield
     finally:
         model.to(device)
+
+
+def random_batch(
+    model: GNNMoEConfig, rows: int, device: torch.device, generator: torch.Generator | None = None
+) -> Batch:
+    """Return a batch (rows, max_seq_length) of any tokens: what they are does not change what they take."""
+    generator = generator or torch.Generator().manual_seed(stream_seed(0, "tune"))
+    shape = rows, model.max_seq_length + 1
+    tokens = torch.randint(model.vocab_size, shape, generator=generator).to(device)
+    return {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}

@@ -11,12 +11,12 @@ from typing import TypeVar
 import torch
 
 from bench.config import RunConfig
+from bench.device import Attempted, at_once, attempt
 from bench.measure.flops import training_flops_per_token
 from bench.measure.marginal import marginal_cost
 from bench.measure.profile import TRACE, profile_steps, steps_of_a_profile
 from bench.measure.protocol import matrix_rate
 from bench.measure.rates import over_the_rate, utilisation
-from bench.measure.recovery import Attempted, at_once, attempt
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
 from bench.record import Marginal, Memory, NotMeasured, Speed, is_measured, not_measured
 from bench.training.execution import Execution

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from bench.measure.recovery import recover
+from bench.device import recover
 from bench.speeding.machine import Machine
 from bench.speeding.record import SpeedRecord
 from bench.speeding.rows import SpeedRow

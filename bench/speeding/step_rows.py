@@ -13,8 +13,7 @@ from bench.config import ExecutionConfig, TrainingConfig
 from bench.measure.floors import TRAINING
 from bench.measure.protocol import Step
 from bench.measure.rates import over_the_rate
-from bench.measure.speed import TrainingSteps
-from bench.measure.trials import random_batch
+from bench.measure.speed import TrainingSteps, random_batch
 from bench.speeding.machine import Machine
 from bench.speeding.memory import peak_bytes
 from bench.speeding.parity import largest_difference

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from bench.device import is_out_of_memory
+from bench.device import is_out_of_memory, recover
 from bench.measure.protocol import Step, Warmup, time_in_turn
-from bench.measure.recovery import recover
 
 SLOW_SECONDS = 2.0
 """What takes longer than this is timed once, beside the others."""

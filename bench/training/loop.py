@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from bench.config import TrainingConfig
 from bench.data.loader import BlockLoader, set_epoch
-from bench.training.controlled import StepControl
 from bench.training.evaluation import evaluate
 from bench.training.plan import EpochPlan, TrainingPlan
 from bench.training.ranks import ALONE, Ranks
-from bench.training.recovering import Attempt, Recovering, Recovery, Shapes, random_state, set_random_state
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
@@ -37,6 +35,43 @@ class Trained:
     best_nll_sum: float = math.inf
 
 
+Shapes = list[tuple[int, ...]]
+"""The shapes of the pieces in which a batch was run."""
+Step = Callable[[Batch, int | None, Shapes], tuple[Tensor, Tensor]]
+"""Trains on a batch in pieces of so many rows, whose shapes it notes; returns loss and gradient norm."""
+
+
+class Steps:
+    """Runs the steps of a trainer: each once, in pieces of ``micro_batch_size`` rows (None: whole).
+
+    ``bench.tune.control`` has steps that go on where memory runs out.
+    """
+
+    def __init__(self, micro_batch_size: int | None = None) -> None:
+        self.micro_batch_size = micro_batch_size
+
+    def begin_epoch(self, steps_done: int) -> None:
+        """Take note that an epoch begins, after so many steps."""
+
+    def run(
+        self, step: Step, batch: Batch, number: int, optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensor, Tensor, Shapes]:
+        """Do step ``number`` (from 1) on a batch; return its loss, gradient norm and pieces' shapes.
+
+        ``optimizer``: what updates the model, and holds memory of its own.
+        """
+        del number, optimizer
+        shapes: Shapes = []
+        return *step(batch, self.micro_batch_size, shapes), shapes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``load_state_dict`` needs to go on; the checkpoint of a trainer has it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of a trainer."""
+
+
 class Hooks(Protocol):
     """What a trainer tells the world; the rows are those of history.jsonl."""
 
@@ -49,9 +84,6 @@ class Hooks(Protocol):
 
     def on_update(self, shapes: Shapes) -> None:
         """Count an optimizer step, and the shapes of the pieces in which its batch was run."""
-
-    def on_recovery(self, recovery: Recovery) -> None:
-        """Take note that memory ran out and that the same batch is done again in smaller pieces."""
 
     def on_step(self, row: dict[str, Any]) -> None:
         """Take the numbers of one step."""
@@ -69,9 +101,8 @@ class Hooks(Protocol):
 class Trainer:
     """Trains a model in place; the state that is best on validation is what it ends with.
 
-    ``micro_batch_size``: rows to run at once, in training and evaluation (None: whole batches). A step
-    that runs out of memory is done again in smaller ones; ``attempt`` gives back what it held. On several
-    ``ranks`` each trains on its own loader's batches, and all have the same losses and parameters.
+    ``steps`` runs its steps, and its micro-batch is also that of the evaluations. On several ``ranks``
+    each trains on its own loader's batches, and all have the same losses and parameters.
     """
 
     def __init__(
@@ -83,8 +114,7 @@ class Trainer:
         device: torch.device,
         hooks: Hooks,
         *,
-        attempt: Attempt,
-        micro_batch_size: int | None = None,
+        steps: Steps | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.config, self.device, self.hooks = model, config, device, hooks
@@ -92,9 +122,7 @@ class Trainer:
         self.train_loader, self.val_loader = train_loader, val_loader
         self.optimizer = make_optimizer(model, config)
         self.plan = TrainingPlan(train_loader, config)
-        self.recovering = Recovering(micro_batch_size, math.gcd(*self.plan.batch_sizes()), device, attempt)
-        self.control: StepControl | None = None
-        """Sets, measures and proves the shape of each step, where there is one; put here before ``run``."""
+        self.steps = Steps() if steps is None else steps
         self.done = Trained()
         self._late = device.type == "cuda"
         """Whether a step's loss is read while the device does the next step, so that it never waits."""
@@ -136,14 +164,12 @@ class Trainer:
         The hooks have been told of all steps up to it. Random states are those of each rank, in a list.
         """
         self.report()
-        on_cpu, on_cuda = random_state(self.device)
+        cpu, cuda = random_state(self.device)
         return {
             "model": self.model.state_dict(), "best_model": self._best_state,
             "optimizer": self.optimizer.state_dict(), "done": asdict(self.done),
-            "recovering": self.recovering.state_dict(),
-            "control": self.control.controller.state_dict() if self.control else None,
-            "random": self.ranks.gather(on_cpu),
-            "random_cuda": self.ranks.gather(on_cuda),
+            "random": self.ranks.gather(cpu), "random_cuda": self.ranks.gather(cuda),
+            **self.steps.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,9 +178,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._best_state = {name: value.to(self.device) for name, value in state["best_model"].items()}
         self.done = Trained(**state["done"])
-        self.recovering.load_state_dict(state["recovering"])
-        if self.control is not None:
-            self.control.controller.load_state_dict(state["control"])
+        self.steps.load_state_dict(state)
         self._random = state["random"][self.ranks.rank], state["random_cuda"][self.ranks.rank]
 
     def _batches(self) -> Iterator[Batch]:
@@ -164,8 +188,8 @@ class Trainer:
             planned = self.plan.epoch(epoch)
             set_epoch(self.train_loader, epoch, start * planned.batch_size)
             self.hooks.on_epoch(planned)
-            if self.control is not None and start == 0:
-                self.control.begin_epoch(self.done.steps)
+            if start == 0:
+                self.steps.begin_epoch(self.done.steps)
             yield from islice(self.train_loader, planned.batches - start if planned.cut else None)
             self.hooks.after_epoch()
 
@@ -174,24 +198,17 @@ class Trainer:
         rate = learning_rate(self.done.steps, self.plan.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if self.control is not None:
-            batch = self.control.prepared(batch, self.recovering)
 
-        def step(micro_batch_size: int | None, shapes: Shapes) -> tuple[Tensor, Tensor]:
+        def step(batch: Batch, micro_batch_size: int | None, shapes: Shapes) -> tuple[Tensor, Tensor]:
             there = to_device(batch, self.device)
             return training_step(
                 self._parallel, there, self.optimizer, self.config.max_grad_norm, micro_batch_size, shapes,
                 self.ranks,
             )  # fmt: skip
 
-        loss, norm, shapes = self.recovering(
-            step if self.control is None else self.control.watched(step),
-            len(batch["input_ids"]), self.done.steps + 1, self._recovered,
-        )  # fmt: skip
+        loss, norm, shapes = self.steps.run(step, batch, self.done.steps + 1, self.optimizer)
         self.done.steps += 1
         self.hooks.on_update(shapes)
-        if self.control is not None:
-            self.control.after_step(self.done.steps, self.recovering)
         self.report()
         self._unread = self._row("train") | {"learning_rate": rate, "tokens": tokens}, loss, norm
         if not self._late:
@@ -209,13 +226,8 @@ class Trainer:
         self._check(float(loss), "training loss", row["step"])
         self.hooks.on_step(row | {"loss": float(loss), "gradient_norm": float(norm)})
 
-    def _recovered(self, recovery: Recovery) -> None:
-        if self.control is not None:
-            self.control.recovered(recovery)
-        self.hooks.on_recovery(recovery)
-
     def _evaluate(self) -> None:
-        rows = self.recovering.micro_batch_size
+        rows = self.steps.micro_batch_size
         result = evaluate(self.model, self.val_loader, self.device, rows, self.ranks)
         self._check(result.nll_sum, "validation loss", self.done.steps)
         if result.nll_sum < self.done.best_nll_sum:
@@ -231,3 +243,15 @@ class Trainer:
     def _check(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
             raise Diverged(f"the {what} is {value} at step {step}")
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return torch's random state on the CPU and, where ``device`` is one, on the CUDA device."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Put back what ``random_state`` returned."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

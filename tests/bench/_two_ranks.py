@@ -22,12 +22,12 @@ from bench.data.loader import create_loader
 from bench.measure import speed
 from bench.measure.ledger import Ledger
 from bench.measure.protocol import StepTimes, Warmup, time_steps
-from bench.measure.recovery import at_once
 from bench.training.evaluation import evaluate
 from bench.training.loop import Trainer
 from bench.training.ranks import Ranks
 from bench.training.step import Batch, add_gradients, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
+from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 
 CPU, ROWS, LENGTH, VOCABULARY = torch.device("cpu"), 8, 8, 40
@@ -113,9 +113,6 @@ class Rows(list):
     def after_epoch(self):
         self.ledger.end_epoch()
 
-    def on_recovery(self, recovery):
-        raise AssertionError(recovery)
-
     def on_step(self, row):
         self.append(row)
 
@@ -133,7 +130,7 @@ def train(ranks: Ranks, corpus: Corpus, dropout: float) -> dict[str, Any]:
     share: dict[str, Any] = {"max_seq_length": 16, "rank": ranks.rank, "world_size": ranks.world_size}
     train, val = (create_loader(corpus, split, 4 // ranks.world_size, **share) for split in ("train", "val"))
     rows = Rows(ranks)
-    trainer = Trainer(made, train, val, config, CPU, rows, attempt=at_once, ranks=ranks)
+    trainer = Trainer(made, train, val, config, CPU, rows, ranks=ranks)
     trainer.run()
     return {
         "rows": list(rows), "seed": torch.initial_seed(), "ledger": rows.ledger.to_record(),

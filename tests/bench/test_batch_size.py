@@ -7,22 +7,18 @@ import pickle
 import random
 
 import pytest
+import torch
 
-from bench.training.batch_size import (
-    KNEE_SHARE,
-    NoFeasibleBatch,
-    SearchResult,
-    Trial,
-    knee,
-    largest_allowed,
-    memory_limit,
-    search,
-)
-from bench.training.micro_batches import divisors
+from bench.config import MemoryConfig
+from bench.training.ranks import ALONE
+from bench.tune.budget import limit_of
+from bench.tune.find import largest_allowed
+from bench.tune.search import KNEE_SHARE, Found, NoFeasibleBatch, Trial, concluded, search
+from bench.tune.shape import Shape, divisors, ladder
 
 pytestmark = pytest.mark.core("batch_size")
 MODES = ("power", "binsearch")
-ENOUGH = 100
+ENOUGH, LENGTH = 100, 7
 
 
 class Device:
@@ -32,37 +28,50 @@ class Device:
         self.limit, self.seconds, self.now = limit, seconds, 0.0
         self.tried: list[int] = []
 
-    def __call__(self, size: int) -> Trial:
+    def __call__(self, shape: Shape) -> Trial:
+        size = shape.rows
         self.tried.append(size)
         self.now += self.seconds * size
         failure = None if size <= self.limit else "out of memory"
-        return Trial(size, failure, measured_peak_bytes=100 * size, seconds=self.seconds * size)
+        return Trial(shape, failure, measured_peak_bytes=100 * size, seconds=self.seconds * size)
 
 
-def found(device: Device, **settings) -> SearchResult:
+def rungs(cap: int, among=None) -> list[Shape]:
+    return ladder([LENGTH], [size for size in among or range(1, cap + 1) if size <= cap])
+
+
+def found(device: Device, cap: int, among=None, **settings) -> Found:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.training.batch_size.monotonic", lambda: device.now)
-        return search(device, **{"max_trials": ENOUGH, **settings})
+        patch.setattr("bench.tune.search.monotonic", lambda: device.now)
+        return search(device, rungs(cap, among), **{"max_trials": ENOUGH, **settings})
+
+
+def knee(trials: list[Trial]) -> int | None:
+    return concluded(trials, rungs(1), "cap").knee
+
+
+def of(size: int, *arguments, **settings) -> Trial:
+    return Trial(Shape(size, LENGTH), *arguments, **settings)
 
 
 def test_b2_power_tries_init_and_its_doubles_and_returns_the_last_that_ran():
     device = Device(limit=100)
-    result = found(device, mode="power", init_val=3, cap=10_000)
+    result = found(device, mode="power", start=3, cap=10_000)
     assert device.tried == [3, 6, 12, 24, 48, 96, 192]
-    assert (result.size, result.stopped) == (96, "limit")
+    assert (result.shape.rows, result.stopped) == (96, "limit")
 
 
 def test_b2_power_halves_where_the_first_size_fails():
     device = Device(limit=5)
-    assert found(device, mode="power", init_val=32, cap=10_000).size == 4
+    assert found(device, mode="power", start=32, cap=10_000).shape.rows == 4
     assert device.tried == [32, 16, 8, 4]
 
 
 def test_b2_power_never_passes_the_cap():
     device = Device(limit=10_000)
-    result = found(device, mode="power", init_val=3, cap=100)
+    result = found(device, mode="power", start=3, cap=100)
     assert device.tried == [3, 6, 12, 24, 48, 96]
-    assert (result.size, result.stopped) == (96, "cap")
+    assert (result.shape.rows, result.stopped) == (96, "cap")
 
 
 def test_b3_b4_binsearch_finds_exactly_the_largest_that_fits_at_every_limit_cap_and_init():
@@ -70,8 +79,8 @@ def test_b3_b4_binsearch_finds_exactly_the_largest_that_fits_at_every_limit_cap_
         for limit in range(1, 30):
             for init in range(1, 30):
                 device = Device(limit)
-                result = found(device, mode="binsearch", init_val=init, cap=cap)
-                assert result.size == min(limit, cap), (cap, limit, init)
+                result = found(device, mode="binsearch", start=init, cap=cap)
+                assert result.shape.rows == min(limit, cap), (cap, limit, init)
                 assert device.tried[0] == min(init, cap), "the first trial is init_val"
                 assert len(device.tried) == len(set(device.tried)), "no size is tried twice"
                 assert result.stopped == ("cap" if limit >= cap else "limit")
@@ -79,7 +88,7 @@ def test_b3_b4_binsearch_finds_exactly_the_largest_that_fits_at_every_limit_cap_
 
 def test_b3_the_spec_s_numbers():
     for limit in (137, 901):
-        assert found(Device(limit), mode="binsearch", init_val=2, cap=10_000).size == limit
+        assert found(Device(limit), mode="binsearch", start=2, cap=10_000).shape.rows == limit
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,16 +98,11 @@ def test_b13_among_the_divisors_of_a_batch_only_they_are_tried(mode):
         for limit in range(1, 50):
             for init in sizes:
                 device = Device(limit)
-                result = found(device, mode=mode, init_val=init, cap=batch, among=sizes)
+                result = found(device, mode=mode, start=init, cap=batch, among=sizes)
                 assert set(device.tried) <= set(sizes)
-                assert result.size in device.tried
+                assert result.shape.rows in device.tried
                 if mode == "binsearch":
-                    assert result.size == max(size for size in sizes if size <= limit)
-
-
-def test_b4_an_init_that_is_not_among_the_sizes_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="init_val is 5, which is not among the sizes; the nearest is 4"):
-        found(Device(9), init_val=5, cap=16, among=divisors(16))
+                    assert result.shape.rows == max(size for size in sizes if size <= limit)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,12 +112,12 @@ def test_b5_the_answer_ran_and_failures_count_whatever_max_trials(mode):
             for init in (1, 2, 7, 33):
                 device = Device(limit)
                 try:
-                    result = found(device, mode=mode, init_val=init, cap=64, max_trials=max_trials)
+                    result = found(device, mode=mode, start=init, cap=64, max_trials=max_trials)
                 except NoFeasibleBatch:
                     assert all(size > limit for size in device.tried)
                 else:
-                    assert result.size in [trial.size for trial in result.trials if trial.ran]
-                    assert result.size == max(size for size in device.tried if size <= limit)
+                    assert result.shape.rows in [trial.shape.rows for trial in result.trials if trial.ran]
+                    assert result.shape.rows == max(size for size in device.tried if size <= limit)
                 assert 1 <= len(device.tried) <= max_trials
 
 
@@ -121,7 +125,7 @@ def test_b5_the_answer_ran_and_failures_count_whatever_max_trials(mode):
 def test_b5_nothing_fits_names_the_smallest_peak_and_what_to_lower(mode):
     device = Device(limit=0)
     with pytest.raises(NoFeasibleBatch) as failure:
-        found(device, mode=mode, init_val=8, cap=64)
+        found(device, mode=mode, start=8, cap=64)
     assert device.tried[-1] == 1, "down to the smallest, and not 0"
     for part in ("no batch fits", "out of memory", "smallest peak seen: 0.0 MiB", "lower max_seq_length"):
         assert part in str(failure.value)
@@ -132,28 +136,28 @@ def test_b5_nothing_fits_names_the_smallest_peak_and_what_to_lower(mode):
 
 def test_b5_where_trials_ran_out_first_the_message_says_so():
     with pytest.raises(NoFeasibleBatch, match="1 was not tried: raise --tune-max-trials"):
-        found(Device(limit=0), init_val=64, cap=64, max_trials=2)
+        found(Device(limit=0), start=64, cap=64, max_trials=2)
 
 
 def test_b6_no_trial_is_begun_that_would_not_end_in_time():
     device = Device(limit=1000, seconds=1.0)
-    result = found(device, mode="power", init_val=1, cap=1000, max_seconds=20.0)
+    result = found(device, mode="power", start=1, cap=1000, max_seconds=20.0)
     assert device.tried == [1, 2, 4, 8], "16 more seconds would make 31"
-    assert (result.size, result.stopped) == (8, "max_seconds")
+    assert (result.shape.rows, result.stopped) == (8, "max_seconds")
     device = Device(limit=1000, seconds=100.0)
-    assert found(device, init_val=1, cap=1000, max_seconds=20.0).size == 1, "one trial there always is"
+    assert found(device, start=1, cap=1000, max_seconds=20.0).shape.rows == 1, "one trial there always is"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), KeyboardInterrupt(), ValueError("no")])
 def test_b9_whatever_else_a_trial_raises_comes_out(error):
     tried = []
 
-    def trial(size):
-        tried.append(size)
+    def trial(shape):
+        tried.append(shape.rows)
         raise error
 
     with pytest.raises(type(error)):
-        search(trial, init_val=8, cap=64)
+        search(trial, rungs(64), start=8)
     assert tried == [8]
 
 
@@ -171,27 +175,21 @@ def test_a5_nothing_above_the_cap_is_tried_where_nothing_ever_runs_out_of_memory
     """100 samples: Lightning's finder answers 128 and 121."""
     for init in (1, 2, 10, 64):
         device = Device(limit=10**9)
-        result = found(device, mode=mode, init_val=init, cap=largest_allowed(None, 100, 10))
+        result = found(device, mode=mode, start=init, cap=largest_allowed(None, 100, 10))
         assert max(device.tried) <= 10
-        assert result.size == (8 if mode == "power" and init in (1, 2) else 10)
+        assert result.shape.rows == (8 if mode == "power" and init in (1, 2) else 10)
 
 
 def test_a7_the_safety_factor_is_applied_once():
-    budget, per_sample = 1_000_000, 10_000
-    limit = memory_limit(budget, 0.85)
-    assert limit == 850_000
+    memory = MemoryConfig(tune_batch_size=True, memory_budget="1000000B", memory_target=0.85)
+    budget, limit = limit_of(memory, torch.device("cpu"), ALONE)
+    assert (budget, limit) == (1_000_000, 850_000)
 
-    def trial(size):
-        peak = size * per_sample
-        return Trial(size, None if peak <= limit else "too much", measured_peak_bytes=peak)
+    def trial(shape):
+        peak = shape.rows * 10_000
+        return Trial(shape, None if peak <= limit else "too much", measured_peak_bytes=peak)
 
-    assert search(trial, init_val=1, max_trials=ENOUGH, cap=1000).size == 85, "not 72, which is 0.85 twice"
-
-
-@pytest.mark.parametrize("target", [0.0, -0.1, 1.01, float("nan")])
-def test_a_target_outside_0_to_1_is_refused(target):
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
-        memory_limit(1000, target)
+    assert search(trial, rungs(1000), max_trials=ENOUGH).shape.rows == 85, "not 72, which is 0.85 twice"
 
 
 CURVES = {
@@ -208,62 +206,47 @@ CURVES = {
 @pytest.mark.parametrize("name", CURVES)
 def test_b11_the_knee_is_the_smallest_size_within_five_percent_of_the_best(name):
     curve, expected = CURVES[name]
-    trials = [Trial(size, tokens_per_second=speed) for size, speed in curve.items()]
+    trials = [of(size, tokens_per_second=speed) for size, speed in curve.items()]
     random.Random(0).shuffle(trials)
     assert knee(trials) == expected
     assert KNEE_SHARE == 0.95
 
 
 def test_b11_a_size_that_failed_is_no_knee_and_without_speeds_there_is_none():
-    failed = Trial(64, "too much", tokens_per_second=1000.0)
-    assert knee([Trial(1, tokens_per_second=10.0), failed]) == 1
-    assert knee([Trial(1), failed]) is None
+    failed = of(64, "too much", tokens_per_second=1000.0)
+    assert knee([of(1, tokens_per_second=10.0), failed]) == 1
+    assert knee([of(1), failed]) is None
 
 
 def test_every_trial_is_kept_and_survives_the_record():
     device = Device(limit=20)
-    result = found(device, init_val=8, cap=64)
-    assert [trial.size for trial in result.trials] == device.tried
+    result = found(device, start=8, cap=64)
+    assert [trial.shape.rows for trial in result.trials] == device.tried
     assert {trial.failure for trial in result.trials} == {None, "out of memory"}
-    assert SearchResult.from_record(json.loads(json.dumps(result.to_record()))) == result
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"mode": "guess", "cap": 4}, "must be binsearch or power"), ({"cap": 0}, "cap of a search is 0"),
-        ({"cap": 4, "max_trials": 0}, "must be 1 or more"), ({"cap": 4, "init_val": 0}, "must be 1 or more"),
-        ({"cap": 4, "among": [8]}, "none of the sizes"),
-    ],
-)  # fmt: skip
-def test_settings_that_make_no_sense_are_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
-        search(Device(9), **settings)
+    assert Found.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
 def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next(monkeypatch):
     """B6: 128 was predicted away in no time; 96 would take half again as long as 64 did."""
     now = [0.0]
-    monkeypatch.setattr("bench.training.batch_size.monotonic", lambda: now[0])
+    monkeypatch.setattr("bench.tune.search.monotonic", lambda: now[0])
 
-    def trial(size: int) -> Trial:
-        if size == 128:
+    def trial(shape: Shape) -> Trial:
+        if shape.rows == 128:
             now[0] += 0.05
-            return Trial(size, "not run: far above the limit", seconds=0.05)
+            return Trial(shape, "not run: far above the limit", seconds=0.05)
         now[0] += 60.0
-        return Trial(size, seconds=60.0, micro_steps=4)
+        return Trial(shape, seconds=60.0, micro_steps=4)
 
-    result = search(trial, mode="binsearch", init_val=64, max_trials=9, cap=128, max_seconds=110.0)
-    assert (result.size, result.stopped) == (64, "max_seconds")
+    result = search(trial, rungs(128), start=64, max_trials=9, max_seconds=110.0)
+    assert (result.shape.rows, result.stopped) == (64, "max_seconds")
     assert now[0] < 110
 
 
 def test_b8_what_another_moment_might_better_is_not_kept():
-    fits = Trial(4, micro_steps=4, seconds=1.0)
-    short = Trial(8, "not run: only 1.0 MiB are free here")
-    large = Trial(8, "not run: far above 2.0 MiB")
-    limit, again = (
-        SearchResult(4, None, "binsearch", 16, "limit", (fits, other)) for other in (large, short)
-    )
-    late = SearchResult(4, None, "binsearch", 16, "max_seconds", (fits,))
+    fits = of(4, micro_steps=4, seconds=1.0)
+    short = of(8, "not run: only 1.0 MiB are free here")
+    large = of(8, "not run: far above 2.0 MiB")
+    limit, again = (Found(fits.shape, "limit", (fits, other)) for other in (large, short))
+    late = Found(fits.shape, "max_seconds", (fits,))
     assert [result.of_the_moment for result in (limit, again, late)] == [False, True, True]

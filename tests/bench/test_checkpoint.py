@@ -23,8 +23,8 @@ from bench.existing import KNOWN_BY
 from bench.prepare import Prepared, prepare
 from bench.run import main
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
-from bench.training.controller import Controller
-from bench.training.shape import Shape, ladder
+from bench.tune.control import Controller
+from bench.tune.shape import Shape, ladder
 from tests.bench.conftest import TINY
 from tests.bench.test_resume import act_at_step, interrupt, only_folder, refusal
 

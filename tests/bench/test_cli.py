@@ -64,7 +64,7 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
     ("module", "called", "arguments"),
     [
         ("bench.run", "bench.prepare.prepare", []),
-        ("bench.tune", "bench.prepare.prepare", []),
+        ("bench.tune.__main__", "bench.prepare.prepare", []),
         ("bench.sweep", "bench.sweep.read_sweep", ["sweep.toml"]),
         ("bench.report", "bench.analysis.find.the_study", ["study"]),
         ("bench.speed", "bench.speeding.show.print_records", ["--table", "record"]),

@@ -14,15 +14,12 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader, set_epoch
 from bench.measure.ledger import Ledger
-from bench.measure.recovery import attempt
 from bench.run import main
 from bench.training import loop
-from bench.training.controlled import StepControl
-from bench.training.controller import GROW_SHARE, PATIENCE, Controller, Decision
 from bench.training.loop import Trainer
-from bench.training.recovering import Recovering
-from bench.training.shape import ReportedUsedMismatch, Shape, ladder, witnessed
 from bench.training.step import split
+from bench.tune.control import GROW_SHARE, PATIENCE, ControlledSteps, Controller, Decision
+from bench.tune.shape import ReportedUsedMismatch, Shape, ladder, witnessed
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from tests.bench._fake_memory import FakeMemory
 
@@ -188,9 +185,6 @@ class Told:
         self.on_update, self.after_epoch = self.ledger.update, self.ledger.end_epoch
         self.after = lambda: None
 
-    def on_recovery(self, recovery):
-        pass
-
     def on_step(self, row):
         self.rows.append(row)
 
@@ -220,13 +214,15 @@ def corpus(small_data_dir):
     return load_corpus(data_dir=small_data_dir)
 
 
-def measured(function, batch) -> int:
-    del batch
+def measured(function, owners) -> int:
+    del owners
     function()
     return 1
 
 
-def trainer(corpus, control: Controller | None, peak=measured, workers: int = 0, **changes) -> Trainer:
+def trainer(
+    corpus, control: Controller | None, peak=measured, workers: int = 0, steps_type=ControlledSteps, **changes
+) -> Trainer:
     config = TrainingConfig(
         **{"batch_size": BATCH, "epochs": 2, "eval_every": 50, "warmup_steps": 1, **changes}
     )
@@ -236,10 +232,11 @@ def trainer(corpus, control: Controller | None, peak=measured, workers: int = 0,
     )  # fmt: skip
     train = create_loader(corpus, "train", BATCH, max_seq_length=LENGTH, num_samples=42, num_workers=workers)
     val = create_loader(corpus, "val", BATCH, max_seq_length=LENGTH, num_samples=4)
-    made = Trainer(model, train, val, config, CPU, Told(), attempt=attempt)
-    if control is not None:
-        made.control = StepControl(control, model, made.hooks.decisions.append, peak)  # pyright: ignore
-    return made
+    told = Told()
+    steps = steps_type(
+        model, BATCH, CPU, controller=control, peak=peak, on_decision=told.decisions.append
+    )  # fmt: skip
+    return Trainer(model, train, val, config, CPU, told, steps=steps)
 
 
 def blocks_of(parts) -> list[list[int]]:
@@ -253,19 +250,27 @@ def test_d3_any_sequence_of_micro_batches_serves_the_same_blocks(corpus, sizes, 
     loader = create_loader(corpus, "train", BATCH, max_seq_length=LENGTH, num_samples=42)
     set_epoch(loader, epoch)
     expected = blocks_of([batch["input_ids"] for batch in loader])
-    control = StepControl(Scripted([Shape(size, 16) for size in sizes]), torch.nn.Identity(), [].append,
-                          measured)  # fmt: skip
-    recovering = Recovering(None, BATCH, CPU, attempt)
-    pieces, left = [], len(loader)
+
+    class Sees(torch.nn.Module):
+        def forward(self, input_ids):
+            pieces.append(input_ids)
+
+    model, pieces = Sees(), []
+    scripted = Scripted([Shape(size, 16) for size in sizes])
+    steps = ControlledSteps(model, BATCH, CPU, controller=scripted, peak=measured)
+
+    def step(batch, micro_batch_size, shapes):
+        for part in split(batch, micro_batch_size):
+            model(part["input_ids"])
+        return torch.zeros(()), torch.zeros(())
+
+    optimizer = torch.optim.SGD([torch.zeros(1)])
     for number, batch in enumerate(loader):
-        batch = control.prepared(batch, recovering)
-        assert recovering.micro_batch_size == sizes[number % 10]
-        pieces += [part["input_ids"] for part in split(batch, recovering.micro_batch_size)]
-        left -= 1
-        assert len(loader) - number - 1 == left
+        before = len(pieces)
+        steps.run(step, batch, number + 1, optimizer)
+        assert {len(piece) for piece in pieces[before:]} == {sizes[number % 10]}
         assert sum(len(piece) for piece in pieces) == BATCH * (number + 1)
-        control.controller.observe(number + 1, 1)
-    assert (left, blocks_of(pieces)) == (0, expected)
+    assert (number + 1, blocks_of(pieces)) == (len(loader), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -306,25 +311,27 @@ def test_d3_another_length_keeps_tokens_updates_and_the_ledger_exact(corpus):
     ]  # fmt: skip
 
 
-class OnlyTracks(Recovering):
+class OnlyTracks(ControlledSteps):
     """Keeps the number that it is told, and runs the whole batch all the same."""
 
-    def __call__(self, step, rows, number, announce):
-        return super().__call__(lambda _, shapes: step(None, shapes), rows, number, announce)
+    def run(self, step, batch, number, optimizer):
+        def whole(batch, micro_batch_size, shapes):
+            return step(batch, None, shapes)
+
+        return super().run(whole, batch, number, optimizer)
 
 
 def test_d1_a_wrapper_that_only_keeps_track_of_a_number_is_caught(corpus):
     """D1: at the first step that is not what is reported."""
-    made = trainer(corpus, Scripted([Shape(4, 16), Shape(2, 16)]))
-    made.recovering = OnlyTracks(None, BATCH, CPU, attempt)
+    made = trainer(corpus, Scripted([Shape(4, 16), Shape(2, 16)]), steps_type=OnlyTracks)
     with pytest.raises(ReportedUsedMismatch, match="2 × 16 is reported to be run at once, but the model"):
         made.run()
     assert made.done.steps == 1
-    assert made.recovering.micro_batch_size == 2, "it did keep the number"
+    assert made.steps.micro_batch_size == 2, "it did keep the number"
 
 
 def test_d1_a_length_that_is_not_applied_is_caught(corpus, monkeypatch):
-    monkeypatch.setattr("bench.training.controlled.cut", lambda batch, length: batch)
+    monkeypatch.setattr("bench.tune.control.cut", lambda batch, length: batch)
     with pytest.raises(ReportedUsedMismatch, match="1 × 8 is reported"):
         trainer(corpus, Scripted([Shape(1, 8)])).run()
 
@@ -396,10 +403,9 @@ def test_d8_a_resumed_training_goes_on_with_the_controller_s_state(corpus):
     second.load_state_dict(first.state_dict())
     second.hooks.ledger.load_state_dict(first.hooks.ledger.state_dict())  # pyright: ignore
     second.run()
-    assert whole.control is not None
-    assert second.control is not None
-    assert len(whole.control.controller.decisions) == 2
-    assert second.control.controller.to_record() == whole.control.controller.to_record()
+    decisions = [made.steps.state_dict()["control"]["decisions"] for made in (whole, second)]
+    assert len(decisions[0]) == 2
+    assert decisions[1] == decisions[0]
     assert second.hooks.ledger.micro_batch_shapes == whole.hooks.ledger.micro_batch_shapes  # pyright: ignore
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)

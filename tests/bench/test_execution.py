@@ -18,8 +18,8 @@ from bench.measure.meters import meter_for
 from bench.measure.predict import predict_peak
 from bench.run import main
 from bench.training.execution import Execution
-from bench.training.shape import witnessed
 from bench.training.step import make_optimizer, training_step
+from bench.tune.shape import witnessed
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
 
 CPU = torch.device("cpu")

@@ -89,8 +89,9 @@ def test_resuming_from_its_checkpoint_is_refused_in_the_right_words(fitted, tiny
 
 
 def without_times(folder: Path) -> dict:
-    """Take the times out of what was found before training; return the record."""
+    """Take the times out of what was found before training, and whether it was kept; return the record."""
     record = record_of(folder)
+    record["tuned"]["from_cache"] = None
     for found in (record["tuned"], *record["tuned"]["trials"]):
         found["seconds"] = found["tokens_per_second"] = None
     (folder / "record.json").write_text(json.dumps(record))
@@ -107,7 +108,7 @@ def test_interrupted_and_resumed_it_equals_an_undisturbed_one(fitted, tiny, smal
     asked = load_checkpoint(path)["identity"]["model"]["max_seq_length"]
     assert asked == 16, "what --resume compares with its flags"
     checkpoint_scorer(path, LENGTH, corpus, torch.device("cpu"))  # all the same it can be loaded
-    monkeypatch.setattr("bench.fitting.fit_here", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr("bench.tune.find.search_here", lambda *_: pytest.fail("fitted again"))
     assert main([*run, "--resume"]) == 0
     ours, theirs = without_times(folder), without_times(fitted[0])
     assert ours["time"]["resumed_at_step"] == 3

@@ -14,7 +14,6 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
 from bench.measure.ledger import BatchAccountingError, Ledger
-from bench.measure.recovery import attempt
 from bench.run import main
 from bench.training.evaluation import evaluate, merged
 from bench.training.loop import Trainer
@@ -143,7 +142,7 @@ def trainer(corpus, loader=None, **settings) -> Any:
     )
     train = loader or create_loader(corpus, "train", config.batch_size, max_seq_length=16)
     val = create_loader(corpus, "val", 4, max_seq_length=16, num_samples=4)
-    return Trainer(GNNMoEModel(model_config, seed=0), train, val, config, CPU, Rows(), attempt=attempt)
+    return Trainer(GNNMoEModel(model_config, seed=0), train, val, config, CPU, Rows())
 
 
 def test_c8_the_schedule_of_batch_sizes_is_what_the_ledger_sees(corpus):

@@ -10,9 +10,10 @@ import torch
 from bench.config import TrainingConfig
 from bench.measure.ledger import BatchAccountingError, Ledger
 from bench.training.evaluation import evaluate
-from bench.training.micro_batches import accumulations, divisors, next_smaller
 from bench.training.plan import EpochPlan
 from bench.training.step import add_gradients, make_optimizer, split, training_step
+from bench.tune.budget import refuse_uneven_pieces
+from bench.tune.shape import divisors
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import IGNORED
 
@@ -119,11 +120,11 @@ def test_b13_micro_batch_times_accumulation_times_ranks_is_the_batch():
         for world in (1, 2, 3):
             for micro in range(1, 26):
                 try:
-                    (steps,) = accumulations([batch_size], micro, world)
+                    refuse_uneven_pieces([batch_size], micro, world)
                 except ValueError:
                     assert batch_size % (micro * world)
                 else:
-                    assert micro * steps * world == batch_size
+                    assert batch_size % (micro * world) == 0
 
 
 @pytest.mark.parametrize(
@@ -140,13 +141,11 @@ def test_b13_a_micro_batch_that_does_not_divide_is_refused_with_the_nearest_that
     sizes, micro, world, said
 ):
     with pytest.raises(ValueError, match=said):
-        accumulations(sizes, micro, world)
+        refuse_uneven_pieces(sizes, micro, world)
 
 
-def test_d7_the_next_smaller_micro_batch_is_a_divisor_of_half_or_less():
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
-    assert [next_smaller(12, size) for size in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
-    assert next_smaller(7, 7) == 1
+def test_the_divisors_of_a_batch_rise():
+    assert [divisors(number) for number in (1, 7, 12)] == [[1], [1, 7], [1, 2, 3, 4, 6, 12]]
 
 
 def test_a7_the_ledger_counts_the_pieces_and_refuses_others_than_the_batch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import bench.training.loop
 from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
-from bench.measure.recovery import attempt
 from bench.run import main
 from bench.training.loop import Trainer
+from bench.training.plan import TrainingPlan
 from bench.training.step import UpdateOutOfMemory
+from bench.tune.control import ControlledSteps, Recovery
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from tests.bench.test_run import only_run, results_of
 from tests.bench.test_training import Rows
@@ -42,8 +44,10 @@ def trainer(corpus, micro: int | None = None, **settings) -> Trainer:
     train = create_loader(corpus, "train", config.batch_size, max_seq_length=16,
                           batch_schedule=config.batch_schedule)  # fmt: skip
     val = create_loader(corpus, "val", 4, max_seq_length=16)
-    return Trainer(GNNMoEModel(model, seed=0), train, val, config, CPU, Rows(), attempt=attempt,
-                   micro_batch_size=micro)  # fmt: skip
+    made = GNNMoEModel(model, seed=0)
+    unit = math.gcd(*TrainingPlan(train, config).batch_sizes())
+    steps = ControlledSteps(made, unit, CPU, micro)
+    return Trainer(made, train, val, config, CPU, Rows(), steps=steps)
 
 
 def run_out(made: Trainer, fits: int, calls: list[int], at: int = 0) -> None:
@@ -55,6 +59,11 @@ def run_out(made: Trainer, fits: int, calls: list[int], at: int = 0) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     made.model.register_forward_pre_hook(before)
+
+
+def recoveries_of(made: Trainer) -> list[Recovery]:
+    assert isinstance(made.steps, ControlledSteps)
+    return made.steps.recoveries
 
 
 def rows(made: Trainer, kind: str) -> list[dict]:
@@ -74,9 +83,9 @@ def test_d7_the_same_batches_are_done_again_in_smaller_pieces_and_nothing_is_ski
     expected.run()
     assert calls[:6] == [8, 4, 2, 2, 2, 2]
     assert same(recovered, expected)
-    assert [r.micro_batch_size for r in recovered.recovering.recoveries] == [4, 2]
-    assert [r.failed_micro_batch_size for r in recovered.recovering.recoveries] == [8, 4]
-    assert {r.step for r in recovered.recovering.recoveries} == {1}
+    assert [r.micro_batch_size for r in recoveries_of(recovered)] == [4, 2]
+    assert [r.failed_micro_batch_size for r in recoveries_of(recovered)] == [8, 4]
+    assert {r.step for r in recoveries_of(recovered)} == {1}
     ledger = recovered.hooks.ledger  # pyright: ignore
     assert ledger.micro_batch_shapes == {"2x16": 16}, "what ran to its end, not what was tried"
     assert ledger.totals()["updates"]["got"] == 4
@@ -99,7 +108,7 @@ def test_d7_later_steps_alone_are_split(corpus):
     recovered.run()
     plain.run()
     ours, theirs = rows(recovered, "train"), rows(plain, "train")
-    assert [recovery.step for recovery in recovered.recovering.recoveries] == [3]
+    assert [recovery.step for recovery in recoveries_of(recovered)] == [3]
     assert ours[:2] == theirs[:2]
     assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
     assert recovered.hooks.ledger.micro_batch_shapes == {"8x16": 2, "4x16": 4}  # pyright: ignore
@@ -109,7 +118,7 @@ def test_d7_a_schedule_s_batches_are_all_divided(corpus):
     made = trainer(corpus, batch_size=8, batch_schedule="0:8,1:12", max_steps=None, epochs=2)
     run_out(made, fits=4, calls=[])
     made.run()
-    assert made.recovering.micro_batch_size == 4
+    assert made.steps.micro_batch_size == 4
     assert set(made.hooks.ledger.micro_batch_shapes) == {"4x16"}  # pyright: ignore
 
 
@@ -137,7 +146,7 @@ def test_d7_an_update_that_ran_out_of_memory_is_never_repeated(corpus, monkeypat
     with pytest.raises(UpdateOutOfMemory, match="in the optimizer's update: no room for the moments"):
         made.run()
     assert updates == [1]
-    assert made.recovering.recoveries == []
+    assert recoveries_of(made) == []
 
 
 def test_b9_another_error_is_not_taken_for_it(corpus, monkeypatch):
@@ -148,7 +157,7 @@ def test_b9_another_error_is_not_taken_for_it(corpus, monkeypatch):
     monkeypatch.setattr(bench.training.loop, "training_step", failing)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         made.run()
-    assert made.recovering.recoveries == []
+    assert recoveries_of(made) == []
 
 
 @pytest.fixture
@@ -232,9 +241,8 @@ import resource, json, sys
 import torch
 from bench.config import TrainingConfig
 from bench.measure.predict import predict_peak
-from bench.measure.recovery import attempt
-from bench.training.recovering import Recovering
 from bench.training.step import make_optimizer, training_step
+from bench.tune.control import ControlledSteps, Recovery
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
 torch.set_num_threads(1)
@@ -249,13 +257,12 @@ training_step(model, {k: v[:2] for k, v in batch.items()}, optimizer, 1.0)  # lo
 peak = predict_peak(config, 64, 64, training, micro_batch_size=16)
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData")) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (used + int(1.6 * peak), -1))
-recovering = Recovering(None, 64, torch.device("cpu"), attempt)
-said = []
+steps = ControlledSteps(model, 64, torch.device("cpu"))
 for number in (1, 2, 3):
-    def step(micro, shapes):
+    def step(batch, micro, shapes):
         return training_step(model, batch, optimizer, 1.0, micro, shapes)
-    *_, shapes = recovering(step, 64, number, said.append)
-print(json.dumps([recovering.to_record(), [list(s) for s in shapes]]))
+    *_, shapes = steps.run(step, batch, number, optimizer)
+print(json.dumps([steps.to_record(), [list(s) for s in shapes]]))
 """
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.device import OUT_OF_MEMORY_TEXTS, is_out_of_memory
-from bench.measure import recovery
-from bench.measure.recovery import Attempted, attempt
-from bench.training.batch_size import NoFeasibleBatch, Trial
+from bench import device
+from bench.device import OUT_OF_MEMORY_TEXTS, Attempted, attempt, is_out_of_memory
+from bench.tune.search import NoFeasibleBatch, Trial
+from bench.tune.shape import Shape
 from tests.bench._fake_memory import FakeMemory
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_b9_out_of_memory_by_its_type():
         ValueError("CUDA error: out of memory"),
         KeyError("out of memory"),
         NotImplementedError("CUDA error: out of memory"),
-        NoFeasibleBatch([Trial(1, "RuntimeError: CUDA error: out of memory")], 1),
+        NoFeasibleBatch([Trial(Shape(1, 8), "RuntimeError: CUDA error: out of memory")], Shape(1, 8)),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"),
@@ -144,7 +144,7 @@ def test_b10_recovery_runs_outside_the_except_block(monkeypatch):
     def recover():
         seen.append((sys.exc_info()[0], [reference() is None for reference in alive]))
 
-    monkeypatch.setattr(recovery, "recover", recover)
+    monkeypatch.setattr(device, "recover", recover)
     attempt(lambda: filled(alive))
     assert seen == [(None, [True, False, True])]
 
@@ -153,7 +153,7 @@ def test_recovery_empties_the_cache_of_the_device(monkeypatch):
     emptied = []
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: emptied.append("cuda"))
-    recovery.recover()
+    device.recover()
     assert emptied == ["cuda"]
 
 
@@ -161,7 +161,7 @@ CHILD = """
 import resource, sys, torch
 from bench.config import TrainingConfig
 from bench.device import keep_freed_memory
-from bench.measure.recovery import attempt
+from bench.device import attempt
 from bench.training.step import make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
@@ -220,7 +220,7 @@ def test_b10_a_true_out_of_memory_gives_its_memory_back():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_b10_gpu_memory_is_back_at_the_baseline():
     """B10 (gpu): after a true out-of-memory, twice, nearly all the device can be had again."""
-    recovery.recover()
+    device.recover()
     baseline = torch.cuda.memory_allocated()
     room = torch.cuda.mem_get_info()[0]
 

@@ -11,26 +11,22 @@ import torch
 from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure import speed
-from bench.measure.activation import require_batch_applied
-from bench.measure.fit_process import FitRequest, fit_here
-from bench.measure.trials import TrialSetup
 from bench.record import Record
 from bench.run import main
-from bench.training.batch_size import NoFeasibleBatch, Trial
-from bench.training.fit import Fit, fit
-from bench.training.shape import (
-    ParametersNotApplied,
+from bench.training.step import split, training_step
+from bench.tune.__main__ import main as tune
+from bench.tune.find import Request, search_here
+from bench.tune.search import Found, NoFeasibleBatch, Trial, search
+from bench.tune.shape import (
     ReportedUsedMismatch,
     Shape,
     cut,
     ladder,
     lengths_between,
-    require_applied,
     require_used,
     witnessed,
 )
-from bench.training.step import split, training_step
-from bench.tune import main as tune
+from bench.tune.trials import ParametersNotApplied, TrialSetup, require_applied, require_batch_applied
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import IGNORED
 from tests.bench._fake_memory import FakeMemory
@@ -118,12 +114,14 @@ class Card:
         try:
             self.memory.step(shape.tokens)
         except torch.OutOfMemoryError as error:
-            return Trial(shape.rows, str(error), self.predict(shape))
+            return Trial(shape, str(error), self.predict(shape))
         failure = None if self.peak(shape) <= self.limit else "peak above"
-        return Trial(shape.rows, failure, self.predict(shape), self.peak(shape))
+        return Trial(shape, failure, self.predict(shape), self.peak(shape))
 
-    def fit(self, **settings) -> Fit:
-        return fit(self.predict, self.run, SHAPES, limit_bytes=self.limit, **settings)
+    def fit(self, **settings) -> Found:
+        return search(
+            self.run, SHAPES, "shape", predict=self.predict, limit_bytes=self.limit, **settings
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("out_of_memory", [10**6, 0], ids=["runs above the limit", "runs out above it"])
@@ -137,7 +135,7 @@ def test_d4_the_final_peak_lies_within_one_step_below_the_target(factor, offset,
         place = SHAPES.index(found.shape)
         assert found.shape == [shape for shape in SHAPES if card.peak(shape) <= limit][-1]
         assert len(card.ran) == len(set(card.ran)), "no shape is run twice"
-        assert found.found.trial.measured_peak_bytes == card.peak(found.shape) <= limit
+        assert found.trial.measured_peak_bytes == card.peak(found.shape) <= limit
         if found.stopped == "limit":
             step = card.peak(SHAPES[place + 1]) - card.peak(found.shape)
             assert limit - step < card.peak(found.shape)
@@ -145,25 +143,25 @@ def test_d4_the_final_peak_lies_within_one_step_below_the_target(factor, offset,
         else:
             assert (found.stopped, place) == ("largest", len(SHAPES) - 1)
         if factor in (1.0, 0.91, 1.09) and not offset:
-            assert found.found.expected_bytes == pytest.approx(card.peak(found.shape), rel=0.1)
+            assert found.trial.expected_peak_bytes == pytest.approx(card.peak(found.shape), rel=0.1)
             assert len(card.ran) <= 4
 
 
 def test_d4_the_prediction_is_corrected_by_what_was_measured():
     card = Card(limit=3000, out_of_memory=10**6, factor=0.5)
     found = card.fit()
-    assert found.tries[0].expected_bytes == card.predict(found.tries[0].shape)
-    for tried in found.tries[1:]:
-        assert tried.expected_bytes == pytest.approx(tried.trial.measured_peak_bytes, abs=2)
+    assert found.trials[0].expected_peak_bytes == card.predict(found.trials[0].shape)
+    for tried in found.trials[1:]:
+        assert tried.expected_peak_bytes == pytest.approx(tried.measured_peak_bytes, abs=2)
 
 
 def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none(monkeypatch):
     assert Card(3000, 10**6, None).fit(max_trials=2).stopped == "max_trials"
     ticks = iter(range(100))
-    monkeypatch.setattr("bench.training.fit.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("bench.tune.search.monotonic", lambda: next(ticks))
     found = Card(3000, 10**6, None).fit(max_seconds=1.5)
     assert found.stopped == "max_seconds"
-    assert found.found.trial.ran
+    assert found.trial.ran
     with pytest.raises(NoFeasibleBatch, match="smallest peak seen"):
         Card(900, 10**6).fit()
 
@@ -171,7 +169,7 @@ def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none(mon
 def test_a_fit_begins_no_trial_that_is_not_expected_to_end_in_time(monkeypatch):
     """B6, as a search does: a second a token, so after 64 × 1 there is no time for 64 × 4."""
     card, now = Card(3000, 10**6, None), [0.0]
-    monkeypatch.setattr("bench.training.fit.monotonic", lambda: now[0])
+    monkeypatch.setattr("bench.tune.search.monotonic", lambda: now[0])
 
     def run(shape: Shape) -> Trial:
         now[0] += shape.tokens
@@ -180,7 +178,7 @@ def test_a_fit_begins_no_trial_that_is_not_expected_to_end_in_time(monkeypatch):
     for seconds, ran in ((64 + 255, 1), (64 + 256, 2)):
         card.ran.clear()
         now[0] = 0.0
-        found = fit(card.predict, run, SHAPES, limit_bytes=3000, max_seconds=seconds)
+        found = search(run, SHAPES, "shape", predict=card.predict, limit_bytes=3000, max_seconds=seconds)
         assert (found.stopped, [shape.tokens for shape in card.ran]) == ("max_seconds", [64, 256][:ran])
         assert found.shape == Shape(1, 64)
 
@@ -193,27 +191,27 @@ def test_a_fit_predicts_only_along_one_bisection():
         assert len(card.asked) <= 4
 
 
-def request(limit: int, device: str = "cpu", config: GNNMoEConfig = CONFIG, rows=(1, 2, 4)) -> FitRequest:
+def request(limit: int, device: str = "cpu", config: GNNMoEConfig = CONFIG, rows=(1, 2, 4)) -> Request:
     setup = TrialSetup(config, TrainingConfig(), max(rows), limit, device)
     full = config.max_seq_length
-    return FitRequest(setup, limit, tuple(ladder([full // 2, full], rows)), 8, 100.0)
+    return Request(setup, limit, 1.0, "shape", (full // 2, full), rows, 1, 8, 100.0)
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Fit:
-    return fit_here(request(700_000))
+def fitted() -> Found:
+    return search_here(request(700_000), lambda _: None)
 
 
 def test_d4_on_tracked_tensors_prediction_and_measurement_agree(fitted):
     """D4: real steps on the CPU; the shape after the one found is above the limit."""
-    ran = [tried for tried in fitted.tries if tried.trial.measured_peak_bytes is not None]
+    ran = [tried for tried in fitted.trials if tried.measured_peak_bytes is not None]
     assert ran
     for tried in ran:
-        assert tried.expected_bytes == pytest.approx(tried.trial.measured_peak_bytes, rel=0.1)
-    peak = fitted.found.trial.measured_peak_bytes
+        assert tried.expected_peak_bytes == pytest.approx(tried.measured_peak_bytes, rel=0.1)
+    peak = fitted.trial.measured_peak_bytes
     assert peak is not None
-    assert peak <= fitted.limit_bytes
-    above = [t.trial for t in fitted.tries if t.shape.tokens > fitted.shape.tokens]
+    assert peak <= 700_000
+    above = [t for t in fitted.trials if t.shape.tokens > fitted.shape.tokens]
     assert fitted.stopped == "limit"
     assert above
     assert all((t.measured_peak_bytes or t.predicted_peak_bytes or 0) > 700_000 for t in above)
@@ -338,10 +336,11 @@ def test_bad_input_is_refused_before_anything_is_written(tiny, tmp_path, capsys,
 def test_d4_d5_on_cuda():
     """D4, D5 (gpu): by the allocator's reserved peak, at sizes where its rounding is small."""
     config = replace(CONFIG, embed_dim=512, num_heads=8, num_layers=4, max_seq_length=256, vocab_size=8192)
-    found = fit_here(request(4 * 2**30, "cuda", config, rows=(1, 2, 4, 8, 16, 32, 64, 128, 256)))
-    peak = found.found.trial.measured_peak_bytes
+    asked = request(4 * 2**30, "cuda", config, rows=(1, 2, 4, 8, 16, 32, 64, 128, 256))
+    found = search_here(asked, lambda _: None)
+    peak = found.trial.measured_peak_bytes
     assert peak is not None
-    assert peak <= found.limit_bytes
-    assert found.found.expected_bytes == pytest.approx(peak, rel=0.1)
+    assert peak <= 4 * 2**30
+    assert found.trial.expected_peak_bytes == pytest.approx(peak, rel=0.1)
     assert found.stopped == "limit"
     require_batch_applied(GNNMoEModel(config, seed=0).cuda(), 256, torch.device("cuda"))

@@ -77,7 +77,7 @@ def test_the_hash_is_the_same_in_every_python():
 
 SHOWS_ONLY = (
     "bench/__init__.py bench/analysis/__init__.py bench/analysis/quantities.py bench/checkpoint_checks.py"
-    " bench/config.py bench/existing.py bench/files.py bench/memory_checks.py"
+    " bench/config.py bench/existing.py bench/files.py"
     " bench/progress.py bench/track.py bench/foreign.py bench/identity.py bench/record.py"
     " bench/syntax.py"
 ).split()

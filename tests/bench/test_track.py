@@ -187,7 +187,7 @@ def test_without_the_package_nothing_starts(small_data_dir, tmp_path, monkeypatc
             command([*flags, "--results-dir", str(results)])
         assert stopped.value.code == 2
         printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
-        assert "--track is tensorboard, which is not installed; pip install 'gnnmoe[track]'" in printed
+        assert "track is tensorboard, which is not installed; pip install 'gnnmoe[track]'" in printed
         assert "Traceback" not in printed
     assert not results.exists()
 

@@ -13,7 +13,6 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
 from bench.measure.ledger import Ledger
-from bench.measure.recovery import attempt
 from bench.training.communication import CommunicationTrace
 from bench.training.evaluation import evaluate
 from bench.training.loop import Diverged, Trainer
@@ -44,7 +43,7 @@ def trainer(model, corpus, **settings) -> Trainer:
     )
     train = create_loader(corpus, "train", config.batch_size, max_seq_length=16)
     val = create_loader(corpus, "val", 4, max_seq_length=16)
-    return Trainer(model, train, val, config, CPU, Rows(), attempt=attempt)
+    return Trainer(model, train, val, config, CPU, Rows())
 
 
 class Rows(list):
@@ -64,9 +63,6 @@ class Rows(list):
 
     def on_update(self, shapes):
         self.ledger.update(shapes)
-
-    def on_recovery(self, recovery):
-        self.append({"kind": "recovery", "to": recovery.micro_batch_size})
 
     def on_step(self, row):
         self.append(row)

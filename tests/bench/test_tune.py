@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,28 +13,27 @@ import pytest
 import torch
 
 import bench.training.loop
-import bench.tune
-import bench.tuning
 from bench.cli import parse
 from bench.config import RunConfig, TrainingConfig
 from bench.data.corpus import load_corpus
-from bench.measure import search_cache, search_process, trials
 from bench.measure.predict import CannotPredict, predict_peak
-from bench.measure.search_process import Request, SearchFailed, search_here, search_in_child
-from bench.measure.trials import (
+from bench.prepare import Identifier, prepare
+from bench.run import main
+from bench.training.checkpoint import load_checkpoint
+from bench.training.ranks import ALONE
+from bench.tune import find, trials
+from bench.tune.__main__ import main as tune
+from bench.tune.find import Request, cached_search, search_here, search_in_child
+from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial
+from bench.tune.shape import Shape
+from bench.tune.trials import (
     MEASURED_STEPS,
     MOST_PIECES,
     WARM_UP_STEPS,
     Trials,
     TrialSetup,
-    fits_all_ranks,
     why_it_fails,
 )
-from bench.prepare import Identifier, prepare
-from bench.run import main
-from bench.training.batch_size import NoFeasibleBatch, Trial
-from bench.training.checkpoint import load_checkpoint
-from bench.tuning import request_for
 from gnnmoe import GNNMoEConfig
 from tests.bench._fake_memory import FakeMemory
 from tests.bench.test_run import only_run, results_of
@@ -103,9 +99,9 @@ def quick_trials(monkeypatch) -> list[int]:
     """Trials that only say what was tried: everything fits."""
     tried: list[int] = []
 
-    def trial(self, size):
-        tried.append(size)
-        return Trial(size, tokens_per_second=1.0)
+    def trial(self, shape):
+        tried.append(shape.rows)
+        return Trial(shape, tokens_per_second=1.0)
 
     monkeypatch.setattr(Trials, "__call__", trial)
     return tried
@@ -158,7 +154,7 @@ def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned,
 
 def test_b1_the_search_ends_before_the_training_begins_at_step_0(tuned, monkeypatch, quick_trials):
     events = []
-    search, run = search_process.search, bench.training.loop.Trainer.run
+    search, run = find.search, bench.training.loop.Trainer.run
 
     def searching(*arguments, **named):
         events.append("tune begins")
@@ -170,7 +166,7 @@ def test_b1_the_search_ends_before_the_training_begins_at_step_0(tuned, monkeypa
         events.append(f"training begins at step {self.done.steps}")
         return run(self)
 
-    monkeypatch.setattr(search_process, "search", searching)
+    monkeypatch.setattr(find, "search", searching)
     monkeypatch.setattr(bench.training.loop.Trainer, "run", training)
     assert main(tuned) == 0
     assert events == ["tune begins", "tune ends", "training begins at step 0"]
@@ -198,7 +194,7 @@ def test_b8_the_answer_is_kept_and_any_change_searches_again(tuned, monkeypatch,
         tried.clear()
         prepared = prepare(parse(RunConfig, [*tuned, *flags]))
         said = []
-        bench.tuning.tune(prepared, on_trial=lambda _: None, say=said.append)
+        find.find(prepared.search(said.append), ALONE, said.append, lambda _: None)
         assert not said
         return len(tried)
 
@@ -210,26 +206,26 @@ def test_b8_the_answer_is_kept_and_any_change_searches_again(tuned, monkeypatch,
                   ["--memory-budget", "2GiB"], ["--memory-target", "0.9"], ["--weight-decay", "0.2"],
                   ["--tune-mode", "power"], ["--batch-size", "8"]):  # fmt: skip
         assert trials_of(*flags) > 0, flags
-    here = search_cache.place_of(request_for(prepare(parse(RunConfig, tuned))))
+    here = find.place_of(prepare(parse(RunConfig, tuned)).search(print))
     for name in ("torch", "coupler_sha256", "project_sha256", "threads"):
         with monkeypatch.context() as patch:
             elsewhere = replace(here, **{name: "x"})
-            patch.setattr(search_cache, "place_of", lambda _, elsewhere=elsewhere: elsewhere)
+            patch.setattr(find, "place_of", lambda _, elsewhere=elsewhere: elsewhere)
             assert trials_of() > 0, name
 
 
 def test_b8_an_answer_from_another_device_is_searched_again_and_said_once(tuned, monkeypatch, capsys):
-    request = request_for(prepare(parse(RunConfig, tuned)))
+    request = prepare(parse(RunConfig, tuned)).search(print)
     said, made = [], []
 
     def make():
         made.append(1)
-        return search_process.concluded([Trial(8)], "binsearch", [8], "cap")
+        return Found(Shape(8, 16), "cap", (Trial(Shape(8, 16)),))
 
     kept = []
     for name in ("A100", "A100", "H100", "H100", "A100"):
-        monkeypatch.setattr(search_cache, "device_name", lambda _, name=name: name)
-        kept.append(search_cache.cached_search(request, make, said.append)[1])
+        monkeypatch.setattr(find, "device_name", lambda _, name=name: name)
+        kept.append(cached_search(request, make, said.append)[1])
     assert kept == [False, True, False, True, True]
     assert len(made) == 2
     assert said == ["the batch size was tuned before on A100; searching again on this device"]
@@ -237,22 +233,22 @@ def test_b8_an_answer_from_another_device_is_searched_again_and_said_once(tuned,
 
 @pytest.mark.parametrize("damage", [lambda _: "", lambda _: "{", lambda text: text.replace("8", "9")])
 def test_b8_a_broken_file_is_searched_again_and_said(tuned, damage, cache_dir):
-    request = request_for(prepare(parse(RunConfig, tuned)))
-    path = cache_dir / f"batch-size-{search_cache._key(request)}.json"
-    made = search_process.concluded([Trial(8)], "binsearch", [8], "cap")
-    assert search_cache.cached_search(request, lambda: made, print) == (made, False)
-    assert search_cache.cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
+    request = prepare(parse(RunConfig, tuned)).search(print)
+    path = cache_dir / f"batch-size-{find._key(request)}.json"
+    made = Found(Shape(8, 16), "cap", (Trial(Shape(8, 16)),))
+    assert cached_search(request, lambda: made, print) == (made, False)
+    assert cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
     path.write_text(damage(path.read_text()))
     with pytest.warns(UserWarning, match="batch size of an earlier search in .* is broken") as caught:
-        assert search_cache.cached_search(request, lambda: made, print) == (made, False)
+        assert cached_search(request, lambda: made, print) == (made, False)
     assert len(caught) == 1
-    assert search_cache.cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
+    assert cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
 
 
 @pytest.fixture
 def nothing_fits(monkeypatch) -> None:
-    def trial(self, size):
-        return Trial(size, "peak above 1 KiB", measured_peak_bytes=size * 2**20)
+    def trial(self, shape):
+        return Trial(shape, "peak above 1 KiB", measured_peak_bytes=shape.rows * 2**20)
 
     monkeypatch.setattr(Trials, "__call__", trial)
 
@@ -305,7 +301,7 @@ def test_a_resumed_run_keeps_what_was_found_and_does_not_search_again(tuned, mon
 
     monkeypatch.setattr(bench.training.loop, "training_step", step)
     assert main(tuned) == 130
-    monkeypatch.setattr("bench.tuning.tune", lambda *_, **__: pytest.fail("searched again"))
+    monkeypatch.setattr("bench.session.find", lambda *_, **__: pytest.fail("searched again"))
     assert main([*tuned, "--resume"]) == 0
     assert steps == [8] * 5
     _, record = only_run(results_of(tuned))
@@ -416,16 +412,24 @@ def test_a5_the_smallest_curriculum_epoch_binds(tiny, flags):
     sampler = prepared.loaders["train"].sampler_obj
     smallest = min(sampler.samples_in(epoch) for epoch in range(2))
     assert (smallest < len(prepared.loaders["train"].dataset_obj)) == bool(flags)
-    assert request_for(prepared, any_size=True).cap == smallest // 3
-    assert request_for(prepared).cap == 4, "no micro-batch is larger than the batch"
-    limited = replace(config, memory=replace(config.memory, tune_max_batch_size=2))
-    prepared = replace(prepared, config=limited)
-    assert request_for(prepared, any_size=True).cap == request_for(prepared).cap == 2
+    assert most(prepared, any_size=True) == smallest // 3
+    assert most(prepared) == 4, "no micro-batch is larger than the batch"
+    config = replace(config, memory=replace(config.memory, tune_max_batch_size=2))
+    prepared = replace(prepared, config=config)
+    assert most(prepared, any_size=True) == most(prepared) == 2
+
+
+def most(prepared, **settings) -> int:
+    return prepared.search(print, **settings).rows[-1]
+
+
+def shape(size: int) -> Shape:
+    return Shape(size, 16)
 
 
 def test_b6_a_trial_has_so_many_micro_steps_whatever_the_accumulation():
     for batch_size in (4, 8, 40_000):
-        trial = Trials(setup(batch_size))(4)
+        trial = Trials(setup(batch_size))(shape(4))
         assert trial.ran
         assert trial.micro_steps == (1 if batch_size == 4 else MOST_PIECES) * STEPS
         assert trial.measured_peak_bytes == trial.predicted_peak_bytes == peak_of(4, batch_size)
@@ -442,7 +446,7 @@ def test_trials_do_whole_steps_and_leave_the_random_state(monkeypatch):
     monkeypatch.setattr(trials, "training_step", step)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    Trials(setup())(4)
+    Trials(setup())(shape(4))
     assert steps == [((8, 16), 0)] * 4, "full length, no target ignored, two pieces"
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -456,7 +460,7 @@ def test_b10_a_trial_that_runs_out_of_memory_fails_and_the_next_one_runs(monkeyp
 
     monkeypatch.setattr(trials, "training_step", step)
     run = Trials(setup(batch_size=8))
-    first, second = run(8), run(4)
+    first, second = run(shape(8)), run(shape(4))
     assert "OutOfMemoryError: CUDA out of memory" in (first.failure or "")
     assert (first.measured_peak_bytes, first.tokens_per_second) == (None, None)
     assert first.predicted_peak_bytes == peak_of(8, 8)
@@ -468,8 +472,8 @@ def test_a_trial_fails_above_the_limit_and_where_the_allocator_retried():
     assert why_it_fails(100, 100, 0) is None
     assert why_it_fails(101, 100, 0) == "peak above 100 B"
     assert why_it_fails(50, 100, 2) == "the allocator had to retry 2 times"
-    assert Trials(setup(limit=peak_of(4)))(4).ran
-    over = Trials(setup(limit=peak_of(4) - 1))(4)
+    assert Trials(setup(limit=peak_of(4)))(shape(4)).ran
+    over = Trials(setup(limit=peak_of(4) - 1))(shape(4))
     assert not over.ran
     assert over.measured_peak_bytes == peak_of(4)
     assert over.tokens_per_second is None, "what does not fit is not timed"
@@ -477,12 +481,12 @@ def test_a_trial_fails_above_the_limit_and_where_the_allocator_retried():
 
 def test_b4_a_first_trial_runs_whatever_is_predicted_and_later_hopeless_ones_do_not(monkeypatch):
     run = Trials(setup(limit=peak_of(1)))
-    first, second = run(8), run(4)
+    first, second = run(shape(8)), run(shape(4))
     assert first.measured_peak_bytes == peak_of(8)
     assert (second.micro_steps, second.measured_peak_bytes) == (0, None)
     assert "not run: far above" in (second.failure or "")
     monkeypatch.setattr(trials, "free_host_bytes", lambda: 1000)
-    assert "1000 B are free here" in (Trials(setup())(8).failure or ""), "Linux would kill the process"
+    assert "1000 B are free here" in (Trials(setup())(shape(8)).failure or ""), "Linux would kill the process"
 
 
 def test_a_coupler_whose_peak_cannot_be_predicted_is_tried_all_the_same(monkeypatch):
@@ -490,24 +494,24 @@ def test_a_coupler_whose_peak_cannot_be_predicted_is_tried_all_the_same(monkeypa
         raise CannotPredict("it reads its numbers")
 
     monkeypatch.setattr(trials, "predict_peak", unpredictable)
-    trial = Trials(setup())(4)
+    trial = Trials(setup())(shape(4))
     assert trial.ran
     assert trial.predicted_peak_bytes is None
 
 
 def test_b6_a_child_s_search_is_the_same_and_what_it_raises_comes_out():
     limit = (peak_of(8) + peak_of(16)) // 2
-    request = Request(setup(limit=limit), ALL, "binsearch", 16, 10, 100.0, 16, among=(1, 2, 4, 8, 16))
+    request = Request(setup(limit=limit), ALL, 1.0, "binsearch", (16,), (1, 2, 4, 8, 16), 16, 10, 100.0)
     told: list[Trial] = []
     child, here = search_in_child(request, told.append), search_here(request, lambda _: None)
     assert tuple(told) == child.trials
-    assert (child.size, child.stopped) == (here.size, here.stopped) == (8, "limit")
-    same = [(t.size, t.failure, t.measured_peak_bytes) for t in here.trials]
-    assert [(t.size, t.failure, t.measured_peak_bytes) for t in child.trials] == same
+    assert (child.shape, child.stopped) == (here.shape, here.stopped) == (shape(8), "limit")
+    same = [(t.shape, t.failure, t.measured_peak_bytes) for t in here.trials]
+    assert [(t.shape, t.failure, t.measured_peak_bytes) for t in child.trials] == same
 
 
 def test_b6_a_child_is_ended_at_its_deadline():
-    request = Request(setup(), ALL, "binsearch", 16, 10, 0.2, 16)
+    request = Request(setup(), ALL, 1.0, "binsearch", (16,), tuple(range(1, 17)), 16, 10, 0.2)
     with pytest.raises(SearchFailed, match="no trial ended within"):
         search_in_child(request, lambda _: None)
 
@@ -538,7 +542,7 @@ class Dead:
 @pytest.mark.parametrize(
     ("message", "error", "said"),
     [
-        (NoFeasibleBatch([Trial(1, "no")], 1), NoFeasibleBatch, "no batch fits"),
+        (NoFeasibleBatch([Trial(shape(1), "no")], shape(1)), NoFeasibleBatch, "no batch fits"),
         ("Traceback …\nRuntimeError: shape mismatch", SearchFailed, "shape mismatch"),
         (EOFError, SearchFailed, "exit code -9"),
     ],
@@ -546,42 +550,8 @@ class Dead:
 def test_b9_what_goes_wrong_in_a_child_is_loud(message, error, said):
     kept = []
     with pytest.raises(error, match=said):
-        search_process._answer(Pipe(Trial(2), message), Dead(), 0.0, kept.append)  # pyright: ignore
-    assert [trial.size for trial in kept] == [2]
-
-
-RANKS = """
-import sys, torch.distributed as dist
-import torch
-from bench.measure.trials import fits_all_ranks
-from bench.training.batch_size import Trial, search
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-real, inside = dist.all_reduce, []
-dist.all_reduce = lambda *a, **k: (inside.append(1), real(*a, **k))
-limit = (137, 901)[rank]
-result = search(lambda n: Trial(n, None if n <= limit else "no"), init_val=2, max_trials=50, cap=5000)
-assert result.size == limit and not inside, "a collective inside a trial"
-device = torch.device("cpu")
-print(fits_all_ranks(result.size, device), fits_all_ranks(None if rank else 7, device), len(inside))
-"""
-
-
-def test_b12_two_ranks_agree_on_the_smaller_answer(tmp_path):
-    """Two gloo processes, limits 137 and 901; where nothing fits on one rank it does on none."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", RANKS]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=environment, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]  # fmt: skip
-    for rank in ranks:
-        out, err = rank.communicate(timeout=100)
-        assert rank.returncode == 0, err[-2000:]
-        assert out.split() == ["137", "None", "2"]
-
-
-def test_b12_alone_nothing_is_asked_of_others():
-    assert fits_all_ranks(901, torch.device("cpu")) == 901
-    assert fits_all_ranks(None, torch.device("cpu")) is None
+        find._last_message(Pipe(Trial(shape(2)), message), Dead(), 0.0, kept.append)  # pyright: ignore
+    assert [trial.shape for trial in kept] == [shape(2)]
 
 
 @pytest.fixture
@@ -601,7 +571,7 @@ def test_the_command_prints_trials_limit_and_knee_in_80_columns(command, words, 
     limit = peak_of(40, 16, words)
     flags = [*command, "--memory-target", "0.5", "--memory-budget", f"{2 * limit}B", "--tune-init", "40"]
     flags += ["--tune-max-batch-size", "41"]
-    assert bench.tune.main(flags) == 0
+    assert tune(flags) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -614,7 +584,7 @@ def test_the_command_prints_trials_limit_and_knee_in_80_columns(command, words, 
     assert row.split()[1] == row.split()[2] == f"{limit / 2**20:.1f}", "predicted and measured side by side"
     assert "40 at once: fits" in printed.err, "progress"
     assert not results_of(command).exists()
-    assert bench.tune.main([*flags, "--quiet"]) == 0
+    assert tune([*flags, "--quiet"]) == 0
     printed = capsys.readouterr()
     assert "kept from an earlier search" in " ".join(printed.out.split())
     assert "at once" not in printed.err
@@ -623,16 +593,16 @@ def test_the_command_prints_trials_limit_and_knee_in_80_columns(command, words, 
 def test_the_command_says_how_to_split_a_batch_that_does_not_fit(command, words, capsys):
     limit = (peak_of(8, 16, words) + peak_of(16, 16, words)) // 2
     flags = ["--memory-target", "1", "--memory-budget", f"{limit}B", "--tune-init", "8"]
-    assert bench.tune.main([*command, *flags, "--tune-max-batch-size", "8"]) == 0
+    assert tune([*command, *flags, "--tune-max-batch-size", "8"]) == 0
     assert "as 2 micro-batches of 8 (--micro-batch-size 8)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_s_exit_status(command, nothing_fits, capsys):
     for flags in (["--memory-budget", "lots"], ["--memory-target", "2"], ["--memory-budget", "1KiB"]):
         with pytest.raises(SystemExit) as stop:
-            bench.tune.main([*command, *flags])
+            tune([*command, *flags])
         assert stop.value.code == 2, flags
-    assert bench.tune.main(command) == 1
+    assert tune(command) == 1
     assert "error: no batch fits" in capsys.readouterr().err
 
 
@@ -655,7 +625,7 @@ def test_the_command_s_exit_status(command, nothing_fits, capsys):
 )  # fmt: skip
 def test_the_command_refuses_what_it_would_not_use(command, quick_trials, flags, said, capsys):
     with pytest.raises(SystemExit) as stop:
-        bench.tune.main([*command, *flags.split()])
+        tune([*command, *flags.split()])
     assert stop.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
     assert quick_trials == []
@@ -663,7 +633,7 @@ def test_the_command_refuses_what_it_would_not_use(command, quick_trials, flags,
 
 def test_the_command_is_a_switch_itself(command, quick_trials, capsys):
     flags = "--tune-max-trials 3 --tune-mode power --tune-init 3 --memory-target 0.5".split()
-    assert bench.tune.main([*command, *flags]) == 0
+    assert tune([*command, *flags]) == 0
     assert quick_trials == [3, 6, 12]
 
 
@@ -671,14 +641,14 @@ FIT_FLAGS = ["--fit-shape", "--quiet", "--shape-min-length", "16"]
 
 
 def test_the_command_says_only_the_answer_of_a_fit_where_it_is_quiet(command, quick_trials, capsys):
-    assert bench.tune.main([*command, *FIT_FLAGS]) == 0
+    assert tune([*command, *FIT_FLAGS]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "to use it: --max-seq-length 16 --micro-batch-size 16" in printed.out
 
 
 def test_the_command_s_fit_that_finds_nothing_says_so_and_no_more(command, nothing_fits, capsys):
-    assert bench.tune.main([*command, *FIT_FLAGS]) == 1
+    assert tune([*command, *FIT_FLAGS]) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: no batch fits")
@@ -712,10 +682,10 @@ def test_gpu_b10_a_small_budget_on_a_large_card_is_kept_to(tmp_path):
     model = GNNMoEConfig(embed_dim=256, num_layers=4, max_seq_length=128, vocab_size=33278)
     budget = 2 * 2**30
     setup = TrialSetup(model, TrainingConfig(), 4096, int(budget * 0.85), "cuda")
-    request = Request(setup, budget, "binsearch", 4096, 12, 100.0, 4096)
+    request = Request(setup, budget, 0.85, "binsearch", (128,), tuple(range(1, 4097)), 4096, 12, 100.0)
     result = search_in_child(request, lambda _: None)
-    assert 1 <= result.size < 4096
-    best = next(trial for trial in result.trials if trial.size == result.size)
+    assert 1 <= result.shape.rows < 4096
+    best = result.trial
     assert best.measured_peak_bytes is not None
     assert best.measured_peak_bytes <= setup.limit_bytes
 

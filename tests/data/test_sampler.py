@@ -16,7 +16,7 @@ from bench.data.blocks import IGNORED, EvalWindows
 from bench.data.curriculum import Curriculum
 from bench.data.loader import create_loader, set_epoch
 from bench.data.sampler import EpochBatchSampler, Extent, Shard, resolve_shard
-from bench.data.schedule import BatchSchedule
+from bench.schedule import BatchSchedule
 
 pytestmark = pytest.mark.core("loader")
 

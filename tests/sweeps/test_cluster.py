@@ -215,7 +215,10 @@ def test_what_a_run_elsewhere_asks_for(arguments, expected):
         (["--executor", "rey"], "unknown executor 'rey'; allowed: local, ray, slurm. Did you mean 'ray'?"),
         (["--cpus-per-run", "1"], "cpus_per_run is for a cluster"),
         (["--executor", "ray", "--device", "mps"], "must be cpu or cuda"),
-        (["--executor", "ray", "--cpus-per-run", "0"], "cpus_per_run is 0; it must be 1 or more."),
+        (
+            ["--executor", "ray", "--cpus-per-run", "0"],
+            "--cpus-per-run is 0; it must be a whole number of at least 1",
+        ),
         (["--executor", "slurm", "--devices-per-run", "2", "--cpus-per-run", "3"], "evenly by 2 devices"),
         (["--devices-per-run", "0"], "--devices-per-run is 0"),
         (["--executor", "slurm", "--plan"], "--plan asks one device of this machine, and runs are on slurm"),

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import field, replace
-
-import tyro
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import MeasureConfig, MemoryConfig, RunConfig, flags
+from bench.config import MemoryConfig, RunConfig, TuneConfig
 from gnnmoe.config import Refused
 
+if TYPE_CHECKING:
+    from bench.tune.search import Trial
+
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
-
-
-@flags
-class TuneConfig(RunConfig):
-    """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
-
-    Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
-    1 nothing fits, 2 wrong input.
-    """
-
-    measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +37,7 @@ def _switched_on(memory: MemoryConfig) -> MemoryConfig:
     Raises:
         Refused: a flag would do nothing here.
     """
-    from bench.memory_checks import refuse_wrong_flags
+    from bench.tune.budget import refuse_wrong_flags
 
     given = [f"--{name.replace('_', '-')}" for name in OF_A_RUN if getattr(memory, name)]
     if given:
@@ -57,39 +48,37 @@ def _switched_on(memory: MemoryConfig) -> MemoryConfig:
     return memory
 
 
-def _search(config: RunConfig, init: int | None) -> int:
+def _search(config: RunConfig, start: int | None) -> int:
     from rich.console import Console
 
-    from bench.analysis.fit_table import print_fit
-    from bench.analysis.search_table import print_search
     from bench.device import keep_freed_memory
-    from bench.fitting import find_shape
     from bench.prepare import prepare
-    from bench.training.batch_size import Trial
-    from bench.tuning import FAILURES, tune
+    from bench.tune.find import find, words_of
+    from bench.tune.search import SearchFailed
+    from bench.tune.table import print_fit, print_sizes
 
     keep_freed_memory()
     console = Console(highlight=False)
     progress = Console(stderr=True, highlight=False, markup=False, quiet=config.places.quiet)
 
     def shown(trial: Trial) -> None:
-        progress.print(f"  {trial.size} at once: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
+        progress.print(f"  {trial.shape.rows} at once: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
 
     progress.print("loading the data …")
     prepared = prepare(config)
     progress.print("trying batch sizes …")
+    fits = config.memory.fit_shape
     try:
-        if config.memory.fit_shape:
-            found, failure = find_shape(prepared, None, progress.print)
-            if failure is not None:
-                raise failure
-            print_fit(found, console)
-        else:
-            found = tune(prepared, on_trial=shown, say=progress.print, any_size=True, init=init)
-            print_search(found, config.training.batch_size, console)
-    except FAILURES as failure:
+        request = prepared.search(progress.print, any_size=not fits, start=start)
+        found = find(request, prepared.ranks, progress.print, None if fits else shown)
+    except SearchFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    if fits:
+        progress.print(words_of(found))
+        print_fit(found, console)
+    else:
+        print_sizes(found, config.training.batch_size, console)
     return 0
 
 

@@ -6,7 +6,7 @@ and run in pieces of so many rows, and holds the same tokens and the same target
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,9 @@ from torch import nn
 
 from bench.training.step import Batch
 
-Shapes = Sequence[tuple[int, ...]]
-
 
 class ReportedUsedMismatch(RuntimeError):
     """A shape was reported that the model did not see."""
-
-
-class ParametersNotApplied(RuntimeError):
-    """A larger batch takes no more memory, so that it cannot be the one that is run."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,11 @@ def lengths_between(shortest: int, longest: int, step: int) -> list[int]:
     return [*range(shortest, longest, step), longest]
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors of ``number``, rising."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
 def cut(batch: Batch, length: int) -> Batch:
     """Return a batch (B, L) as (B·L/length, length): the same tokens and targets, with less context.
 
@@ -86,7 +85,7 @@ def witnessed(model: nn.Module) -> Iterator[list[tuple[int, ...]]]:
         handle.remove()
 
 
-def require_used(said: Shape, seen: Shapes, served: tuple[int, ...]) -> None:
+def require_used(said: Shape, seen: Sequence[tuple[int, ...]], served: tuple[int, ...]) -> None:
     """Hold what is reported against the tensors that the model saw in one step.
 
     ``served``: the shape of the step's batch, of which a piece may hold all rows but never more than
@@ -103,18 +102,4 @@ def require_used(said: Shape, seen: Shapes, served: tuple[int, ...]) -> None:
         raise ReportedUsedMismatch(
             f"{said} is reported to be run at once, but the model was given {shown or 'nothing'}: {rows} of "
             f"the {served[0]} rows of the batch in {len(seen)} pieces."
-        )
-
-
-def require_applied(activation_bytes: Callable[[int], int], rows: int = 1) -> None:
-    """Hold the activation memory of ``rows`` sequences against that of twice as many.
-
-    Raises:
-        ParametersNotApplied: it does not rise.
-    """
-    small, large = activation_bytes(rows), activation_bytes(2 * rows)
-    if large <= small:
-        raise ParametersNotApplied(
-            f"parameters not applied: {rows} sequences at once take {small:,} bytes of activations and "
-            f"{2 * rows} take {large:,}; the batch size that is set is not the one that is run."
         )

@@ -1,0 +1,218 @@
+"""Trials of a shape: full training steps on a model of their own, and the proof that a size is applied."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import psutil
+import torch
+
+from bench.config import ExecutionConfig, TrainingConfig
+from bench.device import attempt, recover
+from bench.gate.subject import global_random_state_kept
+from bench.measure.meters import meter_for
+from bench.measure.predict import CannotPredict, predict_peak
+from bench.measure.speed import random_batch
+from bench.record import is_measured
+from bench.training.execution import Execution
+from bench.training.step import make_optimizer, training_step
+from bench.tune.budget import format_bytes, host_memory_bytes
+from bench.tune.search import FREE_HERE, Trial
+from bench.tune.shape import Shape
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.model import GNNMoEModel
+
+WARM_UP_STEPS = 2  # the first makes the optimizer's state; the second, with it there, is metered
+MEASURED_STEPS = 2
+MOST_PIECES = 2  # from the second piece on, the gradients of those before are held: as high as it gets
+SURE_SHARE = 1.1  # of the limit: predictions are within 10 % of what is measured
+
+
+@dataclass(frozen=True)
+class TrialSetup:
+    """What all trials of a search have in common; plain data, so that it can go to another process."""
+
+    model: GNNMoEConfig
+    training: TrainingConfig
+    batch_size: int
+    """Rows of a whole batch of this rank; a smaller trial is a piece of one."""
+    limit_bytes: int
+    """What a trial's peak may reach: the budget times the target."""
+    device: str
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    """Form and precision of the model; trials run it uncompiled, since compiling each size takes minutes."""
+
+    def model_of(self, length: int) -> GNNMoEConfig:
+        """Return the model's config at this length."""
+        return replace(self.model, max_seq_length=length)
+
+    def build(self, length: int) -> GNNMoEModel:
+        """Return a model of this length on the device, in train mode."""
+        execution = Execution(self.execution, torch.device(self.device))
+        return execution.build(self.model_of(length), seed=0).train()
+
+
+class Trials:
+    """Tries shapes: ``trials(shape)`` says whether training runs with it, and at which peak and speed.
+
+    A trial takes steps as training does (forward, backward, clipping, update), with no target ignored,
+    the gradients of an earlier piece held where the shape is less than the batch. It fails where memory
+    runs out, where the peak passes the limit, and where the allocator had to give its cache back to go
+    on; any other error comes out. Nothing of it stays: the model and the optimizer are its own, and
+    torch's random state is left as it was.
+    """
+
+    def __init__(self, setup: TrialSetup) -> None:
+        self.setup, self._device = setup, torch.device(setup.device)
+        self._begun: set[int] = set()
+        """The lengths of which some shape was tried."""
+        self._known: dict[Shape, int | None] = {}
+
+    def __call__(self, shape: Shape) -> Trial:
+        """Return what ``shape`` did."""
+        start = time.perf_counter()
+        seen: list[tuple[int, ...]] = []
+        predicted = self.predicted(shape)
+        hopeless = None if predicted is None else self._hopeless(predicted, shape.length)
+        self._begun.add(shape.length)
+        if hopeless:
+            return Trial(shape, f"not run: {hopeless}", predicted, seconds=time.perf_counter() - start)
+        with global_random_state_kept(self._device):
+            outcome = attempt(lambda: self._run(shape, seen))
+        failure, peak, speed = outcome.value or (outcome.failure, None, None)
+        seconds = time.perf_counter() - start
+        return Trial(shape, failure, predicted, peak, speed, len(seen), seconds)
+
+    def pieces(self, shape: Shape) -> int:
+        """Return how many pieces a trial's batches have: two stand for any number of them."""
+        return MOST_PIECES if shape.rows < self.setup.batch_size else 1
+
+    def predicted(self, shape: Shape) -> int | None:
+        """Return the peak in bytes predicted of ``shape``, worked out once; None where it cannot be."""
+        if shape not in self._known:
+            self._known[shape] = self._predict(shape)
+        return self._known[shape]
+
+    def _predict(self, shape: Shape) -> int | None:
+        setup = self.setup
+        try:
+            return predict_peak(
+                setup.model_of(shape.length), shape.rows * self.pieces(shape), shape.length, setup.training,
+                micro_batch_size=shape.rows, device=self._device, execution=setup.execution,
+            )  # fmt: skip
+        except CannotPredict:
+            return None
+
+    def _hopeless(self, predicted: int, length: int) -> str | None:
+        """Return why a shape need not be run to know that it fails; the first of a length always is."""
+        if self._device.type == "cpu" and predicted > (free := free_host_bytes()):
+            return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process, untold
+        limit = self.setup.limit_bytes
+        if length in self._begun and predicted > limit * SURE_SHARE:
+            return f"far above {format_bytes(limit)}"
+        return None
+
+    def _run(self, shape: Shape, seen: list[tuple[int, ...]]) -> tuple[str | None, int, float | None]:
+        """Return why the shape fails (None: it does not), its peak in bytes and its tokens/s."""
+        setup = self.setup
+        recover()  # what the trial before left in the cache would be freed by a retry, and judged as one
+        retries = allocator_retries(self._device)
+        model = setup.build(shape.length)
+        optimizer = make_optimizer(model, setup.training)
+        batch = random_batch(model.config, shape.rows * self.pieces(shape), self._device)
+
+        def step() -> None:
+            training_step(model, batch, optimizer, setup.training.max_grad_norm, shape.rows, seen)
+
+        for _ in range(WARM_UP_STEPS - 1):
+            step()
+        reading = meter_for(self._device).measure(step, (model, optimizer, [batch]))
+        peak, seconds = reading.judged_bytes, None
+        if peak <= setup.limit_bytes:
+            seconds = _seconds(step, self._device)
+        failure = why_it_fails(peak, setup.limit_bytes, allocator_retries(self._device) - retries)
+        return failure, peak, None if seconds is None else batch["targets"].numel() / seconds
+
+
+def why_it_fails(peak_bytes: int, limit_bytes: int, retries: int) -> str | None:
+    """Return why a trial that ran to its end does not fit all the same; None where it does."""
+    if peak_bytes > limit_bytes:
+        return f"peak above {format_bytes(limit_bytes)}"
+    return f"the allocator had to retry {retries} times" if retries > 0 else None
+
+
+def allocator_retries(device: torch.device) -> int:
+    """Return how often the CUDA allocator was full and gave its cache back, since the process began."""
+    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
+
+
+def free_host_bytes() -> int:
+    """Return the bytes that the host can give without swapping."""
+    return min(psutil.virtual_memory().available, host_memory_bytes())
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the quickest of the measured steps."""
+    ticks = []
+    for number in range(MEASURED_STEPS + 1):
+        if number:
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        ticks.append(time.perf_counter())
+    return min(after - before for before, after in pairwise(ticks))
+
+
+class ParametersNotApplied(RuntimeError):
+    """A larger batch takes no more memory, so that it cannot be the one that is run."""
+
+
+def require_batch_applied(model: GNNMoEModel, length: int, device: torch.device) -> None:
+    """Hold the activation memory of one sequence against that of two, of which nothing stays.
+
+    Raises:
+        ParametersNotApplied: it does not rise.
+    """
+    # Where two run out of memory, they take more.
+    attempt(lambda: require_applied(lambda rows: activation_bytes(model, rows, length, device)))
+
+
+def require_applied(activations: Callable[[int], int], rows: int = 1) -> None:
+    """Hold the activation memory of ``rows`` sequences against that of twice as many.
+
+    Raises:
+        ParametersNotApplied: it does not rise.
+    """
+    small, large = activations(rows), activations(2 * rows)
+    if large <= small:
+        raise ParametersNotApplied(
+            f"parameters not applied: {rows} sequences at once take {small:,} bytes of activations and "
+            f"{2 * rows} take {large:,}; the batch size that is set is not the one that is run."
+        )
+
+
+def activation_bytes(model: GNNMoEModel, rows: int, length: int, device: torch.device) -> int:
+    """Return the peak in bytes of a forward pass with its graph, less the batch; model and state stay.
+
+    Parameters and buffers are counted, so that only differences between sizes mean something.
+
+    Raises:
+        ValueError: the device's meter reads no allocated bytes.
+    """
+    ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    batch = {"input_ids": ids, "targets": ids.clone()}
+
+    def forward() -> None:
+        model(batch["input_ids"], targets=batch["targets"], return_logits=False)
+
+    with global_random_state_kept(device):
+        peak = meter_for(device).measure(forward, (model, [batch])).peak_allocated_bytes
+    if not is_measured(peak):
+        raise ValueError("activation memory cannot be read on this device.")
+    assert isinstance(peak, int)
+    return peak - 2 * ids.numel() * ids.element_size()

@@ -20,7 +20,7 @@ from bench.analysis.report_files import write_report
 from bench.analysis.report_show import print_report
 from bench.analysis.study import load_study
 from bench.analysis.study_page import marks
-from bench.record import STATUSES, not_measured
+from bench.record import STATUSES
 from bench.report import main
 from bench.sweeps.hypotheses import Hypothesis, state, stated
 from tests.analysis._made_studies import made_study
@@ -432,7 +432,8 @@ def test_whatever_is_missing_or_failed_a_report_is_made(number, tmp_path):
         if random.random() < 0.3:
             shutil.rmtree(run)
         elif random.random() < 0.2:
-            change(run, **{random.choice(["quality", "speed", "memory", "used"]): not_measured("not here")})
+            null = {"value": None, "reason": "not here"}
+            change(run, **{random.choice(["quality", "speed", "memory", "used"]): null})
     report = load_report(path)
     options = {"reference": None, "allow_unequal": False, "stated": None, "hypotheses": []}
     files = write_report(report, options, tmp_path / "report", plots=number % 4 == 0)

@@ -47,7 +47,7 @@ def test_passes_at_the_quick_shape():
 def test_options_and_formulas_of_the_coupler_are_the_ones_checked(options):
     assert not failures(gate("HGNN", hgnn_conv_type="PyGHypergraphConv", coupler_options=options))
     (detail,) = set(failures(gate("HGNN", coupler_options={"backend": "no such"})).values())
-    assert detail.startswith("it raised ValueError: unknown backend")
+    assert detail.startswith("it raised Refused: unknown backend")
 
 
 def test_many_experts():

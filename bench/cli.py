@@ -33,7 +33,7 @@ from bench.config import (
     preset_names,
 )
 from bench.files import read_toml, refusals_name
-from bench.records.foreign import visible
+from bench.foreign import visible
 from gnnmoe.config import Refused
 from gnnmoe.naming import nearest_name
 

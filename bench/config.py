@@ -278,8 +278,8 @@ class MeasureConfig:
     """Also write a profiler's trace (on CUDA also a snapshot of the memory) into the run's folder."""
     audit: Literal["sample", "full"] = "sample"
     """Score one batch in ten again at the end with later tokens replaced, or all: no loss may move."""
-    allow_failed_gate: bool = False
-    """Train a coupler that fails the gate all the same; the record says gate_failed."""
+    allow_failed_check: bool = False
+    """Train a coupler that fails the leak check all the same; the record says check_failed."""
 
 
 @flags
@@ -371,9 +371,10 @@ class PlacesConfig:
     track: Literal["tensorboard"] | None = None
     """Show the run in TensorBoard while it trains, from the folder tensorboard in its own
     (pip install 'gnnmoe[track]')."""
-    reuse_gate: bool = False
-    """Take the gate's verdict of another seed of this configuration, where the study has one by the same code
-    on the same device, instead of checking again (bench.sweep does; the trained model is always checked)."""
+    reuse_check: bool = False
+    """Take the leak check's verdict of another seed of this configuration, where the study has one by the
+    same code on the same device, instead of checking again (bench.sweep does; the trained model is always
+    checked)."""
     quiet: bool = False
     """Print the final table only."""
 

@@ -10,20 +10,26 @@ from typing import Any
 
 import torch
 
-from bench.checkpoint_checks import PARTS, refuse_unfit
-from bench.config import RunConfig
-from bench.measure.quantity import is_measured
+from bench.checkpoint_checks import refuse_unfit
 from bench.prepare import Prepared
 from bench.progress import Reporter
-from bench.records.foreign import visible
-from bench.records.schema import Record, config_dict
-from bench.records.stale import WORDS, coupler_of, refuse_another_file, stale_code, stale_words
-from bench.records.store import study_records
+from bench.record import (
+    CODE_WORDS,
+    Record,
+    Settings,
+    TimePart,
+    coupler_of,
+    is_measured,
+    refuse_another_file,
+    stale_code,
+    stale_words,
+    study_records,
+)
 from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
 from gnnmoe.config import Refused
 from gnnmoe.couplers import is_file
 
-KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(WORDS, str)}
+KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(CODE_WORDS, str)}
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Earlier:
 
     state: dict[str, Any] | None = None
     """Of a checkpoint, checked as a whole; None: the run starts at the beginning."""
-    parts: list[Record] = field(default_factory=list)
-    """The run's earlier parts, as ``bench.records.schema.time_of`` takes them."""
+    parts: list[TimePart] = field(default_factory=list)
+    """The run's earlier parts, as ``Time.of`` takes them."""
     log: str = ""
     """The log of the earlier parts, as the checkpoint has it."""
 
@@ -47,13 +53,13 @@ def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
     A run that other code made is stale: it is run again, unless --keep-stale says otherwise.
     """
     record, config = prepared.folder.read_record(), prepared.config
-    if record is None or config.places.force:
+    if not isinstance(record, Record) or config.places.force:
         return None
-    allowed = record["status"] == "gate_failed" and config.measure.allow_failed_gate
-    if not (record["status"] == "ok" or (allowed and is_measured(record["speed"]))):
+    allowed = record.status == "check_failed" and config.measure.allow_failed_check
+    if not (record.status == "ok" or (allowed and is_measured(record.speed))):
         return None
     say, name = reporter.console.print, prepared.run_id
-    differing = stale_code(record["environment"], prepared.code)
+    differing = stale_code(record.environment, prepared.code)
     if differing and not config.places.keep_stale:
         say(
             f"run {name} is stale: {stale_words(differing)}. It runs again; --keep-stale would keep it.",
@@ -65,7 +71,7 @@ def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
         say(f"note: it is stale, and kept by --keep-stale: {stale_words(differing)}.")
     if differing is None:
         say("note: it does not say which code made it, so it may be stale.")
-    measured = record["config"]["measure"]
+    measured = record.config.measure
     for name in ("marginal", "profile"):
         if getattr(config.measure, name) and not measured.get(name):
             say(f"note: it was made without --{name}; --force runs it again with it")
@@ -83,9 +89,9 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
     """
     places = prepared.config.places
     record = prepared.folder.read_record()
-    status = None if record is None else record["status"]
+    status = None if record is None else record.status
     going_on = status == "interrupted" and not places.force
-    parts = _parts_of(record) if record is not None and going_on else []
+    parts = record.time.parts if isinstance(record, Record) and going_on else []
     if places.resume_checkpoint is not None:
         remedy = "name a sound copy of it, or drop --resume-checkpoint to start at the beginning"
         return _from_checkpoint(places.resume_checkpoint, remedy, prepared, parts)
@@ -100,7 +106,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
             words += f" --resume-checkpoint {prepared.checkpoint} goes on from its last checkpoint."
         raise Refused(words)
     if status == "interrupted" and not places.resume and not places.force:
-        differing = stale_code(record and record["environment"], prepared.code)
+        differing = stale_code(record.environment if isinstance(record, Record) else None, prepared.code)
         resume = "--resume --keep-stale continues it" if differing else "--resume continues it"
         since = f", and {stale_words(differing)}" if differing else ""
         raise Refused(
@@ -112,7 +118,8 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
     if not prepared.checkpoint.exists():
         reporter.line(f"there is no checkpoint {prepared.checkpoint} yet; the run starts at the beginning")
         return Earlier(parts=parts)
-    if record and record["environment"]["threads"] != torch.get_num_threads():
+    environment = record.environment if isinstance(record, Record) else None
+    if is_measured(environment) and environment.threads != torch.get_num_threads():
         reporter.line("note: another number of threads than before; sums may round differently")
     remedy = f"--force starts again and keeps the run as {prepared.run_id}.1"
     return _from_checkpoint(prepared.checkpoint, remedy, prepared, parts)
@@ -122,13 +129,13 @@ def make_room(prepared: Prepared, reporter: Reporter) -> None:
     """Set an earlier folder of the run aside, unless the run goes on in it."""
     record, places = prepared.folder.read_record(), prepared.config.places
     going_on = (places.resume or places.resume_checkpoint) and not places.force
-    if record is None or (going_on and record["status"] == "interrupted"):
+    if record is None or (going_on and record.status == "interrupted"):
         return
     kept = prepared.folder.set_aside()
-    reporter.line(f"an earlier record ({visible(record['status'])}) is kept at {kept}")
+    reporter.line(f"an earlier record ({record.status}) is kept at {kept}")
 
 
-def _from_checkpoint(path: Path, remedy: str, prepared: Prepared, parts: Sequence[Record]) -> Earlier:
+def _from_checkpoint(path: Path, remedy: str, prepared: Prepared, parts: Sequence[TimePart]) -> Earlier:
     state = load_checkpoint(path, remedy)
     with _refusing(path, remedy):
         refuse_unlike({name: state[name] for name in KNOWN_BY if name in state}, KNOWN_BY)
@@ -137,7 +144,7 @@ def _from_checkpoint(path: Path, remedy: str, prepared: Prepared, parts: Sequenc
     _refuse_another(path, state, prepared)
     with _refusing(path, remedy):
         refuse_unfit(state, prepared)
-    return Earlier(state, _merged(parts, state["parts"]), state["log"])
+    return Earlier(state, _merged(parts, [TimePart(**part) for part in state["parts"]]), state["log"])
 
 
 @contextmanager
@@ -178,17 +185,7 @@ def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> No
         )
 
 
-def _parts_of(record: Record) -> list[Record]:
-    """Return the parts that a record names; none where it was damaged."""
-    parts = record["time"].get("parts", []) if isinstance(record["time"], dict) else []
-    try:
-        refuse_unlike(parts, PARTS)
-    except Refused:
-        return []
-    return parts
-
-
-def _merged(first: Sequence[Record], second: Sequence[Record]) -> list[Record]:
+def _merged(first: Sequence[TimePart], second: Sequence[TimePart]) -> list[TimePart]:
     """Return the parts of a record and of a checkpoint in order, each once, as the later of the two has it.
 
     Of a part that was killed the checkpoint knows more; one that saved no checkpoint only the record knows.
@@ -198,12 +195,12 @@ def _merged(first: Sequence[Record], second: Sequence[Record]) -> list[Record]:
         same = next((other for other in rest if _key(other) == _key(part)), None)
         if same is not None:
             rest.remove(same)
-        found.append(max((part, same or part), key=lambda one: one["end"] or ""))
-    return sorted([*found, *rest], key=lambda one: one["start"])
+        found.append(max((part, same or part), key=lambda one: one.end or ""))
+    return sorted([*found, *rest], key=lambda one: one.start)
 
 
-def _key(part: Record) -> tuple[Any, ...]:
-    return part["start"], part["command"], part["resumed_at_step"]
+def _key(part: TimePart) -> tuple[Any, ...]:
+    return part.start, part.command, part.resumed_at_step
 
 
 def refuse_another_class(prepared: Prepared) -> None:
@@ -223,9 +220,9 @@ def _nothing_to_resume(prepared: Prepared) -> str:
     message = f"no run with this config was interrupted in study {prepared.config.places.study!r}"
     ours = _comparable(prepared.record_config)
     others = [
-        (differing_fields(_comparable(record["config"]), ours) + _ranks(record, prepared), record["run_id"])
+        (differing_fields(_comparable(record.config), ours) + _ranks(record, prepared), record.run_id)
         for record in study_records(prepared.folder.path.parent)
-        if record["status"] == "interrupted"
+        if record.status == "interrupted"
     ]
     if not others:
         return f"{message}, nor with another; drop --resume to start."
@@ -234,11 +231,11 @@ def _nothing_to_resume(prepared: Prepared) -> str:
 
 
 def _ranks(record: Record, prepared: Prepared) -> list[str]:
-    there, here = record["environment"].get("world_size", 1), prepared.ranks.world_size
+    there = record.environment.world_size if is_measured(record.environment) else 1
+    here = prepared.ranks.world_size
     return [f"{there} rank{'s' * (there > 1)} there, {here} here"] if there != here else []
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that count, with the default of each field that an earlier version did not write."""
-    defaults = config_dict(RunConfig())
-    return {group: {**defaults[group], **config.get(group, {})} for group in defaults if group != "places"}
+def _comparable(config: Settings) -> dict[str, Any]:
+    """Return the fields that count."""
+    return config.model_dump(exclude={"places"})

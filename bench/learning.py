@@ -13,7 +13,7 @@ from bench.data.blocks import EvalWindows
 from bench.measure.ledger import Ledger
 from bench.prepare import Prepared
 from bench.progress import Reporter
-from bench.records.schema import Record
+from bench.record import Accounts, ExecutionUsed, Record, TimePart, Used
 from bench.track import Tracker
 from bench.training.checkpoint import save_checkpoint
 from bench.training.communication import CommunicationTrace, probe_tokens
@@ -31,7 +31,7 @@ class Learning:
 
     ``state`` is a checkpoint to go on from, bit for bit on a CPU with the same number of threads, as
     ``bench.checkpoint_checks`` lets it pass. ``tuned`` is the record of the search for the micro-batch,
-    where there was one. ``parts`` returns the parts of the run up to now, as ``time_of`` takes them.
+    where there was one. ``parts`` returns the parts of the run up to now, as ``Time.of`` takes them.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Learning:
         state: dict[str, Any] | None,
         tracker: Tracker,
         tuned: dict[str, Any] | None = None,
-        parts: Callable[[], list[Record]] = list,
+        parts: Callable[[], list[TimePart]] = list,
     ) -> None:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
         self.tracker = tracker
@@ -101,27 +101,22 @@ class Learning:
         """Write what was used and the communication so far into ``record`` and its folder."""
         self.tracker.close()
         plan, done = self.trainer.plan, self.ledger.totals()
-        record["used"] = {
-            "batch_shapes": self.ledger.batch_shapes, "steps": done["updates"]["got"],
-            "tokens": done["tokens"]["got"], "total_steps": plan.total_steps,
-            "epochs": round(plan.epochs(), 6),
-            "execution": self.prepared.execution.to_record(), "precision": self.prepared.execution.precision,
-            "world_size": self.prepared.ranks.world_size, "backend": self.prepared.ranks.backend,
-            "ledger": self.ledger.to_record(), **self._pieces(),
-        }  # fmt: skip
-        self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
-
-    def _pieces(self) -> dict[str, Any]:
-        """Return how batches were run: the pieces counted, and micro-batch × accumulation at the end."""
+        execution, ranks = self.prepared.execution, self.prepared.ranks
         sizes = sorted({account.batch_size for account in self.ledger.epochs})
         last, controller = self.ledger.last_shapes, self.steps.controller
-        return {
-            "batch_sizes": sizes, "micro_batch_shapes": self.ledger.micro_batch_shapes,
-            "micro_batch_size": last[0][0] if last else None, "accumulation": len(last) or None,
-            "recoveries": self.steps.to_record(),
-            "lengths": sorted({int(key.split("x")[1]) for key in self.ledger.micro_batch_shapes}),
-            "control": controller.to_record() if controller else [],
-        }  # fmt: skip
+        record.used = Used(
+            batch_shapes=self.ledger.batch_shapes, steps=done["updates"]["got"],
+            tokens=done["tokens"]["got"], total_steps=plan.total_steps, epochs=round(plan.epochs(), 6),
+            execution=ExecutionUsed(**execution.to_record()), precision=execution.precision,
+            world_size=ranks.world_size, backend=ranks.backend,
+            ledger=Accounts.model_validate(self.ledger.to_record()), batch_sizes=sizes,
+            micro_batch_shapes=self.ledger.micro_batch_shapes,
+            micro_batch_size=last[0][0] if last else None, accumulation=len(last) or None,
+            recoveries=self.steps.to_record(),
+            lengths=sorted({int(key.split("x")[1]) for key in self.ledger.micro_batch_shapes}),
+            control=controller.to_record() if controller else [],
+        )  # fmt: skip
+        self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
 
     def on_epoch(self, plan: EpochPlan) -> None:
         """Open the epoch's account."""
@@ -187,7 +182,7 @@ class Learning:
             folder = self.prepared.folder
             texts = {"history": folder.read_history(), "log": folder.read_log()}
             self.tracker.flush()
-            self._save({**state, **texts, "parts": self._parts()})
+            self._save({**state, **texts, "parts": [part.model_dump() for part in self._parts()]})
         if requested:
             raise KeyboardInterrupt
 

@@ -15,6 +15,7 @@ from bench.data.corpus import Corpus, load_corpus, say_unknown_words
 from bench.data.loader import BlockLoader
 from bench.data.sources import known_as
 from bench.gate import refuse_wrong_names
+from bench.identity import Identified, configuration_id, identity, run_id, settings_in_record
 from bench.loaders import (
     make_loaders,
     order_of,
@@ -23,8 +24,7 @@ from bench.loaders import (
     validate_first_batches,
 )
 from bench.measure.code import code_hashes
-from bench.records.schema import Identified, config_dict, configuration_id, identity, run_id
-from bench.records.store import ReadOnlyFolder, RunFolder, check_writable
+from bench.record import ReadOnlyFolder, RunFolder, Settings, check_writable
 from bench.training.execution import Execution
 from bench.training.ranks import ALONE, Ranks
 from bench.tune.budget import refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes
@@ -65,9 +65,9 @@ class Prepared:
         return self.execution.device
 
     @property
-    def record_config(self) -> dict[str, Any]:
+    def record_config(self) -> Settings:
         """The config as the record holds it."""
-        return config_dict(self.config)
+        return settings_in_record(self.config)
 
     @property
     def checkpoint(self) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.measure.quantity import exp_or_infinity, number
+from bench.record import exp_or_infinity, number
 
 
 class Reporter:

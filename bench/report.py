@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import Place, Several, Words, flags
+from bench.config import Place, Several, flags
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -55,17 +55,13 @@ class ReportConfig:
     """Recompute the report that is there from the records, as it was made, and say where it differs."""
     page: Place | None = None
     """In place of a report, put its table and answers into this page, between the study's marks."""
-    redact: Place | None = None
-    """In place of a report, write the study into this new folder, to be published: without checkpoints and
-    losses of tokens, and without a path or a name of this machine."""
-    hide: Words = ()
-    """With --redact: more names to hide, such as the host that ran it."""
+    publish: Place | None = None
+    """In place of a report, copy the study into this new folder, to be published: without checkpoints and
+    losses of tokens, and with the hash of every file for --verify."""
 
     def __post_init__(self) -> None:
-        if sum([self.verify, self.page is not None, self.redact is not None]) > 1:
-            raise Refused("--verify, --page and --redact are three different things; give one of them.")
-        if self.hide and self.redact is None:
-            raise Refused("--hide is of --redact DIR; name the folder.")
+        if sum([self.verify, self.page is not None, self.publish is not None]) > 1:
+            raise Refused("--verify, --page and --publish are three different things; give one of them.")
 
 
 @flags
@@ -140,13 +136,13 @@ def report(config: ReportConfig, console: Console) -> int:
     from bench.analysis.find import the_study
     from bench.analysis.report_files import PAGE, write_report
     from bench.analysis.report_show import print_report
-    from bench.records.foreign import not_linked_out, visible
+    from bench.foreign import not_linked_out, visible
 
     path = the_study(config.study, config.results_dir)
-    if config.redact is not None:
-        from bench.analysis.redact import redact_study
+    if config.publish is not None:
+        from bench.analysis.publish import publish_study
 
-        console.print(redact_study(path, config.redact, config.hide), markup=False, soft_wrap=True)
+        console.print(publish_study(path, config.publish), markup=False, soft_wrap=True)
         return 0
     folder = config.out or not_linked_out(path, "report")
     if config.verify:
@@ -216,7 +212,7 @@ def show(config: ShowConfig, console: Console) -> int:
 
     [run] = find_runs(config.run_id, config.results_dir)
     print_summary(run.record, run.folder, console)
-    console.print(f"command: {run.record['command']}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"command: {run.record.command}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

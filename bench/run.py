@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
+from bench.foreign import without_places
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from bench.existing import Earlier
     from bench.prepare import Prepared
     from bench.progress import Reporter
-    from bench.records.schema import Record
+    from bench.record import Record
     from bench.session import Session
     from bench.training.interruption import Interruption
     from bench.training.ranks import Ranks
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             with Interruption().installed() as interruption:
-                return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
+                return _run(config, without_places(shlex.join([*PROG.split(), *arguments])), interruption)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return EXIT_STATUS["interrupted"]
@@ -86,7 +87,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
     except Refused as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console)
-    return EXIT_STATUS.get(record["status"], 1)
+    return EXIT_STATUS.get(record.status, 1)
 
 
 def _look(prepared: Prepared, reporter: Reporter, stack: ExitStack) -> tuple[Record | None, Earlier]:

@@ -26,14 +26,27 @@ from bench.gate import (
 from bench.gate.report import CheckFailed, run_check
 from bench.gate.trained import rows_to_judge
 from bench.gating import gate_of, is_ours
+from bench.identity import settings_in_record
 from bench.learning import Learning, probed
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
-from bench.measure.quantity import not_measured
 from bench.measure.speed_pass import SpeedPass
 from bench.prepare import Prepared
 from bench.progress import Reporter
-from bench.records.schema import Record, config_dict, new_record, time_of
+from bench.record import (
+    Accounts,
+    Data,
+    Flops,
+    LeakCheck,
+    Parameters,
+    Record,
+    Search,
+    Time,
+    TimePart,
+    TrainingBlocks,
+    is_measured,
+    not_measured,
+)
 from bench.scoring import score
 from bench.track import Tracker
 from bench.training.checkpoint import remove_left_over
@@ -51,14 +64,14 @@ from gnnmoe.model import GNNMoEModel
 from gnnmoe.process_state import changed_state, torch_state
 
 
-class GateFailed(Exception):
-    """The coupler failed the gate: its perplexity would not count."""
+class LeakFound(Exception):
+    """The coupler failed the leak check: its perplexity would not count."""
 
 
 def _end_of(error: BaseException) -> End:
     """Return what an error means for the record of a run that it ended."""
-    if isinstance(error, GateFailed):
-        return End("gate_failed", str(error))
+    if isinstance(error, LeakFound):
+        return End("check_failed", str(error))
     if isinstance(error, Diverged):
         return End("diverged", str(error))
     if not isinstance(error, Exception):
@@ -89,28 +102,30 @@ class Session:
         self.tracker = Tracker(prepared)
         config = prepared.config
         self.seconds = dict(prepared.seconds)
-        self.audit: dict[str, Any] = {}
+        self.audit: dict[str, Any] | None = None
         prepared.execution.set_products()
         self.settings = torch_state()
         self.started = time.perf_counter()
         self._phase_now: tuple[str, float] | None = None
         """Name and start of the phase that is going on."""
-        self._part: Record = {
-            "command": command, "start": utc_now(), "end": None, "seconds": {},
-            "resumed_at_step": self.state["trainer"]["done"]["steps"] if self.state else None,
-        }  # fmt: skip
-        self.record: Record = new_record(
+        self._part = TimePart(
+            command=command, start=utc_now(), end=None, seconds={},
+            resumed_at_step=self.state["trainer"]["done"]["steps"] if self.state else None,
+        )  # fmt: skip
+        ranks = prepared.ranks
+        self.record = Record(
             run_id=prepared.run_id, configuration=prepared.configuration,
             study=config.places.study, run_name=config.places.run_name,
-            status="interrupted", command=(earlier.parts or [self._part])[0]["command"],
-            config=config_dict(config), seed=config.training.seed,
-            environment=describe_environment(prepared.device, prepared.code)
-            | {"world_size": prepared.ranks.world_size, "backend": prepared.ranks.backend},
-            data=prepared.corpus.to_record() | {"training_blocks": _subset(prepared)},
+            status="interrupted", command=(earlier.parts or [self._part])[0].command,
+            config=settings_in_record(config), seed=config.training.seed,
+            environment=describe_environment(
+                prepared.device, prepared.code, ranks.world_size, ranks.backend
+            ),
+            data=Data(**prepared.corpus.to_record(), training_blocks=_subset(prepared)),
+            time=Time.of(self.parts(end=None)),
             tuned=not_measured("no batch-size search was asked for"),
             requested=requested(config),
         )  # fmt: skip
-        self.record["time"] = time_of(self.parts(end=None))
 
     def begin(self) -> None:
         """Make the run's folder, with a record that says ``interrupted`` until something else is known.
@@ -124,18 +139,18 @@ class Session:
         remove_left_over(self.prepared.checkpoint)
         folder.create(self.record, self.earlier.log)
         if number > 1:
-            step = self._part["resumed_at_step"]
+            step = self._part.resumed_at_step
             where = "starts at the beginning" if step is None else f"goes on after step {step}"
-            folder.log(f"part {number} of the run {where}: {self._part['command']}")
+            folder.log(f"part {number} of the run {where}: {self._part.command}")
 
-    def parts(self, end: str | None) -> list[Record]:
-        """Return the parts of the run, this one up to now and with this ``end``; see ``time_of``."""
+    def parts(self, end: str | None) -> list[TimePart]:
+        """Return the parts of the run, this one up to now and with this ``end``; see ``Time.of``."""
         now, seconds = time.perf_counter(), dict(self.seconds)
         if self._phase_now is not None:
             name, start = self._phase_now
             seconds[name] = now - start
         seconds["total"] = self.prepared.seconds["prepare"] + now - self.started
-        return [*self.earlier.parts, self._part | {"end": end, "seconds": seconds}]
+        return [*self.earlier.parts, self._part.model_copy(update={"end": end, "seconds": seconds})]
 
     def run(self) -> Record:
         """Run all phases; end with the record written and its status set.
@@ -152,23 +167,23 @@ class Session:
             if not isinstance(error, Exception):
                 raise
         else:
-            passed = self.record["gate"]["passed"]
-            self._end("ok" if passed else "gate_failed", None if passed else "trained by --allow-failed-gate")
+            passed = is_measured(self.record.check) and self.record.check.passed
+            status, why_not = ("ok", None) if passed else ("check_failed", "trained by --allow-failed-check")
+            self._end(status, why_not)
         return self.record
 
     def _end(self, status: str, error: str | None, log: str = "") -> None:
         folder, record = self.prepared.folder, self.record
-        record.update(status=status, error=error)
-        record["time"] = time_of(self.parts(utc_now()))
+        record.status, record.error = status, error
+        record.time = Time.of(self.parts(utc_now()))
         if status == "crashed":
             print(log, file=sys.stderr)
         try:
             folder.write_record(record)
             folder.log(log + f"status {status}" + (f": {error}" if error else ""))
         except (OSError, ValueError) as failure:
-            record.update(
-                status="crashed", error=f"{error or status}; the record cannot be written: {failure}"
-            )
+            record.status = "crashed"
+            record.error = f"{error or status}; the record cannot be written: {failure}"
         self.tracker.finish(record)
 
     def _phases(self) -> None:
@@ -178,9 +193,10 @@ class Session:
             with self._phase("fit", "fitting length and micro-batch to the memory"):
                 tuned = self._search(prepared)
                 prepared = prepared.at_length(tuned["length"])
-                self.record["data"]["training_blocks"] = _subset(prepared)
-        with self._phase("gate", "checking the coupler"):
-            report = gate_of(prepared, self.record["environment"])
+                assert is_measured(self.record.data)
+                self.record.data.training_blocks = _subset(prepared)
+        with self._phase("check", "checking the coupler"):
+            report = gate_of(prepared, self.record.environment)
             self._judge(report)
         if config.memory.tune_batch_size:
             with self._phase("tune", "searching for the largest micro-batch that fits"):
@@ -209,7 +225,7 @@ class Session:
     def _measure(self, prepared: Prepared, model: GNNMoEModel, learning: Learning) -> None:
         folder, ranks, say = prepared.folder.path, prepared.ranks, self.reporter.line
         speed_pass = SpeedPass(prepared.config, prepared.device, folder, say, ranks)
-        self.record["speed"], self.record["memory"] = speed_pass.run(
+        self.record.speed, self.record.memory = speed_pass.run(
             model, prepared.loaders["train"], learning.as_run, learning.micro_batch_size
         )
 
@@ -260,9 +276,9 @@ class Session:
         return [audited, audit_training(model, batch, rows=rows, seed=seed, words=words)]
 
     def _judge(self, report: GateReport) -> None:
-        self.record["gate"] = report.to_record() | ({"audit": self.audit} if self.audit else {})
-        if not report.passed and not self.prepared.config.measure.allow_failed_gate:
-            raise GateFailed("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
+        self.record.check = LeakCheck.model_validate({**report.to_record(), "audit": self.audit})
+        if not report.passed and not self.prepared.config.measure.allow_failed_check:
+            raise LeakFound("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
 
     def _search(self, prepared: Prepared) -> dict[str, Any]:
         """Search before there is a model; a run that goes on keeps what was found when it began.
@@ -270,24 +286,24 @@ class Session:
         Raises:
             SearchFailed: the search failed, and no fallback was asked for.
         """
-        say, found = self.reporter.line, self.state["tuned"] if self.state else None
+        say, found, failure = self.reporter.line, self.state["tuned"] if self.state else None, None
         if found is None:
             request = prepared.search(say)
             try:
                 found = find(request, prepared.ranks, say)
             except SearchFailed as error:
-                self.record["tuned"] = found = failed(request, error)
-                if not prepared.config.memory.tune_fallback:
-                    raise
-        self.record["tuned"] = found
+                found, failure = failed(request, error), error
+        self.record.tuned = Search.model_validate(found)
+        if failure is not None and not prepared.config.memory.tune_fallback:
+            raise failure
         say(words_of(found))
         return found
 
     def _build(self, prepared: Prepared) -> GNNMoEModel:
         model = prepared.execution.build(prepared.model_config, prepared.config.training.seed)
         model.set_output_bias(torch.from_numpy(prepared.corpus.vocabulary.log_unigram()))
-        self.record["parameters"] = model.parameter_counts()
-        self.record["flops"] = {"training_flops_per_token": training_flops_per_token(model)}
+        self.record.parameters = Parameters(**model.parameter_counts())
+        self.record.flops = Flops(training_flops_per_token=training_flops_per_token(model))
         return model
 
     def _train(self, prepared: Prepared, model: GNNMoEModel, tuned: dict[str, Any] | None) -> Learning:
@@ -306,18 +322,19 @@ class Session:
         learning.release()
         found = [self._settings(), *self._audit(prepared, model, learning, scored)]
         self._judge(GateReport([*report.checks, *found]))
-        self.record["used"]["ledger"] = learning.ledger.to_record()
-        self.record["quality"] = quality
+        if is_measured(self.record.used):
+            self.record.used.ledger = Accounts.model_validate(learning.ledger.to_record())
+        self.record.quality = quality
         prepared.folder.write_arrays("nll.npz", arrays)
-        self.record["communication"] = summarize_communication(model, probed(prepared))
+        self.record.communication = summarize_communication(model, probed(prepared))
 
 
-def _subset(prepared: Prepared) -> dict[str, Any]:
+def _subset(prepared: Prepared) -> TrainingBlocks:
     """Return which blocks are trained on: how many, and the seed that chose them where not all."""
     loader, chosen = prepared.loaders["train"], prepared.config.data.num_train_samples is not None
     curriculum = loader.sampler_obj.curriculum
-    return {
-        "count": len(loader.dataset_obj),
-        "subset_seed": prepared.config.training.seed if chosen else None,
-        "curriculum": None if curriculum is None else curriculum.to_record(),
-    }
+    return TrainingBlocks(
+        count=len(loader.dataset_obj),
+        subset_seed=prepared.config.training.seed if chosen else None,
+        curriculum=None if curriculum is None else curriculum.to_record(),
+    )

@@ -179,6 +179,7 @@ def _measure(
     from rich.console import Console
 
     from bench.device import keep_freed_memory
+    from bench.foreign import without_places
     from bench.measure.code import code_hashes
     from bench.measure.environment import describe_environment
     from bench.speeding.jobs import run_jobs
@@ -192,9 +193,8 @@ def _measure(
     environment = describe_environment(device, code_hashes(config.model.resolved(1)))
     stamp = utc_now("-%Y%m%d-%H%M%S")
     name = config.name or re.sub(r"[^\w.-]+", "-", what).lstrip(".-") + stamp
-    record = SpeedRecord(
-        config.results_dir, name, {"what": what, "command": command, "environment": environment}
-    )
+    about = {"what": what, "command": without_places(command), "environment": environment.model_dump()}
+    record = SpeedRecord(config.results_dir, name, about)
     record.begin()
     status = "stopped"
     try:

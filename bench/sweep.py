@@ -51,7 +51,7 @@ class SweepConfig:
     """As --dry-run, with the peak memory and the time that each configuration is expected to take here:
     a few seconds a configuration."""
     retry: Literal["failed", "oom", "all"] | None = None
-    """Run again what failed (crashed, diverged, timeout, gate_failed), what ran out of memory, or both."""
+    """Run again what failed (crashed, diverged, timeout, check_failed), what ran out of memory, or both."""
     force: bool = False
     """Run everything again; earlier records are kept as run_id.1."""
     keep_stale: bool = False
@@ -183,7 +183,7 @@ def run_plan(
     wanted = Wanted(device=device, logs=logs, slots=config.slots, resources=resources)
     places = places_of(config)
     own = {name: places[name] for name in ("data_dir", "data_source", "device") if name in places}
-    own["reuse_gate"] = not config.force  # the gate once a configuration, not once a seed
+    own["reuse_check"] = not config.force  # the leak check once a configuration, not once a seed
     own |= {"keep_stale": True} if config.keep_stale else {}
     result = execute(
         plan.runs, make_executor(config.executor, config, wanted), results_dir=config.results_dir,

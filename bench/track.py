@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.analysis import quantities
-from bench.measure.quantity import is_measured
 from bench.prepare import Prepared
-from bench.records.schema import Record
+from bench.record import Record, is_measured
 from bench.training.communication import CommunicationTrace
 from gnnmoe.layer import GNNMoELayer
 from gnnmoe.model import GNNMoEModel
@@ -87,9 +86,9 @@ class Tracker:
 
     def finish(self, record: Record) -> None:
         """Add the ``result`` as text, but for a run that can be continued."""
-        if not self._begun or record["status"] == "interrupted":
+        if not self._begun or record.status == "interrupted":
             return
-        steps = record["used"]["steps"] if is_measured(record["used"]) else 0
+        steps = record.used.steps if is_measured(record.used) else 0
         self._open()
         self._do(lambda writer: writer.add_text("result", _table(record), steps))
         self.close()
@@ -118,7 +117,7 @@ class Tracker:
         print(f"note: nothing more is written for TensorBoard ({why}); the run goes on", file=sys.stderr)
 
     def _catch_up(self, writer: SummaryWriter, trace: CommunicationTrace) -> None:
-        writer.add_text("config", _code(self._prepared.record_config), 0)
+        writer.add_text("config", _code(self._prepared.record_config.model_dump()), 0)
         for line in self._prepared.folder.read_history().splitlines():
             _add_row(writer, json.loads(line))
         arrays = trace.arrays()
@@ -148,11 +147,11 @@ def _add_row(writer: SummaryWriter, row: dict[str, Any]) -> None:
 def _table(record: Record) -> str:
     """Return the end of a run as a table in Markdown; what was not measured is left out."""
     found = {name: quantity(record) for name, quantity in RESULTS.items()}
-    if is_measured(record["parameters"]):
-        found["parameters"] = record["parameters"]["total"]
+    if is_measured(record.parameters):
+        found["parameters"] = record.parameters.total
     rows = [f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:,.6g} |"
             for name, value in found.items() if value is not None]  # fmt: skip
-    return "\n".join(["| quantity | value |", "|---|---|", f"| status | {record['status']} |", *rows])
+    return "\n".join(["| quantity | value |", "|---|---|", f"| status | {record.status} |", *rows])
 
 
 def _code(value: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 GOLDEN = REPOSITORY / "tests/golden"
-STUDIES = sorted(path.parent.name for path in REPOSITORY.glob("results/reference/*/redacted.json"))
+STUDIES = sorted(path.parent.name for path in REPOSITORY.glob("results/reference/*/published.json"))
 SWEEPS = sorted(path.stem for path in REPOSITORY.glob("sweeps/*.toml") if "hypotheses" not in path.stem)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "files syntax schedule config device data gate portrait training measure tune records sweeps analysis"
+    "files syntax schedule config device foreign record marked data identity gate portrait training measure"
+    " tune sweeps analysis"
 ).split()
 COMMANDS = set(
     "run sweep report speed check prepare session existing learning difficulty progress track"
@@ -64,7 +65,7 @@ def test_only_the_pyg_backends_import_pyg():
 
 @pytest.mark.parametrize(
     "module",
-    ["gnnmoe", "bench.config", "bench.records.store", "bench.sweeps.shorthand", "bench.analysis.summary"],
+    ["gnnmoe", "bench.config", "bench.record", "bench.sweeps.shorthand", "bench.analysis.summary"],
 )
 def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""

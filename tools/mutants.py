@@ -8,10 +8,11 @@ Run from the root of the repository. WORK is a new folder outside it, for a clon
     python tools/mutants.py compare WORK   show the mutants that were killed in the list and are not in WORK
 
 A mutant is one changed operator, comparison, constant, statement or return value in a function. The function
-and the statement's text before and after name it, so that it is found again where the code has moved. First
-``run`` runs the whole suite with coverage (half an hour). A mutant is tested by the tests that run its line
-or use a fixture that runs it, the quickest first, as many as take TESTS_SECONDS. Verdicts: killed (by a test
-or the time limit), survived, not covered (no test runs the line), not found (the code is no longer there).
+and the statement's text before and after name it, so that it is found again where the code has moved. ``run``
+takes one folder of tests after the other. It runs the folder with coverage. Then it tests every mutant that
+is not killed yet by the tests that run its line or use a fixture that runs it, the quickest first, as many
+as take TESTS_SECONDS of CPU time. Verdicts: killed (by a test, or by the time limit), survived, not covered
+(no test runs the line), not found (the code is no longer there). On an idle core it takes about two hours.
 It needs the packages of the extra ``dev``, and coverage. The tests in LEFT_OUT are not used: they need a
 browser, a cluster or several processes, or look at the source.
 """
@@ -41,14 +42,15 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIST = REPOSITORY / "tools/mutants.json"
 SEED, NUMBER = 20, 300
-TESTS_SECONDS, LIMIT_SECONDS, LIMIT_BYTES = 30, 120, 16 << 30
+TESTS_SECONDS, CPU_SECONDS, WALL_SECONDS, MOST_BYTES = 20, 120, 900, 16 << 30
 MUTATED = [
     "gnnmoe/**/*.py", "bench/training/*.py", "bench/records/*.py", "bench/measure/quantity.py",
     "bench/measure/ledger.py", "bench/measure/rates.py", "bench/analysis/statistics.py",
     "bench/analysis/significance.py", "bench/analysis/over_seeds.py", "bench/analysis/articles.py",
     "bench/analysis/agreement.py", "bench/analysis/comparison.py", "bench/analysis/quantities.py",
 ]  # fmt: skip
-FOLDERS = ["gnnmoe", "bench", "tests"]
+FOLDERS = "gnnmoe", "analysis", "gate", "data"
+"""Of tests, those that come first: quick ones."""
 LEFT_OUT = ["tests/notebooks", "*in_browser*", "*test_ray*", "*test_slurm*", "*test_cluster*", "*_ranks*",
             "*torchrun*", "*killed_sweep*", "*equal_records*", "*launcher*", "*test_layout*"]  # fmt: skip
 LOADED = ("torch", "scipy.stats", "pandas", "hypothesis", "matplotlib.pyplot", "torch_geometric.nn", "tyro",
@@ -230,27 +232,41 @@ def pytest_runtest_protocol(item: pytest.Item):
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef):
     """Give the lines that a fixture runs the fixture's name, and keep how long it took."""
     _enter(_fixture(fixturedef))
-    start = time.perf_counter()
+    start = _cpu_seconds()
     try:
         return (yield)
     finally:
-        _tests[_fixture(fixturedef)]["seconds"] = time.perf_counter() - start
+        _tests[_fixture(fixturedef)]["seconds"] = _cpu_seconds() - start
         _leave()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Keep how long a test took by itself, in CPU time."""
+    start = _cpu_seconds()
+    try:
+        return (yield)
+    finally:
+        _tests[item.nodeid]["seconds"] = _cpu_seconds() - start
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep how long a test took by itself, and whether it passed."""
+    """Keep whether a test passed."""
     if report.when == "call":
-        _tests[report.nodeid] |= {"seconds": report.duration, "passed": report.passed}
+        _tests[report.nodeid]["passed"] = report.passed
 
 
 def pytest_sessionfinish() -> None:
     """Write what is known of the tests beside the coverage data."""
-    Path(os.environ["COVERAGE_FILE"]).with_name("tests.json").write_text(json.dumps(_tests))
+    Path(f"{os.environ['COVERAGE_FILE']}.json").write_text(json.dumps(_tests))
 
 
 def _fixture(definition: pytest.FixtureDef) -> str:
     return f"fixture {definition.baseid}::{definition.argname}"
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])  # with the children that have ended
 
 
 def _enter(context: str) -> None:
@@ -274,54 +290,55 @@ def _switch() -> None:
 # --- the verdicts --------------------------------------------------------------------------------------
 
 
-class Suite:
-    """The tests of a clone: what they run, how long they take, and what they say of a mutant."""
+class Tests:
+    """The tests of one folder: what they run, how long they take, and what they say of a mutant."""
 
-    def __init__(self, work: Path) -> None:
-        self.clone, self.data, tests = work / "clone", work / "coverage", work / "tests.json"
-        if not self.clone.is_dir():
-            subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(self.clone)], check=True)
-        subprocess.run(["git", "checkout", "--quiet", "--", "."], cwd=self.clone, check=True)
-        os.environ.update(PYTHONPATH=str(self.clone), COVERAGE_FILE=str(self.data), MPLBACKEND="Agg",
-                          PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")  # fmt: skip
-        if not tests.is_file():
+    def __init__(self, clone: Path, folder: str) -> None:
+        self.clone, self._folder = clone, folder
+        self._data = clone.with_name(f"coverage.{folder or 'tests'}")
+        about = clone.with_name(f"{self._data.name}.json")
+        if not about.is_file():
             self._cover()
         from coverage import CoverageData
 
-        self._lines = CoverageData(str(self.data))
+        self._lines = CoverageData(str(self._data))
         self._lines.read()
-        self._about: dict[str, dict[str, Any]] = json.loads(tests.read_text())
+        self._about: dict[str, dict[str, Any]] = json.loads(about.read_text())
         self._users, self._sound = defaultdict(set), set()
-        for test, about in self._about.items():
-            for fixture in about["fixtures"]:
+        for test, known in self._about.items():
+            for fixture in known["fixtures"]:
                 self._users[fixture].add(test)
 
     def _cover(self) -> None:
-        subprocess.run([sys.executable, "-m", "compileall", "-q", *FOLDERS], cwd=self.clone, check=True)
         command = [sys.executable, "-m", "coverage", "run", "--source=gnnmoe,bench", "-m", "pytest", "-q",
                    "-p", "tools.mutants", "-p", "no:cacheprovider", "-m", "not gpu"]  # fmt: skip
         left_out = [f"--ignore-glob=*/{one}" if "*" in one else f"--ignore={one}" for one in LEFT_OUT]
-        with self.data.with_name("suite.txt").open("w") as shown:
-            subprocess.run([*command, *left_out], cwd=self.clone, stdout=shown, stderr=shown, check=False)
+        paths = (
+            sorted(self.clone.glob("tests/test_*.py")) if self._folder == "" else [f"tests/{self._folder}"]
+        )
+        with self.clone.with_name(f"{self._data.name}.txt").open("w") as shown:
+            subprocess.run(
+                [*command, *left_out, *map(str, paths)],
+                env={**os.environ, "COVERAGE_FILE": str(self._data)},
+                cwd=self.clone, stdout=shown, stderr=shown, check=False,
+            )  # fmt: skip
 
-    def tests_of(self, place: Place) -> list[str]:
-        """Return the tests that run a mutant, the quickest first, as many as take TESTS_SECONDS."""
+    def tests_of(self, place: Place) -> tuple[list[str], int]:
+        """Return the tests that run a mutant, the quickest first, and how many TESTS_SECONDS leave out."""
         contexts = self._lines.contexts_by_lineno(str(self.clone / place.file))
         of_lines = {
             name for line in range(place.span[0], place.span[2] + 1) for name in contexts.get(line, [])
         }
         found = of_lines or set(contexts.get(place.statement, []))
         found = found.union(*(self._users.get(name, set()) for name in found))
-        chosen, spent, ready = [], 0.0, set[str]()
-        for test in sorted(
-            (one for one in found if self._about.get(one, {}).get("passed")), key=self.seconds
-        ):
+        tests = sorted((one for one in found if self._about.get(one, {}).get("passed")), key=self.seconds)
+        spent, ready = 0.0, set[str]()
+        for number, test in enumerate(tests):
             spent += self.seconds(test, ready)
             ready.update(self._about[test]["fixtures"])
-            if chosen and spent > TESTS_SECONDS:
-                break
-            chosen.append(test)
-        return chosen
+            if number and spent > TESTS_SECONDS:
+                return tests[:number], len(tests) - number
+        return tests, 0
 
     def seconds(self, test: str, ready: Collection[str] = ()) -> float:
         """Return how long a test takes with its fixtures, but for those that are ready."""
@@ -334,7 +351,8 @@ class Suite:
         """Return what the tests say of a mutant; a test that fails without it too is not asked again."""
         path = self.clone / place.file
         source, times = path.read_bytes(), path.stat()
-        while tests := self.tests_of(place):
+        while (found := self.tests_of(place))[0]:
+            tests, more = found
             start = time.monotonic()
             try:
                 path.write_bytes(place.applied(source))
@@ -344,7 +362,7 @@ class Suite:
                 os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
             seconds = round(time.monotonic() - start, 1)
             if not by:
-                return {"verdict": "survived", "tests": len(tests), "seconds": seconds}
+                return {"verdict": "survived", "tests": len(tests), "more": more, "seconds": seconds}
             if by not in self._about or by in self._sound or not failing([by], self.clone):
                 self._sound.add(by)
                 return {"verdict": "killed", "by": by, "seconds": seconds}
@@ -378,13 +396,14 @@ class Chosen:
 def failing(tests: Sequence[str], clone: Path) -> str:
     """Return the test that fails, or why the tests ended early, or nothing; they run in a fork."""
     answer = clone.with_name("answer.txt")
-    answer.write_text("end of the interpreter")
+    answer.write_text("end of the process")
     child = os.fork()
     if not child:
         os.setsid()
         os.chdir(clone)
         sys.path[0] = str(clone)
-        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         with clone.with_name("last.txt").open("w") as shown:
             os.dup2(shown.fileno(), 1)
             os.dup2(shown.fileno(), 2)
@@ -394,7 +413,7 @@ def failing(tests: Sequence[str], clone: Path) -> str:
         status = pytest.main([*flags, *files], plugins=[chosen])
         answer.write_text(chosen.failed or f"pytest: {int(status)}" if status else "")
         os._exit(0)
-    end = time.monotonic() + LIMIT_SECONDS
+    end = time.monotonic() + WALL_SECONDS
     while not os.waitpid(child, os.WNOHANG)[0]:
         if time.monotonic() > end:
             os.killpg(child, signal.SIGKILL)
@@ -404,23 +423,39 @@ def failing(tests: Sequence[str], clone: Path) -> str:
     return answer.read_text()
 
 
+def cloned(work: Path) -> Path:
+    """Return the clone in ``work``, as it was committed, and let child processes import from it."""
+    clone = work / "clone"
+    if not clone.is_dir():
+        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
+        compiled = [sys.executable, "-m", "compileall", "-q", "gnnmoe", "bench", "tests"]
+        subprocess.run(compiled, cwd=clone, check=True)
+    subprocess.run(["git", "checkout", "--quiet", "--", "."], cwd=clone, check=True)
+    os.environ.update(
+        PYTHONPATH=str(clone), MPLBACKEND="Agg", PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1"
+    )
+    return clone
+
+
 def run(work: Path) -> None:
     """Test every mutant that has no verdict in ``work`` yet."""
-    work.mkdir(parents=True, exist_ok=True)
-    suite, done = Suite(work), verdicts(work)
+    clone, places = cloned(work), defaultdict(list)
     for name in LOADED:
         importlib.import_module(name)
-    places = defaultdict(list)
-    for mutant, place in mutants(suite.clone, ["gnnmoe/**/*.py", "bench/**/*.py"]):
+    for mutant, place in mutants(clone, ["gnnmoe/**/*.py", "bench/**/*.py"]):
         places[mutant.before, mutant.after].append((mutant, place))
-    found = {number: find(mutant, places) for number, mutant in enumerate(listed()) if number not in done}
-    first = {number: suite.tests_of(place)[:1] if place else [] for number, place in found.items()}
-    for number in sorted(found, key=lambda one: sum(map(suite.seconds, first[one]))):
-        place = found[number]
-        said = suite.verdict(place) if place else {"verdict": "not found"}
-        with (work / "verdicts.jsonl").open("a") as file:
-            file.write(json.dumps({"number": number, **said}) + "\n")
-        print(number, said, flush=True)
+    found = {number: find(mutant, places) for number, mutant in enumerate(listed())}
+    folders = {path.parent.name for path in clone.glob("tests/*/test_*.py")}
+    for folder in [name for name in FOLDERS if name in folders] + sorted(folders - {*FOLDERS}) + [""]:
+        tests, done = Tests(clone, folder), verdicts(work, folder)
+        left = {number: place for number, place in found.items() if number not in done}
+        first = {number: tests.tests_of(place)[0][:1] if place else [] for number, place in left.items()}
+        for number in sorted(left, key=lambda one: sum(map(tests.seconds, first[one]))):
+            place = left[number]
+            said = tests.verdict(place) if place else {"verdict": "not found"}
+            with (work / "verdicts.jsonl").open("a") as file:
+                file.write(json.dumps({"number": number, "folder": folder, **said}) + "\n")
+            print(folder, number, said, flush=True)
 
 
 def listed() -> list[Mutant]:
@@ -429,11 +464,16 @@ def listed() -> list[Mutant]:
     return [Mutant(**{name: one[name] for name in names}) for one in json.loads(LIST.read_text())["mutants"]]
 
 
-def verdicts(work: Path) -> dict[int, dict[str, Any]]:
-    """Return what is known in ``work``, by the mutant's number in the list."""
+def verdicts(work: Path, folder: str | None = None) -> dict[int, dict[str, Any]]:
+    """Return what is known in ``work`` by the mutant's number; with a folder, what it need not test."""
     path = work / "verdicts.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {said.pop("number"): said for said in map(json.loads, lines)}
+    found: dict[int, dict[str, Any]] = {}
+    for said in map(json.loads, path.read_text().splitlines() if path.is_file() else []):
+        number, of, verdict = said.pop("number"), said.pop("folder"), said["verdict"]
+        if folder is None or of == folder or verdict in ("killed", "not found"):
+            worse = ["not covered", "survived", "killed", "not found"].index
+            found[number] = max(found.get(number, said), said, key=lambda one: worse(one["verdict"]))
+    return found
 
 
 def commit_of(folder: Path) -> str:

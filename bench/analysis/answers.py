@@ -128,8 +128,8 @@ def _selected(flags: Table, group: Group) -> list[Configuration]:
 
 def _values(configuration: Configuration) -> dict[str, Any]:
     """Return the value of every flag of a configuration; what no record says (the preset) is the default."""
-    config = configuration.runs[0].record["config"]
-    return {**defaults(), "preset": None, **{k: v for fields in config.values() for k, v in fields.items()}}
+    config = configuration.runs[0].record.config
+    return {**defaults(), "preset": None, **{k: v for _, fields in config for k, v in fields.items()}}
 
 
 def _by_seed(side: Sequence[Configuration], quantity: str) -> dict[int, float]:

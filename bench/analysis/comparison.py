@@ -19,6 +19,7 @@ from bench.analysis.over_seeds import Interval, Summary, losses, summary
 from bench.analysis.significance import bca_interval
 from bench.analysis.statistics import Paired, Verdict, compare_family
 from bench.analysis.study import Configuration, Group
+from bench.record import is_measured
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
@@ -148,12 +149,12 @@ def difference_family(pairs: Sequence[tuple[Configuration, Configuration]]) -> l
 
 def _row(configuration: Configuration, group: Group, against: Difference | None) -> ComparisonRow:
     record = any_measured(configuration)
+    parameters = record.parameters if record and is_measured(record.parameters) else None
     return ComparisonRow(
         configuration, losses(configuration), losses(configuration, "test"),
         summary(configuration, quantities.tokens_per_second),
         summary(configuration, quantities.median_step_seconds),
         summary(configuration, quantities.peak_memory_bytes),
-        None if record is None else record["parameters"]["total"],
-        None if record is None else record["parameters"]["coupler"],
+        parameters and parameters.total, parameters and parameters.coupler,
         training_flops(record), against, cost_over_mean(configuration, group),
     )  # fmt: skip

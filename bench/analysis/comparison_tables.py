@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from bench.analysis import quantities
 from bench.analysis.comparison import Comparison, ComparisonRow, Difference
 from bench.analysis.numbers import (
@@ -24,7 +22,7 @@ from bench.analysis.provenance import codes_of
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Group, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
-from bench.measure.quantity import is_measured
+from bench.record import Record, is_measured
 
 AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
 FULL_TEST_TOKENS = 245_569
@@ -218,8 +216,9 @@ def _timed(comparison: Comparison) -> str:
     )
 
 
-def _scored_all_of_test(record: dict[str, Any]) -> bool:
-    test, data = record["quality"].get("test"), record["data"]
-    wikitext = (data.get("name"), data.get("config_name"), data.get("tokenizer")) == (
-        "wikitext", "wikitext-2-v1", "word")  # fmt: skip
-    return is_measured(test) and wikitext and test["tokens"] == FULL_TEST_TOKENS
+def _scored_all_of_test(record: Record) -> bool:
+    test, data = record.split("test"), record.data
+    if test is None or not is_measured(data):
+        return False
+    wikitext = (data.name, data.config_name, data.tokenizer) == ("wikitext", "wikitext-2-v1", "word")
+    return wikitext and test.tokens == FULL_TEST_TOKENS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bench.analysis.run_data import read_record
 from bench.analysis.study import Run
+from bench.record import read_record
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 

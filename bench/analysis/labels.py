@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.config import ExecutionConfig
+from bench.record import Settings as RecordedConfig
 from gnnmoe.config import GNNMoEConfig
 
 Settings = dict[str, Any]  # the value of every field of a config that can change a number, but the seed
@@ -19,7 +20,7 @@ ONLY_IF_NEEDED = (
 )  # follow from a match, from the data, from options
 OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")  # where asked for
 NO_SETTINGS = (
-    "seed", "audit", "marginal", "profile", "allow_failed_gate", "min_steps_per_epoch", "strict_curriculum",
+    "seed", "audit", "marginal", "profile", "allow_failed_check", "min_steps_per_epoch", "strict_curriculum",
 )  # fmt: skip
 """Fields that the runs of one configuration may differ in: they are in no identity."""
 Key = tuple[str, str | None]
@@ -32,21 +33,17 @@ SHORT = {
 }
 
 
-def settings_of(config: dict[str, Any]) -> Settings:
+def settings_of(config: RecordedConfig) -> Settings:
     """Return the fields of a record's config that make a configuration: not places, seed, what is besides.
 
     Of the coupler's options those that count are left, by name and without their owner.
     """
-    groups = [fields for group, fields in config.items() if group not in ("places", "memory", "execution")]
-    groups.append(
-        {name: value for name, value in config.get("memory", {}).items() if value and name in OF_MEMORY}
-    )
-    plain = asdict(ExecutionConfig())  # as all records are that say nothing of it
-    groups.append(
-        {name: value for name, value in config.get("execution", {}).items() if value != plain[name]}
-    )
+    groups = [config.model, config.data, config.training, config.measure]
+    groups.append({name: value for name, value in config.memory.items() if value and name in OF_MEMORY})
+    plain = asdict(ExecutionConfig())  # named where it is another one
+    groups.append({name: value for name, value in config.execution.items() if value != plain[name]})
     settings = {name: value for fields in groups for name, value in fields.items() if name not in NO_SETTINGS}
-    if settings.get("initialization") == GNNMoEConfig.initialization:  # as all records are that lack it
+    if settings.get("initialization") == GNNMoEConfig.initialization:
         del settings["initialization"]
     settings["coupler_option"] = _options(settings.get("coupler_option") or (), settings["coupler_type"])
     return settings

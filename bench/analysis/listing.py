@@ -11,7 +11,7 @@ from bench.analysis.numbers import number, share
 from bench.analysis.quantities import perplexity, unknown_words_share
 from bench.analysis.study import load_study, statuses
 from bench.analysis.terminal import PlainTable
-from bench.records.foreign import visible
+from bench.foreign import visible
 from gnnmoe.config import Refused
 
 
@@ -30,7 +30,7 @@ def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:
             table.add_row(escape(name), "", escape(visible(str(error))), "")
             continue
         couplers = {found.coupler: None for group in study.groups for found in group.configurations}
-        starts = [run.record["time"].get("start") or "" for run in study.runs]
+        starts = [run.record.time.start for run in study.runs]
         cells = [
             name,
             statuses(study.runs),
@@ -58,10 +58,10 @@ def runs_listing(path: Path) -> PlainTable:
         for found in group.configurations:
             for run in found.runs:
                 record = run.record
-                name = f"{found.label} ({record['run_name']})" if record["run_name"] else found.label
-                start = (record["time"].get("start") or "")[5:16].replace("T", " ")
+                name = f"{found.label} ({record.run_name})" if record.run_name else found.label
+                start = record.time.start[5:16].replace("T", " ")
                 figures = [number(perplexity(record)), *[share(unknown_words_share(record))] * unknown]
-                cells = [record["run_id"], name, str(run.seed), run.status, *figures, start]
+                cells = [record.run_id, name, str(run.seed), run.status, *figures, start]
                 table.add_row(*map(escape, cells))
     for status, folders in (("unreadable", study.unreadable), ("not counted", study.misplaced)):
         for folder, why in folders:

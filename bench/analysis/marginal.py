@@ -11,9 +11,8 @@ from bench.analysis.labels import OF_HYPERGRAPHS
 from bench.analysis.over_seeds import Interval, Summary, summary
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Configuration, Group, Run
-from bench.measure.quantity import is_measured
 from bench.measure.rates import difference_of_medians, paired_ratios
-from bench.records.schema import Record
+from bench.record import Record, is_measured
 
 OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_options", "gnn_layers", "ffn_dim"}
 """Settings in which a model may differ from the same model with the mean coupler."""
@@ -59,14 +58,14 @@ class CostOverMean:
 def any_measured(configuration: Configuration) -> Record | None:
     """Return a record that tells the size of the model; failed runs can tell it too."""
     runs: list[Run] = [*configuration.counted.values(), *configuration.runs]
-    return next((run.record for run in runs if is_measured(run.record["parameters"])), None)
+    return next((run.record for run in runs if is_measured(run.record.parameters)), None)
 
 
 def training_flops(record: Record | None) -> float | None:
     """Return the FLOPs a token of a training step, None where they were not counted."""
-    if record is None or not is_measured(record["flops"]):
+    if record is None or not is_measured(record.flops):
         return None
-    return record["flops"]["training_flops_per_token"]
+    return record.flops.training_flops_per_token
 
 
 def cost_over_mean(configuration: Configuration, group: Group) -> CostOverMean | None:
@@ -83,25 +82,28 @@ def cost_over_mean(configuration: Configuration, group: Group) -> CostOverMean |
     added = Summary({seed: one - other for seed, (one, other) in pairs.items()})
     memory = [summary(one, quantities.peak_memory_bytes).mean for one in (configuration, mean)]
     records = [any_measured(one) for one in (configuration, mean)]
-    sizes = [None if record is None else record["parameters"]["total"] for record in records]
+    sizes = [record.parameters.total if record and is_measured(record.parameters) else None
+             for record in records]  # fmt: skip
     flops = [training_flops(record) for record in records]
     return CostOverMean(mean, False, ratio, added, *(_less(*pair) for pair in (memory, sizes, flops)))
 
 
 def _in_turn(configuration: Configuration, mean: Configuration | None) -> CostOverMean | None:
     """Return the cost by what each run timed itself; None unless every one did."""
-    found = {seed: quantities.of_speed(run.record, "marginal") for seed, run in configuration.counted.items()}
-    if not found or None in found.values():
+    runs = configuration.counted
+    found = {seed: one for seed, run in runs.items() if (one := quantities.marginal(run.record))}
+    if not found or len(found) < len(runs):
         return None
-    times = {seed: (one["step_seconds"], one["reference_step_seconds"]) for seed, one in found.items()}
+    times = {seed: (one.step_seconds, one.reference_step_seconds) for seed, one in found.items()}
     ratio = {seed: math.log(statistics.median(paired_ratios(*both))) for seed, both in times.items()}
     added = {seed: difference_of_medians(*both) for seed, both in times.items()}
-    memory = [one["peak_allocated_bytes"] for one in found.values()]
+    peaks = [one.peak_allocated_bytes for one in found.values()]
+    memory = [peak for peak in peaks if is_measured(peak)]
     first = next(iter(found.values()))
     return CostOverMean(
         mean, True, Summary(ratio), Summary(added),
-        statistics.fmean(memory) if all(map(is_measured, memory)) else None,
-        first["parameters"], first["training_flops_per_token"],
+        statistics.fmean(memory) if len(memory) == len(peaks) else None,
+        first.parameters, first.training_flops_per_token,
     )  # fmt: skip
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from bench.measure.quantity import MINUS as MINUS
-from bench.measure.quantity import exp_or_infinity, number
+from bench.record import MINUS as MINUS
+from bench.record import Time, exp_or_infinity, number
 
 Interval = tuple[float, float]
 
@@ -57,7 +54,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def in_parts(time: Mapping[str, Any]) -> str:
+def in_parts(time: Time) -> str:
     """Return `` in 2 parts`` of a record's ``time``, where the run was stopped and resumed; else nothing."""
-    parts = len(time.get("parts") or ())
+    parts = len(time.parts)
     return f" in {parts} parts" if parts > 1 else ""

@@ -10,7 +10,7 @@ from bench.analysis import quantities
 from bench.analysis.numbers import Interval
 from bench.analysis.significance import t_interval
 from bench.analysis.study import Configuration
-from bench.records.schema import Record
+from bench.record import Record
 
 
 @dataclass(frozen=True)

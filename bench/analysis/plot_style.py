@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from bench.analysis.numbers import share
 from bench.analysis.quantities import unknown_words_share
 from bench.files import write_together
-from bench.records.schema import Record
+from bench.record import Record
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; black is for text and reference lines.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -128,12 +128,12 @@ def headed_figure(
 
 def run_title(record: Record) -> str:
     """Return coupler, experts, seed and name in one line; a long name loses its middle."""
-    model = record["config"]["model"]
+    model = record.config.model
     parts = [model["coupler_type"]]
     if model["coupler_type"] == "HGNN":
         parts += [model["hgnn_conv_type"], model["static_hyperedge_strategy"]]
-    name = record["run_name"] or record["run_id"]
-    parts += [f"E {model['num_experts']}", f"seed {record['seed']}", name]
+    name = record.run_name or record.run_id
+    parts += [f"E {model['num_experts']}", f"seed {record.seed}", name]
     return printable(" · ".join(shorten(part) for part in parts))
 
 
@@ -175,12 +175,12 @@ def wrap(text: str, points: float, weight: str = "normal", size: int = TITLE_SIZ
 def warnings_of(record: Record) -> list[str]:
     """Return what a reader of any plot of this run must not miss."""
     notes = []
-    if record["data"].get("source") == "embedded":
+    if record.embedded:
         notes.append("NOT WIKITEXT-2: embedded text")
-    if record["status"] == "gate_failed":
-        notes.append("gate failed: the perplexity does not count")
-    elif record["status"] != "ok":
-        notes.append(f"status: {record['status']}")
+    if record.status == "check_failed":
+        notes.append("leak check failed: the perplexity does not count")
+    elif record.status != "ok":
+        notes.append(f"status: {record.status}")
     if unknown := unknown_words_share(record):
         notes.append(f"{share(unknown)} of the scored tokens are unknown words")
     return notes

@@ -11,7 +11,7 @@ from bench.analysis.hyperedge_figures import trajectories_plot, weights_plot
 from bench.analysis.plot_style import BLUE, GREEN, ORANGE, Plot, new_figure, plot_style, write_plots
 from bench.analysis.run_data import RunData, read_run
 from bench.analysis.training_figure import training_plot
-from bench.measure.quantity import is_measured
+from bench.record import is_measured
 
 PARTS = {
     "expert": ("experts", BLUE, ""),
@@ -46,21 +46,21 @@ def plot_run(folder: Path) -> list[Path]:
 
 def parameters_plot(run: RunData) -> Plot | None:
     """Return ``parameters``: a bar a part, or None where the model was not built."""
-    counts = run.record["parameters"]
+    counts = run.record.parameters
     if not is_measured(counts):
         return None
-    figure = new_figure(run.record, f"Parameters by part: {counts['total']:,} in all", 10, 1.7)
+    figure = new_figure(run.record, f"Parameters by part: {counts.total:,} in all", 10, 1.7)
     axes = figure.subplots()
-    for part, (_, colour, hatch) in PARTS.items():
-        bar = axes.barh(
-            PARTS[part][0], counts[part], color=colour, hatch=hatch, edgecolor="black", linewidth=0.5
-        )
-        share = 100 * counts[part] / counts["total"]
-        axes.bar_label(bar, [f"{counts[part]:,} ({share:.1f} %)"], padding=4)
+    by_part = {part: getattr(counts, part) for part in PARTS}
+    for part, count in by_part.items():
+        _, colour, hatch = PARTS[part]
+        bar = axes.barh(PARTS[part][0], count, color=colour, hatch=hatch, edgecolor="black", linewidth=0.5)
+        share = 100 * count / counts.total
+        axes.bar_label(bar, [f"{count:,} ({share:.1f} %)"], padding=4)
     axes.invert_yaxis()
     axes.set_xlabel("parameters")
-    axes.set_xlim(0, 1.3 * max(counts[part] for part in PARTS))
+    axes.set_xlim(0, 1.3 * max(by_part.values()))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(False, axis="y")
-    return Plot("parameters", figure, ("part", "parameters"), [(part, counts[part]) for part in PARTS])
+    return Plot("parameters", figure, ("part", "parameters"), list(by_part.items()))

@@ -10,8 +10,7 @@ from typing import Any
 
 from bench.analysis.numbers import counted, in_parts, number
 from bench.analysis.study import Run
-from bench.measure.quantity import is_measured
-from bench.records.schema import Record
+from bench.record import NotMeasured, Record, is_measured
 
 CODE = ("project_sha256", "code_sha256", "git_commit", "git_changes_sha256")
 COUPLER = "coupler_sha256"
@@ -19,6 +18,7 @@ DIGITS = 12
 """Of a hash of code where it is named."""
 MEASURED = ("parameters", "flops", "quality", "speed", "memory", "communication")
 Facts = list[tuple[str, str]]
+NULL = set(NotMeasured.model_fields)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Codes:
 
 def codes_of(runs: Iterable[Run]) -> Codes:
     """Return the versions of the code that made runs; where no run has its hash, by the hash of all code."""
-    known = [(run, run.record["environment"]) for run in runs if is_measured(run.record["environment"])]
-    of_project = [environment.get("project_sha256") for _, environment in known]
+    known = [(run, run.record.environment) for run in runs if is_measured(run.record.environment)]
+    of_project = [environment.project_sha256 for _, environment in known]
     old = not any(of_project)
-    hashes = [environment.get("code_sha256") for _, environment in known] if old else of_project
+    hashes = [environment.code_sha256 for _, environment in known] if old else of_project
     found = {text: [] for text, _ in Counter(filter(None, hashes)).most_common()}
     for (run, _), text in zip(known, hashes, strict=True):
         if text:
@@ -96,7 +96,7 @@ def code_note(runs: Sequence[Run]) -> str:
     own: dict[str, list[str]] = {}
     for run in runs:
         code = run.key[1]
-        name = run.record["config"]["model"]["coupler_type"]
+        name = run.record.config.coupler
         if ":" in name and code:
             own.setdefault(name, []).append(code)
     for name, hashes in own.items():
@@ -110,10 +110,10 @@ def _commits(runs: Sequence[Run]) -> str:
     """Return the commits at which a version of the code was run, with whether there were changes to them."""
     found = {}
     for run in runs:
-        environment = run.record["environment"]
-        if environment.get("git_commit"):
-            changed = " with changes" if environment.get("git_changes_sha256") else ""
-            found[environment["git_commit"][:8] + changed] = None
+        environment = run.record.environment
+        if is_measured(environment) and environment.git_commit:
+            changed = " with changes" if environment.git_changes_sha256 else ""
+            found[environment.git_commit[:8] + changed] = None
     few = [*list(found)[:2], "…"] if len(found) > 2 else list(found)
     return f" of commit {', '.join(few)}" if few else ""
 
@@ -136,36 +136,35 @@ def run_facts(run: Run, configuration: str, kinds: Mapping[str, Sequence[Kind]])
     own = [(key, next(kind for kind in found if kind.identity == identities[key]))
            for key, found in kinds.items()]  # fmt: skip
     return RunFacts(
-        run_id=record["run_id"], name=record["run_name"] or "", configuration=configuration,
-        status=run.status, command=record["command"], error=record["error"], kinds=own, facts=_facts(run),
+        run_id=record.run_id, name=record.run_name or "", configuration=configuration,
+        status=run.status, command=record.command, error=record.error, kinds=own, facts=_facts(run),
     )  # fmt: skip
 
 
-def gate_words(record: Record) -> str:
-    """Return the gate's verdict, with what did not pass."""
-    gate = record["gate"]
-    if not is_measured(gate):
-        return f"no verdict: {gate['reason']}" if gate else "no verdict"
-    failed = [f"{name}: {check.get('detail', '')}" for name, check in gate["checks"].items()
-              if not check.get("passed")]  # fmt: skip
-    if gate["passed"]:
-        return f"passed: {', '.join(gate['checks'])}"
+def check_words(record: Record) -> str:
+    """Return the verdict of the leak check, with what did not pass."""
+    found = record.check
+    if not is_measured(found):
+        return f"no verdict: {found.reason}"
+    if found.passed:
+        return f"passed: {', '.join(found.checks)}"
+    failed = [f"{name}: {check.detail}" for name, check in found.checks.items() if not check.passed]
     return f"FAILED: {'; '.join(failed) or 'no check says why'}"
 
 
 def _facts(run: Run) -> Facts:
-    record, time = run.record, run.record["time"]
-    seconds = (time.get("seconds") or {}).get("total")
-    spent = seconds and f"{number(seconds, 1)} s{in_parts(time)}"
-    started = ", ".join(filter(None, (time.get("start"), spent)))
-    loss, test, used = run.loss(), run.loss("test"), record["used"]
+    record, time = run.record, run.record.time
+    seconds = time.seconds.get("total")
+    spent = f"{number(seconds, 1)} s{in_parts(time)}" if seconds else ""
+    started = ", ".join(filter(None, (time.start, spent)))
+    loss, test, used = run.loss(), run.loss("test"), record.used
     found = [
-        ("name", record["run_name"]), ("started", started),
+        ("name", record.run_name), ("started", started),
         ("loss on validation", loss and f"{loss:.6f} nats a token"),
         ("loss on test", test and f"{test:.6f} nats a token"),
-        ("steps", number(used["steps"], 0) if is_measured(used) else None),
+        ("steps", number(used.steps, 0) if is_measured(used) else None),
         ("hash of the configuration", run.key[0]), ("hash of the coupler's code", run.key[1]),
-        ("gate", gate_words(record)), ("not measured", _not_measured(record)),
+        ("leak check", check_words(record)), ("not measured", _not_measured(record)),
     ]  # fmt: skip
     return [(name, str(text)) for name, text in found if text]
 
@@ -174,20 +173,18 @@ def _not_measured(record: Record) -> str:
     """Return what was not measured, and why."""
     by_reason: dict[str, list[str]] = {}
     for key in MEASURED:
-        if not is_measured(record[key]):
-            reason = (record[key] or {}).get("reason") or "no reason is known"
-            by_reason.setdefault(reason, []).append(key)
+        found = getattr(record, key)
+        if isinstance(found, NotMeasured):
+            by_reason.setdefault(found.reason, []).append(key)
     return "; ".join(f"{', '.join(keys)}: {reason}" for reason, keys in by_reason.items())
 
 
-def _part(record: Record, key: str) -> Any:
-    if key == "data":
-        return record["data"]
-    environment = record["environment"]
-    if not is_measured(environment):
-        return environment
-    return {name: value for name, value in environment.items()
-            if name != COUPLER and (name in CODE) == (key == "code")}  # fmt: skip
+def _part(record: Record, key: str) -> dict[str, Any]:
+    found = record.data if key == "data" else record.environment
+    if isinstance(found, NotMeasured) or key == "data":
+        return found.model_dump()
+    code = {*CODE, COUPLER}
+    return found.model_dump(include=set(CODE)) if key == "code" else found.model_dump(exclude=code)
 
 
 def _identity(part: Any) -> str:
@@ -195,23 +192,22 @@ def _identity(part: Any) -> str:
 
 
 def _words(part: Any, key: str) -> str:
-    if not is_measured(part):
-        return f"not known: {(part or {}).get('reason') or 'no reason is known'}"
+    if set(part) == NULL:
+        return f"not known: {part['reason']}"
     if key == "data":
-        names = [part.get("name"), part.get("config_name"), part.get("verdict") and f"({part['verdict']})"]
-        return " ".join(str(name) for name in names if name) + f", sha256 {part.get('sha256') or 'not known'}"
+        names = [part["name"], part["config_name"], part["verdict"] and f"({part['verdict']})"]
+        return " ".join(str(name) for name in names if name) + f", sha256 {part['sha256']}"
     if key == "code":
-        dirty = ", with changes" if part.get("git_changes_sha256") else ""
-        commit = part.get("git_commit")
-        text = part.get("project_sha256") or part.get("code_sha256")
+        dirty = ", with changes" if part["git_changes_sha256"] else ""
+        commit = part["git_commit"]
+        text = part["project_sha256"] or part["code_sha256"]
         return f"sha256 {text}" + (f", commit {commit[:12]}{dirty}" if commit else "")
-    torch = (part.get("packages") or {}).get("torch")
-    return f"{part.get('device_name')}, Python {part.get('python')}, torch {torch}"
+    return f"{part['device_name']}, Python {part['python']}, torch {part['packages'].get('torch')}"
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield the names and texts of nested values, None as "none"."""
-    if isinstance(value, dict) and value and is_measured(value):
+    if isinstance(value, dict) and value and set(value) != NULL:
         for key, item in value.items():
             yield from _flat(item, f"{name} {key}".strip())
     elif isinstance(value, dict) and value:

@@ -20,7 +20,7 @@ from bench.analysis.tables import Table
 from bench.analysis.weights import WeightsReading, read_weights
 from bench.analysis.weights_figures import weights_plots
 from bench.analysis.words import verdict_sentences
-from bench.records.foreign import visible
+from bench.foreign import visible
 from bench.sweeps.hypotheses import Hypothesis, stated
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
@@ -153,7 +153,7 @@ def _when(study: Study, time: str | None) -> str:
         return (
             "given to the report, not kept by the sweep: nothing shows that they were stated before the runs"
         )
-    starts = [run.record["time"].get("start") for run in study.runs]
+    starts = [run.record.time.start for run in study.runs]
     starts += [run.get("start") for run in set_aside(study.path)]
     earlier = sum(start is None or start < time for start in starts)
     order = "before the first run" if not earlier else (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,16 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from bench.analysis.record_check import check_record
-from bench.measure.quantity import is_measured
-from bench.records.foreign import inside, shown
-from bench.records.schema import Record
+from bench.foreign import inside
+from bench.record import Record, is_measured, read_json, read_record
 from gnnmoe.config import Refused
 
 Row = dict[str, Any]
 NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
-ARTICLES, PACKED_HISTORY, REDACTED = "articles.npz", "history.jsonl.gz", "redacted.json"
-"""What a redacted study has in the place of ``NLL`` and of ``HISTORY``, and what says that it is one."""
+ARTICLES, PACKED_HISTORY, PUBLISHED = "articles.npz", "history.jsonl.gz", "published.json"
+"""What a published study has in the place of ``NLL`` and of ``HISTORY``, and what says that it is one."""
 SPLITS = ("validation", "test")
 MOST_ARTICLES = 2**20
 """Articles that any file of losses may number; a file with more tokens may number as many as those."""
@@ -43,7 +42,7 @@ class RunData:
 
     def parts(self, prefix: str) -> dict[int, dict[str, Any]]:
         """Return layer → name → value of the record's communication, for names that begin so."""
-        communication = self.record["communication"]
+        communication = self.record.communication
         if not is_measured(communication):
             return {}
         found = {
@@ -56,46 +55,9 @@ class RunData:
 
     def when(self) -> str:
         """Return, in words, the step whose state the record's communication describes."""
-        return f"at step {self.record['quality']['best_step']:,}, the best on validation"
-
-
-def read_record(folder: Path, *, as_stored: bool = False) -> Record:
-    """Read the record of a run folder, with its texts as they may be shown (``bench.records.foreign``).
-
-    Args:
-        folder: Of the run.
-        as_stored: Leave the texts as they are on the disk.
-
-    Raises:
-        Refused: there is no record.json, or it cannot be read, is cut short, is of another schema or lacks
-            what the analysis reads; names the file and the key.
-    """
-    path = folder / "record.json"
-    if not path.is_file():
-        raise Refused(f"{folder} is no run folder: it holds no record.json.")
-    stored = read_json(path)
-    try:
-        record = shown(stored)
-        check_record(record)
-    except Refused as error:
-        raise Refused(f"{path} is damaged: {error}.") from error
-    return stored if as_stored else record
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, whoever wrote it.
-
-    Raises:
-        Refused: it cannot be read, is cut short or nested too deeply; names it.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
-    except RecursionError as error:
-        raise Refused(f"{path} is nested too deeply to be read.") from error
+        quality = self.record.quality
+        assert is_measured(quality), "who has a communication was evaluated"
+        return f"at step {quality.best_step:,}, the best on validation"
 
 
 def read_run(folder: Path) -> RunData:
@@ -126,7 +88,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Return Σ nll in nats and the tokens of each article that was scored, each (A,) in float64.
 
-    From the losses of tokens where the run has them, else from the sums that a redacted study keeps. None
+    From the losses of tokens where the run has them, else from the sums that a published study keeps. None
     where ``split`` is in neither.
 
     Raises:
@@ -162,7 +124,7 @@ def _unlike_losses(nll: np.ndarray, article: np.ndarray | None) -> str:
 
 
 def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the sums that a redacted study keeps of ``split``, None where it has none.
+    """Return the sums that a published study keeps of ``split``, None where it has none.
 
     Raises:
         Refused: the file cannot be read, or they are no sums.
@@ -183,29 +145,30 @@ def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def set_aside(study: Path) -> list[dict[str, Any]]:
-    """Return run_id, status and start of the runs set aside, also of those that a redaction left out.
+    """Return run_id, status and start of the runs set aside, also of those that were not published.
 
     Raises:
-        Refused: as ``redaction``.
+        Refused: as ``publication``.
     """
     found = []
     for path in sorted(study.glob("*.*/record.json")):
         with suppress(Refused):
             record = read_record(path.parent)
-            found.append({"run_id": path.parent.name, "status": record["status"],
-                          "start": record["time"].get("start")})  # fmt: skip
-    return found + (redaction(study) or {"set_aside": []})["set_aside"]
+            name = path.parent.name
+            if re.fullmatch(rf"{re.escape(record.run_id)}\.[1-9]\d*", name):  # not a copy
+                found.append({"run_id": name, "status": record.status, "start": record.time.start})
+    return found + (publication(study) or {"set_aside": []})["set_aside"]
 
 
-def redaction(study: Path) -> dict[str, Any] | None:
-    """Return what ``--redact`` says of the study that it wrote, None where this is none.
+def publication(study: Path) -> dict[str, Any] | None:
+    """Return what ``--publish`` says of the study that it wrote, None where this is none.
 
     ``files`` are the sha256 of the published files by name; ``set_aside`` runs as ``set_aside`` has them.
 
     Raises:
-        Refused: the file cannot be read, is none that ``--redact`` wrote, or names a file elsewhere.
+        Refused: the file cannot be read, is none that ``--publish`` wrote, or names a file elsewhere.
     """
-    path = study / REDACTED
+    path = study / PUBLISHED
     if not path.is_file():
         return None
     said = read_json(path)
@@ -214,7 +177,7 @@ def redaction(study: Path) -> dict[str, Any] | None:
         isinstance(run, dict) and isinstance(run.get("start"), str | None) for run in aside
     )
     if not sound or not is_names(said.get("files")):
-        raise Refused(f"{path} is not what --redact writes; fetch the study again, or delete that file.")
+        raise Refused(f"{path} is not what --publish writes; fetch the study again, or delete that file.")
     for name in said["files"]:
         inside(study, name, path)
     return said
@@ -239,7 +202,7 @@ def damaged_arrays(folder: Path) -> list[str]:
 
 
 def history_text(folder: Path) -> str | None:
-    """Return a run's history, also the compressed one of a redacted study; None where there is none.
+    """Return a run's history, also the compressed one of a published study; None where there is none.
 
     Raises:
         Refused: the compressed one cannot be read; names it.

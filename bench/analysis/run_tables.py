@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from bench.analysis import quantities
 from bench.analysis.numbers import mebibytes, number, share
-from bench.analysis.provenance import COUPLER, DIGITS
+from bench.analysis.provenance import DIGITS
 from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Group, Run, Study, doubled_words, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
-from bench.measure.quantity import is_measured
-from bench.records.foreign import visible
-from bench.records.schema import Record
+from bench.foreign import visible
+from bench.record import Environment, NotMeasured, Record, is_measured
 
 
 def runs_table(groups: Sequence[Group]) -> Table:
@@ -35,8 +33,8 @@ def failures_table(study: Study) -> Table:
             for run in found.runs:
                 if others or not run.counts:
                     doubled = others.get(run.seed, "another seed of this row has several runs")
-                    why = doubled if run.counts else run.record["error"] or ""
-                    rows.append(_failure(found.label, run.seed, run.record["run_id"], run.status, why))
+                    why = doubled if run.counts else run.record.error or ""
+                    rows.append(_failure(found.label, run.seed, run.record.run_id, run.status, why))
     rows += [_failure("", None, visible(folder.name), kind, why)
              for kind, folders in (("unreadable", study.unreadable), ("not counted", study.misplaced))
              for folder, why in folders]  # fmt: skip
@@ -46,11 +44,8 @@ def failures_table(study: Study) -> Table:
 def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells:
     """Return what a table says of one run, raw; ``table`` is the number of the comparison that it is in."""
     record, setting = run.record, Setting.of(run.record, allow_unequal=False)
-    config, environment = record["config"], record["environment"]
-    used = record["used"]
-    seconds = record["time"].get("seconds") or {}
     return {
-        "run_id": record["run_id"], "name": record["run_name"], "configuration": configuration.label,
+        "run_id": record.run_id, "name": record.run_name, "configuration": configuration.label,
         "seed": run.seed, "status": run.status, "perplexity": quantities.perplexity(record),
         "loss_nats": run.loss(), "test_perplexity": quantities.perplexity(record, "test"),
         "unknown_words_share": quantities.unknown_words_share(record),
@@ -59,35 +54,36 @@ def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells
         "tokens_per_second": quantities.tokens_per_second(record),
         "matrix_utilisation": quantities.utilisation(record),
         "peak_memory_bytes": quantities.peak_memory_bytes(record),
-        "requested_batch_size": config["training"].get("batch_size"),
+        "requested_batch_size": record.config.batch_size,
         **_sizes(record),
-        "steps": used["steps"] if is_measured(used) else None,
-        "seconds": seconds.get("total"), "start": record["time"].get("start"),
-        **_code(environment),
+        "steps": record.used.steps if is_measured(record.used) else None,
+        "seconds": record.time.seconds.get("total"), "start": record.time.start,
+        **_code(record.environment),
         "table": table, "corpus": setting.corpus_words(), "device": setting.device_words(),
-        "scored": setting.scored_words(), "command": record["command"],
+        "scored": setting.scored_words(), "command": record.command,
     }  # fmt: skip
 
 
 def _sizes(record: Record) -> Cells:
     """Return length and micro-batch as they were found by a search, and as they were used."""
-    used, tuned = record["used"], record["tuned"]
-    found = tuned if is_measured(tuned) else {}
-    ran = used if is_measured(used) else {}
+    tuned = record.tuned if is_measured(record.tuned) else None
+    used = record.used if is_measured(record.used) else None
     return {
-        "tuned_status": found.get("status"), "tuned_length": found.get("length"),
-        "tuned_micro_batch_size": found.get("micro_batch_size"),
-        "used_shapes": " ".join(ran.get("micro_batch_shapes") or ran.get("batch_shapes", ())) or None,
-        "used_micro_batch_size": ran.get("micro_batch_size"), "used_accumulation": ran.get("accumulation"),
-        "recoveries": len(ran["recoveries"]) if "recoveries" in ran else None,
+        "tuned_status": tuned and tuned.status, "tuned_length": tuned and tuned.length,
+        "tuned_micro_batch_size": tuned and tuned.micro_batch_size,
+        "used_shapes": " ".join(used.micro_batch_shapes or used.batch_shapes) or None if used else None,
+        "used_micro_batch_size": used and used.micro_batch_size,
+        "used_accumulation": used and used.accumulation,
+        "recoveries": None if used is None else len(used.recoveries),
     }  # fmt: skip
 
 
-def _code(environment: dict[str, Any]) -> Cells:
+def _code(environment: Environment | NotMeasured) -> Cells:
     """Return the first digits of the hashes of the project's code and of the coupler's, if they are known."""
-    found = environment if is_measured(environment) else {}
-    project = found.get("project_sha256") or found.get("code_sha256") or ""
-    return {"code": project[:DIGITS], "coupler_code": (found.get(COUPLER) or "")[:DIGITS]}
+    if not is_measured(environment):
+        return {"code": "", "coupler_code": ""}
+    project = environment.project_sha256 or environment.code_sha256 or ""
+    return {"code": project[:DIGITS], "coupler_code": (environment.coupler_sha256 or "")[:DIGITS]}
 
 
 def _run_texts(cells: Cells, several: bool, utilisation: bool, unknown: bool) -> Cells:

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.analysis.numbers import share
-from bench.measure.quantity import is_measured
-from bench.records.schema import Record
-
-PROTOCOL = ("tokens", "length", "stride", "unknown_words")
+from bench.record import Record, is_measured
 
 
 @dataclass(frozen=True)
@@ -85,37 +82,31 @@ class Setting:
 
 def asked(record: Record) -> tuple[Any, ...]:
     """Return the batch size and the length that a run asked for."""
-    config = record["config"]
-    return config["training"].get("batch_size"), config["model"].get("max_seq_length")
+    return record.config.batch_size, record.config.max_seq_length
 
 
 def _corpus(record: Record) -> tuple[Any, ...] | None:
-    data = record["data"]
-    return tuple(data.get(key) for key in ("name", "config_name", "tokenizer", "sha256")) \
-        if is_measured(data) and data.get("sha256") else None  # fmt: skip
+    data = record.data
+    return (data.name, data.config_name, data.tokenizer, data.sha256) if is_measured(data) else None
 
 
 def _device(record: Record) -> tuple[Any, ...] | None:
-    environment = record["environment"]
+    environment = record.environment
     if not is_measured(environment):
         return None
-    kind = environment["device_type"]
-    threads = environment["threads"] if kind == "cpu" else None
-    return kind, environment["device_name"], threads, environment.get("world_size", 1)
+    threads = environment.threads if environment.device_type == "cpu" else None
+    return environment.device_type, environment.device_name, threads, environment.world_size
 
 
 def _protocol(record: Record) -> tuple[Any, ...] | None:
-    quality = record["quality"]
-    if not is_measured(quality) or not is_measured(quality.get("validation")):
-        return None
-    return tuple(quality["validation"][key] for key in PROTOCOL)
+    scored = record.split()
+    return scored and (scored.tokens, scored.length, scored.stride, scored.unknown_words)
 
 
 def _used(record: Record) -> tuple[Any, ...] | None:
     """Return the batch sizes and the lengths that were used; None where the run did not train."""
-    used = record["used"]
-    sizes = {epoch["batch_size"] for epoch in used["ledger"]["epochs"]} if is_measured(used) else set()
-    if not sizes:
+    used = record.used
+    sizes = {epoch.batch_size for epoch in used.ledger.epochs} if is_measured(used) else set()
+    if not sizes or not is_measured(used):
         return None
-    lengths = used.get("lengths") or [record["config"]["model"].get("max_seq_length")]
-    return tuple(sorted(sizes)), tuple(lengths)
+    return tuple(sorted(sizes)), tuple(used.lengths or [record.config.max_seq_length])

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.analysis.labels import Key, Settings, labels, settings_of
-from bench.analysis.run_data import RunData, article_sums, damaged_arrays, read_record, read_run
+from bench.analysis.run_data import RunData, article_sums, damaged_arrays, read_run
 from bench.analysis.setting import Setting, asked
-from bench.measure.quantity import is_measured
-from bench.records.foreign import visible
-from bench.records.schema import Record
+from bench.foreign import visible
+from bench.record import Record, is_measured, read_record
 from gnnmoe.config import Refused
 
 
@@ -30,12 +29,12 @@ class Run:
     @property
     def seed(self) -> int:
         """The seed of the run."""
-        return self.record["seed"]
+        return self.record.seed
 
     @property
     def status(self) -> str:
         """The status of the record."""
-        return self.record["status"]
+        return self.record.status
 
     @property
     def counts(self) -> bool:
@@ -44,10 +43,8 @@ class Run:
 
     def loss(self, split: str = "validation") -> float | None:
         """Return the mean loss of ``split`` in nats a token, None where it was not measured."""
-        quality = self.record["quality"]
-        if not is_measured(quality) or not is_measured(quality.get(split)):
-            return None
-        return quality[split]["nll_sum"] / quality[split]["tokens"]
+        scored = self.record.split(split)
+        return None if scored is None else scored.loss_nats
 
     @cached_property
     def data(self) -> RunData:
@@ -65,9 +62,8 @@ class Run:
     @property
     def key(self) -> Key:
         """What all seeds of a row have in common: the configuration, and the code of its coupler."""
-        environment = self.record["environment"]
-        code = environment.get("coupler_sha256") if is_measured(environment) else None
-        return self.record["configuration"], code
+        environment = self.record.environment
+        return self.record.configuration, environment.coupler_sha256 if is_measured(environment) else None
 
 
 def statuses(runs: Iterable[Run]) -> str:
@@ -118,7 +114,7 @@ def doubled_words(configuration: Configuration) -> list[str]:
     """Return, for each seed that several runs of a configuration count for, which runs they are."""
     return [
         f"{configuration.label}: several runs are of seed {seed}, "
-        f"{' and '.join(run.record['run_id'] for run in runs)}. No run of this row is averaged or compared; "
+        f"{' and '.join(run.record.run_id for run in runs)}. No run of this row is averaged or compared; "
         "move the wrong ones out of the study."
         for seed, runs in configuration.doubled.items()
     ]
@@ -134,7 +130,7 @@ class Group:
     @property
     def embedded(self) -> bool:
         """Whether the text is the embedded one, which every table and plot must say."""
-        return any(run.record["data"].get("source") == "embedded" for run in self.runs)
+        return any(run.record.embedded for run in self.runs)
 
     @property
     def runs(self) -> list[Run]:
@@ -182,11 +178,11 @@ def load_study(path: Path, allow_unequal: bool = False) -> Study:
         except Refused as error:
             unreadable.append((folder, visible(str(error))))
             continue
-        if is_of_run(folder, record["run_id"]):
+        if is_of_run(folder, record.run_id):
             runs.append(Run(folder, record))
             unreadable += [(folder, visible(why)) for why in damaged_arrays(folder)]
-        elif not is_of_run(folder, record["run_id"], set_aside=True):
-            why = f"its record is of run {record['run_id']}: a copy, or a renamed folder"
+        elif not is_of_run(folder, record.run_id, set_aside=True):
+            why = f"its record is of run {record.run_id}: a copy, or a renamed folder"
             misplaced.append((folder, why))
     if not runs:
         others = [f"{visible(folder.name)}: {why}" for folder, why in (*unreadable, *misplaced)]
@@ -215,7 +211,7 @@ def grouped(runs: Sequence[Run], allow_unequal: bool = False) -> list[Group]:
         else:
             home.append(run)
     rows = [(setting, _rows(some)) for setting, some in by_setting]
-    every = [(key, settings_of(some[0].record["config"])) for _, found in rows for key, some in found.items()]
+    every = [(key, settings_of(some[0].record.config)) for _, found in rows for key, some in found.items()]
     names = iter(labels([settings for _, settings in every], [key for key, _ in every]))
     settings = iter([settings for _, settings in every])
     result = [
@@ -249,9 +245,9 @@ def _rows(runs: Iterable[Run]) -> dict[Key, list[Run]]:
     A run that ended before it knew its code stands with another one of its configuration.
     """
     found: dict[Key, list[Run]] = {}
-    ordered = sorted(runs, key=lambda run: (run.record["time"].get("start") or "", run.seed))
-    for run in sorted(ordered, key=lambda run: not is_measured(run.record["environment"])):
-        knows = is_measured(run.record["environment"])
+    ordered = sorted(runs, key=lambda run: (run.record.time.start, run.seed))
+    for run in sorted(ordered, key=lambda run: not is_measured(run.record.environment)):
+        knows = is_measured(run.record.environment)
         own = None if knows else next((key for key in found if key[0] == run.key[0]), None)
         found.setdefault(own or run.key, []).append(run)
     return {key: sorted(some, key=lambda run: run.seed) for key, some in found.items()}

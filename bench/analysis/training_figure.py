@@ -13,7 +13,6 @@ from bench.analysis.numbers import number
 from bench.analysis.plot_style import BLUE, ORANGE, SKY, Plot, log_ticks, new_figure, step_axis
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.run_data import Row, RunData
-from bench.measure.quantity import is_measured
 
 FEW, MARKED = 12, 40  # so few steps, and so few evaluations, are marked one by one
 MAX_NATS = 25  # beyond it perplexity has no readable scale
@@ -34,7 +33,7 @@ def training_plot(run: RunData) -> Plot | None:
     _draw_loss(loss, run.train, smoothed, span)
     _draw_evaluation(evaluation, run)
     _draw_learning_rate(rate, run.train)
-    _draw_gradient_norm(norm, run.train, run.record["config"]["training"]["max_grad_norm"])
+    _draw_gradient_norm(norm, run.train, run.record.config.training["max_grad_norm"])
     steps = [row["step"] for row in (*run.train, *run.validation)]
     for axes in (loss, evaluation, rate, norm):
         step_axis(axes, steps, margin=0.02)
@@ -137,14 +136,11 @@ def _draw_evaluation(axes: Axes, run: RunData) -> None:
 
 def _reference_losses(run: RunData) -> dict[str, float]:
     """Return the losses of simple models, where the record scores the tokens that the evaluations did."""
-    quality = run.record["quality"]
-    if not is_measured(quality) or not is_measured(quality["validation"]):
+    scored = run.record.split()
+    if scored is None or any(row["tokens"] != scored.tokens for row in run.validation):
         return {}
-    scored = quality["validation"]
-    if any(row["tokens"] != scored["tokens"] for row in run.validation):
-        return {}
-    names = {"unigram": "unigram_nll_sum", "trigram": "kneser_ney_trigram_nll_sum"}
-    return {name: scored[key] / scored["tokens"] for name, key in names.items() if key in scored}
+    sums = {"unigram": scored.unigram_nll_sum, "trigram": scored.kneser_ney_trigram_nll_sum}
+    return {name: nll / scored.tokens for name, nll in sums.items() if nll is not None}
 
 
 def _draw_learning_rate(axes: Axes, train: list[Row]) -> None:

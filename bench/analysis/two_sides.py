@@ -17,8 +17,7 @@ from bench.analysis.over_seeds import summary
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Run, doubled_words, grouped, is_of_run, load_study
-from bench.measure.quantity import is_measured
-from bench.records.schema import Record
+from bench.record import Record, is_measured
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
@@ -77,7 +76,7 @@ def read_side(text: str, results_dir: Path) -> Side:
                          "python -m bench.report ls lists them.")  # fmt: skip
     runs = find_runs(text, results_dir)
     for run in runs:
-        run_id = run.record["run_id"]
+        run_id = run.record.run_id
         if not is_of_run(run.folder, run_id) and not is_of_run(run.folder, run_id, set_aside=True):
             raise Refused(f"the record in {run.folder} is of run {run_id}: a copy, or a renamed folder, "
                              "which does not count.")  # fmt: skip
@@ -189,8 +188,7 @@ def _ratio_of(quantity: Quantity) -> Callable[[Difference], float | None]:
 
 def parameters(record: Record) -> float | None:
     """Return the number of parameters of the model."""
-    counts = record["parameters"]
-    return counts["total"] if is_measured(counts) else None
+    return record.parameters.total if is_measured(record.parameters) else None
 
 
 def _perplexity(difference: Difference) -> float | None:

@@ -13,9 +13,8 @@ from bench.analysis.numbers import counted
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
 from bench.analysis.report_files import OPTIONS, PAGE, ReportOptions, read_options, text_files
-from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums, redaction
+from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums, publication
 from bench.analysis.study import Run
-from bench.measure.quantity import is_measured
 from gnnmoe.config import Refused
 
 
@@ -26,16 +25,16 @@ def verify(
 
     Args:
         study: Folder of the study.
-        folder: Of its report. A study that ``--redact`` published need have none: then its files are held
+        folder: Of its report. A study that ``--publish`` published need have none: then its files are held
             against the hashes taken when it was published, and its records against the sums by article.
         make: Makes the report anew, with the options that it was made with.
 
     Raises:
-        Refused: there is neither a report nor what ``--redact`` wrote, or the options cannot be read.
+        Refused: there is neither a report nor what ``--publish`` wrote, or the options cannot be read.
     """
-    redacted = redaction(study)
-    hashes: dict[str, str] = {} if redacted is None else redacted["files"]
-    options = read_options(folder) if redacted is None or (folder / OPTIONS).is_file() else None
+    published = publication(study)
+    hashes: dict[str, str] = {} if published is None else published["files"]
+    options = read_options(folder) if published is None or (folder / OPTIONS).is_file() else None
     report = make(options)
     changed = dict(_changed(study, hashes))
     runs = {run.folder: run for run in report.study.runs}
@@ -51,7 +50,7 @@ def verify(
     if options is not None:
         problems += _problems_of_report(report, options, folder)
         against.append(f"{len(options['files']):,} files of {folder}")
-    if redacted is not None:
+    if published is not None:
         against.append(f"{len(hashes):,} published files of {study}")
     return problems, f"{' and '.join(against)}; of {counted(len(runs), 'record')}, {_words(ways)}"
 
@@ -81,8 +80,7 @@ def _way(run: Run) -> str:
 
 
 def _measured_splits(run: Run) -> list[str]:
-    quality = run.record["quality"]
-    return [split for split in SPLITS if is_measured(quality) and is_measured(quality.get(split))]
+    return [split for split in SPLITS if run.record.split(split)]
 
 
 def _unlike_losses(run: Run, hashes: Mapping[str, str]) -> Iterator[str]:
@@ -107,11 +105,12 @@ def _unlike_sums(run: Run, splits: Sequence[str]) -> Iterator[str]:
         if sums is None:
             yield f"its file of losses holds none of {split}, which its record says was measured"
             continue
-        said, total, count = run.record["quality"][split], float(sums[0].sum()), float(sums[1].sum())
-        if count != said["tokens"] or abs(total - said["nll_sum"]) > 1e-6 * abs(said["nll_sum"]):
+        said, total, count = run.record.split(split), float(sums[0].sum()), float(sums[1].sum())
+        assert said is not None, "it is a measured split"
+        if count != said.tokens or abs(total - said.nll_sum) > 1e-6 * abs(said.nll_sum):
             yield (
                 f"{count:,.0f} losses of {split} add up to {total:.6f}, "
-                f"its record says {said['nll_sum']:.6f} on {said['tokens']:,}"
+                f"its record says {said.nll_sum:.6f} on {said.tokens:,}"
             )
 
 

@@ -9,29 +9,34 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from bench.record import Environment
 
 PACKAGES = ("torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
 
 
-def describe_environment(device: torch.device, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Return versions, device, threads and code state, ready for JSON; ``hashes`` are ``code_hashes``."""
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "packages": {"torch": str(torch.__version__), **{name: _version(name) for name in PACKAGES}},
-        "device_type": device.type,
-        "device_name": device_name(device),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "driver": _driver() if device.type == "cuda" else None,
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+def describe_environment(
+    device: torch.device, hashes: Mapping[str, str], world_size: int = 1, backend: str | None = None
+) -> Environment:
+    """Return versions, device, threads, ranks and code state; ``hashes`` are ``code_hashes``."""
+    return Environment(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        packages={"torch": str(torch.__version__), **{name: _version(name) for name in PACKAGES}},
+        device_type=device.type,
+        device_name=device_name(device),
+        cuda=torch.version.cuda if device.type == "cuda" else None,
+        driver=_driver() if device.type == "cuda" else None,
+        cpu_cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        omp_wait_policy=os.environ.get("OMP_WAIT_POLICY"),
+        world_size=world_size,
+        backend=backend,
         **code_state(),
         **hashes,
-    }
+    )
 
 
 def device_name(device: torch.device) -> str:

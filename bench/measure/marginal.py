@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from bench.config import MeasureConfig
 from bench.measure.flops import training_flops_per_token
 from bench.measure.protocol import time_in_turn
-from bench.measure.quantity import is_measured, not_measured
 from bench.measure.speed import TrainingSteps, on_host, peak_memory, warmup_of, warmup_record
+from bench.record import Marginal, Memory, NotMeasured, is_measured, not_measured
 from bench.training.execution import Execution
 
 REFERENCE = "mean"
@@ -19,12 +18,12 @@ REFERENCE = "mean"
 
 def marginal_cost(
     steps: TrainingSteps,
-    memory: dict[str, Any],
+    memory: Memory,
     measure: MeasureConfig,
     execution: Execution,
     device: torch.device,
     seed: int,
-) -> dict[str, Any]:
+) -> Marginal | NotMeasured:
     """Return the record's ``speed.marginal``: both models' step times by round, and what ours has more.
 
     ``memory`` is that of our steps; its peak less the reference's is ``peak_allocated_bytes``, and
@@ -47,15 +46,17 @@ def marginal_cost(
     _, times = steps.ranks.worst(times, key=lambda times: sum(times["ours"].seconds))
     steps.forget()
     with on_host(steps.model, device):
-        peaks = [found["peak_allocated_bytes"] for found in (memory, peak_memory(theirs, device))]
-    known = all(is_measured(peak) for peak in peaks)
-    return {
-        "reference": REFERENCE,
-        "step_seconds": times["ours"].seconds,
-        "reference_step_seconds": times[REFERENCE].seconds,
-        "reference_warmup": warmup_record(times[REFERENCE]),
-        "steady": all(found.steady for found in times.values()),
-        "peak_allocated_bytes": peaks[0] - peaks[1] if known else not_measured("no meter of allocated bytes"),
-        "training_flops_per_token": training_flops_per_token(steps.model) - training_flops_per_token(model),
-        "parameters": steps.model.parameter_counts()["total"] - model.parameter_counts()["total"],
-    }
+        peak, reference_peak = memory.peak_allocated_bytes, peak_memory(theirs, device).peak_allocated_bytes
+    more = not_measured("no meter of allocated bytes")
+    if is_measured(peak) and is_measured(reference_peak):
+        more = peak - reference_peak
+    return Marginal(
+        reference=REFERENCE,
+        step_seconds=times["ours"].seconds,
+        reference_step_seconds=times[REFERENCE].seconds,
+        reference_warmup=warmup_record(times[REFERENCE]),
+        steady=all(found.steady for found in times.values()),
+        peak_allocated_bytes=more,
+        training_flops_per_token=training_flops_per_token(steps.model) - training_flops_per_token(model),
+        parameters=steps.model.parameter_counts()["total"] - model.parameter_counts()["total"],
+    )

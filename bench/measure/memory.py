@@ -8,18 +8,18 @@ from typing import Any
 import torch
 
 from bench.measure.meters import meter_for
-from bench.measure.parts import BLOCK_BYTES, by_part, held_bytes
+from bench.measure.parts import BLOCK_BYTES, held_bytes
+from bench.record import Memory
 
 
-def measure_memory(step: Callable[[], None], owners: tuple[Any, ...], device: torch.device) -> dict[str, Any]:
-    """Run ``step`` once and return the record's ``memory``, in bytes: the fields of ``Reading``, by_part.
+def measure_memory(step: Callable[[], None], owners: tuple[Any, ...], device: torch.device) -> Memory:
+    """Run ``step`` once and return the record's ``memory``, in bytes, but for ``by_phase``.
 
     On CUDA the allocator's own peaks, reset before. Elsewhere the sum of all live tensors, seen by
     a tracker of every operation; ``owners`` (modules, optimizers, batches) are what is alive
     before the step. The process's peak is coarse: it holds the data and the libraries too.
     """
-    reading = meter_for(device).measure(step, owners)
-    return {**reading.to_record(), "by_part": by_part(reading.peak_by_part_bytes)}
+    return meter_for(device).measure(step, owners).to_record()
 
 
 def built_bytes(owners: tuple[Any, ...], device: torch.device) -> int:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from bench.measure.parts import GradientsAtPeak, held_bytes
-from bench.measure.quantity import is_measured, not_measured
+from bench.measure.parts import GradientsAtPeak, by_part, held_bytes
+from bench.record import Memory, NotMeasured, is_measured, not_measured
 
 if TYPE_CHECKING:
     from bench.measure.tracked import Owner
 
-Bytes = int | dict[str, Any]
-"""A number of bytes, or the null of ``not_measured``."""
+Bytes = int | NotMeasured
+"""A number of bytes, or why it was not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Reading:
     """Used of the device after the step, by the driver's account."""
     nvml_used_bytes: Bytes
     """The same by NVML's account, as nvidia-smi shows it."""
-    peak_by_part_bytes: dict[str, Any]
+    peak_by_part_bytes: dict[str, int] | NotMeasured
     process_peak_bytes: Bytes
     """Resident peak of the process since its start: with the data and the libraries, hence coarse."""
 
@@ -53,13 +53,15 @@ class Reading:
         """
         for value in (self.peak_reserved_bytes, self.peak_allocated_bytes, self.process_peak_bytes):
             if is_measured(value):
-                assert isinstance(value, int)
                 return value
         raise ValueError(f"the meter {self.meter} read no peak on this system.")
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the record's ``memory``, ready for JSON."""
-        return asdict(self)
+    def to_record(self) -> Memory:
+        """Return the record's ``memory``, as far as one step tells it."""
+        return Memory(
+            **{each.name: getattr(self, each.name) for each in fields(self)},
+            by_part=by_part(self.peak_by_part_bytes), by_phase=not_measured("of one step alone"),
+        )  # fmt: skip
 
 
 class Meter(Protocol):

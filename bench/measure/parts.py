@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from bench.measure.quantity import is_measured
+from bench.record import NotMeasured, is_measured
 
 if TYPE_CHECKING:
     from bench.measure.tracked import Owner
@@ -17,7 +17,7 @@ BLOCK_BYTES = 512  # in which the CUDA allocator hands out
 OF = {"model": ("parameter", "buffer"), "gradients": ("gradient",), "optimizer": ("optstate",)}
 
 
-def by_part(peak_by_part_bytes: dict[str, Any]) -> dict[str, Any]:
+def by_part(peak_by_part_bytes: dict[str, int] | NotMeasured) -> dict[str, int] | NotMeasured:
     """Return the bytes at the moment of the peak by four parts, whose sum is the peak.
 
     Activations are all that is not of the other three: what the forward keeps for the backward, the

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure.memory import built_bytes, measure_memory
 from bench.measure.protocol import StepTimes, Warmup, time_steps
+from bench.record import Memory, Speed, is_measured, not_measured
+from bench.record import Warmup as WarmupRecord
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, make_optimizer, real_targets, to_device, training_step
 from gnnmoe.config import GNNMoEConfig
@@ -67,8 +68,8 @@ def warmup_of(measure: MeasureConfig) -> Warmup:
     return Warmup.steady() if steps == "auto" else Warmup.fixed(steps)
 
 
-def measure_speed(steps: TrainingSteps, measure: MeasureConfig, device: torch.device) -> dict[str, Any]:
-    """Time training steps; return what the record's ``speed`` says of them.
+def measure_speed(steps: TrainingSteps, measure: MeasureConfig, device: torch.device) -> Speed:
+    """Time training steps; return the record's ``speed``, as far as the times tell it.
 
     All step times are kept, those of the warm-up apart; tokens are the targets that count. Of several
     ranks the times are those of the slowest, and the tokens are of all.
@@ -79,25 +80,22 @@ def measure_speed(steps: TrainingSteps, measure: MeasureConfig, device: torch.de
     )  # fmt: skip
     rank, times = steps.ranks.worst(times, key=lambda times: sum(times.seconds))
     numbers = range(times.warmup_steps, times.warmup_steps + measure.speed_steps)
-    return {
-        "step_seconds": times.seconds,
-        "rank": rank,
-        "step_tokens": [steps.tokens(number) for number in numbers],
-        **warmup_record(times),
-    }
+    return Speed(
+        step_seconds=times.seconds, rank=rank, step_tokens=[steps.tokens(number) for number in numbers],
+        matrix_flops_per_second=not_measured("not asked for"), compile_seconds=not_measured("not compiled"),
+        marginal=not_measured("not asked for; --marginal measures it"), **dict(warmup_record(times)),
+    )  # fmt: skip
 
 
-def warmup_record(times: StepTimes) -> dict[str, Any]:
+def warmup_record(times: StepTimes) -> WarmupRecord:
     """Return how a warm-up went, as a record has it."""
-    return {
-        "warmup_steps": times.warmup_steps,
-        "warmup_seconds": times.warmup_seconds,
-        "steady": times.steady,
-        "remark": times.remark,
-    }
+    return WarmupRecord(
+        warmup_steps=times.warmup_steps, warmup_seconds=times.warmup_seconds, steady=times.steady,
+        remark=times.remark,
+    )  # fmt: skip
 
 
-def peak_memory(steps: TrainingSteps, device: torch.device) -> dict[str, Any]:
+def peak_memory(steps: TrainingSteps, device: torch.device) -> Memory:
     """Return the record's ``memory``: of one steady step, and by phase.
 
     ``by_phase``, in bytes: what is held once everything is *built*; the peaks of the *first_step*,
@@ -107,11 +105,14 @@ def peak_memory(steps: TrainingSteps, device: torch.device) -> dict[str, Any]:
     owners = (steps.model, steps.optimizer, steps.batches)
     built = built_bytes(owners, device)
     first, steady = (measure_memory(lambda: steps.step(0), owners, device) for _ in range(2))
-    phases = {"built": built, **{name: found["peak_allocated_bytes"]
-                                 for name, found in (("first_step", first), ("steady", steady))}}  # fmt: skip
-    own = {**steady, "by_phase": phases}
-    rank, largest = steps.ranks.worst(own, key=lambda found: found["peak_allocated_bytes"])
-    return {**largest, "rank": rank}
+    steady.by_phase = {"built": built, "first_step": first.peak_allocated_bytes,
+                       "steady": steady.peak_allocated_bytes}  # fmt: skip
+    rank, largest = steps.ranks.worst(steady, key=_peak)
+    return largest.model_copy(update={"rank": rank})
+
+
+def _peak(memory: Memory) -> int:
+    return memory.peak_allocated_bytes if is_measured(memory.peak_allocated_bytes) else 0
 
 
 def fetched(

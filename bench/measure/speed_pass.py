@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -16,16 +15,15 @@ from bench.device import Attempted, at_once, attempt
 from bench.measure.flops import training_flops_per_token
 from bench.measure.marginal import marginal_cost
 from bench.measure.profile import TRACE, profile_steps, steps_of_a_profile
-from bench.measure.protocol import matrix_rate, tokens_per_second
-from bench.measure.quantity import not_measured
+from bench.measure.protocol import matrix_rate
 from bench.measure.rates import over_the_rate, utilisation
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
+from bench.record import Marginal, Memory, NotMeasured, Speed, is_measured, not_measured
 from bench.training.execution import Execution
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch
 from gnnmoe.model import GNNMoEModel
 
-Quantities = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -53,7 +51,7 @@ class SpeedPass:
         loader: Iterable[Batch],
         as_run: Callable[[Batch], Batch],
         micro_batch_size: int | None,
-    ) -> tuple[Quantities, Quantities]:
+    ) -> tuple[Speed | NotMeasured, Memory | NotMeasured]:
         """Return the record's ``speed`` and ``memory``; a run is no worse where memory runs out here.
 
         The model itself waits on the host, so that the copy has the device as a training has it.
@@ -64,7 +62,7 @@ class SpeedPass:
 
     def _all(
         self, model: GNNMoEModel, batches: list[Batch], fetch_seconds: list[float], rows: int | None
-    ) -> tuple[Quantities, Quantities]:
+    ) -> tuple[Speed | NotMeasured, Memory | NotMeasured]:
         measure = self.config.measure
         outcome = self._attempt(lambda: self._measure(model, batches, rows))
         if outcome.value is None:
@@ -72,10 +70,9 @@ class SpeedPass:
             nothing = not_measured(f"the speed pass ran out of memory: {outcome.failure}")
             return nothing, nothing
         steps, speed, memory = outcome.value
-        speed["fetch_seconds"] = fetch_seconds
-        speed["marginal"] = not_measured("not asked for; --marginal measures it")
+        speed.fetch_seconds = fetch_seconds
         if measure.marginal:
-            speed["marginal"] = self._marginal(steps, memory)
+            speed.marginal = self._marginal(steps, memory)
         if measure.profile:  # last: what traces kernels may slow down all that follows
             self._profile(steps)
         return speed, memory
@@ -85,54 +82,53 @@ class SpeedPass:
 
     def _measure(
         self, model: GNNMoEModel, batches: list[Batch], rows: int | None
-    ) -> tuple[TrainingSteps, Quantities, Quantities]:
+    ) -> tuple[TrainingSteps, Speed, Memory]:
         copied = copy.deepcopy(model).to(self.device)
         self.execution.compile(copied)
         steps = TrainingSteps(copied, batches, self.config.training, rows, self.ranks)
         speed = measure_speed(steps, self.config.measure, self.device)
         memory = self._memory(steps)
         steps.forget()
-        speed |= {"matrix_flops_per_second": self._matrix_rate(), "compile_seconds": self._compiling(speed)}
+        speed.matrix_flops_per_second, speed.compile_seconds = self._matrix_rate(), self._compiling(speed)
         self._remark_on_utilisation(speed, copied)
         return steps, speed, memory
 
-    def _memory(self, steps: TrainingSteps) -> Quantities:
+    def _memory(self, steps: TrainingSteps) -> Memory:
         """Return the record's ``memory``; of a compiled step, what a meter can see of it."""
         memory, execution = peak_memory(steps, self.device), self.config.execution
         if not execution.compile:
             return memory
         if self.device.type != "cuda":
-            return {
-                **memory,
-                "remark": "of the step as it is uncompiled, since only that has tensors to track",
-            }
+            memory.remark = "of the step as it is uncompiled, since only that has tensors to track"
+            return memory
         if execution.compile_mode != "reduce-overhead":
             return memory
         unseen = not_measured("CUDA graphs keep their tensors in a pool that counts as reserved only")
-        phases = {**memory["by_phase"], "first_step": unseen, "steady": unseen}
-        return {**memory, "peak_allocated_bytes": unseen, "by_part": unseen, "by_phase": phases}
+        if is_measured(memory.by_phase):
+            memory.by_phase |= {"first_step": unseen, "steady": unseen}
+        memory.peak_allocated_bytes = memory.by_part = unseen
+        return memory
 
-    def _matrix_rate(self) -> float | Quantities:
+    def _matrix_rate(self) -> float | NotMeasured:
         if self.device.type != "cuda":
             return not_measured("a run measures it on CUDA only; python -m bench.speed does everywhere")
         rate = matrix_rate(self.device, self.execution.autocast_dtype or torch.float32)
         return sum(self.ranks.gather(rate))
 
-    def _remark_on_utilisation(self, speed: Quantities, model: GNNMoEModel) -> None:
-        rate = speed["matrix_flops_per_second"]
-        if not isinstance(rate, float):
+    def _remark_on_utilisation(self, speed: Speed, model: GNNMoEModel) -> None:
+        rate = speed.matrix_flops_per_second
+        if not is_measured(rate):
             return
-        tokens = tokens_per_second(speed["step_tokens"], speed["step_seconds"])
-        remark = over_the_rate(utilisation(tokens * training_flops_per_token(model), rate))
+        remark = over_the_rate(utilisation(speed.tokens_per_second * training_flops_per_token(model), rate))
         if remark:
             self.say(f"note: {remark}")
 
-    def _compiling(self, speed: Quantities) -> float | Quantities:
+    def _compiling(self, speed: Speed) -> float | NotMeasured:
         """Return what the warm-up took beyond as many median steps: compiling, where it was asked for."""
         if not self.config.execution.compile:
             return not_measured("not compiled")
-        median = statistics.median(speed["step_seconds"])
-        return sum(max(0.0, seconds - median) for seconds in speed["warmup_seconds"])
+        median = speed.median_step_seconds
+        return sum(max(0.0, seconds - median) for seconds in speed.warmup_seconds or ())
 
     def _profile(self, steps: TrainingSteps) -> None:
         if not self.ranks.first:
@@ -147,7 +143,7 @@ class SpeedPass:
         for found in outcome.value:
             self.say(f"  {found.share:6.1%}  {found.calls:5,} ×  {found.name}")
 
-    def _marginal(self, steps: TrainingSteps, memory: Quantities) -> Quantities:
+    def _marginal(self, steps: TrainingSteps, memory: Memory) -> Marginal | NotMeasured:
         config = self.config
         seed, measure = config.training.seed, config.measure
         outcome = self._attempt(

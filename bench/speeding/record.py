@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.files import cannot_write, utc_now, write_whole
-from bench.records.foreign import shown
+from bench.foreign import shown
 from bench.speeding.rows import SpeedRow, cells, row_from
 from gnnmoe.config import Refused
 

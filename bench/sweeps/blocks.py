@@ -17,7 +17,7 @@ PART_KEYS = ("base", "grid", "zip", "where", "random")
 TOP_KEYS = (*PART_KEYS, "union", "seeds", "study", "match", "hypotheses")
 OWNED = {
     **dict.fromkeys(
-        ("results_dir", "resume", "force", "keep_stale", "run_name", "quiet", "reuse_gate"),
+        ("results_dir", "resume", "force", "keep_stale", "run_name", "quiet", "reuse_check"),
         "the sweep sets it itself",
     ),
     **dict.fromkeys(("resume_checkpoint", "checkpoint_dir"), "every run of a sweep has its own checkpoint"),

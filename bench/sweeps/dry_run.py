@@ -7,7 +7,7 @@ from rich.table import Table
 
 from bench.device import cpu_threads
 from bench.measure.predict import CannotPredict
-from bench.records.stale import stale_notes
+from bench.record import stale_notes
 from bench.sweeps.live import time_words
 from bench.sweeps.matching import Match
 from bench.sweeps.plan import Configuration, Plan
@@ -15,7 +15,7 @@ from bench.sweeps.weighing import threads_of_a_run
 from bench.tune.budget import format_bytes
 
 MOST_ROWS = 40
-DONE = ("ok", "gate_failed")
+DONE = ("ok", "check_failed")
 COMPILED_PEAK = "peaks are of uncompiled steps; compiled ones took up to 1.8 times that on a GPU"
 
 

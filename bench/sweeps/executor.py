@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from bench.record import Environment
+
 GRACE_SECONDS = 60.0
-FAILED = ("crashed", "diverged", "timeout", "gate_failed", "damaged")
+FAILED = ("crashed", "diverged", "timeout", "check_failed", "damaged")
 RETRIES: dict[str, frozenset[str]] = {
     "failed": frozenset(FAILED), "oom": frozenset({"oom"}), "all": frozenset({*FAILED, "oom"}),
 }  # fmt: skip
@@ -148,7 +150,7 @@ class Outcome:
     """On validation, per token."""
     seconds: float | None = None
     """The whole run's, where it is ok and was not resumed."""
-    environment: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    environment: Environment | None = field(default=None, compare=False, repr=False)
 
     @property
     def failed(self) -> bool:

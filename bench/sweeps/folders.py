@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.files import Busy
-from bench.measure.quantity import is_measured
-from bench.records.foreign import visible
-from bench.records.schema import STATUSES, Record
-from bench.records.stale import is_stale
-from bench.records.store import RunFolder
+from bench.record import STATUSES, Damaged, Record, RunFolder, is_measured, is_stale
 from bench.sweeps.executor import Outcome, PlannedRun
 from gnnmoe.config import Refused
 
@@ -42,14 +38,14 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool =
     record = folder_of(run).read_record()
     if record is None or not (run.folder / "record.json").exists():  # or it was killed before its record
         return Found(None, ())
-    outcome, status = outcome_of(record), record["status"]
+    outcome, status = outcome_of(record), record.status
     stale = is_stale(record, run.code)
     if force or status in retry or (stale and not keep_stale):
         return Found(outcome, ("--force",), stale)
     if status == "interrupted":
         return Found(outcome, ("--resume",), stale)
-    allowed = status == "gate_failed" and "--allow-failed-gate" in run.arguments
-    if allowed and not is_measured(record["speed"]):  # it failed before it was allowed to
+    allowed = status == "check_failed" and "--allow-failed-check" in run.arguments
+    if allowed and isinstance(record, Record) and not is_measured(record.speed):  # not allowed then
         return Found(outcome, (), stale)
     return Found(outcome, None, stale)
 
@@ -78,20 +74,18 @@ def remove_left_over_locks(study: Path, done: Container[str]) -> None:
                 pass
 
 
-def outcome_of(record: Record) -> Outcome:
-    """Return what is worth knowing of a record, with its texts as they may be shown."""
-    status = visible(record["status"])
-    if status == "damaged":
-        return Outcome(status, "record.json cannot be read")
-    loss = seconds = None
-    quality, spent = record["quality"], record["time"]
-    if is_measured(quality) and is_measured(quality.get("validation")):
-        loss = quality["validation"]["nll_sum"] / quality["validation"]["tokens"]
-    if status == "ok" and is_measured(spent) and len(spent.get("parts", ())) < 2:
-        seconds = spent["seconds"].get("total")
-    error = visible(record["error"].partition("\n")[0]) if record["error"] else None
-    environment = record["environment"] if is_measured(record["environment"]) else {}
-    return Outcome(status, error, loss, seconds, environment)
+def outcome_of(record: Record | Damaged) -> Outcome:
+    """Return what is worth knowing of a record."""
+    if isinstance(record, Damaged):
+        return Outcome(record.status, "record.json cannot be read")
+    scored = record.split()
+    whole = record.status == "ok" and len(record.time.parts) < 2
+    return Outcome(
+        record.status, record.error and record.error.partition("\n")[0],
+        None if scored is None else scored.loss_nats,
+        record.time.seconds.get("total") if whole else None,
+        record.environment if is_measured(record.environment) else None,
+    )  # fmt: skip
 
 
 def written_at(path: Path) -> tuple[int, ...] | None:

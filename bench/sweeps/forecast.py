@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
+from bench.record import Environment
 from bench.sweeps.executor import Outcome, PlannedRun
 
 START_SECONDS = 5.0  # imports and plots, until a run of this sweep has shown what they take
@@ -46,14 +45,14 @@ class Forecast:
         return None if duration is None else duration + around
 
 
-def made_here(environment: Mapping[str, Any]) -> bool:
+def made_here(environment: Environment | None) -> bool:
     """Whether a record may come from this machine: a record has no host name, by design."""
-    here = {"cpu_cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
-    if any(environment.get(name) != value for name, value in here.items()):
+    system = f"{platform.system()} {platform.machine()}"
+    if environment is None or (environment.cpu_cores, environment.system) != (os.cpu_count(), system):
         return False
-    if environment.get("device_type") != "cpu":  # asking a GPU for its name would start CUDA here
+    if environment.device_type != "cpu":  # asking a GPU for its name would start CUDA here
         return True
-    return environment.get("device_name") == _processor()
+    return environment.device_name == _processor()
 
 
 @cache

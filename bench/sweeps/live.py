@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bench.measure.quantity import exp_or_infinity, number
+from bench.record import exp_or_infinity, number
 from bench.sweeps.executor import Outcome, PlannedRun, SweepResult
 from bench.sweeps.folders import written_at
 from bench.sweeps.outcome import Attempt

@@ -15,9 +15,7 @@ from typing import Literal
 
 from bench.device import OUT_OF_MEMORY_OUTPUT
 from bench.files import Busy, cannot_write, utc_now
-from bench.measure.quantity import is_measured, not_measured
-from bench.records.schema import Record, new_record, time_of
-from bench.records.store import BUSY, RunFolder
+from bench.record import BUSY, NOT_REACHED, Record, RunFolder, Time, TimePart, not_measured
 from bench.sweeps.executor import Outcome, PlannedRun, Task
 from bench.sweeps.folders import FINAL, Unwritable, folder_of, is_busy, outcome_of, written_at
 from bench.sweeps.torchrun import as_one_process
@@ -105,7 +103,7 @@ def judge_child(attempt: Attempt, exit_status: int) -> Outcome | Again:
     run = attempt.task.run
     record = folder_of(run).read_record()
     changed = written_at(run.folder / "record.json") != attempt.record_before
-    if record is not None and record["status"] in FINAL and (changed or exit_status == 0):
+    if isinstance(record, Record) and record.status in FINAL and (changed or exit_status == 0):
         return outcome_of(record)
     exit_status, lines = as_one_process(exit_status, attempt.output())
     tail = lines[-TAIL_LINES:]
@@ -157,18 +155,18 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
     error = error[:TAIL_CHARACTERS]
     text = "\n".join(tail)[-TAIL_CHARACTERS:]
     in_record = f"{error}\nlast lines of its output:\n{text}" if len(tail) > 1 or text != error else error
-    part = {"command": shlex.join(attempt.task.command), "start": attempt.start, "end": utc_now(),
-            "seconds": {"total": attempt.seconds}, "resumed_at_step": None}  # fmt: skip
+    part = TimePart(command=shlex.join(attempt.task.command), start=attempt.start, end=utc_now(),
+                    seconds={"total": attempt.seconds}, resumed_at_step=None)  # fmt: skip
     try:
         _wait_for_the_dead(run)
         with store.locked():
             record = store.read_record()
-            if record is not None and record["status"] == "interrupted":
-                parts = _parts(record, part, begun)
-                store.write_record(record | {"status": status, "error": in_record, "time": time_of(parts)})
+            if isinstance(record, Record) and record.status == "interrupted":
+                record.status, record.error = status, in_record
+                record.time = Time.of(_parts(record.time.parts, part, begun))
+                store.write_record(record)
             else:
-                record = _record_of_none(run, attempt, status, in_record)
-                _create(store, record | {"time": time_of([part])})
+                _create(store, _record_of_none(run, part, status, in_record))
             store.log(f"status {status}: {error}\nlast lines of its output:\n{text}")
     except OSError as failure:
         raise Unwritable(cannot_write(run.folder, failure)) from failure
@@ -179,20 +177,21 @@ def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], beg
     return Outcome(status, error)
 
 
-def _parts(record: Record, part: Record, begun: bool) -> list[Record]:
+def _parts(parts: Sequence[TimePart], part: TimePart, begun: bool) -> list[TimePart]:
     """Return the parts of an interrupted run with the child's own, which the child may have begun."""
-    parts = list(record["time"].get("parts", [])) if is_measured(record["time"]) else []
-    if begun and parts:
-        seconds = parts[-1]["seconds"] | part["seconds"]
-        return [*parts[:-1], parts[-1] | {"end": part["end"], "seconds": seconds}]
-    return [*parts, part]
+    if not begun:
+        return [*parts, part]
+    seconds = parts[-1].seconds | part.seconds
+    return [*parts[:-1], parts[-1].model_copy(update={"end": part.end, "seconds": seconds})]
 
 
-def _record_of_none(run: PlannedRun, attempt: Attempt, status: str, error: str) -> Record:
+def _record_of_none(run: PlannedRun, part: TimePart, status: str, error: str) -> Record:
     """Return the record of a run that died before it wrote one."""
-    known = {"command": shlex.join(attempt.task.command), "tuned": not_measured("no search was asked for")}
-    known |= {"study": run.folder.parent.name, **run.known}
-    return new_record(**known | {"run_id": run.run_id, "status": status, "error": error})
+    return Record(
+        run_id=run.run_id, study=run.folder.parent.name, status=status, error=error, command=part.command,
+        environment=not_measured(NOT_REACHED), time=Time.of([part]),
+        tuned=not_measured("no search was asked for"), **run.known,
+    )  # fmt: skip
 
 
 def _create(store: RunFolder, record: Record) -> None:

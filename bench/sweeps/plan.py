@@ -11,10 +11,9 @@ import torch
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, config_of, resolved
 from bench.device import resolve_device
+from bench.identity import Identified, run_id, settings_in_record
 from bench.measure.expected import Training
-from bench.records.schema import Identified, config_dict, run_id
-from bench.records.stale import coupler_of, is_stale, refuse_another_file
-from bench.records.store import RunFolder, study_records
+from bench.record import Data, RunFolder, Settings, coupler_of, is_stale, refuse_another_file, study_records
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, Matched, reference_for
 from bench.sweeps.seeds import seeds_needed
@@ -100,7 +99,7 @@ def make_plan(
             continue  # it differs in what changes no number
         record = RunFolder(run.folder.parent, ".", run.run_id).read_record()
         found.runs.append(run)
-        found.statuses.append(None if record is None else record["status"])
+        found.statuses.append(None if record is None else record.status)
         found.stale.append(is_stale(record, run.code))
         runs.append(run)
     _refuse_two_files(list(made.values()), Path(places["results_dir"]) / sweep.study)
@@ -113,7 +112,7 @@ def _refuse_two_files(made: Sequence[_Made], study: Path) -> None:
     Raises:
         Refused: as ``refuse_another_file``.
     """
-    ours = [(one.config["model"]["coupler_type"], one.code["coupler_sha256"]) for one in made]
+    ours = [(one.coupler, one.code["coupler_sha256"]) for one in made]
     if any(is_file(coupler) for coupler, _ in ours):
         others = [*ours, *map(coupler_of, study_records(study))]
         for coupler, sha256 in ours:
@@ -129,9 +128,11 @@ class _Made:
     identity: dict[str, Any]
     cost: float | None
     steps: int
-    config: dict[str, Any]
+    coupler: str
+    """As its flag names it."""
+    config: Settings
     """As a record holds it; the seed is the first run's."""
-    data: dict[str, Any]
+    data: Data
     shared: str
     """What its runs share: ``configuration_id``."""
     code: dict[str, str]
@@ -143,7 +144,7 @@ class _Made:
         name = run_id(self.identity)
         arguments = tuple(as_flags({**self.flags, "seed": seed}))
         label = f"{self.configuration.label} · seed {seed}"
-        config = {**self.config, "training": {**self.config["training"], "seed": seed}}
+        config = self.config.model_copy(update={"training": {**self.config.training, "seed": seed}})
         known = {"seed": seed, "configuration": self.shared, "config": config, "data": self.data}
         return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known, self.code)
 
@@ -190,7 +191,8 @@ def _make(
     training = Training(model, config, device)
     configuration = Configuration(_label(request, varying), flags, cost, training, off_by, per_token)
     return _Made(
-        configuration, flags, known.identity, total, steps, config_dict(config), corpus.to_record(),
+        configuration, flags, known.identity, total, steps, config.model.coupler_type,
+        settings_in_record(config), Data(**corpus.to_record()),
         known.configuration, known.code, by_seed=config.training.curriculum is not None,
     )  # fmt: skip
 

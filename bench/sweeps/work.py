@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.files import cannot_write
-from bench.records.stale import stale_notes
+from bench.record import stale_notes
 from bench.sweeps.executor import (
     Choices,
     Executor,

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from math import gcd
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from bench.config import MemoryConfig, RunConfig
+from bench.record import Requested
 from bench.training.ranks import ALONE, Ranks
 from bench.tune.shape import divisors
 from gnnmoe.config import GNNMoEConfig, Refused
@@ -186,13 +186,13 @@ def length_bounds(config: RunConfig) -> tuple[int, int]:
     return shortest, full if memory.shape_max_length is None else memory.shape_max_length
 
 
-def requested(config: RunConfig) -> dict[str, Any]:
+def requested(config: RunConfig) -> Requested:
     """Return the sizes asked for; what a search may change stands beside it, in ``tuned`` and ``used``."""
     memory = config.memory
-    asked = {"batch_size": config.training.batch_size, "max_seq_length": config.model.max_seq_length,
-             "micro_batch_size": memory.micro_batch_size}  # fmt: skip
+    asked = Requested(batch_size=config.training.batch_size, max_seq_length=config.model.max_seq_length,
+                      micro_batch_size=memory.micro_batch_size)  # fmt: skip
     if memory.tune_batch_size or memory.fit_shape or memory.control_memory:
-        asked |= {"memory_budget": memory.memory_budget, "memory_target": memory.memory_target}
+        asked.memory_budget, asked.memory_target = memory.memory_budget, memory.memory_target
     return asked
 
 

@@ -15,8 +15,8 @@ from bench.device import attempt, recover
 from bench.gate.subject import global_random_state_kept
 from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
-from bench.measure.quantity import is_measured
 from bench.measure.speed import random_batch
+from bench.record import is_measured
 from bench.training.execution import Execution
 from bench.training.step import make_optimizer, training_step
 from bench.tune.budget import format_bytes, host_memory_bytes

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from bench.analysis import plot_style, training_figure
 from bench.analysis.run_data import read_run
-from bench.measure.quantity import not_measured
-from bench.records.schema import new_record
+from bench.config import RunConfig
+from bench.identity import config_dict
+from tests._records import NO_TEST, SCORED, record_json
 
 STEPS, EVAL_EVERY, TOKENS = 12, 4, 50
 PAIRS = [(0, 1), (0, 2), (1, 2)]
@@ -21,9 +22,10 @@ PAIRS = [(0, 1), (0, 2), (1, 2)]
 def made_run(folder: Path, coupler: str = "HGNN", steps: int = STEPS, **changes: Any) -> Path:
     """Write a run folder of three experts and two layers as ``bench.run`` would; return it."""
     folder.mkdir(parents=True)
-    model = {"coupler_type": coupler, "hgnn_conv_type": "HypergraphConv",
+    config = config_dict(RunConfig())
+    config["model"] |= {"coupler_type": coupler, "hgnn_conv_type": "HypergraphConv",
              "static_hyperedge_strategy": "all_pairs", "num_experts": 3}  # fmt: skip
-    validation = {
+    validation = SCORED | {
         "nll_sum": 300.5,
         "tokens": TOKENS,
         "unigram_nll_sum": 341.25,
@@ -35,12 +37,12 @@ def made_run(folder: Path, coupler: str = "HGNN", steps: int = STEPS, **changes:
     known = {
         "run_id": "0123456789ab", "configuration": "ba9876543210", "study": "made",
         "run_name": "made", "status": "ok", "seed": 3, "command": "",
-        "config": {"model": model, "training": {"max_grad_norm": 1.0}}, "data": {"source": "folder"},
+        "config": config,
         "parameters": {"total": 1000, "expert": 600, "coupler": 150, "other": 250},
-        "quality": {"validation": validation, "test": not_measured("not asked for"), "best_step": steps},
+        "quality": {"validation": validation, "test": NO_TEST, "best_step": steps},
         "communication": {f"layer_{layer}": made_communication(coupler, layer) for layer in range(2)},
     }  # fmt: skip
-    (folder / "record.json").write_text(json.dumps(new_record(**{**known, **changes})))
+    (folder / "record.json").write_text(json.dumps(record_json(**{**known, **changes})))
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made_history(steps)))
     sampled = np.array([0, *range(EVAL_EVERY, steps + 1, EVAL_EVERY)])
     ramp = np.linspace(1, 2, len(sampled), dtype=np.float32)[:, None] * np.ones(3, dtype=np.float32)

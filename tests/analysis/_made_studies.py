@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from bench.config import RunConfig
-from bench.measure.quantity import not_measured
-from bench.records.schema import Record, config_dict, new_record
+from bench.identity import config_dict
+from tests._records import made_data, made_memory, made_speed, made_used, record_json
 from tests.analysis._made_traces import (
     BATCH,
     LENGTH,
@@ -38,7 +38,6 @@ COSTS = {"mean": 0.0, "gate": 0.02, "topk": 0.03, "GNN": 0.4, "HGNN": 0.15}
 """Share of the step of the mean coupler's model that a coupler adds; 0.1 for any other."""
 UNIGRAM, TRIGRAM = 6.8436, 5.4021  # nats a token
 LATER = ("quality", "speed", "memory", "communication")
-SHA = hashlib.sha256(b"made").hexdigest()
 
 
 def made_study(
@@ -63,7 +62,7 @@ def made_study(
         experts: values of ``num_experts``; each expert changes the loss by ``per_expert`` nats.
         failed: key of ``couplers``, or (key, seed), or (key, experts, seed) → status other than ok. A run
             that ran out of memory or crashed has no quality; one that diverged has half a history, which
-            ends in NaN; one that failed the gate has no training at all.
+            ends in NaN; one that failed the leak check has no training at all.
         names: key of ``couplers`` → the name of the coupler in the config (a path, something hostile).
         settings: key of ``couplers`` → fields of the config that differ ({"learning_rate": 0.004}).
         costs: key, or coupler → share of the mean coupler's step that it adds.
@@ -116,7 +115,7 @@ def _status(failed: Mapping[Any, str], key: str, experts: int, seed: int) -> str
     return "ok"
 
 
-def _write(folder: Path, made: Made, number: int, base: Record, plan: Plan) -> None:
+def _write(folder: Path, made: Made, number: int, base: dict[str, Any], plan: Plan) -> None:
     identity = json.dumps([made.config["model"], made.config["training"], plan.embedded], sort_keys=True)
     run_id = hashlib.sha256(identity.encode()).hexdigest()[:12]
     seedless = json.dumps([made.config["model"], {**made.config["training"], "seed": None}, plan.embedded],
@@ -134,10 +133,10 @@ def _write(folder: Path, made: Made, number: int, base: Record, plan: Plan) -> N
     }  # fmt: skip
     if made.status != "ok":
         record["error"] = f"made to end as {made.status}"
-        missing = {"parameters", "flops", "used", *LATER} if made.status == "gate_failed" else LATER
-        record |= {key: not_measured("the run did not get this far") for key in missing}
-        record["gate"] = record["gate"] | {"passed": made.status != "gate_failed"}
-    record |= {key: not_measured("not measured here") for key in plan.unmeasured}
+        missing = {"parameters", "flops", "used", *LATER} if made.status == "check_failed" else LATER
+        record |= {key: null("the run did not get this far") for key in missing}
+        record["check"] = record["check"] | {"passed": made.status != "check_failed"}
+    record |= {key: null("not measured here") for key in plan.unmeasured}
     (path / "record.json").write_text(json.dumps(record))
     (path / "history.jsonl").write_text(history_text(made, plan))
     (path / "log.txt").write_text(f"status {made.status}\n")
@@ -153,60 +152,31 @@ def _start(number: int) -> str:
     return (datetime(2025, 1, 1, 12) + timedelta(minutes=number)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _base_record(plan: Plan) -> Record:
+def _base_record(plan: Plan) -> dict[str, Any]:
     """Return what all runs of a study have in common."""
     steps = plan.history or 12
-    counts = {"batches": steps, "samples": steps * BATCH, "tokens": steps * BATCH * LENGTH, "updates": steps}
     evaluations = steps // plan.eval_every + (steps % plan.eval_every > 0)
     scored = evaluations * plan.tokens
-    ledger = {
-        "tuned_micro_batch_size": None,
-        "epochs": [{"epoch": 0, "batch_size": BATCH, "asked": counts, "got": counts}],
-        "training": {name: {"asked": count, "got": count} for name, count in counts.items()},
-        "evaluations": {
+    seconds = {"prepare": 0.1, "check": 1.3, "build": 0.2, "train": 50.0, "evaluate": 9.6, "speed": 4.7,
+               "total": 65.9}  # fmt: skip
+    when = {"start": "2025-01-01T12:00:00Z", "end": "2025-01-01T12:01:06Z", "resumed_at_step": None,
+            "seconds": seconds}  # fmt: skip
+    return record_json(
+        run_name=plan.run_name, data=made_data(plan.embedded),
+        time=when | {"parts": [when | {"command": ""}]},
+        requested={"batch_size": BATCH, "max_seq_length": LENGTH},
+        tuned=null("no batch-size search was asked for"),
+        used=made_used(steps, BATCH, LENGTH, {
             "validation in training": {"evaluations": evaluations, "asked": scored, "got": scored},
             "validation at the end": {"evaluations": 1, "asked": plan.tokens, "got": plan.tokens},
-        },
-    }
-    return new_record(
-        run_name=plan.run_name,
-        environment={
-            "python": "3.11.0", "system": "Linux x86_64",
-            "packages": {"torch": "2.13.0+cpu", "torch_geometric": "2.8.1", "torch_scatter": None,
-                         "torch_sparse": None, "numpy": "2.4.0", "datasets": "5.0.0"},
-            "device_type": "cpu", "device_name": "a made processor", "cuda": None, "driver": None,
-            "cpu_cores": 2, "threads": 1, "omp_wait_policy": "PASSIVE", "git_commit": SHA[:40],
-            "git_changes_sha256": None, "project_sha256": SHA,
-        },
-        data=_data(plan.embedded),
-        time={"start": "2025-01-01T12:00:00Z", "end": "2025-01-01T12:01:06Z", "resumed_at_step": None,
-              "seconds": {"prepare": 0.1, "gate": 1.3, "build": 0.2, "train": 50.0, "evaluate": 9.6,
-                          "speed": 4.7, "total": 65.9}},
-        requested={"batch_size": BATCH, "max_seq_length": LENGTH},
-        tuned=not_measured("no batch-size search was asked for"),
-        used={"batch_shapes": {f"{BATCH}x{LENGTH}": steps}, "steps": steps, "tokens": counts["tokens"],
-              "total_steps": steps, "epochs": 0.058852, "precision": "fp32", "world_size": 1,
-              "ledger": ledger},
-        gate={"passed": True, "checks": {name: {"passed": True, "detail": "as it must be", "seconds": 0.1}
-                                         for name in ("token_isolation", "causality", "reference")}},
+        }),
+        check={"passed": True, "checks": {name: {"passed": True, "detail": "as it must be", "seconds": 0.1}
+                                          for name in ("token_isolation", "causality", "reference")}},
     )  # fmt: skip
 
 
-def _data(embedded: bool) -> dict[str, Any]:
-    names = {"name": "pydoc_data.topics", "config_name": "CPython 3.11", "source": "embedded",
-             "warning": "NOT WIKITEXT-2: embedded text", "python_version": "3.11.0",
-             "verdict": "not WikiText-2"} if embedded else {
-             "name": "wikitext", "config_name": "wikitext-2-v1", "source": "folder", "warning": None,
-             "python_version": None, "verdict": "official"}  # fmt: skip
-    split = {"tokens": 217646, "words": 213886, "lines": 3760, "bytes": 1121681, "documents": 60,
-             "sha256": SHA, "verdict": names["verdict"]}  # fmt: skip
-    return names | {
-        "tokenizer": "word", "sha256": hashlib.sha256(names["name"].encode()).hexdigest(),
-        "files": {f"wiki.{part}.tokens": SHA for part in ("train", "valid", "test")},
-        "vocabulary": {"size": 33278, "sha256": SHA},
-        "splits": dict.fromkeys(("train", "validation", "test"), split),
-        "training_blocks": {"count": 32634, "subset_seed": None, "curriculum": None},
-    }  # fmt: skip
+def null(reason: str) -> dict[str, Any]:
+    return {"value": None, "reason": reason}
 
 
 def _cost(made: Made, plan: Plan) -> float:
@@ -232,7 +202,7 @@ def _quality(made: Made, plan: Plan) -> dict[str, Any]:
                 "kneser_ney_trigram_nll_sum": TRIGRAM * plan.tokens, "length": LENGTH,
                 "stride": LENGTH // 2}  # fmt: skip
 
-    missing = not_measured("not asked for; --evaluate-test scores it")
+    missing = null("not asked for; --evaluate-test scores it")
     test = split(made.loss + TEST_IS_HARDER) if plan.test else missing
     return {"test": test, "validation": split(made.loss), "best_step": plan.history or 12}
 
@@ -240,14 +210,9 @@ def _quality(made: Made, plan: Plan) -> dict[str, Any]:
 def _speed(made: Made, plan: Plan) -> dict[str, Any]:
     step = 0.05 * (1 + made.experts) * (1 + _cost(made, plan))
     seconds = step * np.exp(made.random("speed").normal(0, 0.03, 10))
-    return {"step_seconds": seconds.tolist(), "step_tokens": [BATCH * LENGTH] * 10, "warmup_steps": 3,
-            "steady": False, "remark": "not steady: a fixed, short warm-up"}  # fmt: skip
+    return made_speed(seconds.tolist(), BATCH * LENGTH)
 
 
 def _memory(made: Made, plan: Plan) -> dict[str, Any]:
     peak = round((70e6 + 9.5e6 * made.experts) * (1 + _cost(made, plan) / 4))
-    parts = {"parameter": peak // 10, "activation": peak - 3 * (peak // 10), "optstate": 2 * (peak // 10)}
-    nothing = not_measured("only a caching allocator reserves memory")
-    return {"meter": "tracked_tensors", "peak_allocated_bytes": peak, "peak_by_part_bytes": parts,
-            "peak_reserved_bytes": nothing, "device_used_bytes": nothing,
-            "process_peak_bytes": 7 * peak}  # fmt: skip
+    return made_memory(peak, 7 * peak)

@@ -66,7 +66,7 @@ def evaluations(made: Made, plan: Plan, steps: int) -> list[int]:
 
 def history_text(made: Made, plan: Plan) -> str:
     """Return a loss that falls from the unigram's to the run's own, and its evaluations."""
-    steps = plan.history if made.status == "ok" else 0 if made.status == "gate_failed" else plan.history // 2
+    steps = plan.history if made.status == "ok" else 0 if made.status == "check_failed" else plan.history // 2
     if not steps:
         return ""
     left_T = np.exp(-4 * np.arange(1, steps + 1) / plan.history)

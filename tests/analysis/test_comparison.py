@@ -113,7 +113,7 @@ def test_cost_is_beside_the_same_model_with_mean(comparison, path):
     gnn = row(comparison, "GNN")
     assert gnn.cost.mean.label == "mean"
     assert gnn.cost.parameters == gnn.parameters - row(comparison, "mean").parameters
-    step = {label: {seed: statistics.median(run.record["speed"]["step_seconds"])
+    step = {label: {seed: statistics.median(run.record.speed.step_seconds)
                     for seed, run in row(comparison, label).configuration.counted.items()}
             for label in ("GNN", "mean")}  # fmt: skip
     ratios = [step["GNN"][seed] / step["mean"][seed] for seed in range(8)]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.analysis.redact import redact_study
+from bench.analysis.publish import publish_study
 from bench.analysis.summary import print_summary
-from bench.records.foreign import inside, shown, visible
-from bench.records.store import RunFolder
+from bench.foreign import inside, shown, visible
+from bench.record import Record, RunFolder
 from bench.report import main
 from bench.sweeps.folders import outcome_of
 from bench.sweeps.hypotheses import Hypothesis, state
@@ -76,11 +76,11 @@ def test_no_text_of_a_record_reaches_the_terminal_or_a_file_raw(tmp_path, capsys
         record["status"] = RED if record["status"] == "crashed" else "ok"
         record["environment"] |= {"device_name": RED, "git_commit": RED, "project_sha256": RED}
         record["data"] |= {"name": RED, "config_name": RED, "tokenizer": RED, "sha256": RED}
-        record["gate"]["checks"] = {RED: {"passed": True, "detail": RED}}
+        record["check"]["checks"] = {RED: {"passed": True, "detail": RED, "seconds": 0.1}}
         record["communication"] = {"layer_0": {"mixing": {RED: 1.0}}}
         record["tuned"] = {"value": None, "reason": RED}
         run.write_text(json.dumps(record))
-    change(runs_of(study, "mean")[0], environment__coupler_sha256=RED, schema_version="1.0")
+    change(runs_of(study, "mean")[0], environment__coupler_sha256=RED, schema_version="2.0")
     before = {path: path.read_bytes() for path in study.rglob("*") if path.is_file()}
     first, _, third = runs_of(study, "mean")
     third.rename(study / f"copy{RED}")
@@ -108,17 +108,18 @@ def test_no_text_of_a_record_reaches_the_terminal_or_a_file_raw(tmp_path, capsys
 
 
 def test_a_run_and_a_sweep_show_the_record_that_they_find_as_text(study):
-    """They read it as it is stored, and go on with it."""
+    """Also what a run says that has just ended."""
     run = runs_of(study, "mean")[0]
     change(run, run_name=RED, error=f"{RED}\nmore", status=RED)
     record = RunFolder(study.parent, study.name, run.name).read_record()
-    assert record is not None
-    assert record["run_name"] == RED
+    assert isinstance(record, Record)
+    assert record.run_name == SHOWN
+    record.run_name = record.error = RED
     shown_there = io.StringIO()
     print_summary(record, Path(f"a{RED}"), Console(file=shown_there, width=80))
     assert not UNSAFE.search(shown_there.getvalue())
     outcome = outcome_of(record)
-    assert (outcome.status, outcome.error) == (SHOWN, SHOWN)
+    assert (outcome.status, outcome.error) == (SHOWN, RED)
 
 
 NAMES = ("../victim.txt", "tables/../../victim.txt", "{absolute}", "../{run}/record.json", "away/victim.txt",
@@ -154,16 +155,16 @@ def test_a_report_deletes_and_reads_nothing_outside_its_folder(study, tmp_path, 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_published_is_read_in_its_folder_only(study, tmp_path, capsys, name):
     out = tmp_path / "out"
-    redact_study(study, out)
+    publish_study(study, out)
     (out / "away").symlink_to(tmp_path)
-    path = out / "redacted.json"
+    path = out / "published.json"
     name = name.format(absolute=tmp_path / "x", run=runs_of(study, "mean")[0].name)
     said = json.loads(path.read_text())
     said["files"][name] = "0" * 64
     path.write_text(json.dumps(said))
     message = refusal(path, name)
     assert message in refused(capsys, out, "--verify")
-    assert message in refused(capsys, study, "--redact", out)
+    assert message in refused(capsys, study, "--publish", out)
     assert path.is_file()
 
 
@@ -245,8 +246,8 @@ def test_kept_hypotheses_of_a_wrong_type_are_one_message(study, capsys, text):
                                   '{"files": {"a": 1}, "set_aside": []}',
                                   '{"files": {}, "set_aside": [{"start": 3}]}'])  # fmt: skip
 def test_a_wrong_list_of_published_files_is_one_message(study, capsys, text):
-    (study / "redacted.json").write_text(text)
-    assert str(study / "redacted.json") in refused(capsys, study, "--verify")
+    (study / "published.json").write_text(text)
+    assert str(study / "published.json") in refused(capsys, study, "--verify")
 
 
 @pytest.mark.parametrize("name", ["log.txt", "record.json", "hypotheses.json", ""])
@@ -259,7 +260,7 @@ def test_what_lies_elsewhere_is_not_published(study, tmp_path, capsys, name):
     else:
         (tmp_path / "secret").write_text('{"password": 3}')
     path.symlink_to(tmp_path / "secret")
-    said = refused(capsys, study, "--redact", tmp_path / "out")
+    said = refused(capsys, study, "--publish", tmp_path / "out")
     assert f"{path} is a symbolic link, or lies behind one, that leads out of {study}" in said.replace(
         f"{path}/", str(path)) or name == ""  # fmt: skip
     assert not (tmp_path / "out").exists()

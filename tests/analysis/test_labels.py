@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from bench.analysis.labels import Key, Settings, settings_of
 from bench.analysis.labels import labels as labels_of
-from bench.config import ExecutionConfig
+from bench.config import RunConfig
+from bench.identity import settings_in_record
+from bench.record import Settings as Recorded
 
 ONE, OTHER = "1a2b3c4d5e6f", "9a8b7c6d5e4f"
 
@@ -19,6 +20,12 @@ def labels(configurations: list[Settings], keys: Sequence[Key] | None = None) ->
     plain = [(hashlib.sha256(repr(sorted(one.items(), key=str)).encode()).hexdigest()[:12], None)
              for one in configurations]  # fmt: skip
     return labels_of(configurations, keys or plain)
+
+
+def of(**groups: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the default config with other values in some groups."""
+    default = settings_in_record(RunConfig()).model_dump()
+    return settings_of(Recorded(**{name: fields | groups.get(name, {}) for name, fields in default.items()}))
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -66,14 +73,15 @@ def test_labels_of_different_configurations_always_differ():
 
 
 def test_settings_leave_out_seed_places_and_options_of_other_couplers():
-    config = {"model": {"coupler_type": "mean", "coupler_option": ["HGNN.backend=loop", "k=1", "mean.a=b.c"]},
-              "training": {"seed": 3, "learning_rate": 0.1}, "places": {"study": "s"}}  # fmt: skip
-    assert settings_of(config) == {"coupler_type": "mean", "coupler_option": ["a=b.c", "k=1"],
-                                   "learning_rate": 0.1}  # fmt: skip
+    found = of(model={"coupler_type": "mean", "coupler_option": ["HGNN.backend=loop", "k=1", "mean.a=b.c"]},
+               training={"seed": 3, "learning_rate": 0.1}, places={"study": "s"})  # fmt: skip
+    assert (found["coupler_type"], found["learning_rate"]) == ("mean", 0.1)
+    assert found["coupler_option"] == ["a=b.c", "k=1"]
+    assert not {"seed", "study"} & found.keys()
 
 
 def options_of(coupler: str, *options: str) -> list[str]:
-    return settings_of({"model": {"coupler_type": coupler, "coupler_option": options}})["coupler_option"]
+    return of(model={"coupler_type": coupler, "coupler_option": list(options)})["coupler_option"]
 
 
 def test_an_option_is_the_same_with_its_owner_and_without():
@@ -133,33 +141,23 @@ def test_what_would_be_equal_is_told_apart():
 
 
 def test_memory_counts_only_where_something_was_asked_of_it():
-    """Runs from before these flags, and those that leave them alone, are one configuration."""
-    plain = {"model": {"coupler_type": "mean"}, "training": {"seed": 0}}
-    asked_nothing = {"micro_batch_size": None, "tune_batch_size": False, "memory_target": 0.85}
-    assert settings_of({**plain, "memory": asked_nothing}) == settings_of(plain)
-    split = settings_of({**plain, "memory": {**asked_nothing, "micro_batch_size": 4}})
-    assert labels([split, settings_of(plain)]) == ["mean · micro_batch_size 4", "mean"]
+    plain, mean = of(model={"coupler_type": "mean"}), {"coupler_type": "mean"}
+    assert of(model=mean, memory={"memory_target": 0.5}) == plain
+    assert labels([of(model=mean, memory={"micro_batch_size": 4}), plain]) == [
+        "mean · micro_batch_size 4", "mean"]  # fmt: skip
 
 
 def test_execution_is_named_where_it_is_not_the_plain_one():
-    """Records of before it could be chosen are plain ones."""
-
-    def of(**execution: Any) -> dict[str, Any]:
-        config = {"model": {"coupler_type": "mean"}, "execution": asdict(ExecutionConfig(**execution))}
-        return settings_of(config)
-
-    before = settings_of({"model": {"coupler_type": "mean"}})
-    assert before == of()
-    low, both, batched = of(precision="bf16"), of(precision="bf16", compile=True), of(experts="batched")
+    mean = {"coupler_type": "mean"}
+    before = of(model=mean)
+    low, both, batched = (of(model=mean, execution=execution) for execution in (
+        {"precision": "bf16"}, {"precision": "bf16", "compile": True}, {"experts": "batched"}))  # fmt: skip
     named = ["mean", "mean · bf16", "mean · bf16 · compile True", "mean · batched"]
     assert labels([before, low, both, batched]) == named
 
 
 def test_the_start_is_named_where_it_is_not_the_projects():
-    """Records from before there was a choice started as the project's do: they are one configuration."""
-    before = settings_of({"model": {"coupler_type": "GNN"}})
-    project, original = (settings_of({"model": {"coupler_type": "GNN", "initialization": name}})
+    project, original = (of(model={"coupler_type": "GNN", "initialization": name})
                          for name in ("project", "original"))  # fmt: skip
-    assert project == before
-    assert labels([before, project, original]) == ["GNN", "GNN", "GNN · original start"]
+    assert labels([project, original]) == ["GNN", "GNN · original start"]
     assert labels([original]) == ["GNN"], "only what differs is named"

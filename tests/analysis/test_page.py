@@ -34,7 +34,7 @@ HYPOTHESES = [
 def study(tmp_path_factory) -> Study:
     folder = made_study(
         tmp_path_factory.mktemp("page") / "couplers", {"mean": 0.0, "HGNN all_pairs": -0.05, "GNN": 0.02},
-        seeds=8, failed={("GNN", 1): "oom", ("GNN", 2): "gate_failed"}, test=True,
+        seeds=8, failed={("GNN", 1): "oom", ("GNN", 2): "check_failed"}, test=True,
     )  # fmt: skip
     (folder / "broken").mkdir()
     (folder / "broken" / "record.json").write_text("{")
@@ -125,27 +125,28 @@ def test_what_the_report_says_is_on_the_page(report, page):
 
 def test_failed_runs_are_rows_and_say_why(report, page):
     statuses = Counter(body.attributes["data-status"] for body in page.all("tbody", page.by_id("table-runs")))
-    assert statuses == {"ok": 22, "oom": 1, "gate_failed": 1}
+    assert statuses == {"ok": 22, "oom": 1, "check_failed": 1}
     failures = page.by_id("failures").words
     assert "made to end as oom" in failures
     assert "is cut short" in failures
     details = [row.words for row in page.all("tr") if row.attributes.get("class") == "more"]
     assert len(details) == len(report.study.runs)
-    [failed] = [text for text in details if "error made to end as gate_failed" in text]
-    assert "FAILED: no check says why" in failed
+    [failed] = [text for text in details if "error made to end as check_failed" in text]
+    assert "FAILED: no check says why" in failed, failed
     assert "quality, speed, memory, communication: the run did not get this far" in failed
     assert all("Python 3.11.0" in text and "sha256" in text for text in details)
 
 
 def test_rows_have_their_exact_command(report, page):
     cells = [cells[-1].text for cells in page.rows("runs")]
-    assert cells == [run.record["command"] for group in report.study.groups for run in group.runs]
+    assert cells == [run.record.command for group in report.study.groups for run in group.runs]
     assert len([button for button in page.all("button") if button.attributes.get("class") == "copy"]) == 24
 
 
 def test_environment_code_and_data_are_named_once(report, page):
     text = page.by_id("provenance").words
-    environment, data = (report.study.runs[0].record[key] for key in ("environment", "data"))
+    record = report.study.runs[0].record.model_dump()
+    environment, data = record["environment"], record["data"]
     hashes = [environment["project_sha256"], data["sha256"], *data["files"].values()]
     assert all(text.count(value) for value in hashes)
     assert [element.attributes["id"] for element in page.all("details", page.by_id("provenance"))] == [
@@ -213,7 +214,7 @@ def test_the_warning_cannot_be_missed(tmp_path, page):
     assert not [element for element in page.elements if element.attributes.get("class") == "alarm"]
 
 
-@pytest.mark.parametrize("status", ["oom", "gate_failed", "crashed"])
+@pytest.mark.parametrize("status", ["oom", "check_failed", "crashed"])
 def test_studies_in_which_nothing_counts(tmp_path, status):
     study = load_study(made_study(tmp_path / "none", {"mean": 0.0, "GNN": 0.1}, seeds=1,
                                   failed={"mean": status, "GNN": status}))  # fmt: skip
@@ -228,7 +229,8 @@ def test_what_json_has_not():
 
 def test_a_thousand_runs_make_a_page_of_a_few_megabytes(tmp_path):
     few = load_study(made_study(tmp_path / "few", {"mean": 0.0, "gate": 0.01, "GNN": 0.02}, seeds=4)).runs
-    runs = [Run(run.folder, {**run.record, "run_id": f"{place:012x}", "seed": 4 * place + run.seed})
+    runs = [Run(run.folder, run.record.model_copy(
+                update={"run_id": f"{place:012x}", "seed": 4 * place + run.seed}))
             for place in range(84) for run in few]  # fmt: skip
     made = make_report(Study("many", tmp_path, grouped(runs[:1000])))
     html = render_page(made, {})

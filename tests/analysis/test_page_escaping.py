@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +15,7 @@ from bench.analysis.page import UNSHOWABLE, render_page
 from bench.analysis.page_tables import figures
 from bench.analysis.report import make_report
 from bench.analysis.study import Run, Study, grouped, load_study
+from bench.record import Record
 from tests.analysis._made_studies import made_study
 from tests.analysis._parsed_page import FIGURES, Page, figures_of_page
 
@@ -33,12 +32,12 @@ def with_text(study: Study, text: str) -> Study:
     """Return two runs of a study with ``text`` wherever a user can have typed it, under another name."""
     runs = []
     for run in study.runs:
-        record: dict[str, Any] = json.loads(json.dumps(run.record))
+        record = run.record.model_dump(mode="json")
         record |= {"run_name": text, "command": f"python --name={text}", "error": text}
         record["config"]["model"]["coupler_type"] = f"{record['config']['model']['coupler_type']}{text}"
-        record["gate"]["checks"]["causality"]["detail"] = record["environment"]["device_name"] = text
+        record["check"]["checks"]["causality"]["detail"] = record["environment"]["device_name"] = text
         record["data"]["name"] = text
-        runs.append(Run(run.folder, record))
+        runs.append(Run(run.folder, Record.model_validate(record)))
     return Study(text, study.path, grouped(runs), [(Path("broken"), text)])
 
 

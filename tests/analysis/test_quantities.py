@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from bench.analysis.comparison_tables import UNKNOWN_WORDS
 from bench.analysis.listing import runs_listing
 from bench.analysis.numbers import number, percent, signed, span
 from bench.analysis.page import render_page
-from bench.analysis.record_check import check_record
 from bench.analysis.report import make_plots, make_report
 from bench.analysis.report_show import print_report
 from bench.analysis.study import load_study
 from bench.analysis.study_page import study_markdown
 from bench.analysis.summary import print_summary
 from bench.progress import Reporter
-from bench.records.schema import Record
+from bench.record import Record, read_record, record_of
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of
 
@@ -32,15 +30,17 @@ from tests.analysis.test_study import change, runs_of
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> Record:
     study = made_study(tmp_path_factory.mktemp("made") / "one", {"mean": 0.0}, seeds=1, history=2)
-    return json.loads((runs_of(study, "mean")[0] / "record.json").read_text())
+    return read_record(runs_of(study, "mean")[0])
 
 
 def scored(record: Record, **changes: Any) -> Record:
     """A sound record whose validation has other raw sums."""
-    validation = record["quality"]["validation"] | changes
-    found = record | {"quality": record["quality"] | {"validation": validation}}
-    check_record(found)
-    return found
+    found = record.model_dump(mode="json")
+    validation = found["quality"]["validation"]
+    for name in ("loss_nats", "perplexity", "bits_per_byte"):
+        del validation[name]
+    validation |= changes
+    return record_of(found)
 
 
 def shown(record: Record) -> str:
@@ -94,10 +94,23 @@ def test_counts_of_a_record_are_whole_numbers(record, changes, says):
 
 
 def test_a_record_says_how_many_words_were_unknown(record):
-    validation = dict(record["quality"]["validation"])
-    del validation["unknown_words"]
+    found = record.model_dump(mode="json")
+    del found["quality"]["validation"]["unknown_words"]
     with pytest.raises(ValueError, match=r"it lacks quality\.validation\.unknown_words"):
-        check_record(record | {"quality": record["quality"] | {"validation": validation}})
+        record_of(found)
+
+
+def test_a_record_says_its_figures_and_they_are_those_of_its_sums(record):
+    found = record.model_dump(mode="json")
+    validation, speed = found["quality"]["validation"], found["speed"]
+    assert validation["loss_nats"] == validation["nll_sum"] / validation["tokens"]
+    assert validation["perplexity"] == math.exp(validation["loss_nats"])
+    assert validation["bits_per_byte"] == quantities.bits_per_byte(record)
+    assert speed["tokens_per_second"] == sum(speed["step_tokens"]) / sum(speed["step_seconds"])
+    assert record_of(found) == record
+    validation["perplexity"] *= 1.001
+    with pytest.raises(ValueError, match=r"quality\.validation\.perplexity is .*, by the numbers beside it"):
+        record_of(found)
 
 
 @pytest.mark.parametrize(

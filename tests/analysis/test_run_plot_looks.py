@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from bench.analysis import adjacency_figure, hyperedge_figures, plot_style, training_figure
 from bench.analysis.run_data import read_run
+from tests._records import made_data
 from tests.analysis._made_runs import STEPS, TOKENS, made_history, made_run, texts, training
 
 NASTY = "<b>bold</b> & $\\frac$ \t\n\x07 漢 " + "a_very_long_name " * 12
@@ -28,11 +29,11 @@ def test_labels_never_overlap_and_stay_near():
 
 
 def test_warnings_stand_in_the_figure(tmp_path):
-    run = made_run(tmp_path / "run", data={"source": "embedded"}, status="gate_failed")
-    assert any("NOT WIKITEXT-2: embedded text" in text and "gate failed" in text for text in texts(run))
+    run = made_run(tmp_path / "run", data=made_data(embedded=True), status="check_failed")
+    assert any("NOT WIKITEXT-2: embedded text" in text and "leak check failed" in text for text in texts(run))
     assert any("status: diverged" in text for text in texts(made_run(tmp_path / "other", status="diverged")))
     fine = texts(made_run(tmp_path / "fine"))
-    assert not any("WIKITEXT" in text or "gate" in text or "status" in text for text in fine)
+    assert not any("WIKITEXT" in text or "leak check" in text or "status" in text for text in fine)
 
 
 def test_the_unigram_is_drawn_for_the_same_tokens_only(tmp_path):
@@ -45,7 +46,7 @@ def test_the_unigram_is_drawn_for_the_same_tokens_only(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 def test_any_run_name_and_coupler_name_can_be_drawn(tmp_path):
-    run = made_run(tmp_path / "run", run_name=NASTY, status="gate_failed", data={"source": "embedded"})
+    run = made_run(tmp_path / "run", run_name=NASTY, status="check_failed", data=made_data(embedded=True))
     record = json.loads((run / "record.json").read_text())
     record["config"]["model"]["coupler_type"] = "package.$module$:" + "W" * 200
     weights = record["communication"]["layer_0"]["hyperedge_weights"]
@@ -56,7 +57,7 @@ def test_any_run_name_and_coupler_name_can_be_drawn(tmp_path):
         plot = hyperedge_figures.weights_plot(read_run(run))
         assert plot is not None
         assert len(plot.files()) == 3
-        figure = plot_style.new_figure(record, "Nothing", 5, 1)
+        figure = plot_style.new_figure(read_run(run).record, "Nothing", 5, 1)
         figure.draw_without_rendering()
         assert figure.texts
         assert max(text.get_window_extent().x1 for text in figure.texts) <= figure.bbox.x1
@@ -66,7 +67,7 @@ def test_any_run_name_and_coupler_name_can_be_drawn(tmp_path):
 @pytest.mark.parametrize("coupler", ["HGNN", "GNN"])
 def test_no_text_lies_on_another(tmp_path, coupler, monkeypatch):
     """28 hyperedges whose weights end within a thousandth of each other; every cell of the heat maps."""
-    run = made_run(tmp_path / "run", coupler, run_name="a name " * 40, status="gate_failed")
+    run = made_run(tmp_path / "run", coupler, run_name="a name " * 40, status="check_failed")
     if coupler == "HGNN":
         record = json.loads((run / "record.json").read_text())
         names = [f"{{{i},{j}}}" for i in range(8) for j in range(i)]

@@ -19,7 +19,6 @@ from matplotlib.image import imread
 from bench.analysis import hyperedge_figures, training_figure
 from bench.analysis.plots import plot_run
 from bench.analysis.run_data import read_run
-from bench.measure.quantity import not_measured
 from tests.analysis._made_runs import (
     STEPS,
     made_communication,
@@ -88,7 +87,7 @@ def test_the_other_tables_are_the_record(drawn):
     hgnn, gnn = drawn["HGNN"][0], drawn["GNN"][0]
     rows = table(hgnn, "hyperedge_weights")
     weights = {(int(row["layer"]), row["hyperedge"]): float(row["weight"]) for row in rows}
-    record = read_run(hgnn).record["communication"]
+    record = read_run(hgnn).record.model_dump()["communication"]
     assert weights == {
         (n, k): v for n in range(2) for k, v in record[f"layer_{n}"]["hyperedge_weights"].items()
     }
@@ -114,7 +113,7 @@ def test_smoothing_by_hand():
 
 
 def test_what_is_missing_is_left_out(tmp_path):
-    nothing = not_measured("the run did not get this far")
+    nothing = {"value": None, "reason": "the run did not get this far"}
     run = made_run(tmp_path / "run", status="crashed", communication=nothing, quality=nothing)
     data = read_run(run)
     assert hyperedge_figures.weights_plot(data) is None
@@ -125,7 +124,7 @@ def test_what_is_missing_is_left_out(tmp_path):
     (run / "plots" / "training.svg").write_text("of an earlier call")
     assert {path.stem for path in plot_run(run)} == {"parameters"}
     assert {path.stem for path in (run / "plots").iterdir()} == {"parameters"}, "an old figure is left"
-    blocked = made_run(tmp_path / "blocked", status="gate_failed", communication=nothing, parameters=nothing)
+    blocked = made_run(tmp_path / "blocked", status="check_failed", communication=nothing, parameters=nothing)
     (blocked / "history.jsonl").write_text("")
     assert plot_run(blocked) == []
     assert not (blocked / "plots").exists()
@@ -141,7 +140,7 @@ def test_no_record_and_a_broken_record_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cut short"):
         plot_run(tmp_path)
     (tmp_path / "record.json").write_text("{}")
-    with pytest.raises(ValueError, match="another schema"):
+    with pytest.raises(ValueError, match="it lacks run_id"):
         plot_run(tmp_path)
 
 

@@ -21,8 +21,7 @@ from bench.analysis.study import Run, load_study
 from bench.analysis.study_plots.coupler_cost import added_cost
 from bench.analysis.summary import print_summary
 from bench.analysis.words import verdict_sentences
-from bench.measure.quantity import not_measured
-from bench.records.schema import time_of
+from bench.record import Marginal, Record, Time, TimePart, is_measured, not_measured, read_record
 from tests.analysis._made_studies import made_study
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "small"
@@ -31,6 +30,7 @@ OURS, THEIRS = [0.3, 0.36, 0.33], [0.2, 0.3, 0.22]
 
 def marginal(**changes: Any) -> dict[str, Any]:
     return {
+        "reference_warmup": {"warmup_steps": 3, "steady": True, "remark": ""},
         "reference": "mean", "step_seconds": OURS, "reference_step_seconds": THEIRS, "steady": True,
         "peak_allocated_bytes": 3 * 2**20, "training_flops_per_token": 250_000.0, "parameters": 777,
         **changes,
@@ -56,8 +56,8 @@ def study(tmp_path) -> Path:
 
 
 @pytest.fixture
-def record(study) -> dict[str, Any]:
-    return json.loads(next(study.glob("*/record.json")).read_text())
+def record(study) -> Record:
+    return read_record(next(study.glob("*/record.json")).parent)
 
 
 # --- quantities ------------------------------------------------------------------------------------
@@ -65,25 +65,23 @@ def record(study) -> dict[str, Any]:
 
 def test_utilisation_is_the_models_flops_over_those_of_a_product(record):
     assert quantities.utilisation(record) is None
-    record["speed"]["matrix_flops_per_second"] = not_measured("on a CPU")
-    assert quantities.utilisation(record) is None
-    reached = quantities.tokens_per_second(record) * record["flops"]["training_flops_per_token"]
-    record["speed"]["matrix_flops_per_second"] = 4 * reached
+    reached = record.speed.tokens_per_second * record.flops.training_flops_per_token
+    record.speed.matrix_flops_per_second = 4 * reached
     assert quantities.utilisation(record) == pytest.approx(0.25)
-    record["speed"]["matrix_flops_per_second"] = 0.9 * reached
+    record.speed.matrix_flops_per_second = 0.9 * reached
     assert quantities.utilisation(record) == pytest.approx(1 / 0.9)
 
 
 def test_the_share_of_data_is_that_of_a_median_fetch(record):
     assert quantities.data_share(record) is None
-    step = statistics.median(record["speed"]["step_seconds"])
-    record["speed"]["fetch_seconds"] = [50 * step, 0.01 * step, 0.01 * step]  # the first opens the file
+    step = statistics.median(record.speed.step_seconds)
+    record.speed.fetch_seconds = [50 * step, 0.01 * step, 0.01 * step]  # the first opens the file
     assert quantities.data_share(record) == pytest.approx(0.01)
 
 
 def test_a_record_without_a_speed_pass_has_none_of_it(record):
-    record["speed"] = not_measured("not reached")
-    assert quantities.of_speed(record, "marginal") is None
+    record.speed = not_measured("not reached")
+    assert quantities.marginal(record) is None
     assert quantities.utilisation(record) is None
     assert quantities.data_share(record) is None
 
@@ -112,7 +110,7 @@ def test_one_run_without_them_is_enough_to_take_the_separate_runs(study):
     path = next(path for path in study.glob("*/record.json")
                 if json.loads(path.read_text())["config"]["model"]["coupler_type"] == "GNN")  # fmt: skip
     record = json.loads(path.read_text())
-    record["speed"]["marginal"] = not_measured("not asked for")
+    record["speed"]["marginal"] = {"value": None, "reason": "not asked for"}
     path.write_text(json.dumps(record))
     cost = rows_of(study)["GNN"].cost
     assert cost is not None
@@ -122,7 +120,7 @@ def test_one_run_without_them_is_enough_to_take_the_separate_runs(study):
 def test_they_need_no_run_with_the_mean_coupler(tmp_path):
     alone = made_study(tmp_path / "alone", {"GNN": 0.0, "HGNN": 0.01}, seeds=2, history=2)
     assert rows_of(alone)["HGNN"].cost is None
-    changed(alone, "HGNN", marginal=marginal(peak_allocated_bytes=not_measured("no meter")))
+    changed(alone, "HGNN", marginal=marginal(peak_allocated_bytes={"value": None, "reason": "no meter"}))
     comparison = compare(load_study(alone).groups[0])
     row = next(row for row in comparison.rows if row.configuration.label == "HGNN")
     assert row.cost is not None
@@ -150,29 +148,25 @@ def test_the_table_says_how_costs_were_timed(in_turn, words, tmp_path):
 
 
 def test_what_is_measured_besides_makes_no_other_configuration(record):
-    config = record["config"]
-    with_them = {**config, "measure": {**config["measure"], "marginal": True, "profile": True}}
-    without = {
-        **config,
-        "measure": {k: v for k, v in config["measure"].items() if k not in ("marginal", "profile")},
-    }
-    assert settings_of(with_them) == settings_of(config) == settings_of(without)
+    config = record.config
+    measure = {**config.measure, "marginal": True, "profile": True}
+    assert settings_of(config.model_copy(update={"measure": measure})) == settings_of(config)
 
 
 # --- what a person sees ----------------------------------------------------------------------------
 
 
-def summary_of(record: dict[str, Any]) -> list[str]:
+def summary_of(record: Record) -> list[str]:
     console = Console(file=io.StringIO(), width=80, highlight=False)
     print_summary(record, Path("folder"), console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
 
-def reference_record() -> dict[str, Any]:
+def reference_record() -> Record:
     path = next(path for path in sorted(REFERENCE.glob("*/record.json"))
                 if json.loads(path.read_text())["config"]["model"]["coupler_type"] == "GNN")  # fmt: skip
-    return json.loads(path.read_text())
+    return read_record(path.parent)
 
 
 def test_an_earlier_record_is_shown_as_ever():
@@ -185,31 +179,34 @@ def test_an_earlier_record_is_shown_as_ever():
 
 def test_a_run_in_parts_has_the_times_of_all_and_says_how_many():
     """The summary and the page; the sums are over the parts, the start is the first part's."""
-    record, part = reference_record(), {"command": "x", "end": None, "resumed_at_step": None}
+    record = reference_record()
     first = {"prepare": 1.0, "train": 20.0, "total": 21.0}
     second = {"train": 30.0, "speed": 4.0, "total": 34.0}
-    parts = [part | {"start": "2025-01-01T12:00:00Z", "seconds": first},
-             part | {"start": "2025-01-01T13:00:00Z", "seconds": second, "end": "2025-01-01T13:01:00Z",
-                     "resumed_at_step": 9}]  # fmt: skip
-    record["time"] = time_of(parts)
-    assert (record["time"]["start"], record["time"]["end"]) == (parts[0]["start"], parts[1]["end"])
+    parts = [TimePart(command="x", start="2025-01-01T12:00:00Z", end=None, seconds=first,
+                      resumed_at_step=None),
+             TimePart(command="x", start="2025-01-01T13:00:00Z", end="2025-01-01T13:01:00Z", seconds=second,
+                      resumed_at_step=9)]  # fmt: skip
+    record.time = Time.of(parts)
+    assert (record.time.start, record.time.end) == (parts[0].start, parts[1].end)
     assert "time 55 s in 2 parts (prepare 1, train 50, speed 4)" in " ".join(
         " ".join(summary_of(record)).split()
     )
     facts = dict(run_facts(Run(Path("folder"), record), "GNN", {}).facts)
     assert facts["started"] == "2025-01-01T12:00:00Z, 55.0 s in 2 parts"
-    record["time"] = time_of(parts[:1])
+    record.time = Time.of(parts[:1])
     assert "time 21 s (prepare 1, train 20)" in " ".join(" ".join(summary_of(record)).split())
 
 
 def test_the_summary_shows_percentiles_waiting_mfu_parts_and_the_couplers_cost():
     record = reference_record()
-    record["speed"] |= {
+    assert is_measured(record.speed)
+    assert is_measured(record.memory)
+    record.speed = record.speed.model_copy(update={
         "step_seconds": [0.1 * k for k in range(1, 11)], "fetch_seconds": [0.0055] * 10, "steady": True,
-        "matrix_flops_per_second": 1e12, "marginal": marginal(), "compile_seconds": 12.34,
-    }  # fmt: skip
+        "matrix_flops_per_second": 1e12, "marginal": Marginal(**marginal()), "compile_seconds": 12.34,
+    })  # fmt: skip
     parts = {"model": 2**20, "gradients": 2**19, "optimizer": 2**21, "activations": 5 * 2**20}
-    record["memory"]["by_part"] = parts
+    record.memory.by_part = parts
     lines = summary_of(record)
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
@@ -221,9 +218,9 @@ def test_the_summary_shows_percentiles_waiting_mfu_parts_and_the_couplers_cost()
     assert "+50.0 % of a step (p10 +26.0 %, p90 +50.0 %), +110.0 ms, +3.0 MiB, +0.25 MFLOPs a token" in text
     assert "over mean (3 rounds in turn)" in text
     assert "model 1.0, gradients 0.5, optimizer 2.0, activations 5.0" in text
-    record["memory"] |= {"remark": "of another step", "peak_reserved_bytes": 7 * 2**20}
+    record.memory.remark, record.memory.peak_reserved_bytes = "of another step", 7 * 2**20
     assert "activations 5.0; of another step" in " ".join(" ".join(summary_of(record)).split())
-    record["memory"]["peak_allocated_bytes"] = not_measured("graphs")
+    record.memory.peak_allocated_bytes = not_measured("graphs")
     assert "peak 7.0 MiB reserved in a training step" in " ".join(" ".join(summary_of(record)).split())
 
 

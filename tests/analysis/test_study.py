@@ -14,6 +14,7 @@ from bench.analysis.comparison import compare
 from bench.analysis.report import make_plots, make_report
 from bench.analysis.study import load_study
 from bench.sweeps.hypotheses import Hypothesis
+from tests._records import epochs
 from tests.analysis._made_studies import made_study
 
 
@@ -67,7 +68,7 @@ def test_other_corpora_devices_and_evaluations_never_share_a_table(study, change
 def test_E3_another_used_batch_is_another_table_unless_allowed(study):
     """E3: rows whose used batch, length or evaluation differ are not compared unless told --allow-unequal."""
     for run in runs_of(study, "GNN"):
-        change(run, used__ledger__epochs=[{"batch_size": 999}], quality__validation__stride=3)
+        change(run, used__ledger__epochs=epochs(999), quality__validation__stride=3)
     assert len(load_study(study).groups) == 2
     [group] = load_study(study, allow_unequal=True).groups
     assert len(group.configurations) == 2
@@ -99,8 +100,8 @@ def test_a_failed_run_with_another_batch_is_not_put_with_those_that_differ(study
     assert [len(group.runs) for group in load_study(study).groups] == [5, 1]
 
 
-def test_gate_failed_runs_are_rows_that_do_not_count(study):
-    change(runs_of(study, "GNN")[0], status="gate_failed")
+def test_check_failed_runs_are_rows_that_do_not_count(study):
+    change(runs_of(study, "GNN")[0], status="check_failed")
     [group] = load_study(study).groups
     gnn = next(found for found in group.configurations if found.label == "GNN")
     assert list(gnn.counted) == [1, 2]
@@ -122,9 +123,10 @@ def test_losses_by_article_add_up_to_the_record(study):
     run = load_study(study).runs[0]
     found = run.articles
     assert found is not None
-    scored = run.record["quality"]["validation"]
-    assert np.isclose(found[0].sum(), scored["nll_sum"], rtol=1e-6)
-    assert found[1].sum() == scored["tokens"]
+    scored = run.record.split()
+    assert scored is not None
+    assert np.isclose(found[0].sum(), scored.nll_sum, rtol=1e-6)
+    assert found[1].sum() == scored.tokens
 
 
 def test_a_folder_without_records_is_refused(tmp_path):
@@ -142,7 +144,7 @@ def test_runs_that_were_tuned_share_a_table_with_those_that_ran_out_of_memory(tm
     for coupler in ("mean", "GNN", "gate"):
         for run in runs_of(path, coupler):
             failed = json.loads((run / "record.json").read_text())["status"] == "oom"
-            change(run, **({"used": nothing} if failed else {"used__ledger__epochs": [{"batch_size": 8}]}))
+            change(run, **({"used": nothing} if failed else {"used__ledger__epochs": epochs(8)}))
     [group] = load_study(path).groups
     assert len(group.runs) == 9
     assert "batch 8 × " in group.setting.words()
@@ -151,7 +153,7 @@ def test_runs_that_were_tuned_share_a_table_with_those_that_ran_out_of_memory(tm
 def test_a_failed_run_goes_to_the_table_of_its_own_configuration(study):
     nothing = {"value": None, "reason": "out of memory"}
     for run in runs_of(study, "GNN"):
-        change(run, used__ledger__epochs=[{"batch_size": 999}])
+        change(run, used__ledger__epochs=epochs(999))
     change(runs_of(study, "GNN")[0], status="oom", used=nothing, quality=nothing)
     found = [
         {(one.label, len(one.runs)) for one in group.configurations} for group in load_study(study).groups
@@ -239,7 +241,7 @@ def test_one_configuration_in_two_spellings_is_one_row(tmp_path):
     path = made_study(tmp_path / "made", {"mean": 0.0, "own": 0.02}, seeds=2, history=2,
                       names={"own": "c.py:C"})  # fmt: skip
     first, second = runs_of(path, "c.py:C")
-    change(first, config__training__min_steps_per_epoch=3, config__measure__allow_failed_gate=True)
+    change(first, config__training__min_steps_per_epoch=3, config__measure__allow_failed_check=True)
     change(second, config__model__coupler_type="./c.py:C")
     [group] = load_study(path).groups
     assert {one.label: list(one.counted) for one in group.configurations} == {
@@ -317,5 +319,5 @@ def test_records_of_another_schema_do_not_count(study, version):
     found = load_study(study)
     [(folder, why)] = found.unreadable
     assert folder == run
-    assert f"schema_version is {version!r}; it must be '1.0'" in why
+    assert f"schema_version is {version!r}; it must be '2.0'" in why
     assert len(found.runs) == 5

@@ -11,7 +11,8 @@ from bench.analysis.report import load_report
 from bench.analysis.study_page import TABLE, WHOLE, marks, study_markdown, with_study
 from bench.report import main
 from bench.sweeps.hypotheses import Hypothesis, state
-from tests.analysis._made_studies import SHA, made_study
+from tests._records import SHA
+from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,11 +26,11 @@ def page_of(name: str) -> str:
 
 
 def test_the_small_study_on_a_page(tmp_path, capsys):
-    """Also of what --redact makes of it: what is published says the same."""
-    redacted = tmp_path / "small"
-    assert main([str(REFERENCE / "small"), "--redact", str(redacted)]) == 0
+    """Also of what --publish makes of it: what is published says the same."""
+    published = tmp_path / "small"
+    assert main([str(REFERENCE / "small"), "--publish", str(published)]) == 0
     pages = []
-    for number, study in enumerate((REFERENCE / "small", redacted)):
+    for number, study in enumerate((REFERENCE / "small", published)):
         page = tmp_path / f"{number}.md"
         page.write_text(page_of("small"))
         assert main([str(study), "--page", str(page)]) == 0
@@ -48,7 +49,7 @@ def test_the_small_study_on_a_page(tmp_path, capsys):
     assert cells["HGNN · all_pairs"][3:6] == ["+0.0222", "0.047", "worse"]
     assert cells["Kneser-Ney trigram, validation split"][2:6] == ["221.9", "", "", "reference line"]
     assert "48 runs (48 ok), 6 configurations, 8 seeds." in text
-    assert not (redacted / "report").exists()
+    assert not (published / "report").exists()
 
 
 def test_a_page_may_have_the_table_alone_or_both(tmp_path):

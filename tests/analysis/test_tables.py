@@ -20,7 +20,9 @@ from bench.analysis.report import make_report
 from bench.analysis.report_show import print_report
 from bench.analysis.run_tables import failures_table, runs_table
 from bench.analysis.study import load_study
-from tests.analysis._made_studies import SHA, made_study
+from bench.record import is_measured
+from tests._records import SHA
+from tests.analysis._made_studies import made_study
 
 LETTERS = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝßàáâãäåæçèéêëìíîïñòóôõöøùúûüýÿ"
 HOSTILE = f"{LETTERS} 1–2 … → Ω " + "x & y_1 % $z$ #{} ~^\\ |é😀| <script>alert('1')</script> `*a*`"
@@ -73,18 +75,20 @@ def test_reference_lines_are_marked_as_such(tables, comparison):
 
 def test_published_line_only_on_the_whole_test_split(study, comparison):
     run = next(run for run in comparison.group.runs if run.counts)
-    before = json.dumps(run.record)
+    quality, data, scored = run.record.quality, run.record.data, run.record.split()
+    assert is_measured(quality)
+    assert is_measured(data)
+    assert scored is not None
+    before = quality.test
     try:
-        run.record["quality"]["test"] = {**run.record["quality"]["validation"], "tokens": 245_569}
-        run.record["data"] |= {"name": "wikitext", "config_name": "wikitext-2-v1", "tokenizer": "word"}
+        quality.test = scored.model_copy(update={"tokens": 245_569})
         assert ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8) in reference_lines(
             comparison.group
         )
-        run.record["data"]["tokenizer"] = "bpe:8000"
+        data.tokenizer = "bpe:8000"
         assert len(reference_lines(comparison.group)) == 2
     finally:
-        run.record.clear()
-        run.record.update(json.loads(before))
+        quality.test, data.tokenizer = before, "word"
 
 
 def test_bold_only_for_what_is_best_beyond_noise(tables, tmp_path):
@@ -115,12 +119,13 @@ def test_another_code_is_marked(tmp_path, known):
     study = load_study(path)
     assert code_warnings(compare(study.groups[0])) == []
     for run in study.runs:
-        environment = run.record["environment"]
+        environment = run.record.environment
+        assert is_measured(environment)
         if not known:
-            del environment["coupler_sha256"]
-            environment["code_sha256"] = environment.pop("project_sha256")
+            environment.code_sha256, environment.project_sha256 = environment.project_sha256, None
+            environment.coupler_sha256 = None
     gnn = next(one for one in study.groups[0].configurations if one.label == "GNN")
-    gnn.runs[0].record["environment"]["project_sha256" if known else "code_sha256"] = "f" * 64
+    setattr(gnn.runs[0].record.environment, "project_sha256" if known else "code_sha256", "f" * 64)
     found = comparison_table(compare(study.groups[0])).markdown()
     assert "GNN †" in found
     assert "ffffffffffff (1 run)" in found
@@ -137,14 +142,15 @@ def test_runs_that_do_not_say_their_code_are_counted_only_beside_others(tmp_path
     study = load_study(path)
     silent = "2 runs do not say which code made them."
     for run in study.runs[:2]:
-        environment = run.record["environment"]
-        environment["code_sha256"] = environment.pop("project_sha256")
+        environment = run.record.environment
+        assert is_measured(environment)
+        environment.code_sha256, environment.project_sha256 = environment.project_sha256, None
     comparison = compare(study.groups[0])
     assert code_warnings(comparison) == [silent]
     assert silent in comparison_table(comparison).markdown()
     assert "†" not in comparison_table(comparison).markdown()
     for run in study.runs:
-        run.record["environment"].pop("project_sha256", None)
+        run.record.environment.project_sha256 = None  # pyright: ignore
     assert code_warnings(compare(study.groups[0])) == []
 
 
@@ -154,8 +160,8 @@ def test_the_code_of_a_coupler_in_a_file_is_no_other_code_of_the_project(tmp_pat
                       names={"own": "c.py:C"})  # fmt: skip
     study = load_study(path)
     assert "†" not in comparison_table(compare(study.groups[0])).markdown()
-    [code] = {run.record["environment"]["coupler_sha256"] for run in study.runs
-              if run.record["config"]["model"]["coupler_type"] == "c.py:C"}  # fmt: skip
+    [code] = {run.key[1] or "" for run in study.runs
+              if run.record.config.coupler == "c.py:C"}  # fmt: skip
     assert code_note(study.runs) == (
         f"code {SHA[:12]} of commit {SHA[:8]} (6 runs); c.py:C {code[:12]} (3 runs)"
     )
@@ -226,9 +232,12 @@ def test_reference_lines_that_not_all_runs_agree_in_are_left_out(tmp_path):
     study = load_study(made_study(tmp_path / "made", {"mean": 0.0}, seeds=3, history=2))
     [group] = study.groups
     assert len(reference_lines(group)) == 2
-    group.runs[0].record["quality"]["validation"]["unigram_nll_sum"] *= 1.01
+    first, second, _ = (run.record.split() for run in group.runs)
+    assert first is not None
+    assert second is not None
+    first.unigram_nll_sum = 1.01 * (first.unigram_nll_sum or 0)
     assert [name for name, _ in reference_lines(group)] == ["Kneser-Ney trigram, validation split"]
-    del group.runs[1].record["quality"]["validation"]["kneser_ney_trigram_nll_sum"]
+    second.kneser_ney_trigram_nll_sum = None
     assert reference_lines(group) == []
 
 

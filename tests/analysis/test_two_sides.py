@@ -15,6 +15,7 @@ from bench.analysis.study import load_study
 from bench.analysis.two_sides import QUANTITIES, Limit, compare_sides, read_side
 from bench.analysis.two_sides_show import print_differences
 from bench.report import main
+from tests._records import epochs
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change
 
@@ -94,7 +95,7 @@ def test_the_beginning_of_an_id_is_enough_where_it_is_one(results):
 @pytest.mark.parametrize(
     ("changes", "says", "passes"),
     [
-        ({"used__ledger__epochs": [{"batch_size": 999}]}, "batch 999", True),
+        ({"used__ledger__epochs": epochs(999)}, "batch 999", True),
         ({"quality__validation__stride": 3}, "stride 3", True),
         ({"environment__device_name": "elsewhere"}, "elsewhere", False),
         ({"data__sha256": "0" * 64}, "0" * 12, False),
@@ -182,7 +183,7 @@ def test_the_same_configuration_by_other_code_is_what_is_compared(tmp_path):
         path = made_study(tmp_path / name, {"mean": 0.0, "own": 0.1}, seeds=2, history=2,
                           names={"own": "c.py:C"})  # fmt: skip
         for run in load_study(path).runs:
-            own = run.record["config"]["model"]["coupler_type"] == "c.py:C"
+            own = run.record.config.coupler == "c.py:C"
             change(run.folder, **({"environment__coupler_sha256": code} if own else {}))
     sides = read_side("a", tmp_path), read_side("b", tmp_path)
     found = compare_sides(*sides)
@@ -200,7 +201,7 @@ def test_equal_settings_of_another_configuration_are_not_compared(tmp_path):
     for name in ("a", "b"):
         made_study(tmp_path / name, {"mean": 0.0, "HGNN file:e.json": 0.1}, seeds=2, history=2)
     for run in load_study(tmp_path / "b").runs:
-        if run.record["config"]["model"]["coupler_type"] == "HGNN":
+        if run.record.config.coupler == "HGNN":
             change(run.folder, configuration="9" * 12)
     found = compare_sides(read_side("a", tmp_path), read_side("b", tmp_path))
     assert [one.candidate.label for one in found.differences] == ["mean"]
@@ -214,7 +215,7 @@ def test_several_runs_of_a_seed_are_named_and_not_compared(tmp_path, capsys):
     for name in ("a", "b"):
         made_study(tmp_path / name, {"mean": 0.0, "GNN": 0.1}, seeds=3, history=2)
     first, second = [run.folder for run in load_study(tmp_path / "b").runs
-                     if run.record["config"]["model"]["coupler_type"] == "GNN"][:2]  # fmt: skip
+                     if run.record.config.coupler == "GNN"][:2]  # fmt: skip
     change(second, seed=0)
     found = compare_sides(read_side("a", tmp_path), read_side("b", tmp_path))
     assert [one.candidate.label for one in found.differences] == ["mean"]

@@ -89,7 +89,7 @@ def test_the_readings_are_the_records(made):
     for reading in readings:
         for place, seed in enumerate(reading.seeds):
             run = reading.configuration.counted[seed]
-            recorded = run.record["communication"][f"layer_{reading.layer}"]["hyperedge_weights"]
+            recorded = run.record.model_dump()["communication"][f"layer_{reading.layer}"]["hyperedge_weights"]
             assert dict(zip(reading.members, reading.weights_SM[place], strict=True)) == recorded
             trace = np.load(run.folder / "communication.npz")
             assert reading.trajectories is not None
@@ -219,7 +219,8 @@ def test_shares_are_the_records_with_their_deviation(made, plots):
     for row in rows:
         runs = by_label[row["configuration"]].counted.values()
         shares = [
-            run.record["communication"][f"layer_{row['layer']}"]["mixing"][str(row["expert"])] for run in runs
+            run.record.model_dump()["communication"][f"layer_{row['layer']}"]["mixing"][str(row["expert"])]
+            for run in runs
         ]
         assert row["share"] == pytest.approx(np.mean(shares), abs=1e-12)
         assert row["standard_deviation"] == pytest.approx(np.std(shares, ddof=1), abs=1e-12)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.measure.meters import Reading
-from bench.measure.quantity import not_measured
+from bench.record import not_measured
 
 NOT_READ = not_measured("a made-up device has no such quantity")
 

@@ -169,12 +169,13 @@ def measured(ranks: Ranks) -> dict[str, Any]:
         until_steady = time_steps(
             lambda _: None, device=CPU, warmup=Warmup.steady(), steps=1, agree=ranks.largest
         )
-    return {"speed": found, "memory": memory, "warmup_steps": until_steady.warmup_steps}
+    return {"speed": found.model_dump(), "memory": memory.model_dump(),
+            "warmup_steps": until_steady.warmup_steps}  # fmt: skip
 
 
 def refused() -> None:
     """Refuse the user."""
-    raise ValueError("the disk is full")
+    raise Refused("the disk is full")
 
 
 def words_of(function: Any) -> str:

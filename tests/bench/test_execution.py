@@ -12,10 +12,10 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from bench.config import ExecutionConfig, RunConfig, TrainingConfig
+from bench.identity import identity, run_id
 from bench.measure.flops import training_flops_per_token
 from bench.measure.meters import meter_for
 from bench.measure.predict import predict_peak
-from bench.records.schema import identity, run_id
 from bench.run import main
 from bench.training.execution import Execution
 from bench.training.step import make_optimizer, training_step
@@ -239,7 +239,7 @@ def test_a_run_in_another_form_and_precision_says_so_and_passes_the_gate(tiny, c
     record = only_record(Path(tiny[tiny.index("--results-dir") + 1]))
     assert record["used"]["execution"] == {"experts": "batched", "precision": "bf16", "compile": None}
     assert record["used"]["precision"] == "bf16"
-    assert record["gate"]["checks"]["trained_isolation"]["passed"]
+    assert record["check"]["checks"]["trained_isolation"]["passed"]
     assert "compile" not in record["time"]["seconds"]
 
 

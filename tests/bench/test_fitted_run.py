@@ -54,7 +54,7 @@ def test_the_gate_judges_the_model_that_trains_and_two_rows_at_least(fitted):
     record = record_of(folder)
     assert (record["tuned"]["length"], record["tuned"]["micro_batch_size"]) == (LENGTH, 1)
     assert judged == [LENGTH]
-    assert f"(B, L) = (2, {LENGTH})" in record["gate"]["checks"]["trained_isolation"]["detail"]
+    assert f"(B, L) = (2, {LENGTH})" in record["check"]["checks"]["trained_isolation"]["detail"]
 
 
 @pytest.mark.parametrize(

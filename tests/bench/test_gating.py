@@ -13,9 +13,10 @@ import torch
 
 from bench import gating
 from bench.gate import CHECKS
+from bench.record import not_measured
 from bench.run import main
 
-REUSE = "--reuse-gate"
+REUSE = "--reuse-check"
 
 
 @pytest.fixture
@@ -39,19 +40,19 @@ def run(tiny, monkeypatch, capsys):
 def test_another_seed_takes_the_verdict_and_says_whose_it_is(run, tmp_path, capsys):
     first, checked = run("--seed", "0", REUSE)
     assert checked == 1
-    assert not any("reused_from" in check for check in first["gate"]["checks"].values())
+    assert not any(check["reused_from"] for check in first["check"]["checks"].values())
     capsys.readouterr()
     second, checked = run("--seed", "1", REUSE)
     assert checked == 0
     assert f"the checks before training are those of run {first['run_id']}" in " ".join(
         capsys.readouterr().out.split()
     )
-    assert second["gate"]["passed"]
+    assert second["check"]["passed"]
     for name in CHECKS:
-        ours, theirs = (record["gate"]["checks"][name] for record in (second, first))
+        ours, theirs = (record["check"]["checks"][name] for record in (second, first))
         assert ours == {**theirs, "seconds": 0.0, "reused_from": first["run_id"]}
-    own = second["gate"]["checks"]["trained_isolation"]
-    assert "reused_from" not in own
+    own = second["check"]["checks"]["trained_isolation"]
+    assert own["reused_from"] is None
     assert own["seconds"] > 0
     (folder,) = tmp_path.glob(f"results/*/{first['run_id']}")
     shutil.rmtree(folder)  # what is left is a verdict that was taken itself
@@ -76,7 +77,9 @@ def test_another_code_or_device_is_checked_and_another_commit_is_not(run, monkey
                             ({"threads": 99}, 1), ({"git_commit": "0" * 40}, 0))  # fmt: skip
     for seed, (changes, checks) in enumerate(cases, 1):
         monkeypatch.setattr(
-            gating, "_same", lambda there, here, changes=changes: plain(there, {**here, **changes})
+            gating,
+            "_same",
+            lambda there, here, new=changes: plain(there, here.model_copy(update=new)),
         )
         assert run("--seed", str(seed), REUSE)[1] == checks, changes
 
@@ -93,7 +96,7 @@ def test_a_coupler_from_elsewhere_is_always_checked(run, tmp_path):
     assert honest in source
     file.write_text(source.replace(honest, honest[:-1] + " + expert_outputs.mean(1, keepdim=True).sum(2))"))
     record, checked = run(*coupler, "--seed", "2", REUSE, status=1)
-    assert (checked, record["status"]) == (1, "gate_failed")
+    assert (checked, record["status"]) == (1, "check_failed")
 
 
 def test_a_verdict_that_did_not_pass_is_never_taken(run):
@@ -107,13 +110,13 @@ def test_a_verdict_is_taken_from_a_run_that_checked_for_itself(run, tmp_path):
     first, _ = run("--seed", "0", REUSE)
     second, checked = run("--seed", "1", REUSE)
     assert checked == 0
-    assert {c.get("reused_from") for n, c in second["gate"]["checks"].items() if n in CHECKS} == {
+    assert {c.get("reused_from") for n, c in second["check"]["checks"].items() if n in CHECKS} == {
         first["run_id"]
     }
     assert run("--seed", "0", REUSE, "--force")[1] == 1
     (path,) = tmp_path.glob(f"results/*/{first['run_id']}/record.json")
-    checks = json.loads(path.read_text())["gate"]["checks"].values()
-    assert not any("reused_from" in check for check in checks)
+    checks = json.loads(path.read_text())["check"]["checks"].values()
+    assert not any(check["reused_from"] for check in checks)
 
 
 def test_a_damaged_record_is_passed_over(run, tmp_path):
@@ -148,16 +151,16 @@ def test_a_fitted_length_and_a_run_of_several_ranks_are_checked(monkeypatch, fit
     monkeypatch.setattr(gating, "run_gate", lambda *_, **__: "its own")
     config = SimpleNamespace(
         memory=SimpleNamespace(fit_shape=fit_shape), model=SimpleNamespace(coupler_type="mean"),
-        places=SimpleNamespace(reuse_gate=True), training=SimpleNamespace(seed=0),
+        places=SimpleNamespace(reuse_check=True), training=SimpleNamespace(seed=0),
     )  # fmt: skip
     prepared: Any = SimpleNamespace(config=config, ranks=SimpleNamespace(alone=alone), model_config=None,
                                     device=torch.device("cpu"))  # fmt: skip
-    assert gating.gate_of(prepared, {}) == "its own"
+    assert gating.gate_of(prepared, not_measured("made")) == "its own"
 
 
-@pytest.mark.parametrize("gate", [{"passed": True}, {"passed": True, "checks": dict.fromkeys(CHECKS)}])
-def test_a_record_whose_verdict_is_damaged_is_passed_over(run, tmp_path, gate):
+@pytest.mark.parametrize("check", [{"passed": True}, {"passed": True, "checks": dict.fromkeys(CHECKS)}])
+def test_a_record_whose_verdict_is_damaged_is_passed_over(run, tmp_path, check):
     first, _ = run("--seed", "0", REUSE)
     (path,) = (tmp_path / "results").glob(f"*/{first['run_id']}/record.json")
-    path.write_text(json.dumps(first | {"gate": gate}))
+    path.write_text(json.dumps(first | {"check": check}))
     assert run("--seed", "1", REUSE)[1] == 1

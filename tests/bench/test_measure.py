@@ -37,7 +37,7 @@ def steps_of(model: GNNMoEModel, batches: list[dict[str, torch.Tensor]], rows: i
 def test_every_step_is_kept_and_only_real_targets_count(model):
     """D6: tokens/s comes from the targets that count and from step time only."""
     measure = MeasureConfig(speed_warmup_steps=2, speed_steps=5)
-    speed = measure_speed(steps_of(model, make_batches(3)), measure, CPU)
+    speed = measure_speed(steps_of(model, make_batches(3)), measure, CPU).model_dump(mode="json")
     assert len(speed["step_seconds"]) == 5
     assert len(speed["warmup_seconds"]) == speed["warmup_steps"] == 2
     assert all(seconds > 0 for seconds in speed["step_seconds"])
@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_batches_that_were_timed(model):
     batches = make_batches(2)
     batches[1]["targets"] = batches[1]["input_ids"]
     measure = MeasureConfig(speed_warmup_steps=1, speed_steps=3)
-    assert measure_speed(steps_of(model, batches), measure, CPU)["step_tokens"] == [16, 13, 16]
+    assert measure_speed(steps_of(model, batches), measure, CPU).step_tokens == [16, 13, 16]
 
 
 def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
@@ -65,11 +65,11 @@ def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
     monkeypatch.setattr("bench.measure.speed.training_step", step)
     monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: ticks[0])
     measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
-    speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU)
+    speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU).model_dump(mode="json")
     assert speed["step_seconds"] == [1.0] * 4
     assert ticks[0] == 7.0
     measure = MeasureConfig(speed_warmup_steps="auto", speed_steps=2)
-    speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU)
+    speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU).model_dump(mode="json")
     assert (speed["warmup_steps"], speed["steady"], ticks[0]) == (20, True, 29.0)
 
 
@@ -96,7 +96,7 @@ def test_memory_by_phase_begins_without_an_optimizers_state(model):
     steps = steps_of(model, make_batches(1))
     for number in range(3):
         steps.step(number)
-    memory = peak_memory(steps, CPU)
+    memory = peak_memory(steps, CPU).model_dump(mode="json")
     phases = memory["by_phase"]
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     assert phases["built"] == held + 2 * 2 * 8 * 8
@@ -111,7 +111,7 @@ def test_the_memory_peak_is_that_of_the_tensors_alive():
         torch.zeros(1024, 1024)  # 4 MiB, alone at any time
         torch.zeros(512, 1024)
 
-    memory = measure_memory(step, (held,), CPU)
+    memory = measure_memory(step, (held,), CPU).model_dump(mode="json")
     assert memory["peak_allocated_bytes"] == 4 * 2**20 + 262_144
     assert memory["peak_reserved_bytes"]["value"] is None
     assert memory["process_peak_bytes"] > 4 * 2**20
@@ -123,7 +123,7 @@ def test_the_memory_peak_holds_a_chunk_of_logits():
     model = GNNMoEModel(config, seed=0)
     ids = torch.zeros(4, 64, dtype=torch.int64)
     batch = {"input_ids": ids, "targets": ids}
-    memory = peak_memory(steps_of(model, [batch]), CPU)
+    memory = peak_memory(steps_of(model, [batch]), CPU).model_dump(mode="json")
     states = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and Adam's two moments
     chunk = 4 * min(256, 32 * 2**20 // (4 * config.padded_vocab_size)) * config.padded_vocab_size
     assert memory["peak_allocated_bytes"] > states + chunk
@@ -133,7 +133,7 @@ def test_memory_grows_with_the_batch(model):
     peaks = []
     for rows in (1, 4):
         batch = [{name: tensor.repeat(rows, 1) for name, tensor in make_batches(1)[0].items()}]
-        peaks.append(peak_memory(steps_of(model, batch), CPU)["peak_allocated_bytes"])
+        peaks.append(peak_memory(steps_of(model, batch), CPU).peak_allocated_bytes)
     assert peaks[1] > peaks[0]
 
 
@@ -170,7 +170,7 @@ def test_flops_count_attention():
 
 
 def test_the_environment_names_versions_and_code_but_no_place():
-    found = describe_environment(CPU, {"coupler_sha256": "a", "project_sha256": "b"})
+    found = describe_environment(CPU, {"coupler_sha256": "a", "project_sha256": "b"}).model_dump(mode="json")
     text = json.dumps(found)
     assert found["packages"]["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()

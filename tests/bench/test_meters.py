@@ -21,7 +21,7 @@ from bench.measure.meters import (
     process_peak_bytes,
 )
 from bench.measure.predict import CannotPredict, predict_peak
-from bench.measure.quantity import not_measured
+from bench.record import NotMeasured, is_measured, not_measured
 from bench.training.step import Batch, make_optimizer, training_step
 from bench.tune.budget import host_memory_bytes
 from gnnmoe import GNNMoEConfig, GNNMoEModel
@@ -135,11 +135,13 @@ def test_a_coupler_that_reads_its_numbers_cannot_be_predicted(monkeypatch):
 def test_e2_the_record_has_every_quantity_and_the_meter():
     """E2: allocated, reserved, device-used and the meter; what was not measured is null with a reason."""
     layer = torch.nn.Linear(4, 4)
-    record = measure_memory(lambda: layer(torch.zeros(2, 4)).sum().backward(), (layer,), CPU)
+    record = measure_memory(lambda: layer(torch.zeros(2, 4)).sum().backward(), (layer,), CPU).model_dump(
+        mode="json"
+    )
     assert record["meter"] == "tracked_tensors"
     assert {"peak_allocated_bytes", "peak_reserved_bytes", "peak_active_bytes", "allocator_retries",
             "device_used_bytes", "nvml_used_bytes", "peak_by_part_bytes", "process_peak_bytes",
-            "meter", "by_part"} == set(record)  # fmt: skip
+            "meter", "by_part", "by_phase", "rank", "remark"} == set(record)  # fmt: skip
     for name in (
         "peak_reserved_bytes", "peak_active_bytes", "allocator_retries", "device_used_bytes",
         "nvml_used_bytes",
@@ -157,6 +159,7 @@ def test_the_tracked_parts_are_what_they_are_called():
     read = reading(config, 2, 24)
     parameters = 4 * sum(p.numel() for p in GNNMoEModel(config, seed=0).parameters())
     assert isinstance(read.peak_allocated_bytes, int)
+    assert is_measured(read.peak_by_part_bytes)
     assert read.peak_by_part_bytes["parameter"] == parameters
     assert 2 * parameters < read.peak_by_part_bytes["optstate"] < 2 * parameters + 1000
     assert read.peak_by_part_bytes["activation"] > 0
@@ -169,8 +172,8 @@ def test_a_system_without_proc_says_so(monkeypatch):
     assert peak > 2**26
     monkeypatch.setattr("bench.measure.meters.Path.exists", lambda _: False)
     found = process_peak_bytes()
-    assert isinstance(found, dict)
-    assert "no /proc" in found["reason"]
+    assert isinstance(found, NotMeasured)
+    assert "no /proc" in found.reason
 
 
 def fields(**known) -> Reading:
@@ -256,9 +259,8 @@ def test_nvml_that_does_not_answer_is_null_with_a_reason(error, reason, monkeypa
 
     monkeypatch.setattr("torch.cuda.device_memory_used", fails)
     found = nvml_used_bytes(CUDA)
-    assert isinstance(found, dict)
-    assert found["value"] is None
-    assert reason in found["reason"]
+    assert isinstance(found, NotMeasured)
+    assert reason in found.reason
 
 
 @pytest.mark.gpu

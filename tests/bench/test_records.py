@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import foreign
 from bench.config import RunConfig, config_of, run_flags
-from bench.measure.quantity import is_measured, not_measured
-from bench.records.schema import KEYS, config_dict, configuration_id, identity, new_record
-from bench.records.schema import run_id as schema_run_id
-from bench.records.store import RunFolder, check_writable
+from bench.identity import configuration_id, identity, settings_in_record
+from bench.identity import run_id as schema_run_id
+from bench.record import Damaged, Record, RunFolder, check_writable, is_measured, not_measured
 from gnnmoe.couplers import coupler_identity
+from tests._records import made_record, record_json
 
 pytestmark = pytest.mark.core("record")
 DATA = "0" * 64
@@ -38,7 +39,7 @@ VALUES = {
     "learning_rate": 0.5, "weight_decay": 0.5, "min_lr_ratio": 0.5, "max_grad_norm": 0.5,
     "batch_schedule": "0:16,1:32", "initialization": "original",
 }  # fmt: skip
-BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_gate",
+BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_check",
                   "audit", "marginal", "profile",  # checked and measured besides
                   "text_column", "tokenizer",  # the data count by their content
                   "curriculum", "curriculum_pacing", "curriculum_start",  # by the order they give
@@ -89,7 +90,7 @@ def test_every_committed_record_has_the_ids_of_its_config():
         ("training", "max_steps", 120),
         ("model", "coupler_option", ("backend=vectorized",)),
         ("model", "coupler_option", ("residual=True",)),
-        ("measure", "allow_failed_gate", True),
+        ("measure", "allow_failed_check", True),
         ("data", "dataset_name", "wikitext"),
         ("data", "dataset_config_name", "wikitext-2-v1"),
         ("training", "batch_schedule", "0:16"),
@@ -128,18 +129,17 @@ def test_a_coupler_option_counts_the_same_as_a_flag_and_as_a_dict():
     assert flag == table != run_id(RunConfig(), DATA, "cpu")
 
 
-def test_a_new_record_has_every_key_and_a_reason_where_nothing_is_known():
-    record = new_record(run_id="abc", status="interrupted")
-    assert tuple(record) == KEYS
-    assert record["quality"] == not_measured("the run did not get this far")
-    assert not is_measured(record["speed"])
-    with pytest.raises(KeyError, match="perplexity"):
-        new_record(perplexity=3.0)
+def test_a_new_record_has_a_reason_where_nothing_is_known_and_no_other_key():
+    record = record_json(run_id="abc", status="interrupted")
+    assert tuple(record) == tuple(Record.model_fields)
+    assert record["quality"] == {"value": None, "reason": "the run did not get this far"}
+    assert not is_measured(made_record().speed)
+    with pytest.raises(ValueError, match="perplexity"):
+        made_record(perplexity=3.0)
 
 
 def test_zero_is_a_measurement_and_null_is_not():
     assert is_measured(0)
-    assert is_measured({"peak": 1})
     assert not is_measured(None)
     assert not is_measured(not_measured("no GPU"))
 
@@ -147,18 +147,54 @@ def test_zero_is_a_measurement_and_null_is_not():
 def test_a_record_comes_back_as_it_was_written(tmp_path):
     folder = RunFolder(tmp_path, "study", "id")
     assert folder.read_record() is None
-    record = new_record(run_id="id", config=config_dict(RunConfig()))
+    record = made_record(run_id="id")
     folder.create(record)
     assert folder.read_record() == record
     assert (folder.path / "history.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize(("text", "written"), [
+    ("in /home/amelia/data/x.npz.", "in x.npz."),
+    ("--data-dir=/scratch/lab/wiki copy", "--data-dir=wiki copy"),
+    ("--config ../amelia/x.toml ~/y", "--config x.toml y"), ("'/my lab/own.py:Own'", "'own.py:Own'"),
+    ("model:/x/checkpoint.pt", "model:checkpoint.pt"), ("C:\\Users\\amelia\\x", "x"),
+    ('File "/x/.venv/lib/python3.11/site-packages/torch/nn/m.py", line 1', 'File "torch/nn/m.py", line 1'),
+    (f'File "{Path(__file__).parents[2]}/bench/session.py", line 9', 'File "bench/session.py", line 9'),
+    ("on gpu-node17.cs.example.org, by amelia", "on HOST, by USER"),
+    *((text, text) for text in ("1,126 tokens/s", "λ = (E − k) / (k (E − 1))", "±0.01 nats/token", "and/or",
+      "https://arxiv.org/abs/2308.00951", "results/default/a38be5e8f024", "D⁻¹ H W B⁻¹ Hᵀ X Θ", "<br/> </b>",
+      "examples.leaking_coupler:LeakingCoupler", "step 3/120", r"a \n b")),
+])  # fmt: skip
+def test_no_place_and_no_name_of_the_machine_is_written(tmp_path, monkeypatch, text, written):
+    monkeypatch.setattr("platform.node", lambda: "gpu-node17.cs.example.org")
+    monkeypatch.setattr("getpass.getuser", lambda: "amelia")
+    foreign._own_names.cache_clear()
+    folder = RunFolder(tmp_path, "study", "id")
+    folder.create(made_record(error=text, tuned={"value": None, "reason": text}))
+    folder.log(text)
+    foreign._own_names.cache_clear()
+    record = json.loads((folder.path / "record.json").read_text())
+    assert record["error"] == record["tuned"]["reason"] == written
+    assert (folder.path / "log.txt").read_text().endswith(f"Z {written}\n")
+
+
+def test_a_record_names_folders_and_files_by_their_names_alone():
+    config = RunConfig()
+    paths = {"data_dir": "/scratch/wiki", "results_dir": "/x/results", "checkpoint_dir": "../there"}
+    places = dataclasses.replace(config.places, **{name: Path(path) for name, path in paths.items()})
+    model = dataclasses.replace(config.model, coupler_type="lib/own.py:Own")
+    found = settings_in_record(dataclasses.replace(config, places=places, model=model))
+    assert [found.places[name] for name in ("data_dir", "results_dir", "checkpoint_dir")] == [
+        "wiki", "results", "there"]  # fmt: skip
+    assert found.coupler == "own.py:Own"
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     """Record: written to a temporary name and renamed; NaN is no JSON and is refused."""
     folder = RunFolder(tmp_path, "study", "id")
-    folder.create(new_record(run_id="id"))
+    folder.create(made_record(run_id="id"))
     with pytest.raises(ValueError, match="JSON"):
-        folder.write_record({"value": math.nan})
+        folder.write_record(made_record().model_copy(update={"seed": math.nan}))
 
     class Unwritable:
         def __array__(self, *_, **__):
@@ -166,13 +202,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
     with pytest.raises(OSError, match="disk is full"):
         folder.write_arrays("nll.npz", {"bad": Unwritable()})  # pyright: ignore[reportArgumentType]
-    assert folder.read_record() == new_record(run_id="id")
+    assert folder.read_record() == made_record(run_id="id")
     assert {path.name for path in folder.path.iterdir()} == {"record.json", "history.jsonl", "log.txt"}
 
 
 def test_arrays_and_history_come_back(tmp_path):
     folder = RunFolder(tmp_path, "study", "id")
-    folder.create(new_record())
+    folder.create(made_record())
     folder.write_arrays("nll.npz", {"a": np.arange(3)})
     assert np.load(folder.path / "nll.npz")["a"].tolist() == [0, 1, 2]
     folder.append_history({"step": 1})
@@ -184,7 +220,7 @@ def test_arrays_and_history_come_back(tmp_path):
 def test_setting_aside_never_overwrites(tmp_path):
     for number in (1, 2):
         folder = RunFolder(tmp_path, "study", "id")
-        folder.create(new_record(seed=number))
+        folder.create(made_record(seed=number))
         folder.set_aside()
     kept = sorted(path.name for path in (tmp_path / "study").iterdir())
     assert kept == ["id.1", "id.2"]
@@ -194,11 +230,11 @@ def test_setting_aside_never_overwrites(tmp_path):
 @pytest.mark.parametrize("text", ["", '{"run_id": ', "[]", '{"a": 1}', "3"])
 def test_a_damaged_record_is_called_that(tmp_path, text):
     folder = RunFolder(tmp_path, "study", "id")
-    folder.create(new_record())
+    folder.create(made_record())
     (folder.path / "record.json").write_text(text)
-    assert folder.read_record() == {"status": "damaged"}
+    assert isinstance(folder.read_record(), Damaged)
     (folder.path / "record.json").unlink()
-    assert folder.read_record() == {"status": "damaged"}
+    assert isinstance(folder.read_record(), Damaged)
 
 
 def test_a_run_is_locked_for_everybody_else(tmp_path):
@@ -220,7 +256,7 @@ def test_a_study_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "id").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        RunFolder(tmp_path, "other", "id").create(new_record())
+        RunFolder(tmp_path, "other", "id").create(made_record())
 
 
 def test_checking_that_a_folder_can_be_written_leaves_nothing(tmp_path):

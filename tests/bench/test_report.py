@@ -20,8 +20,7 @@ from bench.analysis.report_files import write_report
 from bench.analysis.report_show import print_report
 from bench.analysis.study import load_study
 from bench.analysis.study_page import marks
-from bench.measure.quantity import not_measured
-from bench.records.schema import STATUSES
+from bench.record import STATUSES, not_measured
 from bench.report import main
 from bench.sweeps.hypotheses import Hypothesis, state, stated
 from tests.analysis._made_studies import made_study
@@ -183,12 +182,12 @@ def test_what_was_published_is_verified_by_its_hashes(tmp_path, capsys):
     """It has no losses of tokens, nor need it have sums by article; a run that was added has no hash."""
     made_study(tmp_path / "there" / "made", {"mean": 0.0, "GNN": 0.1}, seeds=2, history=2)
     out = tmp_path / "made"
-    assert main([str(tmp_path / "there" / "made"), "--redact", str(out)]) == 0
+    assert main([str(tmp_path / "there" / "made"), "--publish", str(out)]) == 0
     one, other = sorted(out.glob("*/articles.npz"))[:2]
-    published = json.loads((out / "redacted.json").read_text())
+    published = json.loads((out / "published.json").read_text())
     one.unlink()
     del published["files"][one.relative_to(out).as_posix()]
-    (out / "redacted.json").write_text(json.dumps(published))
+    (out / "published.json").write_text(json.dumps(published))
     capsys.readouterr()
     assert main([str(out), "--verify"]) == 0
     words = "4 by file hash, not by token losses (3 of them also by their sums by article)"
@@ -207,7 +206,7 @@ def test_what_was_published_is_verified_by_its_hashes(tmp_path, capsys):
 
 def test_several_runs_of_one_seed_end_with_1_and_the_rest_is_written(report, results):
     runs = [run.folder for run in load_study(results / "small").runs
-            if run.counts and run.record["config"]["model"]["coupler_type"] == "GNN"][:2]  # fmt: skip
+            if run.counts and run.record.config.coupler == "GNN"][:2]  # fmt: skip
     for run in runs:
         change(run, seed=0)
     page = results / "page.md"
@@ -424,7 +423,7 @@ def test_whatever_is_missing_or_failed_a_report_is_made(number, tmp_path):
     seeds = random.randint(1, 4)
     failed = {(name, seed): random.choice(STATUSES) for name in couplers for seed in range(seeds)
               if random.random() < 0.5}  # fmt: skip
-    parts = ("speed", "memory", "communication", "flops", "parameters", "quality", "gate", "used")
+    parts = ("speed", "memory", "communication", "flops", "parameters", "quality", "check", "used")
     unmeasured = [key for key in parts if random.random() < 0.1]
     path = made_study(tmp_path / "made", dict.fromkeys(couplers, 0.0), seeds=seeds, failed=failed,
                       experts=random.choice([(4,), (2, 4)]), history=random.choice([0, 3]),

@@ -13,8 +13,7 @@ import torch
 import bench.learning
 from bench.analysis import quantities
 from bench.data.corpus import load_corpus
-from bench.records.schema import KEYS
-from bench.records.store import RunFolder
+from bench.record import Record, RunFolder, record_of
 from bench.run import main
 from gnnmoe.couplers import coupler_names
 
@@ -36,15 +35,15 @@ def results_of(flags: list[str]) -> Path:
 def test_a_run_leaves_a_whole_record(tiny, coupler, capsys):
     assert main([*tiny, "--coupler", coupler, "--evaluate-test", "--run-name", "first"]) == 0
     folder, record = only_run(results_of(tiny))
-    assert tuple(record) == KEYS
+    assert tuple(record) == tuple(Record.model_fields)
     assert (record["status"], record["error"], record["run_name"]) == ("ok", None, "first")
     assert folder.name == record["run_id"]
     assert folder.parent.name == record["study"] == "default"
     files = {"record.json", "history.jsonl", "communication.npz", "nll.npz", "log.txt", "checkpoint.pt"}
     assert {path.name for path in folder.iterdir()} == files
     assert record["command"].startswith("python -m bench.run --embed-dim 8")
-    assert record["gate"]["passed"] is True
-    assert "(B, L) = (4, 16)" in record["gate"]["checks"]["trained_isolation"]["detail"]
+    assert record["check"]["passed"] is True
+    assert "(B, L) = (4, 16)" in record["check"]["checks"]["trained_isolation"]["detail"]
     assert "status ok" in (folder / "log.txt").read_text()
     assert str(folder) in capsys.readouterr().out.replace("\n", "")
 
@@ -66,7 +65,8 @@ def test_what_is_reported_is_what_was_used(tiny):
     """A3 and D1 in small: shapes, steps and tokens are counted from the tensors."""
     assert main(tiny) == 0
     _, record = only_run(results_of(tiny))
-    assert record["requested"] == {"batch_size": 4, "max_seq_length": 16, "micro_batch_size": None}
+    assert record["requested"] == {"batch_size": 4, "max_seq_length": 16, "micro_batch_size": None,
+                                   "memory_budget": None, "memory_target": None}  # fmt: skip
     used = record["used"]
     assert used["batch_shapes"] == {"4x16": 4}
     assert (used["steps"], used["tokens"]) == (4, 4 * 4 * 16)
@@ -93,7 +93,7 @@ def test_the_sums_of_the_record_are_those_of_the_stored_losses(tiny):
     total = stored["validation_nll"].astype(np.float64).sum()
     assert record["quality"]["validation"]["nll_sum"] == pytest.approx(total, rel=1e-6)
     assert stored["validation_document"].shape == stored["validation_nll"].shape == (128,)
-    assert quantities.perplexity(record) == pytest.approx(math.exp(total / 128), rel=1e-6)
+    assert quantities.perplexity(record_of(record)) == pytest.approx(math.exp(total / 128), rel=1e-6)
 
 
 def test_history_and_communication_over_steps(tiny):
@@ -205,20 +205,20 @@ def test_whatever_happens_the_record_is_written(tiny, monkeypatch, capsys, error
 
 
 def test_a_leaking_coupler_is_stopped_by_the_gate(tiny, capsys):
-    """Fact 1: the leak is caught at E = 4 pairs; ``--allow-failed-gate`` trains, the status stays."""
+    """Fact 1: the leak is caught at E = 4 pairs; ``--allow-failed-check`` trains, the status stays."""
     leak = ["--coupler", "examples.leaking_coupler:LeakingCoupler"]
     assert main([*tiny, *leak]) == 1
     folder, record = only_run(results_of(tiny))
-    assert record["status"] == "gate_failed"
+    assert record["status"] == "check_failed"
     assert "sees" in record["error"]
     assert record["quality"]["value"] is None
-    assert main([*tiny, *leak, "--allow-failed-gate"]) == 1
+    assert main([*tiny, *leak, "--allow-failed-check"]) == 1
     allowed = json.loads((folder / "record.json").read_text())
-    assert allowed["status"] == "gate_failed"
+    assert allowed["status"] == "check_failed"
     assert allowed["quality"]["validation"]["tokens"] == 128
     assert (folder.with_name(folder.name + ".1") / "record.json").exists()
     capsys.readouterr()
-    assert main([*tiny, *leak, "--allow-failed-gate"]) == 1
+    assert main([*tiny, *leak, "--allow-failed-check"]) == 1
     assert "is finished" in capsys.readouterr().out
 
 
@@ -226,7 +226,7 @@ def test_the_batch_of_the_trained_check_is_the_run_s_own(tiny):
     """The gate: at the run's own B, also where validation has fewer sequences."""
     assert main([*tiny, "--batch-size", "12", "--num-eval-samples", "2"]) == 0
     _, record = only_run(results_of(tiny))
-    assert "(B, L) = (12, 16)" in record["gate"]["checks"]["trained_isolation"]["detail"]
+    assert "(B, L) = (12, 16)" in record["check"]["checks"]["trained_isolation"]["detail"]
 
 
 def test_a_larger_vocabulary_pads_the_embedding_and_moves_no_number(tiny):
@@ -260,7 +260,7 @@ def test_a_full_disk_ends_the_run_with_a_message(tiny, monkeypatch, capsys):
     write, calls = RunFolder.write_record, []
 
     def full(self, record):
-        calls.append(record["status"])
+        calls.append(record.status)
         if len(calls) > 1:
             raise OSError(28, "No space left on device")
         write(self, record)
@@ -327,6 +327,6 @@ def test_on_real_wikitext_a_few_steps_beat_the_start(tmp_path, wikitext_dir, mon
     losses = [row["nll_sum"] / row["tokens"] for row in rows if row["kind"] == "validation"]
     assert losses[1] < losses[0]
     assert record["quality"]["validation"]["unknown_words"] == 0  # the text itself holds <unk>
-    unigram = quantities.unigram_perplexity(record)
+    unigram = quantities.unigram_perplexity(record_of(record))
     assert unigram is not None
     assert 500 < unigram < 2000

@@ -11,6 +11,7 @@ import torch
 from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure import speed
+from bench.record import Record
 from bench.run import main
 from bench.training.step import split, training_step
 from bench.tune.__main__ import main as tune
@@ -261,8 +262,8 @@ def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):
         now[0] += 500.0
         measured = speed.measure_speed(steps, measure, CPU)
         speed.peak_memory(steps, CPU)
-        assert measured["step_seconds"] == [2.0] * 4
-        assert measured["step_tokens"] == [16 + 3 * 3, 64, 16 + 3 * 3, 64]
+        assert measured.step_seconds == [2.0] * 4
+        assert measured.step_tokens == [16 + 3 * 3, 64, 16 + 3 * 3, 64]
 
 
 def test_bench_tune_fits_and_says_what_to_use(tiny, capsys):
@@ -300,9 +301,10 @@ def test_d4_the_fitted_shape_is_what_the_run_uses(tiny, tmp_path, capsys):
     assert record["speed"]["step_tokens"] == [4 * length] * 2
     assert record["memory"]["peak_allocated_bytes"] <= tuned["limit_bytes"] * 1.1
     assert f"length {length}, micro-batch {rows} of at most 4" in capsys.readouterr().out
-    other = {**record, "used": {**used, "lengths": [length, 16]}}
-    assert not Setting.of(record, False).fits(Setting.of(other, False)), "another length is not compared"
-    assert Setting.of(record, True).fits(Setting.of(other, True))
+    other = Record.model_validate({**record, "used": {**used, "lengths": [length, 16]}})
+    own = Record.model_validate(record)
+    assert not Setting.of(own, False).fits(Setting.of(other, False)), "another length is not compared"
+    assert Setting.of(own, True).fits(Setting.of(other, True))
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from bench.config import ExecutionConfig, MeasureConfig, RunConfig
 from bench.measure import marginal, profile, speed_pass
 from bench.measure.profile import SNAPSHOT, TRACE, profile_steps
 from bench.measure.protocol import Warmup
-from bench.measure.quantity import is_measured
 from bench.measure.speed import TrainingSteps, on_host, warmup_of
 from bench.measure.speed_pass import SpeedPass
+from bench.record import Memory, NotMeasured, Speed
 from bench.run import main
 from bench.training.execution import Execution
 from gnnmoe import GNNMoEConfig, GNNMoEModel
+from tests._records import made_memory, made_speed, measured
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -41,7 +42,7 @@ def passed(model, folder, measure: MeasureConfig = QUICK, device=CPU, **config):
     said: list[str] = []
     found = SpeedPass(RunConfig(measure=measure, **config), device, folder, said.append)
     speed, memory = found.run(model, batches(), lambda batch: batch, None)
-    return speed, memory, said
+    return speed.model_dump(mode="json"), memory.model_dump(mode="json"), said
 
 
 def record_in(results: Path) -> dict:
@@ -128,27 +129,27 @@ def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, mo
 
 
 def test_compiling_is_what_the_warm_up_took_beyond_its_steps(tmp_path):
-    times = {"step_seconds": [1.0, 2.0, 3.0], "warmup_seconds": [40.0, 12.0, 1.0]}
+    times = Speed(**{**made_speed([1.0, 2.0, 3.0], 8), "warmup_seconds": [40.0, 12.0, 1.0]})
     compiled = SpeedPass(RunConfig(execution=ExecutionConfig(compile=True)), CPU, tmp_path, print)
     assert compiled._compiling(times) == 38.0 + 10.0
-    assert not is_measured(SpeedPass(RunConfig(), CPU, tmp_path, print)._compiling(times))
+    assert isinstance(SpeedPass(RunConfig(), CPU, tmp_path, print)._compiling(times), NotMeasured)
 
 
 def test_memory_of_a_compiled_step_is_what_a_meter_can_see_of_it(tmp_path, monkeypatch):
     """The tracker runs a step uncompiled; graphs replay in a pool whose tensors the allocator never sees."""
-    seen = {"peak_allocated_bytes": 5, "peak_reserved_bytes": 9, "by_part": {"model": 5},
-            "by_phase": {"built": 1, "first_step": 4, "steady": 5}}  # fmt: skip
-    monkeypatch.setattr(speed_pass, "peak_memory", lambda *_: dict(seen))
+    seen = made_memory(5, 9) | {"peak_reserved_bytes": 9, "by_part": {"model": 5},
+                                "by_phase": {"built": 1, "first_step": 4, "steady": 5}}  # fmt: skip
+    monkeypatch.setattr(speed_pass, "peak_memory", lambda *_: Memory(**seen))
 
     def memory(device, **execution):
         config = RunConfig(execution=ExecutionConfig(**execution))
-        return SpeedPass(config, device, tmp_path, print)._memory(None)  # pyright: ignore
+        return SpeedPass(config, device, tmp_path, print)._memory(None).model_dump(mode="json")  # pyright: ignore
 
-    assert memory(CPU) == memory(CUDA) == memory(CUDA, compile=True) == seen
+    assert memory(CPU) == memory(CUDA) == memory(CUDA, compile=True) == Memory(**seen).model_dump(mode="json")
     assert "uncompiled" in memory(CPU, compile=True)["remark"]
     graphs = memory(CUDA, compile=True, compile_mode="reduce-overhead")
-    assert not is_measured(graphs["peak_allocated_bytes"])
-    assert not is_measured(graphs["by_phase"]["steady"])
+    assert not measured(graphs["peak_allocated_bytes"])
+    assert not measured(graphs["by_phase"]["steady"])
     assert (graphs["peak_reserved_bytes"], graphs["by_phase"]["built"]) == (9, 1)
 
 
@@ -167,9 +168,10 @@ def test_the_coupler_alone_is_timed_beside_the_mean_coupler(tmp_path, monkeypatc
     steps = TrainingSteps(copy.deepcopy(model), batches(), RunConfig().training)
     monkeypatch.setattr("bench.measure.speed.training_step", step)
     monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: now[0])
-    monkeypatch.setattr(marginal, "peak_memory", lambda *_: {"peak_allocated_bytes": 1000})
+    monkeypatch.setattr(marginal, "peak_memory", lambda *_: Memory(**made_memory(1000, 1)))
     execution = SpeedPass(RunConfig(), CPU, tmp_path, print).execution
-    found = marginal.marginal_cost(steps, {"peak_allocated_bytes": 1234}, QUICK, execution, CPU, 0)
+    memory = Memory(**made_memory(1234, 1))
+    found = marginal.marginal_cost(steps, memory, QUICK, execution, CPU, 0).model_dump()
     assert order == ["HGNN", "mean", "HGNN", "mean", "mean", "HGNN"]  # one of warm-up each, then in turn
     assert (found["step_seconds"], found["reference_step_seconds"]) == ([3.0, 3.0], [2.0, 2.0])
     assert (found["reference"], found["steady"], found["peak_allocated_bytes"]) == ("mean", False, 234)
@@ -281,7 +283,7 @@ def test_gpu_the_copy_has_the_device_to_itself(tmp_path):
 def test_a_run_measures_the_coupler_and_writes_its_profile(tiny, tmp_path, capsys):
     assert main(["--coupler", "HGNN", "--marginal", "--profile", *tiny]) == 0
     record, said = record_in(tmp_path / "results"), capsys.readouterr().out
-    assert is_measured(record["speed"]["marginal"])
+    assert measured(record["speed"]["marginal"])
     assert "costliest operations of a step" in said
     assert "over mean (2 rounds in turn, not steady)" in " ".join(said.split())
     assert list((tmp_path / "results").glob("*/*/trace.json.gz"))
@@ -295,7 +297,7 @@ def test_marginal_and_profile_make_no_other_run(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     for name in ("marginal", "profile"):
         assert f"note: it was made without --{name}; --force runs it again with it" in said
-    assert not is_measured(record_in(tmp_path / "results")["speed"]["marginal"])
+    assert not measured(record_in(tmp_path / "results")["speed"]["marginal"])
 
 
 def test_a_speed_pass_that_runs_out_of_memory_costs_the_run_nothing_else(tiny, tmp_path, monkeypatch, capsys):
@@ -322,8 +324,8 @@ def test_what_is_measured_besides_may_run_out_of_memory_alone(name, tmp_path, mo
     measure = MeasureConfig(speed_warmup_steps=1, speed_steps=2, marginal=True, profile=True)
     speed, memory, said = passed(model_of(), tmp_path, measure)
     assert len(speed["step_seconds"]) == 2
-    assert is_measured(memory)
-    assert is_measured(speed["marginal"]) is (name != "marginal_cost")
+    assert measured(memory)
+    assert measured(speed["marginal"]) is (name != "marginal_cost")
     assert ("note: the profile ran out of memory" in said) is (name == "profile_steps")
 
 

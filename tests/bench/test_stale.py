@@ -78,8 +78,7 @@ def test_the_hash_is_the_same_in_every_python():
 SHOWS_ONLY = (
     "bench/__init__.py bench/analysis/__init__.py bench/analysis/quantities.py bench/checkpoint_checks.py"
     " bench/config.py bench/existing.py bench/files.py"
-    " bench/progress.py bench/track.py bench/records/foreign.py bench/records/schema.py"
-    " bench/records/stale.py bench/records/store.py"
+    " bench/progress.py bench/track.py bench/foreign.py bench/identity.py bench/record.py"
     " bench/syntax.py"
 ).split()
 """Modules of a run that change no number: flags (which the identity has), texts and files."""

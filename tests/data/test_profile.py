@@ -137,7 +137,7 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch, small_data_dir):
     [
         (["profil"], "unknown command of bench.data 'profil'; allowed: profile. Did you mean 'profile'?"),
         (["profile", "--data-source", "embedded", "--batch-size", "9999"], "use a batch of at most"),
-        (["profile", "--batch-size", "0"], "batch_size is 0"),
+        (["profile", "--batch-size", "0"], "--batch-size is 0"),
         (["profile", "--data-dir", "/nowhere"], "/nowhere does not exist"),
     ],
 )

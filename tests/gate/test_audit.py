@@ -294,7 +294,7 @@ def leaking(run_flags, tmp_path_factory):
     results = tmp_path_factory.mktemp("leaking")
     coupler = f"{HERE / 'cheating_couplers.py'}:AfterTraining"
     found = {}
-    for study, more in (("refused", []), ("allowed", ["--allow-failed-gate"])):
+    for study, more in (("refused", []), ("allowed", ["--allow-failed-check"])):
         status = main([*run_flags, "--results-dir", str(results),
                        "--coupler", coupler, "--study", study, *more])  # fmt: skip
         [path] = (results / study).glob("*/record.json")
@@ -304,21 +304,21 @@ def leaking(run_flags, tmp_path_factory):
 
 def test_a_run_that_leaks_after_training_fails_and_has_no_perplexity(leaking):
     status, record, folder = leaking["refused"]
-    assert (status, record["status"]) == (1, "gate_failed")
+    assert (status, record["status"]) == (1, "check_failed")
     assert record["quality"] == {"value": None, "reason": "the run did not get this far"}
     assert not (folder / "nll.npz").exists()
-    failed = [name for name, check in record["gate"]["checks"].items() if not check["passed"]]
+    failed = [name for name, check in record["check"]["checks"].items() if not check["passed"]]
     assert failed == ["evaluation_audit"]
     assert "evaluation_audit: validation window" in record["error"]
-    assert record["gate"]["audit"]["mode"] == "full"
+    assert record["check"]["audit"]["mode"] == "full"
 
 
 def test_allowed_it_keeps_its_perplexity_under_the_status(leaking):
     status, record, folder = leaking["allowed"]
-    assert (status, record["status"]) == (1, "gate_failed")
+    assert (status, record["status"]) == (1, "check_failed")
     assert record["quality"]["validation"]["tokens"] == 256
     assert (folder / "nll.npz").exists()
-    audit = record["gate"]["audit"]
+    audit = record["check"]["audit"]
     assert audit["share_of_evaluation"] == audit["seconds"] / audit["evaluation_seconds"]
 
 
@@ -353,5 +353,5 @@ def test_a_coupler_that_changes_a_setting_while_it_trains_fails(small_data_dir, 
         torch.set_flush_denormal(False)
     [found] = (tmp_path / "r").glob("*/*/record.json")
     record = json.loads(found.read_text())
-    assert record["status"] == "gate_failed"
-    assert "flushing of denormal numbers: False → True" in record["gate"]["checks"]["settings"]["detail"]
+    assert record["status"] == "check_failed"
+    assert "flushing of denormal numbers: False → True" in record["check"]["checks"]["settings"]["detail"]

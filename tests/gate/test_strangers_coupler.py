@@ -76,7 +76,7 @@ def test_a_run_is_known_by_its_class_and_not_by_the_place_of_its_file(copied, tm
     (path,) = tmp_path.glob("results/*/*/record.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     assert (record["status"], record["run_id"]) == ("ok", path.parent.name)
-    assert record["config"]["model"]["coupler_type"] == f"{copied}:NormCoupler"
+    assert record["config"]["model"]["coupler_type"] == f"{copied.name}:NormCoupler"
     moved = tmp_path / "elsewhere" / "renamed.py"
     moved.parent.mkdir()
     shutil.move(copied, moved)

@@ -11,10 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.records.schema import new_record, time_of
 from bench.sweeps.executor import Choices, Executor, PlannedRun, SweepResult
 from bench.sweeps.local import LocalExecutor
 from bench.sweeps.work import execute
+from tests._records import ENVIRONMENT, NO_TEST, SCORED, made_record, record_json
+
+MADE = made_record()
+KNOWN = {"configuration": MADE.configuration, "config": MADE.config, "data": MADE.data}
 
 CHILD = """
 import json, os, signal, sys, time
@@ -25,7 +28,7 @@ def write(status, error=None):
     record = json.load(open(template))
     record.update(status=status, error=error, run_id=os.path.basename(folder))
     if status == "ok":
-        record["quality"] = {"validation": {"nll_sum": 30.0, "tokens": 10}}
+        record["quality"] = json.load(open(template + ".quality"))
         record["time"]["seconds"]["total"] = 0.25
     with open(folder + "/record.new", "w") as file:
         json.dump(record, file)
@@ -45,7 +48,7 @@ def resting(seconds):
     time.sleep(seconds)
 if behaviour == "ok":
     print("a line of output"); begin(); write("ok")
-elif behaviour in ("diverged", "gate_failed", "oom", "crashed"):
+elif behaviour in ("diverged", "check_failed", "oom", "crashed"):
     begin(); write(behaviour, "as it was told"); sys.exit(1)
 elif behaviour == "slow":
     resting(0.6); write("ok")
@@ -76,11 +79,6 @@ else:
     raise SystemExit("no such behaviour")
 """
 
-PART = {
-    "command": "the first", "start": "2025-01-01T00:00:00Z", "end": None, "seconds": {"prepare": 0.1},
-    "resumed_at_step": None,
-}  # fmt: skip
-
 
 class Study:
     """A study's folder in ``tmp_path``, and sweeps of scripts in it."""
@@ -90,13 +88,20 @@ class Study:
         self.folder = self.results / self.name
         self.calls_file, self.output = tmp_path / "calls.txt", io.StringIO()
         self.template = tmp_path / "template.json"
-        known = {"study": self.name, "command": "", "environment": {"cpu_cores": 0}, "seed": 0}
-        self.template.write_text(json.dumps(new_record(**known, time=time_of([PART]))))
+        quality = {"validation": SCORED, "test": NO_TEST, "best_step": 1}
+        Path(f"{self.template}.quality").write_text(json.dumps(quality))
+        elsewhere = ENVIRONMENT | {"cpu_cores": 0}
+        self.template.write_text(json.dumps(record_json(study=self.name, environment=elsewhere)))
 
     def runs(self, *behaviours: str, cost: float | None = None) -> list[PlannedRun]:
         return [
             PlannedRun(
-                f"run{number}", behaviour, (), self.folder / f"run{number}", cost, known={"seed": number}
+                f"run{number}",
+                behaviour,
+                (),
+                self.folder / f"run{number}",
+                cost,
+                known=KNOWN | {"seed": number},
             )
             for number, behaviour in enumerate(behaviours)
         ]

@@ -27,7 +27,7 @@ from tests.sweeps.test_local import processes_with, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 FLAGS = [*TINY, "--max-steps", "60", "--eval-every", "5", "--dropout-rate", "0.1", "--no-plots"]
-MAY_DIFFER = {"time", "speed", "memory", "gate", "command", "config", "environment", "study"}
+MAY_DIFFER = {"time", "speed", "memory", "check", "command", "config", "environment", "study"}
 SWEEP = """
 import pickle, sys
 from pathlib import Path

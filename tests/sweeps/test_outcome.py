@@ -9,10 +9,10 @@ import sys
 import pytest
 
 import bench.sweeps.outcome
-from bench.records.schema import KEYS, time_of
-from bench.records.store import BUSY, RunFolder
+from bench.record import BUSY, Record, RunFolder, Time, TimePart
 from bench.sweeps.folders import look
-from tests.sweeps._fake import PART, Study
+from tests._records import PART, made_speed
+from tests.sweeps._fake import Study
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def study(tmp_path) -> Study:
     [
         ("ok", "ok", None, 0),
         ("diverged", "diverged", "as it was told", 1),
-        ("gate_failed", "gate_failed", "as it was told", 1),
+        ("check_failed", "check_failed", "as it was told", 1),
         ("oom", "oom", "as it was told", 1),
         ("crashed", "crashed", "as it was told", 1),
         ("dies", "crashed", "killed by signal 9 (SIGKILL), perhaps for memory", 1),
@@ -40,7 +40,7 @@ def test_every_end_becomes_a_status(study, behaviour, status, error, exit_status
     result = study.sweep(study.runs(behaviour))
     assert result.exit_status == exit_status
     assert result.outcomes["run0"].status == status == study.record()["status"]
-    assert set(KEYS) <= set(study.record())
+    assert set(Record.model_fields) == set(study.record())
     if error is None:
         assert study.record()["error"] is None
     else:
@@ -52,7 +52,7 @@ def test_the_tail_of_the_log_is_in_the_record_and_the_whole_of_it_beside(study):
     study.sweep(study.runs("raises"))
     lines = study.record()["error"].splitlines()
     assert lines[0] == "KeyError: 'x'"
-    assert lines[-2:] == ["KeyError: 'x'", "record: /a/path"]
+    assert lines[-2:] == ["KeyError: 'x'", "record: path"]
     assert len(lines) == 22
     assert "line 49" in (study.folder / "run0" / "log.txt").read_text()
     assert "line 0\n" in (study.folder / ".logs" / "run0.log").read_text()
@@ -134,7 +134,7 @@ def test_a_resumed_run_does_not_say_how_long_a_whole_one_takes(study):
         ([part, part], None),
         ([part, part | {"resumed_at_step": 5}], None),
     ):
-        study.put("ok", time=time_of(parts))
+        study.put("ok", time=Time.of([TimePart.model_validate(part) for part in parts]).model_dump())
         found = look(study.runs("ok")[0], frozenset(), force=False)
         assert found.outcome is not None
         assert found.outcome.seconds == seconds
@@ -159,8 +159,8 @@ def test_the_lock_of_a_process_that_was_killed_after_its_run_is_removed(study):
         ("interrupted", "", "--resume"),
         ("crashed", "", None),
         ("oom", "failed", None),
-        ("gate_failed", "oom", None),
-        *[(status, "failed", "--force") for status in ("crashed", "diverged", "timeout", "gate_failed")],
+        ("check_failed", "oom", None),
+        *[(status, "failed", "--force") for status in ("crashed", "diverged", "timeout", "check_failed")],
         ("oom", "oom", "--force"),
         ("oom", "all", "--force"),
         ("crashed", "all", "--force"),
@@ -192,13 +192,20 @@ def test_a_damaged_record_is_a_failure_and_a_folder_without_one_is_not(study):
 
 
 def test_a_gate_that_failed_is_final_until_it_is_allowed_to(study):
-    study.put("gate_failed")
+    study.put("check_failed")
     (run,) = study.runs("ok")
     assert look(run, frozenset(), force=False).flags is None
-    allowed = run.__class__(**{**vars(run), "arguments": ("--allow-failed-gate",)})
+    allowed = run.__class__(**{**vars(run), "arguments": ("--allow-failed-check",)})
     assert look(allowed, frozenset(), force=False).flags == ()
-    study.put("gate_failed", speed={"step_seconds": [1.0]})
+    study.put("check_failed", speed=made_speed([1.0], 8))
     assert look(allowed, frozenset(), force=False).flags is None
+
+
+def test_a_record_of_another_version_is_damaged_and_stays(study):
+    study.put("ok", schema_version="1.99")
+    assert study.sweep(study.runs("ok")).outcomes["run0"].status == "damaged"
+    assert study.calls() == []
+    assert study.record()["schema_version"] == "1.99"
 
 
 def test_the_status_that_cannot_be_written_leaves_the_record_as_it_was(study, monkeypatch):
@@ -222,7 +229,7 @@ def test_the_status_that_cannot_be_written_leaves_the_record_as_it_was(study, mo
 def test_a_child_says_that_its_run_is_busy(tmp_path):
     folder = RunFolder(tmp_path, "study", "run0")
     with folder.locked():
-        code = f"from pathlib import Path; from bench.records.store import RunFolder\n" \
+        code = f"from pathlib import Path; from bench.record import RunFolder\n" \
                f"with RunFolder(Path({str(tmp_path)!r}), 'study', 'run0').locked(): pass"  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert BUSY in done.stderr

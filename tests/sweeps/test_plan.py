@@ -10,7 +10,7 @@ import torch
 from bench.cli import parse
 from bench.config import RunConfig
 from bench.prepare import Identifier, prepare
-from bench.records.store import RunFolder
+from bench.record import RunFolder
 from bench.sweep import main, seconds_of
 from bench.sweeps.matching import Match, matched, reference_for
 from bench.sweeps.plan import Plan, make_plan

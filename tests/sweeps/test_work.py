@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.records.store import RunFolder
+from bench.record import Environment, RunFolder
 from bench.sweeps.executor import Choices, Outcome, SweepResult
 from bench.sweeps.forecast import Forecast
 from bench.sweeps.guard import sweep_lock
+from tests._records import ENVIRONMENT, made_speed
 from tests.sweeps._fake import Study
 
 
@@ -186,11 +187,11 @@ def test_a_time_budget_interrupts_what_still_runs(study):
 
 
 def test_the_forecast_is_a_median_over_the_runs_of_this_machine(study):
-    forecast, here = Forecast(), {"cpu_cores": os.cpu_count()}
+    forecast, here = Forecast(), Environment.model_validate(ENVIRONMENT)
     (run,) = study.runs("x", cost=10.0)
     (unknown,) = study.runs("x")
     assert forecast.expected(run) is None
-    forecast.learn(run, Outcome("ok", seconds=1e6, environment={"cpu_cores": -1}))
+    forecast.learn(run, Outcome("ok", seconds=1e6, environment=here.model_copy(update={"cpu_cores": -1})))
     forecast.learn(run, Outcome("crashed"))
     assert forecast.expected(run) is None
     for seconds in (10.0, 20.0, 90.0):
@@ -223,7 +224,7 @@ def test_a_finished_sweep_answers_quickly(study):
     """Reads records only: 2,000 runs well under a second and a half on this machine."""
     runs = study.runs(*["ok"] * 2000)
     for run in runs:
-        study.put("ok", run.run_id, speed={"step_seconds": [0.1] * 100})
+        study.put("ok", run.run_id, speed=made_speed([0.1] * 100, 8))
     result = study.sweep(runs)
     assert result.counts == {"ok": 2000}
     assert result.seconds < 1.5

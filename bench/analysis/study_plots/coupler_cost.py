@@ -15,6 +15,7 @@ from bench.analysis.over_seeds import Summary
 from bench.analysis.plot_style import BLUE, VERMILLION, Plot
 from bench.analysis.study_plots.drawing import Scale, intervals, set_scale, stripes, value_range
 from bench.analysis.study_plots.frame import Frame, Legend
+from bench.record import is_measured
 
 MOST_ROWS = 80
 COLUMNS = (
@@ -90,8 +91,8 @@ def _floor(cost: CostOverMean, mean: ComparisonRow) -> tuple[float | None, float
 def tokens_a_step(row: ComparisonRow) -> float | None:
     """Return the tokens of the median timed step of a configuration's first run that was timed."""
     for run in row.configuration.counted.values():
-        tokens = run.record["speed"].get("step_tokens")
-        if tokens:
+        if is_measured(run.record.speed):
+            tokens = run.record.speed.step_tokens
             return sorted(tokens)[len(tokens) // 2]
     return None
 

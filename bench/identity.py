@@ -1,27 +1,22 @@
-"""What a record holds. Units are in the names; a quantity that was not measured is null with a reason."""
+"""What makes a run the run that it is: everything that can change one of its numbers, and the hash of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig, plain
-from bench.measure.quantity import not_measured
+from bench.foreign import without_places
+from bench.record import Settings
 from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import is_file
 
-SCHEMA_VERSION = "1.0"  # the part before the point counts for a run's identity: numbers changed meaning
-STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "gate_failed", "interrupted")
-KEYS = (
-    "schema_version", "run_id", "configuration", "study", "run_name", "status", "error", "command", "config",
-    "seed", "environment", "data", "time", "parameters", "flops", "requested", "tuned", "used", "quality",
-    "speed", "memory", "gate", "communication",
-)  # fmt: skip
-
-Record = dict[str, Any]
+SCHEMA = "1"
+"""Of the identity alone: it changes where the same flags give other numbers, and with it every run_id."""
 
 
 class Identified(NamedTuple):
@@ -36,39 +31,21 @@ class Identified(NamedTuple):
     """The hashes of the code that would run: ``bench.measure.code.code_hashes``."""
 
 
-def new_record(**known: Any) -> Record:
-    """Return a record with every key: what is ``known``, and "not reached" for the rest.
-
-    Raises:
-        KeyError: a name that is no key of a record.
-    """
-    unknown = set(known) - set(KEYS)
-    if unknown:
-        raise KeyError(f"no keys of a record: {sorted(unknown)}")
-    record: Record = {key: not_measured("the run did not get this far") for key in KEYS}
-    return {**record, "schema_version": SCHEMA_VERSION, "run_name": None, "error": None, **known}
-
-
-def time_of(parts: Sequence[Record]) -> Record:
-    """Return a record's ``time`` from the parts in which the run was run, one for each process.
-
-    A part has its ``command``, ``start`` and ``end`` (UTC; end None: the part was killed, or still runs),
-    ``seconds`` by phase and in total, and ``resumed_at_step`` (None: it started at the beginning). Of the
-    run, ``seconds`` are the sums over the parts, ``start`` is the first part's, all else the last part's.
-    """
-    seconds: dict[str, float] = {}
-    for part in parts:
-        for phase, spent in part["seconds"].items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
-    return {
-        "start": parts[0]["start"], "end": parts[-1]["end"], "seconds": seconds,
-        "resumed_at_step": parts[-1]["resumed_at_step"], "parts": list(parts),
-    }  # fmt: skip
-
-
 def config_dict(config: RunConfig) -> dict[str, Any]:
     """Return the config by groups, ready for JSON; paths as they were given."""
     return plain(dataclasses.asdict(config))
+
+
+def settings_in_record(config: RunConfig) -> Settings:
+    """Return the config as a record holds it: a folder, and the file of a coupler, by its name alone."""
+    groups = config_dict(config)
+    for name in ("data_dir", "results_dir", "checkpoint_dir", "resume_checkpoint"):
+        path = getattr(config.places, name)
+        groups["places"][name] = None if path is None else path.name
+    if is_file(config.model.coupler_type):
+        path, _, name = config.model.coupler_type.rpartition(":")
+        groups["model"]["coupler_type"] = f"{Path(path).name}:{name}"
+    return Settings(**without_places(groups))
 
 
 def identity(
@@ -88,7 +65,7 @@ def identity(
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
-    for name in ("allow_failed_gate", "audit", "marginal", "profile"):
+    for name in ("allow_failed_check", "audit", "marginal", "profile"):
         del measure[name]  # what to do about a verdict, and what to measure besides: they change nothing
     for name in ("min_steps_per_epoch", "strict_curriculum"):
         del training[name]  # they refuse, and change nothing
@@ -99,7 +76,7 @@ def identity(
     data = {name: groups["data"][name] for name in ("num_train_samples", "num_eval_samples", "evaluate_test")}
     return {
         "model": model, "training": training, "measure": measure, "data": {**data, "sha256": data_sha256},
-        "device_type": device_type, "world_size": world_size, "schema": SCHEMA_VERSION.split(".")[0],
+        "device_type": device_type, "world_size": world_size, "schema": SCHEMA,
         **_memory(config), **_execution(config, device_type),
     }  # fmt: skip
 

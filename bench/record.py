@@ -1,0 +1,1016 @@
+"""The record of a run: what it holds, the folder that it lies in, and reading it.
+
+A quantity that was not measured is ``NotMeasured``, with the reason: ``{"value": null, "reason": …}`` in
+JSON. Units are in the names. Loss, perplexity, bits per byte and tokens per second follow from the raw sums
+beside them; they are written for readers, and a record whose figures contradict its sums is damaged.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal, Self, TypeVar
+
+import numpy as np
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    computed_field,
+    model_validator,
+)
+from typing_extensions import TypeIs
+
+from bench.files import Busy, cannot_write, lock, remove_left_over, replacing, utc_now
+from bench.foreign import shown, without_places
+from gnnmoe.config import Refused
+
+SCHEMA_VERSION = "2.0"
+"""The only version that is read; committed records are migrated when it changes."""
+STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "check_failed", "interrupted")
+BUSY = "another process is at run"
+NOT_REACHED = "the run did not get this far"
+ROUNDING = 1e-9
+"""By which share a figure may differ from the same one computed anew from its sums."""
+T = TypeVar("T")
+
+
+class Part(BaseModel):
+    """A part of a record: no field is unknown, no number is NaN or infinite, and no type is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class NotMeasured(Part):
+    """The null of a quantity, with the reason."""
+
+    value: None = None
+    reason: str
+
+
+def _kind(value: Any) -> str:
+    keys = value.keys() if isinstance(value, dict) else ()
+    return NULL if isinstance(value, NotMeasured) or set(keys) == {"value", "reason"} else READING
+
+
+READING, NULL = "(reading)", "(null)"
+Measured = Annotated[Annotated[T, Tag(READING)] | Annotated[NotMeasured, Tag(NULL)], Discriminator(_kind)]
+"""A reading, or why there is none."""
+
+
+def not_measured(reason: str) -> NotMeasured:
+    """Return the null of a quantity, with the reason."""
+    return NotMeasured(reason=reason)
+
+
+def is_measured(quantity: T | NotMeasured | None) -> TypeIs[T]:
+    """Say whether ``quantity`` is a reading rather than a null."""
+    return quantity is not None and not isinstance(quantity, NotMeasured)
+
+
+def exp_or_infinity(nats: float) -> float:
+    """Return exp(nats), such as the perplexity of a loss; infinity where no float is so large."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+MINUS = "−"
+READABLE = 1e9
+"""A number as large as this, unless it is a count, is shown in scientific notation."""
+
+
+def number(value: float | None, digits: int = 1, sign: str = "") -> str:
+    """Return a number as people read it: 1,234.5, from 1e9 on 1.2e+09, and inf; empty where there is none.
+
+    A count (of type int) has all its digits. ``sign`` "+" also shows the sign of a positive number.
+    """
+    if value is None:
+        return ""
+    large = not isinstance(value, Integral) and READABLE <= abs(value) < math.inf
+    return format(value, f"{sign}.1e" if large else f"{sign},.{digits}f").replace("-", MINUS)
+
+
+def _floats(both: tuple[Any, Any]) -> TypeIs[tuple[float, float]]:
+    return all(isinstance(one, float) for one in both)
+
+
+class Derived(Part):
+    """A part with figures that follow from its raw numbers, and are written beside them."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _derived(cls, value: Any, handler: Callable[[Any], Self]) -> Self:
+        """Refuse a figure in JSON that is not what the raw numbers beside it give."""
+        names = cls.model_computed_fields
+        if not isinstance(value, dict):
+            return handler(value)
+        made = handler({name: item for name, item in value.items() if name not in names})
+        for name in value.keys() & names.keys():
+            said, own = value[name], getattr(made, name)
+            own = own.model_dump() if isinstance(own, NotMeasured) else own
+            both = (said, own)
+            if said != own and not (_floats(both) and math.isclose(*both, rel_tol=ROUNDING)):
+                raise ValueError(f"{name} is {said}, by the numbers beside it {own}")
+        return made
+
+
+class Settings(Part):
+    """The config of the run by groups, each flag by its name; paths by their last part."""
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    execution: dict[str, Any]
+    measure: dict[str, Any]
+    memory: dict[str, Any]
+    places: dict[str, Any]
+
+    @property
+    def coupler(self) -> str:
+        """The coupler as its flag names it; of a file only the file's name and the class."""
+        return self.model["coupler_type"]
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts a layer has."""
+        return self.model["num_experts"]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one update that were asked for."""
+        return self.training["batch_size"]
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of a sequence that were asked for."""
+        return self.model["max_seq_length"]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse a config without the flags that every reader needs."""
+        must = {str: "a text", int: "a whole number", list: "a list"}
+        needed = {"model": {"coupler_type": str, "num_experts": int, "max_seq_length": int,
+                            "coupler_option": list}, "training": {"batch_size": int}}  # fmt: skip
+        for group, kinds in needed.items():
+            for name, kind in kinds.items():
+                found = getattr(self, group).get(name)
+                if type(found) is not kind:
+                    raise ValueError(f"{group}.{name} is {_short(found)}; it must be {must[kind]}")
+        return self
+
+
+class Environment(Part):
+    """Where a run ran, and the code that it ran. No path and no host name."""
+
+    python: str
+    system: str
+    packages: dict[str, str | None]
+    """The version of each package; None: not installed."""
+    device_type: str
+    device_name: str
+    cuda: str | None = None
+    driver: str | None = None
+    cpu_cores: int | None = None
+    threads: int
+    omp_wait_policy: str | None = None
+    git_commit: str | None = None
+    git_changes_sha256: str | None = None
+    """Of the changes to the commit; None: there were none."""
+    code_sha256: str | None = None
+    """Of all code: only where a run was made before the two hashes below were taken."""
+    project_sha256: str | None = None
+    """Of the project's code that can change numbers (``bench.measure.code``)."""
+    coupler_sha256: str | None = None
+    """Of the coupler's own code."""
+    world_size: PositiveInt = 1
+    """Processes that shared each batch."""
+    backend: str | None = None
+    """By which the processes talked; None: there was one."""
+
+
+class Vocabulary(Part):
+    """The words that have a row of their own."""
+
+    size: int
+    sha256: str
+
+
+class TextSplit(Part):
+    """One split of a corpus."""
+
+    tokens: int
+    words: int
+    lines: int
+    bytes: int
+    documents: int
+    unknown_words: int | None = None
+    sha256: str
+    stream_sha256: str | None = None
+    verdict: str
+
+
+class TrainingBlocks(Part):
+    """Which blocks were trained on."""
+
+    count: int
+    subset_seed: int | None
+    """The seed that chose them; None: all were taken."""
+    curriculum: dict[str, Any] | None
+
+
+class Data(Part):
+    """The text and its tokens."""
+
+    name: str
+    config_name: str
+    source: str
+    """folder, hub or embedded."""
+    verdict: str
+    """How it compares with the official WikiText-2."""
+    tokenizer: str
+    sha256: str
+    """Identity of text and tokens."""
+    files: dict[str, str]
+    """The sha256 of each file by its name."""
+    vocabulary: Vocabulary
+    splits: dict[str, TextSplit]
+    python_version: str | None = None
+    """Of the embedded text, which comes with Python."""
+    warning: str | None = None
+    training_blocks: TrainingBlocks | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether this is the embedded text, which every table and plot must say."""
+        return self.source == "embedded"
+
+
+class TimePart(Part):
+    """One process that ran a part of the run."""
+
+    command: str
+    start: str
+    """In UTC."""
+    end: str | None
+    """In UTC; None: it was killed, or still runs."""
+    seconds: dict[str, float]
+    """By phase, and in total."""
+    resumed_at_step: int | None
+    """None: it started at the beginning."""
+
+
+class Time(Part):
+    """When the run ran: ``seconds`` summed over its parts, ``start`` of the first, all else of the last."""
+
+    start: str
+    end: str | None
+    seconds: dict[str, float]
+    resumed_at_step: int | None
+    parts: list[TimePart] = Field(min_length=1)
+
+    @classmethod
+    def of(cls, parts: Sequence[TimePart]) -> Time:
+        """Return the time of a run from the parts in which it was run."""
+        seconds: dict[str, float] = {}
+        for part in parts:
+            for phase, spent in part.seconds.items():
+                seconds[phase] = seconds.get(phase, 0.0) + spent
+        last = parts[-1]
+        return cls(start=parts[0].start, end=last.end, seconds=seconds, resumed_at_step=last.resumed_at_step,
+                   parts=list(parts))  # fmt: skip
+
+
+class Parameters(Part):
+    """Parameters of the model by part."""
+
+    total: PositiveInt
+    expert: int
+    coupler: int
+    other: int
+
+
+class Flops(Part):
+    """Floating-point operations."""
+
+    training_flops_per_token: float
+
+
+class Requested(Part):
+    """The sizes that were asked for; what a search may change stands in ``tuned`` and ``used``."""
+
+    batch_size: int
+    max_seq_length: int
+    micro_batch_size: int | None = None
+    memory_budget: str | None = None
+    memory_target: float | None = None
+
+
+class Search(Part):
+    """What a search for the memory found: fields by the kind of search, these of all."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: str
+    """ok or failed."""
+    micro_batch_size: int | None
+    length: int
+    trials: list[dict[str, Any]]
+    error: str | None = None
+    from_cache: bool = False
+    cap: int | None = None
+    """The largest size that might have been found."""
+    limit_bytes: int | None = None
+    target: float | None = None
+
+
+class Counted(Part):
+    """What was asked for, and what the tensors had."""
+
+    asked: int
+    got: int
+
+
+class CountedEvaluations(Counted):
+    """Targets of some evaluations."""
+
+    evaluations: int
+
+
+class EpochCounts(Part):
+    """One epoch: batches, samples, tokens and updates, asked for by the plan and got from the tensors."""
+
+    epoch: int
+    batch_size: PositiveInt
+    asked: dict[str, int]
+    got: dict[str, int]
+
+
+class Accounts(Part):
+    """Everything that was counted from tensors."""
+
+    tuned_micro_batch_size: int | None = None
+    epochs: list[EpochCounts]
+    training: dict[str, Counted]
+    """By batches, samples, tokens and updates."""
+    evaluations: dict[str, CountedEvaluations]
+
+
+class ExecutionUsed(Part):
+    """How the model was computed."""
+
+    experts: str
+    precision: str
+    compile: str | None
+    """The mode; None: not compiled."""
+
+
+class Used(Part):
+    """How the training went: sizes, steps and shapes, counted."""
+
+    batch_shapes: dict[str, int]
+    """Batches by rows x length."""
+    steps: int
+    tokens: int
+    total_steps: int
+    epochs: float
+    execution: ExecutionUsed | None = None
+    precision: str
+    world_size: PositiveInt = 1
+    backend: str | None = None
+    ledger: Accounts
+    batch_sizes: list[int]
+    lengths: list[int]
+    micro_batch_shapes: dict[str, int]
+    """Pieces of a rank that were run at once, by rows x length."""
+    micro_batch_size: int | None
+    """Rows that the last update ran at once."""
+    accumulation: int | None
+    """Pieces of the last update."""
+    recoveries: list[dict[str, Any]]
+    """Times that memory ran out and the step was done again in smaller pieces."""
+    control: list[dict[str, Any]]
+    """Changes of the shape by the memory controller."""
+
+
+class SplitQuality(Derived):
+    """The final evaluation of one split: raw sums in nats, and what follows from them."""
+
+    nll_sum: float
+    tokens: PositiveInt
+    """Tokens that were scored."""
+    words: NonNegativeInt
+    bytes: NonNegativeInt
+    """Bytes of the text that the scored tokens cover."""
+    unknown_words: NonNegativeInt
+    """Scored tokens that are ``<unk>`` in place of another word."""
+    unigram_nll_sum: float | None = None
+    """Of the training split's unigram on exactly the same tokens."""
+    kneser_ney_trigram_nll_sum: float | None = None
+    """Of a Kneser-Ney trigram (discount 0.75) on exactly the same tokens."""
+    length: PositiveInt
+    stride: PositiveInt
+
+    @computed_field
+    @property
+    def loss_nats(self) -> float:
+        """Σ nll / tokens, in nats per token."""
+        return self.nll_sum / self.tokens
+
+    @computed_field
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the loss, per token; None where no float is so large."""
+        found = exp_or_infinity(self.loss_nats)
+        return found if found < math.inf else None
+
+    @computed_field
+    @property
+    def bits_per_byte(self) -> Measured[float]:
+        """Σ nll / (ln 2 · bytes).
+
+        A word that stands as ``<unk>`` was not predicted, but its bytes would count: then there is none.
+        """
+        if self.unknown_words:
+            return not_measured("unknown words were not predicted")
+        if not self.bytes:
+            return not_measured("the scored tokens cover no byte of the text")
+        return self.nll_sum / (math.log(2) * self.bytes)
+
+
+class Quality(Part):
+    """The final evaluation, by the weights that are best on validation."""
+
+    validation: Measured[SplitQuality]
+    test: Measured[SplitQuality]
+    best_step: int
+
+    def of(self, split: str) -> SplitQuality | None:
+        """Return the evaluation of "validation" or "test", None where there is none."""
+        found = self.validation if split == "validation" else self.test
+        return found if is_measured(found) else None
+
+
+Times = Annotated[list[PositiveFloat], Field(min_length=1)]
+"""Seconds of timed steps."""
+
+
+class Warmup(Part):
+    """Steps before the clock started."""
+
+    warmup_steps: int
+    warmup_seconds: list[float] | None = None
+    steady: bool
+    remark: str | None
+
+
+class Marginal(Part):
+    """The model beside the same one with the reference coupler, timed in turn; differences: ours − theirs."""
+
+    reference: str
+    step_seconds: Times
+    reference_step_seconds: Times
+    reference_warmup: Warmup
+    steady: bool
+    peak_allocated_bytes: Measured[int]
+    training_flops_per_token: float
+    parameters: int
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        _refuse_unlike(self, "step_seconds", "reference_step_seconds")
+        return self
+
+
+class Speed(Warmup, Derived):
+    """Timed training steps, on a copy of the model; of several ranks the slowest."""
+
+    step_seconds: Times
+    step_tokens: Annotated[list[PositiveInt], Field(min_length=1)]
+    """Real targets of each step, over all ranks."""
+    rank: int = 0
+    """Whose times these are."""
+    fetch_seconds: Times | None = None
+    """Of fetching each batch: what a step waits for at most."""
+    matrix_flops_per_second: Measured[PositiveFloat]
+    """Of a large matrix product on the same device."""
+    compile_seconds: Measured[float]
+    marginal: Measured[Marginal]
+
+    @computed_field
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all timed steps over the seconds of all timed steps."""
+        return sum(self.step_tokens) / sum(self.step_seconds)
+
+    @property
+    def median_step_seconds(self) -> float:
+        """The median time of a training step."""
+        return statistics.median(self.step_seconds)
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        _refuse_unlike(self, "step_seconds", "step_tokens")
+        return self
+
+
+def _refuse_unlike(place: Part, first: str, second: str) -> None:
+    ours, theirs = getattr(place, first), getattr(place, second)
+    if len(ours) != len(theirs):
+        raise ValueError(f"{second} is {_short(theirs)}; it must be as long as {first}, {len(ours)}")
+
+
+class Memory(Part):
+    """Memory of one training step; of several ranks the one that takes most. The meter says what is meant."""
+
+    meter: str
+    peak_allocated_bytes: Measured[PositiveInt]
+    peak_reserved_bytes: Measured[int]
+    peak_active_bytes: Measured[int]
+    """Allocated, and freed blocks that another stream may still use."""
+    allocator_retries: Measured[int]
+    """How often the device was full and the allocator gave its cache back to try again."""
+    device_used_bytes: Measured[int]
+    """Used of the device after the step, by the driver's account."""
+    nvml_used_bytes: Measured[int]
+    """The same by NVML's account, as nvidia-smi shows it."""
+    peak_by_part_bytes: Measured[dict[str, int]]
+    process_peak_bytes: Measured[int]
+    """Resident peak of the process since its start: with the data and the libraries, hence coarse."""
+    by_part: Measured[dict[str, int]]
+    """Bytes at the moment of the peak: model, gradients, optimizer, activations."""
+    by_phase: Measured[dict[str, Measured[int]]]
+    """Bytes: held once everything is built; the peaks of the first step and of a steady one."""
+    rank: int = 0
+    remark: str | None = None
+
+
+class Verdict(Part):
+    """The verdict of one check."""
+
+    passed: bool
+    detail: str
+    seconds: float
+    reused_from: str | None = None
+    """The run that made this check; None: it was made here."""
+
+
+class AuditCounts(Part):
+    """What an audit of the evaluation looked at."""
+
+    mode: str
+    windows: int
+    all_windows: int
+    batches: int
+    all_batches: int
+    losses: int
+    tolerance_nats: float
+    deterministic_kernels: bool
+    seconds: float
+    evaluation_seconds: float
+    share_of_evaluation: float | None
+
+
+class LeakCheck(Part):
+    """Whether the coupler leaks: the verdict of every check, in the order in which they ran."""
+
+    passed: bool
+    checks: dict[str, Verdict]
+    audit: AuditCounts | None = None
+
+
+LayerName = Annotated[str, Field(pattern=r"^layer_\d+$")]
+Communication = dict[LayerName, dict[str, dict[str, float] | list[Any]]]
+"""By layer_0 and name: values by member, or a matrix."""
+
+
+class Record(Part):
+    """Everything that is kept of one run."""
+
+    model_config = ConfigDict(validate_assignment=True)
+
+    schema_version: Literal["2.0"] = SCHEMA_VERSION
+    run_id: str
+    """12 hex digits: the hash of everything that can change a number."""
+    configuration: str
+    """What all seeds of the configuration share: its run_id without the seed."""
+    study: str
+    run_name: str | None = None
+    status: str
+    """One of ``STATUSES``."""
+    error: str | None = None
+    """Why the status is not ok."""
+    command: str
+    config: Settings
+    seed: int
+    environment: Measured[Environment]
+    data: Measured[Data]
+    time: Time
+    parameters: Measured[Parameters] = NotMeasured(reason=NOT_REACHED)
+    flops: Measured[Flops] = NotMeasured(reason=NOT_REACHED)
+    requested: Measured[Requested] = NotMeasured(reason=NOT_REACHED)
+    tuned: Measured[Search] = NotMeasured(reason=NOT_REACHED)
+    used: Measured[Used] = NotMeasured(reason=NOT_REACHED)
+    quality: Measured[Quality] = NotMeasured(reason=NOT_REACHED)
+    speed: Measured[Speed] = NotMeasured(reason=NOT_REACHED)
+    memory: Measured[Memory] = NotMeasured(reason=NOT_REACHED)
+    check: Measured[LeakCheck] = NotMeasured(reason=NOT_REACHED)
+    communication: Measured[Communication] = NotMeasured(reason=NOT_REACHED)
+    """What the couplers say of themselves, by layer."""
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the text is the embedded one, which every table and plot must say."""
+        return is_measured(self.data) and self.data.embedded
+
+    def split(self, name: str = "validation") -> SplitQuality | None:
+        """Return the final evaluation of "validation" or "test", None where there is none."""
+        return self.quality.of(name) if is_measured(self.quality) else None
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """What stands in the place of a record that cannot be read."""
+
+    why: str
+    status: Literal["damaged"] = "damaged"
+
+
+class RunFolder:
+    """``results_dir/study/run_id``: record.json, history.jsonl, the npz files and log.txt."""
+
+    def __init__(self, results_dir: Path, study: str, run_id: str) -> None:
+        self.path = results_dir / study / run_id
+
+    @property
+    def lock(self) -> Path:
+        """The file whose lock a process holds while it is at the run."""
+        return self.path.with_name(f".{self.path.name}.lock")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of this run while the block lasts.
+
+        Raises:
+            Busy: another process is at it.
+            Refused: the study's folder cannot be written.
+        """
+        study = self.path.parent
+        made = [folder for folder in (study, study.parent) if not folder.exists()]
+        try:
+            study.mkdir(parents=True, exist_ok=True)
+            held = lock(self.lock)
+        except OSError as error:
+            raise Refused(cannot_write(self.path, error)) from error
+        if held is None:
+            raise Busy(f"{BUSY} {self.path.name}; wait for it.")
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            held.release()
+            with suppress(OSError):  # what was refused leaves no empty folders
+                for folder in made:
+                    folder.rmdir()
+
+    def create(self, record: Record, log: str = "") -> None:
+        """Make the folder with this first record, or go on in it: its history and its log stay.
+
+        ``log`` is the log of the run's earlier parts, which is added where the folder's log lacks it.
+
+        Raises:
+            Refused: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._remove_left_over()
+            (self.path / "history.jsonl").touch()
+            (self.path / "log.txt").touch()
+            there = self.read_log()
+            if there and not there.endswith("\n"):  # the part before was killed as it wrote the last line
+                self._append_log("\n")
+            if not there.startswith(log):
+                self._append_log(log)
+            self.write_record(record)
+        except OSError as error:
+            raise Refused(cannot_write(self.path, error)) from error
+
+    def _remove_left_over(self) -> None:
+        """Remove the temporary files of processes that were killed; the run is locked."""
+        for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
+            remove_left_over(self.path / name)
+
+    def read_record(self) -> Record | Damaged | None:
+        """Return the record, or why it cannot be read; None where there is no folder."""
+        if not self.path.exists():
+            return None
+        try:
+            return read_record(self.path)
+        except Refused as error:
+            return Damaged(str(error))
+
+    def set_aside(self) -> Path:
+        """Rename the folder to the first free ``run_id.1``, ``run_id.2``, … and return its new path."""
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        return self.path.rename(target)
+
+    def write_record(self, record: Record) -> None:
+        """Write record.json, its texts without places (``without_places``).
+
+        Raises:
+            ValueError: a number is NaN or infinite, which JSON does not have.
+        """
+        self._write("record.json", lambda file: file.write(as_json(record).encode()))
+
+    def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write ``name`` (an npz file) with the arrays."""
+        self._write(name, lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
+
+    def read_history(self) -> str:
+        """Return history.jsonl as it stands."""
+        return (self.path / "history.jsonl").read_text()
+
+    def write_history(self, text: str) -> None:
+        """Put ``text`` in the place of history.jsonl."""
+        self._write("history.jsonl", lambda file: file.write(text.encode()))
+
+    def append_history(self, row: dict[str, Any]) -> None:
+        """Add one line to history.jsonl."""
+        with (self.path / "history.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read_log(self) -> str:
+        """Return log.txt as it stands, an empty text where there is none."""
+        path = self.path / "log.txt"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def log(self, line: str) -> None:
+        """Add one line, with the time in UTC and without places, to log.txt."""
+        self._append_log(f"{utc_now()} {without_places(line)}\n")
+
+    def _append_log(self, text: str) -> None:
+        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+        with replacing(self.path / name) as file:
+            write(file)
+
+
+class ReadOnlyFolder(RunFolder):
+    """The folder of a run as all its ranks but the first have it: nothing is written, and nothing locked."""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Do nothing: the first rank has the lock."""
+        yield
+
+    def create(self, record: Record, log: str = "") -> None:
+        """Do nothing."""
+
+    def log(self, line: str) -> None:
+        """Do nothing."""
+
+    def append_history(self, row: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def read_history(self) -> str:
+        """Return nothing: it is the first rank's."""
+        return ""
+
+    def read_log(self) -> str:
+        """Return nothing: it is the first rank's."""
+        return ""
+
+    def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+        """Do nothing."""
+
+
+def as_json(record: Record) -> str:
+    """Return the text of record.json.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    return json.dumps(without_places(record.model_dump()), indent=2, allow_nan=False) + "\n"
+
+
+def check_writable(results_dir: Path) -> None:
+    """Make sure that ``results_dir`` can be written, and leave nothing behind.
+
+    Raises:
+        Refused: it, or the nearest folder above it that exists, is no folder or refuses.
+    """
+    nearest = results_dir.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise Refused(cannot_write(results_dir, error)) from error
+
+
+def read_record(folder: Path) -> Record:
+    """Read the record of a run folder, with its texts as they may be shown (``bench.foreign``).
+
+    Raises:
+        Refused: there is no record.json, or it cannot be read, is cut short, is of another schema or is no
+            record; names the file and the key.
+    """
+    path = folder / "record.json"
+    if not path.is_file():
+        raise Refused(f"{folder} is no run folder: it holds no record.json.")
+    text = _text_of(path)
+    stored = _parsed(text, path)
+    try:
+        return record_of(stored, shown_as_it_is=not NOT_PLAIN.search(text))
+    except Refused as error:
+        raise Refused(f"{path} is damaged: {error}.") from error
+
+
+NOT_PLAIN = re.compile(r'\\[^"\\/]|[^\n -~]')
+"""What JSON has where a text in it may not be shown as it is; a newline stands between its lines."""
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, whoever wrote it.
+
+    Raises:
+        Refused: it cannot be read, is cut short or nested too deeply; names it.
+    """
+    return _parsed(_text_of(path), path)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
+    except RecursionError as error:
+        raise Refused(f"{path} is nested too deeply to be read.") from error
+
+
+def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
+    """Return the record of a value of JSON, with its texts as they may be shown.
+
+    ``shown_as_it_is``: they are known to be plain, which saves most of the time.
+
+    Raises:
+        Refused: names the first key that is missing or wrong, what it is and what it must be.
+    """
+    try:
+        return Record.model_validate(value if shown_as_it_is else shown(value))
+    except ValidationError as error:
+        raise Refused(_words(error)) from error
+
+
+MUST = {
+    "model_type": "an object", "dict_type": "an object", "list_type": "a list", "string_type": "a text",
+    "int_type": "a whole number", "float_type": "a finite number", "finite_number": "a finite number",
+    "greater_than": "a number above 0", "greater_than_equal": "a whole number, 0 or more",
+    "bool_type": "true or false", "string_pattern_mismatch": "the name of a layer, layer_0",
+    "too_short": "a list that is not empty",
+    "literal_error": f"{SCHEMA_VERSION!r}, the only one that this program reads",
+}  # fmt: skip
+"""What a value must be, by the kind of error that pydantic names."""
+
+
+def _words(error: ValidationError) -> str:
+    """Return the first error in words: the key, what it is and what it must be."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(key) for key in first["loc"] if key not in (READING, NULL, "[key]"))
+    if first["type"] == "missing":
+        return f"it lacks {place}"
+    if first["type"] == "extra_forbidden":
+        return f"{place} is no field of a record"
+    if first["type"] == "value_error":  # of a validator above, which names the field in its part
+        return ".".join(filter(None, (place, str(first["ctx"]["error"]))))  # pyright: ignore
+    must = MUST.get(first["type"], first["msg"])
+    return f"{place or 'it'} is {_short(first['input'])}; it must be {must}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def study_records(study: Path) -> list[Record]:
+    """Return the records of a study's runs, without those that were set aside or cannot be read."""
+    found = []
+    for path in sorted(study.glob("*/record.json")):
+        if "." not in path.parent.name:
+            with suppress(Refused):
+                found.append(read_record(path.parent))
+    return found
+
+
+CODE_WORDS = {"coupler_sha256": "the coupler's own code", "project_sha256": "the project's code"}
+"""The two hashes that say which code made a record (``bench.measure.code``), and what each covers."""
+
+
+def stale_code(made_by: Mapping[str, Any] | Environment | NotMeasured | None, today: Mapping[str, str]) \
+        -> list[str] | None:  # fmt: skip
+    """Return which code differs from ``today``'s, in words; None where the hashes are not known.
+
+    Args:
+        made_by: The environment of a record, or the hashes that a checkpoint has.
+        today: What ``code_hashes`` returns.
+    """
+    if isinstance(made_by, Environment):
+        made_by = {name: getattr(made_by, name) for name in CODE_WORDS}
+    if not is_measured(made_by) or not all(isinstance(made_by.get(name), str) for name in CODE_WORDS):
+        return None
+    return [words for name, words in CODE_WORDS.items() if made_by[name] != today[name]]
+
+
+def is_stale(record: Record | Damaged | None, today: Mapping[str, str]) -> bool | None:
+    """Return whether other code made a record; None where a finished run's record does not say.
+
+    False for a run without a record, with a damaged one, or without hashes of today's code.
+    """
+    if not today or not isinstance(record, Record):
+        return False
+    differing = stale_code(record.environment, today)
+    return None if differing is None and record.status != "interrupted" else bool(differing)
+
+
+def stale_words(differing: Iterable[str]) -> str:
+    """Return what ``stale_code`` found as the end of a sentence: "the coupler's own code has changed"."""
+    names = list(differing)
+    return f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} changed since"
+
+
+def stale_notes(stale: Sequence[bool | None], kept: bool) -> list[str]:
+    """Return what a sweep says of its runs' records, for each of which ``is_stale`` is given."""
+    count, unknown = stale.count(True), stale.count(None)
+    what = "kept by --keep-stale" if kept else "to run again; the old record stays as RUN_ID.1"
+    notes = [f"{_runs(count)} stale: the code has changed since ({what})"] if count else []
+    if unknown:
+        notes.append(f"{_runs(unknown)} kept; the record does not say which code made it")
+    return notes
+
+
+def _runs(count: int) -> str:
+    return "1 run is" if count == 1 else f"{count:,} runs are"
+
+
+def coupler_of(record: Record) -> tuple[str, str | None]:
+    """Return the coupler of a run as the record names it, and its ``coupler_sha256`` where it is known."""
+    environment = record.environment
+    return record.config.coupler, environment.coupler_sha256 if is_measured(environment) else None
+
+
+def refuse_another_file(coupler: str, sha256: str, others: Iterable[tuple[str, str | None]]) -> None:
+    """Refuse a coupler from a file where the study has one of the same class name from another file.
+
+    Both would have one run_id, and each would take the place of the other. A record names a file without
+    its folder: a file of the same name there is taken for the same one, which has changed.
+
+    Args:
+        coupler: As the flag names it.
+        sha256: Its ``coupler_sha256``.
+        others: The coupler and, where it is known, the ``coupler_sha256`` of each run of the study.
+
+    Raises:
+        Refused: saying which file has the class too.
+    """
+    path, _, name = coupler.rpartition(":")
+    for other, known in others:
+        there, _, its_name = other.rpartition(":")
+        if not (path.endswith(".py") and there.endswith(".py")) or its_name != name or known == sha256:
+            continue
+        ours, theirs = Path(path).expanduser(), Path(there).expanduser()
+        elsewhere = theirs.parent != Path() and theirs.is_file() and not ours.samefile(theirs)
+        if ours.name != theirs.name or elsewhere:
+            raise Refused(
+                f"the study has runs of a class {name} from {there} already, and {path} is another file; "
+                "give the class another name, or choose another --study."
+            )

@@ -1,1 +1,0 @@
-"""Records: one folder a run, written whole or not at all."""

@@ -286,16 +286,17 @@ class Session:
         Raises:
             SearchFailed: the search failed, and no fallback was asked for.
         """
-        say, found, failure = self.reporter.line, self.state["tuned"] if self.state else None, None
+        say, found = self.reporter.line, self.state["tuned"] if self.state else None
         if found is None:
             request = prepared.search(say)
             try:
                 found = find(request, prepared.ranks, say)
             except SearchFailed as error:
-                found, failure = failed(request, error), error
+                found = failed(request, error)
+                if not prepared.config.memory.tune_fallback:
+                    self.record.tuned = Search.model_validate(found)
+                    raise
         self.record.tuned = Search.model_validate(found)
-        if failure is not None and not prepared.config.memory.tune_fallback:
-            raise failure
         say(words_of(found))
         return found
 

@@ -174,7 +174,7 @@ def measured(ranks: Ranks) -> dict[str, Any]:
 
 def refused() -> None:
     """Refuse the user."""
-    raise ValueError("the disk is full")
+    raise Refused("the disk is full")
 
 
 def words_of(function: Any) -> str:

@@ -23,7 +23,7 @@ from bench.analysis.over_seeds import unknown_words
 from bench.analysis.provenance import codes_of
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.report import Report, Section
-from bench.marked import between, write_between
+from bench.files import between, write_between
 
 COLUMNS = ["configuration", "n", "perplexity [95 %]", "unknown words", "nats to {}", "p", "verdict",
            "time a step over mean", "peak memory", "parameters"]  # fmt: skip

@@ -149,7 +149,7 @@ def _draw_learning_rate(axes: Axes, train: list[Row]) -> None:
               label=f"AdamW, highest {max(rates):.3g}")  # fmt: skip
     axes.set_ylim(0, 1.06 * (max(rates) or 1.0))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _panel(axes, "TrainingRun rate", "learning rate")
+    _panel(axes, "Learning rate", "learning rate")
     _legend(axes)
 
 

@@ -1,6 +1,6 @@
 """Easy blocks first: each epoch serves a growing share of the blocks, ordered by difficulty.
 
-Source: Platanios et al., "Competence-based Curriculum TrainingRun", NAACL 2019 (arXiv:1903.09848).
+Source: Platanios et al., "Competence-based Curriculum Learning", NAACL 2019 (arXiv:1903.09848).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench.marked import between, write_between
+from bench.files import between, write_between
 from bench.speeding.rows import SpeedRow, derived
 from bench.speeding.table import compact, failure_of, heading, verdict_cells
 from bench.speeding.targets import CURVE, PARITY, latest_verdicts

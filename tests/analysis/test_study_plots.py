@@ -219,7 +219,7 @@ def test_training_is_the_mean_over_seeds(study, records):
             assert rows[label, step]["learning_rate"] == pytest.approx(train[:, step - 1, 0].mean())
             assert rows[label, step]["gradient_norm_smoothed"] == pytest.approx(norms[step - 1])
     titles = [axes.get_title(loc="left") for axes in plot.figure.axes]
-    assert titles == ["Training loss, smoothed", "Perplexity on validation", "TrainingRun rate",
+    assert titles == ["Training loss, smoothed", "Perplexity on validation", "Learning rate",
                       "Gradient norm, smoothed"]  # fmt: skip
     evaluation = plot.figure.axes[1]
     for place, text in zip(evaluation.get_yticks(), evaluation.get_yticklabels(), strict=True):

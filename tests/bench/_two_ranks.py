@@ -27,6 +27,7 @@ from bench.training.loop import Trainer
 from bench.training.ranks import Ranks
 from bench.training.step import Batch, add_gradients, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
+from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 
 CPU, ROWS, LENGTH, VOCABULARY = torch.device("cpu"), 8, 8, 40

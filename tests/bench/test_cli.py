@@ -63,7 +63,7 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
 @pytest.mark.parametrize(
     ("module", "called", "arguments"),
     [
-        ("bench.run", "bench.run.prepare.prepare", []),
+        ("bench.run.__main__", "bench.run.prepare.prepare", []),
         ("bench.tune.__main__", "bench.run.prepare.prepare", []),
         ("bench.sweep", "bench.sweep.read_sweep", ["sweep.toml"]),
         ("bench.report", "bench.analysis.find.the_study", ["study"]),

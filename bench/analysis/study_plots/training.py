@@ -39,7 +39,7 @@ def training_plot(frame: Frame) -> Plot | None:
     (loss, evaluation), (rate, norm) = figure.subplots(2, 2)
     _draw(loss, frame, losses, "Training loss, smoothed", "loss (nats a token)")
     _draw_perplexity(evaluation, frame, validation)
-    _draw(rate, frame, rates, "TrainingRun rate", "learning rate", gap=math.inf)
+    _draw(rate, frame, rates, "Learning rate", "learning rate", gap=math.inf)
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _draw(norm, frame, norms, "Gradient norm, smoothed", "Euclidean norm")

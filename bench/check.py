@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bench.portrait.show import CheckedCoupler
     from gnnmoe.config import GNNMoEConfig
 
-ANY_VOCABULARY = 64  # the gate's models are small; no coupler sees the vocabulary
+ANY_VOCABULARY = 64  # the leak check's models are small; no coupler sees the vocabulary
 
 
 @flags

@@ -266,7 +266,7 @@ class ExecutionConfig:
 
 @flags
 class MeasureConfig:
-    """The speed pass, and what to do about a coupler that fails the gate."""
+    """The speed pass, and what to do about a coupler that fails the leak check."""
 
     speed_warmup_steps: Count | Literal["auto"] = 3
     """Steps before the clock starts; auto: until the median of ten moves by less than 2 % (at most 50)."""

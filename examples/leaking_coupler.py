@@ -1,4 +1,4 @@
-"""A coupler that leaks, to see the gate catch it.
+"""A coupler that leaks, to see the leak check catch it.
 
 ``python -m bench.check --coupler examples.leaking_coupler:LeakingCoupler --num-experts 4``
 

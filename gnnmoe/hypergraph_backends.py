@@ -60,7 +60,7 @@ def pyg(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
     """Call PyG once: hyperedge ids of token n are shifted by n·M, expert ids by n·E.
 
     ``torch_geometric.data.Batch`` would shift both by E, and hyperedges of different tokens would
-    merge wherever M > E: that is the leak which the gate catches.
+    merge wherever M > E: that is the leak which the leak check catches.
     """
     N, E, D = x_NED.shape
     M = weights_M.shape[0]

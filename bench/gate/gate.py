@@ -48,7 +48,7 @@ def run_gate(config: GNNMoEConfig, *, seed: int = 0, device: torch.device | str 
 def refuse_wrong_names(config: GNNMoEConfig) -> None:
     """Check the hypergraph's names, and build the coupler once, for the messages about its name and options.
 
-    Whatever else goes wrong in its constructor is its own fault, which the gate reports.
+    Whatever else goes wrong in its constructor is its own fault, which the leak check reports.
 
     Raises:
         Refused: there is no such coupler, strategy or option.

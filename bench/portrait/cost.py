@@ -33,7 +33,7 @@ class CouplerCost:
 
 
 def measure_cost(config: GNNMoEConfig, seed: int, device: torch.device) -> CouplerCost:
-    """Count parameters and FLOPs, and find dead parameters as the gate does.
+    """Count parameters and FLOPs, and find dead parameters as the leak check does.
 
     Raises:
         CheckFailed: a gradient is not finite.

@@ -14,7 +14,7 @@ from bench.portrait import maps, probes
 from bench.portrait.probes import SCALES, ManyTokens
 from bench.portrait.readout import Readout
 
-FEW = 2  # sequences, for a look at leaks: the gate looks at more
+FEW = 2  # sequences, for a look at leaks: the leak check looks at more
 
 
 class NoMixing(Exception):

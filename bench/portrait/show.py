@@ -41,7 +41,7 @@ class CheckedCoupler:
 
     @property
     def passed(self) -> bool:
-        """Whether the gate passed it, and it costs what it says."""
+        """Whether it passed the leak check, and it costs what it says."""
         return self.report.passed and not self.flops_mismatch
 
 

@@ -24,7 +24,7 @@ class Coupler(nn.Module, ABC):
 
     A subclass takes the config and its own options with defaults, keyword-only:
     ``def __init__(self, config, *, k: int = 2)``. It keeps no state between calls, and it never
-    mixes tokens: the gate (``python -m bench.check``) proves that before every run.
+    mixes tokens: the leak check (``python -m bench.check``) proves that before every run.
     """
 
     name: ClassVar[str] = ""

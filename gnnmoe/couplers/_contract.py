@@ -1,4 +1,4 @@
-"""What a class must look like to be a coupler; what it computes is for the gate to judge."""
+"""What a class must look like to be a coupler; what it computes is for the leak check to judge."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Sweep:
 
 def job_of(study: Study, run_id: str) -> str:
     path = study.folder / ".logs" / f"{run_id}.job"
-    wait_until(path.exists, 60)
+    wait_until(path.exists, 180)
     return path.read_text()
 
 
@@ -134,7 +134,7 @@ def test_a_stopped_sweep_lets_its_jobs_save_their_state(tmp_path, local):
 def test_a_job_that_vanishes_is_interrupted_and_completed_by_the_next_call(tmp_path, local):
     study = Study(tmp_path)
     sweep = Sweep(study, ("endless",), local())
-    wait_until((study.folder / "run0" / "record.json").exists, 60)
+    wait_until((study.folder / "run0" / "record.json").exists, 180)
     (child,) = processes_with(str(study.folder / "run0"))
     os.kill(parent_of(child), signal.SIGKILL)
     assert sweep.result().counts == {"interrupted": 1}
@@ -151,7 +151,7 @@ def test_cancelled_jobs_are_completed_by_the_next_call(tmp_path, real):
     study = Study(tmp_path)
     sweep = Sweep(study, ("endless", "endless", "endless"), real())
     records = [study.folder / f"run{number}" / "record.json" for number in (0, 1, 2)]
-    wait_until(lambda: sum(path.exists() for path in records) == 2, 60)
+    wait_until(lambda: sum(path.exists() for path in records) == 2, 180)
     jobs = [job_of(study, f"run{number}") for number in (0, 1, 2)]
     waiting = next(number for number in (0, 1, 2) if not records[number].exists())
     slurm("scancel", jobs[waiting])
@@ -175,18 +175,18 @@ def test_requeued_jobs_go_on_from_their_checkpoints_in_the_same_sweep(tmp_path, 
     study.put("crashed", "run1")
     sweep = Sweep(study, ("endless", "endless"), real(), retry=frozenset({"failed"}))
     first_record, second_record = (study.folder / f"run{number}" / "record.json" for number in (0, 1))
-    wait_until((study.folder / "run1.1").exists, 60)  # set aside by --force
-    wait_until(lambda: second_record.exists() and first_record.exists(), 60)
+    wait_until((study.folder / "run1.1").exists, 180)  # set aside by --force
+    wait_until(lambda: second_record.exists() and first_record.exists(), 180)
     first, last = job_of(study, "run0"), job_of(study, "run1")
     assert (first[-2:], last[-2:]) == ("_0", "_1")
     slurm("scancel", "--signal=USR2", last)
-    wait_until(lambda: states() == {first: "None", last: "BeginTime"}, 60)
+    wait_until(lambda: states() == {first: "None", last: "BeginTime"}, 180)
     assert study.record("run1")["error"] == "stopped from outside"
     slurm("scontrol", "requeue", first)
-    wait_until(lambda: states() == {first: "BeginTime", last: "BeginTime"}, 60)
+    wait_until(lambda: states() == {first: "BeginTime", last: "BeginTime"}, 180)
     for job in (first, last):  # Slurm itself would wait two minutes
         slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait_until(lambda: len(study.calls_file.read_text().splitlines()) == 4, 60)
+    wait_until(lambda: len(study.calls_file.read_text().splitlines()) == 4, 180)
     assert sorted(study.calls()) == ["run0", "run0 --resume", "run1 --force", "run1 --resume"]
     slurm("scancel", first, last)
     assert sweep.result().counts == {"interrupted": 2}

@@ -93,6 +93,8 @@ def _escape(letter: str) -> str:
 SAYS_NOTHING = frozenset({"root", "user", "admin", "localhost", "runner", "ubuntu", "linux", "cpu", "gpu",
                           "cuda", "data", "train", "test"})  # fmt: skip
 """Names of users and machines that are no one's, and words of every record."""
+PROSE = frozenset({"", "command", "detail", "error", "reason", "remark", "warning"})
+"""Names of the texts in a record that are sentences or command lines; all else is a value."""
 _IN = r"[^\s'\"`,;:()<>\[\]{}|=]"  # of a path without quotation marks
 _ROOT = r"(?:(?:~[\w.-]*)?/{1,2}|(?:\.\.?/)+|[A-Za-z]:[\\/]{1,2}|\\\\)(?=[\w.~@+-])"
 _PATH = re.compile(
@@ -106,21 +108,22 @@ _PACKAGE = re.compile(r".*[/\\](?:site-packages|dist-packages|lib[/\\]python[\d.
 _OWN = re.compile(rf"{re.escape(str(Path(__file__).parents[1]))}[/\\]((?:bench|gnnmoe|examples)[/\\].+)")
 
 
-def without_places(value: Any) -> Any:
+def without_places(value: Any, name: str = "") -> Any:
     """Return a text, or a nested value of JSON with all its texts, without a place of this machine.
 
     Of an absolute path, and of one that climbs, the last part stays; of a file of an installed package or
-    of this project its path in the package. Host and user become ``HOST`` and ``USER``.
+    of this project its path in the package. In prose, host and user become ``HOST`` and ``USER``: a text by
+    itself, or one under a name of ``PROSE``. Keys and the values of flags stay: a user may be called max.
     """
     if isinstance(value, dict):
-        return {without_places(key): without_places(item) for key, item in value.items()}
+        return {key: without_places(item, key) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_places(item) for item in value]
+        return [without_places(item, name) for item in value]
     if not isinstance(value, str):
         return value
     text = _PATH.sub(_last_part, value) if "/" in value or "\\" in value else value
     names, pattern = _own_names()
-    return pattern.sub(lambda found: names[found[0].lower()], text) if pattern else text
+    return pattern.sub(lambda found: names[found[0].lower()], text) if pattern and name in PROSE else text
 
 
 def _last_part(found: re.Match[str]) -> str:
@@ -144,5 +147,5 @@ def _own_names() -> tuple[dict[str, str], re.Pattern[str] | None]:
     names = {name.lower(): word for name, word in names.items()
              if len(name) > 1 and name.lower() not in SAYS_NOTHING}  # fmt: skip
     longest = sorted(names, key=len, reverse=True)
-    form = rf"(?<![A-Za-z0-9])(?:{'|'.join(map(re.escape, longest))})(?![A-Za-z0-9])"
+    form = rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])"  # none within --max-steps
     return names, re.compile(form, re.IGNORECASE) if names else None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import foreign
-from bench.config import RunConfig, config_of, run_flags
+from bench.config import ModelConfig, RunConfig, config_of, run_flags
 from bench.identity import configuration_id, identity, settings_in_record
 from bench.identity import run_id as schema_run_id
 from bench.record import Damaged, Record, RunFolder, check_writable, is_measured, not_measured
@@ -176,6 +176,25 @@ def test_no_place_and_no_name_of_the_machine_is_written(tmp_path, monkeypatch, t
     record = json.loads((folder.path / "record.json").read_text())
     assert record["error"] == record["tuned"]["reason"] == written
     assert (folder.path / "log.txt").read_text().endswith(f"Z {written}\n")
+
+
+def test_names_of_the_machine_that_are_words_of_the_record_change_no_key_and_no_value(tmp_path, monkeypatch):
+    """A user max and a host gnn: the flags max_steps and --max-steps stay, and so does the coupler GNN."""
+    monkeypatch.setattr("platform.node", lambda: "gnn.lab")
+    monkeypatch.setattr("getpass.getuser", lambda: "max")
+    foreign._own_names.cache_clear()
+    config = RunConfig(model=ModelConfig(coupler_type="GNN"))
+    record = made_record(run_id="id", command="bench.run --max-steps 2 --note 'max on gnn'",
+                         config=settings_in_record(config))  # fmt: skip
+    folder = RunFolder(tmp_path, "study", "id")
+    folder.create(record)
+    foreign._own_names.cache_clear()
+    read = folder.read_record()
+    assert isinstance(read, Record)
+    assert read.command == "bench.run --max-steps 2 --note 'USER on HOST'"
+    assert read == record.model_copy(update={"command": read.command})
+    assert read.config.coupler == "GNN"
+    assert read.config.training["max_steps"] is None
 
 
 def test_a_record_names_folders_and_files_by_their_names_alone():

@@ -91,8 +91,9 @@ def _escape(letter: str) -> str:
 
 
 SAYS_NOTHING = frozenset({"root", "user", "admin", "localhost", "runner", "ubuntu", "linux", "cpu", "gpu",
-                          "cuda", "data", "train", "test"})  # fmt: skip
-"""Names of users and machines that are no one's, and words of every record."""
+                          "cuda", "data", "train", "test", "mean", "gate", "topk", "static", "dense",
+                          "attention", "gnn", "hgnn", "quick", "baseline", "full", "original"})  # fmt: skip
+"""Names of users and machines that are no one's, and words of every record or command line."""
 PROSE = frozenset({"", "command", "detail", "error", "reason", "remark", "warning"})
 """Names of the texts in a record that are sentences or command lines; all else is a value."""
 _IN = r"[^\s'\"`,;:()<>\[\]{}|=]"  # of a path without quotation marks

@@ -179,12 +179,12 @@ def test_no_place_and_no_name_of_the_machine_is_written(tmp_path, monkeypatch, t
 
 
 def test_names_of_the_machine_that_are_words_of_the_record_change_no_key_and_no_value(tmp_path, monkeypatch):
-    """A user max and a host gnn: the flags max_steps and --max-steps stay, and so does the coupler GNN."""
-    monkeypatch.setattr("platform.node", lambda: "gnn.lab")
+    """A user max and a host hnhn: the flags max_steps and --max-steps stay, and so does the layer HNHN."""
+    monkeypatch.setattr("platform.node", lambda: "hnhn.lab")
     monkeypatch.setattr("getpass.getuser", lambda: "max")
     foreign._own_names.cache_clear()
-    config = RunConfig(model=ModelConfig(coupler_type="GNN"))
-    record = made_record(run_id="id", command="bench.run --max-steps 2 --note 'max on gnn'",
+    config = RunConfig(model=ModelConfig(hgnn_conv_type="HNHN"))
+    record = made_record(run_id="id", command="bench.run --max-steps 2 --note 'max on hnhn'",
                          config=settings_in_record(config))  # fmt: skip
     folder = RunFolder(tmp_path, "study", "id")
     folder.create(record)
@@ -193,7 +193,7 @@ def test_names_of_the_machine_that_are_words_of_the_record_change_no_key_and_no_
     assert isinstance(read, Record)
     assert read.command == "bench.run --max-steps 2 --note 'USER on HOST'"
     assert read == record.model_copy(update={"command": read.command})
-    assert read.config.coupler == "GNN"
+    assert read.config.model["hgnn_conv_type"] == "HNHN"
     assert read.config.training["max_steps"] is None
 
 

@@ -105,6 +105,9 @@ _PATH = re.compile(
 )
 
 
+_LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+@")
+_BYTE = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_ADDRESS = re.compile(rf"(?<![\w.-])(?!127\.|0\.0\.0\.0){_BYTE}(?:\.{_BYTE}){{3}}(?![\w-]|\.\w)")
 _PACKAGE = re.compile(r".*[/\\](?:site-packages|dist-packages|lib[/\\]python[\d.]+)[/\\](.+)")
 _OWN = re.compile(rf"{re.escape(str(Path(__file__).parents[1]))}[/\\]((?:bench|gnnmoe|examples)[/\\].+)")
 
@@ -113,8 +116,9 @@ def without_places(value: Any, name: str = "") -> Any:
     """Return a text, or a nested value of JSON with all its texts, without a place of this machine.
 
     Of an absolute path, and of one that climbs, the last part stays; of a file of an installed package or
-    of this project its path in the package. In prose, host and user become ``HOST`` and ``USER``: a text by
-    itself, or one under a name of ``PROSE``. Keys and the values of flags stay: a user may be called max.
+    of this project its path in the package. In prose, which is a text by itself or under a name of ``PROSE``,
+    host, IP address, user and the login of a URL become ``HOST`` and ``USER``. Keys and the values of flags
+    stay: a user may be called max.
     """
     if isinstance(value, dict):
         return {key: without_places(item, key) for key, item in value.items()}
@@ -123,8 +127,11 @@ def without_places(value: Any, name: str = "") -> Any:
     if not isinstance(value, str):
         return value
     text = _PATH.sub(_last_part, value) if "/" in value or "\\" in value else value
+    if name not in PROSE:
+        return text
+    text = _ADDRESS.sub("HOST", _LOGIN.sub("USER@", text))
     names, pattern = _own_names()
-    return pattern.sub(lambda found: names[found[0].lower()], text) if pattern and name in PROSE else text
+    return pattern.sub(lambda found: names[found[0].lower()], text) if pattern else text
 
 
 def _last_part(found: re.Match[str]) -> str:

@@ -181,6 +181,11 @@ class Recovery:
     error: str
 
 
+def next_smaller(unit: int, failed: int) -> int | None:
+    """Return the largest divisor of ``unit`` that is half of ``failed`` or less; None where there is none."""
+    return max((size for size in divisors(unit) if size <= failed // 2), default=None)
+
+
 Peak = Callable[[Callable[[], object], tuple[Any, ...]], int]
 """Runs a function once and returns its peak in bytes; the second argument holds memory before it."""
 
@@ -302,13 +307,13 @@ class ControlledSteps(Steps):
 
     def _shrink(self, rows: int, number: int, error: str) -> None:
         failed = min(rows, self.micro_batch_size or rows)
-        smaller = [size for size in divisors(self._unit) if size <= failed // 2]
-        if not smaller or len(self.recoveries) == MOST_RECOVERIES:
+        smaller = next_smaller(self._unit, failed)
+        if smaller is None or len(self.recoveries) == MOST_RECOVERIES:
             raise torch.OutOfMemoryError(f"step {number} does not fit in micro-batches of {failed}: {error}")
-        self.micro_batch_size = smaller[-1]
-        self.recoveries.append(Recovery(number, failed, smaller[-1], error))
+        self.micro_batch_size = smaller
+        self.recoveries.append(Recovery(number, failed, smaller, error))
         if self.controller is not None:
-            self._say(self.controller.ran_out(number, failed, smaller[-1]))
+            self._say(self.controller.ran_out(number, failed, smaller))
         self._on_recovery(self.recoveries[-1])
 
     def _say(self, decision: Decision | None) -> None:

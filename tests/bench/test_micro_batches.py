@@ -13,6 +13,7 @@ from bench.training.evaluation import evaluate
 from bench.training.plan import EpochPlan
 from bench.training.step import add_gradients, make_optimizer, split, training_step
 from bench.tune.budget import refuse_uneven_pieces
+from bench.tune.control import next_smaller
 from bench.tune.shape import divisors
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import IGNORED
@@ -171,3 +172,8 @@ def test_an_evaluation_in_pieces_scores_the_same_targets():
     pieces = evaluate(made, loader, torch.device("cpu"), 4)  # pyright: ignore[reportArgumentType]
     assert whole.tokens == pieces.tokens
     assert pieces.nll == pytest.approx(whole.nll, rel=1e-6)
+
+
+def test_d7_the_next_smaller_micro_batch_is_a_divisor_of_half_or_less():
+    assert [next_smaller(12, size) for size in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
+    assert next_smaller(7, 7) == 1

@@ -161,9 +161,12 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     ('File "/x/.venv/lib/python3.11/site-packages/torch/nn/m.py", line 1', 'File "torch/nn/m.py", line 1'),
     (f'File "{Path(__file__).parents[2]}/bench/session.py", line 9', 'File "bench/session.py", line 9'),
     ("on gpu-node17.cs.example.org, by amelia", "on HOST, by USER"),
+    ("(f pid=12, ip=10.1.2.3)", "(f pid=12, ip=HOST)"), ("http://192.168.0.7:8265/x", "http://HOST:8265/x"),
+    ("https://joe:token@example.org/x", "https://USER@example.org/x"),
     *((text, text) for text in ("1,126 tokens/s", "λ = (E − k) / (k (E − 1))", "±0.01 nats/token", "and/or",
       "https://arxiv.org/abs/2308.00951", "results/default/a38be5e8f024", "D⁻¹ H W B⁻¹ Hᵀ X Θ", "<br/> </b>",
-      "examples.leaking_coupler:LeakingCoupler", "step 3/120", r"a \n b")),
+      "examples.leaking_coupler:LeakingCoupler", "step 3/120", r"a \n b", "127.0.0.1:8000", "torch 2.11.0",
+      "driver 580.159.04", "1.2.3.4.5")),
 ])  # fmt: skip
 def test_no_place_and_no_name_of_the_machine_is_written(tmp_path, monkeypatch, text, written):
     monkeypatch.setattr("platform.node", lambda: "gpu-node17.cs.example.org")

@@ -17,7 +17,7 @@ def article_interval(
     resamples: int = 2_000,
     seed: int = 0,
 ) -> Interval | None:
-    """Return the percentile bootstrap interval over articles of Σ difference / Σ tokens, in nats a token.
+    """Return the percentile bootstrap interval over articles of Σ difference / Σ tokens, in nats per token.
 
     Whole articles are drawn, since the tokens of one are alike; each brings its tokens, and the mean is a
     ratio. It leaves out the noise between seeds. None with fewer than two articles that have tokens.

@@ -1,6 +1,6 @@
 """Configurations against each other: paired by seed, judged once, with what each costs.
 
-Losses are mean nats a token on validation, differences candidate − reference (lower is better);
+Losses are mean nats per token on validation. A difference is candidate − reference; lower is better.
 exp(difference) is the ratio of the perplexities.
 """
 

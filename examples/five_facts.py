@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import HypergraphConv
 
-from bench.gate import run_gate
+from bench.check.leak_check import run_leak_check
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import Coupler, build_coupler
 from gnnmoe.hypergraph import hyperedge_index, incidence, propagation_matrix, static_hyperedges
@@ -25,7 +25,7 @@ def leak() -> None:
             coupler_type="examples.leaking_coupler:LeakingCoupler", num_experts=experts,
             static_hyperedge_strategy=strategy, embed_dim=8, max_seq_length=16,
         )  # fmt: skip
-        check = run_gate(config).checks[0]
+        check = run_leak_check(config).checks[0]
         edges = len(static_hyperedges(experts, strategy))
         verdict = "no token sees another" if check.passed else check.detail
         print(f"  E {experts}, M {edges:2} ({strategy}): {verdict}")
@@ -129,7 +129,7 @@ def not_causal() -> None:
     """Fact 5: Soft MoE and expert choice mix tokens, so a language model with them reads its labels."""
     for name in ("SoftMoE", "ExpertChoice"):
         config = GNNMoEConfig(coupler_type=f"examples.five_facts:{name}", embed_dim=8, max_seq_length=16)
-        print(f"  {name}: {run_gate(config).checks[0].detail}")
+        print(f"  {name}: {run_leak_check(config).checks[0].detail}")
 
 
 FACTS = (leak, weights_that_weigh_nothing, linear, random_signs, not_causal)

@@ -11,10 +11,10 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "files syntax schedule config device foreign record data identity gate portrait training measure"
+    "files syntax schedule config device foreign record data identity check training measure"
     " tune sweeps analysis"
 ).split()
-COMMANDS = set("run sweep report speed check cli speeding __main__".split())
+COMMANDS = set("run sweep report speed cli speeding __main__".split())
 
 
 def imports(path: Path) -> set[str]:

@@ -49,7 +49,7 @@ MUTATED = [
     "bench/analysis/significance.py", "bench/analysis/over_seeds.py", "bench/analysis/articles.py",
     "bench/analysis/agreement.py", "bench/analysis/comparison.py", "bench/analysis/quantities.py",
 ]  # fmt: skip
-FOLDERS = "gnnmoe", "analysis", "gate", "data"
+FOLDERS = "gnnmoe", "analysis", "check", "data"
 """Of tests, those that come first: quick ones."""
 LEFT_OUT = ["tests/notebooks", "*in_browser*", "*test_ray*", "*test_slurm*", "*test_cluster*", "*_ranks*",
             "*torchrun*", "*killed_sweep*", "*equal_records*", "*launcher*", "*test_layout*"]  # fmt: skip

@@ -24,9 +24,11 @@ from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import coupler_class, coupler_names, executed_source, resolved_options
 
 CHANGES_NUMBERS = (
-    "gnnmoe", "bench/data", "bench/gate", "bench/measure", "bench/training", "bench/tune",
-    "bench/device.py", "bench/run/difficulty.py", "bench/run/leak_check.py", "bench/run/prepare.py",
-    "bench/run/session.py", "bench/schedule.py",
+    "gnnmoe", "bench/data", "bench/measure", "bench/training", "bench/tune",
+    "bench/check/audit.py", "bench/check/behaviour.py", "bench/check/causality.py",
+    "bench/check/communication.py", "bench/check/isolation.py", "bench/check/leak_check.py",
+    "bench/check/subject.py", "bench/device.py", "bench/run/difficulty.py", "bench/run/leak_check.py",
+    "bench/run/prepare.py", "bench/run/session.py", "bench/schedule.py",
 )  # fmt: skip
 """Files and folders whose code can change a number. Not here: flags, texts, plots, reports and sweeps."""
 OF_COUPLERS = ("gnnmoe/couplers/[!_]*.py", "gnnmoe/hypergraph*.py", "gnnmoe/hypergraph_layers/*.py")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 import gnnmoe
-from bench.gate import Check, GateReport, run_gate
-from bench.gate.gate import CHECKS
+from bench.check.leak_check import CHECKS, run_leak_check
+from bench.check.subject import Check, CheckReport
 from bench.identity import run_id
 from bench.record import Environment, NotMeasured, Record, RunFolder, is_measured
 from bench.run.prepare import Prepared
@@ -18,7 +18,7 @@ SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themse
 OF_COMMITS = ("git_commit", "git_changes_sha256")  # the hashes of the code say what they say of a run
 
 
-def gate_of(prepared: Prepared, environment: Environment | NotMeasured) -> GateReport:
+def leak_check_of(prepared: Prepared, environment: Environment | NotMeasured) -> CheckReport:
     """Return the leak check's verdict on a run's configuration, before there are trained weights.
 
     With ``reuse_check`` it is that of a run in the same study whose identity differs in its seed only
@@ -38,7 +38,7 @@ def gate_of(prepared: Prepared, environment: Environment | NotMeasured) -> GateR
                     prepared.folder.log(f"its checks are those of run {report.checks[0].reused_from}")
                     return report
     device = torch.device("cpu") if prepared.device.type == "mps" else prepared.device  # mps has no float64
-    return run_gate(prepared.model_config, seed=config.training.seed, device=device)
+    return run_leak_check(prepared.model_config, seed=config.training.seed, device=device)
 
 
 def is_ours(coupler: str) -> bool:
@@ -64,9 +64,9 @@ def _same(there: Environment | NotMeasured, here: Environment | NotMeasured) -> 
     return is_measured(there) and both[0] == both[1]
 
 
-def _passed(record: Record) -> GateReport | None:
+def _passed(record: Record) -> CheckReport | None:
     """Return the verdicts of a record as reused ones, None where one is missing, failed, or reused itself."""
     found = record.check.checks if is_measured(record.check) else {}
     if not all(name in found and found[name].passed and found[name].reused_from is None for name in CHECKS):
         return None
-    return GateReport([Check(name, True, found[name].detail, 0.0, record.run_id) for name in CHECKS])
+    return CheckReport([Check(name, True, found[name].detail, 0.0, record.run_id) for name in CHECKS])

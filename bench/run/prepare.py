@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.check.leak_check import refuse_wrong_names
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
 from bench.data.blocks import TrainBlocks
 from bench.data.corpus import Corpus, load_corpus, say_unknown_words
@@ -23,7 +24,6 @@ from bench.data.loader import BlockLoader, create_loader
 from bench.data.sampler import Extent
 from bench.data.sources import known_as
 from bench.data.validation import validate_first_batch
-from bench.gate import refuse_wrong_names
 from bench.identity import Identified, configuration_id, identity, run_id, settings_in_record
 from bench.measure.code import code_hashes
 from bench.record import ReadOnlyFolder, RunFolder, Settings, check_writable

@@ -18,20 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.check.audit import Scored, audit_evaluation, audit_training
+from bench.check.isolation import check_trained_isolation, rows_to_judge
+from bench.check.subject import Check, CheckFailed, CheckReport, run_check
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
 from bench.files import utc_now
-from bench.gate import (
-    Check,
-    GateReport,
-    Scored,
-    audit_evaluation,
-    audit_training,
-    check_trained_isolation,
-)
-from bench.gate.report import CheckFailed, run_check
-from bench.gate.trained import rows_to_judge
 from bench.identity import settings_in_record
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
@@ -55,7 +48,7 @@ from bench.record import (
     is_measured,
     not_measured,
 )
-from bench.run.leak_check import gate_of, is_ours
+from bench.run.leak_check import is_ours, leak_check_of
 from bench.run.prepare import Prepared
 from bench.run.progress import Reporter
 from bench.run.resume import NOTHING, Earlier
@@ -210,7 +203,7 @@ class Session:
                 assert is_measured(self.record.data)
                 self.record.data.training_blocks = _subset(prepared)
         with self._phase("check", "checking the coupler"):
-            report = gate_of(prepared, self.record.environment)
+            report = leak_check_of(prepared, self.record.environment)
             self._judge(report)
         if config.memory.tune_batch_size:
             with self._phase("tune", "searching for the largest micro-batch that fits"):
@@ -228,7 +221,7 @@ class Session:
             ids = prepared.ranks.gather(ids)[0]  # the same rows on all ranks, so the same verdict
             dtype = prepared.execution.autocast_dtype
             again = check_trained_isolation(model, ids.to(prepared.device), autocast_dtype=dtype)
-            report = GateReport([*report.checks, again])
+            report = CheckReport([*report.checks, again])
             self._judge(report)  # before any perplexity is written
             self._evaluate(prepared, model, learning, report)
         with self._phase("speed", "measuring speed and memory"):
@@ -289,7 +282,7 @@ class Session:
         words = prepared.corpus.vocabulary.size
         return [audited, audit_training(model, batch, rows=rows, seed=seed, words=words)]
 
-    def _judge(self, report: GateReport) -> None:
+    def _judge(self, report: CheckReport) -> None:
         self.record.check = LeakCheck.model_validate({**report.to_record(), "audit": self.audit})
         if not report.passed and not self.prepared.config.measure.allow_failed_check:
             raise LeakFound("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
@@ -331,12 +324,12 @@ class Session:
         return learning
 
     def _evaluate(
-        self, prepared: Prepared, model: GNNMoEModel, learning: TrainingRun, report: GateReport
+        self, prepared: Prepared, model: GNNMoEModel, learning: TrainingRun, report: CheckReport
     ) -> None:
         quality, arrays, scored = score(prepared, model, learning)
         learning.release()
         found = [self._settings(), *self._audit(prepared, model, learning, scored)]
-        self._judge(GateReport([*report.checks, *found]))
+        self._judge(CheckReport([*report.checks, *found]))
         if is_measured(self.record.used):
             self.record.used.ledger = Accounts.model_validate(learning.ledger.to_record())
         self.record.quality = quality

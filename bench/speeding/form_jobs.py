@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
-from bench.gate import refuse_wrong_hypergraph, refuse_wrong_names
+from bench.check.leak_check import refuse_wrong_hypergraph, refuse_wrong_names
 from bench.speeding.coupler_rows import Timing, coupler_rows
 from bench.speeding.forms import compiled_name, forms_of
 from bench.speeding.jobs import Job

@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import torch
 
+from bench.check.subject import global_random_state_kept
 from bench.config import DataConfig, RunConfig, TrainingConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.data.corpus import Corpus
-from bench.gate.subject import global_random_state_kept
 from bench.measure.code import code_hashes
 from bench.measure.environment import device_name
 from bench.training.ranks import Ranks

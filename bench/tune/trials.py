@@ -10,9 +10,9 @@ from itertools import pairwise
 import psutil
 import torch
 
+from bench.check.subject import global_random_state_kept
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.device import attempt, recover
-from bench.gate.subject import global_random_state_kept
 from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.measure.speed import random_batch

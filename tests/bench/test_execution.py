@@ -233,7 +233,7 @@ def only_record(results: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_a_run_in_another_form_and_precision_says_so_and_passes_the_gate(tiny, capsys):
+def test_a_run_in_another_form_and_precision_says_so_and_passes_the_leak_check(tiny, capsys):
     flags = ["--experts", "batched", "--precision", "bf16"]
     assert main([*tiny, *flags]) == 0
     record = only_record(Path(tiny[tiny.index("--results-dir") + 1]))

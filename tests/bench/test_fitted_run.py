@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import bench.run.leak_check
+from bench.check.isolation import rows_to_judge
 from bench.data.corpus import load_corpus
-from bench.gate.trained import rows_to_judge
 from bench.run.__main__ import main
 from bench.run.difficulty import checkpoint_scorer
 from bench.training.checkpoint import load_checkpoint
@@ -32,15 +32,15 @@ LENGTH = 8  # what fits of 16, one row at once of a batch of 4
 
 @pytest.fixture(scope="module")
 def fitted(small_data_dir, tmp_path_factory) -> tuple[Path, list[int]]:
-    """The folder of a finished run, and the lengths at which the gate looked."""
+    """The folder of a finished run, and the lengths at which the leak check looked."""
     results, judged = tmp_path_factory.mktemp("fitted"), []
 
-    def run_gate(config, real=bench.run.leak_check.run_gate, **named):
+    def run_leak_check(config, real=bench.run.leak_check.run_leak_check, **named):
         judged.append(config.max_seq_length)
         return real(config, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.run.leak_check, "run_gate", run_gate)
+        patch.setattr(bench.run.leak_check, "run_leak_check", run_leak_check)
         assert main([*TINY, *FIT, "--data-dir", str(small_data_dir), "--results-dir", str(results)]) == 0
     return only_folder(results), judged
 
@@ -49,7 +49,7 @@ def record_of(folder: Path) -> dict:
     return json.loads((folder / "record.json").read_text())
 
 
-def test_the_gate_judges_the_model_that_trains_and_two_rows_at_least(fitted):
+def test_the_leak_check_judges_the_model_that_trains_and_two_rows_at_least(fitted):
     folder, judged = fitted
     record = record_of(folder)
     assert (record["tuned"]["length"], record["tuned"]["micro_batch_size"]) == (LENGTH, 1)

@@ -204,7 +204,7 @@ def test_whatever_happens_the_record_is_written(tiny, monkeypatch, capsys, error
     assert not list(folder.glob(".*")), "no half-written file stays"
 
 
-def test_a_leaking_coupler_is_stopped_by_the_gate(tiny, capsys):
+def test_a_leaking_coupler_is_stopped_by_the_leak_check(tiny, capsys):
     """Fact 1: the leak is caught at E = 4 pairs; ``--allow-failed-check`` trains, the status stays."""
     leak = ["--coupler", "examples.leaking_coupler:LeakingCoupler"]
     assert main([*tiny, *leak]) == 1
@@ -223,7 +223,7 @@ def test_a_leaking_coupler_is_stopped_by_the_gate(tiny, capsys):
 
 
 def test_the_batch_of_the_trained_check_is_the_run_s_own(tiny):
-    """The gate: at the run's own B, also where validation has fewer sequences."""
+    """The leak check: at the run's own B, also where validation has fewer sequences."""
     assert main([*tiny, "--batch-size", "12", "--num-eval-samples", "2"]) == 0
     _, record = only_run(results_of(tiny))
     assert "(B, L) = (12, 16)" in record["check"]["checks"]["trained_isolation"]["detail"]

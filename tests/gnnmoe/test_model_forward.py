@@ -1,4 +1,4 @@
-"""The model: what ``forward`` takes, gives and refuses (DESIGN, "Names", "The gate")."""
+"""The model: what ``forward`` takes, gives and refuses (DESIGN, "Names", "The leak check")."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_labels_are_shifted_inside_and_targets_are_not():
 
 @every_named_coupler
 def test_causality_of_the_model(coupler_type):
-    """The gate: logits before t do not move when tokens from t on change; logits at t do."""
+    """The leak check: logits before t do not move when tokens from t on change; logits at t do."""
     model = make_model(coupler_type=coupler_type)
     logits = model(IDS)["logits"]
     for cut in range(8):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch_geometric.nn import HypergraphConv
 
+from bench.check.subject import Subject
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.gate.subject import Subject
 from gnnmoe.couplers import build_coupler
 from gnnmoe.couplers.hgnn import HGNNExpertCoupler
 from tests.gnnmoe._support import assert_near, normal
@@ -53,7 +53,8 @@ def test_its_weights_are_drawn_from_a_normal_distribution():
 def test_its_weights_start_as_the_originals_did():
     assert config().initialization == "original"
     assert config("--initialization", "project").initialization == "project"
-    checked = Subject(config("--embed-dim", "64"), 0, torch.device("cpu")).coupler()  # as the gate builds it
+    # As the leak check builds it.
+    checked = Subject(config("--embed-dim", "64"), 0, torch.device("cpu")).coupler()
     for built in (coupler(0, "--embed-dim", "64"), checked):
         weight = built.combiner.get_parameter("0.weight").detach()
         assert float(weight.std()) == pytest.approx(0.02, rel=0.05)

@@ -191,7 +191,7 @@ def test_a_damaged_record_is_a_failure_and_a_folder_without_one_is_not(study):
     assert study.sweep(study.runs("ok", "ok"), retry=frozenset({"failed"})).exit_status == 0
 
 
-def test_a_gate_that_failed_is_final_until_it_is_allowed_to(study):
+def test_a_failed_check_is_final_until_it_is_allowed_to(study):
     study.put("check_failed")
     (run,) = study.runs("ok")
     assert look(run, frozenset(), force=False).flags is None

@@ -1,0 +1,113 @@
+"""``python -m bench.check --coupler NAME``: proof that a coupler leaks nothing, and what it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import field
+from typing import TYPE_CHECKING
+
+from bench.cli import fail, parse, show_warnings_plainly
+from bench.config import ModelConfig, flags
+from gnnmoe.config import Refused
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.check.show import CheckedCoupler
+    from gnnmoe.config import GNNMoEConfig
+
+ANY_VOCABULARY = 64  # the models of the leak check are small, and no coupler sees the vocabulary
+
+
+@flags
+class CheckConfig:
+    """Check on small tensors that a coupler leaks nothing and computes what it says, and describe it.
+
+    Exit status: 0 passed, 1 a check failed or flops() is wrong, 2 wrong input.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seed: int = 0
+    """Seed of the numbers that the checks draw."""
+    all: bool = False
+    """Check every coupler: HGNN with each conv type (on all_pairs) and each strategy (in HypergraphConv),
+    whatever the flags for these two say. The coupler that --coupler names is checked too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the coupler that the flags name, or all couplers; print the verdicts, return the exit status."""
+    config = parse(CheckConfig, argv, prog="python -m bench.check", presets=True)
+    show_warnings_plainly()
+    from rich.console import Console
+
+    model, console = config.model.resolved(ANY_VOCABULARY), Console(highlight=False)
+    try:
+        return (check_all if config.all else check_one)(model, config.seed, console)
+    except Refused as error:
+        fail(str(error))
+
+
+def check_one(model: GNNMoEConfig, seed: int, console: Console) -> int:
+    """Check the coupler that ``model`` names; print its checks and portrait, and return the exit status.
+
+    Raises:
+        Refused: there is no such coupler, strategy or option.
+    """
+    from bench.check.leak_check import refuse_wrong_names
+    from bench.check.show import show_one
+    from bench.device import is_out_of_memory
+
+    refuse_wrong_names(model)
+    try:
+        row = checked(model.coupler_type, model, seed)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        fail("memory ran out, so nothing is known of the coupler; check it at a smaller width or length.")
+    show_one(row, model, console)
+    return 0 if row.passed else 1
+
+
+def check_all(model: GNNMoEConfig, seed: int, console: Console) -> int:
+    """Check every coupler at the sizes of ``model``; print one table and return the exit status.
+
+    Raises:
+        Refused: ``model`` names a coupler, strategy or option that does not exist.
+    """
+    from rich.console import Console
+
+    from bench.check.leak_check import list_couplers, refuse_wrong_hypergraph
+    from bench.check.show import show_all
+
+    refuse_wrong_hypergraph(model)  # names that the flags give and no entry has
+    entries, left_out = list_couplers(model)
+    rows: list[CheckedCoupler] = []
+    with Console(stderr=True).status("checking …") as status:
+        for number, entry in enumerate(entries, start=1):
+            status.update(f"checking {entry.name} ({number} of {len(entries)}) …")
+            rows.append(checked(entry.name, entry.config, seed))
+    show_all(rows, left_out, console)
+    return 0 if all(row.passed for row in rows) else 1
+
+
+def checked(name: str, model: GNNMoEConfig, seed: int) -> CheckedCoupler:
+    """Return the report and the portrait of a coupler, or the reason why there is no portrait."""
+    from bench.check.leak_check import run_leak_check
+    from bench.check.mixing import NoMixing
+    from bench.check.portrait import draw_portrait
+    from bench.check.show import CheckedCoupler
+    from bench.check.subject import CheckFailed
+
+    report = run_leak_check(model, seed=seed)
+    try:
+        portrait = draw_portrait(model, seed=seed)
+    except (CheckFailed, NoMixing) as reason:
+        portrait = str(reason)
+    except Exception as error:  # the coupler may be anybody's
+        portrait = f"it raised {type(error).__name__}: {error}"
+    return CheckedCoupler(name, report, portrait)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

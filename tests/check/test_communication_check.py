@@ -1,0 +1,100 @@
+"""What a coupler says of itself is checked before a run, and the clause that it breaks is named."""
+
+import re
+
+import pytest
+import torch
+
+from bench.check.communication import communication
+from bench.check.leak_check import CHECKS, run_leak_check
+from bench.check.subject import Subject
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers import coupler_names
+from gnnmoe.hypergraph_layers import CONV_TYPES
+
+HERE = "tests.check.telling_couplers:"
+WRONG = [
+    ("ListOfParts", "communication() gives a list; it must be a dict of tensors by name"),
+    ("ArrayPart", "communication() gives 'weights': a ndarray; it must be a name and a tensor"),
+    ("NotANumber", "communication(): weights is not finite"),
+    ("Attached", "communication(): bias is not detached; give bias.detach()"),
+    ("EveryToken", "the shape of norms changes with the tokens; give a mean over them"),
+    ("EverySequence", "the shape of norms changes with the tokens"),
+    ("Silent", "communication(x, u) has no mixing; start from super().communication(x, u)"),
+    ("ShortMixing", "mixing has shape (3,); it must be one share an expert, (4,)"),
+    ("Forgetful", "communication(x, u) has no weights, which communication() has"),
+    ("Moving", "communication: weights is not the same with inputs as without"),
+    ("Unnamed", "pairs has 6 entries for 4 experts; name them in member_names()"),
+    ("Misnamed", "member_names(): pairs has 2 different names for 3 entries"),
+    ("OneNameTwice", "member_names(): pairs has 1 different names for 2 entries"),
+    ("NumbersForNames", "member_names(): pairs is [0, 1]; it must be a list of texts"),
+    ("NamesAlone", "member_names() gives a list; it must be a dict of lists of names"),
+    ("InertNobody", "inert_parameters() names 'combiner.9.bias', which is no parameter; known: combiner.0."),
+    ("InertForNoReason", "inert_parameters() gives None for combiner.0.bias; it must be the reason"),
+    ("InertList", "inert_parameters() gives a list; it must be a dict of reasons"),
+    ("LossOfEachToken", "auxiliary_losses(x, u): size has shape (2, 2); it must be a scalar"),
+    ("InfiniteLoss", "auxiliary_losses(x, u): size is not finite"),
+    ("FloatLoss", "auxiliary_losses(x, u) gives 'size': a float; it must be a name and a tensor"),
+    ("FloatFlops", "flops(12) gives 6.0; it must be a whole number, or None"),
+    ("NegativeFlops", "flops(12) gives -12; it must be a whole number, or None"),
+    ("HalfAShape", "expert_shape() gives 4; it must be two positive integers"),
+    ("RaisingNames", "member_names() raised KeyError: 'no names'"),
+]
+
+
+def subject(coupler: str, num_experts: int = 4, length: int = 12, **fields) -> Subject:
+    small = {"embed_dim": 8, "max_seq_length": length, "num_experts": num_experts}
+    return Subject(GNNMoEConfig(coupler_type=coupler, **{**small, **fields}), 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("coupler", "text"), WRONG)
+def test_each_clause_is_named(coupler, text):
+    with pytest.raises(Exception, match=re.escape(text)) as caught:
+        communication(subject(HERE + coupler))
+    assert type(caught.value).__name__ == "CheckFailed"
+
+
+@pytest.mark.parametrize("coupler", ["Unnamed", "Attached", "FloatFlops", "InertNobody"])
+def test_nothing_else_fails_and_the_record_names_the_check(coupler):
+    report = run_leak_check(GNNMoEConfig(coupler_type=HERE + coupler, embed_dim=16, max_seq_length=12))
+    assert [check.name for check in report.failures] == ["communication"]
+    assert list(report.to_record()["checks"]) == list(CHECKS)
+
+
+@pytest.mark.parametrize("length", [1, 12])
+def test_one_of_each_passes_and_is_listed(length):
+    told = communication(subject(HERE + "Honest", length=length))
+    assert told == "mixing, pairs, scale, rows: finite, detached, of one shape for any number of tokens"
+
+
+@pytest.mark.parametrize("coupler", ["mean", "tests.check.portrait_couplers:NeedsWidth"])
+def test_it_is_looked_at_narrow_where_it_can_be(coupler, monkeypatch):
+    widths = []
+    monkeypatch.setattr(
+        "bench.check.communication._flops", lambda coupler: widths.append(coupler.config.embed_dim)
+    )
+    communication(subject(coupler, embed_dim=36, num_heads=3))
+    assert widths == [18 if coupler == "mean" else 36]
+
+
+def test_out_of_memory_is_no_failure_of_the_coupler(monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("gnnmoe.couplers.mean.MeanCoupler.member_names", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        communication(subject("mean"))
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 5])
+@pytest.mark.parametrize("coupler", coupler_names())
+@pytest.mark.filterwarnings("ignore:(HGNN|topk)")
+def test_couplers_of_the_project_pass(coupler, num_experts):
+    assert "mixing" in communication(subject(coupler, num_experts))
+
+
+@pytest.mark.parametrize("conv_type", CONV_TYPES)
+@pytest.mark.parametrize("strategy", ["all_triplets", "ring:k=3", "all"])
+def test_hypergraph_layers_pass(conv_type, strategy):
+    fields = {"hgnn_conv_type": conv_type, "static_hyperedge_strategy": strategy}
+    assert "hyperedge_weights" in communication(subject("HGNN", 5, **fields))

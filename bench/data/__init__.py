@@ -1,5 +1,5 @@
-"""Corpora, vocabularies, blocks and loaders for word-level language modelling.
+"""Corpora, vocabularies, blocks and loaders for language modelling by words or subwords.
 
-Flow: ``corpus`` (text → token streams) → ``blocks`` (streams → fixed-length samples) → ``loader``
-(samples → batches). Nothing is imported here, so ``import bench.data`` costs nothing.
+Read in this order: ``sources`` (text), ``tokenizer`` (token streams), ``corpus``, ``blocks`` (fixed-length
+samples), ``loader`` (batches), ``curriculum``; ``cache`` and ``reference_lines`` stand beside them.
 """

@@ -1,4 +1,4 @@
-"""Fixed-length samples of a token stream in memory, as torch data sets that hand out batches.
+"""Fixed-length samples of a token stream in memory, as torch data sets that return whole batches.
 
 Shape suffixes: B samples, L length, S stride, N targets.
 """
@@ -12,35 +12,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bench.data.split import Split
+from bench.data.tokenizer import Split
 from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 from gnnmoe.seeds import stream_seed
 
 
 class TrainBlocks(Dataset[dict[str, Tensor]]):
-    """Full, disjoint blocks: block i has inputs ``stream[i·L : i·L + L]`` and the targets one later.
+    """Full, disjoint blocks: block i has the inputs ``stream[i·L : i·L + L]`` and the targets one later.
 
-    ``indices`` selects blocks (all of them by default). ``note`` says, once, when fewer blocks are
-    served than were asked for.
+    ``indices`` holds the numbers of the blocks that are served. ``note`` is a message if fewer blocks are
+    served than were asked for, else None.
     """
 
-    def __init__(self, split: Split, length: int, indices: Sequence[int] | None = None) -> None:
+    def __init__(self, split: Split, length: int) -> None:
         _require_one_block(split, length)
         self.length = length
         self.note: str | None = None
         self._windows = torch.from_numpy(split.stream).unfold(0, length + 1, length)  # (blocks, L + 1) view
-        blocks = len(self._windows)
-        chosen = torch.arange(blocks) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
-        if not len(chosen) or chosen.min() < 0 or chosen.max() >= blocks:
-            raise ValueError(f"block indices must lie in 0..{blocks - 1}, with one at least; got {indices}")
-        self.indices = chosen
+        self.indices = torch.arange(len(self._windows))
 
     @classmethod
     def subset(cls, split: Split, length: int, num_samples: int, seed: int) -> TrainBlocks:
-        """Return ``num_samples`` random blocks: the first ones of one permutation for each seed.
+        """Return ``num_samples`` random blocks: the first blocks of one permutation per seed.
 
-        So a smaller subset lies within a larger one, and a subset is the same in every epoch.
+        So a larger subset contains a smaller one, and a subset is the same in every epoch.
         """
         require_at_least("num_samples", num_samples, 1)
         blocks = cls(split, length)
@@ -61,7 +57,7 @@ class TrainBlocks(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return a batch: ``input_ids`` and ``targets``, each (B, L) int64."""
         tokens = self._windows[self.indices[torch.as_tensor(indices)]]
-        # Not contiguous(): of one sample it is a view, and inputs and targets would share their memory.
+        # Not contiguous(): for one sample it returns a view, and inputs and targets would share their memory.
         form = torch.contiguous_format
         return {
             "input_ids": tokens[:, :-1].clone(memory_format=form),
@@ -72,10 +68,10 @@ class TrainBlocks(Dataset[dict[str, Tensor]]):
 class EvalWindows(Dataset[dict[str, Tensor]]):
     """Windows that score each of the first ``num_scored`` targets exactly once.
 
-    Window k starts at k·S. The first scores its L targets, each later one its last S, with L − S
-    tokens of context. Targets not scored are −100; inputs past the end are ``<eos>``.
-    ``num_blocks`` keeps the first ``num_blocks`` · L targets (all by default); ``note`` says, once,
-    when there are fewer.
+    Window k starts at k·S. The first window scores its L targets. Each later window scores its last S
+    targets, with L − S tokens of context. Other targets are −100, and inputs past the end are ``<eos>``.
+    ``num_blocks`` keeps the first ``num_blocks`` · L targets; None keeps all. ``note`` is a message if there
+    are fewer, else None.
     """
 
     def __init__(self, split: Split, length: int, stride: int, num_blocks: int | None = None) -> None:
@@ -90,12 +86,12 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
             self.num_scored = min(num_blocks * length, split.num_tokens)
             self.note = _shortage(split, num_blocks, -(-split.num_tokens // length), length)
         self._windows = 1 - (length - self.num_scored) // stride  # 1 + ceil((N − L) / S)
-        # Both padded to the end of the last window; <eos> is the token in front of every stream.
+        # Both are padded to the end of the last window; <eos> is the token in front of every stream.
         padded = (self._windows - 1) * stride + length
         inputs = np.full(padded, split.stream[0])
         targets = np.full(padded, IGNORED, dtype=np.int64)
         inputs[: self.num_scored] = split.stream[: self.num_scored]
-        targets[: self.num_scored] = self.scored_targets()
+        targets[: self.num_scored] = split.stream[1 : 1 + self.num_scored]
         self._inputs = torch.from_numpy(inputs).unfold(0, length, stride)  # (windows, L) view
         self._targets = torch.from_numpy(targets).unfold(0, length, stride)
 
@@ -114,14 +110,10 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
         targets[(chosen % self._windows > 0)[:, None] & context] = IGNORED
         return {"input_ids": self._inputs[chosen], "targets": targets}
 
-    def scored_targets(self) -> np.ndarray:
-        """Return the ids scored, in order, (num_scored,) int64."""
-        return self.split.stream[1 : 1 + self.num_scored]
-
     def target_numbers(self, windows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return which of the targets each of ``windows`` scores, in order, (targets,) int64.
+        """Return the numbers of the targets that ``windows`` score, in order, (targets,) int64.
 
-        So losses that several ranks took can be put back in the order of the text.
+        With these numbers the losses of several ranks can be put back in the order of the text.
         """
         first = [0 if window == 0 else self.length + (window - 1) * self.stride for window in windows]
         ends = [min(self.length + window * self.stride, self.num_scored) for window in windows]
@@ -129,7 +121,7 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
         return np.concatenate([empty, *map(np.arange, first, ends)])
 
     def document_ids(self) -> np.ndarray:
-        """Return the document number of each target scored, (num_scored,) int64."""
+        """Return the document number of each scored target, (num_scored,) int64."""
         return self.split.document_ids()[: self.num_scored]
 
 
@@ -148,7 +140,11 @@ def _require_one_block(split: Split, length: int) -> None:
 
 
 def require_at_least(what: str, value: int, least: int) -> int:
-    """Return ``value``; raise Refused where it is below ``least``."""
+    """Return ``value``.
+
+    Raises:
+        Refused: it is below ``least``.
+    """
     if value < least:
         raise Refused(f"{what} must be {least} or more; got {value}")
     return value

@@ -1,8 +1,8 @@
-"""What can be made again is kept in files: here a prepared corpus, elsewhere scores and kept answers.
+"""The cache: files of results that can be computed again, such as prepared corpora and scores.
 
-Safe where several runs write at once. A file can be deleted at any time. Each ends with a hash of its
-contents, which is compared whenever it is read: a broken file is made again. Nothing in it is executed
-(no pickle).
+Several runs may write at once, and a file can be deleted at any time. Each file ends with a hash of its
+contents. The hash is compared at every reading, and a broken file is made again. Nothing in a file is
+executed (no pickle).
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from bench.data.split import SPLITS, Split
-from bench.data.tokenizer import Content
-from bench.data.vocabulary import Vocabulary
+from bench.data.tokenizer import SPLITS, Content, Split, Vocabulary
 from bench.files import remove_left_over, replacing
 from bench.syntax import code_of
 
-MADE_BY = ("cache", "split", "tokenizer", "vocabulary")  # modules that prepare a text and store it
-LEFT_OVER_SECONDS = 3600.0  # a temporary file this old is of a writer that was killed
+MADE_BY = ("cache", "tokenizer")  # modules that prepare a text and store it
+LEFT_OVER_SECONDS = 3600.0  # an older temporary file belongs to a writer that was killed
 HERE = Path(__file__).parent
 _NUMBERS = ("num_tokens", "num_words", "num_lines", "num_bytes", "sha256")
 _MASKS = ("ends_word", "unknown")
@@ -34,27 +32,27 @@ _SEAL_BYTES = len("\nsha256 \n") + 64
 Made = TypeVar("Made")
 
 
-def cache_folder(cache_dir: Path | None = None) -> Path:
-    """Return ``cache_dir``, else $GNNMOE_CACHE_DIR, $XDG_CACHE_HOME/gnnmoe or ~/.cache/gnnmoe."""
+def cache_folder() -> Path:
+    """Return $GNNMOE_CACHE_DIR, else $XDG_CACHE_HOME/gnnmoe, else ~/.cache/gnnmoe."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = cache_dir or os.environ.get("GNNMOE_CACHE_DIR") or Path(base, "gnnmoe")
+    folder = os.environ.get("GNNMOE_CACHE_DIR") or Path(base, "gnnmoe")
     try:
         return Path(folder).expanduser()
     except RuntimeError:  # a user without a home
         return Path(tempfile.gettempdir(), "gnnmoe")
 
 
-def cached_content(identity: list[Any], make: Callable[[], Content], folder: Path) -> Content:
-    """Return the content that ``identity`` (JSON) names: from ``folder``, else made; see ``cached``.
+def cached_content(identity: list[Any], make: Callable[[], Content]) -> Content:
+    """Return the content that ``identity`` (JSON) names, from the cache or from ``make`` (see ``cached``).
 
-    What other code prepared is not taken.
+    Content that other code prepared has another name.
     """
-    path = folder / f"corpus-{key_of(code_of(HERE, *MADE_BY), *identity)}.npz"
+    path = cache_folder() / f"corpus-{key_of(code_of(HERE, *MADE_BY), *identity)}.npz"
     return cached(path, "prepared corpus", make, read=_read, write=_write)
 
 
 def key_of(*identity: Any) -> str:
-    """Return 32 hex digits for the name of a file: of everything that its contents follow from (JSON)."""
+    """Return 32 hex digits for a file's name; its contents depend on ``identity`` (JSON) alone."""
     return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -66,10 +64,10 @@ def cached(
     read: Callable[[IO[bytes]], Made],
     write: Callable[[IO[bytes], Made], object],
 ) -> Made:
-    """Return what ``read`` finds in the file at ``path``, else what ``make`` returns, which ``write`` keeps.
+    """Return the contents of the file at ``path``, or the result of ``make``, which ``write`` then keeps.
 
-    A broken file is replaced, a folder that cannot be used is passed over; each gives one warning about
-    ``what``. Raises what ``make`` raises.
+    A broken file is replaced. A folder that cannot be written is left alone. Each gives one warning about
+    ``what``.
     """
     found = kept(path, what, read)
     if found is not None:
@@ -87,21 +85,21 @@ def cached(
 
 
 def kept(path: Path, what: str, read: Callable[[IO[bytes]], Made]) -> Made | None:
-    """Return what ``read`` finds in the file at ``path``; None where there is no file.
+    """Return what ``read`` finds in the file at ``path``; None if there is no file or it is broken.
 
-    None, with one warning about ``what``, also where the file is broken: its contents or its name are
-    not those that ``replace_file`` took the hash of, or ``read`` raises.
+    A broken file gives one warning about ``what``. A file is broken if its contents or its name do not agree
+    with its hash, or if ``read`` raises.
     """
     try:
         raw = path.read_bytes()
     except OSError:
-        return None  # absent, or out of reach: then writing fails too, and says so
+        return None  # absent, or not readable: then writing fails too, with a message
     contents = raw[:-_SEAL_BYTES]
     try:
         if raw[-_SEAL_BYTES:] != _seal(path.name, BytesIO(contents)):
             raise ValueError("its contents are not those that were stored")
         return read(BytesIO(contents))
-    except Exception as error:  # of another version; garbage fails in many ways
+    except Exception as error:  # garbage and files of other versions fail in many ways
         warnings.warn(f"the {what} in {path} is broken ({_reason(error)}); it is made anew", stacklevel=5)
         return None
 
@@ -109,8 +107,11 @@ def kept(path: Path, what: str, read: Callable[[IO[bytes]], Made]) -> Made | Non
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a new file, add its hash, and put it at ``path``: readers see all or nothing.
 
-    The last line has the sha256 of the file's name and of all that was written; ``kept`` compares it.
-    Raises OSError, and leaves no part of a file behind; what killed writers left there goes too.
+    The last line has the sha256 of the file's name and of its contents; ``kept`` compares it. Left-overs of
+    killed writers are removed.
+
+    Raises:
+        OSError: the file cannot be written; no part of it is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left_over(path.with_name(f"*{path.suffix}"), LEFT_OVER_SECONDS)
@@ -121,7 +122,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def _seal(name: str, contents: IO[bytes]) -> bytes:
-    """Return the last line of a file of this name with these contents, which are read to their end."""
+    """Return the last line of a file with this name and these contents, which are read to their end."""
     digest = file_digest(contents, lambda: sha256(f"{name}\n".encode()))  # pyright: ignore
     return f"\nsha256 {digest.hexdigest()}\n".encode()
 

@@ -1,4 +1,4 @@
-"""A corpus: three splits and the vocabulary of the first, with where they came from."""
+"""A corpus: three splits and the vocabulary of the training split, with their source."""
 
 from __future__ import annotations
 
@@ -11,13 +11,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.data.cache import cache_folder, cached_content
-from bench.data.embedded import MIN_COUNT, embedded_texts
-from bench.data.folder import read_folder
-from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, read_named, refuse_path
-from bench.data.split import SPLITS, Split, article_lines, canonical_lines
-from bench.data.tokenizer import Content, Documents, bpe_size, tokenize, tokenizer_version
-from bench.data.vocabulary import Vocabulary
+from bench.data.cache import cached_content
+from bench.data.sources import (
+    EMBEDDED_MIN_COUNT,
+    REMEDY,
+    Text,
+    UnfitDataset,
+    digest,
+    embedded_texts,
+    known_as,
+    read_folder,
+    read_named,
+    refuse_path,
+)
+from bench.data.tokenizer import (
+    SPLITS,
+    Content,
+    Documents,
+    Split,
+    Vocabulary,
+    article_lines,
+    bpe_size,
+    canonical_lines,
+    tokenize,
+    tokenizer_version,
+)
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
@@ -25,13 +43,13 @@ SOURCES = ("auto", "folder", "hub", "embedded")
 OFFICIAL_TOKENS = {"train": 2_088_628, "validation": 217_646, "test": 245_569}
 OFFICIAL_VOCABULARY = 33_278
 OFFICIAL_SHA256: dict[str, str | None] = {
-    # The hash of the published training file has not been verified, so no corpus is "official" as a
-    # whole yet; its training split is at best "same counts".
+    # The hash of the published training file has not been verified. So no whole corpus is "official" yet: its
+    # training split is "same counts" at best.
     "train": None,
     "validation": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
     "test": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
 }
-LARGE_SHARE_UNKNOWN = 0.15  # of the words of a split, from which on it is said
+LARGE_SHARE_UNKNOWN = 0.15  # of the words of a split: more unknown words give a warning
 _VERDICTS = ("official", "same counts", "other")  # from the strongest to the weakest
 
 
@@ -39,12 +57,12 @@ _VERDICTS = ("official", "same counts", "other")  # from the strongest to the we
 class Corpus:
     """Texts as token streams over one vocabulary.
 
-    ``source`` is "folder", "cache", "hub" or "embedded"; ``verdict`` says how the text compares with
-    the published WikiText-2 (the weakest of its splits: "official", "same counts" or "other"), by its
-    words whatever the tokenizer; ``splits`` has the keys "train", "validation" and "test"; ``warning``
-    is one sentence to show on screen and in every table, or None; ``tokenizer`` is "word" or
-    "bpe:SIZE", with the size asked for; ``files`` has the SHA-256 of each file of a folder, by its
-    name; ``merges_sha256`` is the hash of what BPE found, "" at word level.
+    ``source`` is "folder", "cache", "hub" or "embedded". ``verdict`` compares the text with the published
+    WikiText-2, word by word for every tokenizer: "official", "same counts" or "other", the weakest of the
+    three splits. ``splits`` has the keys "train", "validation" and "test". ``warning`` is a sentence to show
+    on screen and in every table, or None. ``tokenizer`` is "word" or "bpe:SIZE", with the size asked for.
+    ``files`` has the SHA-256 of each file of a folder by its name. ``merges_sha256`` is the hash of the
+    merges that BPE found, "" at word level.
     """
 
     name: str
@@ -60,14 +78,14 @@ class Corpus:
 
     @property
     def sha256(self) -> str:
-        """Identity of text and tokens; results of corpora that differ here never share a table."""
+        """Identity of text and tokens; results on corpora with different hashes never share a table."""
         parts = [*(self.splits[name].sha256 for name in SPLITS), self.vocabulary.sha256]
         if self.merges_sha256:
             parts += ["bpe", self.merges_sha256]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def to_record(self) -> dict[str, Any]:
-        """Return what a run's record says about its data, ready for JSON."""
+        """Return the entries of a run's record about its data, ready for JSON."""
         return {
             "name": self.name,
             "config_name": self.config_name,
@@ -83,6 +101,20 @@ class Corpus:
         }
 
 
+def _split_record(split: Split) -> dict[str, Any]:
+    return {
+        "tokens": split.num_tokens,
+        "words": split.num_words,
+        "lines": split.num_lines,
+        "bytes": split.num_bytes,
+        "documents": len(split.document_starts),
+        "unknown_words": split.unknown_words(split.num_tokens),
+        "sha256": split.sha256,
+        "stream_sha256": split.stream_sha256,
+        "verdict": split_verdict(split),
+    }
+
+
 def load_corpus(
     *,
     data_dir: Path | None = None,
@@ -91,25 +123,30 @@ def load_corpus(
     dataset_config_name: str | None = None,
     tokenizer: str = "word",
     text_column: str = "text",
-    cache_dir: Path | None = None,
 ) -> Corpus:
-    """Return the corpus that ``source`` names, prepared anew or from the cache (see ``cache_folder``).
+    """Return the corpus that ``source`` names, from the cache or prepared anew.
 
-    ``auto``: ``data_dir``, else the folder in GNNMOE_DATA_DIR, else the local cache of ``datasets``,
-    else the hub, else the embedded corpus with a warning. ``folder``: one of the first two. ``hub``:
-    the data set by name (see ``known_as``), from the cache or the hub, with no fall-back. ``embedded``:
-    Python's help texts. A data set that was read and cannot serve is an error in any case.
-    ``tokenizer``: "word", or "bpe:SIZE" for byte-level BPE trained on the training split.
-    ``text_column`` is the column of parquet files and of data sets by name. Raises Refused with
-    the remedy; warns once of a cache that is broken or cannot be written.
+    A cache that is broken or cannot be written gives one warning.
+
+    Args:
+        data_dir: Folder with the text; None: the folder in GNNMOE_DATA_DIR.
+        source: "folder": that folder. "hub": the data set by its name, from the local cache of ``datasets``
+            or from the hub, and nothing else. "embedded": Python's help texts. "auto": the folder if one is
+            named, else the data set, else the embedded corpus with a warning. In all cases a data set that
+            was read and cannot be used is an error.
+        dataset_name: Name of the data set (see ``known_as``).
+        dataset_config_name: Name of its configuration.
+        tokenizer: "word", or "bpe:SIZE" for byte-level BPE trained on the training split.
+        text_column: Column of parquet files and of data sets.
+
+    Raises:
+        Refused: naming the remedy.
     """
     size = bpe_size(tokenizer)
     tokenizer = "word" if size is None else f"bpe:{size}"
     found = _find(data_dir, source, *known_as(dataset_name, dataset_config_name), text_column)
     identity = [tokenizer, tokenizer_version(tokenizer), found.min_count, found.digest]
-    content = cached_content(
-        identity, lambda: tokenize(found.documents(), tokenizer, found.min_count), cache_folder(cache_dir)
-    )
+    content = cached_content(identity, lambda: tokenize(found.documents(), tokenizer, found.min_count))
     if size is not None and content.vocabulary.size < size:
         warnings.warn(
             f"{tokenizer} asked for; the training text gives only {content.vocabulary.size:,} pieces, "
@@ -120,7 +157,7 @@ def load_corpus(
 
 
 def say_unknown_words(splits: Mapping[str, Split]) -> None:
-    """Warn, in one line, where a large share of the words is unknown."""
+    """Warn in one line if a large share of the words is unknown."""
     large = []
     for split in splits.values():
         unknown = split.unknown_words(split.num_tokens)
@@ -136,7 +173,7 @@ def say_unknown_words(splits: Mapping[str, Split]) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """A source with its text not yet tokenised; ``text`` is None for the embedded one."""
+    """A source whose text is not yet tokenised; ``text`` is None for the embedded text."""
 
     name: str
     config_name: str
@@ -147,7 +184,7 @@ class _Found:
 
     @property
     def min_count(self) -> int:
-        return MIN_COUNT if self.text is None else 1
+        return EMBEDDED_MIN_COUNT if self.text is None else 1
 
     def documents(self) -> Documents:
         if self.text is None:
@@ -191,20 +228,12 @@ def _embedded(reason: str) -> _Found:
     return _Found("pydoc-topics", config, "embedded", digest(embedded_texts()), None, warning)
 
 
-def split_verdict(split: Split) -> str:
-    """Return how a split compares with WikiText-2's: "official" (bytes), "same counts" or "other"."""
-    if split.sha256 == OFFICIAL_SHA256[split.name]:
-        return "official"
-    words = split.num_words + split.num_lines
-    return "same counts" if words == OFFICIAL_TOKENS[split.name] else "other"
-
-
 def _corpus(found: _Found, content: Content, tokenizer: str) -> Corpus:
     verdict = max((split_verdict(split) for split in content.splits.values()), key=_VERDICTS.index)
     if content.num_distinct_words != OFFICIAL_VOCABULARY:
         verdict = "other"
     name, config_name = found.name, found.config_name
-    if found.source == "folder" and verdict != "other":  # known by its counts, not by what was asked for
+    if found.source == "folder" and verdict != "other":  # its counts identify the text of a folder
         name, config_name = "wikitext", "wikitext-2-v1"
     return Corpus(
         name=name,
@@ -220,15 +249,9 @@ def _corpus(found: _Found, content: Content, tokenizer: str) -> Corpus:
     )
 
 
-def _split_record(split: Split) -> dict[str, Any]:
-    return {
-        "tokens": split.num_tokens,
-        "words": split.num_words,
-        "lines": split.num_lines,
-        "bytes": split.num_bytes,
-        "documents": len(split.document_starts),
-        "unknown_words": split.unknown_words(split.num_tokens),
-        "sha256": split.sha256,
-        "stream_sha256": split.stream_sha256,
-        "verdict": split_verdict(split),
-    }
+def split_verdict(split: Split) -> str:
+    """Return how a split compares with WikiText-2's: "official" (bytes), "same counts" or "other"."""
+    if split.sha256 == OFFICIAL_SHA256[split.name]:
+        return "official"
+    words = split.num_words + split.num_lines
+    return "same counts" if words == OFFICIAL_TOKENS[split.name] else "other"

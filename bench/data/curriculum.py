@@ -1,4 +1,4 @@
-"""Easy blocks first: each epoch serves a growing share of the blocks, ordered by difficulty.
+"""A curriculum: each epoch serves a growing share of the blocks, the easiest blocks first.
 
 Source: Platanios et al., "Competence-based Curriculum Learning", NAACL 2019 (arXiv:1903.09848).
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.data.blocks import TrainBlocks
-from bench.data.vocabulary import Vocabulary
+from bench.data.tokenizer import Vocabulary
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import stream_seed
@@ -25,26 +25,28 @@ from gnnmoe.seeds import stream_seed
 ScoreBlocks = Callable[[Tensor, Tensor], Tensor]
 """Inputs and targets (B, L) int64 → the mean nll of each block (B,) in nats."""
 ScoreByCheckpoint = Callable[[Path, TrainBlocks], np.ndarray]
-"""A checkpoint that is there, and blocks → what its model gives them, as ``model_scores`` returns it."""
+"""An existing checkpoint and blocks → the scores of its model, as ``model_scores`` returns them."""
 
 PACINGS = ("linear", "competence_sqrt")
 _CHUNK = 4096  # blocks scored at once by rarity
 
 
 class DifficultyModelMissing(Refused):
-    """A curriculum was asked to order blocks by a model that is not there."""
+    """The model that should order the blocks of a curriculum does not exist."""
 
 
 @dataclass(frozen=True, eq=False)
 class Curriculum:
-    """The easiest share of the blocks by epoch; the last of ``epochs`` and all after it serve every block.
+    """The easiest share of the blocks by epoch; epoch ``epochs`` − 1 and all later epochs serve every block.
 
     With t = epoch / (epochs − 1), the share is start + (1 − start)·t for ``linear`` and
-    √(start² + (1 − start²)·t) for ``competence_sqrt``. Shapes: ``scores`` (blocks,), low = easy;
-    ties keep the order of the blocks. ``order_source``: "rarity", "model" or "random_fallback".
+    √(start² + (1 − start²)·t) for ``competence_sqrt``. Blocks with equal scores keep their order.
+    ``order_source`` is "rarity", "model" or "random_fallback".
 
-    Raises Refused for scores that are not finite, an unknown pacing, epochs below 1 and a start
-    outside (0, 1].
+    Shapes: ``scores`` (blocks,), a low score for an easy block.
+
+    Raises:
+        Refused: scores that are not finite, an unknown pacing, epochs below 1, or a start outside (0, 1].
     """
 
     scores: np.ndarray
@@ -82,15 +84,15 @@ class Curriculum:
         return math.sqrt(self.start**2 + (1 - self.start**2) * progress)
 
     def size(self, epoch: int) -> int:
-        """Return how many blocks ``epoch`` serves: the share, rounded, and one at least."""
+        """Return the number of blocks that ``epoch`` serves: the rounded share, at least 1."""
         return max(1, round(self.share(epoch) * len(self.scores)))
 
     def subset(self, epoch: int) -> np.ndarray:
-        """Return the numbers of the easiest blocks of ``epoch``, rising, (size,) int64."""
+        """Return the numbers of the easiest blocks of ``epoch``, in rising order, (size,) int64."""
         return np.sort(self.easiest_first[: self.size(epoch)])
 
     def to_record(self) -> dict[str, Any]:
-        """Return what a run's record says about its curriculum, ready for JSON."""
+        """Return the entries of a run's record about its curriculum, ready for JSON."""
         names = ("order_source", "pacing", "epochs", "start")
         return {name: getattr(self, name) for name in names} | {
             "blocks_by_epoch": [self.size(epoch) for epoch in range(self.epochs)]
@@ -111,8 +113,8 @@ def make_curriculum(
 ) -> Curriculum:
     """Return the curriculum of ``blocks`` by ``scorer``: "rarity" or "model:CHECKPOINT".
 
-    ``score_by_checkpoint`` is for the latter. Where the checkpoint is missing, a random order that
-    ``seed`` fixes serves, with one warning.
+    ``score_by_checkpoint`` scores by a checkpoint. If the checkpoint is missing, the order is random and
+    fixed by ``seed``, with one warning.
 
     Raises:
         DifficultyModelMissing: the checkpoint is missing and ``strict`` is set.
@@ -135,7 +137,7 @@ def make_curriculum(
 def rarity_scores(blocks: TrainBlocks, vocabulary: Vocabulary) -> np.ndarray:
     """Return the mean −log p_unigram in nats of each block's targets, (blocks,) float64.
 
-    Platanios et al. sum over a sentence; blocks are equally long, so the order is the same.
+    Platanios et al. take the sum over a sentence. Blocks are equally long, so the order is the same.
     """
     rarity = -vocabulary.log_unigram()
     chunks = range(0, len(blocks), _CHUNK)

@@ -1,4 +1,4 @@
-"""How fast the loader is, and whether it serves what the arithmetic says."""
+"""The speed of the loader, and a count of what it serves against what the arithmetic expects."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from torch import Tensor
 
 from bench.data.blocks import batch_bytes
 from bench.data.corpus import Corpus
-from bench.data.loader import BlockLoader, create_loader, set_epoch
-from bench.data.validation import validate_first_batch
+from bench.data.loader import BlockLoader, create_loader, set_epoch, validate_first_batch
 from gnnmoe.head import IGNORED
 
 LIMIT_MS = 5.0
-"""p95 of fetching a batch of 32 × 128; a larger batch may take longer in proportion."""
+"""Limit of the p95 of fetching a batch of 32 × 128; a larger batch may take longer in proportion."""
 _LIMIT_TOKENS = 32 * 128
 
 
 @dataclass(frozen=True)
 class LoaderCheck:
-    """One quantity as the arithmetic has it and as it was counted from the tensors."""
+    """One quantity: its expected value, and its value counted from the tensors."""
 
     name: str
     expected: int | float
@@ -33,13 +32,16 @@ class LoaderCheck:
 
     @property
     def passed(self) -> bool:
-        """Equal, or below the limit where ``expected`` is one."""
+        """Whether both are equal, or the value is below the limit if ``expected`` is a limit."""
         return self.got < self.expected if self.at_most else self.got == self.expected
 
 
 @dataclass(frozen=True)
 class LoaderProfile:
-    """Shapes: ``fetch_seconds`` (batches,), each from asking for a batch to having it on the device."""
+    """The times and checks of one profile.
+
+    Shapes: ``fetch_seconds`` (batches,), from asking for a batch until the batch is on the device.
+    """
 
     prepare_seconds: float
     fetch_seconds: np.ndarray
@@ -59,7 +61,7 @@ class LoaderProfile:
 
     @property
     def tokens_per_second(self) -> float:
-        """Target tokens fetched in a second of fetching."""
+        """Target tokens per second of fetching."""
         return self.tokens / float(self.fetch_seconds.sum())
 
 
@@ -73,11 +75,13 @@ def profile_loader(
     device: torch.device | None = None,
     corpus_seconds: float = 0.0,
 ) -> LoaderProfile:
-    """Time ``batches`` training batches over as many epochs as they take, and count whole epochs.
+    """Time ``batches`` training batches over as many epochs as needed, and count whole epochs.
 
-    The counts: one epoch of training with and without ``drop_last``, one of validation. Fetching
-    includes the copy to ``device``; ``corpus_seconds`` is added to the seconds of preparing. Raises
-    Refused for what ``create_loader`` refuses.
+    The counts cover one epoch of training with ``drop_last``, one without it, and one of validation. Fetching
+    includes the copy to ``device``. ``corpus_seconds`` is added to the time of preparing.
+
+    Raises:
+        Refused: as ``create_loader`` does.
     """
     start = time.perf_counter()
     device = device or torch.device("cpu")
@@ -107,7 +111,7 @@ def profile_loader(
 
 
 def _timed(loader: BlockLoader, batches: int, device: torch.device) -> Iterator[tuple[float, int, int]]:
-    """Yield (seconds, target tokens, bytes) of each batch; an epoch's first holds making its order."""
+    """Yield (seconds, target tokens, bytes) of each batch; an epoch's first time includes its order."""
     done, epoch = 0, 0
     while done < batches:
         set_epoch(loader, epoch)
@@ -137,7 +141,7 @@ def _bytes(batch: dict[str, Tensor]) -> int:
 
 
 def _training_checks(corpus: Corpus, loader: BlockLoader, batch_size: int, name: str) -> list[LoaderCheck]:
-    """Compare an epoch with the counts that follow from the tokens of the split alone."""
+    """Compare an epoch with the counts that follow from the number of tokens of the split."""
     length = loader.dataset_obj.length
     blocks = corpus.splits["train"].num_tokens // length
     samples = blocks - blocks % batch_size if loader.sampler_obj.drop_last else blocks

@@ -1,6 +1,6 @@
-"""What a source of text gives, and two of them: the local cache of ``datasets``, and the hub.
+"""Where the text of a corpus comes from: a folder, a data set of the hub by its name, or Python itself.
 
-Every reader returns a ``Text`` or raises Refused with what is there and the remedy.
+Every reader returns a ``Text`` or raises Refused with what it found and the remedy.
 """
 
 from __future__ import annotations
@@ -13,33 +13,44 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from bench.data.split import SPLITS
+from bench.data.tokenizer import SPLITS
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
-PROBE_SECONDS = 2.0
+PROBE_SECONDS = 2.0  # within which the hub must answer
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
-"""The configurations of wikitext, the first by default."""
+"""The configurations of wikitext, the default first."""
+TOKEN_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
 REMEDY = (
     "pass --data-dir DIR or set GNNMOE_DATA_DIR to a folder with wiki.train.tokens, wiki.valid.tokens and "
     "wiki.test.tokens (or with train.txt, validation.txt and test.txt, or with the parquet files "
     "train-*.parquet, validation-*.parquet and test-*.parquet)"
 )
+EMBEDDED_MIN_COUNT = 2  # in the embedded text, a word seen once in training becomes <unk>
+_EMBEDDED_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
+_FORMS = {  # the three kinds of folder, each with the patterns of its files
+    "tokens": {split: (name,) for split, name in TOKEN_FILES.items()},
+    "parquet": {split: (f"{split}-*.parquet",) for split in SPLITS},
+    "txt": {"train": ("train.txt",), "validation": ("validation.txt", "valid.txt"), "test": ("test.txt",)},
+}
 _NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
 _COMMIT, _HASH_OF_FILES = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{16}")
+# Words, numbers and punctuation of prose, without operators, brackets and quotes.
+_PROSE = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)?|[0-9]+(?:[.][0-9]+)*|[.,;:!?]")
 
 
 @dataclass(frozen=True)
 class Text:
-    """The text of each split, with what identifies it.
+    """The text of each split, with its identity.
 
-    ``origin`` is "folder", "cache" or "hub"; ``digest`` identifies the bytes and how they are read;
-    ``read`` returns ``{"train": text, "validation": text, "test": text}`` or raises Refused;
-    ``files`` has the SHA-256 of each file of a folder.
+    ``origin`` is "folder", "cache" or "hub". ``digest`` identifies the bytes and how they are read. ``read``
+    returns ``{"train": text, "validation": text, "test": text}`` or raises Refused. ``files`` has the SHA-256
+    of each file of a folder.
     """
 
     origin: str
@@ -53,22 +64,145 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def no_text_column(where: str, text_column: str, columns: Sequence[str]) -> str:
-    """Return the message for a source at ``where`` that has no column ``text_column``."""
+def _no_text_column(where: str, text_column: str, columns: Sequence[str]) -> str:
     there = ", ".join(map(repr, columns)) or "none"
     return f"{where} has no text column {text_column!r}; its text columns: {there}; name one by --text-column"
 
 
 def join_rows(rows: Iterable[str | None]) -> str:
-    """Return one text from rows of one or more lines each, which may lack their last line break."""
+    """Return one text from rows of one or more lines each; a row may lack its last line break."""
     return "".join(row if row.endswith("\n") else f"{row}\n" for row in (row or "" for row in rows))
 
 
-def refuse_path(dataset_name: str) -> None:
-    """Refuse the name of a data set by which ``datasets`` would read files of this machine.
+# --- a folder: the published token files, plain text files, or parquet files as on the hub -----------
+
+
+def read_folder(folder: Path, text_column: str = "text") -> Text:
+    """Return the text of ``folder``, which holds all three splits in one form.
+
+    ``text_column`` applies to parquet files. The contents of the files are decoded only when the text is
+    read.
 
     Raises:
-        Refused: saying what stands in the way, and what to do.
+        Refused: naming the files of the folder and the remedy.
+    """
+    if not folder.is_dir():
+        state = "is not a folder" if folder.exists() else "does not exist"
+        raise Refused(f"data folder {folder} {state}; {REMEDY}")
+    form, paths = _files_of(folder)
+    contents = {split: [(path, _read_bytes(path)) for path in paths[split]] for split in SPLITS}
+    hashes = {
+        path.name: hashlib.sha256(raw).hexdigest() for files in contents.values() for path, raw in files
+    }
+    key = [[hashes[path.name] for path in paths[split]] for split in SPLITS]
+
+    def read() -> dict[str, str]:
+        return {
+            split: "".join(_decode(path, raw, text_column) for path, raw in files)
+            for split, files in contents.items()
+        }
+
+    return Text("folder", digest(form, text_column if form == "parquet" else "", key), read, hashes)
+
+
+def _files_of(folder: Path) -> tuple[str, dict[str, list[Path]]]:
+    """Return the one form in which ``folder`` holds all three splits, and the files of each split."""
+    try:
+        found = {
+            form: {s: sorted(p for name in names for p in folder.glob(name)) for s, names in patterns.items()}
+            for form, patterns in _FORMS.items()
+        }
+        listing = _shorten(sorted(path.name for path in folder.iterdir()))
+    except OSError as error:
+        raise Refused(f"data folder {folder} cannot be read ({error.strerror}); {REMEDY}") from error
+    complete = [form for form, files in found.items() if all(files.values())]
+    if len(complete) > 1:
+        raise Refused(
+            f"data folder {folder} holds its text as {' and as '.join(complete)}, and which one is meant "
+            f"cannot be known; it holds {listing}; keep one kind in the folder"
+        )
+    if not complete:
+        form = max(found, key=lambda form: sum(map(bool, found[form].values())))
+        missing = [" or ".join(_FORMS[form][split]) for split in SPLITS if not found[form][split]]
+        raise Refused(
+            f"data folder {folder} lacks {', '.join(missing)}; it holds {listing}; "
+            f"all three must be of one kind; {REMEDY}"
+        )
+    files = found[complete[0]]
+    for split in SPLITS:
+        _refuse_wrong_number(folder, split, files[split])
+    return complete[0], files
+
+
+def _refuse_wrong_number(folder: Path, split: str, files: Sequence[Path]) -> None:
+    """Refuse an incomplete set of parquet shards, shards of two exports, and two text files."""
+    names = [path.name for path in files]
+    totals = {int(match[1]) for name in names if (match := re.search(r"-of-([0-9]+)\.parquet$", name))}
+    wrong = totals != {len(names)} if totals else len(names) > 1 and names[0].endswith(".txt")
+    if wrong:
+        needs = f"{max(totals)} files" if totals else "one file"
+        raise Refused(
+            f"data folder {folder}: the {split} split needs {needs}, and there are {len(names)}: "
+            f"{_shorten(names)}; put the whole split there, once"
+        )
+
+
+def _shorten(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
+
+
+def _decode(path: Path, raw: bytes, text_column: str) -> str:
+    if path.suffix == ".parquet":
+        text = _decode_parquet(path, raw, text_column)
+    else:
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise Refused(
+                f"{path} is not UTF-8 text ({error}); fetch the file again, or save it as UTF-8"
+            ) from error
+    if not text.strip():
+        raise Refused(f"{path} holds no text; fetch the file again")
+    return text
+
+
+def _decode_parquet(path: Path, raw: bytes, text_column: str) -> str:
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(BytesIO(raw))
+    except Exception as error:  # pyarrow raises several kinds for a damaged file
+        raise Refused(f"{path} is not a parquet file ({error}); fetch the file again") from error
+    columns = [name for name in frame.columns if pd.api.types.is_string_dtype(frame[name].dropna())]
+    if text_column not in columns:
+        raise Refused(_no_text_column(str(path), text_column, columns))
+    return join_rows(frame[text_column].fillna(""))
+
+
+# --- a data set by its name: from the local cache of ``datasets``, or from the hub -------------------
+
+
+class MadeHere(Refused):
+    """The cache of ``datasets`` has an entry of this name, but made from local files, not from the hub."""
+
+
+class UnfitDataset(Refused):
+    """A data set was read and cannot be used: a split or a column is missing, or there is no text."""
+
+
+def refuse_path(dataset_name: str) -> None:
+    """Refuse the name of a data set for which ``datasets`` would read files of this machine.
+
+    Raises:
+        Refused: naming the obstacle and the remedy.
     """
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
 
@@ -96,10 +230,13 @@ def _repository(dataset_name: str) -> str:
 
 
 def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, str]:
-    """Return the data set and configuration that are meant, the latter "" where there is none.
+    """Return the data set and its configuration, "" without one.
 
-    Wikitext, also where no name is given, by its name on the hub or by one of its configurations, is
-    ("wikitext", configuration). Raises Refused for a configuration that wikitext lacks.
+    The name of wikitext on the hub, the name of one of its configurations, and no name at all all mean
+    ("wikitext", configuration).
+
+    Raises:
+        Refused: wikitext has no such configuration.
     """
     if dataset_name in WIKITEXT:
         if config_name not in (None, dataset_name):
@@ -115,19 +252,14 @@ def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, st
     return "wikitext", config_name or WIKITEXT[0]
 
 
-class MadeHere(Refused):
-    """An entry in the cache of ``datasets`` that goes by the name of a data set and is none of the hub's."""
-
-
-class UnfitDataset(Refused):
-    """A data set that was read and cannot serve: no such split, no such column, no text."""
-
-
 def read_named(dataset_name: str, config_name: str, text_column: str = "text") -> Text:
-    """Return the text of a data set by name, from the local cache of ``datasets`` or from the hub.
+    """Return the text of a data set by its name, from the local cache of ``datasets`` or from the hub.
 
-    The probe comes before the hub because ``datasets`` alone retries for many seconds when there
-    is no connection. Raises Refused with the reason. The name is no path: see ``refuse_path``.
+    The hub is probed first, because ``datasets`` itself retries for many seconds without a connection. The
+    name is not a path (``refuse_path``).
+
+    Raises:
+        Refused: naming the reason.
     """
     repository = _repository(dataset_name)
     title = _title(repository, config_name)
@@ -135,7 +267,7 @@ def read_named(dataset_name: str, config_name: str, text_column: str = "text") -
         return _named("cache", read_cache(repository, config_name, text_column))
     except UnfitDataset:
         raise
-    except Exception as error:  # whatever is wrong with the cache, the hub may still serve
+    except Exception as error:  # if the cache is damaged in any way, the hub may still work
         if not hub_reachable():
             why = error if isinstance(error, MadeHere) else f"{title} is not in the local cache of `datasets`"
             raise Refused(f"{why}, and the hub cannot be reached") from None
@@ -153,19 +285,18 @@ def _title(repository: str, config_name: str) -> str:
 
 def _reason(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
-    if lines[0].startswith("Config name is missing"):  # the next line has those there are
+    if lines[0].startswith("Config name is missing"):  # the next line lists the names
         return f"{' '.join(lines[:2])}; name one by --dataset-config-name"
     return lines[0]
 
 
 def _named(origin: str, texts: Mapping[str, str]) -> Text:
-    return Text(
-        origin, digest([hashlib.sha256(texts[s].encode()).hexdigest() for s in SPLITS]), lambda: texts
-    )
+    hashes = [hashlib.sha256(texts[split].encode()).hexdigest() for split in SPLITS]
+    return Text(origin, digest(hashes), lambda: texts)
 
 
 def read_cache(repository: str, config_name: str, text_column: str) -> dict[str, str]:
-    """Return the texts of a data set of the hub that ``datasets`` keeps here, without any connection."""
+    """Return the texts of a data set of the hub from the cache of ``datasets``, without a connection."""
     from datasets.packaged_modules.cache.cache import Cache
 
     builder = Cache(
@@ -189,8 +320,8 @@ def read_hub(repository: str, config_name: str, text_column: str) -> dict[str, s
 def _of_the_hub(dataset: Any, name: str, text_column: str) -> dict[str, str]:
     """Return one text for each split of a ``DatasetDict`` whose files came from the hub.
 
-    ``datasets`` keeps a data set in OWNER___NAME/CONFIG/VERSION/HASH. Of local files there is no owner, and
-    the hash is no commit of a repository.
+    ``datasets`` keeps a data set in OWNER___NAME/CONFIG/VERSION/HASH. A data set of local files has no owner,
+    and its hash is not the hash of a repository's commit.
     """
     for split in dataset:
         for file in dataset[split].cache_files:
@@ -198,31 +329,28 @@ def _of_the_hub(dataset: Any, name: str, text_column: str) -> dict[str, str]:
             owned = "___" in entry.parents[2].name and not _HASH_OF_FILES.fullmatch(entry.name)
             if not (owned or _COMMIT.fullmatch(entry.name)):
                 raise MadeHere(f"the cache of `datasets` has {name}, but made from files of this machine")
-    return _split_texts(dataset, name, text_column)
-
-
-def _split_texts(dataset: Any, name: str, text_column: str) -> dict[str, str]:
-    """Return one text for each split of a ``DatasetDict``; raise UnfitDataset where it cannot be."""
     missing = [split for split in SPLITS if split not in dataset]
     if missing:
         raise UnfitDataset(
             f"{name} has no split {', '.join(missing)}; it has {', '.join(dataset) or 'none'}; "
             "train, validation and test are needed, so name another set or split its text into files yourself"
         )
-    texts: dict[str, str] = {}
-    for split in SPLITS:
-        features = dataset[split].features
-        columns = [c for c in features if getattr(features[c], "dtype", "") in ("string", "large_string")]
-        if text_column not in columns:
-            raise UnfitDataset(no_text_column(f"{name}, split {split},", text_column, columns))
-        texts[split] = join_rows(dataset[split].select_columns([text_column])[:][text_column])
-        if not texts[split].strip():
-            raise UnfitDataset(f"{name} has no text in column {text_column!r} of split {split}")
-    return texts
+    return {split: _text_of(dataset[split], name, split, text_column) for split in SPLITS}
 
 
-def hub_reachable(seconds: float = PROBE_SECONDS) -> bool:
-    """Return whether the hub answers within ``seconds``; False at once where HF_HUB_OFFLINE is set."""
+def _text_of(rows: Any, name: str, split: str, text_column: str) -> str:
+    kinds = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
+    columns = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    if text_column not in columns:
+        raise UnfitDataset(_no_text_column(f"{name}, split {split},", text_column, columns))
+    text = join_rows(rows.select_columns([text_column])[:][text_column])
+    if not text.strip():
+        raise UnfitDataset(f"{name} has no text in column {text_column!r} of split {split}")
+    return text
+
+
+def hub_reachable() -> bool:
+    """Return whether the hub answers within ``PROBE_SECONDS``; False at once if HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -232,13 +360,62 @@ def hub_reachable(seconds: float = PROBE_SECONDS) -> bool:
     def probe() -> None:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         try:
-            with urllib.request.urlopen(request, timeout=seconds):  # uses the proxies of the environment
+            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):  # uses the environment's proxies
                 answered.append(True)
         except (OSError, ValueError):
             pass
 
-    # A name look-up ignores the timeout, so it runs in a thread that nobody has to wait for.
+    # A name look-up ignores the timeout, so it runs in a thread that nothing has to wait for.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(PROBE_SECONDS)
     return bool(answered)
+
+
+# --- the embedded text: the help pages that every CPython carries ------------------------------------
+
+
+def embedded_texts() -> dict[str, tuple[list[str], list[int]]]:
+    """Return for each split its lines (one per paragraph) and the line at which each topic begins.
+
+    The text is that of ``pydoc_data.topics``. It lets the project run without a folder and without the hub.
+    It is not WikiText-2, and it differs between Python versions. A paragraph that several topics share is
+    kept once, and no topic is in two splits.
+    """
+    texts: dict[str, tuple[list[str], list[int]]] = {split: ([], []) for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    for paragraphs in _topics():
+        tokens = sum(len(paragraph.split()) + 1 for paragraph in paragraphs)
+        total = sum(sizes.values()) + tokens
+        split = max(SPLITS, key=lambda name: _EMBEDDED_SHARES[name] * total - sizes[name])  # the shortest one
+        lines, starts = texts[split]
+        starts.append(len(lines))
+        lines.extend(f" {paragraph} " for paragraph in paragraphs)
+        sizes[split] += tokens
+    return texts
+
+
+def _topics() -> list[list[str]]:
+    """Return the tokenised paragraphs of each topic, topics in alphabetical order."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise Refused(
+            "this Python lacks pydoc_data.topics, the text of the embedded corpus; install Python's standard "
+            "library in full, or pass --data-dir DIR (or set GNNMOE_DATA_DIR) with WikiText-2"
+        ) from error
+    seen: set[str] = set()
+    found: list[list[str]] = []
+    for name in sorted(topics):
+        paragraphs = dict.fromkeys(map(_paragraph, re.split(r"\n\s*\n", topics[name])))
+        fresh = [paragraph for paragraph in paragraphs if paragraph and paragraph not in seen]
+        seen.update(fresh)
+        if fresh:
+            found.append(fresh)
+    return found
+
+
+def _paragraph(text: str) -> str:
+    """Return the tokens of a paragraph between spaces, without lines of drawing (``*****``)."""
+    drawn = (line for line in text.split("\n") if re.search(r"[A-Za-z]", line))
+    return " ".join(_PROSE.findall(" ".join(drawn)))

@@ -36,7 +36,6 @@ def difficulty_scores(
     corpus: Corpus,
     device: torch.device,
     announce: Callable[[str], None] | None = None,
-    cache_dir: Path | None = None,
 ) -> np.ndarray:
     """Return the mean nll in nats that a checkpoint's model gives each block, (blocks,) float64.
 
@@ -52,7 +51,7 @@ def difficulty_scores(
         return model_scores(blocks, score)
 
     return cached(
-        cache_folder(cache_dir) / "difficulty" / f"{_key(path, blocks, corpus)}.npy",
+        cache_folder() / "difficulty" / f"{_key(path, blocks, corpus)}.npy",
         "set of difficulty scores",
         make,
         read=lambda file: np.load(file, allow_pickle=False),

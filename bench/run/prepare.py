@@ -20,10 +20,8 @@ from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig
 from bench.data.blocks import TrainBlocks
 from bench.data.corpus import Corpus, load_corpus, say_unknown_words
 from bench.data.curriculum import Curriculum, make_curriculum
-from bench.data.loader import BlockLoader, create_loader
-from bench.data.sampler import Extent
+from bench.data.loader import BlockLoader, Extent, create_loader, validate_first_batch
 from bench.data.sources import known_as
-from bench.data.validation import validate_first_batch
 from bench.identity import Identified, configuration_id, identity, run_id, settings_in_record
 from bench.measure.code import code_hashes
 from bench.record import ReadOnlyFolder, RunFolder, Settings, check_writable

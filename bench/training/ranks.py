@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.data.sampler import Shard
+from bench.data.loader import Shard
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,7 +54,8 @@ def scores(
     path: Path, blocks: TrainBlocks, corpus, folder: Path, said: list[str] | None = None
 ) -> np.ndarray:
     announce = None if said is None else said.append
-    return difficulty_scores(path, blocks, corpus=corpus, device=CPU, announce=announce, cache_dir=folder)
+    with mock.patch.dict(os.environ, GNNMOE_CACHE_DIR=str(folder)):
+        return difficulty_scores(path, blocks, corpus=corpus, device=CPU, announce=announce)
 
 
 def test_blocks_are_scored_once_and_it_is_said(finished, corpus, tmp_path, scored):

@@ -14,7 +14,7 @@ import torch
 from _two_ranks import WINDOWS, batch, evaluations, gradients, idle_parameter, train
 
 from bench.data.corpus import load_corpus
-from bench.data.sampler import Shard
+from bench.data.loader import Shard
 from bench.training.ranks import ALONE, Ranks, refuse_shared_device
 from gnnmoe.seeds import stream_seed
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from bench.data.corpus import Corpus, load_corpus
-from bench.data.split import Split
-from bench.data.vocabulary import Vocabulary
+from bench.data.tokenizer import Split, Vocabulary
 
 TINY = {
     "train": " \n = One = \n \n a b a c \n \n = = Part = = \n \n a <unk> \n \n = Two = \n \n b a = \n",

@@ -12,8 +12,8 @@ import pytest
 
 from bench.data import sources
 from bench.data.corpus import load_corpus
-from bench.data.folder import TOKEN_FILES
-from bench.data.split import article_lines, canonical_lines
+from bench.data.sources import TOKEN_FILES
+from bench.data.tokenizer import article_lines, canonical_lines
 
 pytestmark = pytest.mark.core("corpus")
 
@@ -206,8 +206,9 @@ def test_probe_keeps_its_time_and_its_peace(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(sources.urllib.request, "urlopen", slow)
+    monkeypatch.setattr(sources, "PROBE_SECONDS", 0.2)
     start = time.monotonic()
-    assert sources.hub_reachable(0.2) is False
+    assert sources.hub_reachable() is False
     assert time.monotonic() - start < 2
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(sources.urllib.request, "urlopen", _refuse)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from bench.data.corpus import load_corpus
-from bench.data.embedded import embedded_texts
+from bench.data.sources import embedded_texts
 
 
 def test_size_and_shares():

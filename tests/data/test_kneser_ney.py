@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.data.kneser_ney import DISCOUNT, LARGEST_VOCABULARY, KneserNey, token_nll
+from bench.data.reference_lines import DISCOUNT, LARGEST_VOCABULARY, KneserNey
 
 
 @st.composite
@@ -53,7 +53,7 @@ def test_by_hand():
     has each unigram: p₁ = 0.25/3 + 0.75/3 = 1/3. After 1: p₂(0) = p₂(2) = 0.25/2 + 0.75/3 = 0.375, p₂(1) =
     0.25; p₂(1 | 0) = 0.25 + 0.75/3 = 0.5. p₃(0 | 01) = 0.125 + 0.75 · 0.375, p₃(1 | 10) = 0.25 + 0.75/2."""
     train = np.array([0, 1, 0, 1, 2])
-    nll = token_nll(train, train, 3)
+    nll = KneserNey(train, 3).token_nll(train)
     np.testing.assert_allclose(np.exp(-nll), [0.5, 0.40625, 0.625, 0.40625], rtol=1e-12)
     unseen = KneserNey(train, 3).probability(np.array([[2, 2, 0], [0, 1, 1], [2, 1, 0]]))
     np.testing.assert_allclose(unseen, [1 / 3, 0.1875, 0.375], rtol=1e-12)
@@ -65,7 +65,7 @@ def test_each_token_against_the_formulas(streams):
     vocab_size, train, stream = streams
     ngrams = [tuple(stream[max(0, t - 1) : t + 2]) for t in range(len(stream) - 1)]
     expected = [-np.log(naive_probability(train, vocab_size, ngram)) for ngram in ngrams]
-    found = token_nll(np.array(train), np.array(stream), vocab_size)
+    found = KneserNey(np.array(train), vocab_size).token_nll(np.array(stream))
     assert (found.dtype, found.shape) == (np.float64, (len(stream) - 1,))
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
 

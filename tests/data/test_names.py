@@ -7,7 +7,7 @@ import pytest
 from bench.data import sources
 from bench.data.corpus import load_corpus
 from bench.data.sources import UnfitDataset, known_as
-from bench.data.split import SPLITS
+from bench.data.tokenizer import SPLITS
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,8 +13,7 @@ import pytest
 from bench.data import reference_lines
 from bench.data.cache import HERE, key_of
 from bench.data.corpus import Corpus, load_corpus
-from bench.data.kneser_ney import token_nll
-from bench.data.reference_lines import reference_nll
+from bench.data.reference_lines import KneserNey
 from bench.syntax import code_of
 
 
@@ -25,12 +27,18 @@ def calls(monkeypatch) -> list[int]:
     """The sizes of the streams for which the trigram was computed."""
     found: list[int] = []
 
-    def counted(train_stream, stream, vocab_size):
+    def counted(model, stream, real=KneserNey.token_nll):
         found.append(len(stream))
-        return token_nll(train_stream, stream, vocab_size)
+        return real(model, stream)
 
-    monkeypatch.setattr(reference_lines, "token_nll", counted)
+    monkeypatch.setattr(KneserNey, "token_nll", counted)
     return found
+
+
+def reference_nll(corpus: Corpus, split: str, num_scored: int, folder: Path) -> dict[str, float]:
+    """Return the sums, with the cache in ``folder``."""
+    with mock.patch.dict(os.environ, GNNMOE_CACHE_DIR=str(folder)):
+        return reference_lines.reference_nll(corpus, split, num_scored)
 
 
 def cached_file(corpus: Corpus, folder, split: str):
@@ -42,14 +50,14 @@ def cached_file(corpus: Corpus, folder, split: str):
 
 def test_sums_over_each_prefix_and_one_computation(tiny, tmp_path, calls):
     test = tiny.splits["test"]
-    expected = token_nll(tiny.splits["train"].stream, test.stream, tiny.vocabulary.size)
+    expected = KneserNey(tiny.splits["train"].stream, tiny.vocabulary.size).token_nll(test.stream)
     for num_scored in range(1, test.num_tokens + 1):
         found = reference_nll(tiny, "test", num_scored, tmp_path)
         unigram = -tiny.vocabulary.log_unigram()[test.stream[1 : num_scored + 1]].sum()
         assert found["unigram"] == pytest.approx(unigram, rel=1e-12)
         assert found["kneser_ney_trigram"] == pytest.approx(expected[:num_scored].sum(), rel=1e-12)
     reference_nll(tiny, "validation", 1, tmp_path)
-    assert calls == [test.num_tokens + 1, tiny.splits["validation"].num_tokens + 1]
+    assert calls[1:] == [test.num_tokens + 1, tiny.splits["validation"].num_tokens + 1]
     names = {path.name for path in (tmp_path / "reference_lines").iterdir()}
     assert names == {cached_file(tiny, tmp_path, split).name for split in ("test", "validation")}
 
@@ -121,7 +129,7 @@ def test_default_folder(tiny, tmp_path, monkeypatch, variables, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, str(tmp_path / value))
-    reference_nll(tiny, "test", 1)
+    reference_lines.reference_nll(tiny, "test", 1)
     assert cached_file(tiny, tmp_path / expected, "test").is_file()
 
 
@@ -155,4 +163,4 @@ def test_reference_lines_of_wikitext(wikitext, cache_dir, split, tokens, unigram
 def test_a_vocabulary_too_large_for_the_trigram_has_a_unigram_only(small_data_dir, monkeypatch):
     corpus = load_corpus(data_dir=small_data_dir)
     monkeypatch.setattr("bench.data.reference_lines.LARGEST_VOCABULARY", corpus.vocabulary.size - 1)
-    assert set(reference_nll(corpus, "test", 10)) == {"unigram"}
+    assert set(reference_lines.reference_nll(corpus, "test", 10)) == {"unigram"}

@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.data import sampler as sampler_module
+from bench.data import loader as loader_module
 from bench.data.blocks import IGNORED, EvalWindows
 from bench.data.curriculum import Curriculum
-from bench.data.loader import create_loader, set_epoch
-from bench.data.sampler import EpochBatchSampler, Extent, Shard, resolve_shard
+from bench.data.loader import EpochBatchSampler, Extent, Shard, create_loader, resolve_shard, set_epoch
 from bench.schedule import BatchSchedule
 
 pytestmark = pytest.mark.core("loader")
@@ -92,7 +91,7 @@ def test_rank_and_world_come_from_torch_distributed(make_corpus, monkeypatch):
     group = SimpleNamespace(
         is_available=lambda: True, is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2
     )
-    monkeypatch.setattr(sampler_module.torch, "distributed", group)
+    monkeypatch.setattr(loader_module.torch, "distributed", group)
     loader = create_loader(make_corpus(40), "train", 2, max_seq_length=2, distributed=True)
     assert loader.sampler_obj.shard == Shard(1, 2)
     assert len(loader) == 5

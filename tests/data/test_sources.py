@@ -10,7 +10,7 @@ import pytest
 
 from bench.data import sources
 from bench.data.corpus import load_corpus
-from bench.data.split import SPLITS
+from bench.data.tokenizer import SPLITS
 
 pytestmark = pytest.mark.core("corpus")
 

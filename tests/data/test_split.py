@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench.data.corpus import load_corpus
-from bench.data.split import SPLITS, Split, canonical_lines
+from bench.data.tokenizer import SPLITS, Split, canonical_lines
 
 pytestmark = pytest.mark.core("corpus")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 import warnings
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from bench.data.corpus import load_corpus, say_unknown_words
+from bench.data.reference_lines import unigram_nll
 from bench.data.tokenizer import tokenize
-from bench.data.vocabulary import unigram_nll
 
 pytestmark = pytest.mark.core("corpus")
 pytest.importorskip("tokenizers", reason="BPE needs the extra `bpe`: pip install 'gnnmoe[bpe]'")
@@ -71,12 +72,13 @@ def test_trained_on_the_training_split_only():
 
 
 @pytest.mark.parametrize("spec", ["word", "bpe:258"])
-def test_unknown_words_are_counted_but_for_marks_in_the_text(tiny_dir, spec, tmp_path):
+def test_unknown_words_are_counted_but_for_marks_in_the_text(tiny_dir, spec, tmp_path, monkeypatch):
     """``<unk>`` in place of a word is told from the mark that a text itself holds."""
     text = " a <unk> zebra \n <unk> b lion lion \n"
     (tiny_dir / "wiki.valid.tokens").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("GNNMOE_CACHE_DIR", str(tmp_path / "c"))
     for _ in range(2):  # fresh, and from the cache
-        splits = load_corpus(data_dir=tiny_dir, tokenizer=spec, cache_dir=tmp_path / "c").splits
+        splits = load_corpus(data_dir=tiny_dir, tokenizer=spec).splits
         assert splits["train"].unknown is None
         split = splits["validation"]
         found = [split.unknown_words(targets) for targets in range(split.num_tokens + 1)]
@@ -114,12 +116,18 @@ def test_counts_are_those_of_the_training_targets():
 def test_same_tokens_in_every_process(small_data_dir, tmp_path):
     code = (
         "import sys; from pathlib import Path; from bench.data.corpus import load_corpus; "
-        "c = load_corpus(data_dir=Path(sys.argv[1]), tokenizer='bpe:280', cache_dir=Path(sys.argv[2])); "
+        "c = load_corpus(data_dir=Path(sys.argv[1]), tokenizer='bpe:280'); "
         "import hashlib; print(c.sha256, hashlib.sha256(c.splits['train'].stream.tobytes()).hexdigest())"
     )
     arguments = [sys.executable, "-c", code, str(small_data_dir)]
     runs = [
-        subprocess.run([*arguments, str(tmp_path / name)], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            arguments,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "GNNMOE_CACHE_DIR": str(tmp_path / name)},
+        ).stdout
         for name in ("a", "b")
     ]
     assert runs[0] == runs[1]

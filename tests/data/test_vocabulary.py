@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
-from bench.data.vocabulary import Vocabulary, unigram_nll
+from bench.data.reference_lines import unigram_nll
+from bench.data.tokenizer import Vocabulary
 
 
 def _build(text: str, min_count: int = 1) -> Vocabulary:
-    return Vocabulary.build(text.split(), min_count)
+    return Vocabulary.from_counts(Counter(text.split()), min_count)
 
 
 def test_order_is_by_frequency_then_alphabet():

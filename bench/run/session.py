@@ -357,8 +357,8 @@ class TrainingRun:
     """Trains the model of a prepared run, and keeps its history and checkpoints: the hooks of the trainer.
 
     ``state`` is a checkpoint that ``bench.run.resume`` has checked. The run continues from it, bit for bit
-    on a CPU with the same number of threads. ``tuned`` is the result of the search for the micro-batch, if there
-    was one. ``parts`` returns the parts of the run up to now, for ``Time.of``.
+    on a CPU with the same number of threads. ``tuned`` is the result of the search for the micro-batch, if
+    there was one. ``parts`` returns the parts of the run up to now, for ``Time.of``.
     """
 
     def __init__(

@@ -23,10 +23,10 @@ import torch.distributed
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from bench.config import BatchSchedule
 from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
-from bench.schedule import BatchSchedule
 from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
 from gnnmoe.naming import unknown_name

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.config import BatchSchedule
 from bench.data import loader as loader_module
 from bench.data.blocks import IGNORED, EvalWindows
 from bench.data.curriculum import Curriculum
 from bench.data.loader import EpochBatchSampler, Extent, Shard, create_loader, resolve_shard, set_epoch
-from bench.schedule import BatchSchedule
 
 pytestmark = pytest.mark.core("loader")
 

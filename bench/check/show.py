@@ -85,8 +85,8 @@ def _lines(portrait: Portrait) -> dict[str, str]:
     reads = "reads the layer input" if mixing.reads_layer_input else "does not read the layer input"
     dead = "; ".join(f"{name} ({reason})" for name, reason in cost.dead_parameters.items())
     return {
-        "parameters": f"{cost.parameters:,}, the combiner's included",
-        "FLOPs a token": f"{cost.flops_per_token:,.0f} a forward{counted}",
+        "parameters": f"{cost.parameters:,}, with the combiner",
+        "FLOPs per token": f"{cost.flops_per_token:,.0f} per forward pass{counted}",
         "linear in the experts": _linearity(mixing),
         "depends on the token": f"{dependence}; {reads}",
         "effective rank": f"{mixing.effective_rank:.2f} over {mixing.num_experts} experts",
@@ -108,7 +108,7 @@ def show_all(rows: Sequence[CheckedCoupler], left_out: dict[str, str], console: 
     table.add_column("coupler", overflow="fold", max_width=19)
     table.add_column("")
     table.add_column("param-\neters", justify="right")
-    table.add_column("FLOPs\na token", justify="right")
+    table.add_column("FLOPs per\ntoken", justify="right")
     table.add_column("before the shared combiner it …", overflow="fold")
     for row in rows:
         table.add_row(Text(row.name), _mark(row.passed), *_cells(row.portrait))

@@ -24,7 +24,7 @@ WIDTH = 80
 
 @flags
 class ProfileConfig:
-    """Time the loader batch by batch, and compare what an epoch serves with what the arithmetic says.
+    """Time the loader batch by batch, and compare the counts of an epoch with the expected counts.
 
     Exit status: 0 all as expected, 1 a count is wrong or fetching is too slow, 2 wrong input.
     """
@@ -42,7 +42,7 @@ class ProfileConfig:
     batches: Count = 200
     """Batches to time."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
-    """Where each batch is copied to, within the time measured."""
+    """Device to which each batch is copied; the copy is part of the measured time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(config: ProfileConfig) -> tuple[LoaderProfile, str]:
-    """Load the corpus and profile its loader; return that and what was profiled, in words."""
+    """Load the corpus and profile its loader; return the profile and a title that names what was profiled."""
     from bench.data.corpus import load_corpus, say_unknown_words
     from bench.data.profile import profile_loader
     from bench.device import resolve_device
@@ -100,7 +100,7 @@ def speed_table(profile: LoaderProfile, title: str) -> Table:
     table.add_row("preparing, s", f"{profile.prepare_seconds:,.2f}")
     table.add_row("batches timed", f"{len(profile.fetch_seconds):,}")
     for name, value in profile.milliseconds().items():
-        table.add_row(f"{name} ms a batch", f"{value:,.3f}")
+        table.add_row(f"{name} ms per batch", f"{value:,.3f}")
     table.add_row("tokens/s", f"{profile.tokens_per_second:,.0f}")
     return table
 

@@ -153,4 +153,7 @@ def require_at_least(what: str, value: int, least: int) -> int:
 def _shortage(split: Split, asked: int, available: int, length: int) -> str | None:
     if asked <= available:
         return None
-    return f"{asked:,} {split.name} blocks of {length} asked for; all {available:,} there are serve"
+    return (
+        f"You asked for {asked:,} {split.name} blocks of {length} tokens; only {available:,} exist. "
+        f"Using all {available:,}."
+    )

@@ -149,8 +149,8 @@ def load_corpus(
     content = cached_content(identity, lambda: tokenize(found.documents(), tokenizer, found.min_count))
     if size is not None and content.vocabulary.size < size:
         warnings.warn(
-            f"{tokenizer} asked for; the training text gives only {content.vocabulary.size:,} pieces, "
-            "and all of them serve",
+            f"You asked for {tokenizer}; the training text gives only {content.vocabulary.size:,} pieces. "
+            "Using all of them.",
             stacklevel=2,
         )
     return _corpus(found, content, tokenizer)

@@ -165,9 +165,9 @@ def _numbers(blocks: TrainBlocks, first: int, count: int) -> range:
 
 
 def _random_scores(path: str, blocks: int, seed: int, strict: bool) -> np.ndarray:
-    missing = f"the curriculum's difficulty model {path} is not there" if path else (
-        "the curriculum has no difficulty model"
-    )  # fmt: skip
+    missing = "the curriculum has no difficulty model"
+    if path:
+        missing = f"the curriculum's difficulty model {path} is not there"
     remedy = "pass model:CHECKPOINT with the checkpoint.pt of a finished run, or the scorer rarity"
     if strict:
         raise DifficultyModelMissing(f"{missing}; {remedy}, or drop --strict-curriculum")

@@ -323,7 +323,7 @@ def _refuse_too_few(
     size, samples, world = sampler.size_in(epoch), sampler.samples_in(epoch), sampler.shard.world_size
     least = max(1, min_batches)
     most = samples // (world * least)
-    asked = f"batch_size {size}" if world == 1 else f"batch_size {size} a rank"
+    asked = f"batch_size {size}" if world == 1 else f"batch_size {size} per rank"
     asked += " with drop_last" * sampler.drop_last
     where = f"epoch {epoch}" if world == 1 else f"epoch {epoch} on each of {world} ranks"
     count = f"only {batches} batch{'es' * (batches > 1)}" if batches else "no batch"

@@ -86,8 +86,10 @@ def profile_loader(
     start = time.perf_counter()
     device = device or torch.device("cpu")
     options: dict[str, Any] = {
-        "max_seq_length": max_seq_length, "num_workers": num_workers, "pin_memory": device.type == "cuda",
-    }  # fmt: skip
+        "max_seq_length": max_seq_length,
+        "num_workers": num_workers,
+        "pin_memory": device.type == "cuda",
+    }
     loader = create_loader(corpus, "train", batch_size, **options)
     validate_first_batch(loader)
     seconds = corpus_seconds + time.perf_counter() - start
@@ -96,9 +98,9 @@ def profile_loader(
     limit = LIMIT_MS * max(1.0, batch_size * max_seq_length / _LIMIT_TOKENS)
     checks = [
         LoaderCheck(
-            "bytes a batch", batch_bytes(batch_size, max_seq_length), max(size for _, _, size in timed)
+            "bytes per batch", batch_bytes(batch_size, max_seq_length), max(size for _, _, size in timed)
         ),
-        LoaderCheck("p95 ms a batch", limit, float(np.percentile(fetch, 95)) * 1e3, at_most=True),
+        LoaderCheck("p95 ms per batch", limit, float(np.percentile(fetch, 95)) * 1e3, at_most=True),
     ]
     checks += _training_checks(corpus, loader, batch_size, "drop_last")
     every = create_loader(corpus, "train", batch_size, drop_last=False, **options)

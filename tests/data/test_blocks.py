@@ -45,11 +45,11 @@ def test_more_blocks_than_there_are(make_split):
     """E1: more asked for than there are: all of them, said once."""
     blocks = TrainBlocks.subset(make_split(43), 4, 11, seed=0)
     assert len(blocks) == 10
-    assert blocks.note == "11 train blocks of 4 asked for; all 10 there are serve"
+    assert blocks.note == "You asked for 11 train blocks of 4 tokens; only 10 exist. Using all 10."
     assert TrainBlocks.subset(make_split(43), 4, 10, seed=0).note is None
     windows = EvalWindows(make_split(43, "test"), 4, 4, num_blocks=12)
     assert windows.num_scored == 43
-    assert windows.note == "12 test blocks of 4 asked for; all 11 there are serve"
+    assert windows.note == "You asked for 12 test blocks of 4 tokens; only 11 exist. Using all 11."
     assert EvalWindows(make_split(43), 4, 4, num_blocks=11).note is None
 
 

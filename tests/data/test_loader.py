@@ -272,7 +272,7 @@ def test_more_samples_than_there_are_is_said_once(make_corpus):
                 "of 2 tokens; 10 are needed: use a batch of at most 3, or lower min_steps_per_epoch"),
         (31, {"min_batches": 1}, "gives no batch in epoch 0, which serves 30 .*; use a batch of at most 30"),
         (2, {"rank": 0, "world_size": 3},
-         "batch_size 2 a rank .*only 5 batches in epoch 0 on each of 3 ranks.*at most 3 over all ranks,"),
+         "batch_size 2 per rank .*only 5 batches in epoch 0 on each of 3 ranks.*at most 3 over all ranks,"),
         (2, {"curriculum": Curriculum(np.arange(30.0), "linear", 3, start=0.5)},
          "only 7 batches in epoch 0, which serves 15 .*at most 1,"),
         (2, {"batch_schedule": "0:2,3:4"}, "batch_size 4 with drop_last gives only 7 batches in epoch 3"),

@@ -39,7 +39,7 @@ def test_a_sound_loader_passes(corpus):
     assert found.passed
     assert found.fetch_seconds.shape == (70,)
     assert found.tokens == 70 * 4 * 16
-    assert expected["bytes a batch"] == 1024
+    assert expected["bytes per batch"] == 1024
     assert expected["train, drop_last: batches"] == blocks // 4
     assert expected["train, all: samples"] == blocks
     assert expected["validation: tokens"] == corpus.splits["validation"].num_tokens
@@ -67,7 +67,7 @@ def test_a_loader_that_loses_a_block_fails(corpus, monkeypatch):
 def test_a_slow_loader_fails(corpus, monkeypatch):
     monkeypatch.setattr(profile_module, "LIMIT_MS", 0.0)
     found = profile_loader(corpus, batch_size=4, max_seq_length=16, batches=5)
-    assert [check.name for check in found.checks if not check.passed] == ["p95 ms a batch"]
+    assert [check.name for check in found.checks if not check.passed] == ["p95 ms per batch"]
     assert LoaderCheck("p95", 5.0, 4.99, at_most=True).passed
     assert not LoaderCheck("p95", 5.0, 5.0, at_most=True).passed
 
@@ -110,7 +110,7 @@ def test_the_command_on_the_embedded_text(capsys, monkeypatch):
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert max(map(len, lines)) <= 80
-    for part in ("preparing, s", "p95 ms a batch", "tokens/s", "65,536", "train, drop_last: batches"):
+    for part in ("preparing, s", "p95 ms per batch", "tokens/s", "65,536", "train, drop_last: batches"):
         assert part in printed.out
     assert "✗" not in printed.out
 

@@ -158,7 +158,7 @@ def test_documents_begin_at_the_same_words(tiny_dir):
 
 def test_fewer_pieces_than_asked_for_is_said(tiny_dir):
     for _ in range(2):  # fresh, and from the cache
-        with pytest.warns(UserWarning, match="bpe:500 asked for; the training text gives only 2"):
+        with pytest.warns(UserWarning, match="asked for bpe:500; the training text gives only 2"):
             corpus = load_corpus(data_dir=tiny_dir, tokenizer="bpe:500")
     assert 258 <= corpus.vocabulary.size < 500
 

@@ -28,7 +28,7 @@ class Identified(NamedTuple):
     configuration: str
     """What all its seeds share: ``configuration_id``."""
     code: dict[str, str]
-    """The hashes of the code that would run: ``bench.measure.code.code_hashes``."""
+    """The hashes of the code that would run: ``bench.measure.environment.code_hashes``."""
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:

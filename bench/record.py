@@ -196,7 +196,7 @@ class Environment(Part):
     code_sha256: str | None = None
     """Of all code: only where a run was made before the two hashes below were taken."""
     project_sha256: str | None = None
-    """Of the project's code that can change numbers (``bench.measure.code``)."""
+    """Of the project's code that can change numbers (``bench.measure.environment``)."""
     coupler_sha256: str | None = None
     """Of the coupler's own code."""
     world_size: PositiveInt = 1
@@ -559,6 +559,18 @@ class Memory(Part):
     """Bytes: held once everything is built; the peaks of the first step and of a steady one."""
     rank: int = 0
     remark: str | None = None
+
+    @property
+    def judged_bytes(self) -> int:
+        """The bytes that decide what fits: the reserved peak, else the allocated one, else the process's.
+
+        Raises:
+            ValueError: none of them was measured.
+        """
+        for value in (self.peak_reserved_bytes, self.peak_allocated_bytes, self.process_peak_bytes):
+            if is_measured(value):
+                return value
+        raise ValueError(f"the meter {self.meter} read no peak on this system.")
 
 
 class Verdict(Part):
@@ -933,7 +945,7 @@ def study_records(study: Path) -> list[Record]:
 
 
 CODE_WORDS = {"coupler_sha256": "the coupler's own code", "project_sha256": "the project's code"}
-"""The two hashes that say which code made a record (``bench.measure.code``), and what each covers."""
+"""The two hashes that say which code made a record (``bench.measure.environment``), and what each covers."""
 
 
 def stale_code(made_by: Mapping[str, Any] | Environment | NotMeasured | None, today: Mapping[str, str]) \

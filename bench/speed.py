@@ -180,8 +180,7 @@ def _measure(
 
     from bench.device import keep_freed_memory
     from bench.foreign import without_places
-    from bench.measure.code import code_hashes
-    from bench.measure.environment import describe_environment
+    from bench.measure.environment import code_hashes, describe_environment
     from bench.speeding.jobs import run_jobs
     from bench.speeding.machine import Machine
     from bench.speeding.record import SpeedRecord

@@ -20,7 +20,7 @@ from bench.data.blocks import TrainBlocks
 from bench.data.cache import cache_folder, cached, key_of
 from bench.data.corpus import Corpus
 from bench.data.curriculum import ScoreBlocks, model_scores
-from bench.measure.code import couplers_sha256, project_sha256
+from bench.measure.environment import couplers_sha256, project_sha256
 from bench.training.checkpoint import load_checkpoint
 from bench.training.execution import Execution
 from gnnmoe.config import GNNMoEConfig, Refused

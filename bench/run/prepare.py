@@ -25,7 +25,7 @@ from bench.data.sources import known_as
 from bench.data.validation import validate_first_batch
 from bench.gate import refuse_wrong_names
 from bench.identity import Identified, configuration_id, identity, run_id, settings_in_record
-from bench.measure.code import code_hashes
+from bench.measure.environment import code_hashes
 from bench.record import ReadOnlyFolder, RunFolder, Settings, check_writable
 from bench.run.difficulty import difficulty_scores
 from bench.schedule import BatchSchedule

@@ -34,9 +34,9 @@ from bench.gate.report import CheckFailed, run_check
 from bench.gate.trained import rows_to_judge
 from bench.identity import settings_in_record
 from bench.measure.environment import describe_environment
-from bench.measure.flops import training_flops_per_token
 from bench.measure.ledger import Ledger
 from bench.measure.speed_pass import SpeedPass
+from bench.measure.steps import training_flops_per_token
 from bench.record import (
     Accounts,
     Data,

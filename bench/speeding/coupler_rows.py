@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.floors import TRAINING, floor_bytes, roofline_seconds
-from bench.measure.protocol import Step
+from bench.measure.timing import TimedStep
 from bench.speeding.forms import Form, FormInputs, Result, Runner, experts_given
 from bench.speeding.machine import Machine, products_in
 from bench.speeding.memory import peak_bytes, saved_bytes
@@ -46,7 +46,7 @@ def _coupler_rows(case: str, forms: Sequence[Form], batch: int, machine: Machine
     runners: dict[str, Runner] = {}
 
     def contender(form: Form) -> Contender:
-        def make() -> Step:
+        def make() -> TimedStep:
             runners[form.key] = Runner(form, inputs, precision)
             return runners[form.key].step
 

@@ -10,7 +10,7 @@ import torch
 
 from bench.measure.environment import device_name
 from bench.measure.floors import Rates
-from bench.measure.protocol import copy_bandwidth, matrix_rate
+from bench.measure.timing import copy_bandwidth, matrix_rate
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 

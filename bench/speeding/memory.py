@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure.memory import built_bytes
-from bench.measure.meters import meter_for
+from bench.measure.memory import built_bytes, meter_for
 
 
 def peak_bytes(step: Callable[[], object], owners: tuple[Any, ...], device: torch.device) -> int | None:

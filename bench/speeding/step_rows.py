@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.measure.floors import TRAINING
-from bench.measure.protocol import Step
 from bench.measure.rates import over_the_rate
-from bench.measure.speed import TrainingSteps, random_batch
+from bench.measure.steps import TrainingSteps, random_batch
+from bench.measure.timing import TimedStep
 from bench.speeding.machine import Machine
 from bench.speeding.memory import peak_bytes
 from bench.speeding.parity import largest_difference
@@ -76,7 +76,7 @@ def step_rows(case: str, variants: Sequence[Variant], config: GNNMoEConfig, batc
     expected: list[tuple[GNNMoEConfig | None, Tensor]] = []
 
     def contender(variant: Variant) -> Contender:
-        def make() -> Step:
+        def make() -> TimedStep:
             runners[variant.name] = StepRunner(variant, variant.config or config, batch, machine.device)
             return runners[variant.name].step
 

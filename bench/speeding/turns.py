@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench.device import is_out_of_memory, recover
-from bench.measure.protocol import Step, Warmup, time_in_turn
+from bench.measure.timing import TimedStep, time_in_turn
 
 SLOW_SECONDS = 2.0
 """What takes longer than this is timed once, beside the others."""
@@ -22,7 +22,7 @@ class Contender:
     """One of the things to time."""
 
     name: str
-    make: Callable[[], Step]
+    make: Callable[[], TimedStep]
     """Builds it and returns its step, so that building may fail too."""
     check: Callable[[Any], None] | None = None
     """Looks at what the first call returned; what it raises is a failure."""
@@ -32,7 +32,7 @@ class Contender:
 class Turn:
     """What came of one contender."""
 
-    step: Step | None = None
+    step: TimedStep | None = None
     first_seconds: float | None = None
     seconds: list[float] = field(default_factory=list)
     error: str | None = None
@@ -55,13 +55,13 @@ def in_turn(
 
 
 def timed(
-    steps: Mapping[str, Step], slow: Collection[str], device: torch.device, *, rounds: int, warmup: int
+    steps: Mapping[str, TimedStep], slow: Collection[str], device: torch.device, *, rounds: int, warmup: int
 ) -> dict[str, list[float]]:
     """Return the seconds of each step, timed in turn; of the ``slow`` ones from one more round alone."""
     quick = {name: step for name, step in steps.items() if name not in slow}
-    found = [time_in_turn(quick, device=device, warmup=Warmup.fixed(warmup), rounds=rounds)] if quick else []
+    found = [time_in_turn(quick, device=device, warmup=warmup, rounds=rounds)] if quick else []
     if len(quick) < len(steps):
-        found.append(time_in_turn(steps, device=device, warmup=Warmup.fixed(0), rounds=1))
+        found.append(time_in_turn(steps, device=device, warmup=0, rounds=1))
     return {name: [value for times in found if name in times for value in times[name].seconds]
             for name in steps}  # fmt: skip
 

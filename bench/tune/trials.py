@@ -13,9 +13,8 @@ import torch
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.device import attempt, recover
 from bench.gate.subject import global_random_state_kept
-from bench.measure.meters import meter_for
-from bench.measure.predict import CannotPredict, predict_peak
-from bench.measure.speed import random_batch
+from bench.measure.memory import CannotPredict, meter_for, predict_peak
+from bench.measure.steps import random_batch
 from bench.record import is_measured
 from bench.training.execution import Execution
 from bench.training.step import make_optimizer, training_step

@@ -39,8 +39,8 @@ TINY = "--embed-dim 8 --max-seq-length 4 --batch-size 2 --rounds 1".split()
 def _small_rates():
     """The rates of the machine are measured in small: a large product in bf16 takes a CPU long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.measure.protocol.CPU_SIZES", (128,))
-        patch.setattr("bench.measure.protocol.CPU_COPY_BYTES", 2**20)
+        patch.setattr("bench.measure.timing.CPU_SIZES", (128,))
+        patch.setattr("bench.measure.timing.CPU_COPY_BYTES", 2**20)
         yield
 
 

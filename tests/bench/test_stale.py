@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import bench.measure.code as code
+import bench.measure.environment as code
 import bench.training.loop
-from bench.measure.code import CHANGES_NUMBERS, coupler_sha256, project_sha256
+from bench.measure.environment import CHANGES_NUMBERS, coupler_sha256, project_sha256
 from bench.run.__main__ import main
 from bench.run.prepare import Identifier
 from bench.sweeps.folders import look

@@ -14,7 +14,7 @@ ORDER = (
     "files syntax schedule config device foreign record data identity gate portrait training measure"
     " tune sweeps analysis"
 ).split()
-COMMANDS = set("run sweep report speed check cli speeding __main__".split())
+COMMANDS = set("run sweep report speed check cli __main__".split())
 
 
 def imports(path: Path) -> set[str]:

@@ -1,46 +1,20 @@
-"""Where a run ran, and which code made its numbers: versions, device, threads, git state and two code hashes.
-
-No path and no host name is kept. The hashes are taken over syntax trees, without comments and docstrings: one
-over the coupler's own source, the other over the project's code that can change a number. A run whose hashes
-differ from today's is stale: ``bench.run`` and ``bench.sweep`` run it again.
-"""
+"""Where a run ran: versions, device, threads, and the git state of the code. No path and no host name."""
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
-import inspect
 import os
 import platform
 import subprocess
-import sys
-import sysconfig
-from collections.abc import Iterator, Mapping
-from functools import cache
-from importlib.machinery import PathFinder
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-import bench
-import gnnmoe
 from bench.record import Environment
-from bench.syntax import syntax_sha256
-from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import coupler_class, coupler_names, executed_source, resolved_options
 
 PACKAGES = ("torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
-CHANGES_NUMBERS = (
-    "gnnmoe", "bench/data", "bench/gate", "bench/measure", "bench/training", "bench/tune",
-    "bench/device.py", "bench/run/difficulty.py", "bench/run/leak_check.py", "bench/run/prepare.py",
-    "bench/run/session.py", "bench/schedule.py",
-)  # fmt: skip
-"""Files and folders whose code can change a number; flags, texts, plots, reports and sweeps cannot."""
-OF_COUPLERS = ("gnnmoe/couplers/[!_]*.py", "gnnmoe/hypergraph*.py", "gnnmoe/hypergraph_layers/*.py")
-"""Files that count for the couplers that import them, and not for all runs."""
-REPOSITORY = Path(gnnmoe.__path__[0]).parent
 
 
 def describe_environment(
@@ -110,123 +84,3 @@ def _version(package: str) -> str | None:
 def _driver() -> str | None:
     said = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return said.splitlines()[0].strip() if said else None
-
-
-# --- the hashes of the code -------------------------------------------------------------------------
-
-
-def code_hashes(config: GNNMoEConfig) -> dict[str, str]:
-    """Return ``coupler_sha256`` and ``project_sha256`` of the code that a run of this model would use."""
-    return {"coupler_sha256": coupler_sha256(config), "project_sha256": project_sha256()}
-
-
-@cache
-def project_sha256() -> str:
-    """Return the hash of the project's code that can change a number, without the couplers' own files."""
-    digest = hashlib.sha256()
-    packages = {"gnnmoe": Path(gnnmoe.__path__[0]), "bench": Path(bench.__path__[0])}
-    for entry in CHANGES_NUMBERS:
-        package, _, rest = entry.partition("/")
-        place = packages[package] / rest
-        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            name = f"{package}/{path.relative_to(packages[package]).as_posix()}"
-            if not _of_couplers(name):
-                digest.update(f"{name} {syntax_sha256(path.read_bytes())}\n".encode())
-    return digest.hexdigest()
-
-
-@cache
-def couplers_sha256() -> str:
-    """Return the hash of all couplers' files of this package."""
-    lines = [
-        f"{path.relative_to(REPOSITORY).as_posix()} {syntax_sha256(path.read_bytes())}\n"
-        for pattern in OF_COUPLERS
-        for path in sorted(REPOSITORY.glob(pattern))
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def coupler_sha256(config: GNNMoEConfig) -> str:
-    """Return the hash of a coupler's source: its class, its bases, and the modules that they import.
-
-    Modules of the coupler's own package count, and all other modules that are not installed packages. A
-    coupler that an option names (``like`` of dense) counts too. The name and folder of the coupler's file do
-    not count.
-    """
-    named = [value for value in resolved_options(config).values() if value in coupler_names()]
-    found: dict[str, str] = {}
-    own = coupler_class(config.coupler_type)
-    _collect(own.__module__, own.__module__, "", found)
-    for cls in (*own.__mro__[1:], *map(coupler_class, named)):
-        _collect(cls.__module__, own.__module__, cls.__module__, found)
-    lines = sorted(f"{label} {sha256}\n" for label, sha256 in found.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> None:
-    """Add the hash of a module that ``importer`` imports, and the hashes of the modules that it imports."""
-    path = _file_of(module)
-    if label in found or path is None or not _is_own(module, path, importer):
-        return
-    source = executed_source(module)
-    source = path.read_bytes() if source is None else source
-    found[label] = syntax_sha256(source)
-    for name in _imports(ast.parse(source), module, path):
-        _collect(name, module, name, found)
-
-
-def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:
-    """Yield the names of all modules that a tree imports, and of the packages around them."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")
-            above = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
-            base = ".".join(part for part in (above, node.module) if part)
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-
-
-@cache
-def _file_of(module: str) -> Path | None:
-    """Return the source file of a module, None if it has none; nothing is imported to find out."""
-    top, *rest = module.split(".")
-    if top in sys.stdlib_module_names:
-        return None
-    if executed_source(module) is not None:
-        return Path(inspect.getsourcefile(sys.modules[module]) or "")
-    try:
-        spec, name = importlib.util.find_spec(top), top
-        for part in rest:
-            name = f"{name}.{part}"
-            spec = None if spec is None else PathFinder.find_spec(name, spec.submodule_search_locations or [])
-    except (ImportError, ValueError):
-        return None
-    path = None if spec is None or spec.origin is None else Path(spec.origin)
-    return path if path is not None and path.suffix == ".py" and path.is_file() else None
-
-
-def _is_own(module: str, path: Path, importer: str) -> bool:
-    """Return whether a module that ``importer`` imports is part of a coupler's own source."""
-    top = module.partition(".")[0]
-    if top == gnnmoe.__name__:
-        return _of_couplers(path.relative_to(REPOSITORY).as_posix())
-    if top == bench.__name__:
-        return False
-    return top == importer.partition(".")[0] or not any(folder in path.parents for folder in _installed())
-
-
-def _of_couplers(name: str) -> bool:
-    """Return whether a file of gnnmoe counts only for couplers that import it; ``__init__`` does not."""
-    return any(Path(name).match(pattern) for pattern in OF_COUPLERS)
-
-
-@cache
-def _installed() -> tuple[Path, ...]:
-    """Return the folders of installed packages and of Python's own library."""
-    return tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})

@@ -33,8 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.record import Memory, NotMeasured, not_measured
-from bench.training.execution import Execution
-from bench.training.step import make_optimizer, training_step
+from bench.training.step import Execution, make_optimizer, training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 

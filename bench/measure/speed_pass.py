@@ -27,9 +27,8 @@ from bench.measure.rates import over_the_rate, utilisation
 from bench.measure.steps import TrainingSteps, training_flops_per_token
 from bench.measure.timing import matrix_rate, time_in_turn, time_steps
 from bench.record import Marginal, Memory, NotMeasured, Speed, is_measured, not_measured
-from bench.training.execution import Execution
 from bench.training.ranks import ALONE, Ranks
-from bench.training.step import Batch, to_device
+from bench.training.step import Batch, Execution, to_device
 from gnnmoe.model import GNNMoEModel
 
 T = TypeVar("T")

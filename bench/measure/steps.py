@@ -16,9 +16,8 @@ from bench.config import RunConfig, TrainingConfig
 from bench.measure.memory import predict_peak
 from bench.measure.rates import paired_ratios
 from bench.measure.timing import time_in_turn, time_steps
-from bench.training.execution import Execution
 from bench.training.ranks import ALONE, Ranks
-from bench.training.step import Batch, make_optimizer, real_targets, training_step
+from bench.training.step import Batch, Execution, make_optimizer, real_targets, training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed

@@ -159,7 +159,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
 
     from bench.device import resolve_device
     from bench.speed import suites as known
-    from bench.training.execution import Execution
+    from bench.training.step import Execution
 
     compile_mode = config.compile_mode if config.compile else None
     suites = [config.suite] if config.suite else suites
@@ -194,11 +194,12 @@ def _measure(
 
     from bench.device import keep_freed_memory
     from bench.foreign import without_places
-    from bench.measure.environment import code_hashes, describe_environment
+    from bench.measure.environment import describe_environment
     from bench.speed.machine import Machine
     from bench.speed.record import SpeedRecord
     from bench.speed.show import one_line, show, write_plots_of
     from bench.speed.suites import run_jobs
+    from bench.training.code import code_hashes
 
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from bench.cli import Interruption
 from bench.config import ExecutionConfig, RunConfig, TrainingConfig
 from bench.measure.rates import over_the_rate
 from bench.measure.steps import TRAINING, TrainingSteps, random_batch
@@ -28,9 +29,7 @@ from bench.run.tracker import Tracker
 from bench.speed.forms import largest_difference
 from bench.speed.machine import Machine, in_turn, peak_bytes
 from bench.speed.record import BARE, FETCH, HARNESS, HARNESSED, SpeedRow
-from bench.training.execution import Execution
-from bench.training.interruption import Interruption
-from bench.training.step import Batch, make_optimizer, to_device
+from bench.training.step import Batch, Execution, make_optimizer, to_device
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.head import IGNORED, TiedHead
 from gnnmoe.model import GNNMoEModel

@@ -16,8 +16,7 @@ from bench.gate.subject import global_random_state_kept
 from bench.measure.memory import CannotPredict, meter_for, predict_peak
 from bench.measure.steps import random_batch
 from bench.record import is_measured
-from bench.training.execution import Execution
-from bench.training.step import make_optimizer, training_step
+from bench.training.step import Execution, make_optimizer, training_step
 from bench.tune.budget import format_bytes, host_memory_bytes
 from bench.tune.search import FREE_HERE, Trial
 from bench.tune.shape import Shape

@@ -17,7 +17,7 @@ from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profil
 from bench.measure.steps import TrainingSteps
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
-from bench.training.execution import Execution
+from bench.training.step import Execution
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from tests._records import made_memory, made_speed, measured
 

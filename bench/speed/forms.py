@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -235,9 +234,10 @@ def parity_rows(
     rows = []
     for precision in precisions:
         for form in forms:
-            row, parity = _row_of(PARITY, form, batch, machine, precision), Parity()
+            config, parity = form.config, Parity()
+            row = machine.row(PARITY, form.subject, form.name, precision, batch, config, config.gnn_layers)
             try:
-                runner = Runner(form, FormInputs(form.config, batch, precision, machine.device), precision)
+                runner = Runner(form, FormInputs(config, batch, precision, machine.device), precision)
                 with products_in(precision):
                     found = runner.step(0)
                 parity.look(runner, found)
@@ -246,23 +246,6 @@ def parity_rows(
                 row.error = failure_text(error)
             rows.append(row)
     return rows
-
-
-def _row_of(case: str, form: Form, batch: int, machine: Machine, precision: str, **measured: Any) -> SpeedRow:
-    config = form.config
-    return SpeedRow(
-        case=case,
-        subject=form.subject,
-        form=form.name,
-        device=machine.device.type,
-        precision=precision,
-        batch=batch,
-        length=config.max_seq_length,
-        experts=config.num_experts,
-        width=config.embed_dim,
-        layers=config.gnn_layers,
-        **measured,
-    )
 
 
 # --- time and memory -------------------------------------------------------------------------------
@@ -305,23 +288,15 @@ def coupler_rows(
         if timing.forward and alive:
             steps = {key: runner.forward for key, runner in alive.items()}
             forward = timed(steps, slow, device, rounds=rounds, warmup=1)
-        rows = {
-            key: _row_of(
-                case,
-                form,
-                batch,
-                machine,
-                precision,
-                seconds=turns[key].seconds,
-                first_seconds=turns[key].first_seconds,
-                error=turns[key].error,
-                forward_seconds=forward.get(key, []),
-                largest_difference=parity.differences.get(key),
-                matrix_flops_per_second=rates.flops_per_second,
-                copy_bytes_per_second=rates.bytes_per_second,
+        rows = {}
+        for key, form in by_key.items():
+            subject, config = form.subject, form.config
+            row = machine.row(
+                case, subject, form.name, precision, batch, config, config.gnn_layers, turns[key]
             )
-            for key, form in by_key.items()
-        }
+            row.forward_seconds = forward.get(key, [])
+            row.largest_difference = parity.differences.get(key)
+            rows[key] = row
         for key, runner in alive.items():
             rows[key].flops = _flops(runner, batch * runner.form.config.max_seq_length)
             if timing.memory:
@@ -359,10 +334,12 @@ def _measure_memory(row: SpeedRow, runner: Runner, slow: bool) -> None:
 
 
 def _add_bounds(rows: dict[str, SpeedRow], forms: dict[str, Form], experts: int, rates: Rates) -> None:
-    """Add floor and roofline. A form that computes more than another form cannot raise the floor."""
+    """Add the rates and bounds; a form that computes more than another form does not raise the floor."""
     for key, row in rows.items():
         size = ELEMENT_BYTES[row.precision]
         row.floor_bytes = floor_bytes(row.tokens, experts, row.width, size)
+        row.matrix_flops_per_second = rates.flops_per_second
+        row.copy_bytes_per_second = rates.bytes_per_second
         if row.flops is not None:
             of_subject = [one.flops for one in rows.values() if one.subject == row.subject and one.flops]
             row.floor_seconds = rates.seconds(min(of_subject, default=0), row.floor_bytes)

@@ -18,10 +18,23 @@ from bench.measure.memory import Owner, built_bytes, meter_for
 from bench.measure.timing import TimedStep, copy_bandwidth, matrix_rate, time_in_turn
 from bench.record import is_measured
 from bench.speed.floors import Rates
+from bench.speed.record import SpeedRow
+from gnnmoe.config import GNNMoEConfig
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 SLOW_SECONDS = 2.0
 """A step that takes longer is timed once, beside the other steps."""
+
+
+@dataclass
+class Turn:
+    """What came of one of several things that are timed in turn."""
+
+    step: TimedStep | None = None
+    first_seconds: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    error: str | None = None
+    slow: bool = False
 
 
 class Machine:
@@ -51,6 +64,35 @@ class Machine:
             "matrix_flops_per_second": flops,
         }
 
+    def row(
+        self,
+        case: str,
+        subject: str,
+        form: str,
+        precision: str,
+        batch: int,
+        config: GNNMoEConfig,
+        layers: int,
+        turn: Turn | None = None,
+    ) -> SpeedRow:
+        """Return the row of a form on this device at the size of a model, with its times if given."""
+        turn = turn or Turn()
+        return SpeedRow(
+            case=case,
+            subject=subject,
+            form=form,
+            device=self.device.type,
+            precision=precision,
+            batch=batch,
+            length=config.max_seq_length,
+            experts=config.num_experts,
+            width=config.embed_dim,
+            layers=layers,
+            seconds=turn.seconds,
+            first_seconds=turn.first_seconds,
+            error=turn.error,
+        )
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
@@ -69,17 +111,6 @@ def products_in(precision: str) -> Iterator[None]:
 
 
 # --- time ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Turn:
-    """What came of one of several things that are timed in turn."""
-
-    step: TimedStep | None = None
-    first_seconds: float | None = None
-    seconds: list[float] = field(default_factory=list)
-    error: str | None = None
-    slow: bool = False
 
 
 def in_turn(

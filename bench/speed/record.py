@@ -45,11 +45,11 @@ class SpeedRow:
     form: str
     device: str
     precision: str
-    batch: int
-    length: int
-    experts: int
-    width: int
-    layers: int
+    batch: int = 0
+    length: int = 0
+    experts: int = 0
+    width: int = 0
+    layers: int = 0
     """Layers of the coupler if it is timed alone, otherwise of the model."""
     forward_seconds: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

@@ -27,7 +27,7 @@ from bench.run.progress import Reporter
 from bench.run.session import TrainingRun
 from bench.run.tracker import Tracker
 from bench.speed.forms import largest_difference
-from bench.speed.machine import Machine, in_turn, peak_bytes
+from bench.speed.machine import Machine, Turn, in_turn, peak_bytes
 from bench.speed.record import BARE, FETCH, HARNESS, HARNESSED, SpeedRow
 from bench.training.step import Batch, Execution, make_optimizer, to_device
 from gnnmoe.config import GNNMoEConfig
@@ -119,24 +119,11 @@ def step_rows(
     turns = in_turn(list(by_name), make, check, machine, rounds=rounds, warmup=warmup)
     rows = []
     for name, variant in by_name.items():
-        of, turn = variant.config or config, turns[name]
-        row = SpeedRow(
-            case=case,
-            subject="step" if variant.config else f"step, {config.coupler_type}",
-            form=name,
-            device=machine.device.type,
-            precision=variant.execution.precision,
-            batch=batch,
-            length=of.max_seq_length,
-            experts=of.num_experts,
-            width=of.embed_dim,
-            layers=of.num_layers,
-            seconds=turn.seconds,
-            first_seconds=turn.first_seconds,
-            error=turn.error,
-            largest_difference=differences.get(name),
-        )
-        if turn.error is None:
+        of, precision = variant.config or config, variant.execution.precision
+        subject = "step" if variant.config else f"step, {config.coupler_type}"
+        row = machine.row(case, subject, name, precision, batch, of, of.num_layers, turns[name])
+        row.largest_difference = differences.get(name)
+        if row.error is None:
             _measure_beside(row, variant, steps[name], machine, memory)
         rows.append(row)
     return rows
@@ -242,19 +229,17 @@ def harness_rows(config: RunConfig, machine: Machine, warmup: int = 3) -> list[S
         model = execution.build(prepared.model_config, config.training.seed)
         learning = InTurn(prepared, model, BareLoop(copy.deepcopy(model), config, machine.device), machine)
         learning.run()
+    batch, precision, of = config.training.batch_size, config.execution.precision, config.model
     return [
-        SpeedRow(
-            case=HARNESS,
-            subject="training loop",
-            form=form,
-            device=machine.device.type,
-            precision=config.execution.precision,
-            batch=config.training.batch_size,
-            length=config.model.max_seq_length,
-            experts=config.model.num_experts,
-            width=config.model.embed_dim,
-            layers=config.model.num_layers,
-            seconds=seconds[warmup:],
+        machine.row(
+            HARNESS,
+            "training loop",
+            form,
+            precision,
+            batch,
+            of,
+            of.num_layers,
+            Turn(seconds=seconds[warmup:]),
         )
         for form, seconds in learning.seconds.items()
     ]

@@ -85,20 +85,8 @@ def _rows(job: Job, machine: Machine) -> list[SpeedRow]:
     except Exception as error:
         failure = failure_text(error)
     recover()
-    row = SpeedRow(
-        case=job.name,
-        subject=job.name,
-        form="",
-        device=machine.device.type,
-        precision="fp32",
-        batch=0,
-        length=0,
-        experts=0,
-        width=0,
-        layers=0,
-        error=failure,
-    )
-    return [row]
+    kind, name = machine.device.type, job.name
+    return [SpeedRow(case=name, subject=name, form="", device=kind, precision="fp32", error=failure)]
 
 
 def _forget() -> None:
@@ -248,20 +236,12 @@ def _job_of_steps(
 # --- what both suites measure ----------------------------------------------------------------------
 
 
-def curve_jobs(
-    experts: tuple[int, ...],
-    batch: int,
-    batches: tuple[int, ...],
-    length: int,
-    width: int,
-    precision: str,
-    rounds: int,
-) -> list[Job]:
+def curve_jobs(scale: CpuScale | GpuScale, length: int, width: int, precision: str) -> list[Job]:
     """Return the jobs of the plot: the couplers ``ALONE`` by number of experts, and by number of tokens."""
     plain = GNNMoEConfig(max_seq_length=length, embed_dim=width, vocab_size=1)
-    places = [(replace(plain, num_experts=number), batch) for number in experts]
-    places += [(plain, number) for number in batches if (plain, number) not in places]
-    timing, jobs = Timing(rounds=rounds, memory=False, forward=False, check=False), []
+    places = [(replace(plain, num_experts=number), scale.curve_batch) for number in scale.curve_experts]
+    places += [(plain, number) for number in scale.curve_batches if (plain, number) not in places]
+    timing, jobs = Timing(rounds=scale.rounds, memory=False, forward=False, check=False), []
     for config, number in places:
         forms = [forms_of(name, one)[0] for name, one in couplers_alone(config).items()]
         rows = partial(_of_forms, CURVE, forms, number, precision, timing)
@@ -324,15 +304,7 @@ def cpu_jobs(
         Job("GNN, saved bytes", saved, 10),
         Job("experts and head", partial(_cpu_steps, scale, compile_mode), 30),
         Job("harness", partial(_harness, scale, places), 30),
-        *curve_jobs(
-            scale.curve_experts,
-            scale.curve_batch,
-            scale.curve_batches,
-            scale.length,
-            scale.width,
-            "fp32",
-            scale.rounds,
-        ),
+        *curve_jobs(scale, scale.length, scale.width, "fp32"),
     ]
 
 
@@ -425,15 +397,7 @@ def gpu_jobs(scale: GpuScale | None = None) -> list[Job]:
         *(Job(f"{name} alone", partial(_alone, scale, name, couplers[name]), 12) for name in ALONE),
         Job("token by token", partial(_token_by_token, scale), 50),
         Job("head", partial(_heads, scale), 6),
-        *curve_jobs(
-            scale.curve_experts,
-            scale.curve_batch,
-            scale.curve_batches,
-            baseline.max_seq_length,
-            baseline.embed_dim,
-            GPU_PRECISION,
-            scale.rounds,
-        ),
+        *curve_jobs(scale, baseline.max_seq_length, baseline.embed_dim, GPU_PRECISION),
         experts("experts, compiled", baseline.num_experts, "default", 70),
     ]
 

@@ -560,6 +560,18 @@ class Memory(Part):
     rank: int = 0
     remark: str | None = None
 
+    @property
+    def judged_bytes(self) -> int:
+        """The bytes that decide what fits: the reserved peak, else the allocated one, else the process's.
+
+        Raises:
+            ValueError: none of them was measured.
+        """
+        for value in (self.peak_reserved_bytes, self.peak_allocated_bytes, self.process_peak_bytes):
+            if is_measured(value):
+                return value
+        raise ValueError(f"the meter {self.meter} read no peak on this system.")
+
 
 class Verdict(Part):
     """The verdict of one check."""

@@ -121,11 +121,11 @@ def harness() -> None:
     import torch
 
     from bench.config import PlacesConfig
-    from bench.speeding.cpu_suite import cpu_jobs
-    from bench.speeding.machine import Machine
-    from bench.speeding.targets import verdicts
+    from bench.speed.machine import Machine
+    from bench.speed.suites import cpu_jobs
+    from tools.speed_targets import verdicts
 
-    [job] = [job for job in cpu_jobs(PlacesConfig()) if job.name.startswith("S5")]
+    [job] = [job for job in cpu_jobs(PlacesConfig()) if job.name == "harness"]
     for found in verdicts(job.rows(Machine(torch.device("cpu")))):
         if found.value is not None:
             print(f"{found.target.name} {found.target.measure}: {found.value:.4f} {found.how}")

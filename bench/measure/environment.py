@@ -1,4 +1,4 @@
-"""Where a run ran: versions, device, threads, and the exact code. No path and no host name."""
+"""Where a run ran: versions, device, threads, and the git state of the code. No path and no host name."""
 
 from __future__ import annotations
 
@@ -52,20 +52,23 @@ def device_name(device: torch.device) -> str:
 
 
 def code_state() -> dict[str, str | None]:
-    """Return the git commit, and a hash of uncommitted changes to it (None where there are none)."""
-    tracked = _git("ls-files", Path(__file__).name)  # an installed copy may lie inside another project
-    commit = _git("rev-parse", "HEAD") if tracked else None
+    """Return the git commit, and a hash of the uncommitted changes (None if there are none)."""
+    tracked = _output(
+        "git", "ls-files", Path(__file__).name
+    )  # an installed copy may lie inside another project
+    commit = _output("git", "rev-parse", "HEAD") if tracked else None
     if commit is None:
         return {"git_commit": None, "git_changes_sha256": None}
-    changes = (_git("diff", "HEAD") or "") + (_git("status", "--porcelain") or "")
+    changes = (_output("git", "diff", "HEAD") or "") + (_output("git", "status", "--porcelain") or "")
     digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
     return {"git_commit": commit.strip(), "git_changes_sha256": digest}
 
 
-def _git(*arguments: str) -> str | None:
+def _output(*command: str) -> str | None:
+    """Return what a command prints in this folder; None if it is missing, fails or takes ten seconds."""
     folder = Path(__file__).parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -79,9 +82,5 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else None
+    said = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return said.splitlines()[0].strip() if said else None

@@ -1,4 +1,4 @@
-"""What was used, counted from the tensors, against what was planned."""
+"""Count from the tensors what was used, and compare it with the plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COUNTED = ("batches", "samples", "tokens")
 
 
 class BatchAccountingError(RuntimeError):
-    """What was served is not what was planned."""
+    """The batches that came are not the batches that were planned."""
 
 
 @dataclass
@@ -39,8 +39,8 @@ class EpochAccount:
 class Ledger:
     """Counts batches, samples, real targets and updates of a training, and the targets of evaluations.
 
-    On several ranks a batch is that of all of them together, by a sum over the ranks; pieces are this
-    rank's. A target is real where it is not −100. ``tuned_micro_batch_size`` is what a search gave: rows
+    On several ranks a batch is the batch of all ranks together, by a sum over the ranks; pieces are those of
+    this rank. A target is real if it is not −100. ``tuned_micro_batch_size`` is the result of a search: rows
     to run at once, never the batch of an update.
     """
 
@@ -50,14 +50,14 @@ class Ledger:
         self.epochs: list[EpochAccount] = []
         self.batch_shapes: dict[str, int] = {}
         self.micro_batch_shapes: dict[str, int] = {}
-        self._shape: tuple[int, ...] = (0, 1)  # of this rank's last batch
+        self._shape: tuple[int, ...] = (0, 1)  # this rank's last batch
         self.last_shapes: list[tuple[int, ...]] = []
-        """Of the pieces of the last update, as the model saw them."""
+        """Shapes of the pieces of the last update, as the model saw them."""
         self.evaluations: dict[str, dict[str, int]] = {}
         self._open = False
 
     def begin_epoch(self, plan: EpochPlan) -> None:
-        """Open an epoch, or go on with it where it was left.
+        """Open an epoch, or continue it where it was left.
 
         Raises:
             BatchAccountingError: the epoch before it is not complete.
@@ -71,10 +71,10 @@ class Ledger:
         self._open = True
 
     def batch(self, batch: dict[str, Tensor]) -> int:
-        """Count a batch that is trained on; return its real targets, over all ranks.
+        """Count a training batch; return its real targets, over all ranks.
 
         Raises:
-            BatchAccountingError: it is one more than planned, or larger.
+            BatchAccountingError: it is one batch more than planned, or larger than planned.
         """
         account, self._shape = self.epochs[-1], tuple(batch["input_ids"].shape)
         rows, tokens = self._ranks.totals([self._shape[0], real_targets(batch)])
@@ -91,7 +91,7 @@ class Ledger:
         """Count an optimizer step, and the shapes of the micro-batches in which its batch was run.
 
         Raises:
-            BatchAccountingError: their rows are not those of the batch counted before.
+            BatchAccountingError: they do not hold the tokens of the batch that was counted before.
         """
         self.epochs[-1].got["updates"] += 1
         rows = sum(shape[0] for shape in shapes)
@@ -108,7 +108,7 @@ class Ledger:
         """Close the epoch.
 
         Raises:
-            BatchAccountingError: something was planned and did not come, or the other way round.
+            BatchAccountingError: something planned did not come, or something came unplanned.
         """
         self._open = False
         account = self.epochs[-1]
@@ -116,10 +116,10 @@ class Ledger:
             raise BatchAccountingError(self._difference(account, "its end"))
 
     def evaluated(self, name: str, asked: int, got: int) -> None:
-        """Count an evaluation's targets.
+        """Count the targets of an evaluation.
 
         Raises:
-            BatchAccountingError: more or fewer targets were scored than there are.
+            BatchAccountingError: more or fewer targets were scored than exist.
         """
         account = self.evaluations.setdefault(name, {"evaluations": 0, "asked": 0, "got": 0})
         account["evaluations"] += 1
@@ -129,13 +129,15 @@ class Ledger:
             raise BatchAccountingError(f"{name}: {asked:,} targets were to be scored and {got:,} were")
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Return ``asked`` and ``got`` of everything trained on, by what was counted."""
+        """Return ``asked`` and ``got`` over all epochs, by what was counted."""
         names = (*COUNTED, "updates")
         return {
-            name: {side: sum(getattr(account, side)[name] for account in self.epochs)
-                   for side in ("asked", "got")}
+            name: {
+                side: sum(getattr(account, side)[name] for account in self.epochs)
+                for side in ("asked", "got")
+            }
             for name in names
-        }  # fmt: skip
+        }
 
     def to_record(self) -> dict[str, Any]:
         """Return everything that was counted, ready for JSON."""
@@ -147,16 +149,18 @@ class Ledger:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what ``load_state_dict`` needs to go on counting."""
-        return {"tuned_micro_batch_size": self.tuned_micro_batch_size,
-                "epochs": [asdict(account) for account in self.epochs],
-                "evaluations": {name: dict(counts) for name, counts in self.evaluations.items()},
-                "batch_shapes": dict(self.batch_shapes),
-                "micro_batch_shapes": dict(self.micro_batch_shapes),
-                "last_shapes": list(self.last_shapes)}  # fmt: skip
+        """Return the state that ``load_state_dict`` continues from."""
+        return {
+            "tuned_micro_batch_size": self.tuned_micro_batch_size,
+            "epochs": [asdict(account) for account in self.epochs],
+            "evaluations": {name: dict(counts) for name, counts in self.evaluations.items()},
+            "batch_shapes": dict(self.batch_shapes),
+            "micro_batch_shapes": dict(self.micro_batch_shapes),
+            "last_shapes": list(self.last_shapes),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Continue from ``state``."""
         self.tuned_micro_batch_size = state["tuned_micro_batch_size"]
         self.epochs = [EpochAccount(**account) for account in state["epochs"]]
         self.batch_shapes, self.evaluations = dict(state["batch_shapes"]), dict(state["evaluations"])

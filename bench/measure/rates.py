@@ -10,7 +10,7 @@ def tokens_per_second(tokens: Sequence[int], seconds: Sequence[float]) -> float:
     """Return Σ tokens / Σ seconds over timed steps; step k had ``tokens[k]`` and took ``seconds[k]``.
 
     Raises:
-        ValueError: there is not one number of tokens for each time, or no time has passed.
+        ValueError: the two lists are not equally long, or no time has passed.
     """
     if len(tokens) != len(seconds):
         raise ValueError(f"tokens of {len(tokens)} steps, but seconds of {len(seconds)}: they are no pairs.")
@@ -25,22 +25,22 @@ def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]
 
 
 def difference_of_medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return by how much the median of ours is above that of theirs."""
+    """Return the median of ``ours`` minus the median of ``theirs``."""
     return statistics.median(ours) - statistics.median(theirs)
 
 
 def utilisation(flops_per_second: float, matrix_flops_per_second: float) -> float:
-    """Return the share of the matrix rate that a model's FLOPs reach, its MFU.
+    """Return the share of the matrix rate that a model's FLOPs reach: its MFU.
 
-    It can be over 1, where the products that were timed are not the fastest of the machine.
+    The share can be over 1, if the timed products are not the fastest products of the machine.
 
-    Source: Chowdhery et al., "PaLM", 2022, appendix B: FLOPs of the model, none of a recomputation.
+    Source: Chowdhery et al., "PaLM", 2022, appendix B: FLOPs of the model, without recomputation.
     """
     return flops_per_second / matrix_flops_per_second
 
 
 def over_the_rate(utilisation: float) -> str:
-    """Return what to know of an MFU over 100 %, in words; empty where there is nothing to know."""
+    """Return a remark on an MFU over 100%; an empty text for any other MFU."""
     if utilisation <= 1:
         return ""
     return (

@@ -27,9 +27,9 @@ from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
 from bench.files import utc_now
 from bench.measure.environment import describe_environment
-from bench.measure.flops import training_flops_per_token
 from bench.measure.ledger import Ledger
 from bench.measure.speed_pass import SpeedPass
+from bench.measure.steps import training_flops_per_token
 from bench.record import (
     Accounts,
     Data,

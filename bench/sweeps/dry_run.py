@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.device import cpu_threads
-from bench.measure.predict import CannotPredict
+from bench.measure.memory import CannotPredict
 from bench.record import stale_notes
 from bench.sweeps.live import time_words
 from bench.sweeps.matching import Match

@@ -11,8 +11,8 @@ from bench.config import RunConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.device import cpu_threads
 from bench.measure.environment import device_name
-from bench.measure.expected import Training, step_time_ratio
-from bench.measure.predict import CannotPredict
+from bench.measure.memory import CannotPredict
+from bench.measure.steps import Training, step_time_ratio
 from bench.run.identity import config_dict
 from bench.sweeps.local import slots_for
 from bench.sweeps.matching import Match, Matched, matched

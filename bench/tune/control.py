@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.config import RunConfig
 from bench.device import at_once, attempt
-from bench.measure.meters import meter_for
+from bench.measure.memory import meter_for
 from bench.training.loop import Shapes, Step, Steps, random_state, set_random_state
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, UpdateOutOfMemory

@@ -13,9 +13,8 @@ import torch
 from bench.check.subject import global_random_state_kept
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.device import attempt, recover
-from bench.measure.meters import meter_for
-from bench.measure.predict import CannotPredict, predict_peak
-from bench.measure.speed import random_batch
+from bench.measure.memory import CannotPredict, meter_for, predict_peak
+from bench.measure.steps import random_batch
 from bench.record import is_measured
 from bench.training.step import Execution, make_optimizer, training_step
 from bench.tune.budget import format_bytes, host_memory_bytes

@@ -13,8 +13,7 @@ import pytest
 from bench.analysis.report import load_report
 from bench.analysis.report_files import text_files
 from bench.analysis.study_page import study_markdown
-from bench.speeding.record import FILE, read_speed_record
-from bench.speeding.rows import SpeedRow
+from bench.speed.record import FILE, SpeedRow, read_speed_record
 from examples import five_facts
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from bench.measure.meters import Reading
-from bench.record import not_measured
+from bench.record import Memory, not_measured
 
 NOT_READ = not_measured("a made-up device has no such quantity")
 
@@ -53,19 +52,19 @@ class FakeMemory:
 
 
 class FakeMeter:
-    """Reads a ``FakeMemory`` through the protocol of ``bench.measure.meters``."""
+    """Reads a ``FakeMemory`` through the protocol of ``bench.measure.memory``."""
 
     name = "fake"
 
     def __init__(self, memory: FakeMemory) -> None:
         self.memory = memory
 
-    def measure(self, step: Callable[[], object], owners: tuple[Any, ...] = ()) -> Reading:
+    def measure(self, step: Callable[[], object], owners: tuple[Any, ...] = ()) -> Memory:
         del owners
         self.memory.peak = 0
         step()
         peak, retry = self.memory.peak, self.memory.retry_bytes
-        return Reading(
+        return Memory(
             meter=self.name,
             peak_allocated_bytes=peak,
             peak_reserved_bytes=peak,
@@ -75,4 +74,6 @@ class FakeMeter:
             nvml_used_bytes=NOT_READ,
             peak_by_part_bytes=NOT_READ,
             process_peak_bytes=NOT_READ,
+            by_part=NOT_READ,
+            by_phase=NOT_READ,
         )

@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from bench.config import MeasureConfig, TrainingConfig
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import create_loader
-from bench.measure import speed
+from bench.measure import speed_pass
 from bench.measure.ledger import Ledger
-from bench.measure.protocol import StepTimes, Warmup, time_steps
+from bench.measure.steps import TrainingSteps
+from bench.measure.timing import StepTimes, time_steps
 from bench.training.evaluation import evaluate
 from bench.training.loop import Trainer
 from bench.training.ranks import Ranks
@@ -154,23 +155,21 @@ def evaluations(ranks: Ranks, corpus: Corpus) -> list[dict[str, Any]]:
 
 def measured(ranks: Ranks) -> dict[str, Any]:
     """Return the speed of steps that take a second on rank 0 and two on rank 1, and the memory."""
-    steps = speed.TrainingSteps(model(), [batch(0, 2)], TrainingConfig(), 4 - 3 * ranks.rank, ranks)
-    memory = speed.peak_memory(steps, CPU)
-    real = speed.time_steps
-    speed.time_steps = lambda *_, steps, **__: StepTimes([1.0 + ranks.rank] * steps, [], False, None)
+    steps = TrainingSteps(model(), [batch(0, 2)], TrainingConfig(), 4 - 3 * ranks.rank, ranks)
+    memory = speed_pass.peak_memory(steps, CPU)
+    real = speed_pass.time_steps
+    speed_pass.time_steps = lambda *_, steps, **__: StepTimes([1.0 + ranks.rank] * steps, [], False, None)
     try:
-        found = speed.measure_speed(steps, MeasureConfig(speed_steps=3), CPU)
+        found = speed_pass.measure_speed(steps, MeasureConfig(speed_steps=3), CPU)
     finally:
-        speed.time_steps = real
+        speed_pass.time_steps = real
     durations = np.ones(60) if ranks.first else np.repeat(np.arange(1.0, 7.0), 10)
     ticks = iter(np.cumsum(np.stack([np.zeros(60), durations], axis=1)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.measure.protocol.perf_counter", lambda: float(next(ticks)))
-        until_steady = time_steps(
-            lambda _: None, device=CPU, warmup=Warmup.steady(), steps=1, agree=ranks.largest
-        )
+        patch.setattr("bench.measure.timing.perf_counter", lambda: float(next(ticks)))
+        until_steady = time_steps(lambda _: None, device=CPU, warmup="auto", steps=1, agree=ranks.largest)
     return {"speed": found.model_dump(), "memory": memory.model_dump(),
-            "warmup_steps": until_steady.warmup_steps}  # fmt: skip
+            "warmup_steps": until_steady.warmup.warmup_steps}  # fmt: skip
 
 
 def refused() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.config import TrainingConfig
-from bench.measure.tracked import tracked_peaks
+from bench.measure.memory import tracked_peaks
 from bench.training.step import make_optimizer, training_step
 from bench.tune import budget as budgets
 from bench.tune.budget import (

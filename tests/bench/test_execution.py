@@ -12,9 +12,8 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from bench.config import ExecutionConfig, RunConfig, TrainingConfig
-from bench.measure.flops import training_flops_per_token
-from bench.measure.meters import meter_for
-from bench.measure.predict import predict_peak
+from bench.measure.memory import meter_for, predict_peak
+from bench.measure.steps import training_flops_per_token
 from bench.run.__main__ import main
 from bench.run.identity import identity, run_id
 from bench.training.step import Execution, make_optimizer, training_step

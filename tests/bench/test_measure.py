@@ -10,9 +10,9 @@ import torch
 from bench.config import MeasureConfig, TrainingConfig
 from bench.device import OUT_OF_MEMORY_TEXTS, is_out_of_memory, resolve_device
 from bench.measure.environment import code_state, describe_environment
-from bench.measure.flops import training_flops_per_token
-from bench.measure.memory import measure_memory
-from bench.measure.speed import TrainingSteps, fetched, measure_speed, peak_memory
+from bench.measure.memory import meter_for
+from bench.measure.speed_pass import fetched, measure_speed, peak_memory
+from bench.measure.steps import TrainingSteps, training_flops_per_token
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
 CPU = torch.device("cpu")
@@ -62,8 +62,8 @@ def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
         ticks[0] += 1.0
         return torch.tensor(0.0), torch.tensor(0.0)
 
-    monkeypatch.setattr("bench.measure.speed.training_step", step)
-    monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: ticks[0])
+    monkeypatch.setattr("bench.measure.steps.training_step", step)
+    monkeypatch.setattr("bench.measure.timing.perf_counter", lambda: ticks[0])
     measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
     speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU).model_dump(mode="json")
     assert speed["step_seconds"] == [1.0] * 4
@@ -75,7 +75,7 @@ def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
 
 def test_a_fetch_is_what_the_loader_and_the_way_to_the_device_take(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("bench.measure.speed.perf_counter", lambda: now[0])
+    monkeypatch.setattr("bench.measure.speed_pass.perf_counter", lambda: now[0])
 
     def loader():
         for number, batch in enumerate(make_batches(5)):
@@ -111,7 +111,7 @@ def test_the_memory_peak_is_that_of_the_tensors_alive():
         torch.zeros(1024, 1024)  # 4 MiB, alone at any time
         torch.zeros(512, 1024)
 
-    memory = measure_memory(step, (held,), CPU).model_dump(mode="json")
+    memory = meter_for(CPU).measure(step, (held,)).model_dump(mode="json")
     assert memory["peak_allocated_bytes"] == 4 * 2**20 + 262_144
     assert memory["peak_reserved_bytes"]["value"] is None
     assert memory["process_peak_bytes"] > 4 * 2**20

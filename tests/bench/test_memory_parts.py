@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from bench.config import TrainingConfig
-from bench.measure.memory import built_bytes, measure_memory
-from bench.measure.meters import CudaMeter
-from bench.measure.parts import GradientsAtPeak, by_part, held_bytes
-from bench.record import is_measured, not_measured
+from bench.measure.memory import (
+    CudaMeter,
+    GradientsAtPeak,
+    TrackedMeter,
+    built_bytes,
+    by_part,
+    held_bytes,
+    meter_for,
+)
+from bench.record import is_measured
 from bench.training.step import make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
@@ -67,8 +73,6 @@ def test_the_four_parts_add_up_to_the_peak():
     assert by_part({"parameter": 5, "rest": 9}) == {
         "model": 5, "gradients": 0, "optimizer": 0, "activations": 9,
     }  # fmt: skip
-    unknown = not_measured("for the test")
-    assert by_part(unknown) == unknown
 
 
 def test_model_and_optimizer_are_as_large_as_they_are_and_activations_grow_with_the_batch():
@@ -76,7 +80,7 @@ def test_model_and_optimizer_are_as_large_as_they_are_and_activations_grow_with_
     for rows in (2, 8):
         step, owners, parameters, buffers = made(CPU, rows)
         step()
-        memory = measure_memory(step, owners, CPU).model_dump(mode="json")
+        memory = meter_for(CPU).measure(step, owners).model_dump(mode="json")
         assert memory["by_part"]["model"] == parameters + buffers
         assert memory["by_part"]["optimizer"] == pytest.approx(2 * parameters, abs=1000)
         found.append(memory["by_part"]["activations"])
@@ -87,17 +91,17 @@ def test_a_peak_late_in_the_backward_has_most_gradients_and_one_at_its_start_has
     """Wide feed-forward nets on one row are all weights, 64 rows are all activations."""
     step, owners, parameters, _ = made(CPU, rows=1, ffn_dim=4000)
     step()
-    assert measure_memory(step, owners, CPU).model_dump()["by_part"]["gradients"] > 0.6 * parameters
+    assert meter_for(CPU).measure(step, owners).model_dump()["by_part"]["gradients"] > 0.6 * parameters
     step, owners, parameters, _ = made(CPU, rows=64)
     step()
-    assert measure_memory(step, owners, CPU).model_dump()["by_part"]["gradients"] < 0.4 * parameters
+    assert meter_for(CPU).measure(step, owners).model_dump()["by_part"]["gradients"] < 0.4 * parameters
 
 
 def test_before_the_first_step_there_are_parameters_and_batches_only():
     step, owners, parameters, buffers = made(CPU)
     assert built_bytes(owners, CPU) == parameters + buffers + 2 * 2 * 16 * 8
-    first = measure_memory(step, owners, CPU).model_dump()["peak_allocated_bytes"]
-    steady = measure_memory(step, owners, CPU).model_dump()["peak_allocated_bytes"]
+    first = meter_for(CPU).measure(step, owners).model_dump()["peak_allocated_bytes"]
+    steady = meter_for(CPU).measure(step, owners).model_dump()["peak_allocated_bytes"]
     assert built_bytes(owners, CPU) == pytest.approx(3 * parameters, rel=0.05)  # between steps, Adam's too
     assert 3 * parameters < first <= steady
 
@@ -131,13 +135,11 @@ def test_pieces_of_a_batch_add_to_the_same_gradients_and_no_hook_stays(monkeypat
 @needs_gpu
 def test_gpu_the_parts_are_those_of_the_tracker():
     """The allocator's peak, split by its own account, against the tracker's on the same step."""
-    from bench.measure.meters import TrackedMeter
-
     for fields in ({"ffn_dim": 40_000}, {"num_experts": 8}):
         step, owners, *_ = made(CUDA, rows=16, **fields)
         step()
-        ours = by_part(CudaMeter(CUDA).measure(step, owners).peak_by_part_bytes)
-        theirs = by_part(TrackedMeter(CUDA).measure(step, owners).peak_by_part_bytes)
+        ours = CudaMeter(CUDA).measure(step, owners).by_part
+        theirs = TrackedMeter(CUDA).measure(step, owners).by_part
         assert is_measured(ours)
         assert is_measured(theirs)
         total = sum(theirs.values())

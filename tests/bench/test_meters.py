@@ -10,18 +10,17 @@ import torch
 
 from bench.config import TrainingConfig
 from bench.device import is_out_of_memory
-from bench.measure import predict
-from bench.measure.memory import measure_memory
-from bench.measure.meters import (
+from bench.measure import memory as memory_module
+from bench.measure.memory import (
+    CannotPredict,
     CudaMeter,
-    Reading,
     TrackedMeter,
     meter_for,
     nvml_used_bytes,
+    predict_peak,
     process_peak_bytes,
 )
-from bench.measure.predict import CannotPredict, predict_peak
-from bench.record import NotMeasured, is_measured, not_measured
+from bench.record import Memory, NotMeasured, is_measured, not_measured
 from bench.training.step import Batch, make_optimizer, training_step
 from bench.tune.budget import host_memory_bytes
 from gnnmoe import GNNMoEConfig, GNNMoEModel
@@ -40,7 +39,7 @@ def small(coupler: str = "mean", **fields) -> GNNMoEConfig:
     return GNNMoEConfig(**values | fields)
 
 
-def reading(config: GNNMoEConfig, batch_size: int, length: int, micro=None, device=CPU) -> Reading:
+def reading(config: GNNMoEConfig, batch_size: int, length: int, micro=None, device=CPU) -> Memory:
     """Measure the second of two real steps: the first makes the optimizer's state."""
     model = GNNMoEModel(config, seed=0).to(device)
     optimizer = make_optimizer(model, TRAINING)
@@ -87,7 +86,7 @@ def test_d4_a_large_batch_lies_on_the_line_through_two_smaller_ones(coupler, row
     """D4: within 1 % of the step done in full, here and in general where both have full chunks."""
     config = small(coupler, embed_dim=8)
     exact = predict_peak(config, rows, 24, TRAINING, micro_batch_size=micro)
-    monkeypatch.setattr(predict, "EXACT_TOKENS", 1200)
+    monkeypatch.setattr(memory_module, "EXACT_TOKENS", 1200)
     assert predict_peak(config, rows, 24, TRAINING, micro_batch_size=micro) == pytest.approx(exact, rel=0.01)
 
 
@@ -135,9 +134,8 @@ def test_a_coupler_that_reads_its_numbers_cannot_be_predicted(monkeypatch):
 def test_e2_the_record_has_every_quantity_and_the_meter():
     """E2: allocated, reserved, device-used and the meter; what was not measured is null with a reason."""
     layer = torch.nn.Linear(4, 4)
-    record = measure_memory(lambda: layer(torch.zeros(2, 4)).sum().backward(), (layer,), CPU).model_dump(
-        mode="json"
-    )
+    record = meter_for(CPU).measure(lambda: layer(torch.zeros(2, 4)).sum().backward(), (layer,))
+    record = record.model_dump(mode="json")
     assert record["meter"] == "tracked_tensors"
     assert {"peak_allocated_bytes", "peak_reserved_bytes", "peak_active_bytes", "allocator_retries",
             "device_used_bytes", "nvml_used_bytes", "peak_by_part_bytes", "process_peak_bytes",
@@ -170,17 +168,17 @@ def test_a_system_without_proc_says_so(monkeypatch):
     peak = process_peak_bytes()
     assert isinstance(peak, int)
     assert peak > 2**26
-    monkeypatch.setattr("bench.measure.meters.Path.exists", lambda _: False)
+    monkeypatch.setattr("bench.measure.memory.Path.exists", lambda _: False)
     found = process_peak_bytes()
     assert isinstance(found, NotMeasured)
     assert "no /proc" in found.reason
 
 
-def fields(**known) -> Reading:
+def fields(**known) -> Memory:
     names = ("peak_allocated_bytes peak_reserved_bytes peak_active_bytes allocator_retries device_used_bytes "
-             "nvml_used_bytes peak_by_part_bytes process_peak_bytes").split()  # fmt: skip
+             "nvml_used_bytes peak_by_part_bytes process_peak_bytes by_part by_phase").split()  # fmt: skip
     values: dict[str, Any] = dict.fromkeys(names, NULL) | known
-    return Reading(meter="made up", **values)
+    return Memory(meter="made up", **values)
 
 
 def test_what_fits_is_judged_by_reserved_then_allocated_then_the_process():

@@ -239,7 +239,7 @@ TRUE = """
 import resource, json, sys
 import torch
 from bench.config import TrainingConfig
-from bench.measure.predict import predict_peak
+from bench.measure.memory import predict_peak
 from bench.training.step import make_optimizer, training_step
 from bench.tune.control import ControlledSteps, Recovery
 from gnnmoe import GNNMoEConfig, GNNMoEModel

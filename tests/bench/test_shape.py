@@ -10,7 +10,8 @@ import torch
 
 from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
-from bench.measure import speed
+from bench.measure import steps as steps_module
+from bench.measure.speed_pass import measure_speed, peak_memory
 from bench.record import Record
 from bench.run.__main__ import main
 from bench.training.step import split, training_step
@@ -251,17 +252,19 @@ def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):
         now[0] += 2.0
         return training_step(model, data, optimizer, norm, micro)
 
-    monkeypatch.setattr(speed, "training_step", step)
-    monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: now[0])
+    monkeypatch.setattr(steps_module, "training_step", step)
+    monkeypatch.setattr("bench.measure.timing.perf_counter", lambda: now[0])
     padded = batch()
     padded["targets"][1:, 3:] = IGNORED
     measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
     for _ in range(2):  # the second time as after an earlier run
         now[0] += 500.0
-        steps = speed.TrainingSteps(GNNMoEModel(CONFIG, seed=0), [batch(), padded], TrainingConfig(), 2)
+        steps = steps_module.TrainingSteps(
+            GNNMoEModel(CONFIG, seed=0), [batch(), padded], TrainingConfig(), 2
+        )
         now[0] += 500.0
-        measured = speed.measure_speed(steps, measure, CPU)
-        speed.peak_memory(steps, CPU)
+        measured = measure_speed(steps, measure, CPU)
+        peak_memory(steps, CPU)
         assert measured.step_seconds == [2.0] * 4
         assert measured.step_tokens == [16 + 3 * 3, 64, 16 + 3 * 3, 64]
 

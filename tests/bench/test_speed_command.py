@@ -11,23 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from bench import speed
 from bench.config import ModelConfig, PlacesConfig
-from bench.speeding.coupler_rows import Timing, coupler_rows
-from bench.speeding.cpu_suite import CpuScale, cpu_jobs
-from bench.speeding.forms import Form, forms_of
-from bench.speeding.gpu_suite import GpuScale, gpu_jobs
-from bench.speeding.jobs import run_jobs
-from bench.speeding.machine import Machine
-from bench.speeding.memory import peak_bytes, saved_bytes
-from bench.speeding.record import FILE, SpeedRecord, read_speed_record
-from bench.speeding.step_rows import Variant, executed, step_rows
-from bench.speeding.targets import CPU_TARGETS, GPU_TARGETS, verdicts
+from bench.speed import __main__ as speed
+from bench.speed.forms import Form, Timing, coupler_rows, forms_of
+from bench.speed.machine import Machine, peak_bytes, saved_bytes
+from bench.speed.record import FILE, SpeedRecord, read_speed_record
+from bench.speed.steps import Variant, executed, step_rows
+from bench.speed.suites import CpuScale, GpuScale, cpu_jobs, gpu_jobs, run_jobs
 from bench.training.step import Execution
 from gnnmoe import GNNMoEConfig
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
 from gnnmoe.model import GNNMoEModel
+from tools.speed_targets import CPU_TARGETS, GPU_TARGETS, verdicts
 
 CPU = torch.device("cpu")
 SMALL = GNNMoEConfig(embed_dim=8, num_experts=3, max_seq_length=4, vocab_size=64, num_layers=1)
@@ -39,8 +35,8 @@ TINY = "--embed-dim 8 --max-seq-length 4 --batch-size 2 --rounds 1".split()
 def _small_rates():
     """The rates of the machine are measured in small: a large product in bf16 takes a CPU long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.measure.protocol.CPU_SIZES", (128,))
-        patch.setattr("bench.measure.protocol.CPU_COPY_BYTES", 2**20)
+        patch.setattr("bench.measure.timing.CPU_SIZES", (128,))
+        patch.setattr("bench.measure.timing.CPU_COPY_BYTES", 2**20)
         yield
 
 
@@ -164,7 +160,7 @@ class TestSteps:
             plain = model.head.loss
             model.head.loss = lambda *tensors: 1.01 * plain(*tensors)
 
-        monkeypatch.setattr("bench.speeding.step_rows.hold_all_logits", something_else)
+        monkeypatch.setattr("bench.speed.steps.hold_all_logits", something_else)
         eager, of_gnn = executed("loop", "fp32"), replace(SMALL, coupler_type="GNN")
         variants = [
             Variant("mean", eager, config=replace(SMALL, coupler_type="mean")),
@@ -217,9 +213,9 @@ class TestSuites:
         assert set(no_compiler) == {None, "default"}
 
     def test_a_loop_that_is_too_slow_is_timed_on_a_few_tokens_and_says_so(self, machine, monkeypatch):
-        monkeypatch.setattr("bench.speeding.gpu_suite.MOST_LOOP_SECONDS", 0.0)
+        monkeypatch.setattr("bench.speed.suites.MOST_LOOP_SECONDS", 0.0)
         scale = GpuScale(baseline=replace(SMALL, num_experts=4), batch=8, loop_batch=2, rounds=2)
-        [job] = [job for job in gpu_jobs(scale) if job.name.startswith("S9")]  # fmt: skip
+        [job] = [job for job in gpu_jobs(scale) if job.name == "token by token"]
         default, loop = job.rows(machine)
         assert (default.form, default.batch) == ("vectorized", 8)
         assert (loop.form, loop.batch, len(loop.seconds)) == ("loop", 8, 1)
@@ -261,12 +257,12 @@ class TestCommand:
         for path in folder.glob("cost.*"):
             path.unlink()
         assert speed.main(["--table", str(folder), "--plot"]) == 0
-        assert "not measured here: S1" in capsys.readouterr().out
+        assert "two: " in capsys.readouterr().out
         assert (folder / "cost.csv").read_text() == drawn
 
     def test_whole_steps_of_several_couplers_by_the_number_of_experts(self, tmp_path, capsys, monkeypatch):
         """In turn at each size; each row's peak and FLOPs are those of its own model."""
-        monkeypatch.setattr("bench.speeding.curve.VOCABULARY", 50)
+        monkeypatch.setattr("bench.speed.suites.VOCABULARY", 50)
         arguments = ["--whole-steps", "--couplers", "mean,GNN", "--sizes", "E=2;E=5", "--plot"]
         assert speed.main([*TINY, *arguments, "--results-dir", str(tmp_path), "--name", "steps"]) == 0
         folder = tmp_path / "speed" / "steps"
@@ -323,9 +319,11 @@ class TestCommand:
 
     def test_without_flags_it_runs_the_suite_of_the_machine(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-        monkeypatch.setattr("bench.speeding.cpu_suite.cpu_jobs", lambda *_: [])
+        monkeypatch.setattr("bench.speed.suites.cpu_jobs", lambda *_: [])
         monkeypatch.chdir(tmp_path)
         assert speed.main([]) == 0
         [record] = Path("results/speed").glob(f"*/{FILE}")
         assert json.loads(record.read_text())["what"] == "cpu"
-        assert "S4, S7, S8, S9, S10 (--suite gpu)" in " ".join(capsys.readouterr().out.split())
+        said = " ".join(capsys.readouterr().out.split())
+        assert "not measured, without a CUDA device: parity; step B 32; step E 64; experts;" in said
+        assert said.endswith("curve; experts, compiled (--suite gpu)")

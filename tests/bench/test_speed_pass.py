@@ -12,11 +12,9 @@ import torch
 
 from bench.cli import parse
 from bench.config import ExecutionConfig, MeasureConfig, RunConfig
-from bench.measure import marginal, profile, speed_pass
-from bench.measure.profile import SNAPSHOT, TRACE, profile_steps
-from bench.measure.protocol import Warmup
-from bench.measure.speed import TrainingSteps, on_host, warmup_of
-from bench.measure.speed_pass import SpeedPass
+from bench.measure import speed_pass
+from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profile_steps
+from bench.measure.steps import TrainingSteps
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
 from bench.training.step import Execution
@@ -80,8 +78,7 @@ def test_a_steady_warm_up_is_one_of_the_flags(tmp_path):
 def test_long_presets_are_steady_and_the_quick_one_is_short(preset):
     quick, steady = (parse(RunConfig, ["--preset", name], presets=True).measure for name in ("quick", preset))
     assert (quick.speed_warmup_steps, quick.speed_steps) == (3, 10)
-    assert warmup_of(quick) == Warmup.fixed(3)
-    assert (steady.speed_warmup_steps, warmup_of(steady)) == ("auto", Warmup.steady())
+    assert steady.speed_warmup_steps == "auto"
 
 
 @pytest.mark.parametrize("steps", ["0", "-3", "soon"])
@@ -156,7 +153,7 @@ def test_memory_of_a_compiled_step_is_what_a_meter_can_see_of_it(tmp_path, monke
 # --- the coupler's own cost ------------------------------------------------------------------------
 
 
-def test_the_coupler_alone_is_timed_beside_the_mean_coupler(tmp_path, monkeypatch):
+def test_the_coupler_alone_is_timed_beside_the_mean_coupler(monkeypatch):
     """The two models in turn, on a clock by which HGNN takes 3 s a step and mean 2 s."""
     now, order = [0.0], []
 
@@ -166,12 +163,11 @@ def test_the_coupler_alone_is_timed_beside_the_mean_coupler(tmp_path, monkeypatc
 
     model = model_of("HGNN", gnn_layers=1)
     steps = TrainingSteps(copy.deepcopy(model), batches(), RunConfig().training)
-    monkeypatch.setattr("bench.measure.speed.training_step", step)
-    monkeypatch.setattr("bench.measure.protocol.perf_counter", lambda: now[0])
-    monkeypatch.setattr(marginal, "peak_memory", lambda *_: Memory(**made_memory(1000, 1)))
-    execution = SpeedPass(RunConfig(), CPU, tmp_path, print).execution
+    monkeypatch.setattr("bench.measure.steps.training_step", step)
+    monkeypatch.setattr("bench.measure.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr(speed_pass, "peak_memory", lambda *_: Memory(**made_memory(1000, 1)))
     memory = Memory(**made_memory(1234, 1))
-    found = marginal.marginal_cost(steps, memory, QUICK, execution, CPU, 0).model_dump()
+    found = speed_pass.marginal_cost(steps, memory, RunConfig(measure=QUICK), CPU).model_dump()
     assert order == ["HGNN", "mean", "HGNN", "mean", "mean", "HGNN"]  # one of warm-up each, then in turn
     assert (found["step_seconds"], found["reference_step_seconds"]) == ([3.0, 3.0], [2.0, 2.0])
     assert (found["reference"], found["steady"], found["peak_allocated_bytes"]) == ("mean", False, 234)
@@ -240,7 +236,7 @@ def test_on_cuda_operations_count_by_the_kernels_they_launched(monkeypatch):
         Row("sgemm", "CUDA", 60.0), Row("add_kernel", "CUDA", 40.0),
         Row("step", "CUDA", 100.0, annotation=True),
     ]  # fmt: skip
-    found = profile._costliest(rows, on_cuda=True)
+    found = speed_pass._costliest(rows, on_cuda=True)
     assert [(one.name, one.share, one.calls) for one in found] == [
         ("aten::mm", 0.6, 1),
         ("aten::add", 0.3, 4),

@@ -16,7 +16,7 @@ import bench.training.loop
 from bench.cli import parse
 from bench.config import RunConfig, TrainingConfig
 from bench.data.corpus import load_corpus
-from bench.measure.predict import CannotPredict, predict_peak
+from bench.measure.memory import CannotPredict, predict_peak
 from bench.run.__main__ import main
 from bench.run.identity import Identifier
 from bench.run.prepare import prepare

@@ -9,16 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench.speeding.harness_rows as harness_rows_module
 from bench.config import DataConfig, ModelConfig, PlacesConfig, RunConfig, TrainingConfig
-from bench.measure.floors import Rates
-from bench.speeding.coupler_rows import Timing, coupler_rows
-from bench.speeding.forms import INPUT_SETS, Form, FormInputs, Runner, forms_of
-from bench.speeding.harness_rows import InTurn, harness_rows
-from bench.speeding.machine import Machine
-from bench.speeding.parity import Parity
-from bench.speeding.record import FILE, read_speed_record
-from bench.speeding.targets import BARE, FETCH, HARNESSED
+from bench.speed import steps as steps_module
+from bench.speed.floors import Rates
+from bench.speed.forms import INPUT_SETS, Form, FormInputs, Parity, Runner, Timing, coupler_rows, forms_of
+from bench.speed.machine import Machine
+from bench.speed.record import BARE, FETCH, FILE, HARNESSED, read_speed_record
+from bench.speed.steps import InTurn, harness_rows
 from gnnmoe import GNNMoEConfig
 
 CPU = torch.device("cpu")
@@ -113,7 +110,7 @@ def test_inputs_are_several_sets_in_turn_expert_by_expert(runner):
 
 
 def test_a_peak_is_beyond_inputs_and_parameters(monkeypatch):
-    monkeypatch.setattr("bench.speeding.coupler_rows.peak_bytes", lambda *_: 1_000_000)
+    monkeypatch.setattr("bench.speed.forms.peak_bytes", lambda *_: 1_000_000)
     [row, _] = coupler_rows("case", forms_of("static", SMALL), BATCH, MadeUp(1e9, 1e9), "fp32", TIMED)
     sets = INPUT_SETS * 4 * (N * E * D + N * D)
     parameters = 4 * (E + D * D + D + 2 * D)  # weights of the sum; W, b; the norm's two
@@ -148,7 +145,7 @@ def test_the_harness_is_timed_whole_and_its_first_steps_are_dropped(small_data_d
         now[0] += 1.0
         return now[0]
 
-    monkeypatch.setattr(harness_rows_module, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(steps_module, "time", SimpleNamespace(perf_counter=clock))
     seen = []
     run = InTurn.run
     monkeypatch.setattr(InTurn, "run", lambda self: (run(self), mark(self.seconds)))

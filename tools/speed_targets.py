@@ -1,64 +1,95 @@
-"""The targets S1 to S10 and what was measured of them, from rows alone. Imports no torch."""
+"""The project's speed targets S1 to S10, and what the committed records of bench.speed say of them.
+
+    python -m tools.speed_targets    in the root of the repository: write the table into docs/performance.md
+
+The product knows no targets. ``tests/bench/test_speed_targets.py`` holds the table against the records.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from bench.speeding.rows import SpeedRow, mfu, ratio, spread
+from bench.files import between, write_between
+from bench.record import number
+from bench.speed.record import (
+    BARE,
+    FETCH,
+    FILE,
+    HARNESS,
+    HARNESSED,
+    SpeedRow,
+    ratio,
+    read_speed_record,
+    spread,
+)
+from bench.speed.show import markdown
+from bench.speed.suites import (
+    AUTO,
+    EAGER,
+    EXPERTS,
+    EXPERTS_16,
+    GNN,
+    GNN_SAVED,
+    HGNN,
+    LINEAR,
+    LOOP,
+    STEP_32,
+    STEP_64_EXPERTS,
+    STEP_256,
+    STEP_LARGE,
+)
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECORDS, PAGE = REPOSITORY / "results/reference/speed", REPOSITORY / "docs/performance.md"
+MARKS = (
+    "<!-- begin of what tools.speed_targets writes -->",
+    "<!-- end of what tools.speed_targets writes -->",
+)
 Find = Callable[[str, str], SpeedRow | None]
-"""From a case and a form to its row, None where it was not measured."""
+"""From a case and a form to its row, None if it was not measured."""
+Found = tuple[float, str] | None
+"""A number and a word on how it came about; None if a row is missing."""
 Unit = Literal["times", "share", "bytes"]
-
-HGNN, LINEAR, GNN, GNN_SAVED = "HGNN", "HGNN linear", "GNN", "GNN, E 16"
-EXPERTS, EXPERTS_16, HARNESS = "experts", "experts, E 16", "harness"
-STEP_32, STEP_256, STEP_LARGE, STEP_64_EXPERTS = "step B 32", "step B 256", "step D 512", "step E 64"
-LOOP = "HGNN, token by token"
-CURVE, PARITY, STEPS = "curve", "parity", "steps"
-ALONE = ("static", "gate", "HGNN", "HNHN", "GNN")
-EAGER, AUTO, CHUNKED, PLAIN = "eager", "auto", "chunked head", "plain head"
-
-HARNESSED, BARE, FETCH = "harness", "bare loop", "fetching a batch"
 
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the table: a number, and from where on it is met."""
+    """One line of the table: a number, and the limit from which on it is met."""
 
     name: str
     measure: str
     limit: float
     at_least: bool
     unit: Unit
-    value: Callable[[Find], tuple[float, str] | None]
-    """The number and how it came about in a word, or None where a row is missing."""
+    value: Callable[[Find], Found]
 
 
 @dataclass(frozen=True)
 class TargetVerdict:
-    """A target and what was measured on a device, ``cpu`` or ``cuda``."""
+    """A target and what was measured of it on a device, ``cpu`` or ``cuda``."""
 
     target: Target
     device: str
     value: float | None
     how: str = ""
     job: str = ""
-    """Name of the record that it is from, where there are several."""
+    """Name of the record with the number, if there are several records."""
     failed: bool = False
-    """No number, since a form that it needs failed, or computes something else."""
+    """There is no number, since a form failed or computes something else."""
 
     @property
     def met(self) -> bool | None:
-        """Whether it is met; None where it was not measured."""
+        """Whether the target is met; None if it was not measured."""
         if self.value is None:
             return None
         return self.value >= self.target.limit if self.target.at_least else self.value <= self.target.limit
 
     @property
     def words(self) -> str:
-        """Met, or by which share of the target it is missed."""
+        """Met, or by which share of the target it is missed, as text."""
         if self.value is None:
             return "failed" if self.failed else "not measured"
         if self.met:
@@ -69,7 +100,7 @@ class TargetVerdict:
 
 
 def verdicts(rows: Sequence[SpeedRow]) -> list[TargetVerdict]:
-    """Return every target with what the rows say of it: CPU targets by CPU rows, GPU ones by CUDA rows."""
+    """Return every target with what the rows say: CPU targets by CPU rows, GPU targets by CUDA rows."""
     found = []
     for device, targets in (("cpu", CPU_TARGETS), ("cuda", GPU_TARGETS)):
         by_name = {(row.case, row.form): row for row in rows if row.device == device}
@@ -89,30 +120,46 @@ def verdicts(rows: Sequence[SpeedRow]) -> list[TargetVerdict]:
 
 
 def latest_verdicts(records: Sequence[tuple[dict[str, Any], Sequence[SpeedRow]]]) -> list[TargetVerdict]:
-    """Return every target as the last of the records that tried it says; no figure mixes two records."""
+    """Return every target by the latest record that measured it; no number mixes two records."""
     found = verdicts([])
     for data, rows in sorted(records, key=lambda record: record[0]["start"]):
-        found = [replace(new, job=data["name"]) if new.value is not None or new.failed else old
-                 for old, new in zip(found, verdicts(rows), strict=True)]  # fmt: skip
+        found = [
+            replace(new, job=data["name"]) if new.value is not None or new.failed else old
+            for old, new in zip(found, verdicts(rows), strict=True)
+        ]
     return found
 
 
-def unmeasured_targets(verdicts: Sequence[TargetVerdict]) -> str:
-    """Return which targets were not measured, and what measures them; empty where all were."""
-    parts = []
-    for device, suite in (("cpu", "cpu"), ("cuda", "gpu")):
-        own = [one for one in verdicts if one.device == device]
-        missing = [one for one in own if one.value is None and not one.failed]
-        if missing:
-            partly = {one.target.name for one in own if one.value is not None}
-            texts = [one.target.name + (f" {one.target.measure}" if one.target.name in partly else "")
-                     for one in missing]  # fmt: skip
-            parts.append(f"{', '.join(dict.fromkeys(texts))} (--suite {suite})")
-    return "; ".join(parts)
+def table(records: Sequence[tuple[dict[str, Any], Sequence[SpeedRow]]]) -> str:
+    """Return the targets over all records as a table in Markdown."""
+    cells = []
+    for one in latest_verdicts(records):
+        target, how = one.target, f", {one.how}" if one.how else ""
+        limit = f"{'≥' if target.at_least else '≤'} {quantity(target.limit, target)}"
+        measure = target.measure + how
+        cells.append([target.name, measure, quantity(one.value, target), limit, one.words, one.job])
+    return markdown(["", "measure", "measured", "target", "", "job"], cells)
 
 
-def _ratio(case: str, over: str, under: str) -> Callable[[Find], tuple[float, str] | None]:
-    def value(find: Find) -> tuple[float, str] | None:
+def quantity(value: float | None, target: Target) -> str:
+    """Return a value in the unit of its target."""
+    if value is None:
+        return "–"
+    if target.unit == "share":
+        return f"{100 * value:.3g} %"
+    if target.unit == "bytes":
+        return f"{value / 1e9:.3g} GB"
+    return number(value, 3) if 0.5 < value < 2 and value != target.limit else f"{value:,.4g}"
+
+
+def with_table(text: str) -> str:
+    """Return the page's text with the table of the committed records between its marks."""
+    records = [read_speed_record(path) for path in sorted(RECORDS.glob(f"*/{FILE}"))]
+    return between(text, MARKS, table(records))
+
+
+def _ratio(case: str, over: str, under: str) -> Callable[[Find], Found]:
+    def value(find: Find) -> Found:
         one, other = find(case, over), find(case, under)
         found = ratio(one, other) if one and other else None
         if one is None or other is None or found is None:
@@ -122,8 +169,8 @@ def _ratio(case: str, over: str, under: str) -> Callable[[Find], tuple[float, st
     return value
 
 
-def _saved(case: str, ours: str, theirs: str) -> Callable[[Find], tuple[float, str] | None]:
-    def value(find: Find) -> tuple[float, str] | None:
+def _saved(case: str, ours: str, theirs: str) -> Callable[[Find], Found]:
+    def value(find: Find) -> Found:
         one, other = find(case, ours), find(case, theirs)
         if one is None or other is None or one.saved_bytes is None or not other.saved_bytes:
             return None
@@ -134,15 +181,15 @@ def _saved(case: str, ours: str, theirs: str) -> Callable[[Find], tuple[float, s
     return value
 
 
-def _share_of_time(find: Find) -> tuple[float, str] | None:
+def _share_of_time(find: Find) -> Found:
     fetch, step = find(HARNESS, FETCH), find(HARNESS, HARNESSED)
     return (sum(fetch.seconds) / sum(step.seconds), "") if fetch and step and step.seconds else None
 
 
-def _over(bound: str, case: str) -> Callable[[Find], tuple[float, str] | None]:
+def _over(bound: str, case: str) -> Callable[[Find], Found]:
     """Return the best form's time over its floor or roofline."""
 
-    def value(find: Find) -> tuple[float, str] | None:
+    def value(find: Find) -> Found:
         best = None
         for form in ("vectorized", "compiled"):
             row = find(case, form)
@@ -156,14 +203,14 @@ def _over(bound: str, case: str) -> Callable[[Find], tuple[float, str] | None]:
     return value
 
 
-def _mfu(case: str) -> Callable[[Find], tuple[float, str] | None]:
+def _mfu(case: str) -> Callable[[Find], Found]:
     """Return the best variant's share of the matrix rate."""
 
-    def value(find: Find) -> tuple[float, str] | None:
+    def value(find: Find) -> Found:
         shares = {}
         for form in (EAGER, "compiled", "compiled, reduce-overhead"):
             row = find(case, form)
-            share = mfu(row) if row and not row.wrong else None
+            share = row.mfu if row and not row.wrong else None
             if share is not None:
                 shares[form] = share
         return max(((share, form) for form, share in shares.items()), default=None)
@@ -171,8 +218,8 @@ def _mfu(case: str) -> Callable[[Find], tuple[float, str] | None]:
     return value
 
 
-def _peak(case: str, form: str) -> Callable[[Find], tuple[float, str] | None]:
-    def value(find: Find) -> tuple[float, str] | None:
+def _peak(case: str, form: str) -> Callable[[Find], Found]:
+    def value(find: Find) -> Found:
         row = find(case, form)
         return (row.peak_bytes, "") if row and row.peak_bytes is not None and not row.wrong else None
 
@@ -207,3 +254,7 @@ GPU_TARGETS = (
     Target("S10", "peak of the baseline step, bf16", 3e9, False, "bytes", _peak(STEP_32, EAGER)),
     Target("S10", "peak of a step at E 64", 40e9, False, "bytes", _peak(STEP_64_EXPERTS, EAGER)),
 )  # fmt: skip
+
+
+if __name__ == "__main__":
+    write_between(PAGE, with_table)

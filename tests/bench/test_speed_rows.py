@@ -1,4 +1,4 @@
-"""What bench.speed makes of measured rows: ratios, targets, records, tables and the plot."""
+"""What bench.speed makes of measured rows: ratios, records, tables and plots."""
 
 from __future__ import annotations
 
@@ -13,26 +13,22 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.speeding.figure import cost_plot
-from bench.speeding.forms import FormInputs, experts_given
-from bench.speeding.jobs import Job, run_jobs
-from bench.speeding.machine import Machine
-from bench.speeding.page import BEGIN, END, tables, with_tables
-from bench.speeding.record import FILE, TABLE, SpeedRecord, read_speed_record
-from bench.speeding.rows import SpeedRow, derived, mfu, ratio
-from bench.speeding.sizes import sizes, subject_name, subjects
-from bench.speeding.table import print_rows, print_verdicts
-from bench.speeding.targets import (
-    CPU_TARGETS,
-    EAGER,
-    GPU_TARGETS,
+from bench.speed.figures import cost_plot, steps_plot
+from bench.speed.forms import FormInputs, experts_given
+from bench.speed.machine import Machine, in_turn
+from bench.speed.record import (
+    FILE,
     HARNESS,
-    HGNN,
-    STEP_32,
-    unmeasured_targets,
-    verdicts,
+    STEPS,
+    TABLE,
+    SpeedRecord,
+    SpeedRow,
+    derived,
+    ratio,
+    read_speed_record,
 )
-from bench.speeding.turns import Contender, in_turn
+from bench.speed.show import MARKS, harness_sentence, print_rows, tables, with_tables
+from bench.speed.suites import EAGER, HGNN, STEP_32, Job, run_jobs, sizes, subject_name, subjects
 from gnnmoe import GNNMoEConfig
 
 CPU = torch.device("cpu")
@@ -78,61 +74,17 @@ def test_what_follows_from_a_row_and_those_beside_it():
 
 def test_an_mfu_is_shown_over_one_too():
     step = row(EAGER, 0.5, flops=100, matrix_flops_per_second=400.0)
-    assert mfu(step) == 0.5
-    assert mfu(replace(step, flops=300)) == 1.5
+    assert step.mfu == 0.5
+    assert replace(step, flops=300).mfu == 1.5
 
 
-# --- targets ---------------------------------------------------------------------------------------
-
-
-def verdict(rows, name, measure):
-    [found] = [one for one in verdicts(rows) if (one.target.name, one.target.measure) == (name, measure)]
-    return found
-
-
-def test_every_target_of_the_specification_is_there():
-    assert {target.name for target in (*CPU_TARGETS, *GPU_TARGETS)} == {f"S{n}" for n in range(1, 11)}
-
-
-def test_a_target_is_met_or_missed_by_how_much():
-    loop = row("loop", 6.0)
-    met = verdict([loop, row("vectorized", 0.1)], "S1", "HGNN: loop / vectorized")
-    assert (met.value, met.met, met.words) == (pytest.approx(60), True, "met")
-    missed = verdict([loop, row("vectorized", 0.12)], "S1", "HGNN: loop / vectorized")
-    assert (missed.met, missed.words) == (False, "missed by 16.7%")
-    assert (
-        verdict([loop, row("vectorized", 1.0)], "S1", "HGNN: loop / vectorized").words == "missed 10.0 times"
+def test_the_harness_is_said_as_a_ratio_and_fetching_as_a_share():
+    rows = [row(form, seconds, seconds, seconds, case=HARNESS) for form, seconds in
+            (("harness", 1.01), ("bare loop", 1.0), ("fetching a batch", 0.00505))]  # fmt: skip
+    assert harness_sentence(rows) == (
+        "the harness takes 1.010 times a bare loop (1.01 to 1.01); fetching a batch is 0.50% of a step"
     )
-
-
-def test_a_target_without_its_rows_is_not_measured_and_named():
-    harness = [row(form, seconds, case=HARNESS) for form, seconds in
-               (("harness", 1.01), ("bare loop", 1.0), ("fetching a batch", 0.005))]  # fmt: skip
-    found = verdicts(harness)
-    assert {one.target.name for one in found if one.met} == {"S5", "S6"}
-    assert unmeasured_targets(found) == (
-        "S1, S2, S3, S4 (--suite cpu); S4, S7, S8, S9, S10 (--suite gpu)"
-    )  # fmt: skip
-    assert all(one.words == "not measured" for one in found if one.value is None)
-
-
-def test_a_gpu_target_takes_the_best_form_and_no_row_of_a_cpu():
-    step = row(EAGER, 0.5, case=STEP_32, flops=100, matrix_flops_per_second=1000.0, peak_bytes=int(2e9))
-    compiled = replace(step, form="compiled", seconds=[0.4])
-    assert verdict([step, compiled], "S8", "MFU, baseline, B 32").value is None
-    on_gpu = [replace(one, device="cuda") for one in (step, compiled)]
-    best = verdict(on_gpu, "S8", "MFU, baseline, B 32")
-    assert (best.value, best.how) == (pytest.approx(0.25), "compiled")
-    assert verdict(on_gpu, "S10", "peak of the baseline step, bf16").met
-    wrong = [on_gpu[0], replace(on_gpu[1], largest_difference=0.5)]
-    assert verdict(wrong, "S8", "MFU, baseline, B 32").how == EAGER
-
-
-def test_a_form_over_its_floor():
-    alone = row("vectorized", 3.0, case="static alone", device="cuda", floor_seconds=1.0, precision="bf16")
-    compiled = replace(alone, form="compiled", seconds=[1.4])
-    found = verdict([alone, compiled], "S7", "static / floor")
-    assert (found.value, found.met, found.how) == (1.4, True, "compiled")
+    assert harness_sentence(rows[:2]) == ""
 
 
 # --- jobs and records ------------------------------------------------------------------------------
@@ -170,7 +122,7 @@ def test_a_job_that_raises_is_a_row_and_the_next_goes_on(tmp_path):
 
 def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path, monkeypatch):
     clock, record = FakeClock(), record_of(tmp_path)
-    monkeypatch.setattr("bench.speeding.jobs.perf_counter", clock)
+    monkeypatch.setattr("bench.speed.suites.perf_counter", clock)
 
     def taking(seconds: float):
         def rows(_):
@@ -239,19 +191,16 @@ def test_a_damaged_record_is_refused(tmp_path, text, message):
 def test_one_that_fails_leaves_the_others_alone():
     calls: list[str] = []
 
-    def step(name: str):
-        return lambda: lambda number: calls.append(f"{name}{number}")
+    def make(name: str):
+        if name == "x":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return lambda number: calls.append(f"{name}{number}")
 
-    def broken():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    def check(name: str, _) -> None:
+        if name == "y":
+            raise ValueError("the largest difference from what is expected is nan")
 
-    def unlike(_):
-        raise ValueError("the largest difference from what is expected is nan")
-
-    turns = in_turn(
-        [Contender("a", step("a")), Contender("x", broken), Contender("b", step("b")),
-         Contender("y", step("y"), unlike)], CPU, rounds=2, warmup=1,
-    )  # fmt: skip
+    turns = in_turn("axby", make, check, Machine(CPU), rounds=2, warmup=1)
     assert [len(turns[name].seconds) for name in "axby"] == [2, 0, 2, 0]
     assert turns["x"].error == "out of memory: CUDA out of memory. Tried to allocate"
     assert turns["y"].error == "ValueError: the largest difference from what is expected is nan"
@@ -261,18 +210,17 @@ def test_one_that_fails_leaves_the_others_alone():
 
 def test_a_slow_one_is_timed_in_one_round_beside_the_others(monkeypatch):
     clock = FakeClock()
-    monkeypatch.setattr("bench.speeding.turns.time.perf_counter", clock)
+    monkeypatch.setattr("bench.speed.machine.time.perf_counter", clock)
     counts = {"slow": 0, "quick": 0}
 
-    def make(name: str, seconds: float):
+    def make(name: str):
         def step(_):
             counts[name] += 1
-            clock.now += seconds
+            clock.now += {"slow": 3.0, "quick": 0.1}[name]
 
-        return lambda: step
+        return step
 
-    turns = in_turn([Contender("slow", make("slow", 3.0)), Contender("quick", make("quick", 0.1))], CPU,
-                    rounds=4, warmup=1)  # fmt: skip
+    turns = in_turn(list(counts), make, None, Machine(CPU), rounds=4, warmup=1)
     assert counts == {"slow": 3, "quick": 1 + 1 + 4 + 1}  # called, called again, timed
     assert [len(turns[name].seconds) for name in ("slow", "quick")] == [1, 5]
 
@@ -351,17 +299,10 @@ def test_a_busy_machine_widens_no_table(capsys):
 def test_the_tables_fit_into_80_columns_and_name_what_is_wrong(capsys):
     console = Console(width=80, highlight=False)
     print_rows(made_rows(), console)
-    print_verdicts(verdicts(made_rows()), console)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     words = " ".join(shown.split())
-    for text in (
-        "parity: 1 of 2 agree",
-        "pyg: WRONG by 1e+00",
-        "RuntimeError: long",
-        "missed",
-        "S1 HGNN: loop",
-    ):
+    for text in ("parity: 1 of 2 agree", "pyg: WRONG by 1e+00", "RuntimeError: long"):
         assert text in words, text
 
 
@@ -382,7 +323,8 @@ def test_a_page_takes_the_tables_between_its_marks(tmp_path):
     record.add(made_rows(), {"device": "CPU", "copy_bytes_per_second": 1e10,
                              "matrix_flops_per_second": {"fp32": 1e11}})  # fmt: skip
     records = [read_speed_record(record.path)]
-    page = with_tables(f"above\n{BEGIN}\nold\n{END}\nbelow\n", records)
+    begin, end = MARKS
+    page = with_tables(f"above\n{begin}\nold\n{end}\nbelow\n", records)
     assert page.startswith("above\n")
     assert page.endswith("\nbelow\n")
     assert "old" not in page
@@ -390,6 +332,40 @@ def test_a_page_takes_the_tables_between_its_marks(tmp_path):
     assert with_tables(page, records) == page
     with pytest.raises(ValueError, match="put these two lines in it"):
         with_tables("no marks", records)
+
+
+def test_what_failed_or_is_wrong_stands_on_a_page_as_that(tmp_path):
+    kept = record_of(tmp_path)
+    assert "nothing was measured" in tables([(kept.data, [])])
+    machine = {"device": "CPU", "copy_bytes_per_second": 1e10, "matrix_flops_per_second": {"fp32": 1e11}}
+    kept.add([row("vectorized", 1.0, largest_difference=1e-2), row("loop", 2.0),
+              row("pyg", error="out of memory"),
+              row("harness", 1.0, case=HARNESS, floor_bytes=None, error="MFU 120 %")], machine)  # fmt: skip
+    page = tables([(kept.data, kept.rows)])
+    assert [line.partition(", cpu, ")[2] for line in page.splitlines() if line.startswith("- ")] == [
+        "vectorized: WRONG by 1e-02: its time does not count", "pyg: out of memory", "harness: MFU 120 %",
+    ]  # fmt: skip
+
+
+def step(name: str, experts: int, seconds: float, peak: int | None, **changes) -> SpeedRow:
+    return row(name, seconds, seconds, case=STEPS, subject="step", experts=experts, peak_bytes=peak,
+               floor_bytes=None, **changes)  # fmt: skip
+
+
+def test_the_plot_of_steps_shows_throughput_and_peak_by_experts():
+    rows = [step(name, experts, experts / 100, peak and experts * peak) for experts in (2, 4, 8)
+            for name, peak in (("mean", 2**20), ("GNN", None))]  # fmt: skip
+    other = step("mean", 16, 1.0, 2**20, width=32)  # another model: no point of these lines
+    wrong = step("gate", 2, 1.0, 2**20, largest_difference=1.0)
+    plot = steps_plot([other, *rows, wrong, row("vectorized", 1.0)], "CPU")
+    assert plot is not None
+    throughput, memory = plot.figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in throughput.lines}  # pyright: ignore
+    assert lines == {name: [[2, 800], [4, 400], [8, 200]] for name in ("mean", "GNN")}  # 16 tokens a step
+    peaks = {line.get_label(): line.get_xydata().tolist() for line in memory.lines}  # pyright: ignore
+    assert peaks == {"mean": [[2, 2], [4, 4], [8, 8]], "GNN": []}
+    assert steps_plot(rows[:2], "CPU") is None
+    assert steps_plot([], "CPU") is None
 
 
 def test_the_tables_of_the_page_follow_from_the_committed_records():

@@ -1,18 +1,19 @@
-"""What no form of a coupler can be faster than: the bytes and the FLOPs that it must move and do.
+"""Two lower bounds on the time of a coupler's forward + backward, from the bytes it moves and its FLOPs.
 
 Shapes: N tokens, E experts, D width, M hyperedges. Bytes are counted in *rows*, tensors (N, D): the expert
-outputs are E of them. Two bounds, both forward + backward:
+outputs are E rows.
 
-The **floor** knows nothing of the coupler but its FLOPs. The forward reads the expert outputs and writes
-the output, E + 1 rows; the backward reads them and the output's gradient and writes theirs, 2·E + 1 rows.
-Its time is the larger of bytes / copy bandwidth and FLOPs / matrix rate.
+The **floor** knows only the FLOPs of the coupler. The forward reads the expert outputs and writes the
+output: E + 1 rows. The backward reads the expert outputs and the output's gradient, and writes the gradient
+of the expert outputs: 2·E + 1 rows. Its time is the larger of bytes / copy bandwidth and FLOPs / matrix rate.
 
-The **roofline** follows the algorithm as one kernel a matrix product: a product reads its inputs, has what
-comes before it (an activation) and after it (activation, residual, mean over experts, norm) fused, and
-writes its output; what it needs again, its pre-activation, is written too and read by the backward, which
-for each product is two: one for the gradient of its input, one for that of its weights. What is as small
-as E × E a token (P, gates, scores) and everything of hyperedges lives in registers. Its time is the sum
-over products of the larger of their two times; a kernel that joins two products may be faster.
+The **roofline** follows the algorithm, with one kernel for each matrix product. A product reads its inputs
+and writes its output. The operations before it (an activation) and after it (activation, residual, mean over
+experts, norm) are fused into the kernel. The forward writes the pre-activation, which the backward needs
+again. Each product has two in the backward: one for the gradient of its input, one for the gradient of its
+weights. Small numbers (E × E per token: P, gates, scores) and everything of hyperedges live in registers.
+The time of the roofline is the sum over products of the larger of their two times. A kernel that joins two
+products may be faster.
 """
 
 from __future__ import annotations
@@ -24,12 +25,10 @@ from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import linear_flops, resolved_options
 from gnnmoe.hypergraph import FORMULAS, static_hyperedges
 
-TRAINING = 3  # a backward has two products for each of the forward's
-
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device was measured to do, in the process of the times that are held against it."""
+    """What a device was measured to do, in the process that also measured the times beside it."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -41,7 +40,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Product:
-    """One matrix product of the forward or of the backward, with all that is fused to it."""
+    """One matrix product of the forward or of the backward, with the operations that are fused to it."""
 
     name: str
     flops: int
@@ -49,14 +48,13 @@ class Product:
     """Tensors (N, D) that it reads and writes."""
 
 
-def floor_bytes(tokens: int, experts: int, width: int, element_bytes: int, *, backward: bool = True) -> int:
-    """Return the fewest bytes that a coupler moves: E + 1 rows forward, 2·E + 1 more with the backward."""
-    rows = experts + 1 + (2 * experts + 1 if backward else 0)
-    return rows * tokens * width * element_bytes
+def floor_bytes(tokens: int, experts: int, width: int, element_bytes: int) -> int:
+    """Return the fewest bytes that a coupler moves in forward + backward: 3·E + 2 rows."""
+    return (3 * experts + 2) * tokens * width * element_bytes
 
 
 def roofline_seconds(config: GNNMoEConfig, tokens: int, element_bytes: int, rates: Rates) -> float | None:
-    """Return the roofline of forward + backward, or None for a coupler that has none here."""
+    """Return the roofline of forward + backward, or None for a coupler without one here."""
     products = roofline(config, tokens)
     if products is None:
         return None
@@ -67,8 +65,8 @@ def roofline_seconds(config: GNNMoEConfig, tokens: int, element_bytes: int, rate
 def roofline(config: GNNMoEConfig, tokens: int) -> list[Product] | None:
     """Return the products of static, gate, GNN and the hypergraph stacks of static layers and HNHN.
 
-    Of the hypergraph stacks those with activation and residual, and the linear one, which folds into a
-    weighted sum over experts and maps of one row. None for everything else.
+    Among the hypergraph stacks these are the stack with activation and residual, and the linear stack, which
+    folds into a weighted sum over experts and maps of one row. None for everything else.
     """
     kind, E, D = config.coupler_type, config.num_experts, config.embed_dim
     weighted_sum = linear_flops(tokens, E, D)
@@ -92,18 +90,20 @@ def roofline(config: GNNMoEConfig, tokens: int) -> list[Product] | None:
     if form == ("none", False) and config.hgnn_conv_type in FORMULAS:
         maps = [Product(f"map{part}", linear_flops(tokens, D, D), 2) for part in ("", ", input", ", weights")]
         return [
-            Product("sum", weighted_sum, E + 1), Product("sum, input", 2 * weighted_sum, 2 * E + 1),
-            *maps * config.gnn_layers, *_combiner(tokens, D),
-        ]  # fmt: skip
+            Product("sum", weighted_sum, E + 1),
+            Product("sum, input", 2 * weighted_sum, 2 * E + 1),
+            *maps * config.gnn_layers,
+            *_combiner(tokens, D),
+        ]
     return None
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """A product of a layer: FLOPs, and rows in units of (N, E, D).
+    """A product of a layer: its FLOPs, and its rows in units of (N, E, D).
 
-    ``outer`` of them belong to the layer's output or its gradient, which the last layer has as one row, the
-    mean over experts.
+    The ``outer`` rows belong to the layer's output or its gradient. In the last layer these are one row each,
+    the mean over experts.
     """
 
     name: str

@@ -7,18 +7,18 @@ import statistics
 import pytest
 import torch
 
-from bench.measure.protocol import (
+from bench.measure.rates import over_the_rate, paired_ratios, tokens_per_second, utilisation
+from bench.measure.timing import (
     StepTimes,
-    Warmup,
+    WarmupSteps,
     copy_bandwidth,
     matrix_rate,
     time_in_turn,
     time_steps,
 )
-from bench.measure.rates import over_the_rate, paired_ratios, tokens_per_second, utilisation
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CLOCK = "bench.measure.protocol.perf_counter"
+CLOCK = "bench.measure.timing.perf_counter"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
@@ -35,7 +35,7 @@ class FakeTime:
     def clock(self) -> float:
         return self.now
 
-    def times(self, warmup: Warmup, steps: int = 4) -> StepTimes:
+    def times(self, warmup: WarmupSteps, steps: int = 4) -> StepTimes:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(CLOCK, self.clock)
             return time_steps(self.step, device=CPU, warmup=warmup, steps=steps)
@@ -76,32 +76,30 @@ def test_utilisation_over_one_hundred_per_cent_has_a_remark():
 
 def test_a_fixed_warm_up_is_outside_the_clock():
     fake = FakeTime(lambda number: 100.0 if number < 3 else 1.0 + number)
-    times = fake.times(Warmup.fixed(3))
+    times = fake.times(3)
     assert fake.numbers == list(range(7))
     assert times.seconds == [4.0, 5.0, 6.0, 7.0]
     assert times.warmup_seconds == [100.0] * 3
-    assert (times.warmup_steps, times.steady, times.moved) == (3, False, None)
-    assert times.remark == "not steady: a fixed, short warm-up"
+    assert (times.warmup.warmup_steps, times.steady, times.moved) == (3, False, None)
+    assert times.warmup.remark == "not steady: a fixed, short warm-up"
 
 
 def test_steady_steps_are_found_after_two_windows():
-    times = FakeTime(lambda _: 0.25).times(Warmup.steady())
-    assert (times.warmup_steps, times.steady, times.moved) == (20, True, 0.0)
-    assert times.remark.startswith("steady: after 20 steps")
+    times = FakeTime(lambda _: 0.25).times("auto")
+    assert (times.warmup.warmup_steps, times.steady, times.moved) == (20, True, 0.0)
+    assert str(times.warmup.remark).startswith("steady: after 20 steps")
 
 
 def test_one_slow_step_in_a_window_is_no_move_of_its_median():
-    assert (
-        FakeTime(lambda number: 9.0 if number in (0, 14) else 1.0).times(Warmup.steady()).warmup_steps == 20
-    )
+    assert FakeTime(lambda number: 9.0 if number in (0, 14) else 1.0).times("auto").warmup.warmup_steps == 20
 
 
 def test_drifting_steps_are_warmed_up_until_they_settle():
     """10 a window: 2, 1.5, 1.2, then 1.19: the move from 1.2 to 1.19 is the first below 2 %."""
     levels = [2.0, 1.5, 1.2, 1.19]
     fake = FakeTime(lambda number: levels[min(number // 10, 3)])
-    times = fake.times(Warmup.steady())
-    assert (times.warmup_steps, times.steady) == (40, True)
+    times = fake.times("auto")
+    assert (times.warmup.warmup_steps, times.steady) == (40, True)
     assert times.moved == pytest.approx(1 - 1.19 / 1.2)
     assert times.seconds == pytest.approx([1.19] * 4)
     assert fake.numbers == list(range(44))
@@ -109,16 +107,16 @@ def test_drifting_steps_are_warmed_up_until_they_settle():
 
 @pytest.mark.parametrize("growth", [1.03, 1 / 1.03])
 def test_what_never_settles_is_timed_after_fifty_steps_and_marked(growth):
-    times = FakeTime(lambda number: growth ** (number // 10)).times(Warmup.steady())
-    assert (times.warmup_steps, times.steady) == (50, False)
+    times = FakeTime(lambda number: growth ** (number // 10)).times("auto")
+    assert (times.warmup.warmup_steps, times.steady) == (50, False)
     assert times.moved == pytest.approx(abs(growth - 1))
-    assert times.remark.startswith("not steady: after 50 steps")
+    assert str(times.warmup.remark).startswith("not steady: after 50 steps")
 
 
 @pytest.mark.parametrize(("level", "warmup_steps"), [(1.0201, 30), (1.0199, 20), (0.9799, 30), (0.9801, 20)])
 def test_the_line_is_at_two_per_cent(level, warmup_steps):
-    times = FakeTime(lambda number: 1.0 if number < 10 else level).times(Warmup.steady())
-    assert times.warmup_steps == warmup_steps
+    times = FakeTime(lambda number: 1.0 if number < 10 else level).times("auto")
+    assert times.warmup.warmup_steps == warmup_steps
 
 
 # --- time_in_turn ----------------------------------------------------------------------------------
@@ -136,7 +134,7 @@ def test_things_are_timed_in_turn_there_and_back(monkeypatch):
         return step
 
     steps = {"a": taking("a", 1.0), "b": taking("b", 3.0), "c": taking("c", 5.0)}
-    times = time_in_turn(steps, device=CPU, warmup=Warmup.fixed(2), rounds=3)
+    times = time_in_turn(steps, device=CPU, warmup=2, rounds=3)
     assert calls[:6] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0), ("c", 1)]
     assert calls[6:] == [
         ("a", 2),
@@ -168,7 +166,7 @@ def test_a_machine_that_slows_down_moves_no_ratio_of_pairs(monkeypatch):
 
     times = time_in_turn(
         {"one": taking(1.0), "two": taking(2.0)},
-        device=CPU, warmup=Warmup.fixed(1), rounds=40,
+        device=CPU, warmup=1, rounds=40,
     )  # fmt: skip
     ratios = paired_ratios(times["two"].seconds, times["one"].seconds)
     assert statistics.median(ratios) == pytest.approx(2.0, rel=1e-3)
@@ -210,7 +208,7 @@ class FakeEvents:
 
 def test_cuda_has_an_event_a_step_and_one_wait_at_the_end(monkeypatch):
     device = FakeEvents(monkeypatch)
-    times = time_steps(device.step, device=CUDA, warmup=Warmup.fixed(0), steps=3)
+    times = time_steps(device.step, device=CUDA, warmup=0, steps=3)
     assert times.seconds == [1.0, 2.0, 3.0]
     assert device.calls[-11:] == ["synchronize", *["record", "step", "record"] * 3, "synchronize"]
     assert device.calls.count("synchronize") == 4  # two for the warm-up, which has no steps
@@ -220,12 +218,10 @@ def test_in_turn_each_begins_on_an_idle_device(monkeypatch):
     """Queued work hides a launch: on an H100 one step took 0.4 ms or 1.3 ms, as it happened."""
     device = FakeEvents(monkeypatch)
     steps = {"one": device.step, "two": device.step}
-    times = time_in_turn(steps, device=CUDA, warmup=Warmup.fixed(0), rounds=2)
+    times = time_in_turn(steps, device=CUDA, warmup=0, rounds=2)
     assert device.calls[-17:] == [*["synchronize", "record", "step", "record"] * 4, "synchronize"]
     assert {name: one.seconds for name, one in times.items()} == {"one": [1.0, 2.0], "two": [1.0, 2.0]}
-    time_in_turn(
-        {"one": device.step}, device=CUDA, warmup=Warmup.fixed(0), rounds=2
-    )  # alone as beside others
+    time_in_turn({"one": device.step}, device=CUDA, warmup=0, rounds=2)  # alone as beside others
     assert device.calls[-9:] == [*["synchronize", "record", "step", "record"] * 2, "synchronize"]
 
 
@@ -236,8 +232,8 @@ def test_the_clock_is_not_read_on_cuda(monkeypatch):
         raise AssertionError("the host's clock")
 
     monkeypatch.setattr(CLOCK, clock)
-    times = time_steps(device.step, device=CUDA, warmup=Warmup.steady(), steps=2)
-    assert times.warmup_steps == 50  # each step is longer than the one before
+    times = time_steps(device.step, device=CUDA, warmup="auto", steps=2)
+    assert times.warmup.warmup_steps == 50  # each step is longer than the one before
     assert times.seconds == [51.0, 52.0]
 
 
@@ -247,8 +243,8 @@ def test_the_clock_is_not_read_on_cuda(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_matrix_rate_is_the_best_over_sizes_of_flops_over_time(dtype, monkeypatch):
     """Of three sizes the middle one is the fastest here; the largest would take longer than is waited for."""
-    monkeypatch.setattr("bench.measure.protocol.CPU_SIZES", (32, 64, 48, 128))
-    monkeypatch.setattr("bench.measure.protocol.MOST_PRODUCT_SECONDS", 5.0)
+    monkeypatch.setattr("bench.measure.timing.CPU_SIZES", (32, 64, 48, 128))
+    monkeypatch.setattr("bench.measure.timing.MOST_PRODUCT_SECONDS", 5.0)
     seconds, seen = {32: 0.5, 64: 2.0, 48: 1.0}, []
 
     def timed(step, *, device, warmup, steps):
@@ -256,7 +252,7 @@ def test_the_matrix_rate_is_the_best_over_sizes_of_flops_over_time(dtype, monkey
         median = seconds[len(seen[-1])]
         return StepTimes([0.5 * median, median, 3.0 * median], [], False, None)
 
-    monkeypatch.setattr("bench.measure.protocol.time_steps", timed)
+    monkeypatch.setattr("bench.measure.timing.time_steps", timed)
     assert matrix_rate(CPU, dtype) == 2 * 64**3 / 2.0
     assert [len(product) for product in seen] == [32, 64, 48]
     assert seen[0].dtype == dtype
@@ -264,9 +260,9 @@ def test_the_matrix_rate_is_the_best_over_sizes_of_flops_over_time(dtype, monkey
 
 
 def test_the_copy_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch):
-    monkeypatch.setattr("bench.measure.protocol.CPU_COPY_BYTES", 1000)
+    monkeypatch.setattr("bench.measure.timing.CPU_COPY_BYTES", 1000)
     monkeypatch.setattr(
-        "bench.measure.protocol.time_steps",
+        "bench.measure.timing.time_steps",
         lambda step, **_: (step(0), StepTimes([0.5], [], False, None))[1],
     )
     assert copy_bandwidth(CPU) == 2 * 1000 / 0.5
@@ -287,7 +283,7 @@ def test_gpu_events_time_the_work_and_not_its_launch():
 
         return step
 
-    times = time_in_turn({"1": products(1), "4": products(4)}, device=CUDA, warmup=Warmup.steady(), rounds=20)
+    times = time_in_turn({"1": products(1), "4": products(4)}, device=CUDA, warmup="auto", rounds=20)
     ratio = statistics.median(paired_ratios(times["4"].seconds, times["1"].seconds))
     assert ratio == pytest.approx(4.0, rel=0.2)
     assert times["1"].median > 1e-3 or matrix_rate(CUDA, torch.float32) > 1e14
@@ -306,7 +302,7 @@ def test_gpu_nothing_waits_between_the_steps():
         torch.mm(matrix, matrix)
         queued.append(time.perf_counter())
 
-    times = time_steps(step, device=CUDA, warmup=Warmup.fixed(3), steps=30)
+    times = time_steps(step, device=CUDA, warmup=3, steps=30)
     assert queued[-1] - queued[3] < 0.5 * sum(times.seconds)
 
 

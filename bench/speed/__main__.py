@@ -1,4 +1,4 @@
-"""``python -m bench.speed``: couplers and whole steps, in each form, beside their floors and the targets."""
+"""``python -m bench.speed``: couplers and whole steps, in each of their forms, beside their floors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags
+from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags, seconds_of
 from bench.files import utc_now
-from bench.sweeps.durations import seconds_of
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from bench.speeding.jobs import Job
+    from bench.speed.suites import Job
 
 STOPPED = 130
 PROG = "python -m bench.speed"
@@ -36,22 +35,22 @@ def _default_model() -> ModelConfig:
 class SpeedConfig:
     """Time couplers alone, in each of their forms in turn, beside the floor of what they must move and do.
 
-    Without any flag, and with --suite: also whole steps and the harness, and the table of targets S1 to
-    S10. Every figure is kept in results_dir/speed/name. Exit status: 0 measured, 2 wrong input.
+    Without any flag, and with --suite: also whole steps and the harness. Every figure is kept in
+    results_dir/speed/name. Exit status: 0 measured, 2 wrong input.
     """
 
     model: ModelConfig = field(default_factory=_default_model)
     couplers: str | None = None
-    """Several couplers instead of --coupler: names with commas between them, hypergraph layers (HNHN) too,
-    or all."""
+    """Several couplers instead of --coupler: names of couplers and of hypergraph layers (HNHN), with commas
+    between them, or all."""
     sizes: str | None = None
-    """Several sizes, such as E=4,D=256,B=32,L=128;E=8: what one does not name is as the other flags say."""
+    """Several sizes, such as E=4,D=256,B=32,L=128;E=8; other flags give the letters that are not named."""
     batch_size: Count = 32
     """Sequences in the batch."""
     whole_steps: bool = False
-    """Time whole training steps with these couplers instead, in turn at each size: time and peak memory."""
+    """Time whole training steps with these couplers instead, in turn at each size, and their peak memory."""
     rounds: Count = 5
-    """Timed rounds of each form (one, where a step takes over two seconds)."""
+    """Timed rounds of each form (one round if a step takes over two seconds)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """bf16 is autocast, with expert outputs in bf16."""
     compile: bool = False
@@ -59,19 +58,20 @@ class SpeedConfig:
     compile_mode: Literal["default", "reduce-overhead"] = "default"
     """How torch.compile compiles."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA where there is one, else the CPU."""
+    """auto: CUDA if there is one, else the CPU."""
     suite: Literal["cpu", "gpu"] | None = None
-    """cpu: the targets S1 to S6 (about four minutes); gpu: S4 and S7 to S10."""
+    """cpu: couplers, whole steps and the harness on the CPU (about four minutes); gpu: couplers and whole
+    steps on CUDA."""
     time_budget: str | None = None
-    """Begin nothing that would likely end later (90s, 9m); what was left out is said by name."""
+    """Begin nothing that would likely end later (90s, 9m); what is left out is named."""
     results_dir: Place = Path("results")
     """Folder of all results."""
     name: str | None = None
     """Name of the record (default: what was measured, and when)."""
     data_dir: Place | None = None
-    """Text for the harness's row of --suite cpu, as in bench.run."""
+    """Text for the harness in --suite cpu, as in bench.run."""
     plot: bool = False
-    """Draw cost by E and by N, where there are several; a suite always does. With --table: anew, from the
+    """Draw the cost by E and by N, if several were timed; a suite always does. With --table: from the
     record."""
     table: Annotated[tuple[Place, ...], Field(strict=False)] = ()
     """Measure nothing: print the tables of these records, folders or files."""
@@ -91,7 +91,7 @@ class SpeedConfig:
         self.execution()
 
     def _refuse_what_a_suite_decides(self) -> None:
-        """Refuse flags that a suite would not follow."""
+        """Refuse flags that the suite decides itself."""
         decided = ["couplers", "sizes", "batch_size", "whole_steps", "rounds", "precision", "device"]
         decided += ["compile", "data_dir"] if self.suite == "gpu" else []
         defaults = {one.name: one.default for one in fields(self)}
@@ -101,7 +101,7 @@ class SpeedConfig:
             raise Refused(f"--suite {self.suite} has its own {', '.join(given)}; drop what you gave of them.")
 
     def execution(self) -> ExecutionConfig:
-        """Return precision and compilation as they are everywhere else; raises Refused likewise."""
+        """Return precision and compilation; raises Refused as everywhere else."""
         return ExecutionConfig(precision=self.precision, compile=self.compile, compile_mode=self.compile_mode)
 
 
@@ -116,12 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join([*PROG.split(), *arguments])
     try:
         if config.table:
-            from bench.speeding.show import print_records
+            from bench.speed.show import print_records
 
             print_records(config.table, console, draw=config.plot, page=config.page)
             return 0
         for what, jobs, device in _asked(config, suites=() if arguments else _suites_here()):
             _measure(what, jobs, device, config, command, console)
+            if what == "cpu":
+                _say_what_needs_a_gpu(console)
     except Refused as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -136,56 +138,67 @@ def _suites_here() -> tuple[str, ...]:
     return ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
 
 
+def _say_what_needs_a_gpu(console: Console) -> None:
+    """Name the jobs of the other suite if this machine cannot run them."""
+    import torch
+
+    from bench.speed.suites import gpu_jobs
+
+    if not torch.cuda.is_available():
+        names = dict.fromkeys(job.name.partition(":")[0] for job in gpu_jobs())
+        console.print(f"not measured, without a CUDA device: {'; '.join(names)} (--suite gpu)", markup=False)
+
+
 def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, list[Job], torch.device]]:
-    """Yield what is to be measured: a name, its jobs, and where.
+    """Yield what is to be measured: a name, its jobs, and the device.
 
     Raises:
-        Refused: an unknown name, a wrong size, or a device that is not there.
+        Refused: an unknown name, a wrong size, or a device that this machine does not have.
     """
     import torch
+
+    from bench.device import resolve_device
+    from bench.speed import suites as known
+    from bench.training.step import Execution
 
     compile_mode = config.compile_mode if config.compile else None
     suites = [config.suite] if config.suite else suites
     if not suites:
-        from bench.device import resolve_device
-        from bench.speeding.curve import VOCABULARY
-        from bench.speeding.form_jobs import form_jobs
-        from bench.training.step import Execution
-
         execution = Execution(config.execution(), resolve_device(config.device))  # refuses what it cannot do
-        words = VOCABULARY if config.whole_steps else 1
-        jobs = form_jobs(config.model.resolved(words), config.couplers, config.sizes, config.batch_size,
-                         config.precision, config.rounds, compile_mode,
-                         whole_steps=config.whole_steps)  # fmt: skip
+        jobs = known.form_jobs(
+            config.model.resolved(known.VOCABULARY if config.whole_steps else 1),
+            config.couplers,
+            config.sizes,
+            config.batch_size,
+            config.precision,
+            config.rounds,
+            compile_mode,
+            whole_steps=config.whole_steps,
+        )
         yield config.couplers or config.model.coupler_type, jobs, execution.device
     if "cpu" in suites:
-        from bench.speeding.cpu_suite import cpu_jobs
-        from bench.training.step import Execution
-
-        Execution(config.execution(), torch.device("cpu"))
-        yield "cpu", cpu_jobs(PlacesConfig(data_dir=config.data_dir), compile_mode), torch.device("cpu")
+        device = torch.device("cpu")
+        Execution(config.execution(), device)
+        yield "cpu", known.cpu_jobs(PlacesConfig(data_dir=config.data_dir), compile_mode), device
     if "gpu" in suites:
-        from bench.speeding.gpu_suite import gpu_jobs
-
         if not torch.cuda.is_available():
             raise Refused("--suite gpu needs a CUDA device, and this machine has none; take --suite cpu.")
-        yield "gpu", gpu_jobs(), torch.device("cuda")
+        yield "gpu", known.gpu_jobs(), torch.device("cuda")
 
 
 def _measure(
     what: str, jobs: list[Job], device: torch.device, config: SpeedConfig, command: str, console: Console
 ) -> None:
-    """Run jobs into a record, say how they go, and show what came of them."""
+    """Run jobs into a record, report progress, and show the results."""
     from rich.console import Console
 
     from bench.device import keep_freed_memory
     from bench.foreign import without_places
     from bench.measure.environment import describe_environment
-    from bench.speeding.jobs import run_jobs
-    from bench.speeding.machine import Machine
-    from bench.speeding.record import SpeedRecord
-    from bench.speeding.show import show, write_plots_of
-    from bench.speeding.table import one_line
+    from bench.speed.machine import Machine
+    from bench.speed.record import SpeedRecord
+    from bench.speed.show import one_line, show, write_plots_of
+    from bench.speed.suites import run_jobs
     from bench.training.code import code_hashes
 
     keep_freed_memory()  # as a run does
@@ -199,14 +212,17 @@ def _measure(
     status = "stopped"
     try:
         run_jobs(
-            jobs, Machine(device), record, budget=seconds_of("time_budget", config.time_budget),
+            jobs,
+            Machine(device),
+            record,
+            budget=seconds_of("time_budget", config.time_budget),
             on_job=lambda job: progress.print(f"{job} …"),
             on_row=lambda row: progress.print(f"  {one_line(row)}"),
-        )  # fmt: skip
+        )
         status = "ok"
-    finally:  # what was measured before a Ctrl-C is shown too
+    finally:  # after a Ctrl-C too
         record.end(status)
-        show(record.data, record.rows, console, targets=what in ("cpu", "gpu"))
+        show(record.data, record.rows, console)
         if config.plot or what in ("cpu", "gpu"):
             write_plots_of(record.path, record.data, record.rows, console)
         console.print(f"record: {record.path}", markup=False, soft_wrap=True)

@@ -35,8 +35,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from bench.files import read_toml
 from bench.schedule import BatchSchedule
-from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.naming import nearest_name, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, nearest_name, unknown_name
 
 DEFAULT_MAX_STEPS = 120
 PRESETS = Path(__file__).parent / "presets"

@@ -13,7 +13,7 @@ from bench.foreign import without_places
 from bench.record import Settings
 from bench.schedule import BatchSchedule
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import is_file
+from gnnmoe.couplers.registry import is_file
 
 SCHEMA = "1"
 """Of the identity alone: it changes where the same flags give other numbers, and with it every run_id."""

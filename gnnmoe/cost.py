@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: parameters and FLOPs, without building it.
+"""The parameters and FLOPs of a model, computed from its config without building the model.
 
 Shapes: L length, E experts, D width, H hidden width of an expert.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gnnmoe.config import Refused
-from gnnmoe.couplers import build_coupler
+from gnnmoe.couplers.registry import build_coupler
 from gnnmoe.experts import ExpertBlock
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ QUANTITIES = ("params", "flops")
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a model: ``params``, and ``flops`` of a forward with logits on one sequence of full length.
+    """The cost of a model: ``params``, and ``flops`` of a forward with logits on one sequence of full length.
 
-    ``flops`` is None where a coupler does not say its own.
+    ``flops`` is None where a coupler has no formula for its FLOPs.
     """
 
     params: int
@@ -49,12 +49,13 @@ def model_cost(config: GNNMoEConfig) -> Cost:
 
 
 def matched_ffn_dim(config: GNNMoEConfig, target: Cost, quantity: str) -> int:
-    """Return the width H of its experts at which ``config`` costs as much as ``target``.
+    """Return the hidden width H of the experts at which ``config`` costs as much as ``target``.
 
-    The nearest whole number, and at least 1: what is left of the difference is for the caller to show.
+    ``quantity``: ``params`` or ``flops``. The width is the nearest whole number and at least 1. A difference
+    in cost may remain; the caller shows it.
 
     Raises:
-        Refused: the quantity is flops and a coupler does not say its own.
+        Refused: the quantity is ``flops``, and a coupler has no formula for its FLOPs.
     """
     asked = getattr(target, quantity)
     one, two = (getattr(model_cost(replace(config, ffn_dim=width)), quantity) for width in (1, 2))
@@ -80,7 +81,7 @@ class _CouplerCost:
 
 
 class _Key:
-    """A config as a key: equal where the coupler is the same, so that each is built once."""
+    """A config as a key of a cache, so that each coupler is built once."""
 
     def __init__(self, config: GNNMoEConfig) -> None:
         self.config = config

@@ -18,8 +18,7 @@ from bench.data.sources import REMEDY, Text, UnfitDataset, digest, known_as, rea
 from bench.data.split import SPLITS, Split, article_lines, canonical_lines
 from bench.data.tokenizer import Content, Documents, bpe_size, tokenize, tokenizer_version
 from bench.data.vocabulary import Vocabulary
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 SOURCES = ("auto", "folder", "hub", "embedded")
 OFFICIAL_TOKENS = {"train": 2_088_628, "validation": 217_646, "test": 245_569}

@@ -17,8 +17,7 @@ from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
 from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, SetOnce, resolve_shard
 from bench.schedule import BatchSchedule
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 from gnnmoe.seeds import stream_seed
 
 _SPLIT_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}

@@ -15,7 +15,7 @@ from bench.data.kneser_ney import LARGEST_VOCABULARY, token_nll
 from bench.data.split import SPLITS
 from bench.data.vocabulary import unigram_nll
 from bench.syntax import code_of
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import unknown_name
 
 MADE_BY = ("kneser_ney", "reference_lines")  # modules that compute the losses and store them
 

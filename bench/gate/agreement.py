@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.gate.report import CheckFailed
 from bench.gate.subject import TOLERANCE, Inputs, Subject, call, modes, relative_difference
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 MAX_EXPERTS, BATCH, LENGTH = 8, 2, 5
 GRADIENT_FLOOR = 1e-3  # of the largest gradient: below, a tensor of gradients may be rounding only

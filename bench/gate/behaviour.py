@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.gate.report import CheckFailed
 from bench.gate.subject import TOLERANCE, Subject, call, is_random, modes, relative_difference
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 BATCH, LENGTH = 3, 8
 LEARNING_LENGTH = 16  # more tokens, so that a router that chooses has a chance to choose each expert

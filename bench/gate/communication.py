@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.device import is_out_of_memory
 from bench.gate.report import CheckFailed
 from bench.gate.subject import Inputs, Subject, seed_global_generator
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 BATCH, LENGTH = 2, 2
 WIDTH = 16  # mixing costs D backward passes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.gate.subject import Inputs, call
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 SOURCES = ("expert outputs", "layer input")
 SEQUENCES, LENGTHS = 2, (16, 128)  # how much of the batch is looked at; the longer one only if needed

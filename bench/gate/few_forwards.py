@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.gate.dependence import halve, with_tokens_moved
 from bench.gate.subject import Inputs, call
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 VERSIONS = 3
 BOTH = (0, 1)  # expert outputs and layer input

@@ -13,11 +13,10 @@ from bench.gate.communication import communication
 from bench.gate.isolation import token_isolation
 from bench.gate.report import GateReport, run_check
 from bench.gate.subject import Subject, global_random_state_kept
-from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers import build_coupler
-from gnnmoe.hypergraph_layers import CONV_TYPES
-from gnnmoe.naming import unknown_name
-from gnnmoe.strategies import strategy_identity
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.couplers.registry import build_coupler
+from gnnmoe.hypergraph.strategies import strategy_identity
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "token_isolation": token_isolation,

@@ -19,7 +19,7 @@ from bench.gate.dependence import explain, with_tokens_moved
 from bench.gate.few_forwards import BOTH, FewForwards
 from bench.gate.report import CheckFailed
 from bench.gate.subject import Inputs, Subject, call, modes
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 BATCH = 2  # so that tokens of neighbouring sequences are covered
 SLOW = 0.02  # seconds a forward: above, fewer are done

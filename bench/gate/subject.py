@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bench.gate.report import CheckFailed
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, build_coupler
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import build_coupler
 from gnnmoe.seeds import stream_seed
 
 TOLERANCE = 1e-10  # float64, relative to the largest value

@@ -15,7 +15,7 @@ from bench.gate.dependence import explain
 from bench.gate.isolation import repeats, value_leak
 from bench.gate.report import Check, CheckFailed, run_check
 from bench.gate.subject import Inputs, global_random_state_kept
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
 

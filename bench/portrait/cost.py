@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.gate.behaviour import dead_parameters, gradient_sizes
 from bench.gate.subject import Subject
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, coupler_class, coupler_option_defaults, resolved_options
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import coupler_class, coupler_option_defaults, resolved_options
 
 NOT_DECLARED = "not declared in inert_parameters()"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gate.subject import Inputs, call
-from gnnmoe.couplers import Coupler, combiner
+from gnnmoe.couplers.base import Coupler, combiner
 
 NOT_USED = "it does not use the shared combiner"
 NOT_LAST = "the shared combiner is not its last step"

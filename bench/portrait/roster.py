@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from bench.gate import refuse_wrong_names
 from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers import coupler_class, coupler_names
 from gnnmoe.couplers.hgnn import CONV_TYPES
-from gnnmoe.strategies import STRATEGIES
+from gnnmoe.couplers.registry import coupler_class, coupler_names
+from gnnmoe.hypergraph.strategies import STRATEGIES
 
 HYPERGRAPH_COUPLER = "HGNN"
 

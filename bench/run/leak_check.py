@@ -12,7 +12,7 @@ from bench.gate.gate import CHECKS
 from bench.identity import run_id
 from bench.record import Environment, NotMeasured, Record, RunFolder, is_measured
 from bench.run.prepare import Prepared
-from gnnmoe.couplers import coupler_class
+from gnnmoe.couplers.registry import coupler_class
 
 SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themselves
 OF_COMMITS = ("git_commit", "git_changes_sha256")  # the hashes of the code say what they say of a run

@@ -35,7 +35,7 @@ from bench.training.ranks import ALONE, Ranks
 from bench.tune.budget import refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes
 from bench.tune.find import Request, Say, request_for
 from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers import coupler_identity
+from gnnmoe.couplers.registry import coupler_identity
 
 
 @dataclass(frozen=True)

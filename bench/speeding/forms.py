@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from bench.speeding.machine import DTYPES, products_in
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, build_coupler, resolved_options
-from gnnmoe.hypergraph import FORMULAS
-from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import build_coupler, resolved_options
+from gnnmoe.hypergraph.backends import BACKENDS, missing_backends
+from gnnmoe.hypergraph.propagation import FORMULAS
 from gnnmoe.seeds import RandomStreams
 
 DEFAULT, REFERENCE = "vectorized", "reference()"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 
 LETTERS = {"E": "num_experts", "D": "embed_dim", "B": "batch", "L": "max_seq_length"}
 
@@ -60,8 +59,8 @@ def subjects(text: str | None, config: GNNMoEConfig) -> list[tuple[str, GNNMoECo
     Raises:
         Refused: naming the unknown one and those there are.
     """
-    from gnnmoe.couplers import coupler_names
-    from gnnmoe.hypergraph_layers import CONV_TYPES
+    from gnnmoe.couplers.hgnn import CONV_TYPES
+    from gnnmoe.couplers.registry import coupler_names
 
     if text is None:
         return [(subject_name(config), config)]

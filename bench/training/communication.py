@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gnnmoe.layer import GNNMoELayer
-from gnnmoe.model import GNNMoEModel
+from gnnmoe.model import GNNMoELayer, GNNMoEModel
 
 MIXING_TOKENS = 128  # what depends on content is averaged over so many validation tokens
 

@@ -12,7 +12,7 @@ from bench.device import resolve_device
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, add_gradients, to_device
 from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers import refuse_other_types
+from gnnmoe.couplers.registry import refuse_other_types
 from gnnmoe.model import GNNMoEModel
 
 TF32_CAPABILITY = (8, 0)  # of an NVIDIA GPU, from which on it has TF32

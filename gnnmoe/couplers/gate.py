@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.couplers._base import Coupler, linear_flops
-from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.couplers.base import Coupler, linear_flops
+from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.couplers.static import weighted_sum
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class GateCoupler(Coupler):
 
     .. math:: y = \mathrm{combiner}(\sum_e \mathrm{softmax}(W_g u)_e\, x_e)
 
-    with :math:`u` (B, L, D) the layer's input and :math:`W_g` without bias, from N(0, 0.02²). The
-    logits are computed in float32 at least, as ``topk`` does.
+    with :math:`u` (B, L, D) the layer's input and :math:`W_g` without bias, drawn from N(0, 0.02²). The
+    logits are computed in float32 or a wider type, as in ``topk``.
 
     Shapes:
         - **expert_outputs:** :math:`(B, L, E, D)`
@@ -52,7 +52,7 @@ class GateCoupler(Coupler):
         return router_logits(self.router, layer_input).softmax(-1)
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Add the experts up one by one, each times exp of its logit, and divide by the sum of those."""
+        """Add up the experts one by one, each times exp of its logit; divide by the sum of these factors."""
         layer_input = needed(layer_input, self.name)
         total, scale = expert_outputs.new_zeros(()), expert_outputs.new_zeros(())
         for w, x in zip(self.router.weight, expert_outputs.unbind(2), strict=True):
@@ -67,7 +67,7 @@ class GateCoupler(Coupler):
     def communication(
         self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Add ``gate_weights`` (E) where there are inputs: the mean weights over the tokens given."""
+        """Return, with ``expert_outputs``, also ``gate_weights`` (E): the mean weights over these tokens."""
         parts = super().communication(expert_outputs, layer_input)
         if expert_outputs is not None:
             with torch.no_grad():
@@ -75,14 +75,14 @@ class GateCoupler(Coupler):
         return parts
 
     def inert_parameters(self) -> dict[str, str]:
-        """Declare the gate of a single expert, which is open."""
+        """Declare the gate of a single expert inert, since its weight is 1."""
         if self.config.num_experts > 1:
             return {}
         return {"router.weight": "the weight of a single expert is always 1"}
 
 
 def needed(layer_input: Tensor | None, name: str) -> Tensor:
-    """Return ``layer_input``.
+    """Return ``layer_input`` (B, L, D).
 
     Raises:
         ValueError: it is None.
@@ -96,9 +96,9 @@ def needed(layer_input: Tensor | None, name: str) -> Tensor:
 
 
 def router_logits(router: nn.Linear, layer_input: Tensor) -> Tensor:
-    """Return the logits (B, L, E) in float32 at least, under autocast too (Switch: selective precision).
+    """Return the logits (B, L, E) in float32 or a wider type, under autocast too (as in Switch).
 
-    In bf16 two experts with nearly equal logits would often round to the same.
+    In bf16 nearly equal logits of two experts would often round to the same number.
     """
     dtype = torch.promote_types(layer_input.dtype, torch.float32)
     with torch.autocast(layer_input.device.type, enabled=False):

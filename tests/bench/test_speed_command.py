@@ -25,8 +25,8 @@ from bench.speeding.step_rows import Variant, executed, step_rows
 from bench.speeding.targets import CPU_TARGETS, GPU_TARGETS, verdicts
 from bench.training.execution import Execution
 from gnnmoe import GNNMoEConfig
-from gnnmoe.couplers._base import Coupler
-from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.hypergraph.backends import BACKENDS, missing_backends
 from gnnmoe.model import GNNMoEModel
 
 CPU = torch.device("cpu")

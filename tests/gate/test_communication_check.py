@@ -9,8 +9,8 @@ from bench.gate import CHECKS, run_gate
 from bench.gate.communication import communication
 from bench.gate.subject import Subject
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import coupler_names
-from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.couplers.registry import coupler_names
 
 HERE = "tests.gate.telling_couplers:"
 WRONG = [

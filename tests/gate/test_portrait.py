@@ -14,8 +14,8 @@ from bench.portrait.probes import draw
 from bench.portrait.readout import NOT_LAST, NOT_USED, Readout
 from bench.portrait.verdict import MEAN_ALONE
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.hypergraph import hyperedge_index, incidence, propagation_matrix
-from gnnmoe.strategies import static_hyperedges
+from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix
+from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gate.portrait_couplers import WEIGHTS
 
 HERE = "tests.gate.portrait_couplers:"

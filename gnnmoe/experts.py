@@ -6,14 +6,13 @@ Shapes: B batch, L length, N = B·L tokens, E experts, D width, H heads, d = D /
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig
 
 
 def init_weights(module: nn.Module) -> None:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.couplers.registry import build_coupler
 from gnnmoe.experts import BatchedExperts, ExpertBlock, ExpertLoop, init_weights
 from gnnmoe.head import IGNORED, PADDED_BIAS, TiedHead
 from gnnmoe.seeds import RandomStreams
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 EXPERTS, PRECISIONS = ("loop", "batched"), ("fp32", "tf32", "bf16")
 

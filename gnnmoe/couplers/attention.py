@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.base import linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.couplers.stacked import Round, StackedCoupler
 from gnnmoe.mixing import mean_over_experts, rowwise
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 class ExpertAttention(Round):

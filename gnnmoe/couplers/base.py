@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.config import Refused
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 
 COUPLER_FIELDS = ("gnn_layers", "hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
 """The fields of the config that only some couplers read."""

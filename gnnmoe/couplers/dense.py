@@ -6,11 +6,11 @@ Shapes: B batch, L length, E experts, D width.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.couplers.base import Coupler
 from gnnmoe.couplers.registry import (
     coupler_class,
@@ -18,9 +18,6 @@ from gnnmoe.couplers.registry import (
     fields_read_by,
     register_coupler,
 )
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 MATCHES = ("params", "flops", "none")
 

@@ -6,18 +6,15 @@ Shapes: B batch, L length, N = B·L tokens, E experts, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.couplers.stacked import Round, StackedCoupler
 from gnnmoe.mixing import mean_over_experts, mix_by_token, scores
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 class ExpertGraphConv(Round):

@@ -9,13 +9,13 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.couplers.base import Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.hypergraph.backends import BACKENDS, require_backend
@@ -29,9 +29,6 @@ from gnnmoe.layers.edhnn import EDHNN
 from gnnmoe.layers.hnhn import HNHN
 from gnnmoe.layers.static import StaticConvolution
 from gnnmoe.mixing import mean_over_experts
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 CONV_TYPES: dict[str, Callable[..., HypergraphLayer]] = {
     **{formula: partial(StaticConvolution, formula=formula) for formula in FORMULAS},

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
+from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.base import Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.mixing import mean_over_experts
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 @register_coupler("mean_linear")

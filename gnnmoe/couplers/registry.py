@@ -23,19 +23,16 @@ from importlib.metadata import entry_points
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.couplers.base import COUPLER_FIELDS, FIELDS_ARE, Coupler, are_fields, check_contract
 from gnnmoe.experts import init_weights
 from gnnmoe.hypergraph.strategies import strategy_identity
 from gnnmoe.process_state import ProcessStateChanged, unchanged_state
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 CouplerClass = TypeVar("CouplerClass", bound=type[Coupler])
 Loaded = TypeVar("Loaded")

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.base import Coupler, linear_flops
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 class Round(nn.Module, ABC):

@@ -5,17 +5,13 @@ Shapes: B batch, L length, N = B·L tokens, E experts, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.base import Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.mixing import mix, mix_by_token
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 @register_coupler("static")

@@ -7,31 +7,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gnnmoe.config import Refused
-from gnnmoe.couplers.base import Coupler
-from gnnmoe.couplers.gate import ROUTER_STD, needed, routed_flops, router_logits
+from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.couplers.gate import GateCoupler
 from gnnmoe.couplers.registry import register_coupler
-from gnnmoe.couplers.static import weighted_sum
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 @register_coupler("topk")
-class TopKCoupler(Coupler):
+class TopKCoupler(GateCoupler):
     r"""A weighted sum of the k experts that a router prefers, token by token, then the combiner.
 
-    .. math:: r = W_r u, \quad y = \mathrm{combiner}(\sum_{e \in T} g_e x_e), \quad
+    .. math:: r = W_g u, \quad y = \mathrm{combiner}(\sum_{e \in T} g_e x_e), \quad
               T = \mathrm{top}_k(r)
     .. math:: g = \mathrm{softmax}(r_T) \;(k \ge 2), \qquad g_e = \mathrm{softmax}(r)_e \;(k = 1)
 
-    with :math:`u` (B, L, D) the layer's input. With equal logits the first expert is preferred. All experts
-    run in this project, so :math:`g` is dense, with zeros, and no FLOPs are saved.
+    with :math:`u` (B, L, D) the layer's input and :math:`W_g` as in ``gate``. With equal logits the first
+    expert is preferred. All experts run in this project, so :math:`g` is dense, with zeros, and no FLOPs are
+    saved.
 
     Losses: ``load_balance`` :math:`\alpha E \sum_e f_e P_e`, with :math:`f_e` the share of all
     (token, slot) assignments that go to expert e and :math:`P_e` its mean probability; it is α at perfect
@@ -71,18 +67,11 @@ class TopKCoupler(Coupler):
             )
         self.k = min(k, config.num_experts)
         self.load_balance_alpha, self.z_loss_weight = load_balance_alpha, z_loss_weight
-        self.router = nn.Linear(config.embed_dim, config.num_experts, bias=False)  # W_r
-        nn.init.normal_(self.router.weight, std=ROUTER_STD)
 
     @classmethod
     def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
         """Return k as it is used: at most the number of experts."""
         return {**options, "k": min(options["k"], config.num_experts)}
-
-    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D), by ``layer_input`` (B, L, D)."""
-        logits_BLE = router_logits(self.router, needed(layer_input, self.name))
-        return self.combiner(weighted_sum(self._weights(logits_BLE), expert_outputs))
 
     def _chosen(self, logits_BLE: Tensor) -> Tensor:
         """Return booleans (B, L, E), of which k are true for each token; a stable sort breaks ties."""
@@ -98,7 +87,7 @@ class TopKCoupler(Coupler):
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Loop over experts: an expert is chosen where fewer than k experts come before it."""
-        layer_input = needed(layer_input, self.name)
+        layer_input = self._needed(layer_input)
         logits = [(layer_input * w).sum(-1, keepdim=True) for w in self.router.weight]
         total, scale = expert_outputs.new_zeros(()), expert_outputs.new_zeros(())
         for i, mine in enumerate(logits):
@@ -114,7 +103,7 @@ class TopKCoupler(Coupler):
         self, expert_outputs: Tensor, layer_input: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Return ``load_balance`` and ``z_loss``, times the weights of the options."""
-        logits_BLE = router_logits(self.router, needed(layer_input, self.name))
+        logits_BLE = self._logits(layer_input)
         num_experts = logits_BLE.shape[-1]
         balance = num_experts * (self._load(logits_BLE) * logits_BLE.softmax(-1).mean((0, 1))).sum()
         z_BL = logits_BLE.logsumexp(-1)
@@ -130,27 +119,6 @@ class TopKCoupler(Coupler):
         """Return the share (E) of all (token, slot) assignments that go to each expert, detached."""
         return self._chosen(logits_BLE.detach()).to(logits_BLE.dtype).mean((0, 1)) / self.k
 
-    def flops(self, tokens: int) -> int:
-        """Count the logits, the weighted sum over all experts and the combiner."""
-        return routed_flops(tokens, self.config.num_experts, self.config.embed_dim)
-
-    def communication(
-        self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Return, with ``expert_outputs``, also ``expert_load`` (E) and ``gate_weights`` (E).
-
-        These are the share of assignments and the mean weights, over these tokens.
-        """
-        parts = super().communication(expert_outputs, layer_input)
-        if expert_outputs is not None:
-            with torch.no_grad():
-                logits_BLE = router_logits(self.router, needed(layer_input, self.name))
-                parts["expert_load"] = self._load(logits_BLE)
-                parts["gate_weights"] = self._weights(logits_BLE).mean((0, 1))
-        return parts
-
-    def inert_parameters(self) -> dict[str, str]:
-        """Declare the router of a single expert inert, since it has no choice."""
-        if self.config.num_experts > 1:
-            return {}
-        return {"router.weight": "the weight of a single expert is always 1"}
+    def _routing(self, logits_BLE: Tensor) -> dict[str, Tensor]:
+        """Return ``expert_load`` (E), the share of assignments, and ``gate_weights`` (E)."""
+        return {"expert_load": self._load(logits_BLE), **super()._routing(logits_BLE)}

@@ -18,7 +18,7 @@ from gnnmoe.mixing import mix
 FORMULAS = ("HypergraphConv", "PyGHypergraphConv", "HGNNConv")
 
 
-def hyperedge_index(members: Sequence[Members]) -> Tensor:
+def hyperedge_index(members: list[Members]) -> Tensor:
     """Return the int64 index (2, nnz) of PyG: a row of experts above a row of hyperedge ids."""
     experts = [expert for edge in members for expert in edge]
     edges = [number for number, edge in enumerate(members) for _ in edge]

@@ -5,8 +5,6 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from gnnmoe.hypergraph.strategies import Members
@@ -32,9 +30,7 @@ class AllDeepSets(HypergraphLayer):
     Source: Chien, Pan, Peng and Milenkovic, "You are AllSet", 2022 (arXiv:2106.13264), equation 6.
     """
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__(members, num_experts, embed_dim, num_heads)
         self.of_members, self.to_hyperedges = MLP(embed_dim), MLP(embed_dim)
         self.of_hyperedges, self.to_experts = MLP(embed_dim), MLP(embed_dim)

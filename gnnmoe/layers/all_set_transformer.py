@@ -5,8 +5,6 @@ Shapes: N tokens, E experts, M hyperedges, S elements of a set, D width, H heads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,9 +96,7 @@ class AllSetTransformer(HypergraphLayer):
     and 8.
     """
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__(members, num_experts, embed_dim, num_heads)
         self.to_hyperedges = AttentionPooling(embed_dim, num_heads)
         self.to_experts = AttentionPooling(embed_dim, num_heads)

@@ -5,8 +5,6 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,9 +35,7 @@ class HypergraphAttention(HypergraphLayer):
     (arXiv:1901.08150), equations 6 to 8; Huang and Yang, "UniGNN", 2021 (arXiv:2105.00956).
     """
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__(members, num_experts, embed_dim, num_heads)
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim))  # Θ, as nn.Linear stores it
         self.bias = nn.Parameter(torch.zeros(embed_dim))

@@ -6,7 +6,7 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -32,11 +32,9 @@ class HypergraphLayer(nn.Module, ABC):
 
     incidence_EM: Tensor
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__()
-        self.members, self.num_heads = list(members), num_heads
+        self.members, self.num_heads = members, num_heads
         self.num_experts, self.num_hyperedges, self.embed_dim = num_experts, len(self.members), embed_dim
         matrix_EM = incidence(hyperedge_index(self.members), num_experts, self.num_hyperedges)
         self.register_buffer("incidence_EM", matrix_EM.to(torch.get_default_dtype()), persistent=False)

@@ -5,8 +5,6 @@ Shapes: N tokens, E experts, M hyperedges, G the largest degree of an expert, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,9 +41,7 @@ class EDHNN(HypergraphLayer):
     hyperedges_EG: Tensor
     belongs_EG: Tensor
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__(members, num_experts, embed_dim, num_heads)
         self.of_members = MLP(embed_dim)
         self.from_expert = nn.Linear(embed_dim, embed_dim)  # U and c

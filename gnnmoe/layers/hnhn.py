@@ -5,7 +5,6 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -36,9 +35,7 @@ class HNHN(HypergraphLayer):
     (arXiv:2006.12278).
     """
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__(members, num_experts, embed_dim, num_heads)
         self.to_hyperedges = nn.Linear(embed_dim, embed_dim)
         self.to_experts = nn.Linear(embed_dim, embed_dim)

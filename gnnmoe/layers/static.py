@@ -5,8 +5,6 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ class StaticConvolution(HypergraphLayer):
 
     def __init__(
         self,
-        members: Sequence[Members],
+        members: list[Members],
         num_experts: int,
         embed_dim: int,
         num_heads: int = 1,

@@ -88,7 +88,7 @@ class _SummedNll(torch.autograd.Function):
     """Σ nll over the targets that are not −100, in chunks of ``rows``, where torch's own loss does not serve.
 
     The forward also computes the gradients of each chunk while it has the logits, so that the backward
-    computes nothing again. Matrix products have the type of ``hidden``, everything else has the type of the bias.
+    computes nothing again. Matrix products have the type of ``hidden``, everything else that of the bias.
     """
 
     @staticmethod

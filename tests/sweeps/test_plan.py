@@ -10,7 +10,8 @@ import torch
 from bench.cli import parse
 from bench.config import RunConfig
 from bench.record import RunFolder
-from bench.run.prepare import Identifier, prepare
+from bench.run.identity import Identifier
+from bench.run.prepare import prepare
 from bench.sweep import main, seconds_of
 from bench.sweeps.matching import Match, matched, reference_for
 from bench.sweeps.plan import Plan, make_plan

@@ -70,10 +70,6 @@ class ExpertGraphConv(Round):
         E, D = self.adjacency_logits.shape[0], self.self_map.in_features
         return 2 * tokens * (2 * E * D + E * E * D + 2 * E * D * D)
 
-    def mean_flops(self, tokens: int) -> int:
-        """Count the same: GELU follows the maps, so that they do not commute with the mean."""
-        return self.flops(tokens)
-
     def inert_without_neighbours(self) -> dict[str, str]:
         """Declare the parts that only weigh or map messages."""
         parts = ("adjacency_logits", "edge_score.weight", "edge_score.bias", "neighbor_map.weight")

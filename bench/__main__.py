@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.cli import fail
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import unknown_name
 
 WIDTH = 80
 BENCH = Path(__file__).parent

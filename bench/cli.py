@@ -36,8 +36,7 @@ from bench.config import (
 )
 from bench.files import read_toml, refusals_name
 from bench.foreign import visible
-from gnnmoe.config import Refused
-from gnnmoe.naming import nearest_name
+from gnnmoe.config import Refused, nearest_name
 
 LAYERS_HELP = (
     "--preset NAME puts the flags of a preset before your own; presets: {}. Default: quick.\n"

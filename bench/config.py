@@ -34,8 +34,7 @@ import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from bench.files import read_toml
-from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.naming import nearest_name, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, nearest_name, unknown_name
 
 DEFAULT_MAX_STEPS = 120
 PRESETS = Path(__file__).parent / "presets"

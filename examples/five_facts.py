@@ -14,8 +14,10 @@ from torch_geometric.nn import HypergraphConv
 
 from bench.check.leak_check import run_leak_check
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, build_coupler
-from gnnmoe.hypergraph import hyperedge_index, incidence, propagation_matrix, static_hyperedges
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import build_coupler
+from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix
+from gnnmoe.hypergraph.strategies import static_hyperedges
 
 
 def leak() -> None:

@@ -13,8 +13,9 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import HypergraphConv
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler
-from gnnmoe.hypergraph import hyperedge_index, static_hyperedges
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.hypergraph.propagation import hyperedge_index
+from gnnmoe.hypergraph.strategies import static_hyperedges
 
 
 class LeakingCoupler(Coupler):

@@ -18,8 +18,9 @@ from torch_geometric.nn import HypergraphConv
 
 from bench.data.corpus import load_corpus
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.couplers import Coupler
-from gnnmoe.hypergraph import hyperedge_index, static_hyperedges
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.hypergraph.propagation import hyperedge_index
+from gnnmoe.hypergraph.strategies import static_hyperedges
 
 LENGTH, BATCH, EVALUATED = 32, 16, 64  # blocks
 

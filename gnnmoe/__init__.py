@@ -9,29 +9,28 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gnnmoe.batched_experts import BatchedExperts
     from gnnmoe.config import GNNMoEConfig, Refused
-    from gnnmoe.couplers import Coupler, build_coupler, coupler_names, register_coupler
+    from gnnmoe.couplers.base import Coupler
     from gnnmoe.couplers.gnn import GNNExpertCoupler
     from gnnmoe.couplers.hgnn import HGNNExpertCoupler
-    from gnnmoe.experts import ExpertBlock
-    from gnnmoe.hypergraph_backends import PyGHypergraphConvWrapper
-    from gnnmoe.layer import GNNMoELayer
-    from gnnmoe.model import GNNMoEModel
+    from gnnmoe.couplers.registry import build_coupler, coupler_names, register_coupler
+    from gnnmoe.experts import BatchedExperts, ExpertBlock
+    from gnnmoe.hypergraph.backends import PyGHypergraphConvWrapper
+    from gnnmoe.model import GNNMoELayer, GNNMoEModel
 
 _HOME = {
-    "BatchedExperts": "gnnmoe.batched_experts",
+    "BatchedExperts": "gnnmoe.experts",
     "GNNMoEConfig": "gnnmoe.config",
     "Refused": "gnnmoe.config",
-    "Coupler": "gnnmoe.couplers",
-    "build_coupler": "gnnmoe.couplers",
-    "coupler_names": "gnnmoe.couplers",
-    "register_coupler": "gnnmoe.couplers",
+    "Coupler": "gnnmoe.couplers.base",
+    "build_coupler": "gnnmoe.couplers.registry",
+    "coupler_names": "gnnmoe.couplers.registry",
+    "register_coupler": "gnnmoe.couplers.registry",
     "GNNExpertCoupler": "gnnmoe.couplers.gnn",
     "HGNNExpertCoupler": "gnnmoe.couplers.hgnn",
     "ExpertBlock": "gnnmoe.experts",
-    "PyGHypergraphConvWrapper": "gnnmoe.hypergraph_backends",
-    "GNNMoELayer": "gnnmoe.layer",
+    "PyGHypergraphConvWrapper": "gnnmoe.hypergraph.backends",
+    "GNNMoELayer": "gnnmoe.model",
     "GNNMoEModel": "gnnmoe.model",
 }
 

@@ -1,11 +1,11 @@
-"""The shape of a GNN-MoE language model. Imports no torch, so that ``--help`` stays quick."""
+"""The shape of a GNN-MoE language model, and refusals of what a user cannot have. Imports no torch."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
-
-from gnnmoe.naming import unknown_name
 
 Initialization = Literal["project", "original"]
 VOCABULARY_MULTIPLE = 64  # rows of the embedding and of the head; aligned matrix products are faster
@@ -18,13 +18,26 @@ class Refused(ValueError):
     """
 
 
+def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
+    """Return the sentence that refuses ``name``, lists the allowed names and suggests the nearest."""
+    names = sorted(allowed)
+    return f"unknown {kind} {name!r}; allowed: {', '.join(names) or 'none'}.{nearest_name(name, names)}"
+
+
+def nearest_name(name: object, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the nearest allowed name, or no text where none is near."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(allowed)}
+    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    return f" Did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
+
+
 @dataclass(kw_only=True)
 class GNNMoEConfig:
     """A model: ``num_layers`` layers of ``num_experts`` transformer experts and one coupler.
 
     Raises:
-        Refused: a size that is not positive, a dropout outside [0, 1), or heads that do not
-            divide the width; an unknown ``initialization``. The names of couplers and strategies are
+        Refused: a size is not positive, the dropout is outside [0, 1), the number of heads does not
+            divide the width, or ``initialization`` is unknown. The names of couplers and strategies are
             checked where they are looked up.
     """
 
@@ -63,8 +76,8 @@ class GNNMoEConfig:
     """Words in the vocabulary (the published figure of WikiText-2)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "embed_dim", "num_layers", "num_heads", "gnn_layers",
-                     "max_seq_length", "vocab_size"):  # fmt: skip
+        sizes = "num_experts embed_dim num_layers num_heads gnn_layers max_seq_length vocab_size"
+        for name in sizes.split():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise Refused(f"{name} is {value!r}; it must be a whole number of at least 1.")
@@ -83,7 +96,7 @@ class GNNMoEConfig:
 
     @property
     def expert_width(self) -> int:
-        """``ffn_dim``, or 4 × embed_dim where none is given."""
+        """Hidden width of an expert: ``ffn_dim``, or 4 × embed_dim where ``ffn_dim`` is None."""
         return 4 * self.embed_dim if self.ffn_dim is None else self.ffn_dim
 
     @property

@@ -1,31 +1,28 @@
-"""What a model costs, from its config alone: parameters and FLOPs, without building it.
+"""The parameters and FLOPs of a model, computed from its config without building the model.
 
 Shapes: L length, E experts, D width, H hidden width of an expert.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
-from gnnmoe.config import Refused
-from gnnmoe.couplers import build_coupler
+from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.couplers.registry import build_coupler
 from gnnmoe.experts import ExpertBlock
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 QUANTITIES = ("params", "flops")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a model: ``params``, and ``flops`` of a forward with logits on one sequence of full length.
+    """The cost of a model: ``params``, and ``flops`` of a forward with logits on one sequence of full length.
 
-    ``flops`` is None where a coupler does not say its own.
+    ``flops`` is None where a coupler has no formula for its FLOPs.
     """
 
     params: int
@@ -39,7 +36,7 @@ def model_cost(config: GNNMoEConfig) -> Cost:
         Refused: there is no such coupler, strategy or option.
     """
     L, D, V = config.max_seq_length, config.embed_dim, config.vocab_size
-    coupler = _coupler_cost(_Key(config))
+    coupler = _coupler_cost(json.dumps(config.to_dict(), sort_keys=True))
     block = _block_cost(config, coupler.ffn_dim)
     trunk = Cost(config.padded_vocab_size * D + L * D + 2 * D + V, 2 * L * D * V)
     params = trunk.params + config.num_layers * (coupler.params + coupler.count * block.params)
@@ -49,12 +46,13 @@ def model_cost(config: GNNMoEConfig) -> Cost:
 
 
 def matched_ffn_dim(config: GNNMoEConfig, target: Cost, quantity: str) -> int:
-    """Return the width H of its experts at which ``config`` costs as much as ``target``.
+    """Return the hidden width H of the experts at which ``config`` costs as much as ``target``.
 
-    The nearest whole number, and at least 1: what is left of the difference is for the caller to show.
+    ``quantity``: ``params`` or ``flops``. The width is the nearest whole number and at least 1. A difference
+    in cost may remain; the caller shows it.
 
     Raises:
-        Refused: the quantity is flops and a coupler does not say its own.
+        Refused: the quantity is ``flops``, and a coupler has no formula for its FLOPs.
     """
     asked = getattr(target, quantity)
     one, two = (getattr(model_cost(replace(config, ffn_dim=width)), quantity) for width in (1, 2))
@@ -79,25 +77,12 @@ class _CouplerCost:
     ffn_dim: int
 
 
-class _Key:
-    """A config as a key: equal where the coupler is the same, so that each is built once."""
-
-    def __init__(self, config: GNNMoEConfig) -> None:
-        self.config = config
-        fields = config.to_dict() | {"coupler_options": tuple(sorted(config.coupler_options.items()))}
-        self._fields = tuple(fields.items())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._fields == other._fields
-
-    def __hash__(self) -> int:
-        return hash(self._fields)
-
-
 @cache
-def _coupler_cost(key: _Key) -> _CouplerCost:
+def _coupler_cost(config_json: str) -> _CouplerCost:
+    """Return the cost of the coupler of a config, given as JSON, so that each coupler is built once."""
+    config = GNNMoEConfig(**json.loads(config_json))
     with torch.device("meta"):
-        coupler = build_coupler(key.config)
+        coupler = build_coupler(config)
     count, ffn_dim = coupler.expert_shape()
     params = sum(p.numel() for p in coupler.parameters())
-    return _CouplerCost(params, coupler.flops(key.config.max_seq_length), count, ffn_dim)
+    return _CouplerCost(params, coupler.flops(config.max_seq_length), count, ffn_dim)

@@ -1,12 +1,13 @@
 """The tied output head, and its cross-entropy in chunks of rows.
 
-At WikiText-2's vocabulary the full logits would swamp the memory of everything else, so no
-training step and no evaluation ever holds more than a chunk of them.
+With the vocabulary of WikiText-2 the full logits would need more memory than everything else. So training
+and evaluation never hold more than one chunk of them.
 Shapes: N tokens, D width, V vocabulary size padded to a multiple of 64.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ GPU_ROWS, CPU_ROWS, CPU_CHUNK_BYTES = 1024, 256, 32 * 2**20
 class TiedHead(nn.Module):
     """``logits = h Eᵀ + b`` with the embedding E (V, D) of the model and a bias of its own.
 
-    The embedding is passed in, since it belongs to the model; rows past ``vocab_size`` are
-    padding and get the bias −1e4.
+    The embedding belongs to the model, and is passed to each method. Its rows past ``vocab_size`` are
+    padding; their bias is −1e4.
     """
 
     def __init__(self, vocab_size: int, padded_vocab_size: int) -> None:
@@ -32,11 +33,11 @@ class TiedHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def padded_bias(self) -> Tensor:
-        """Return the bias (V,), the padding included."""
+        """Return the bias (V,) with that of the padding."""
         return F.pad(self.bias, (0, self.padding), value=PADDED_BIAS)
 
     def logits(self, hidden: Tensor, embedding_VD: Tensor) -> Tensor:
-        """Return (..., vocab_size) for ``hidden`` (..., D), at least float32; padded columns are cut off."""
+        """Return (..., vocab_size) for ``hidden`` (..., D) without padding, in float32 or a wider type."""
         return _logits(hidden, embedding_VD[: self.vocab_size], self.bias)
 
     def loss(self, hidden_ND: Tensor, embedding_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -61,35 +62,33 @@ class TiedHead(nn.Module):
         """Return the nll (N,) in nats of each target, 0 where it is −100; no gradient."""
         bias = self.padded_bias()
         rows = chunk_rows(hidden_ND, embedding_VD)
-        return torch.cat([
-            F.cross_entropy(_logits(hidden, embedding_VD, bias), targets,
-                            ignore_index=IGNORED, reduction="none")
-            for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
-        ])  # fmt: skip
+        chunks = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+        nll = partial(F.cross_entropy, ignore_index=IGNORED, reduction="none")
+        return torch.cat([nll(_logits(hidden, embedding_VD, bias), targets) for hidden, targets in chunks])
 
 
 def chunk_rows(hidden_ND: Tensor, embedding_VD: Tensor) -> int:
-    """Return how many rows of logits to hold at once: 1,024 on a GPU; on a CPU 256, and at most 32 MiB."""
+    """Return the rows of logits in a chunk: 1,024 on a GPU; on a CPU at most 256 rows and 32 MiB."""
     if hidden_ND.device.type != "cpu":
         return GPU_ROWS
     return max(16, min(CPU_ROWS, CPU_CHUNK_BYTES // (embedding_VD.shape[0] * 4)))
 
 
 def _torch_has_it(device: str) -> bool:
-    """Tell whether torch's own chunked loss serves: eager on a CPU, from torch 2.13, without autocast.
+    """Return whether to use torch's own chunked loss: eager on a CPU, from torch 2.13, without autocast.
 
-    There it takes 0.6 to 0.9 of the time of ours. Compilers stop at it; under autocast it would round the
-    bias.
+    There it takes 0.6 to 0.9 of the time of ``_SummedNll``. A compiler breaks the graph at it, and under
+    autocast it would round the bias.
     """
     usual = not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device)
     return device == "cpu" and usual and hasattr(nn, "LinearCrossEntropyOptions")
 
 
 class _SummedNll(torch.autograd.Function):
-    """Σ nll over the targets that are not −100, in chunks of ``rows``, where torch has nothing that serves.
+    """Σ nll over the targets that are not −100, in chunks of ``rows``, where torch's own loss does not serve.
 
-    A chunk's gradients are made in the forward, where its logits are, so that nothing is computed twice
-    in the backward. The products are in the type of ``hidden``, all else in that of the bias.
+    The forward also computes the gradients of each chunk while it has the logits, so that the backward
+    computes nothing again. Matrix products have the type of ``hidden``, everything else that of the bias.
     """
 
     @staticmethod
@@ -116,7 +115,7 @@ class _SummedNll(torch.autograd.Function):
 def _chunk(
     hidden: Tensor, embedding: Tensor, bias: Tensor, targets: Tensor, of_embedding: Tensor, of_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return Σ nll of some rows and its gradient by ``hidden``; add those by embedding and bias."""
+    """Return Σ nll of a chunk and its gradient by ``hidden``; add the gradients by embedding and bias."""
     log_p = _logits(hidden, embedding, bias).log_softmax(-1)
     total = F.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="sum")
     error = _less_one(log_p.exp_(), targets.clamp_min(0))  # the gradient of a row's logits
@@ -131,9 +130,9 @@ def _chunk(
 
 
 def _logits(hidden: Tensor, embedding: Tensor, bias: Tensor) -> Tensor:
-    """Return ``h Eᵀ + b`` in the type of the bias: where the product is in bf16, the sum is not.
+    """Return ``h Eᵀ + b`` in the type of the bias, also where the product is in bf16.
 
-    The bias of a rare word is about −10, where neighbours in bf16 are 0.06 apart.
+    The bias of a rare word is about −10, where neighbouring numbers in bf16 are 0.06 apart.
     """
     if hidden.dtype == bias.dtype and not torch.is_autocast_enabled(hidden.device.type):
         return F.linear(hidden, embedding, bias)
@@ -141,7 +140,7 @@ def _logits(hidden: Tensor, embedding: Tensor, bias: Tensor) -> Tensor:
 
 
 def _less_one(p_NV: Tensor, columns_N: Tensor) -> Tensor:
-    """Return ``p`` less 1 in one column of each row: in place, or as what a compiler fuses."""
+    """Return ``p`` minus 1 in one column of each row: in place, or in a form that a compiler fuses."""
     if torch.compiler.is_compiling():
         return p_NV - (torch.arange(p_NV.shape[1], device=p_NV.device) == columns_N[:, None]).to(p_NV.dtype)
     return p_NV.scatter_add_(1, columns_N[:, None], -torch.ones_like(p_NV[:, :1]))

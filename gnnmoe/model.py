@@ -1,47 +1,89 @@
-"""The language model: embeddings, layers of experts and couplers, a tied head.
+"""The language model: embeddings, layers of experts and one coupler each, and a tied head.
 
 Shapes: B batch, L length, D width, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.batched_experts import BatchedExperts
-from gnnmoe.config import Refused
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.couplers.registry import build_coupler
+from gnnmoe.experts import BatchedExperts, ExpertBlock, ExpertLoop, init_weights
 from gnnmoe.head import IGNORED, PADDED_BIAS, TiedHead
-from gnnmoe.initialization import init_weights
-from gnnmoe.layer import GNNMoELayer
-from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import RandomStreams
 
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
-
-
 EXPERTS, PRECISIONS = ("loop", "batched"), ("fp32", "tf32", "bf16")
+
+
+class GNNMoELayer(nn.Module):
+    """All experts on every token, one coupler, one residual: ``x + coupler(experts(x), x)``.
+
+    Experts and coupler draw from streams of their own. ``experts``: ``loop``, one after the other, or
+    ``batched``, all at once; both give the same numbers.
+    """
+
+    def __init__(
+        self, config: GNNMoEConfig, streams: RandomStreams | None = None, *, experts: str = "loop"
+    ) -> None:
+        super().__init__()
+        streams = streams or RandomStreams(int(torch.randint(2**31, ())))
+        with streams("init.coupler"):
+            coupler = build_coupler(config)
+        count, ffn_dim = coupler.expert_shape()
+        with streams("init.experts"):
+            blocks = [ExpertBlock(config, ffn_dim) for _ in range(count)]
+            for block in blocks:
+                block.initialize(config.initialization)
+        self.experts = BatchedExperts(blocks) if experts == "batched" else ExpertLoop(blocks)
+        self.coupler = coupler
+
+    def expert_outputs(self, x_BLD: Tensor) -> Tensor:
+        """Return the output of each expert for ``x`` (B, L, D): (B, L, E, D), a view of (E, B, L, D)."""
+        return self.experts(x_BLD)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return (B, L, D) for an input of the same shape."""
+        return self.forward_with_auxiliary(x_BLD)[0]
+
+    def forward_with_auxiliary(self, x_BLD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (B, L, D) and, in train mode, the coupler's auxiliary losses by name."""
+        expert_outputs_BLED = self.expert_outputs(x_BLD)
+        auxiliary = self.coupler.auxiliary_losses(expert_outputs_BLED, x_BLD) if self.training else {}
+        return x_BLD + self.coupler(expert_outputs_BLED, x_BLD), auxiliary
+
+    def flops(self, batch: int, length: int) -> int | None:
+        """Return the FLOPs of a forward, or None where the coupler has no formula for its own."""
+        own = self.coupler.flops(batch * length)
+        if own is None:
+            return None
+        count, ffn_dim = self.coupler.expert_shape()
+        return own + count * ExpertBlock.flops(self.coupler.config, batch, length, ffn_dim)
 
 
 class GNNMoEModel(nn.Module):
     """A causal language model whose layers run E experts on every token and couple them.
 
-    With a ``seed``, trunk, experts and coupler are drawn from the named streams ``init.trunk``,
-    ``init.experts`` and ``init.coupler``: models that differ only in their coupler start from the
-    same trunk and experts. Without one, the seed is drawn from torch's global generator.
+    Trunk, experts and coupler are drawn from the named streams ``init.trunk``, ``init.experts`` and
+    ``init.coupler`` of ``seed``: models that differ only in their coupler start from the same trunk and
+    experts. Without a seed, the seed is drawn from torch's global generator.
 
-    ``experts``: ``loop``, one block after the other, or ``batched``, all in a few large products; the
-    same numbers, and the same state dict. ``precision``: ``bf16`` computes ``forward`` and ``token_nll``
-    under autocast, with parameters, residual stream, loss and its softmax in float32; ``fp32`` and
-    ``tf32`` are one here, since TF32 is a setting of the whole process
+    ``experts``: ``loop``, one block after the other, or ``batched``, all in a few large products. Both give
+    the same numbers and the same state dict. ``precision``: ``bf16`` computes ``forward`` and
+    ``token_nll`` under autocast; parameters, residual stream, loss and its softmax stay in float32.
+    ``fp32`` and ``tf32`` are the same here, since TF32 is a setting of the whole process
     (``torch.set_float32_matmul_precision``).
 
     Raises:
-        Refused: an unknown name among them.
+        Refused: ``experts`` or ``precision`` is unknown, or the config asks for what cannot be built.
     """
+
+    layers: Sequence[GNNMoELayer]
 
     def __init__(
         self,
@@ -63,9 +105,8 @@ class GNNMoEModel(nn.Module):
             self.output_norm = nn.LayerNorm(config.embed_dim)
             self.apply(init_weights)
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.layers = nn.ModuleList(
-            GNNMoELayer(config, streams, experts=experts) for _ in range(config.num_layers)
-        )
+        layers = [GNNMoELayer(config, streams, experts=experts) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(layers)  # pyright: ignore[reportAttributeAccessIssue]
         self.head = TiedHead(config.vocab_size, config.padded_vocab_size)
 
     def forward(
@@ -84,7 +125,7 @@ class GNNMoEModel(nn.Module):
                 targets that are padding are not scored.
             labels: (B, L), the ids at the same positions as ``input_ids``, shifted in here.
             targets: (B, L), already shifted: ``targets[:, t]`` follows ``input_ids[:, t]``.
-            return_logits: without them the full logits are never held; ``logits`` is None.
+            return_logits: if False, ``logits`` is None and the full logits are never held in memory.
 
         ``loss`` is None without labels or targets; −100 is not scored. ``auxiliary_loss`` is the
         sum of the couplers' own losses (0 for most, and in eval mode), never part of ``loss``.
@@ -113,14 +154,13 @@ class GNNMoEModel(nn.Module):
         return nll_N.view(targets.shape)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Return the context of the precision; where it is not bf16, one that a caller made is left alone."""
+        """Return the autocast of bf16. With another precision the caller's own context stays in force."""
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
     def _hidden(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         x_BLD = self._embed(input_ids)
         auxiliary = x_BLD.new_zeros(())
         for layer in self.layers:
-            assert isinstance(layer, GNNMoELayer)
             x_BLD, losses = layer.forward_with_auxiliary(x_BLD)
             for value in losses.values():
                 auxiliary = auxiliary + value
@@ -135,17 +175,17 @@ class GNNMoEModel(nn.Module):
 
     @torch.no_grad()
     def set_output_bias(self, log_probabilities: Tensor) -> None:
-        """Start the head's bias at ``log_probabilities`` (vocab_size,), such as the log unigram.
+        """Start the head's bias at ``log_probabilities`` (vocab_size,), such as those of the unigram.
 
-        Where there are fewer, the other words start without probability.
+        Words past the end of a shorter tensor start with probability 0.
         """
         self.head.bias.fill_(PADDED_BIAS)
         self.head.bias[: len(log_probabilities)] = log_probabilities
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile ``forward`` by ``torch.compile``, which takes the arguments; a copy is not compiled.
+        """Compile ``forward`` with these arguments of ``torch.compile``. A copy of the model is not compiled.
 
-        Torch's own would also compile the hooks that are on the model, anew for each new hook.
+        ``nn.Module.compile`` would also compile the model's hooks, and again for each new hook.
         """
         self.__dict__.pop("forward", None)
         self.forward = torch.compile(self.forward, *args, **kwargs)
@@ -156,11 +196,11 @@ class GNNMoEModel(nn.Module):
         return "forward" in self.__dict__
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is compiled, which would go on computing with this model's parameters."""
+        """Leave out the compiled forward: in a copy, it would still use the parameters of this model."""
         return {name: value for name, value in super().__getstate__().items() if name != "forward"}
 
     def matrices(self) -> list[nn.Parameter]:
-        """Return the parameters that weight decay acts on: matrices, and neither biases nor gains."""
+        """Return the parameters that weight decay acts on: matrices, but no biases and no gains."""
         stacked = [module.vectors() for module in self.modules() if isinstance(module, BatchedExperts)]
         vectors = {id(parameter) for vectors in stacked for parameter in vectors}
         return [p for p in self.parameters() if p.ndim >= 2 and id(p) not in vectors]
@@ -169,33 +209,33 @@ class GNNMoEModel(nn.Module):
         """Return the number of parameters by part: total, expert, coupler, other."""
         counts = {"expert": 0, "coupler": 0}
         for layer in self.layers:
-            assert isinstance(layer, GNNMoELayer)
             counts["expert"] += sum(p.numel() for p in layer.experts.parameters())
             counts["coupler"] += sum(p.numel() for p in layer.coupler.parameters())
         total = sum(p.numel() for p in self.parameters())
         return {"total": total, **counts, "other": total - sum(counts.values())}
 
     def flops(self, batch: int, length: int) -> int | None:
-        """Return the FLOPs of a forward with logits: 2 a multiply-add of a matrix product.
+        """Return the FLOPs of a forward with logits: 2 per multiply-add of a matrix product.
 
-        None where a coupler does not say its own; ``torch.utils.flop_counter`` counts them then.
+        None where a coupler has no formula; ``torch.utils.flop_counter`` then counts them.
         """
-        layers = [layer.flops(batch, length) for layer in self.layers if isinstance(layer, GNNMoELayer)]
-        if any(flops is None for flops in layers):
-            return None
-        head = 2 * batch * length * self.config.embed_dim * self.config.vocab_size
-        return head + sum(flops for flops in layers if flops is not None)
+        total = 2 * batch * length * self.config.embed_dim * self.config.vocab_size
+        for layer in self.layers:
+            flops = layer.flops(batch, length)
+            if flops is None:
+                return None
+            total += flops
+        return total
 
     @torch.no_grad()
     def analyze_expert_communication(self, input_ids: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
         """Return each layer's ``communication`` as ``{"layer_0": {...}, …}``.
 
-        With ``input_ids`` (B, L) also its content-dependent parts, averaged over those tokens.
+        With ``input_ids`` (B, L), also the parts that depend on the content, averaged over these tokens.
         """
         x_BLD = None if input_ids is None else self._embed(input_ids)
         found = {}
         for number, layer in enumerate(self.layers):
-            assert isinstance(layer, GNNMoELayer)
             outputs = None if x_BLD is None else layer.expert_outputs(x_BLD)
             found[f"layer_{number}"] = layer.coupler.communication(outputs, x_BLD)
             if x_BLD is not None and outputs is not None:

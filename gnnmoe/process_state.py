@@ -1,6 +1,6 @@
-"""What a coupler could change for the whole process: torch's settings that change numbers, and the folder.
+"""The state of the process that a coupler could change: torch's settings that change numbers, and the folder.
 
-A record states some of these (precision, threads) and takes the others for torch's defaults.
+A record states some settings (precision, threads) and assumes torch's defaults for the others.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ _HOOKS = [name for name in vars(nn_module) if name.startswith("_global_") and na
 
 
 class ProcessStateChanged(Refused):
-    """A coupler changed the state of the process; the message says what."""
+    """A coupler changed the state of the process; the message names the settings."""
 
 
 def torch_state() -> dict[str, Any]:
-    """Return the settings of this process that change numbers, by name; see ``changed_state``.
+    """Return the settings of this process that change numbers, by name; for ``changed_state``.
 
-    Random states are no part of it: runs seed their own.
+    Random states are not included, since each run seeds its own.
     """
     return {name: _read(get) for name, (get, _) in _SETTINGS.items()}
 
 
 def changed_state(before: dict[str, Any]) -> list[str]:
-    """Return each setting that differs from ``before`` (of ``torch_state``), as ``name: old → new``."""
-    return [f"{name}: {_shown(before[name])} → {_shown(value)}" for name, value in torch_state().items()
-            if value != before[name]]  # fmt: skip
+    """Return each setting that differs from ``before``, a result of ``torch_state``: ``name: old → new``."""
+    changed = {name: value for name, value in torch_state().items() if value != before[name]}
+    return [f"{name}: {_shown(before[name])} → {_shown(value)}" for name, value in changed.items()]
 
 
 def restore_state(before: dict[str, Any]) -> None:
-    """Put each setting that differs from ``before`` (of ``torch_state``) back."""
+    """Restore each setting that differs from ``before``, a result of ``torch_state``."""
     for name, (get, put) in _SETTINGS.items():
-        if _read(get) != before[name]:  # read one by one, since some settings move others
+        if _read(get) != before[name]:  # read one by one, since some settings change others
             put(before[name])
 
 
 @contextmanager
 def unchanged_state(what: str) -> Iterator[None]:
-    """Let the block change none of ``torch_state``: what it changed is put back, also where it raises.
+    """Refuse a block that changes the state of the process, and restore that state, also after an error.
 
-    ``what`` says in the message whose doing it was.
+    ``what`` names the code of the block in the message.
 
     Raises:
-        ProcessStateChanged: the block ended, and had changed something.
+        ProcessStateChanged: the block ended without an error, and changed a setting.
     """
     before = torch_state()
     changes: list[str] = []
@@ -73,7 +73,7 @@ def unchanged_state(what: str) -> Iterator[None]:
 def _read(get: Callable[[], Any]) -> Any:
     try:
         return get()
-    except Exception as error:  # such as a default device that this machine lacks, or a removed folder
+    except Exception as error:  # such as a default device that does not exist here, or a removed folder
         return f"unreadable ({type(error).__name__})"
 
 
@@ -84,7 +84,7 @@ def _shown(value: Any) -> str:
 
 
 def _flushes_denormals() -> bool:
-    """Whether numbers below the smallest normal one become 0 (``torch.set_flush_denormal``)."""
+    """Return whether numbers below the smallest normal number become 0 (``torch.set_flush_denormal``)."""
     smallest = sys.float_info.min
     return smallest / 2 == 0.0
 
@@ -104,7 +104,7 @@ def _set_deterministic(value: str) -> None:
 
 
 def _hooks() -> frozenset[int]:
-    """Return the numbers of the hooks that run in every module."""
+    """Return the ids of the hooks that run in every module."""
     return frozenset(key for name in _HOOKS for key in getattr(nn_module, name))
 
 
@@ -124,7 +124,7 @@ def _autocast(device: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
 
 
 def _flag(name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    """Return what reads and sets an attribute within ``torch.backends``."""
+    """Return the functions that read and set an attribute within ``torch.backends``."""
     owner, _, last = name.rpartition(".")
 
     def put(value: Any) -> None:
@@ -134,18 +134,21 @@ def _flag(name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
 
 
 def _products(name: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
-    """Return what reads and sets how a backend computes products of float32; by default exactly."""
+    """Return the functions that read and set the precision of a backend's float32 products."""
     get, put = _flag(f"{name}.fp32_precision".lstrip("."))
     return lambda: get().replace("none", "ieee"), put
 
 
 _CUDA = torch.backends.cuda
+_PRODUCTS = " .cuda.matmul .cudnn .cudnn.conv .cudnn.rnn .mkldnn .mkldnn.matmul .mkldnn.conv .mkldnn.rnn"
+_FLAGS = """
+    cudnn.allow_tf32 cudnn.enabled cudnn.benchmark cudnn.deterministic mkldnn.enabled
+    cuda.matmul.allow_fp16_reduced_precision_reduction cuda.matmul.allow_bf16_reduced_precision_reduction
+"""
 _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "default device": (torch.get_default_device, _set_default_device),
-    **{f"torch.backends{name}.fp32_precision": _products(name) for name in (
-        "", ".cuda.matmul", ".cudnn", ".cudnn.conv", ".cudnn.rnn", ".mkldnn", ".mkldnn.matmul",
-        ".mkldnn.conv", ".mkldnn.rnn")},
+    **{f"torch.backends{name}.fp32_precision": _products(name) for name in _PRODUCTS.split(" ")},
     "float32 matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
     "autocast on the CPU": _autocast("cpu"),
@@ -153,14 +156,11 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "deterministic algorithms": (_deterministic, _set_deterministic),
     "number of threads": (torch.get_num_threads, torch.set_num_threads),
     "flushing of denormal numbers": (_flushes_denormals, torch.set_flush_denormal),
-    **{f"torch.backends.{name}": _flag(name) for name in (
-        "cudnn.allow_tf32", "cudnn.enabled", "cudnn.benchmark", "cudnn.deterministic", "mkldnn.enabled",
-        "cuda.matmul.allow_fp16_reduced_precision_reduction",
-        "cuda.matmul.allow_bf16_reduced_precision_reduction")},
+    **{f"torch.backends.{name}": _flag(name) for name in _FLAGS.split()},
     "flash attention": (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
     "memory-efficient attention": (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
     "plain attention": (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
     "hooks on every module": (_hooks, _keep_hooks),
     "current folder": (os.getcwd, os.chdir),
-}  # fmt: skip
-"""Name → what reads it and what sets it."""
+}
+"""Name of a setting → the functions that read it and set it."""

@@ -1,7 +1,7 @@
-"""Named random streams: one seed, independent sequences for independent purposes.
+"""Named random streams: one seed gives an independent sequence of random numbers for each purpose.
 
-At one seed every coupler starts from the same trunk and the same experts, because the numbers
-drawn for the coupler come from a stream of their own.
+The coupler draws from a stream of its own. With the same seed, all couplers therefore start from the same
+trunk and experts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 class RandomStreams:
-    """The CPU generator states of several named streams; each goes on where it was left.
+    """The states of several named random streams on the CPU. Each stream continues where it stopped.
 
-    ``with streams("init.experts"): ...`` draws from that stream and leaves the global generator
-    as it was before.
+    ``with streams("init.experts"): ...`` draws from that stream. After the block, torch's global generator
+    is as it was before.
     """
 
     def __init__(self, seed: int) -> None:

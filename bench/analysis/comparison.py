@@ -20,8 +20,7 @@ from bench.analysis.significance import bca_interval
 from bench.analysis.statistics import Paired, Verdict, compare_family
 from bench.analysis.study import Configuration, Group
 from bench.record import is_measured
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 
 @dataclass(frozen=True)

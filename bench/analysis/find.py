@@ -7,8 +7,7 @@ from pathlib import Path
 
 from bench.analysis.study import Run
 from bench.record import read_record
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 REFERENCE = "reference"  # results/reference holds studies, as results does
 

@@ -22,8 +22,7 @@ from bench.analysis.weights_figures import weights_plots
 from bench.analysis.words import verdict_sentences
 from bench.foreign import visible
 from bench.sweeps.hypotheses import Hypothesis, stated
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 
 @dataclass(frozen=True)

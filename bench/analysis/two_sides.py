@@ -18,8 +18,7 @@ from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Run, doubled_words, grouped, is_of_run, load_study
 from bench.record import Record, is_measured
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 Quantity = Callable[[Record], float | None]
 Placed = tuple[Setting, Configuration]

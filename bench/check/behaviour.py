@@ -20,7 +20,7 @@ from bench.check.subject import (
     modes,
     relative_difference,
 )
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 BATCH, LENGTH = 3, 8
 BATCHED_ALIKE = "a sequence alone, in a batch and in a permuted batch gives the same result"

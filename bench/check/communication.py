@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.check.subject import CheckFailed, Inputs, Subject, seed_global_generator
 from bench.device import is_out_of_memory
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 
 BATCH, LENGTH = 2, 2
 WIDTH = 16  # mixing needs D backward passes

@@ -34,7 +34,7 @@ from bench.check.subject import (
     modes,
     run_check,
 )
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.seeds import stream_seed
 

@@ -12,11 +12,10 @@ from bench.check.causality import causality
 from bench.check.communication import communication
 from bench.check.isolation import token_isolation
 from bench.check.subject import CheckReport, Subject, global_random_state_kept, run_check
-from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers import build_coupler, coupler_class, coupler_names
-from gnnmoe.hypergraph_layers import CONV_TYPES
-from gnnmoe.naming import unknown_name
-from gnnmoe.strategies import STRATEGIES, strategy_identity
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.couplers.registry import build_coupler, coupler_class, coupler_names
+from gnnmoe.hypergraph.strategies import STRATEGIES, strategy_identity
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "token_isolation": token_isolation,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.check.isolation import value_leak
 from bench.check.subject import TOLERANCE, CheckFailed, Inputs, Subject, call
-from gnnmoe.couplers import Coupler, combiner
+from gnnmoe.couplers.base import Coupler, combiner
 
 FEW = 2  # sequences whose tokens are checked for leaks; the leak check looks at more
 LENGTH = 6

@@ -13,7 +13,8 @@ from bench.check.behaviour import dead_parameters, gradient_sizes
 from bench.check.mixing import ManyTokens, Mixing, NoMixing, measure_mixing
 from bench.check.subject import TOLERANCE, Subject, global_random_state_kept
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, coupler_class, coupler_option_defaults, resolved_options
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import coupler_class, coupler_option_defaults, resolved_options
 
 WIDTH = 16  # of the copy whose mixing is measured: Jacobians need D backward passes
 ROUNDING = 1e-16

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bench.device import is_out_of_memory
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, build_coupler
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import build_coupler
 from gnnmoe.process_state import ProcessStateChanged, unchanged_state
 from gnnmoe.seeds import stream_seed
 

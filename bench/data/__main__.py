@@ -11,8 +11,7 @@ from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, Place, flags
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 if TYPE_CHECKING:
     from rich.table import Table

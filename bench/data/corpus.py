@@ -36,8 +36,7 @@ from bench.data.tokenizer import (
     tokenize,
     tokenizer_version,
 )
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 SOURCES = ("auto", "folder", "hub", "embedded")
 OFFICIAL_TOKENS = {"train": 2_088_628, "validation": 217_646, "test": 245_569}

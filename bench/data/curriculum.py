@@ -18,8 +18,7 @@ from torch import Tensor
 
 from bench.data.blocks import TrainBlocks
 from bench.data.tokenizer import Vocabulary
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 from gnnmoe.seeds import stream_seed
 
 ScoreBlocks = Callable[[Tensor, Tensor], Tensor]

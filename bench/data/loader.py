@@ -27,9 +27,8 @@ from bench.config import BatchSchedule
 from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, unknown_name
 from gnnmoe.head import IGNORED
-from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import stream_seed
 
 _SPLIT_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}

@@ -16,8 +16,7 @@ from bench.data.cache import HERE, cache_folder, cached, key_of
 from bench.data.corpus import Corpus
 from bench.data.tokenizer import SPLITS, Vocabulary
 from bench.syntax import code_of
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 MADE_BY = ("reference_lines",)  # modules that compute the losses and store them
 ORDER = 3

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data.tokenizer import SPLITS
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")

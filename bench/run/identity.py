@@ -28,7 +28,7 @@ from bench.training.loaders import (
 from bench.training.step import Execution
 from bench.tune.budget import refuse_uneven_pieces, refuse_wrong_flags
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import coupler_identity, is_file
+from gnnmoe.couplers.registry import coupler_identity, is_file
 
 SCHEMA = "1"
 """The version of the identity. A change of it changes every run_id."""

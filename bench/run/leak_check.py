@@ -12,7 +12,7 @@ from bench.check.subject import Check, CheckReport
 from bench.record import Environment, NotMeasured, Record, RunFolder, is_measured
 from bench.run.identity import run_id
 from bench.run.prepare import Prepared
-from gnnmoe.couplers import coupler_class
+from gnnmoe.couplers.registry import coupler_class
 
 SEEDS_LOOKED_AT = 100  # seeds 0 to 99; runs with other seeds are always checked
 OF_COMMITS = ("git_commit", "git_changes_sha256")  # the code hashes already say which code ran

@@ -41,7 +41,7 @@ from bench.training.step import make_optimizer
 from bench.tune.control import Decision, Recovery, shapes_of
 from bench.tune.shape import Shape
 from gnnmoe.config import Refused
-from gnnmoe.couplers import is_file
+from gnnmoe.couplers.registry import is_file
 from gnnmoe.model import GNNMoEModel
 
 KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(CODE_WORDS, str)}

@@ -64,7 +64,7 @@ from bench.tune.control import OUT_OF_MEMORY, Decision, Recovery, micro_batch_si
 from bench.tune.find import failed, find, words_of
 from bench.tune.search import NoFeasibleBatch, SearchFailed
 from bench.tune.shape import cut
-from gnnmoe.couplers import executed_again
+from gnnmoe.couplers.registry import executed_again
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.process_state import changed_state, torch_state
 

@@ -17,8 +17,7 @@ from bench.analysis import quantities
 from bench.record import Record, is_measured
 from bench.run.prepare import Prepared
 from bench.training.evaluation import CommunicationTrace
-from gnnmoe.layer import GNNMoELayer
-from gnnmoe.model import GNNMoEModel
+from gnnmoe.model import GNNMoELayer, GNNMoEModel
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import linear_flops, resolved_options
-from gnnmoe.hypergraph import FORMULAS, static_hyperedges
+from gnnmoe.couplers.base import linear_flops
+from gnnmoe.couplers.registry import resolved_options
+from gnnmoe.hypergraph.propagation import FORMULAS
+from gnnmoe.hypergraph.strategies import static_hyperedges
 
 
 @dataclass(frozen=True)

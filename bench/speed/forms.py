@@ -29,9 +29,10 @@ from bench.speed.machine import (
 )
 from bench.speed.record import PARITY, SpeedRow
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler, build_coupler, resolved_options
-from gnnmoe.hypergraph import FORMULAS
-from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import build_coupler, resolved_options
+from gnnmoe.hypergraph.backends import BACKENDS, missing_backends
+from gnnmoe.hypergraph.propagation import FORMULAS
 from gnnmoe.seeds import RandomStreams
 
 DEFAULT, REFERENCE = "vectorized", "reference()"

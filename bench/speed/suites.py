@@ -19,10 +19,9 @@ from bench.speed.forms import Form, Timing, compiled_name, coupler_rows, forms_o
 from bench.speed.machine import Machine, failure_text
 from bench.speed.record import CURVE, PARITY, STEPS, SpeedRecord, SpeedRow
 from bench.speed.steps import Variant, executed, harness_rows, step_rows
-from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers import coupler_names
-from gnnmoe.hypergraph_layers import CONV_TYPES
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.couplers.registry import coupler_names
 
 VOCABULARY = 33_278  # WikiText-2's
 GPU_PRECISION = "bf16"

@@ -10,8 +10,7 @@ from typing import Any
 from bench.config import PRESET, Flag, Table, allowed, flag_named, run_flags
 from bench.files import refusals_name
 from bench.sweeps.condition import Condition, parse_condition
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 PART_KEYS = ("base", "grid", "zip", "where", "random")
 TOP_KEYS = (*PART_KEYS, "union", "seeds", "study", "match", "hypotheses")

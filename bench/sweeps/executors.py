@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import bench.sweeps
 from bench.config import flags
 from bench.sweeps.executor import Executor, Wanted
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 LOCAL, SUFFIX = "local", "_executor"
 Config = TypeVar("Config")

@@ -26,8 +26,7 @@ from typing import Any
 from bench.config import Table, by_field, complete, run_flags
 from bench.files import cannot_write, read_toml, refusals_name, utc_now, write_whole
 from bench.foreign import not_linked_out
-from gnnmoe.config import Refused
-from gnnmoe.naming import unknown_name
+from gnnmoe.config import Refused, unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
 STATED = "hypotheses.json"

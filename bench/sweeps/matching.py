@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.cost import QUANTITIES as BY_FORMULA
 from gnnmoe.cost import matched_ffn_dim, model_cost
-from gnnmoe.couplers import coupler_class
-from gnnmoe.naming import unknown_name
+from gnnmoe.couplers.registry import coupler_class
 
 DENSE = "dense"
 TOLERANCES = {"memory": 0.001, "time": 0.02}  # of the reference: the prediction is exact, a clock is not

@@ -21,7 +21,7 @@ from bench.sweeps.spec import RunRequest, Sweep
 from bench.sweeps.weighing import Scales, match_here
 from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.cost import Cost, model_cost
-from gnnmoe.couplers import is_file
+from gnnmoe.couplers.registry import is_file
 
 Identify = Callable[[RunConfig], Identified]
 PLAIN = {"coupler_type", "preset"}  # flags whose values speak for themselves in a label

@@ -22,7 +22,7 @@ import bench
 import gnnmoe
 from bench.syntax import syntax_sha256
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import coupler_class, coupler_names, executed_source, resolved_options
+from gnnmoe.couplers.registry import coupler_class, coupler_names, executed_source, resolved_options
 
 CHANGES_NUMBERS = (
     "gnnmoe", "bench/data", "bench/measure", "bench/training", "bench/tune",
@@ -32,8 +32,10 @@ CHANGES_NUMBERS = (
     "bench/run/prepare.py", "bench/run/session.py",
 )  # fmt: skip
 """Files and folders whose code can change a number; no flags, texts, plots, reports or sweeps."""
-OF_COUPLERS = ("gnnmoe/couplers/[!_]*.py", "gnnmoe/hypergraph*.py", "gnnmoe/hypergraph_layers/*.py")
+OF_COUPLERS = ("gnnmoe/couplers/[!_]*.py", "gnnmoe/hypergraph/*.py", "gnnmoe/layers/*.py")
 """Files that count only for the couplers that import them."""
+OF_ALL_RUNS = ("gnnmoe/couplers/base.py", "gnnmoe/couplers/registry.py")
+"""Files of these folders that count for all runs, since they hold no coupler."""
 REPOSITORY = Path(gnnmoe.__path__[0]).parent
 
 
@@ -64,6 +66,7 @@ def couplers_sha256() -> str:
         f"{path.relative_to(REPOSITORY).as_posix()} {syntax_sha256(path.read_bytes())}\n"
         for pattern in OF_COUPLERS
         for path in sorted(REPOSITORY.glob(pattern))
+        if _of_couplers(path.relative_to(REPOSITORY).as_posix())
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -143,8 +146,8 @@ def _is_own(module: str, path: Path, importer: str) -> bool:
 
 
 def _of_couplers(name: str) -> bool:
-    """Whether a file of gnnmoe counts for the couplers that import it; an ``__init__`` counts for all."""
-    return any(Path(name).match(pattern) for pattern in OF_COUPLERS)
+    """Return whether a file of gnnmoe counts only for the couplers that import it."""
+    return name not in OF_ALL_RUNS and any(Path(name).match(pattern) for pattern in OF_COUPLERS)
 
 
 @cache

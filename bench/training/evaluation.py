@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import split, to_device
 from gnnmoe.head import IGNORED
-from gnnmoe.layer import GNNMoELayer
-from gnnmoe.model import GNNMoEModel
+from gnnmoe.model import GNNMoELayer, GNNMoEModel
 
 
 @dataclass(frozen=True)

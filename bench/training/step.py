@@ -16,7 +16,7 @@ from bench.config import ExecutionConfig, RunConfig, TrainingConfig
 from bench.device import is_out_of_memory, resolve_device
 from bench.training.ranks import ALONE, Ranks
 from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers import refuse_other_types
+from gnnmoe.couplers.registry import refuse_other_types
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 

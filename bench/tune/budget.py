@@ -21,9 +21,8 @@ from bench.config import MemoryConfig, RunConfig
 from bench.record import Requested
 from bench.training.ranks import ALONE, Ranks
 from bench.tune.shape import divisors
-from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.model import GNNMoEModel
-from gnnmoe.naming import unknown_name
 
 TUNE, FIT, CONTROL = "tune_batch_size", "fit_shape", "control_memory"  # the switches
 USED_BY = {

@@ -6,25 +6,24 @@ Shapes: B batch, L length, N = B·L tokens, E experts, D width, H heads, d = D /
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.couplers._base import Coupler, linear_flops
-from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers.base import linear_flops
+from gnnmoe.couplers.registry import register_coupler
+from gnnmoe.couplers.stacked import Round, StackedCoupler
 from gnnmoe.mixing import mean_over_experts, rowwise
 
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
+class ExpertAttention(Round):
+    """One round of multi-head self-attention over the experts of a token, with the residual."""
 
-class ExpertAttention(nn.Module):
-    """One round of multi-head self-attention over the experts of a token, the residual included."""
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
+    def __init__(self, embed_dim: int, num_experts: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_experts, self.num_heads = num_experts, num_heads
         self.query = nn.Linear(embed_dim, embed_dim)
         self.key = nn.Linear(embed_dim, embed_dim, bias=False)  # softmax would cancel a key's bias
         self.value = nn.Linear(embed_dim, embed_dim)
@@ -34,19 +33,20 @@ class ExpertAttention(nn.Module):
         for linear in (self.query, self.value, self.output):
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x_NED: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the updated features (N, E, D) and the attention (N, H, E, E)."""
-        attention_NHEE = self._attention(x_NED)
+    def forward(self, x_NED: Tensor) -> Tensor:
+        """Return the updated features (N, E, D)."""
+        attention_NHEE = self.attention(x_NED)
         heard_NED = (attention_NHEE @ self._heads(self.value, x_NED)).transpose(1, 2).reshape(x_NED.shape)
-        return self.output(heard_NED) + x_NED, attention_NHEE
+        return self.output(heard_NED) + x_NED
 
     def mean(self, x_NED: Tensor) -> Tensor:
-        """Return the mean over the experts of the updated features (N, D), heard and mapped once for all."""
-        attention_NH1E = self._attention(x_NED).mean(2, keepdim=True)
+        """Return the mean over the experts of the updated features (N, D): one sum and one map for all."""
+        attention_NH1E = self.attention(x_NED).mean(2, keepdim=True)
         heard_ND = (attention_NH1E @ self._heads(self.value, x_NED)).flatten(1)
         return mean_over_experts(x_NED) + self.output(heard_ND)
 
-    def _attention(self, x_NED: Tensor) -> Tensor:
+    def attention(self, x_NED: Tensor) -> Tensor:
+        """Return the attention (N, H, E, E): row i has the weights of what expert i receives."""
         q_NHEd, k_NHEd = self._heads(self.query, x_NED), self._heads(self.key, x_NED)
         return (q_NHEd @ k_NHEd.mT / math.sqrt(q_NHEd.shape[-1])).softmax(-1)
 
@@ -54,7 +54,7 @@ class ExpertAttention(nn.Module):
         return rowwise(part, x_NED).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def pairwise(self, features: list[Tensor]) -> list[Tensor]:
-        """Update a list of E features (B, L, D), one head and one pair of experts after the other."""
+        """Update a list of E features (B, L, D), one head and one pair of experts after another."""
         queries, keys, values = (
             [part(x).chunk(self.num_heads, -1) for x in features]
             for part in (self.query, self.key, self.value)
@@ -72,16 +72,34 @@ class ExpertAttention(nn.Module):
             updated.append(x + self.output(torch.cat(heads, -1)))
         return updated
 
+    def flops(self, tokens: int) -> int:
+        """Count the four maps, the scores and the weighted sums of E experts."""
+        return self._flops(tokens, receivers=self.num_experts)
+
+    def mean_flops(self, tokens: int) -> int:
+        """Count one weighted sum and one output map in place of E."""
+        return self._flops(tokens, receivers=1)
+
+    def _flops(self, tokens: int, receivers: int) -> int:
+        E, D = self.num_experts, self.query.in_features
+        attention = 3 * linear_flops(tokens * E, D, D) + linear_flops(tokens * E, D, E)
+        return attention + receivers * (linear_flops(tokens, E, D) + linear_flops(tokens, D, D))
+
+    def inert_without_neighbours(self) -> dict[str, str]:
+        """Declare queries and keys: they only form the attention."""
+        parts = ("query.weight", "query.bias", "key.weight")
+        return dict.fromkeys(parts, "a single expert listens to itself only")
+
 
 @register_coupler("attention")
-class AttentionCoupler(Coupler):
+class AttentionCoupler(StackedCoupler):
     r"""Rounds of self-attention over the E experts of a token, then their mean, then the combiner.
 
     .. math:: A^h_{ij} = \mathrm{softmax}_j\big((Q^h x_i + b_Q^h) \cdot K^h x_j / \sqrt{d}\big)
     .. math:: x_i \leftarrow x_i + O\, \big[\textstyle\sum_j A^h_{ij} (V^h x_j + b_V^h)\big]_h + b_O
 
-    with :math:`[\cdot]_h` the heads side by side, ``num_heads`` of them, and ``gnn_layers`` rounds.
-    Experts have no positions: in another order they give the same.
+    with :math:`[\cdot]_h` the ``num_heads`` heads side by side, and ``gnn_layers`` rounds. Experts have no
+    positions: their order does not matter.
 
     Shapes:
         - **expert_outputs:** :math:`(B, L, E, D)`
@@ -92,62 +110,25 @@ class AttentionCoupler(Coupler):
     """
 
     config_fields = ("gnn_layers",)
+    layers: Sequence[ExpertAttention]
 
-    def __init__(self, config: GNNMoEConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(
-            ExpertAttention(config.embed_dim, config.num_heads) for _ in range(config.gnn_layers)
-        )
+    @staticmethod
+    def make_round(config: GNNMoEConfig) -> ExpertAttention:
+        """Build one round of self-attention."""
+        return ExpertAttention(config.embed_dim, config.num_experts, config.num_heads)
 
-    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
-        del layer_input
-        B, L, E, D = expert_outputs.shape
-        x_NED = expert_outputs.reshape(B * L, E, D)
-        *rounds, last = self.layers
-        for layer in rounds:
-            x_NED, _ = layer(x_NED)
-        return self.combiner(last.mean(x_NED)).view(B, L, D)  # pyright: ignore[reportCallIssue]
-
-    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Loop over heads and pairs of experts."""
-        del layer_input
-        features = list(expert_outputs.unbind(2))
-        for layer in self.layers:
-            features = layer.pairwise(features)  # pyright: ignore[reportCallIssue]
-        return self.combiner(torch.stack(features).mean(0))
-
-    def flops(self, tokens: int) -> int:
-        """Count each round's four maps, scores and weighted sums, and the combiner.
-
-        The last round hears and maps once for all experts.
-        """
-        E, D = self.config.num_experts, self.config.embed_dim
-        attention = 3 * linear_flops(tokens * E, D, D) + linear_flops(tokens * E, D, E)
-        of_each = linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
-        rounds = len(self.layers)
-        return rounds * attention + ((rounds - 1) * E + 1) * of_each + linear_flops(tokens, D, D)
-
+    @torch.no_grad()
     def communication(
         self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Add ``adjacency_k`` (E, E) of each round k where there are inputs: row i listens to column j.
+        """Return, with ``expert_outputs``, also ``adjacency_k`` (E, E) of each round k.
 
-        The mean over heads and over the tokens given.
+        Row i has the weights of what expert i receives: the mean over the heads and over these tokens.
         """
         parts = super().communication(expert_outputs, layer_input)
         if expert_outputs is not None:
-            with torch.no_grad():
-                x_NED = expert_outputs.flatten(0, 1)
-                for k, layer in enumerate(self.layers):
-                    x_NED, attention_NHEE = layer(x_NED)
-                    parts[f"adjacency_{k}"] = attention_NHEE.mean((0, 1))
+            x_NED = expert_outputs.flatten(0, 1)
+            for k, layer in enumerate(self.layers):
+                parts[f"adjacency_{k}"] = layer.attention(x_NED).mean((0, 1))
+                x_NED = layer(x_NED)
         return parts
-
-    def inert_parameters(self) -> dict[str, str]:
-        """Declare what only forms the attention, where one expert can only listen to itself."""
-        if self.config.num_experts > 1:
-            return {}
-        parts = ("query.weight", "query.bias", "key.weight")
-        names = (f"layers.{k}.{part}" for k in range(len(self.layers)) for part in parts)
-        return dict.fromkeys(names, "a single expert listens to itself only")

@@ -1,4 +1,4 @@
-"""No experts to couple: one transformer block, as large as the model with experts.
+"""A model without experts: one transformer block per layer, as large as a layer of experts.
 
 Shapes: B batch, L length, E experts, D width.
 """
@@ -6,35 +6,35 @@ Shapes: B batch, L length, E experts, D width.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from gnnmoe.config import Refused
-from gnnmoe.couplers._base import Coupler
-from gnnmoe.couplers._options import coupler_option_defaults, fields_read_by
-from gnnmoe.couplers._registry import coupler_class, register_coupler
-from gnnmoe.naming import unknown_name
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import (
+    coupler_class,
+    coupler_option_defaults,
+    fields_read_by,
+    register_coupler,
+)
 
 MATCHES = ("params", "flops", "none")
 
 
 @register_coupler("dense")
 class DenseCoupler(Coupler):
-    r"""A plain transformer: each layer is one block, whose feed-forward width makes up for the experts.
+    r"""A plain transformer: each layer is one block, with a feed-forward width that replaces the experts.
 
     .. math:: y = x_1 - \mathrm{input}
 
-    The layer adds its input again, so that it returns the block's own output :math:`x_1`. There is no
-    combiner and no parameter.
+    The layer adds its input again, and so returns the block's own output :math:`x_1`. The coupler has no
+    combiner and no parameters.
 
-    Options: ``match``: the block is as wide as makes a layer equal, in ``params`` or in forward ``flops``
-    (of one sequence of full length), to a layer of ``num_experts`` experts with the coupler ``like``;
-    ``none``: one expert of its usual width. The width is a whole number, so half a hidden unit, D + ½
-    parameters a layer, may be missing or too many.
+    Options: with ``match`` = ``params`` or ``flops``, a layer has as many parameters, or forward FLOPs of one
+    sequence of full length, as a layer of ``num_experts`` experts with the coupler ``like``. With ``match`` =
+    ``none`` the block is one expert of the usual width. The width is a whole number, so a layer may differ by
+    half a hidden unit, which is D + ½ parameters.
 
     Shapes:
         - **expert_outputs:** :math:`(B, L, E, D)`; the layer gives E = 1
@@ -57,7 +57,7 @@ class DenseCoupler(Coupler):
 
     @classmethod
     def fields_read(cls, options: dict[str, Any]) -> tuple[str, ...] | None:
-        """Return what the coupler reads that it is matched to."""
+        """Return the fields that the coupler ``like`` reads."""
         if options["match"] == "none":
             return ()
         like = coupler_class(options["like"])
@@ -65,30 +65,28 @@ class DenseCoupler(Coupler):
 
     @classmethod
     def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
-        """Drop ``like`` where it is matched to nothing."""
-        del config
+        """Leave out ``like`` where nothing is matched."""
         return {"match": "none"} if options["match"] == "none" else options
 
     def expert_shape(self) -> tuple[int, int]:
-        """Return one block and its hidden width."""
+        """Return 1, for one block, and its hidden width."""
         return 1, self.ffn_dim
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Return what the block adds to the layer input (B, L, D).
+        """Return the difference (B, L, D) between the block's output and the layer input.
 
         Raises:
-            ValueError: there is no layer input.
+            ValueError: ``layer_input`` is None.
         """
         return expert_outputs.mean(2) - self._required(layer_input)
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Add the blocks given up one by one; a layer gives one."""
+        """Add up the outputs of all blocks one by one; a layer has one."""
         blocks = expert_outputs.unbind(2)
         return sum(blocks[1:], blocks[0]) / len(blocks) - self._required(layer_input)
 
     def flops(self, tokens: int) -> int:
         """Return 0: there is no matrix product."""
-        del tokens
         return 0
 
     def _required(self, layer_input: Tensor | None) -> Tensor:
@@ -99,7 +97,7 @@ class DenseCoupler(Coupler):
 
 def _matched_ffn_dim(config: GNNMoEConfig, match: str, like: str) -> int:
     """Return the hidden width at which one block equals a layer of experts with the coupler ``like``."""
-    from gnnmoe.cost import matched_ffn_dim, model_cost  # which builds couplers itself
+    from gnnmoe.cost import matched_ffn_dim, model_cost  # here: it builds couplers itself
 
     if match == "none":
         return config.expert_width

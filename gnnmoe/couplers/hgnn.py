@@ -1,4 +1,4 @@
-"""The hypergraph coupler: experts that share a hyperedge exchange what they found.
+"""The hypergraph coupler: experts that share a hyperedge exchange messages.
 
 Shapes: B batch, L length, N = B·L tokens, E experts, D width, M hyperedges.
 """
@@ -7,29 +7,101 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.config import Refused
-from gnnmoe.couplers._base import Coupler, linear_flops
-from gnnmoe.couplers._registry import register_coupler
-from gnnmoe.hypergraph import FORMULAS, hyperedge_index, static_hyperedges
-from gnnmoe.hypergraph_backends import BACKENDS, require_backend
-from gnnmoe.hypergraph_layers import CONV_TYPES, HypergraphStack
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.couplers.base import Coupler, linear_flops
+from gnnmoe.couplers.registry import register_coupler
+from gnnmoe.hypergraph.backends import BACKENDS, require_backend
+from gnnmoe.hypergraph.propagation import FORMULAS, hyperedge_index, linear_readout, linear_readout_flops
+from gnnmoe.hypergraph.strategies import static_hyperedges
+from gnnmoe.layers.all_deep_sets import AllDeepSets
+from gnnmoe.layers.all_set_transformer import AllSetTransformer
+from gnnmoe.layers.attention import HypergraphAttention
+from gnnmoe.layers.base import HypergraphLayer
+from gnnmoe.layers.edhnn import EDHNN
+from gnnmoe.layers.hnhn import HNHN
+from gnnmoe.layers.static import StaticConvolution
 from gnnmoe.mixing import mean_over_experts
-from gnnmoe.naming import unknown_name
 
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
-
+CONV_TYPES: dict[str, Callable[..., HypergraphLayer]] = {
+    **{formula: partial(StaticConvolution, formula=formula) for formula in FORMULAS},
+    "HNHN": HNHN,
+    "HypergraphAttention": HypergraphAttention,
+    "AllDeepSets": AllDeepSets,
+    "AllSetTransformer": AllSetTransformer,
+    "EDHNN": EDHNN,
+}
+"""The values of ``hgnn_conv_type``. Each layer takes ``(members, num_experts, embed_dim, num_heads)``."""
 ACTIVATIONS = {"gelu": F.gelu, "none": None}
 SOFTPLUS_OF_ONE = math.log(math.e - 1.0)  # softplus(SOFTPLUS_OF_ONE) = 1
 SMALLEST_WEIGHT = 1e-6
 EDGE_WEIGHTS = ("softplus", "raw")
-RAW_WEIGHTS = ("HypergraphConv", "PyGHypergraphConv")  # no root and no logarithm of a weight
+RAW_WEIGHTS = ("HypergraphConv", "PyGHypergraphConv")  # they take no root and no logarithm of a weight
+
+
+class HypergraphStack(nn.ModuleList):
+    """Layers of one kind on one hypergraph, each with an optional activation and an optional residual."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] | None, residual: bool) -> None:
+        super().__init__()
+        self.activation, self.residual = activation, residual
+
+    def as_list(self) -> list[HypergraphLayer]:
+        """Return the layers."""
+        return list(self)  # pyright: ignore[reportReturnType]
+
+    def update(self, x: Tensor, message: Tensor) -> Tensor:
+        """Return the features after a layer: ``x``, and ``message`` of the same shape, its output."""
+        message = message if self.activation is None else self.activation(message)
+        return message + x if self.residual else message  # in the memory order of the message
+
+    def mean(self, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+        """Return the mean over the experts (N, D) of the features after the last layer.
+
+        These features are not computed for each expert. Where all layers are linear, the features between the
+        layers are not computed either.
+        """
+        layers, linear, start_NED = self.as_list(), self._linear_layers(), x_NED
+        with torch.autocast(x_NED.device.type, enabled=False):  # as small as E × M, in every token's sum
+            from_weights = layers[0].from_weights(weights_M)
+        for layer in layers[: -max(linear, 1)]:
+            x_NED = self.update(x_NED, layer(x_NED, from_weights, start_NED))
+        if linear:
+            maps = [(layer.weight, layer.bias) for layer in layers[-linear:]]
+            return linear_readout(x_NED, from_weights, maps, residual=self.residual)  # pyright: ignore
+        if self.activation is None:
+            message_ND = layers[-1].mean(x_NED, from_weights, start_NED)
+        else:
+            message_ND = mean_over_experts(self.activation(layers[-1](x_NED, from_weights, start_NED)))
+        return mean_over_experts(x_NED) + message_ND if self.residual else message_ND
+
+    def flops(self, tokens: int) -> int:
+        """Return the FLOPs of ``mean`` for this many tokens."""
+        layers, linear = self.as_list(), self._linear_layers()
+        E, D = layers[0].num_experts, layers[0].embed_dim
+        if linear:
+            readout = linear_readout_flops(tokens, E, D, linear, residual=self.residual)
+        else:
+            readout = layers[-1].mean_flops(tokens) if self.activation is None else layers[-1].flops(tokens)
+        before = sum(layer.flops(tokens) for layer in layers[: -max(linear, 1)])
+        return layers[0].from_weights_flops() + before + readout
+
+    def _linear_layers(self) -> int:
+        """Return how many of the last layers ``linear_readout`` computes: linear layers, while it saves maps.
+
+        With the residual, the first of k such layers maps k rows per token, in place of E rows.
+        """
+        first = self[0]
+        if self.activation is not None or not isinstance(first, StaticConvolution) or not first.is_matrix:
+            return 0
+        return min(len(self), first.num_experts) if self.residual else len(self)
 
 
 @register_coupler("HGNN")
@@ -39,21 +111,21 @@ class HGNNExpertCoupler(Coupler):
     .. math:: X \leftarrow X + \mathrm{GELU}(\mathrm{conv}_w(X)), \quad
               w = \mathrm{softplus}(\texttt{hyperedge\_weights})
 
-    ``hgnn_conv_type`` names the layer (see ``gnnmoe.hypergraph_layers``); the default is the
-    documented ``HypergraphConv``, :math:`D^{-1} H W B^{-1} H^\top X \Theta + b`. The weights are 1 at the
-    start and shared by the layers; not learned, they stay 1. Without hyperedges (fewer experts
-    than members) the coupler is the mean over experts.
+    ``hgnn_conv_type`` names the layer (see ``gnnmoe/layers/``). The default is the documented
+    ``HypergraphConv``, :math:`D^{-1} H W B^{-1} H^\top X \Theta + b`. All layers share the weights, which
+    start at 1; weights that are not learned stay 1. Without hyperedges (fewer experts than members) the
+    coupler is the mean over experts.
 
-    Options: ``activation`` (gelu or none) and ``residual`` after each layer; ``edge_weights``, softplus
-    (positive) or raw (drawn from N(0, 1) and used as they are, as in the original experiments);
-    ``backend`` (vectorized, pyg, loop, scatter or sparse) computes a static layer in different ways.
+    Options: ``activation`` (gelu or none) and ``residual`` after each layer. ``edge_weights``: softplus
+    (positive), or raw (drawn from N(0, 1) and used directly, as in the original experiments). ``backend``
+    (vectorized, pyg, loop, scatter or sparse) selects how a static layer is computed.
 
     Shapes:
         - **expert_outputs:** :math:`(B, L, E, D)`
         - **output:** :math:`(B, L, D)`
 
     Source: Bai, Zhang and Torr, "Hypergraph convolution and hypergraph attention", 2019
-    (arXiv:1901.08150), equation 5; activation and residual between layers are this project's.
+    (arXiv:1901.08150), equation 5. Activation and residual between layers are this project's.
     """
 
     hyperedge_weights: nn.Parameter | None
@@ -81,7 +153,7 @@ class HGNNExpertCoupler(Coupler):
         self._members = static_hyperedges(config.num_experts, config.static_hyperedge_strategy)
         self._num_hyperedges = len(self._members)
         self._hyperedge_index = hyperedge_index(self._members)
-        self.layers = HypergraphStack(activation=ACTIVATIONS[activation], residual=residual)
+        self.layers = HypergraphStack(ACTIVATIONS[activation], residual)
         self.register_parameter("hyperedge_weights", None)
         if not self._members:
             warnings.warn(
@@ -108,7 +180,7 @@ class HGNNExpertCoupler(Coupler):
 
     @classmethod
     def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
-        """Drop ``edge_weights`` where none are learned: all are 1 then."""
+        """Leave out ``edge_weights`` where no weights are learned: all are 1 then."""
         learned = config.hgnn_learnable_edge_weights
         return {name: value for name, value in options.items() if learned or name != "edge_weights"}
 
@@ -119,9 +191,9 @@ class HGNNExpertCoupler(Coupler):
         return hyperedge_index(members), len(members)
 
     def effective_hyperedge_weights(self) -> Tensor:
-        """Return w (M): softplus of the parameter (> 0), or itself where raw, or ones if not learned.
+        """Return w (M): softplus of the parameter (> 0); raw, the parameter itself; not learned, ones.
 
-        The floor keeps 1 / D and its gradient finite in float32 wherever the parameter goes.
+        The lower bound keeps 1 / D and its gradient finite in float32 for every value of the parameter.
         """
         if self.hyperedge_weights is None:
             return self._ones_M  # pyright: ignore[reportReturnType]
@@ -131,7 +203,6 @@ class HGNNExpertCoupler(Coupler):
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
-        del layer_input
         if not self._members:
             return self.combiner(mean_over_experts(expert_outputs))
         B, L, E, D = expert_outputs.shape
@@ -139,8 +210,7 @@ class HGNNExpertCoupler(Coupler):
         return self.combiner(self.layers.mean(x_NED, self.effective_hyperedge_weights())).view(B, L, D)
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Go through every layer's formula hyperedge by hyperedge, with no matrix and no index."""
-        del layer_input
+        """Compute every layer's formula hyperedge by hyperedge, without matrices and indices."""
         start = features = list(expert_outputs.unbind(2))
         for layer in self.layers.as_list():
             messages = layer.naive(features, self.effective_hyperedge_weights(), start)
@@ -155,8 +225,8 @@ class HGNNExpertCoupler(Coupler):
     def static_communication(self) -> dict[str, Tensor]:
         """Return the effective hyperedge weights (M) and ``adjacency`` (E, E), where there are hyperedges.
 
-        Row i of the adjacency holds what expert i hears of each expert: the matrix that a static layer
-        applies; in other layers what the hypergraph and its weights alone would give.
+        Row i of the adjacency has the weights of what expert i receives: the matrix that a static layer
+        applies. For other layers it is the matrix that follows from the hypergraph and its weights alone.
         """
         if not self._members:
             return {}
@@ -168,7 +238,7 @@ class HGNNExpertCoupler(Coupler):
     def communication(
         self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return the static parts, ``mixing``, and ``membership_k`` (E, M) of each layer that attends."""
+        """Return, with ``expert_outputs``, also ``membership_k`` (E, M) of each layer k that attends."""
         found = super().communication(expert_outputs, layer_input)
         if expert_outputs is None or not self._members:
             return found
@@ -182,11 +252,11 @@ class HGNNExpertCoupler(Coupler):
         return found
 
     def member_names(self) -> dict[str, list[str]]:
-        """Name each hyperedge by its members, as in ``{0,2}``."""
+        """Return the name of each hyperedge: its members, as in ``{0,2}``."""
         return {"hyperedge_weights": ["{" + ",".join(map(str, members)) + "}" for members in self._members]}
 
     def inert_parameters(self) -> dict[str, str]:
-        """Declare what has nothing to weigh: weights that cancel out, scores without a choice."""
+        """Declare hyperedge weights that cancel out, and the inert parameters of the layers."""
         inert = {}
         for number, layer in enumerate(self.layers.as_list()):
             own = layer.inert_parameters()
@@ -197,11 +267,11 @@ class HGNNExpertCoupler(Coupler):
 
 
 def _refuse_static_only(conv_type: str, edge_weights: str, backend: str) -> None:
-    """Refuse what only some layers can do.
+    """Refuse options that the layer does not have.
 
     Raises:
-        Refused: raw weights or another backend for a layer that has none; a backend whose package is
-            missing.
+        Refused: raw weights or another backend for a layer that does not have them, or a backend whose
+            package is missing.
     """
     require_backend(backend)
     if backend != "vectorized" and conv_type not in FORMULAS:

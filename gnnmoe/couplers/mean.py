@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gnnmoe.couplers._base import Coupler, linear_flops
-from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.couplers.base import Coupler, linear_flops
+from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.mixing import mean_over_experts
 
 
@@ -19,24 +19,22 @@ class MeanCoupler(Coupler):
         - **expert_outputs:** :math:`(B, L, E, D)`
         - **output:** :math:`(B, L, D)`
 
-    Source: the ensemble mean; no parameters beside the combiner's.
+    Source: the ensemble mean; its only parameters are those of the combiner.
     """
 
     config_fields = ()
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
-        del layer_input
         return self.combiner(mean_over_experts(expert_outputs))
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Add the experts up one by one."""
-        del layer_input
+        """Add up the experts one by one."""
         total = expert_outputs[:, :, 0]
         for expert in range(1, expert_outputs.shape[2]):
             total = total + expert_outputs[:, :, expert]
         return self.combiner(total / expert_outputs.shape[2])
 
     def flops(self, tokens: int) -> int:
-        """Count the combiner; the mean itself is no matrix product."""
+        """Count the combiner; the mean is no matrix product."""
         return linear_flops(tokens, self.config.embed_dim, self.config.embed_dim)

@@ -1,17 +1,13 @@
-"""The mean over experts and linear maps: what a linear hypergraph stack is, without the hypergraph."""
+"""The mean over experts and linear maps: the function of a linear hypergraph stack, without a hypergraph."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
-from gnnmoe.couplers._base import Coupler, linear_flops
-from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers.base import Coupler, linear_flops
+from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.mixing import mean_over_experts
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 @register_coupler("mean_linear")
@@ -21,15 +17,15 @@ class MeanLinearCoupler(Coupler):
     .. math:: h_0 = \tfrac{1}{E} \sum_e x_e, \quad h_{k+1} = \Theta_k h_k + b_k, \quad
               y = \mathrm{combiner}(h_K)
 
-    A stack of :math:`K` unweighted hypergraph convolutions over a complete hypergraph, without
-    activation and residual, computes exactly this: each map commutes with the mean.
+    A stack of :math:`K` unweighted hypergraph convolutions over a complete hypergraph, without activation
+    and residual, computes exactly this function: each map commutes with the mean.
 
     Shapes:
         - **expert_outputs:** :math:`(B, L, E, D)`
         - **output:** :math:`(B, L, D)`
 
-    Source: this project's control of the linear hypergraph stack; with ``initialization = project`` its
-    maps start as that stack's do.
+    Source: this project's control of the linear hypergraph stack. With ``initialization = project`` its maps
+    start with the same numbers as the maps of that stack.
     """
 
     config_fields = ("gnn_layers",)
@@ -38,7 +34,7 @@ class MeanLinearCoupler(Coupler):
         super().__init__(config)
         D = config.embed_dim
         self.maps = nn.Sequential()
-        for _ in range(config.gnn_layers):  # at one seed the very numbers that the hypergraph stack draws
+        for _ in range(config.gnn_layers):  # with one seed, the same numbers as in the hypergraph stack
             layer = nn.utils.skip_init(nn.Linear, D, D)
             assert isinstance(layer, nn.Linear)
             nn.init.xavier_uniform_(layer.weight)
@@ -47,12 +43,10 @@ class MeanLinearCoupler(Coupler):
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
-        del layer_input
         return self.combiner(self.maps(mean_over_experts(expert_outputs)))
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Map every expert by itself and take the mean last, as the hypergraph stack does."""
-        del layer_input
+        """Map every expert alone and take the mean last, as the hypergraph stack does."""
         experts = expert_outputs.unbind(2)
         total = expert_outputs.new_zeros(())
         for x in experts:

@@ -5,17 +5,13 @@ Shapes: B batch, L length, N = B·L tokens, E experts, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.couplers._base import Coupler, linear_flops
-from gnnmoe.couplers._registry import register_coupler
+from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers.base import Coupler, linear_flops
+from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.mixing import mix, mix_by_token
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
 
 
 @register_coupler("static")
@@ -24,8 +20,8 @@ class StaticCoupler(Coupler):
 
     .. math:: y = \mathrm{combiner}(\sum_e \mathrm{softmax}(a)_e\, x_e)
 
-    :math:`a` starts at 0, so it starts as the mean. A stack of weighted hypergraph convolutions
-    without activation mixes the experts with one set of weights as well; its linear maps apart, it
+    :math:`a` starts at 0, so the coupler starts as the mean. A stack of weighted hypergraph convolutions
+    without activation also mixes the experts with one set of weights. Except for its linear maps, that stack
     is this coupler.
 
     Shapes:
@@ -43,14 +39,12 @@ class StaticCoupler(Coupler):
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D)."""
-        del layer_input
         B, L, E, D = expert_outputs.shape
         weights_1E = self.expert_logits.softmax(0)[None]
         return self.combiner(mix(weights_1E, expert_outputs.reshape(B * L, E, D)).view(B, L, D))
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Add the experts up one by one, each times exp(a_e), and divide by the sum of those."""
-        del layer_input
+        """Add up the experts one by one, each times exp(a_e), and divide by the sum of these factors."""
         total, scale = expert_outputs.new_zeros(()), expert_outputs.new_zeros(())
         for logit, x in zip(self.expert_logits, expert_outputs.unbind(2), strict=True):
             total, scale = total + logit.exp() * x, scale + logit.exp()
@@ -66,14 +60,14 @@ class StaticCoupler(Coupler):
         return {"expert_weights": self.expert_logits.softmax(0)}
 
     def inert_parameters(self) -> dict[str, str]:
-        """Declare the weight of a single expert, which is 1."""
+        """Declare the weight of a single expert inert, since it is 1."""
         if self.config.num_experts > 1:
             return {}
         return {"expert_logits": "the weight of a single expert is always 1"}
 
 
 def weighted_sum(weights_BLE: Tensor, x_BLED: Tensor) -> Tensor:
-    """Return Σ_e w_e x_e (B, L, D) in the type of ``x``. No product (B, L, E, D) is ever held."""
+    """Return Σ_e w_e x_e (B, L, D) in the type of ``x``, without a product (B, L, E, D) in memory."""
     B, L, E, D = x_BLED.shape
     weights_N1E, x_NED = weights_BLE.reshape(B * L, 1, E), x_BLED.reshape(B * L, E, D)
     return mix_by_token(weights_N1E, x_NED).view(B, L, D)

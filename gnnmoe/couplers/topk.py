@@ -1,4 +1,4 @@
-"""The sparse mixture of experts that is in use today: a router and its k best experts per token.
+"""The sparse mixture of experts that is in use today: a router and its k best experts for each token.
 
 Shapes: B batch, L length, E experts, D width.
 """
@@ -7,35 +7,31 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gnnmoe.config import Refused
-from gnnmoe.couplers._base import Coupler
-from gnnmoe.couplers._registry import register_coupler
-from gnnmoe.couplers.gate import ROUTER_STD, needed, routed_flops, router_logits
-from gnnmoe.couplers.static import weighted_sum
-
-if TYPE_CHECKING:
-    from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.couplers.gate import GateCoupler
+from gnnmoe.couplers.registry import register_coupler
 
 
 @register_coupler("topk")
-class TopKCoupler(Coupler):
+class TopKCoupler(GateCoupler):
     r"""A weighted sum of the k experts that a router prefers, token by token, then the combiner.
 
-    .. math:: r = W_r u, \quad y = \mathrm{combiner}(\sum_{e \in T} g_e x_e), \quad
+    .. math:: r = W_g u, \quad y = \mathrm{combiner}(\sum_{e \in T} g_e x_e), \quad
               T = \mathrm{top}_k(r)
     .. math:: g = \mathrm{softmax}(r_T) \;(k \ge 2), \qquad g_e = \mathrm{softmax}(r)_e \;(k = 1)
 
-    with :math:`u` (B, L, D) the layer's input. Of equal logits the first expert is preferred. All
-    experts run in this project, so :math:`g` is dense, with zeros, and no FLOPs are saved.
+    with :math:`u` (B, L, D) the layer's input and :math:`W_g` as in ``gate``. With equal logits the first
+    expert is preferred. All experts run in this project, so :math:`g` is dense, with zeros, and no FLOPs are
+    saved.
 
     Losses: ``load_balance`` :math:`\alpha E \sum_e f_e P_e`, with :math:`f_e` the share of all
-    (token, slot) assignments that go to expert e and :math:`P_e` its mean probability, α at perfect
-    balance; ``z_loss`` :math:`\beta\, \mathrm{mean}(\mathrm{logsumexp}(r)^2)`.
+    (token, slot) assignments that go to expert e and :math:`P_e` its mean probability; it is α at perfect
+    balance. ``z_loss`` :math:`\beta\, \mathrm{mean}(\mathrm{logsumexp}(r)^2)`.
 
     Options: ``k``; ``load_balance_alpha`` (α); ``z_loss_weight`` (β).
 
@@ -71,34 +67,27 @@ class TopKCoupler(Coupler):
             )
         self.k = min(k, config.num_experts)
         self.load_balance_alpha, self.z_loss_weight = load_balance_alpha, z_loss_weight
-        self.router = nn.Linear(config.embed_dim, config.num_experts, bias=False)  # W_r
-        nn.init.normal_(self.router.weight, std=ROUTER_STD)
 
     @classmethod
     def canonical_options(cls, config: GNNMoEConfig, options: dict[str, Any]) -> dict[str, Any]:
-        """Return k as it is used: all experts, where it is more than there are."""
+        """Return k as it is used: at most the number of experts."""
         return {**options, "k": min(options["k"], config.num_experts)}
 
-    def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D), by ``layer_input`` (B, L, D)."""
-        logits_BLE = router_logits(self.router, needed(layer_input, self.name))
-        return self.combiner(weighted_sum(self._weights(logits_BLE), expert_outputs))
-
     def _chosen(self, logits_BLE: Tensor) -> Tensor:
-        """Return booleans (B, L, E), k of them true for each token; a stable sort decides ties."""
+        """Return booleans (B, L, E), of which k are true for each token; a stable sort breaks ties."""
         best_BLk = logits_BLE.argsort(dim=-1, descending=True, stable=True)[..., : self.k]
         return torch.zeros_like(logits_BLE).scatter(-1, best_BLk, 1.0).bool()
 
     def _weights(self, logits_BLE: Tensor) -> Tensor:
         """Return the weights (B, L, E), 0 for experts that are not chosen."""
         others_BLE = ~self._chosen(logits_BLE)
-        if self.k == 1:  # the softmax over one logit is 1: by that, the router would never learn
+        if self.k == 1:  # the softmax over one logit is 1: the router would never learn
             return logits_BLE.softmax(-1).masked_fill(others_BLE, 0.0)
         return logits_BLE.masked_fill(others_BLE, -math.inf).softmax(-1)
 
     def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Loop over experts: one is chosen where fewer than k others come before it."""
-        layer_input = needed(layer_input, self.name)
+        """Loop over experts: an expert is chosen where fewer than k experts come before it."""
+        layer_input = self._needed(layer_input)
         logits = [(layer_input * w).sum(-1, keepdim=True) for w in self.router.weight]
         total, scale = expert_outputs.new_zeros(()), expert_outputs.new_zeros(())
         for i, mine in enumerate(logits):
@@ -113,14 +102,13 @@ class TopKCoupler(Coupler):
     def auxiliary_losses(
         self, expert_outputs: Tensor, layer_input: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return ``load_balance`` and ``z_loss``, weighed by their options."""
-        del expert_outputs
-        logits_BLE = router_logits(self.router, needed(layer_input, self.name))
+        """Return ``load_balance`` and ``z_loss``, times the weights of the options."""
+        logits_BLE = self._logits(layer_input)
         num_experts = logits_BLE.shape[-1]
         balance = num_experts * (self._load(logits_BLE) * logits_BLE.softmax(-1).mean((0, 1))).sum()
         z_BL = logits_BLE.logsumexp(-1)
-        # The z-loss keeps logits small, so that rounding does not route. A single expert's logit
-        # routes nothing and has no other gradient: this loss alone would train an inert parameter.
+        # The z-loss keeps logits small, so that rounding does not decide the route. With a single expert
+        # there is no route: the z-loss would be the only gradient of an otherwise inert parameter.
         z_weight = self.z_loss_weight if num_experts > 1 else 0.0
         return {
             "load_balance": self.load_balance_alpha * balance,
@@ -128,30 +116,9 @@ class TopKCoupler(Coupler):
         }
 
     def _load(self, logits_BLE: Tensor) -> Tensor:
-        """Return the share (E) of all (token, slot) assignments that each expert gets, detached."""
+        """Return the share (E) of all (token, slot) assignments that go to each expert, detached."""
         return self._chosen(logits_BLE.detach()).to(logits_BLE.dtype).mean((0, 1)) / self.k
 
-    def flops(self, tokens: int) -> int:
-        """Count the logits, the weighted sum over all experts and the combiner."""
-        return routed_flops(tokens, self.config.num_experts, self.config.embed_dim)
-
-    def communication(
-        self, expert_outputs: Tensor | None = None, layer_input: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Add ``expert_load`` (E) and ``gate_weights`` (E) where there are inputs.
-
-        The share of assignments, and the mean weights, over the tokens given.
-        """
-        parts = super().communication(expert_outputs, layer_input)
-        if expert_outputs is not None:
-            with torch.no_grad():
-                logits_BLE = router_logits(self.router, needed(layer_input, self.name))
-                parts["expert_load"] = self._load(logits_BLE)
-                parts["gate_weights"] = self._weights(logits_BLE).mean((0, 1))
-        return parts
-
-    def inert_parameters(self) -> dict[str, str]:
-        """Declare the router of a single expert, which has no choice."""
-        if self.config.num_experts > 1:
-            return {}
-        return {"router.weight": "the weight of a single expert is always 1"}
+    def _routing(self, logits_BLE: Tensor) -> dict[str, Tensor]:
+        """Return ``expert_load`` (E), the share of assignments, and ``gate_weights`` (E)."""
+        return {"expert_load": self._load(logits_BLE), **super()._routing(logits_BLE)}

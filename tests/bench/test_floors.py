@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.measure.steps import TRAINING
 from bench.speed.floors import Rates, floor_bytes, roofline, roofline_seconds
 from gnnmoe import GNNMoEConfig
-from gnnmoe.couplers import build_coupler
+from gnnmoe.couplers.registry import build_coupler
 
 SLOW_MEMORY, SLOW_ARITHMETIC = Rates(1e30, 1.0), Rates(1.0, 1e30)
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.steps import training_flops_per_token
 from gnnmoe import GNNMoEModel, coupler_names
-from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.couplers.hgnn import CONV_TYPES
 from tests.gnnmoe._support import small_config
 
 DONE_AGAIN = ("AllDeepSets", "AllSetTransformer", "EDHNN")  # chunks of tokens, computed again in the backward

@@ -16,7 +16,7 @@ import torch
 from bench.config import TrainingConfig
 from bench.training.step import make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
-from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.couplers.hgnn import CONV_TYPES
 
 GOLDEN = Path(__file__).with_name("golden.json")
 COMMAND = "python -m tests.bench.test_golden"

@@ -15,7 +15,7 @@ from bench.analysis import quantities
 from bench.data.corpus import load_corpus
 from bench.record import Record, RunFolder, record_of
 from bench.run.__main__ import main
-from gnnmoe.couplers import coupler_names
+from gnnmoe.couplers.registry import coupler_names
 
 COUPLERS = [pytest.param(name, marks=pytest.mark.core(f"coupler:{name}")) for name in coupler_names()]
 

@@ -20,8 +20,8 @@ from bench.speed.steps import Variant, executed, step_rows
 from bench.speed.suites import CpuScale, GpuScale, cpu_jobs, gpu_jobs, run_jobs
 from bench.training.step import Execution
 from gnnmoe import GNNMoEConfig
-from gnnmoe.couplers._base import Coupler
-from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.hypergraph.backends import BACKENDS, missing_backends
 from gnnmoe.model import GNNMoEModel
 from tools.speed_targets import CPU_TARGETS, GPU_TARGETS, verdicts
 

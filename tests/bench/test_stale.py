@@ -132,14 +132,17 @@ def test_a_coupler_of_the_package_counts_with_what_it_is_made_of_and_no_other(mo
 
     assert files("mean") == {"couplers/mean.py"}
     assert files("gate") == {"couplers/gate.py", "couplers/static.py"}
-    assert {"couplers/hgnn.py", "hypergraph_layers/hnhn.py", "hypergraph.py"} <= files("HGNN")
+    assert files("GNN") == {"couplers/gnn.py", "couplers/stacked.py"}
+    parts = {"hypergraph/propagation.py", "hypergraph/strategies.py", "hypergraph/backends.py"}
+    layers = {f"layers/{path.name}" for path in (REPOSITORY / "gnnmoe/layers").glob("*.py")}
+    assert {"couplers/hgnn.py", *parts, *layers} <= files("HGNN")
     assert files("dense", like="topk") == {"couplers/dense.py", "couplers/topk.py", "couplers/gate.py",
                                            "couplers/static.py"}  # fmt: skip
     read.clear()
     project_sha256.__wrapped__()
     names = {path.relative_to(REPOSITORY).as_posix() for path in read}
-    assert {"gnnmoe/model.py", "gnnmoe/couplers/_base.py", "bench/training/step.py", "bench/data/cache.py",
-            "bench/run/session.py"} <= names  # fmt: skip
+    of_all = {f"gnnmoe/{name}.py" for name in ("model", "mixing", "couplers/base", "couplers/registry")}
+    assert of_all | {"bench/training/step.py", "bench/data/cache.py", "bench/run/session.py"} <= names
     assert not {name for name in names if "plot" in name or "couplers/mean" in name or "sweeps" in name}
 
 

@@ -17,7 +17,7 @@ from bench.training.evaluation import CommunicationTrace, evaluate
 from bench.training.loop import Diverged, Trainer, TrainingPlan
 from bench.training.step import learning_rate, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.couplers.hgnn import CONV_TYPES
 
 CPU = torch.device("cpu")
 

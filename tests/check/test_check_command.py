@@ -11,9 +11,9 @@ import pytest
 from bench.check.__main__ import ANY_VOCABULARY, main
 from bench.check.leak_check import list_couplers
 from bench.config import ModelConfig
-from gnnmoe.couplers import coupler_names
 from gnnmoe.couplers.hgnn import CONV_TYPES
-from gnnmoe.strategies import STRATEGIES
+from gnnmoe.couplers.registry import coupler_names
+from gnnmoe.hypergraph.strategies import STRATEGIES
 
 SMALL = ["--embed-dim", "16", "--max-seq-length", "12"]
 

@@ -9,8 +9,8 @@ from bench.check.communication import communication
 from bench.check.leak_check import CHECKS, run_leak_check
 from bench.check.subject import Subject
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import coupler_names
-from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.couplers.registry import coupler_names
 
 HERE = "tests.check.telling_couplers:"
 WRONG = [

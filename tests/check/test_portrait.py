@@ -19,8 +19,8 @@ from bench.check.mixing import (
 from bench.check.portrait import MEAN_ALONE, Portrait, draw_portrait
 from bench.check.subject import Subject
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.hypergraph import hyperedge_index, incidence, propagation_matrix
-from gnnmoe.strategies import static_hyperedges
+from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix
+from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.check.portrait_couplers import WEIGHTS
 
 HERE = "tests.check.portrait_couplers:"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bench.check.isolation import check_trained_isolation
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import Coupler
+from gnnmoe.couplers.base import Coupler
 from gnnmoe.model import GNNMoEModel
 
 BATCH, LENGTH, LAYERS = 3, 24, 2

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gnnmoe import Coupler, GNNMoEConfig, GNNMoEModel, build_coupler, coupler_names
+from gnnmoe.couplers.hgnn import CONV_TYPES
 from gnnmoe.couplers.mean import MeanCoupler
-from gnnmoe.hypergraph import FORMULAS, Members
-from gnnmoe.hypergraph_backends import BACKENDS, OPTIONAL_PACKAGES
-from gnnmoe.hypergraph_layers import CONV_TYPES, HypergraphLayer
-from gnnmoe.strategies import STRATEGIES
+from gnnmoe.hypergraph.backends import BACKENDS, OPTIONAL_PACKAGES
+from gnnmoe.hypergraph.propagation import FORMULAS
+from gnnmoe.hypergraph.strategies import STRATEGIES, Members
+from gnnmoe.layers.base import HypergraphLayer
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 DEFAULT_STRATEGIES = [name for name in STRATEGIES if name != "file"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gnnmoe.hypergraph import static_hyperedges
+from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gnnmoe._memory import Allocations, saved_elements
 from tests.gnnmoe._support import make_coupler, make_layer, normal
 

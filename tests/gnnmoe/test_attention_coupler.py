@@ -53,11 +53,12 @@ def test_attention_is_torchs_own_with_a_residual(num_heads):
 
 @attention_core
 def test_attention_by_hand_for_two_experts_of_width_one():
-    layer = ExpertAttention(embed_dim=1, num_heads=1).double()
+    layer = ExpertAttention(embed_dim=1, num_experts=2, num_heads=1).double()
     values = {"query.weight": [[2.0]], "query.bias": [0.5], "key.weight": [[-1.0]], "value.weight": [[3.0]],
               "value.bias": [0.25], "output.weight": [[0.5]], "output.bias": [-1.0]}  # fmt: skip
     layer.load_state_dict({name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()})
-    updated, attention = layer(torch.tensor([[[1.0], [-0.5]]], dtype=torch.float64))
+    x = torch.tensor([[[1.0], [-0.5]]], dtype=torch.float64)
+    updated, attention = layer(x), layer.attention(x)
     # keys −1 and 0.5; queries 2.5 and −0.5; values 3.25 and −1.25
     to_first = [1 / (1 + math.exp(2.5 * 1.5)), 1 / (1 + math.exp(-0.5 * 1.5))]
     assert_near(attention, [[[[a, 1 - a] for a in to_first]]])
@@ -111,7 +112,7 @@ def test_attention_has_a_parameter_for_each_map_and_no_key_bias():
 @attention_core
 def test_attention_starts_as_torchs_own():
     torch.manual_seed(0)
-    layer, theirs = ExpertAttention(256, 4), nn.MultiheadAttention(256, 4)
+    layer, theirs = ExpertAttention(256, 2, 4), nn.MultiheadAttention(256, 4)
     ours = torch.cat([layer.query.weight, layer.key.weight, layer.value.weight])
     for one, other in ((ours, theirs.in_proj_weight), (layer.output.weight, theirs.out_proj.weight)):
         assert one.abs().max().item() == pytest.approx(other.abs().max().item(), rel=1e-3)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gnnmoe import GNNMoEModel
-from gnnmoe.batched_experts import BatchedExperts
-from gnnmoe.experts import ExpertBlock, ExpertLoop
+from gnnmoe.experts import BatchedExperts, ExpertBlock, ExpertLoop
 from tests.gnnmoe._support import assert_near, normal, perturbed, small_config, token_ids
 
 pytestmark = pytest.mark.core("layer")

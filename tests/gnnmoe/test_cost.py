@@ -7,7 +7,7 @@ import pytest
 
 from gnnmoe import GNNMoEModel, coupler_names
 from gnnmoe.cost import Cost, matched_ffn_dim, model_cost
-from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.couplers.hgnn import CONV_TYPES
 from tests.gnnmoe._support import NO_HYPEREDGES, small_config
 
 pytestmark = pytest.mark.filterwarnings(NO_HYPEREDGES)

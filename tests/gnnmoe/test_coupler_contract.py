@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gnnmoe.couplers import Coupler, coupler_class
+from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.registry import coupler_class
 from tests.gnnmoe._support import (
     NO_HYPEREDGES,
     assert_near,

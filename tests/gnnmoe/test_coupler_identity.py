@@ -2,9 +2,10 @@
 
 import pytest
 
-from gnnmoe.couplers import _registry, coupler_identity, coupler_names, register_coupler
+from gnnmoe.couplers import registry
 from gnnmoe.couplers.dense import DenseCoupler
 from gnnmoe.couplers.mean import MeanCoupler
+from gnnmoe.couplers.registry import coupler_identity, coupler_names, register_coupler
 from gnnmoe.couplers.topk import TopKCoupler
 from tests.gnnmoe._support import small_config
 
@@ -62,11 +63,11 @@ class SubTopK(TopKCoupler):
 
 
 @pytest.fixture
-def registry(monkeypatch):
+def registered(monkeypatch):
     coupler_names()
-    monkeypatch.setattr(_registry, "_COUPLERS", dict(_registry._COUPLERS))
+    monkeypatch.setattr(registry, "_COUPLERS", dict(registry._COUPLERS))
     yield
-    _registry._discover.cache_clear()
+    registry._discover.cache_clear()
 
 
 def identity(coupler, options=None, **fields) -> dict:
@@ -105,7 +106,7 @@ def test_a_field_counts_unless_the_class_itself_says_that_it_does_not_read_it(co
     assert counting(coupler, options) == fields
 
 
-def test_dense_takes_no_inherited_word_for_its_twin(registry):
+def test_dense_takes_no_inherited_word_for_its_twin(registered):
     register_coupler("sub_mean")(SubMean)
     register_coupler("says_layers")(SaysLayers)
     assert counting(DenseCoupler, {"like": "sub_mean"}) == EVERY
@@ -176,14 +177,14 @@ def test_random_counts_by_how_many_it_draws(one, other, num_experts, same):
     assert (found[0] == found[1]) == same
 
 
-def test_a_path_to_a_registered_class_is_its_name(registry):
+def test_a_path_to_a_registered_class_is_its_name(registered):
     paths = ("gnnmoe.couplers.mean:MeanCoupler", "tests.gnnmoe.test_coupler_identity:MeanCoupler")
     assert [identity(path) for path in paths] == [identity("mean")] * 2
     assert identity("gnnmoe:HGNNExpertCoupler", {"backend": "loop"}) == identity("HGNN", {"backend": "loop"})
     assert identity(SubMean)["coupler_type"] == f"{SubMean.__module__}:SubMean"
 
 
-def test_a_name_that_another_process_would_not_find_does_not_count(registry):
+def test_a_name_that_another_process_would_not_find_does_not_count(registered):
     """A module that registers its class only when it is imported by path."""
     register_coupler("says_layers")(SaysLayers)
     path = f"{SaysLayers.__module__}:SaysLayers"

@@ -4,7 +4,7 @@ import pytest
 
 from bench.cli import parse
 from bench.config import RunConfig
-from gnnmoe.couplers import build_coupler, coupler_identity, resolved_options
+from gnnmoe.couplers.registry import build_coupler, coupler_identity, resolved_options
 from tests.gnnmoe._support import small_config
 
 BY_PATH = "gnnmoe.couplers.hgnn:HGNNExpertCoupler"

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import gnnmoe
-from gnnmoe.couplers import (
-    _registry,
+from gnnmoe.couplers import registry
+from gnnmoe.couplers.mean import MeanCoupler
+from gnnmoe.couplers.registry import (
     build_coupler,
     coupler_class,
     coupler_names,
     coupler_option_defaults,
     register_coupler,
 )
-from gnnmoe.couplers.mean import MeanCoupler
 from tests.gnnmoe._support import make_model, normal, small_config, token_ids
 
 THIRD_PARTY = '''
@@ -50,12 +50,12 @@ number = 3
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch):
+def registered(monkeypatch):
     """What a test registers is forgotten after it."""
     coupler_names()
-    monkeypatch.setattr(_registry, "_COUPLERS", dict(_registry._COUPLERS))
-    yield _registry._COUPLERS
-    _registry._discover.cache_clear()
+    monkeypatch.setattr(registry, "_COUPLERS", dict(registry._COUPLERS))
+    yield registry._COUPLERS
+    registry._discover.cache_clear()
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_file_dropped_into_the_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "_private.py").write_text("raise RuntimeError('not a coupler file')", encoding="utf-8")
     folders = importlib.import_module("gnnmoe.couplers").__path__
     monkeypatch.setattr("gnnmoe.couplers.__path__", [*folders, str(tmp_path)])
-    _registry._discover.cache_clear()
+    registry._discover.cache_clear()
     try:
         assert "dropped" in coupler_names()
         assert build("dropped")(normal(1, 2, 4, 6).float()).shape == (1, 2, 6)
@@ -95,16 +95,16 @@ def test_a_file_dropped_into_the_folder_is_found(tmp_path, monkeypatch):
 
 def test_an_entry_point_is_found(third_party, monkeypatch):
     point = EntryPoint("scaled", f"{third_party}:Scaled", "gnnmoe.couplers")
-    monkeypatch.setattr(_registry, "entry_points", lambda group: [point] if group == point.group else [])
-    _registry._discover.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == point.group else [])
+    registry._discover.cache_clear()
     assert coupler_class("scaled").__name__ == "Scaled"
     assert coupler_class("scaled").name == "scaled"
 
 
 def test_an_entry_point_that_breaks_the_contract_is_left_out_with_a_warning(third_party, monkeypatch):
     points = [EntryPoint(name, f"{third_party}:{name}", "gnnmoe.couplers") for name in ("number", "Scaled")]
-    monkeypatch.setattr(_registry, "entry_points", lambda group: points)
-    _registry._discover.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    registry._discover.cache_clear()
     with pytest.warns(UserWarning, match="'number' of an installed package is left out: .* not a subclass"):
         names = coupler_names()
     assert "number" not in names
@@ -123,7 +123,8 @@ def test_package_module_class_is_imported_and_trains_in_a_model(third_party):
 
 
 def test_package_module_class_is_found_in_the_working_folder(third_party, tmp_path):
-    code = f"from gnnmoe.couplers import coupler_class; print(coupler_class('{third_party}:Scaled').name)"
+    find = f"coupler_class('{third_party}:Scaled')"
+    code = f"from gnnmoe.couplers.registry import coupler_class; print({find}.name)"
     path = str(next(iter(gnnmoe.__path__))).removesuffix("gnnmoe")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": path},
                           capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
@@ -173,8 +174,8 @@ def test_a_module_that_stops_the_program_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'stops_all' cannot be imported \(SystemExit: usage: …\)"):
         build("stops_all:Coupler")
     point = EntryPoint("stops", "stops_all:Coupler", "gnnmoe.couplers")
-    monkeypatch.setattr(_registry, "entry_points", lambda group: [point])
-    _registry._discover.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry._discover.cache_clear()
     with pytest.warns(UserWarning, match="'stops' of an installed package is left out: usage: …"):
         assert "mean" in coupler_names()
 
@@ -224,16 +225,16 @@ def test_option_strings_of_the_wrong_type_are_refused(third_party, option, value
         build(f"{third_party}:Scaled", **{option: value})
 
 
-def test_a_class_without_docstring_is_refused(registry):
+def test_a_class_without_docstring_is_refused(registered):
     class Silent(MeanCoupler):
         pass
 
     with pytest.raises(ValueError, match="'silent' breaks the contract: it has no docstring of its own"):
         register_coupler("silent")(Silent)
-    assert "silent" not in registry
+    assert "silent" not in registered
 
 
-def test_a_duplicate_name_is_refused_and_a_reload_is_not(registry):
+def test_a_duplicate_name_is_refused_and_a_reload_is_not(registered):
     class Other(MeanCoupler):
         __doc__ = MeanCoupler.__doc__
 
@@ -241,11 +242,11 @@ def test_a_duplicate_name_is_refused_and_a_reload_is_not(registry):
         ValueError, match=r"'mean' is registered already, by gnnmoe.couplers.mean.MeanCoupler"
     ):
         register_coupler("mean")(Other)
-    assert registry["mean"] is MeanCoupler
+    assert registered["mean"] is MeanCoupler
     assert register_coupler("mean")(MeanCoupler) is MeanCoupler
 
 
-def test_a_duplicate_name_is_refused_from_a_copied_file_too(registry):
+def test_a_duplicate_name_is_refused_from_a_copied_file_too(registered):
     """``mean.py`` copied elsewhere, its class and its name unchanged."""
     copied = type(
         "MeanCoupler", (MeanCoupler,), {"__doc__": MeanCoupler.__doc__, "__module__": "somewhere.mean"}
@@ -253,4 +254,4 @@ def test_a_duplicate_name_is_refused_from_a_copied_file_too(registry):
     assert copied.__qualname__ == MeanCoupler.__qualname__
     with pytest.raises(ValueError, match="'mean' is registered already"):
         register_coupler("mean")(copied)
-    assert registry["mean"] is MeanCoupler
+    assert registered["mean"] is MeanCoupler

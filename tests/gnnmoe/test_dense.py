@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gnnmoe import ExpertBlock, GNNMoEModel, coupler_names
 from gnnmoe.cost import model_cost
-from gnnmoe.couplers import coupler_identity
+from gnnmoe.couplers.registry import coupler_identity
 from tests.gnnmoe._support import assert_near, make_model, small_config, token_ids
 
 LIKE = ("mean", "GNN", "HGNN", "topk")

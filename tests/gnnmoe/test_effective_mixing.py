@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gnnmoe.couplers import _base, effective_mixing
+from gnnmoe.couplers import base
+from gnnmoe.couplers.base import effective_mixing
 from gnnmoe.couplers.mean import MeanCoupler
 from tests.gnnmoe._support import assert_near, make_coupler, normal, small_config
 
@@ -38,12 +39,12 @@ def test_a_token_that_depends_on_no_expert_counts_as_zeros(share):
 
 
 def test_where_there_is_no_float64_it_is_not_used(monkeypatch):
-    assert _base._accumulation_dtype(torch.device("cpu")) == torch.float64
-    assert _base._accumulation_dtype(torch.device("mps")) == torch.float32
+    assert base._accumulation_dtype(torch.device("cpu")) == torch.float64
+    assert base._accumulation_dtype(torch.device("mps")) == torch.float32
     coupler = make_coupler(coupler_type="gate").float()
     x, layer_input = normal(2, 3, 4, 6).float(), normal(2, 3, 6, seed=51).float()
     expected = effective_mixing(coupler, x, layer_input)
-    monkeypatch.setattr(_base, "_accumulation_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(base, "_accumulation_dtype", lambda device: torch.float32)
     with NoFloat64():
         found = effective_mixing(coupler, x, layer_input)
     assert_near(found, expected, torch.float32)

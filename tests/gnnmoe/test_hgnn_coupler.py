@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from gnnmoe import GNNMoEModel, HGNNExpertCoupler
-from gnnmoe.couplers import build_coupler
 from gnnmoe.couplers.hgnn import SOFTPLUS_OF_ONE
-from gnnmoe.hypergraph import STRATEGIES, static_hyperedges
+from gnnmoe.couplers.registry import build_coupler
+from gnnmoe.hypergraph.strategies import STRATEGIES, static_hyperedges
 from tests.gnnmoe._support import (
     NO_HYPEREDGES,
     assert_near,

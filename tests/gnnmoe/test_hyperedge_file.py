@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gnnmoe.strategies import static_hyperedges, strategy_identity
+from gnnmoe.hypergraph.strategies import static_hyperedges, strategy_identity
 from tests.gnnmoe._support import make_coupler
 
 BAD_FILES = {  # for four experts

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-from gnnmoe.hypergraph import static_hyperedges
+from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gnnmoe._support import (
     FORMULAS,
     assert_near,

@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 from torch_geometric.nn import HypergraphConv
 
 from gnnmoe import PyGHypergraphConvWrapper
-from gnnmoe.hypergraph import (
-    hyperedge_index,
-    incidence,
-    propagation_matrix,
-    static_hyperedges,
-)
+from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix
+from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gnnmoe._support import (
     FORMULAS,
     assert_near,

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch_geometric.nn import HypergraphConv
 from torch_geometric.utils import scatter
 
-from gnnmoe.hypergraph import hyperedge_index, static_hyperedges
-from gnnmoe.hypergraph_layers import CONV_TYPES
+from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.hypergraph.propagation import hyperedge_index
+from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gnnmoe._support import (
     DEFAULT_STRATEGIES,
     NO_HYPEREDGES,

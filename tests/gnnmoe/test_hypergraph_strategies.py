@@ -14,13 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gnnmoe import HGNNExpertCoupler
-from gnnmoe.hypergraph import hyperedge_index, incidence, safe_reciprocal
-from gnnmoe.strategies import (
-    STRATEGIES,
-    register_strategy,
-    static_hyperedges,
-    strategy_identity,
-)
+from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, safe_reciprocal
+from gnnmoe.hypergraph.strategies import STRATEGIES, register_strategy, static_hyperedges, strategy_identity
 from tests.gnnmoe._support import DEFAULT_STRATEGIES, make_coupler
 
 generate = HGNNExpertCoupler.generate_static_hyperedges
@@ -192,8 +187,8 @@ def test_arguments_out_of_range_are_refused(strategy, message):
     ],
 )  # fmt: skip
 def test_more_hyperedges_than_the_limit_are_refused_before_any_is_made(strategy, E, number, monkeypatch):
-    monkeypatch.setattr("gnnmoe.strategies.combinations", lambda *_: pytest.fail("enumerated"))
-    monkeypatch.setattr("gnnmoe.strategies._draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("gnnmoe.hypergraph.strategies.combinations", lambda *_: pytest.fail("enumerated"))
+    monkeypatch.setattr("gnnmoe.hypergraph.strategies._draw", lambda *_: pytest.fail("drawn"))
     with pytest.raises(ValueError, match=re.escape(f"has {number} hyperedges")) as caught:
         static_hyperedges(E, strategy)
     assert "at most 100,000 are allowed" in str(caught.value)
@@ -240,7 +235,7 @@ def test_strategies_unknown_name_lists_all_and_the_nearest():
 
 
 def test_strategies_are_a_registry(monkeypatch):
-    monkeypatch.setattr("gnnmoe.strategies.STRATEGIES", dict(STRATEGIES))
+    monkeypatch.setattr("gnnmoe.hypergraph.strategies.STRATEGIES", dict(STRATEGIES))
 
     @register_strategy("ends")
     def ends(num_experts):

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gnnmoe.hypergraph import FORMULAS, STRATEGIES
-from gnnmoe.linear_readout import linear_readout, linear_readout_flops
+from gnnmoe.hypergraph.propagation import FORMULAS, linear_readout, linear_readout_flops
+from gnnmoe.hypergraph.strategies import STRATEGIES
 from tests.gnnmoe._support import assert_near, assert_same_function, make_coupler, normal
 
 pytestmark = pytest.mark.core("coupler:HGNN")

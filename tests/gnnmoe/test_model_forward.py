@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gnnmoe import GNNMoEModel
 from gnnmoe.experts import ExpertBlock, ExpertLoop
-from gnnmoe.layer import GNNMoELayer
+from gnnmoe.model import GNNMoELayer
 from tests.gnnmoe._support import (
     assert_near,
     make_model,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch_geometric.nn import HypergraphConv
 
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
-from gnnmoe.couplers import build_coupler
-from gnnmoe.layer import GNNMoELayer
+from gnnmoe.couplers.registry import build_coupler
+from gnnmoe.model import GNNMoELayer
 from gnnmoe.seeds import RandomStreams, stream_seed
 from tests.gnnmoe._support import assert_near, make_model, small_config, token_ids
 

@@ -9,8 +9,8 @@ from torch_geometric.nn import HypergraphConv
 from bench.check.subject import Subject
 from bench.cli import parse
 from bench.config import RunConfig
-from gnnmoe.couplers import build_coupler
 from gnnmoe.couplers.hgnn import HGNNExpertCoupler
+from gnnmoe.couplers.registry import build_coupler
 from tests.gnnmoe._support import assert_near, normal
 
 

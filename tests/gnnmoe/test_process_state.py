@@ -16,7 +16,8 @@ from bench.config import ExecutionConfig
 from bench.run.__main__ import main
 from bench.training.step import Execution
 from gnnmoe import GNNMoEModel
-from gnnmoe.couplers import _registry, build_coupler, coupler_class, coupler_names
+from gnnmoe.couplers import registry
+from gnnmoe.couplers.registry import build_coupler, coupler_class, coupler_names
 from gnnmoe.process_state import ProcessStateChanged, changed_state, torch_state, unchanged_state
 from tests.gnnmoe.test_coupler_files import MINE, config
 
@@ -122,13 +123,13 @@ def test_an_entry_point_that_changes_a_setting_is_left_out_with_a_warning(tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     written(tmp_path, "torch.set_default_device('meta')", "state_package.py")
     point = EntryPoint("scaled", "state_package:Scaled", "gnnmoe.couplers")
-    monkeypatch.setattr(_registry, "entry_points", lambda group: [point])
-    _registry._discover.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    registry._discover.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"'scaled' .* is left out: .*default device: cpu → meta"):
             assert "scaled" not in coupler_names()
     finally:
-        _registry._discover.cache_clear()
+        registry._discover.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gnnmoe.token_chunks import over_token_chunks
+from gnnmoe.layers.base import over_token_chunks
 from tests.gnnmoe._memory import saved_elements
 from tests.gnnmoe._support import assert_near, assert_same_function, normal
 

@@ -1,9 +1,11 @@
-"""The same static propagation five ways: PyG token by token, PyG once, scatter, sparse, one matrix.
+"""Five ways to compute a static layer: PyG for each token, PyG once, scatter, sparse, and one matrix.
 
-All take ``x`` (N, E, D), the layer's weight and bias, the hyperedge index and the hyperedge
-weights (``vectorized``: P, made of them), and agree in float64 to 1e-10. ``loop`` is what the original
-experiments ran; it is kept as the thing to be replaced. Only ``vectorized`` also runs under
-``torch.func.vmap`` with stacked parameters.
+Each backend takes the layer, its input ``x`` (N, E, D) and the hyperedge weights (M); ``vectorized`` takes P
+(E, E) instead of the weights. All agree in float64 to 1e-10. The original experiments ran ``loop``, which is
+kept as the baseline of the benchmark. Only ``vectorized`` also runs under ``torch.func.vmap`` with stacked
+parameters. No other file of gnnmoe imports PyG.
+
+Shapes: N tokens, E experts, M hyperedges, D width.
 """
 
 from __future__ import annotations
@@ -11,27 +13,35 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.config import Refused
-from gnnmoe.hypergraph import propagation_factors
+from gnnmoe.hypergraph.propagation import propagation_factors
 from gnnmoe.mixing import mix, rowwise
 
-if TYPE_CHECKING:
-    from gnnmoe.hypergraph_layers.static import StaticConvolution
+
+class StaticLayer(Protocol):
+    """What a backend reads of a layer: Θ and b, the hypergraph, the formula, and its own PyG convolution."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    index: Tensor
+    incidence_EM: Tensor
+    formula: str
+    pyg_conv: list[nn.Module]
 
 
-def vectorized(layer: StaticConvolution, x_NED: Tensor, P_EE: Tensor) -> Tensor:
-    """Apply P to all tokens at once: no index is built, nothing is gathered. (P X) Θ + b is one product."""
+def vectorized(layer: StaticLayer, x_NED: Tensor, P_EE: Tensor) -> Tensor:
+    """Apply P to all tokens at once: no index, no gathering. (P X) Θ + b is one matrix product."""
     return rowwise(lambda x: F.linear(x, layer.weight, layer.bias), mix(P_EE, x_NED))
 
 
-def scatter(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
-    """Gather members, sum them into hyperedges with torch_scatter, and the same way back."""
+def scatter(layer: StaticLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+    """Gather the members and sum them into hyperedges with torch_scatter; then back the same way."""
     scatter_sum = _optional("torch_scatter").scatter_sum
     experts, edges = layer.index
     before_E, per_edge_M, after_E = propagation_factors(layer.incidence_EM, weights_M, layer.formula)
@@ -42,8 +52,8 @@ def scatter(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tenso
     return heard_NED * after_E[:, None] + layer.bias
 
 
-def sparse(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
-    """Multiply by the sparse incidence with torch_sparse, all tokens side by side as columns."""
+def sparse(layer: StaticLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+    """Multiply by the sparse incidence with torch_sparse; all tokens stand side by side as columns."""
     spmm = _optional("torch_sparse").spmm
     N, E, D = x_NED.shape
     M = len(weights_M)
@@ -56,24 +66,23 @@ def sparse(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor
     return heard_NED * after_E[:, None] + layer.bias
 
 
-def pyg(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
-    """Call PyG once: hyperedge ids of token n are shifted by n·M, expert ids by n·E.
+def pyg(layer: StaticLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+    """Call PyG once: expert ids of token n are shifted by n·E, hyperedge ids by n·M.
 
-    ``torch_geometric.data.Batch`` would shift both by E, and hyperedges of different tokens would
-    merge wherever M > E: that is the leak which the leak check catches.
+    ``torch_geometric.data.Batch`` would shift both by E. Hyperedges of different tokens would then merge
+    where M > E: this is the leak that the leak check catches.
     """
     N, E, D = x_NED.shape
     M = weights_M.shape[0]
     index = layer.index
-    shift = (
-        torch.arange(N, device=index.device)[:, None] * torch.tensor([[E], [M]], device=index.device)[:, None]
-    )
+    per_token = torch.tensor([[E], [M]], device=index.device)
+    shift = torch.arange(N, device=index.device)[:, None] * per_token[:, None]
     batched = (index[:, None, :] + shift).reshape(2, -1)
     return _convolve(layer, x_NED.reshape(N * E, D), batched, weights_M, tokens=N).view(N, E, D)
 
 
-def loop(layer: StaticConvolution, x_NED: Tensor, weights_M: Tensor) -> Tensor:
-    """Call PyG once a token, as the original experiments did."""
+def loop(layer: StaticLayer, x_NED: Tensor, weights_M: Tensor) -> Tensor:
+    """Call PyG once per token, as the original experiments did."""
     return torch.stack([_convolve(layer, x_ED, layer.index, weights_M, tokens=1) for x_ED in x_NED])
 
 
@@ -83,7 +92,11 @@ OPTIONAL_PACKAGES = {"scatter": "torch_scatter", "sparse": "torch_sparse"}
 
 
 def require_backend(backend: str) -> None:
-    """Raise ``Refused``, saying how to install it, where a backend's package is missing."""
+    """Check that the package of a backend can be imported.
+
+    Raises:
+        Refused: it cannot be imported; says how to install it.
+    """
     if backend in OPTIONAL_PACKAGES:
         _optional(OPTIONAL_PACKAGES[backend])
 
@@ -112,7 +125,7 @@ def _optional(package: str) -> ModuleType:
         ) from error
 
 
-def _convolve(layer: StaticConvolution, x: Tensor, index: Tensor, weights_M: Tensor, tokens: int) -> Tensor:
+def _convolve(layer: StaticLayer, x: Tensor, index: Tensor, weights_M: Tensor, tokens: int) -> Tensor:
     """Run the layer's PyG convolution on the features (nodes, D) of this many tokens."""
     conv: Any = _shared_conv(layer)
     if layer.formula == "PyGHypergraphConv":
@@ -121,13 +134,13 @@ def _convolve(layer: StaticConvolution, x: Tensor, index: Tensor, weights_M: Ten
     return conv(x, index, *(factor.repeat(tokens) for factor in factors))
 
 
-def _shared_conv(layer: StaticConvolution) -> nn.Module:
-    """Return a PyG convolution whose parameters are the layer's own, made once a layer.
+def _shared_conv(layer: StaticLayer) -> nn.Module:
+    """Return a PyG convolution whose parameters are the layer's own, made once per layer.
 
-    It is kept outside the module tree: the layer's parameters appear there already.
+    It is kept outside the module tree, where the layer's parameters appear already.
     """
     if not layer.pyg_conv:
-        with torch.random.fork_rng(devices=[]):  # PyG initialises what is replaced right away
+        with torch.random.fork_rng(devices=[]):  # PyG draws parameters, which are replaced at once
             conv = _conv_class(layer.formula)(*layer.weight.shape[::-1])
         layer.pyg_conv.append(conv)
     conv: Any = layer.pyg_conv[0]
@@ -158,8 +171,7 @@ def _conv_class(formula: str) -> type[nn.Module]:
 class PyGHypergraphConvWrapper(nn.Module):
     """PyG's ``HypergraphConv`` under its name in the original experiments.
 
-    It computes PyG's formula (``PyGHypergraphConv`` here), in which hyperedge weights enter the
-    degree only.
+    It computes PyG's formula (``PyGHypergraphConv``): hyperedge weights enter only the degree.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -170,7 +182,7 @@ class PyGHypergraphConvWrapper(nn.Module):
         """Return (nodes, out_channels) for ``x`` (nodes, in_channels) and an index (2, nnz).
 
         Raises:
-            ValueError: the index names a node or a hyperedge weight that is not there.
+            ValueError: the index names a node or a hyperedge weight that does not exist.
         """
         nodes, edges = hyperedge_index
         if nodes.numel() and int(nodes.max()) >= x.shape[0]:

@@ -5,54 +5,51 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.hypergraph import Members
-from gnnmoe.hypergraph_layers._base import HypergraphLayer, naive_mean, naive_weighted_mean
+from gnnmoe.hypergraph.strategies import Members
+from gnnmoe.layers.base import HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
 from gnnmoe.mixing import fuses, mean_over_experts, mix, rowwise
-from gnnmoe.token_chunks import over_token_chunks
 
 FEATURES = 3
-"""Feature vectors of a hyperedge that live at once: before and after GELU, and the gradients of both."""
+"""Feature vectors of a hyperedge in memory at once: before and after GELU, and the gradients of both."""
 
 
 class HNHN(HypergraphLayer):
-    r"""Hyperedges are neurons: the smallest layer that really depends on the hyperedge order.
+    r"""Hyperedges are neurons: the smallest layer whose function depends on the hyperedge order.
 
     .. math:: Z = \mathrm{GELU}(B^{-1} H^\top X \Theta_E + b_E), \quad X' = D^{-1} H W Z\, \Theta_V + b_V
 
-    Hyperedge weights :math:`W`, learned, stand in the place of the paper's :math:`|e|^\beta`; its
-    :math:`\alpha` is 0, and GELU stands for its ReLU.
+    Learned hyperedge weights :math:`W` replace the paper's :math:`|e|^\beta`. The paper's :math:`\alpha` is 0
+    here, and GELU replaces its ReLU.
+
+    Shapes:
+        - **x_NED**, the features of the experts: :math:`(N, E, D)`
+        - **output:** :math:`(N, E, D)`
 
     Source: Dong, Sawin and Bengio, "HNHN: Hypergraph networks with hyperedge neurons", 2020
     (arXiv:2006.12278).
     """
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
-        super().__init__(members, num_experts, embed_dim)
-        del num_heads
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
+        super().__init__(members, num_experts, embed_dim, num_heads)
         self.to_hyperedges = nn.Linear(embed_dim, embed_dim)
         self.to_experts = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
-        """Return (N, E, D); both maps run on experts, since they commute with the means."""
-        del start_NED
+        """Return (N, E, D). Both maps are applied to experts, since they commute with the means."""
         return rowwise(self.to_experts, self._heard(x_NED, from_weights))
 
     def mean(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return the mean over the experts of ``forward`` (N, D): the last map commutes with it."""
-        del start_NED
         return self.to_experts(mean_over_experts(self._heard(x_NED, from_weights)))
 
     def _heard(self, x_NED: Tensor, shares_EM: Tensor) -> Tensor:
-        """Return D⁻¹ H W Z (N, E, D). Z (N, M, D) is never whole, and not kept for the backward."""
+        """Return D⁻¹ H W Z (N, E, D). Z (N, M, D) is never in memory as a whole, nor saved."""
 
         def through_hyperedges(mapped_NED: Tensor) -> Tensor:
             return mix(shares_EM, F.gelu(self.mean_of_members(mapped_NED)))
@@ -63,12 +60,13 @@ class HNHN(HypergraphLayer):
         return over_token_chunks(through_hyperedges, mapped_NED, features=FEATURES * self.num_hyperedges)
 
     def _term_by_term(self, shares_EM: Tensor, mapped_NED: Tensor) -> Tensor:
-        """Return the same from terms (N, D), which a compiler keeps in registers.
+        """Return the same sums from terms (N, D), which a compiler keeps in registers.
 
-        Of (N, M, D) it would make a tensor, since each of E sums reads it. Weights stand by token, so that
-        the backward sums their gradients over D in the kernel that has the terms, and over N after it.
+        A compiler would write (N, M, D) to memory, since each of the E sums reads it. The weights are
+        expanded to all tokens. The backward then sums their gradients over D in the kernel of the terms, and
+        over N after it.
         """
-        x = mapped_NED.transpose(0, 1).unbind(0)  # by experts first, so that the gradients are stacked so
+        x = mapped_NED.transpose(0, 1).unbind(0)  # experts first: the gradients are stacked in this order
         nothing_ND = torch.zeros_like(x[0])
         z = [F.gelu(sum((x[e] for e in edge), nothing_ND) / len(edge)) for edge in self.members]
         own = [self.hyperedges_of(expert) for expert in range(self.num_experts)]
@@ -82,7 +80,6 @@ class HNHN(HypergraphLayer):
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Follow the formula: mean, map and activation for each hyperedge, then for each expert."""
-        del start
         z = [F.gelu(self.to_hyperedges(naive_mean([x[m] for m in members]))) for members in self.members]
         heard = []
         for expert, own in enumerate(x):

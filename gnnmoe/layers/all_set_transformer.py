@@ -1,22 +1,19 @@
-"""AllSetTransformer: sets are pooled by attention with a learned query.
+"""AllSetTransformer: attention with a learned query pools each set.
 
 Shapes: N tokens, E experts, M hyperedges, S elements of a set, D width, H heads, K = D / H.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.hypergraph import Members
-from gnnmoe.hypergraph_layers._base import HypergraphLayer
-from gnnmoe.token_chunks import over_token_chunks
+from gnnmoe.hypergraph.strategies import Members
+from gnnmoe.layers.base import HypergraphLayer, over_token_chunks
 
 FEATURES = 10
-"""Feature vectors of an expert and of a hyperedge that live at once: inside a pooling, and gradients."""
+"""Feature vectors of an expert and of a hyperedge in memory at once: inside a pooling, with gradients."""
 
 
 class AttentionPooling(nn.Module):
@@ -25,7 +22,7 @@ class AttentionPooling(nn.Module):
     .. math:: Y = \mathrm{LN}(\theta + \mathrm{MH}(\theta, S, S)), \quad
               \mathrm{LN}(Y + \mathrm{MLP}(Y))
 
-    The keys have no bias, which softmax would cancel.
+    The keys have no bias: softmax would cancel it.
     """
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
@@ -37,9 +34,9 @@ class AttentionPooling(nn.Module):
         self.first, self.second = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x_NSD: Tensor, sets_TS: Tensor, log_weights_S: Tensor | None = None) -> Tensor:
-        """Pool the elements (N, S, D) of each of T sets, given as booleans (T, S): (N, T, D).
+        """Return T pooled sets (N, T, D) of the elements (N, S, D); booleans (T, S) say what a set contains.
 
-        An empty set gives the query alone.
+        An empty set gives the result of the query alone.
         """
         (N, S, D), (H, K) = x_NSD.shape, self.query.shape
         values_NHSK = self.value(x_NSD).view(N, S, H, K).transpose(1, 2)
@@ -48,7 +45,7 @@ class AttentionPooling(nn.Module):
         return self.finish(pooled_NHTK.transpose(1, 2).reshape(N, len(sets_TS), D))
 
     def shares(self, x_NSD: Tensor, sets_TS: Tensor, log_weights_S: Tensor | None = None) -> Tensor:
-        """Return how much each element counts in each set, by head (N, H, T, S); zeros for an empty set."""
+        """Return the weight of each element in each set, by head (N, H, T, S); zeros for an empty set."""
         (N, S, _), (H, K) = x_NSD.shape, self.query.shape
         scores_NSH = (self.key(x_NSD).view(N, S, H, K) * self.query).sum(-1)
         scores_NHTS = scores_NSH.mT[:, :, None, :]
@@ -58,7 +55,7 @@ class AttentionPooling(nn.Module):
         return masked_NHTS.softmax(-1) * sets_TS
 
     def finish(self, pooled: Tensor) -> Tensor:
-        """Add the query and the feed-forward part to what attention found (…, D)."""
+        """Return the result (…, D) of adding the query and the feed-forward part to the attended values."""
         y = self.norm1(pooled + self.query.flatten())
         return self.norm2(y + self.second(F.gelu(self.first(y))))
 
@@ -88,22 +85,24 @@ class AllSetTransformer(HypergraphLayer):
 
     .. math:: z_e = \mathrm{Pool}_1(\{x_i : i \in e\}), \quad x_i' = \mathrm{Pool}_2(\{z_e : e \ni i\})
 
-    A hyperedge weight multiplies its hyperedge's share: :math:`\log w_e` is added to its score.
+    A hyperedge weight multiplies the attention weight of its hyperedge: :math:`\log w_e` is added to the
+    score.
+
+    Shapes:
+        - **x_NED**, the features of the experts: :math:`(N, E, D)`
+        - **output:** :math:`(N, E, D)`
 
     Source: Chien, Pan, Peng and Milenkovic, "You are AllSet", 2022 (arXiv:2106.13264), equations 7
     and 8.
     """
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
-        super().__init__(members, num_experts, embed_dim)
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
+        super().__init__(members, num_experts, embed_dim, num_heads)
         self.to_hyperedges = AttentionPooling(embed_dim, num_heads)
         self.to_experts = AttentionPooling(embed_dim, num_heads)
 
     def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return (N, E, D)."""
-        del start_NED
         belongs_EM = self.incidence_EM > 0
 
         def piece(x_NED: Tensor) -> Tensor:
@@ -117,14 +116,13 @@ class AllSetTransformer(HypergraphLayer):
         return weights_M.log()
 
     def membership(self, x_NED: Tensor, weights_M: Tensor) -> Tensor:
-        """Return the shares of the second pooling (E, M), averaged over the tokens and the heads."""
+        """Return the attention weights of the second pooling (E, M), averaged over tokens and heads."""
         belongs_EM = self.incidence_EM > 0
         z_NMD = self.to_hyperedges(x_NED, belongs_EM.T)
         return self.to_experts.shares(z_NMD, belongs_EM, weights_M.log()).mean((0, 1))
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Pool set by set."""
-        del start
         z = [self.to_hyperedges.naive([x[member] for member in members], x[0]) for members in self.members]
         heard = []
         for expert, own in enumerate(x):
@@ -139,7 +137,7 @@ class AllSetTransformer(HypergraphLayer):
         return self.to_hyperedges.flops(tokens, E, M) + self.to_experts.flops(tokens, M, E)
 
     def inert_parameters(self) -> dict[str, str]:
-        """Declare keys where no set has two elements to choose from."""
+        """Declare keys inert where no set has two elements."""
         inert = {}
         if bool((self.incidence_EM.sum(0) <= 1).all()):
             inert["to_hyperedges.key.weight"] = "no hyperedge has two members to choose from"

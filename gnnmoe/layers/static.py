@@ -5,30 +5,36 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.hypergraph import Members, hyperedge_index, propagation_matrix
-from gnnmoe.hypergraph_backends import BACKENDS
-from gnnmoe.hypergraph_layers._base import HypergraphLayer
+from gnnmoe.hypergraph.backends import BACKENDS
+from gnnmoe.hypergraph.propagation import hyperedge_index, propagation_matrix
+from gnnmoe.hypergraph.strategies import Members
+from gnnmoe.layers.base import HypergraphLayer
 
 
 class StaticConvolution(HypergraphLayer):
-    r"""``P(w) x Θ + b``: the same weighted mean over experts for every token, and a linear map.
+    r"""The same weighted mean over experts for every token, then a linear map.
 
-    ``HypergraphConv`` is :math:`D^{-1} H W B^{-1} H^\top X \Theta + b`, ``PyGHypergraphConv`` leaves
-    :math:`W` out of the message, ``HGNNConv`` is symmetric. See ``gnnmoe.hypergraph.propagation_factors``
-    for the formulas and their sources.
+    .. math:: X' = P(w)\, X \Theta + b
+
+    :math:`P` (E, E) is :math:`D^{-1} H W B^{-1} H^\top` with ``HypergraphConv``. ``PyGHypergraphConv`` leaves
+    out :math:`W`, and ``HGNNConv`` is symmetric.
+
+    Shapes:
+        - **x_NED**, the features of the experts: :math:`(N, E, D)`
+        - **output:** :math:`(N, E, D)`
+
+    Source: see ``gnnmoe.hypergraph.propagation.propagation_factors``, which has all three formulas.
     """
 
     index: Tensor
 
     def __init__(
         self,
-        members: Sequence[Members],
+        members: list[Members],
         num_experts: int,
         embed_dim: int,
         num_heads: int = 1,
@@ -36,22 +42,20 @@ class StaticConvolution(HypergraphLayer):
         formula: str = "HypergraphConv",
         backend: str = "vectorized",
     ) -> None:
-        super().__init__(members, num_experts, embed_dim)
-        del num_heads
+        super().__init__(members, num_experts, embed_dim, num_heads)
         self.formula, self.backend = formula, backend
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim))  # Θ, as nn.Linear stores it
         self.bias = nn.Parameter(torch.zeros(embed_dim))
         nn.init.xavier_uniform_(self.weight)
         self.register_buffer("index", hyperedge_index(self.members), persistent=False)
-        self.pyg_conv: list[nn.Module] = []  # made by the PyG backends on first use
+        self.pyg_conv: list[nn.Module] = []  # the PyG backends fill it on first use
 
     def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor | None = None) -> Tensor:
         """Return (N, E, D)."""
-        del start_NED
         return BACKENDS[self.backend](self, x_NED, from_weights)
 
     def from_weights(self, weights_M: Tensor) -> Tensor:
-        """Return P (E, E), or the weights themselves (M) where the backend works without P."""
+        """Return P (E, E), or the weights (M) where the backend works without P."""
         return self.adjacency(weights_M) if self.is_matrix else weights_M
 
     @property
@@ -60,12 +64,11 @@ class StaticConvolution(HypergraphLayer):
         return self.backend == "vectorized"
 
     def adjacency(self, weights_M: Tensor) -> Tensor:
-        """Return P (E, E), which the layer applies: row i holds what expert i hears of each expert."""
+        """Return P (E, E), which the layer applies: row i has the weights of what expert i receives."""
         return propagation_matrix(self.incidence_EM, weights_M, self.formula)
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Sum over hyperedges and their members one by one, with no matrix and no index."""
-        del start
         mapped = [F.linear(value, self.weight) for value in x]
         degree = [sum(weights[edge] for edge in self.hyperedges_of(expert)) for expert in range(len(x))]
         heard = []
@@ -85,14 +88,14 @@ class StaticConvolution(HypergraphLayer):
         return heard
 
     def flops(self, tokens: int) -> int:
-        """Count Θ and P on every token."""
+        """Count Θ and P for every token."""
         E, D = self.num_experts, self.embed_dim
         return 2 * tokens * E * D * (D + E)
 
     def from_weights_flops(self) -> int:
-        """Count P itself."""
+        """Count the product that gives P."""
         return 2 * self.num_experts * self.num_hyperedges * self.num_experts
 
     def weights_cancel(self) -> bool:
-        """Return whether the degree divides every weight out again; in PyG's formula it cannot."""
+        """Return whether the degree cancels every weight; in PyG's formula it cannot."""
         return self.formula != "PyGHypergraphConv" and self.one_hyperedge_each()

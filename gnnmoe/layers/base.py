@@ -1,4 +1,4 @@
-"""What every hypergraph layer shares: the incidence, the two means, and what it tells of itself.
+"""The contract of a hypergraph layer, and the parts that layers share.
 
 Shapes: N tokens, E experts, M hyperedges, D width.
 """
@@ -6,45 +6,51 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from gnnmoe.hypergraph import Members, hyperedge_index, incidence, propagation_matrix, safe_reciprocal
+from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix, safe_reciprocal
+from gnnmoe.hypergraph.strategies import Members
 from gnnmoe.mixing import mean_over_experts, mix
+
+MOST_COMPILED_PIECES = 4
+"""A compiler writes out every piece, which takes its time for each."""
 
 
 class HypergraphLayer(nn.Module, ABC):
     """One round of messages from experts to hyperedges and back: (N, E, D) → (N, E, D).
 
-    The coupler adds the activation and the residual. Every token has the same hypergraph, so no
-    index depends on N, and no token can see another. A stack calls ``from_weights`` once for all its
-    layers.
+    The coupler adds the activation and the residual, and calls ``from_weights`` once for all its layers.
+    Every token has the same hypergraph, so no index depends on N, and no token can see another. ``num_heads``
+    is for layers that attend.
     """
 
     incidence_EM: Tensor
 
-    def __init__(self, members: Sequence[Members], num_experts: int, embed_dim: int) -> None:
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__()
-        self.members = list(members)
+        self.members, self.num_heads = members, num_heads
         self.num_experts, self.num_hyperedges, self.embed_dim = num_experts, len(self.members), embed_dim
         matrix_EM = incidence(hyperedge_index(self.members), num_experts, self.num_hyperedges)
         self.register_buffer("incidence_EM", matrix_EM.to(torch.get_default_dtype()), persistent=False)
 
     @abstractmethod
     def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
-        """Return what each expert hears (N, E, D).
+        """Return the message that each expert receives (N, E, D).
 
-        ``from_weights`` is what the method of this name gives, ``start_NED`` the features before the
+        ``from_weights`` is the result of the method of this name; ``start_NED`` are the features before the
         first layer.
         """
 
     def from_weights(self, weights_M: Tensor) -> Tensor:
-        """Return what ``forward`` needs of the hyperedge weights (M), which is the same for every token.
+        """Return all that ``forward`` needs of the hyperedge weights (M); it is the same for every token.
 
-        Here D⁻¹ H W (E, M): the weighted mean over the hyperedges of each expert, 0 for one without.
+        Here D⁻¹ H W (E, M): the weighted mean over the hyperedges of each expert, or zeros without any.
         """
         per_expert_E = safe_reciprocal(self.incidence_EM @ weights_M)
         return per_expert_E[:, None] * self.incidence_EM * weights_M
@@ -59,10 +65,10 @@ class HypergraphLayer(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, tokens: int) -> int:
-        """Return the FLOPs of ``forward`` on this many tokens: 2 a multiply-add of a matrix product."""
+        """Return the FLOPs of ``forward`` for this many tokens: 2 per multiply-add of a matrix product."""
 
     def mean_flops(self, tokens: int) -> int:
-        """Return the FLOPs of ``mean`` on this many tokens."""
+        """Return the FLOPs of ``mean`` for this many tokens."""
         return self.flops(tokens)
 
     def from_weights_flops(self) -> int:
@@ -70,27 +76,26 @@ class HypergraphLayer(nn.Module, ABC):
         return 0
 
     def inert_parameters(self) -> dict[str, str]:
-        """Return parameters that have no gradient on this hypergraph: name → the reason."""
+        """Return the parameters that have no gradient on this hypergraph: name → the reason."""
         return {}
 
     def adjacency(self, weights_M: Tensor) -> Tensor:
-        """Return who hears whom (E, E), by the hypergraph and its weights alone: D⁻¹ H W B⁻¹ Hᵀ."""
+        """Return D⁻¹ H W B⁻¹ Hᵀ (E, E): how much expert i receives from expert j, by the weights alone."""
         return propagation_matrix(self.incidence_EM, weights_M, "HypergraphConv")
 
     def membership(self, x_NED: Tensor, weights_M: Tensor) -> Tensor | None:
         """Return how much each hyperedge counts for each expert (E, M), averaged over the tokens.
 
-        None where that does not depend on the content.
+        None where this does not depend on the content.
         """
-        del x_NED, weights_M
         return None
 
     def weights_cancel(self) -> bool:
-        """Return whether no expert has two hyperedges to weigh against each other."""
+        """Return whether the hyperedge weights change nothing: no expert has two hyperedges to weigh."""
         return self.one_hyperedge_each()
 
     def one_hyperedge_each(self) -> bool:
-        """Return whether every expert has one hyperedge at most."""
+        """Return whether every expert has at most one hyperedge."""
         return bool((self.incidence_EM.sum(1) <= 1).all())
 
     def mean_of_members(self, x_NED: Tensor) -> Tensor:
@@ -99,12 +104,12 @@ class HypergraphLayer(nn.Module, ABC):
         return mix((self.incidence_EM * per_edge_M).T, x_NED)
 
     def hyperedges_of(self, expert: int) -> list[int]:
-        """Return the numbers of the hyperedges that ``expert`` belongs to."""
+        """Return the numbers of the hyperedges to which ``expert`` belongs."""
         return [number for number, members in enumerate(self.members) if expert in members]
 
 
 def naive_mean(values: list[Tensor]) -> Tensor:
-    """Return the mean of a list of tensors of one shape, which is not empty."""
+    """Return the mean of tensors of one shape; the list is not empty."""
     return torch.stack(values).mean(0)
 
 
@@ -126,3 +131,29 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the same shape (…, D)."""
         return self.second(F.gelu(self.first(x)))
+
+
+def over_token_chunks(function: Callable[..., Tensor], *inputs: Tensor, features: int) -> Tensor:
+    """Return ``function(*inputs)`` for inputs (N, E, D), computed for one piece of the tokens after another.
+
+    ``features`` is how many feature vectors (D) a token needs at once, in forward and backward. The number
+    of pieces is such that one piece needs about as much memory as an input. No tensor inside a piece is
+    saved: the backward computes it again. ``function`` treats each token alone and draws no random numbers.
+
+    Under the transforms of ``torch.func``, which do not release saved tensors, all tokens are one piece.
+    Under ``torch.compile`` there are at most four pieces.
+    """
+    N, E, _ = inputs[0].shape
+    pieces = -(-features // max(E, 1))
+    if torch.compiler.is_compiling():
+        pieces = min(pieces, MOST_COMPILED_PIECES)
+    elif torch._C._are_functorch_transforms_active():
+        return function(*inputs)
+    if torch.is_grad_enabled():
+        function = partial(
+            checkpoint, function, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+        )
+    if pieces <= 1:
+        return function(*inputs)
+    split = [x.split(-(-N // pieces)) for x in inputs]
+    return torch.cat([function(*piece) for piece in zip(*split, strict=True)])

@@ -1,25 +1,21 @@
-"""ED-HNN: what a hyperedge tells a member depends on the member too.
+"""ED-HNN: the message of a hyperedge to a member depends on the member too.
 
 Shapes: N tokens, E experts, M hyperedges, G the largest degree of an expert, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.hypergraph import Members, safe_reciprocal
-from gnnmoe.hypergraph_layers._base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean
-from gnnmoe.token_chunks import over_token_chunks
+from gnnmoe.hypergraph.propagation import safe_reciprocal
+from gnnmoe.hypergraph.strategies import Members
+from gnnmoe.layers.base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
 
-RESTART = 0.5  # share of the first features in every layer, the default of the authors' code
-
-
+RESTART = 0.5  # share of the first features in every layer, as in the authors' code by default
 FEATURES = 5
-"""Feature vectors of an expert, a hyperedge and a pair of both that live at once, gradients included."""
+"""Feature vectors of an expert, a hyperedge and a pair of both in memory at once, with gradients."""
 
 
 class EDHNN(HypergraphLayer):
@@ -32,7 +28,11 @@ class EDHNN(HypergraphLayer):
               + \tfrac12 x_i^{(0)} \Big) + b
 
     with :math:`d_i = \sum_{e \ni i} w_e` and :math:`x^{(0)}` the features before the first layer. Means
-    stand for sums, as in the authors' code by default.
+    replace sums, as in the authors' code by default.
+
+    Shapes:
+        - **x_NED**, the features of the experts: :math:`(N, E, D)`
+        - **output:** :math:`(N, E, D)`
 
     Source: Wang, Yang, Liu, Wang and Li, "Equivariant hypergraph diffusion neural operators", 2023
     (arXiv:2207.06680), algorithm 1.
@@ -41,11 +41,8 @@ class EDHNN(HypergraphLayer):
     hyperedges_EG: Tensor
     belongs_EG: Tensor
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
-        super().__init__(members, num_experts, embed_dim)
-        del num_heads
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
+        super().__init__(members, num_experts, embed_dim, num_heads)
         self.of_members = MLP(embed_dim)
         self.from_expert = nn.Linear(embed_dim, embed_dim)  # U and c
         self.from_hyperedge = nn.Linear(embed_dim, embed_dim, bias=False)  # V
@@ -76,7 +73,7 @@ class EDHNN(HypergraphLayer):
         return over_token_chunks(piece, x_NED, start_NED, features=features)
 
     def from_weights(self, weights_M: Tensor) -> Tensor:
-        """Return the share of each hyperedge among those of its expert (E, G)."""
+        """Return the weight of each hyperedge over the total weight of its expert's hyperedges (E, G)."""
         weights_EG = weights_M.index_select(0, self.hyperedges_EG.flatten()).view_as(self.belongs_EG)
         weights_EG = weights_EG * self.belongs_EG
         return weights_EG * safe_reciprocal(weights_EG.sum(1, keepdim=True))

@@ -5,17 +5,14 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from gnnmoe.hypergraph import Members
-from gnnmoe.hypergraph_layers._base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean
+from gnnmoe.hypergraph.strategies import Members
+from gnnmoe.layers.base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
 from gnnmoe.mixing import mix
-from gnnmoe.token_chunks import over_token_chunks
 
 FEATURES = 7
-"""Feature vectors of an expert and of a hyperedge that live at once: inside two MLPs, and their gradients."""
+"""Feature vectors of an expert and of a hyperedge in memory at once: inside two MLPs, with gradients."""
 
 
 class AllDeepSets(HypergraphLayer):
@@ -24,22 +21,22 @@ class AllDeepSets(HypergraphLayer):
     .. math:: z_e = \mathrm{MLP}_2\big(\tfrac{1}{|e|} \sum_{i \in e} \mathrm{MLP}_1(x_i)\big), \quad
               x_i' = \mathrm{MLP}_4\big(\tfrac{1}{d_i} \sum_{e \ni i} w_e\, \mathrm{MLP}_3(z_e)\big)
 
-    with :math:`d_i = \sum_{e \ni i} w_e`. Means stand for the paper's sums.
+    with :math:`d_i = \sum_{e \ni i} w_e`. Means replace the paper's sums.
+
+    Shapes:
+        - **x_NED**, the features of the experts: :math:`(N, E, D)`
+        - **output:** :math:`(N, E, D)`
 
     Source: Chien, Pan, Peng and Milenkovic, "You are AllSet", 2022 (arXiv:2106.13264), equation 6.
     """
 
-    def __init__(
-        self, members: Sequence[Members], num_experts: int, embed_dim: int, num_heads: int = 1
-    ) -> None:
-        super().__init__(members, num_experts, embed_dim)
-        del num_heads
+    def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
+        super().__init__(members, num_experts, embed_dim, num_heads)
         self.of_members, self.to_hyperedges = MLP(embed_dim), MLP(embed_dim)
         self.of_hyperedges, self.to_experts = MLP(embed_dim), MLP(embed_dim)
 
     def forward(self, x_NED: Tensor, from_weights: Tensor, start_NED: Tensor) -> Tensor:
         """Return (N, E, D)."""
-        del start_NED
 
         def piece(x_NED: Tensor) -> Tensor:
             z_NMD = self.to_hyperedges(self.mean_of_members(self.of_members(x_NED)))
@@ -50,7 +47,6 @@ class AllDeepSets(HypergraphLayer):
 
     def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
         """Follow the formula set by set."""
-        del start
         z = []
         for members in self.members:
             z.append(self.to_hyperedges(naive_mean([self.of_members(x[member]) for member in members])))

@@ -1,0 +1,1 @@
+"""Hypergraphs over the experts: which experts share a hyperedge, and how a static layer mixes them."""

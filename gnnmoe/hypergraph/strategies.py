@@ -1,0 +1,346 @@
+"""Strategies: which of E experts share a hyperedge. Imports no torch.
+
+A strategy is written ``name`` or ``name:argument=value,argument=value``: ``random:k=3,m=8,seed=1``.
+The first argument may stand without its name (``k_subsets:4``, ``file:edges.json``). Where the only argument
+is text, it takes everything after the colon, so that a path may contain ``=`` and ``,``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import random
+import warnings
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from gnnmoe.config import Refused, unknown_name
+
+Members = tuple[int, ...]  # sorted
+Strategy = Callable[..., list[Members]]
+Parameters = dict[str, inspect.Parameter]
+MOST_HYPEREDGES = 100_000
+BLANKS = " \t\r\n"  # of JSON
+REQUIRED = inspect.Parameter.empty
+
+STRATEGIES: dict[str, Strategy] = {}
+
+
+def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
+    """Return a decorator that makes a named strategy of a function from E to member lists.
+
+    The function's keyword-only parameters, annotated int, int | None or str, are the strategy's arguments.
+    """
+
+    def register(strategy: Strategy) -> Strategy:
+        STRATEGIES[name] = strategy
+        return strategy
+
+    return register
+
+
+@register_strategy("all_pairs")
+def all_pairs(num_experts: int) -> list[Members]:
+    """Every pair of experts, in lexicographic order: E (E − 1) / 2 hyperedges."""
+    return _subsets(num_experts, 2)
+
+
+@register_strategy("all_triplets")
+def all_triplets(num_experts: int) -> list[Members]:
+    """Every three experts, in lexicographic order: E (E − 1) (E − 2) / 6 hyperedges."""
+    return _subsets(num_experts, 3)
+
+
+@register_strategy("pairs_and_triplets")
+def pairs_and_triplets(num_experts: int) -> list[Members]:
+    """All pairs, then all triplets."""
+    _refuse_too_many(math.comb(num_experts, 2) + math.comb(num_experts, 3))
+    return all_pairs(num_experts) + all_triplets(num_experts)
+
+
+@register_strategy("all")
+def all_experts(num_experts: int) -> list[Members]:
+    """One hyperedge of all experts; a single expert has no hyperedge."""
+    return [tuple(range(num_experts))] if num_experts > 1 else []
+
+
+@register_strategy("k_subsets")
+def k_subsets(num_experts: int, *, k: int = 3) -> list[Members]:
+    """Every k experts, in lexicographic order: C(E, k) hyperedges. Refuses k < 2."""
+    _check_k(k)
+    return _subsets(num_experts, k)
+
+
+@register_strategy("ring")
+def ring(num_experts: int, *, k: int = 2) -> list[Members]:
+    """Hyperedge i holds experts i to i + k − 1 modulo E; with E = k there is one. Refuses k < 2."""
+    _check_k(k)
+    if num_experts <= k:
+        return [tuple(range(k))] if num_experts == k else []
+    _refuse_too_many(num_experts)
+    return [tuple(sorted((i + j) % num_experts for j in range(k))) for i in range(num_experts)]
+
+
+@register_strategy("random")
+def random_subsets(num_experts: int, *, k: int = 3, m: int | None = None, seed: int = 0) -> list[Members]:
+    """Draw m different hyperedges of k experts, uniformly, in lexicographic order.
+
+    With ``m`` None there are as many hyperedges as experts, or all C(E, k) where these are fewer. The
+    arguments alone decide the draw. Some experts may be in no hyperedge. Warns where fewer than m exist.
+
+    Raises:
+        Refused: k < 2, m < 1 or seed < 0.
+    """
+    _check_k(k)
+    if m is not None and m < 1:
+        raise Refused(f"m is {m}; it must be at least 1, or None for as many as experts.")
+    if seed < 0:
+        raise Refused(f"seed is {seed}; it must not be negative.")
+    possible = math.comb(num_experts, k)
+    if m is not None and m > possible > 0:
+        there_are = f"hyperedges of {k} out of {num_experts} experts: {possible}, all of them taken."
+        warnings.warn(f"random: m is {m}; {there_are}", stacklevel=2)
+    count, generator = _number_drawn(num_experts, k, m), random.Random(seed)
+    _refuse_too_many(count)
+    if 2 * count >= possible:  # most of them: to list them all is quicker than to draw doubles
+        subsets = list(combinations(range(num_experts), k))
+        return [subsets[position] for position in _draw(generator, possible, count)]
+    drawn: set[Members] = set()
+    while len(drawn) < count:
+        drawn.add(_draw(generator, num_experts, k))
+    return sorted(drawn)
+
+
+@register_strategy("file")
+def from_file(num_experts: int, *, path: str) -> list[Members]:
+    """Read a JSON list of member lists, in the order of the file; a hyperedge may have one member.
+
+    A relative path starts at the current folder.
+
+    Raises:
+        Refused: the file or one of its hyperedges is invalid; names the file and the line.
+    """
+    return read_hyperedges(path, num_experts)
+
+
+def _check_k(k: int) -> None:
+    """Refuse hyperedges of fewer than two experts."""
+    if k < 2:
+        raise Refused(f"k is {k}; it must be at least 2: a hyperedge of one expert has nobody to talk to.")
+
+
+def _subsets(num_experts: int, k: int) -> list[Members]:
+    _refuse_too_many(math.comb(num_experts, k))
+    return list(combinations(range(num_experts), k))
+
+
+def _number_drawn(num_experts: int, k: int, m: int | None) -> int:
+    return min(num_experts if m is None else m, math.comb(num_experts, k))
+
+
+def _refuse_too_many(count: int) -> None:
+    """Refuse a number of hyperedges above the limit, before any of them is made."""
+    if count > MOST_HYPEREDGES:
+        number = f"{count:,}" if count < 10**18 else f"about 10^{math.log10(count):.0f}"
+        raise Refused(
+            f"the strategy has {number} hyperedges with so many experts; at most {MOST_HYPEREDGES:,} are "
+            "allowed: take fewer experts, or draw some, as in random:k=3,m=1000."
+        )
+
+
+def _draw(generator: random.Random, n: int, count: int) -> Members:
+    """Return ``count`` of the numbers 0 to n − 1, sorted, drawn uniformly (Floyd's algorithm).
+
+    Only ``Random.random`` is used: Python promises to keep its sequence.
+    """
+    chosen: set[int] = set()
+    for last in range(n - count, n):
+        pick = int(generator.random() * (last + 1))
+        chosen.add(last if pick in chosen else pick)
+    return tuple(sorted(chosen))
+
+
+def static_hyperedges(num_experts: int, strategy: str) -> list[Members]:
+    """Return the members of each hyperedge; an empty list where E is too small to have any.
+
+    Raises:
+        Refused: there is no such strategy, it cannot have these arguments, E is negative, or there are
+            more than ``MOST_HYPEREDGES`` hyperedges.
+    """
+    name, arguments = _parse(strategy)
+    if num_experts < 0:
+        raise Refused(f"num_experts is {num_experts}; it must not be negative.")
+    members = STRATEGIES[name](num_experts, **arguments)
+    _refuse_too_many(len(members))  # in a file, or from a strategy that does not check
+    return members
+
+
+def strategy_identity(strategy: str, num_experts: int | None = None) -> str:
+    """Return one text for all spellings of a strategy, with everything that can change its hyperedges.
+
+    All arguments stand in the order of the signature. For a file, a hash of its member lists replaces the
+    path. With ``num_experts`` the m of ``random`` is the number of hyperedges that it draws.
+
+    Raises:
+        Refused: as ``static_hyperedges``, except for numbers that only the strategy itself refuses.
+    """
+    name, arguments = _parse(strategy)
+    if name == "file":
+        members = json.dumps(read_hyperedges(**arguments))
+        arguments: dict[str, Any] = {"sha256": hashlib.sha256(members.encode()).hexdigest()[:12]}
+    if name == "random" and num_experts is not None:
+        _check_k(arguments["k"])
+        arguments["m"] = _number_drawn(num_experts, arguments["k"], arguments["m"])
+    listed = ",".join(f"{key}={value}" for key, value in arguments.items())
+    return f"{name}:{listed}" if listed else name
+
+
+# --- the text of a strategy --------------------------------------------------------------------------
+
+
+def _parse(strategy: str) -> tuple[str, dict[str, Any]]:
+    """Return the name, and every argument with its value, in the order of the signature.
+
+    Raises:
+        Refused: there is no such strategy or argument, or an argument cannot have its value.
+    """
+    name, colon, text = strategy.partition(":")
+    if name not in STRATEGIES:
+        raise Refused(unknown_name("static_hyperedge_strategy", name, STRATEGIES))
+    signature = inspect.signature(STRATEGIES[name], eval_str=True)
+    parameters = {key: p for key, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    try:
+        given = _given(text, parameters) if colon else {}
+        return name, {key: _value(parameter, given.get(key)) for key, parameter in parameters.items()}
+    except Refused as error:
+        raise Refused(f"strategy {strategy!r}: {error}. {_usage(name, parameters)}.") from None
+
+
+def _usage(name: str, parameters: Parameters) -> str:
+    """Return the sentence that lists the arguments of a strategy, with an example."""
+    if not parameters:
+        return f"{name} takes no arguments; write {name!r}"
+    takes = [
+        f"{key} ({'required' if p.default is REQUIRED else f'default {p.default}'})"
+        for key, p in parameters.items()
+    ]
+    first, parameter = next(iter(parameters.items()))
+    example = f"{name}:edges.json" if parameter.annotation is str else f"{name}:{first}=3"
+    return f"{name} takes {', '.join(takes)}; for example {example!r}"
+
+
+def _given(text: str, parameters: Parameters) -> dict[str, str]:
+    """Return the text of each argument that ``text`` sets."""
+    given: dict[str, str] = {}
+    first, *others = parameters or [""]
+    if first and not others and parameters[first].annotation is str:
+        return {first: text.removeprefix(f"{first}=")}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals and not given:
+            key, value = first or key, key
+        if key not in parameters:
+            raise Refused(f"there is no argument {key!r}")
+        if key in given:
+            raise Refused(f"{key} is given twice")
+        given[key] = value
+    return given
+
+
+def _value(parameter: inspect.Parameter, text: str | None) -> Any:
+    """Return ``text`` in the type of the parameter's annotation, or the default where ``text`` is None."""
+    if text is None and parameter.default is not REQUIRED:
+        return parameter.default
+    if not text:
+        raise Refused(f"{parameter.name} has no value")
+    types = get_args(parameter.annotation) or (parameter.annotation,)
+    if text == "None" and NoneType in types:
+        return None
+    if int not in types:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        kind = "a whole number or None" if NoneType in types else "a whole number"
+        raise Refused(f"{parameter.name} is {text!r}; it must be {kind}") from None
+
+
+# --- a file of hyperedges ------------------------------------------------------------------------------
+
+
+def read_hyperedges(path: str, num_experts: float = math.inf) -> list[tuple[int, ...]]:
+    """Return the hyperedges of a JSON file in the order of the file, the members of each sorted.
+
+    Raises:
+        Refused: there is no such file; it is not UTF-8 or not JSON; or it is not a list of different,
+            non-empty lists of different experts from 0 to E − 1. Names the file and the line.
+    """
+    line_of: dict[tuple[int, ...], int] = {}
+    for line, element in _elements(path, _text(path)):
+        problem = _problem(element, num_experts)
+        edge = () if problem else tuple(sorted(element))
+        if edge in line_of:
+            problem = f"hyperedge {list(edge)} is in line {line_of[edge]} already"
+        if problem:
+            raise Refused(f"{path}, line {line}: {problem}.")
+        line_of[edge] = line
+    return list(line_of)
+
+
+def _text(path: str) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise Refused(f"{path}: the file of hyperedges cannot be read ({reason}).") from None
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise Refused(f"{path}, line {line}: not UTF-8 ({error.reason}).") from None
+
+
+def _elements(path: str, text: str) -> list[tuple[int, Any]]:
+    """Return each element of the outer list, together with the line on which it begins."""
+    decoder, found, line = json.JSONDecoder(), [], 1
+    try:
+        whole = decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise Refused(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of 5,000 digits
+        raise Refused(f"{path}: not a list of lists of experts ({error}).") from None
+    start = len(text) - len(text.lstrip(BLANKS))
+    line += text.count("\n", 0, start)
+    if not isinstance(whole, list):
+        raise Refused(f"{path}, line {line}: not a list; the file must be a list of lists of experts.")
+    end = start + 1
+    for _ in whole:  # valid JSON: only blanks and commas stand between the elements
+        start = end
+        while text[start] in BLANKS + ",":
+            start += 1
+        line += text.count("\n", end, start)
+        element, end = decoder.raw_decode(text, start)
+        found.append((line, element))
+        line += text.count("\n", start, end)
+    return found
+
+
+def _problem(element: Any, num_experts: float) -> str:
+    """Return what is wrong with one hyperedge, or no text where it is valid."""
+    if not isinstance(element, list):
+        return f"{json.dumps(element)} is not a list; the file must be a list of lists of experts"
+    for member in element:  # all types first: in Python, true equals 1
+        if type(member) is not int:
+            return f"member {json.dumps(member)} is not an integer"
+    for member in element:
+        if not 0 <= member < num_experts:
+            count = "" if num_experts == math.inf else f" for {num_experts} experts"
+            return f"member {member} is out of range{count}; experts are counted from 0"
+        if element.count(member) > 1:
+            return f"member {member} is there more than once"
+    return "" if element else "the hyperedge is empty"

@@ -88,6 +88,21 @@ def _refusal(group: type, values: Table, error: ValidationError) -> Refused:
     return Refused(unknown_name("flag", name, values)) if hint is None else refused(name, values[name], hint)
 
 
+def seconds_of(name: str, text: str | None) -> float | None:
+    """Return the seconds of a duration such as 90s, 9m or 1.5h; ``name`` is the flag that gives it.
+
+    Raises:
+        Refused: it is not a number with s, m or h, or not greater than 0.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)([smh]?)", text.strip())
+    seconds = float(found[1]) * {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise Refused(f"{name} is {text!r}; write a duration such as 90s, 9m or 1.5h.")
+    return seconds
+
+
 def refused(name: str, value: Any, hint: Any) -> Refused:
     """Return the refusal of a flag's value: what it is, what is allowed, and which value was meant."""
     shown = "a table" if isinstance(value, dict) else repr(value)

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags
+from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags, seconds_of
 from bench.files import utc_now
-from bench.sweeps.durations import seconds_of
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
     "files syntax schedule config device foreign record data identity gate portrait training measure"
-    " tune sweeps analysis"
+    " tune sweeps sweep analysis"
 ).split()
-COMMANDS = set("run sweep report speed check cli speeding __main__".split())
+COMMANDS = set("run report speed check cli speeding __main__".split())
 
 
 def imports(path: Path) -> set[str]:
@@ -62,7 +62,7 @@ def test_only_the_pyg_backends_import_pyg():
 
 @pytest.mark.parametrize(
     "module",
-    ["gnnmoe", "bench.config", "bench.record", "bench.sweeps.shorthand", "bench.analysis.summary"],
+    ["gnnmoe", "bench.config", "bench.record", "bench.sweep.specification", "bench.analysis.summary"],
 )
 def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""

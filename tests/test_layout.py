@@ -12,9 +12,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
     "files syntax schedule config device foreign record data identity gate portrait training measure"
-    " tune sweeps sweep analysis"
+    " tune sweeps analysis"
 ).split()
-COMMANDS = set("run report speed check cli speeding __main__".split())
+COMMANDS = set("run sweep report speed check cli speeding __main__".split())
 
 
 def imports(path: Path) -> set[str]:

@@ -44,7 +44,7 @@ LIST = REPOSITORY / "tools/mutants.json"
 SEED, NUMBER = 20, 300
 TESTS_SECONDS, CPU_SECONDS, WALL_SECONDS, MOST_BYTES = 20, 120, 900, 16 << 30
 MUTATED = [
-    "gnnmoe/**/*.py", "bench/training/*.py", "bench/record.py", "bench/identity.py", "bench/marked.py",
+    "gnnmoe/**/*.py", "bench/training/*.py", "bench/record.py", "bench/run/identity.py", "bench/marked.py",
     "bench/measure/ledger.py", "bench/measure/rates.py", "bench/analysis/statistics.py",
     "bench/analysis/significance.py", "bench/analysis/over_seeds.py", "bench/analysis/articles.py",
     "bench/analysis/agreement.py", "bench/analysis/comparison.py", "bench/analysis/quantities.py",

@@ -9,8 +9,8 @@ import torch
 import gnnmoe
 from bench.gate import Check, GateReport, run_gate
 from bench.gate.gate import CHECKS
-from bench.identity import run_id
 from bench.record import Environment, NotMeasured, Record, RunFolder, is_measured
+from bench.run.identity import run_id
 from bench.run.prepare import Prepared
 from gnnmoe.couplers import coupler_class
 

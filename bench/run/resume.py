@@ -35,9 +35,8 @@ from bench.record import (
 from bench.run.prepare import Prepared
 from bench.run.progress import Reporter
 from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
-from bench.training.communication import CommunicationTrace
-from bench.training.loop import Trained
-from bench.training.plan import TrainingPlan
+from bench.training.evaluation import CommunicationTrace
+from bench.training.loop import Trained, TrainingPlan
 from bench.training.step import make_optimizer
 from bench.tune.control import Decision, Recovery, shapes_of
 from bench.tune.shape import Shape

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.cli import Interruption
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
@@ -32,7 +33,6 @@ from bench.gate import (
 )
 from bench.gate.report import CheckFailed, run_check
 from bench.gate.trained import rows_to_judge
-from bench.identity import settings_in_record
 from bench.measure.environment import describe_environment
 from bench.measure.flops import training_flops_per_token
 from bench.measure.ledger import Ledger
@@ -55,18 +55,16 @@ from bench.record import (
     is_measured,
     not_measured,
 )
+from bench.run.identity import settings_in_record
 from bench.run.leak_check import gate_of, is_ours
 from bench.run.prepare import Prepared
 from bench.run.progress import Reporter
 from bench.run.resume import NOTHING, Earlier
 from bench.run.tracker import Tracker
 from bench.training.checkpoint import remove_left_over, save_checkpoint
-from bench.training.communication import CommunicationTrace, summarize_communication
-from bench.training.ending import End, agreed_end, why
-from bench.training.evaluation import evaluate
-from bench.training.interruption import Interruption
-from bench.training.loop import Diverged, Shapes, Trained, Trainer
-from bench.training.plan import EpochPlan, TrainingPlan
+from bench.training.evaluation import CommunicationTrace, evaluate, summarize_communication
+from bench.training.loop import Diverged, EpochPlan, Shapes, Trained, Trainer, TrainingPlan
+from bench.training.ranks import End, agreed_end, why
 from bench.training.step import Batch, to_device
 from bench.tune.budget import requested
 from bench.tune.control import OUT_OF_MEMORY, Decision, Recovery, micro_batch_size, steps_of

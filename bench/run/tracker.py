@@ -16,7 +16,7 @@ import numpy as np
 from bench.analysis import quantities
 from bench.record import Record, is_measured
 from bench.run.prepare import Prepared
-from bench.training.communication import CommunicationTrace
+from bench.training.evaluation import CommunicationTrace
 from gnnmoe.layer import GNNMoELayer
 from gnnmoe.model import GNNMoEModel
 

@@ -18,8 +18,6 @@ from rich.table import Table
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, config_of, resolved
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.device import cpu_threads, resolve_device
-from bench.identity import Identified, config_dict, run_id, settings_in_record
-from bench.measure.code import code_hashes
 from bench.measure.environment import device_name
 from bench.measure.expected import Training, step_time_ratio
 from bench.measure.predict import CannotPredict
@@ -33,9 +31,11 @@ from bench.record import (
     stale_notes,
     study_records,
 )
+from bench.run.identity import Identified, config_dict, run_id, settings_in_record
 from bench.sweep.executors.local import slots_for
 from bench.sweep.specification import RunRequest, Sweep
 from bench.sweeps.seeds import seeds_needed
+from bench.training.code import code_hashes
 from bench.tune.budget import format_bytes
 from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.cost import QUANTITIES as BY_FORMULA

@@ -9,8 +9,8 @@ from typing import Any
 from bench.analysis.labels import Key, Settings, settings_of
 from bench.analysis.labels import labels as labels_of
 from bench.config import RunConfig
-from bench.identity import settings_in_record
 from bench.record import Settings as Recorded
+from bench.run.identity import settings_in_record
 
 ONE, OTHER = "1a2b3c4d5e6f", "9a8b7c6d5e4f"
 

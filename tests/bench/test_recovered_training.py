@@ -17,8 +17,7 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
 from bench.run.__main__ import main
-from bench.training.loop import Trainer
-from bench.training.plan import TrainingPlan
+from bench.training.loop import Trainer, TrainingPlan
 from bench.training.step import UpdateOutOfMemory
 from bench.tune.control import ControlledSteps, Recovery
 from gnnmoe import GNNMoEConfig, GNNMoEModel

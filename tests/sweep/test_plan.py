@@ -10,7 +10,8 @@ import torch
 from bench.cli import parse
 from bench.config import RunConfig, seconds_of
 from bench.record import RunFolder
-from bench.run.prepare import Identifier, prepare
+from bench.run.identity import Identifier
+from bench.run.prepare import prepare
 from bench.sweep.__main__ import main
 from bench.sweep.plan import Match, Plan, make_plan, matched, reference_for
 from bench.sweep.specification import sweep_of

@@ -8,12 +8,27 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.config import DEFAULT_MAX_STEPS, RunConfig, TrainingConfig, plain
+import torch
+
+from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, RunConfig, TrainingConfig, plain
+from bench.data.corpus import Corpus
 from bench.foreign import without_places
 from bench.record import Settings
-from bench.schedule import BatchSchedule
+from bench.training.code import code_hashes
+from bench.training.loaders import (
+    asked_by_name,
+    corpus_arguments,
+    load_text,
+    make_loaders,
+    model_for,
+    order_of,
+    refuse_curriculum_without_epochs,
+    scorer_identity,
+)
+from bench.training.step import Execution
+from bench.tune.budget import refuse_uneven_pieces, refuse_wrong_flags
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers import is_file
+from gnnmoe.couplers import coupler_identity, is_file
 
 SCHEMA = "1"
 """Of the identity alone: it changes where the same flags give other numbers, and with it every run_id."""
@@ -24,11 +39,11 @@ class Identified(NamedTuple):
 
     identity: dict[str, Any]
     model: GNNMoEConfig
-    corpus: Any
+    corpus: Corpus
     configuration: str
     """What all its seeds share: ``configuration_id``."""
     code: dict[str, str]
-    """The hashes of the code that would run: ``bench.measure.code.code_hashes``."""
+    """The hashes of the code that would run: ``bench.training.code.code_hashes``."""
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
@@ -122,10 +137,58 @@ def configuration_id(identity: dict[str, Any], scorer: str | None = None) -> str
     """Return 12 hex digits that all seeds of one configuration share: the run_id without the seed.
 
     A curriculum orders other blocks at another seed, so it counts by its ``scorer`` (see
-    ``bench.run.prepare.scorer_identity``) and not by the order it gives.
+    ``scorer_identity``) and not by the order it gives.
     """
     training = {name: value for name, value in identity["training"].items() if name != "seed"}
     if training["curriculum"] is not None:
         blocks = training["curriculum"]["blocks_by_epoch"]
         training["curriculum"] = {"blocks_by_epoch": blocks, "scorer": scorer}
     return run_id({**identity, "training": training})
+
+
+class Identifier:
+    """Says of many configs what makes them the runs they are, as ``prepare`` does; loads each text once.
+
+    ``device`` is that of runs on other machines, which this one may lack; without it, each config's own.
+    ``world_size`` processes share each batch.
+    """
+
+    def __init__(self, device: torch.device | None = None, world_size: int = 1) -> None:
+        self._device, self._world_size = device, world_size
+        self._corpora: dict[str, Corpus] = {}
+
+    def __call__(self, config: RunConfig) -> Identified:
+        """Return what makes a config the run that it is.
+
+        Raises:
+            Refused: as ``prepare``, for what can be seen without building the model.
+        """
+        refuse_wrong_flags(config.memory)
+        refuse_curriculum_without_epochs(config.training)
+        refuse_uneven_pieces(config.training.batch_sizes, 1, self._world_size)
+        key = repr((corpus_arguments(config), asked_by_name(config)))
+        if key not in self._corpora:
+            self._corpora[key] = load_text(config)
+        corpus, device = self._corpora[key], self._device or Execution.of(config).device
+        model, order = model_for(config, corpus), None
+        if config.training.curriculum is not None:
+            here = device if self._device is None else torch.device("cpu")
+            order = order_of(make_loaders(config, corpus, here)["train"])
+        return identified(config, model, corpus, device, order, self._world_size)
+
+
+def identified(
+    config: RunConfig,
+    model: GNNMoEConfig,
+    corpus: Corpus,
+    device: torch.device,
+    order: dict[str, Any] | None,
+    world_size: int = 1,
+) -> Identified:
+    """Return what makes a config the run that it is; ``order`` is the curriculum's, as ``order_of``."""
+    fields = coupler_identity(model)
+    if model.vocab_size != corpus.vocabulary.size:  # else it follows from the data
+        fields["vocab_size"] = model.vocab_size
+    found = identity(config, fields, corpus.sha256, device.type, world_size, curriculum=order)
+    shared = configuration_id(found, scorer_identity(config.training))
+    return Identified(found, model, corpus, shared, code_hashes(model))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import as_flags, seconds_of
+from bench.config import as_flags
 from bench.sweep.executors.base import (
     LOCAL,
     Resources,
@@ -25,7 +25,6 @@ from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
     from bench.sweep.plan import Match, Plan
-    from bench.sweep.work import Choices
     from bench.sweeps.hypotheses import Hypothesis
 
 PROG = "python -m bench.sweep"
@@ -39,20 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from bench.sweep.plan import show_expected, show_plan
-    from bench.sweep.work import Choices
 
     console = Console(highlight=False)
     try:
-        choices = Choices(
-            retry=config.retry,
-            force=config.force,
-            keep_stale=config.keep_stale,
-            fail_fast=config.fail_fast,
-            time_budget_seconds=seconds_of("time_budget", config.time_budget),
-            run_timeout_seconds=seconds_of("run_timeout", config.run_timeout),
-        )
         config, resources = on_its_devices(config)
         sweep = read_sweep(config)
+        config = replace(config, study=sweep.study)
         with console.status("planning …"):
             plan, match, hypotheses = plan_sweep(config, sweep)
         if config.dry_run or config.plan:
@@ -61,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 show_expected(plan, console)
             return 0
         command = shlex.join([*PROG.split(), *arguments])
-        return run_plan(config, plan, hypotheses, resources, choices, command)
+        return run_plan(config, plan, hypotheses, resources, command)
     except Refused as error:
         fail(str(error))
 
@@ -109,7 +100,6 @@ def run_plan(
     plan: Plan,
     hypotheses: Sequence[Hypothesis],
     resources: Resources,
-    choices: Choices,
     command: str,
 ) -> int:
     """State the hypotheses, run what is left of the plan and return the exit status.
@@ -132,14 +122,11 @@ def run_plan(
     result = execute(
         plan.runs,
         make_executor(config.executor, config, wanted),
-        results_dir=config.results_dir,
-        study=plan.study,
+        config,
         places=as_flags(own),
-        wait=config.wait,
         again=command,
         processes=resources.processes,
         before=lambda: state(hypotheses, config.results_dir / plan.study),
-        choices=choices,
     )
     return result.exit_status
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +91,66 @@ class PlannedConfiguration:
     label: str
     flags: dict[str, Any]
     """Plain, by field; the seed is the first run's."""
-    model: Cost
+    known: Identified
     training: Training
     """The training of its first run."""
+    cost: Cost
+    """The model's, by formula."""
     off_by: float | None
     """The share by which it costs more than ``match`` asked for; None without ``match``."""
-    flops_per_token: float | None
-    """Of training: three times a forward."""
     runs: list[PlannedRun] = field(default_factory=list)
     statuses: list[str | None] = field(default_factory=list)
     """The status of each run's record; None where there is none."""
     stale: list[bool | None] = field(default_factory=list)
     """Whether other code made each record; None: the record does not say."""
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """FLOPs of training per token: three times a forward; None: unknown."""
+        flops = self.cost.flops
+        return None if flops is None else 3 * flops / self.training.model.max_seq_length
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The config of its first run, as a record holds it."""
+        return settings_in_record(self.training.config)
+
+    @cached_property
+    def data(self) -> Data:
+        """The text, as a record describes it."""
+        return Data(**self.known.corpus.to_record())
+
+    @cached_property
+    def steps(self) -> int:
+        """About how many steps the training has; a curriculum and a batch schedule have others."""
+        config = self.training.config
+        training, length = config.training, config.model.max_seq_length
+        blocks = self.known.corpus.splits["train"].num_tokens // length
+        batches = min(config.data.num_train_samples or blocks, blocks) // training.batch_size
+        batches = min(batches, training.max_batches_per_epoch or batches)
+        limits = [] if training.epochs is None else [training.epochs * batches]
+        if training.max_steps is not None or not limits:
+            limits.append(training.max_steps or DEFAULT_MAX_STEPS)
+        return min(limits)
+
+    def run(self, seed: int, study: Path) -> PlannedRun:
+        """Return the run with a seed."""
+        self.known.identity["training"]["seed"] = seed
+        name = run_id(self.known.identity)
+        config, per_token = self.training.config, self.flops_per_token
+        tokens = self.steps * config.training.batch_size * config.model.max_seq_length
+        settings = self.settings.model_copy(update={"training": {**self.settings.training, "seed": seed}})
+        record = {"seed": seed, "configuration": self.known.configuration, "config": settings}
+        return PlannedRun(
+            name,
+            f"{self.label} · seed {seed}",
+            tuple(as_flags({**self.flags, "seed": seed})),
+            study / name,
+            cost=None if per_token is None else per_token * tokens,
+            steps=self.steps,
+            known={**record, "data": self.data},
+            code=self.known.code,
+        )
 
     def ended(self, keep_stale: bool = False) -> list[str | None]:
         """Return the statuses of the records that stay as they are; None for a run that is to be done."""
@@ -139,18 +188,19 @@ def make_plan(
     """
     varying = _varying([request.flags for request in sweep.runs])
     matching = None if match is None else _matching(sweep, places, identify, match)
-    made: dict[int, _Made] = {}
+    made: dict[int, PlannedConfiguration] = {}
     configurations: dict[str, PlannedConfiguration] = {}
     runs = []
     for request in sweep.runs:
         key = id(request.flags)  # the seeds of a configuration share one table
         try:
-            if key not in made or made[key].config.training.curriculum is not None:  # it depends on the seed
+            by_seed = key in made and made[key].training.config.training.curriculum is not None
+            if key not in made or by_seed:
                 made[key] = _make(request, varying, places, identify, matching, device)
         except Refused as error:
             raise Refused(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
         run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
-        found = configurations.setdefault(made[key].known.configuration, made[key].configuration)
+        found = configurations.setdefault(made[key].known.configuration, made[key])
         if any(run.run_id == other.run_id for other in found.runs):
             continue  # it differs in what changes no number
         record = RunFolder(run.folder.parent, ".", run.run_id).read_record()
@@ -162,49 +212,17 @@ def make_plan(
     return Plan(sweep.study, sweep.seeds, list(configurations.values()), runs)
 
 
-def _refuse_two_files(made: Sequence[_Made], study: Path) -> None:
+def _refuse_two_files(made: Sequence[PlannedConfiguration], study: Path) -> None:
     """Refuse two files whose couplers have one class name, in the plan or beside the study's records.
 
     Raises:
         Refused: as ``refuse_another_file``.
     """
-    ours = [(one.config.model.coupler_type, one.known.code["coupler_sha256"]) for one in made]
+    ours = [(one.training.config.model.coupler_type, one.known.code["coupler_sha256"]) for one in made]
     if any(is_file(coupler) for coupler, _ in ours):
         others = [*ours, *map(coupler_of, study_records(study))]
         for coupler, sha256 in ours:
             refuse_another_file(coupler, sha256, others)
-
-
-@dataclass
-class _Made:
-    """What the seeds of a configuration share."""
-
-    configuration: PlannedConfiguration
-    config: RunConfig
-    """Of the first run, as ``settings`` are."""
-    settings: Settings
-    known: Identified
-    data: Data
-    cost: float | None
-    steps: int
-
-    def run(self, seed: int, study: Path) -> PlannedRun:
-        self.known.identity["training"]["seed"] = seed
-        name = run_id(self.known.identity)
-        arguments = tuple(as_flags({**self.configuration.flags, "seed": seed}))
-        label = f"{self.configuration.label} · seed {seed}"
-        settings = self.settings.model_copy(update={"training": {**self.settings.training, "seed": seed}})
-        record = {"seed": seed, "configuration": self.known.configuration, "config": settings}
-        return PlannedRun(
-            name,
-            label,
-            arguments,
-            study / name,
-            self.cost,
-            self.steps,
-            known={**record, "data": self.data},
-            code=self.known.code,
-        )
 
 
 def _matching(
@@ -226,7 +244,7 @@ def _make(
     identify: Identify,
     matching: Callable[[GNNMoEConfig, TrainingCosts], Matched] | None,
     device: torch.device | None,
-) -> _Made:
+) -> PlannedConfiguration:
     flags, off_by = {**request.flags, "seed": request.seed}, None
     config = config_of({**flags, **places})
     known = identify(config)
@@ -240,27 +258,9 @@ def _make(
                 flags["coupler_option"] = [*flags.get("coupler_option", []), f"{DENSE}.match=none"]
             config = config_of({**flags, **places})
             known = identify(config)
-    cost = model_cost(known.model)
-    per_token = None if cost.flops is None else 3 * cost.flops / known.model.max_seq_length
-    steps = _training_steps(config, known.corpus)
-    tokens = steps * config.training.batch_size * config.model.max_seq_length
-    total = None if per_token is None else per_token * tokens
     training = Training(known.model, config, device)
-    configuration = PlannedConfiguration(_label(request, varying), flags, cost, training, off_by, per_token)
-    data = Data(**known.corpus.to_record())
-    return _Made(configuration, config, settings_in_record(config), known, data, total, steps)
-
-
-def _training_steps(config: RunConfig, corpus: Any) -> int:
-    """Return about how many steps the training has; a curriculum and a batch schedule have others."""
-    training = config.training
-    blocks = corpus.splits["train"].num_tokens // config.model.max_seq_length
-    batches = min(config.data.num_train_samples or blocks, blocks) // training.batch_size
-    batches = min(batches, training.max_batches_per_epoch or batches)
-    limits = [] if training.epochs is None else [training.epochs * batches]
-    if training.max_steps is not None or not limits:
-        limits.append(training.max_steps or DEFAULT_MAX_STEPS)
-    return min(limits)
+    cost = model_cost(known.model)
+    return PlannedConfiguration(_label(request, varying), flags, known, training, cost, off_by)
 
 
 def _varying(tables: Sequence[dict[str, Any]]) -> list[str]:
@@ -515,11 +515,11 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 
 def _row(configuration: PlannedConfiguration, match: Match | None, keep_stale: bool) -> list[str]:
-    model, per_token = configuration.model, configuration.flops_per_token
+    per_token = configuration.flops_per_token
     done = sum(status in DONE for status in configuration.ended(keep_stale))
     cells = [
         configuration.label,
-        f"{model.params:,}",
+        f"{configuration.cost.params:,}",
         "?" if per_token is None else f"{per_token / 1e6:,.2f} M",
     ]
     if match is not None and configuration.off_by is not None:
@@ -539,7 +539,7 @@ def show_expected(plan: Plan, console: Console) -> None:
     for number, configuration in enumerate(shown, 1):
         with console.status(f"{number} of {len(shown)}: {configuration.label} …"):
             memory, seconds = expected(configuration)
-        steps = configuration.runs[0].steps or 0
+        steps = configuration.steps
         total += steps * seconds * len(configuration.runs)
         table.add_row(
             configuration.label, memory, f"{1e3 * seconds:,.0f} ms", f"{steps:,}", time_words(steps * seconds)

@@ -41,6 +41,7 @@ from bench.config import (
     layered,
     resolved,
     run_flags,
+    seconds_of,
 )
 from bench.files import read_toml, refusals_name
 from gnnmoe.config import Refused
@@ -120,6 +121,10 @@ class SweepConfig:
     """As for bench.run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """As for bench.run; on a cluster cpu (auto) or cuda, whatever this machine has."""
+
+    def __post_init__(self) -> None:
+        seconds_of("time_budget", self.time_budget)
+        seconds_of("run_timeout", self.run_timeout)
 
 
 @dataclass(frozen=True)

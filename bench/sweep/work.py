@@ -17,11 +17,12 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from bench.config import seconds_of
 from bench.files import Busy, cannot_write, lock
 from bench.measure.environment import device_name
 from bench.record import Environment, stale_notes
@@ -42,6 +43,7 @@ from bench.sweep.outcome import (
     remove_left_over_locks,
 )
 from bench.sweep.plan import PlannedRun
+from bench.sweep.specification import SweepConfig
 from gnnmoe.config import Refused
 
 POLL_SECONDS = 0.05
@@ -57,65 +59,42 @@ RETRIES = {
 Command = Callable[[PlannedRun], Sequence[str]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What a user says about the work of a sweep."""
-
-    retry: Literal["failed", "oom", "all"] | None = None
-    """Run these again; their earlier records are kept as run_id.1."""
-    force: bool = False
-    """Run everything again; earlier records are kept as run_id.1."""
-    keep_stale: bool = False
-    """Keep runs that other code made, and continue those that were interrupted."""
-    fail_fast: bool = False
-    """The first run that fails stops the sweep."""
-    time_budget_seconds: float | None = None
-    """Start no run that is not expected to end in time, and interrupt what still runs then. A cheap run
-    may start before an expensive run that no longer fits. A run of which nothing is known starts."""
-    run_timeout_seconds: float | None = None
-    """End a run that takes longer, with status timeout."""
-
-
 def execute(
     runs: Sequence[PlannedRun],
     executor: Executor,
+    config: SweepConfig,
     *,
-    results_dir: Path,
-    study: str,
     places: Sequence[str] = (),
-    choices: Choices | None = None,
-    wait: bool = False,
     again: str = "the same command",
     console: Console | None = None,
     processes: int = 1,
     command: Command | None = None,
     before: Callable[[], object] = lambda: None,
 ) -> SweepResult:
-    """Do all runs that are not done, in their order, and return what became of each.
+    """Do all runs of the study ``config.study`` that are not done, in order; return what became of each.
 
     ``places`` are flags for every child: data folder, device, …. ``again`` is the command that goes on after
     an interruption. Each run has ``processes`` processes; ``command`` makes another child of a run.
-    ``before`` is called before the first run, when no other sweep works on the study. With ``wait``, another
-    sweep is waited for. After SIGINT or SIGTERM nothing more starts, and the children save their state; a
-    second signal ends them at once.
+    ``before`` is called before the first run, when no other sweep works on the study. After SIGINT or
+    SIGTERM nothing more starts, and the children save their state; a second signal ends them at once.
 
     Raises:
         Refused: another sweep works on the study, or results cannot be written; nothing was started.
     """
-    choices, began = choices or Choices(), time.monotonic()
+    began = time.monotonic()
     once = list({run.run_id: run for run in runs}.values())
     display = Display(console or Console(highlight=False), once, executor.slots)
-    own = ["--results-dir", str(results_dir), "--study", study, *places, "--quiet"]
+    own = ["--results-dir", str(config.results_dir), "--study", str(config.study), *places, "--quiet"]
     command = command or (lambda run: [*launcher(processes), *run.arguments, *own])
-    result = SweepResult(once)
+    study, result = config.results_dir / str(config.study), SweepResult(once)
     with (
         closing(executor),
         Signals().installed() as signals,
-        sweep_lock(results_dir / study, wait, display.line, lambda: signals.count > 0) as held,
+        sweep_lock(study, config.wait, display.line, lambda: signals.count > 0) as held,
     ):
         if held:
             before()
-            _RunningSweep(result, executor, choices, command, display, signals, began).do()
+            _RunningSweep(result, executor, config, command, display, signals, began).do()
         else:
             result.stopped = "signal"
     result.seconds = time.monotonic() - began
@@ -123,25 +102,37 @@ def execute(
     return result
 
 
+@dataclass
+class Waiting:
+    """A run that waits for a slot."""
+
+    run: PlannedRun
+    flags: tuple[str, ...] | None = None
+    """How to start it; None: as its folder says when its turn comes."""
+    not_before: float = 0.0
+    told: bool = False
+
+
 class _RunningSweep:
-    """The queue, the running children, and the clock."""
+    """The runs that wait, the running children, and the clock."""
 
     def __init__(
         self,
         result: SweepResult,
         executor: Executor,
-        choices: Choices,
+        config: SweepConfig,
         command: Command,
         display: Display,
         signals: Signals,
         began: float,
     ) -> None:
-        self.result, self.executor, self.choices, self.command = result, executor, choices, command
+        self.result, self.executor, self.config, self.command = result, executor, config, command
         self.display, self.signals = display, signals
-        budget = choices.time_budget_seconds
+        budget = seconds_of("time_budget", config.time_budget)
         self.deadline = None if budget is None else began + budget
+        self.time_limit = seconds_of("run_timeout", config.run_timeout)
         self.forecast = Forecast()
-        self.queue = Queue(self.deadline, self.forecast, display.line)
+        self.waiting: list[Waiting] = []
         self.running: dict[str, Attempt] = {}
 
     def do(self) -> None:
@@ -149,18 +140,18 @@ class _RunningSweep:
         self._scan()
         try:
             with self.display.shown():
-                while self.running or (self.queue and not self.result.stopped):
+                while self.running or (self.waiting and not self.result.stopped):
                     self._watch()
                     self._collect()
                     self._fill()
-                    running, queued = list(self.running.values()), len(self.queue)
+                    running, queued = list(self.running.values()), len(self.waiting)
                     self.display.refresh(running, queued, self.result.outcomes, self._seconds_left)
                     time.sleep(POLL_SECONDS)
         finally:
             for run_id in self.running:
                 self.executor.stop(run_id, at_once=True)
         if self.result.stopped == "budget":
-            self.result.left_for_budget += len(self.queue)
+            self.result.left_for_budget += len(self.waiting)
 
     def _scan(self) -> None:
         """Read every record once: what is done is done, the rest is queued."""
@@ -172,24 +163,23 @@ class _RunningSweep:
             if found.outcome is not None:
                 done.append((run, found.outcome))
             if found.flags is not None:
-                self.queue.add(run)
+                self.waiting.append(Waiting(run))
             elif found.outcome is not None:
                 self.result.outcomes[run.run_id] = found.outcome
         for study in {run.folder.parent for run in self.result.runs}:
             remove_left_over_locks(study, self.result.outcomes)
         self.display.found(self.result.outcomes)
-        for note in stale_notes(stale, self.choices.keep_stale):
+        for note in stale_notes(stale, self.config.keep_stale):
             self.display.line(note)
-        if self.queue:
+        if self.waiting:
             for run, outcome in done:
                 self.forecast.learn(run, outcome)
 
     def _look(self, run: PlannedRun) -> FolderState:
-        return look(run, RETRIES[self.choices.retry], self.choices.force, self.choices.keep_stale)
+        return look(run, RETRIES[self.config.retry], self.config.force, self.config.keep_stale)
 
     def _watch(self) -> None:
         """Heed signals, the sweep's time budget and the runs' time limit."""
-        now, limit = time.monotonic(), self.choices.run_timeout_seconds
         if self.signals.count:
             if self.result.stopped != "signal":
                 self.display.line("stopping: each run saves its state; a second signal ends them at once …")
@@ -197,14 +187,15 @@ class _RunningSweep:
         if self.signals.count > 1:
             for run_id in self.running:
                 self.executor.stop(run_id, at_once=True)
-        if self.deadline is not None and now >= self.deadline:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             self._stop("budget")
         queued = self.executor.queued()
         for run_id, attempt in self.running.items():
             if attempt.wait_or_begin(run_id in queued):
                 self.display.started(attempt)
-            if limit is not None and attempt.stopped is None and attempt.seconds > limit:
-                attempt.stopped, attempt.time_limit = "timeout", limit
+            over = self.time_limit is not None and attempt.seconds > self.time_limit
+            if over and attempt.stopped is None:
+                attempt.stopped, attempt.time_limit = "timeout", self.time_limit
                 self.executor.stop(run_id)
 
     def _stop(self, why: Stop, message: str | None = None) -> None:
@@ -234,25 +225,25 @@ class _RunningSweep:
             self.result.outcomes[run_id] = verdict
             self.forecast.learn(attempt.run, verdict, attempt.seconds)
             self.display.ended(attempt.run, verdict, attempt)
-            if verdict.failed and self.choices.fail_fast:
+            if verdict.failed and self.config.fail_fast:
                 self._stop("failure")
 
     def _queue_again(self, attempt: Attempt, verdict: Again) -> None:
         run = attempt.run
         if verdict.why == "busy":
-            self.queue.add_busy(run)
+            self.waiting.append(Waiting(run, not_before=time.monotonic() + BUSY_SECONDS))
             return
         self.display.line(
             f"{run.label}: it cannot go on ({verdict.message.rstrip('.')}), so it starts at the beginning; "
             f"its folder is kept as {run.run_id}.1 (or .2, …)"
         )
-        self.queue.add_first(run, verdict.flags)
+        self.waiting.insert(0, Waiting(run, verdict.flags))
 
     def _fill(self) -> None:
         """Start runs while there are free slots."""
         try:
             while not self.result.stopped and len(self.running) < self.executor.slots:
-                waiting = self.queue.next()
+                waiting = self._next()
                 if waiting is None:
                     break
                 self._start(waiting)
@@ -261,8 +252,32 @@ class _RunningSweep:
             self._stop("unwritable", str(error))
         except OSError as error:
             self._stop("unwritable", f"runs cannot be started: {error}")
-        if not self.running and self.queue.nothing_fits:
+        now = time.monotonic()
+        if self.waiting and not self.running and not any(self._fits(one.run, now) for one in self.waiting):
             self._stop("budget")
+
+    def _next(self) -> Waiting | None:
+        """Take the first run that may start and is expected to end before the deadline; None: no such run.
+
+        Raises:
+            Unwritable: a run's lock cannot be made.
+        """
+        now = time.monotonic()
+        for place, waiting in enumerate(self.waiting):
+            if waiting.not_before > now or not self._fits(waiting.run, now):
+                continue
+            if is_busy(waiting.run):
+                waiting.not_before = now + BUSY_SECONDS
+                if not waiting.told:
+                    self.display.line(f"{waiting.run.label}: another process is at it; waiting for that")
+                waiting.told = True
+                continue
+            return self.waiting.pop(place)
+        return None
+
+    def _fits(self, run: PlannedRun, now: float) -> bool:
+        """Whether a run is expected to end before the deadline; a run of which nothing is known is."""
+        return self.deadline is None or now + (self.forecast.expected(run) or 0.0) <= self.deadline
 
     def _start(self, waiting: Waiting) -> None:
         run, flags = waiting.run, waiting.flags
@@ -288,7 +303,7 @@ class _RunningSweep:
 
     def _seconds_left(self) -> float | None:
         """Return how long the rest is expected to take; None where that is not known of every run."""
-        expected = [self.forecast.expected(waiting.run) for waiting in self.queue.waiting]
+        expected = [self.forecast.expected(waiting.run) for waiting in self.waiting]
         for attempt in self.running.values():
             whole = self.forecast.expected(attempt.run)
             expected.append(None if whole is None else max(0.0, whole - attempt.seconds))
@@ -296,66 +311,7 @@ class _RunningSweep:
         return sum(known) / self.executor.slots if len(known) == len(expected) else None
 
 
-# --- the queue ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Waiting:
-    """A run that waits for a slot."""
-
-    run: PlannedRun
-    flags: tuple[str, ...] | None = None
-    """How to start it; None: as its folder says when its turn comes."""
-    not_before: float = 0.0
-    told: bool = False
-
-
-class Queue:
-    """Hands out the first run that may start and is expected to end before ``deadline``."""
-
-    def __init__(self, deadline: float | None, forecast: Forecast, tell: Callable[[str], None]) -> None:
-        self.waiting: list[Waiting] = []
-        self.nothing_fits = False
-        """Whether the last ``next`` saw that no run can end before the deadline any more."""
-        self._deadline, self._forecast, self._tell = deadline, forecast, tell
-
-    def __len__(self) -> int:
-        return len(self.waiting)
-
-    def add(self, run: PlannedRun) -> None:
-        """Put a run at the end."""
-        self.waiting.append(Waiting(run))
-
-    def add_busy(self, run: PlannedRun) -> None:
-        """Put a run at the end on which another process works."""
-        self.waiting.append(Waiting(run, not_before=time.monotonic() + BUSY_SECONDS))
-
-    def add_first(self, run: PlannedRun, flags: tuple[str, ...]) -> None:
-        """Put a run at the front, to be started with these flags."""
-        self.waiting.insert(0, Waiting(run, flags))
-
-    def next(self) -> Waiting | None:
-        """Take the first run that may start now; None: there is none.
-
-        Raises:
-            Unwritable: a run's lock cannot be made.
-        """
-        now = time.monotonic()
-        for place, waiting in enumerate(self.waiting):
-            if waiting.not_before > now:
-                continue
-            expected = self._forecast.expected(waiting.run) if self._deadline is not None else None
-            if self._deadline is not None and now + (expected or 0.0) > self._deadline:
-                continue
-            if is_busy(waiting.run):
-                waiting.not_before = now + BUSY_SECONDS
-                if not waiting.told:
-                    self._tell(f"{waiting.run.label}: another process is at it; waiting for that")
-                waiting.told = True
-                continue
-            return self.waiting.pop(place)
-        self.nothing_fits = bool(self.waiting) and all(waiting.not_before <= now for waiting in self.waiting)
-        return None
+# --- how long a run takes -------------------------------------------------------------------------
 
 
 class Forecast:

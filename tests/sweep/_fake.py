@@ -15,7 +15,8 @@ from bench.sweep.executors.base import Executor
 from bench.sweep.executors.local import LocalExecutor
 from bench.sweep.outcome import SweepResult
 from bench.sweep.plan import PlannedRun
-from bench.sweep.work import Choices, execute
+from bench.sweep.specification import SweepConfig
+from bench.sweep.work import execute
 from tests._records import ENVIRONMENT, NO_TEST, SCORED, made_record, record_json
 
 MADE = made_record()
@@ -121,13 +122,14 @@ class Study:
         command: Callable[[PlannedRun], Sequence[str]] | None = None,
         before: Callable[[], object] = lambda: None,
         executor: Executor | None = None,
-        **choices: Any,
+        **flags: Any,
     ) -> SweepResult:
+        executor = executor or LocalExecutor([{}] * slots, grace)
+        config = SweepConfig(results_dir=self.results, study=self.name, wait=wait, **flags)
+        console = Console(file=self.output, width=80, highlight=False)
         return execute(
-            runs, executor or LocalExecutor([{}] * slots, grace), results_dir=self.results, study=self.name,
-            wait=wait, choices=Choices(**choices), command=command or self.command, before=before,
-            console=Console(file=self.output, width=80, highlight=False),
-        )  # fmt: skip
+            runs, executor, config, command=command or self.command, before=before, console=console
+        )
 
     def calls(self) -> list[str]:
         """Return what was started since the last call: run_id and flags."""

@@ -116,7 +116,7 @@ def test_time_counts_from_when_it_begins(fake, study, tmp_path):
         fake.works["run0"].begun.touch()
 
     threading.Thread(target=begin).start()
-    result = study.sweep(study.runs("endless"), executor=fake, run_timeout_seconds=0.3)
+    result = study.sweep(study.runs("endless"), executor=fake, run_timeout="0.3s")
     assert result.counts == {"timeout": 1}
     assert fake.stopped == [("run0", False)]
     assert 1.2 < result.seconds < 10
@@ -126,7 +126,7 @@ def test_time_counts_from_when_it_begins(fake, study, tmp_path):
 
 
 def test_what_never_began_is_left_and_not_interrupted(fake, study):
-    result = study.sweep(study.runs("ok", "ok", "ok"), executor=fake, time_budget_seconds=0.5)
+    result = study.sweep(study.runs("ok", "ok", "ok"), executor=fake, time_budget="0.5s")
     assert result.counts == {"left": 3}
     assert result.left_for_budget == 1
     assert [name for name, _ in fake.stopped] == ["run0", "run1"]

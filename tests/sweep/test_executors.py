@@ -18,6 +18,7 @@ ONE_FILE = '''
 
 import subprocess
 from bench.config import flags
+from bench.sweep.executors.base import Executor
 from gnnmoe.config import Refused
 
 
@@ -33,7 +34,7 @@ def make(options, wanted):
     return ToyExecutor(options.toy_greeting)
 
 
-class ToyExecutor:
+class ToyExecutor(Executor):
     slots = 1
 
     def __init__(self, greeting):
@@ -44,18 +45,11 @@ class ToyExecutor:
             print(self.greeting, file=log, flush=True)
             self.done[task.run_id] = subprocess.call(task.command, stdout=log, stderr=log)
 
-    def submit(self): ...
-
-    def queued(self):
-        return ()
-
     def ended(self):
         done, self.done = self.done, {}
         return done
 
     def stop(self, run_id, *, at_once=False): ...
-
-    def close(self): ...
 '''
 
 

@@ -21,6 +21,7 @@ from bench.config import RunConfig
 from bench.run.prepare import prepare
 from bench.sweep.executors.local import LocalExecutor, slots_for
 from bench.sweep.plan import PlannedRun
+from bench.sweep.specification import SweepConfig
 from bench.sweep.work import execute
 from tests.bench.conftest import TINY
 from tests.sweep.test_local import processes_with, wait_until
@@ -32,10 +33,12 @@ SWEEP = """
 import pickle, sys
 from pathlib import Path
 from bench.sweep.executors.local import LocalExecutor, slots_for
+from bench.sweep.specification import SweepConfig
 from bench.sweep.work import execute
 runs, results, data = pickle.loads(Path(sys.argv[1]).read_bytes())
 places = ["--data-dir", data]
-result = execute(runs, LocalExecutor(slots_for("cpu", 2)), results_dir=results, study="s", places=places)
+config = SweepConfig(results_dir=results, study="s")
+result = execute(runs, LocalExecutor(slots_for("cpu", 2)), config, places=places)
 sys.exit(result.exit_status)
 """
 
@@ -66,10 +69,14 @@ def test_a_real_run_and_one_that_is_refused(tmp_path, small_data_dir, monkeypatc
     (run,) = planned(tmp_path / "results", small_data_dir, "--coupler mean --max-steps 4")
     wrong = PlannedRun("b" * 12, "wrong", ("--coupler", "HGNNN"), tmp_path / "results" / "s" / ("b" * 12))
     with (tmp_path / "output").open("w") as output:
+        config = SweepConfig(results_dir=tmp_path / "results", study="s")
         result = execute(
-            [wrong, run], LocalExecutor(slots_for("cpu", 2)), results_dir=tmp_path / "results", study="s",
-            places=["--data-dir", str(small_data_dir)], console=Console(file=output, width=80),
-        )  # fmt: skip
+            [wrong, run],
+            LocalExecutor(slots_for("cpu", 2)),
+            config,
+            places=["--data-dir", str(small_data_dir)],
+            console=Console(file=output, width=80),
+        )
     assert result.counts == {"ok": 1, "refused": 1}
     assert "HGNN" in (result.outcomes[wrong.run_id].error or "")
     assert not wrong.folder.exists()

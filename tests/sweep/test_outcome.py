@@ -102,7 +102,7 @@ def test_an_earlier_failure_is_not_taken_for_this_childs(study):
 
 
 def test_a_time_limit_is_a_status(study):
-    result = study.sweep(study.runs("endless", "deaf"), 2, grace=0.2, run_timeout_seconds=0.5)
+    result = study.sweep(study.runs("endless", "deaf"), 2, grace=0.2, run_timeout="0.5s")
     for run_id in ("run0", "run1"):
         assert study.record(run_id)["status"] == "timeout"
         assert study.record(run_id)["error"].startswith("stopped after its time limit of 0.5 s")

@@ -76,7 +76,7 @@ def test_costs_are_those_of_the_model(places):
             vocab_size=words,
         )  # fmt: skip
         cost = model_cost(config)
-        assert configuration.model == cost
+        assert configuration.cost == cost
         assert cost.flops is not None
         assert configuration.flops_per_token == 3 * cost.flops / 16
         assert configuration.flops_per_token is not None
@@ -90,17 +90,17 @@ def test_costs_are_those_of_the_model(places):
 @pytest.mark.parametrize("quantity", ["params", "flops"])
 def test_matched_models_are_as_large_as_the_reference_and_run_so(places, quantity):
     plan = plan_of(places, match=f"{quantity} HGNN")
-    references = {c.training.model.num_experts: getattr(c.model, quantity)
+    references = {c.training.model.num_experts: getattr(c.cost, quantity)
                   for c in plan.configurations if c.label.startswith("HGNN")}  # fmt: skip
     for configuration in plan.configurations:
         asked = references[configuration.training.model.num_experts]
-        got = getattr(configuration.model, quantity)
+        got = getattr(configuration.cost, quantity)
         assert got == pytest.approx(asked, rel=0.02)
         assert configuration.off_by == pytest.approx(got / asked - 1)
         if configuration.label.startswith("HGNN"):
             assert got == asked
         config = parse(RunConfig, [*configuration.runs[0].arguments, "--data-dir", places["data_dir"]])
-        assert model_cost(Identifier()(config)[1]) == configuration.model  # the flags say it all
+        assert model_cost(Identifier()(config)[1]) == configuration.cost  # the flags say it all
     unmatched = {run.run_id for run in plan_of(places).runs}
     changed = [run for run in plan.runs if run.run_id not in unmatched]
     assert len(changed) == 12  # all but the reference's own
@@ -124,9 +124,9 @@ def test_other_hypergraph_couplers_are_matched_to_the_first_one_of_the_sweep(pla
     """A convolution with a map more is larger, and is narrowed like any other coupler."""
     grid = {"coupler": ["HGNN"], "hgnn_conv_type": ["HypergraphConv", "HNHN"]}
     plan, unmatched = (plan_of(places, match=match, grid=grid, seeds=1) for match in ("params HGNN", None))
-    first, second = (c.model.params for c in plan.configurations)
-    assert first == unmatched.configurations[0].model.params
-    assert unmatched.configurations[1].model.params > 1.03 * first
+    first, second = (c.cost.params for c in plan.configurations)
+    assert first == unmatched.configurations[0].cost.params
+    assert unmatched.configurations[1].cost.params > 1.03 * first
     assert second == pytest.approx(first, rel=0.01)
     assert plan.configurations[1].off_by == pytest.approx(second / first - 1)
     assert plan.configurations[1].off_by != 0.0
@@ -199,7 +199,7 @@ def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys
         (["nowhere.toml"], "nowhere.toml cannot be read"),
         (["--sweep", "coupler=HGN"], "run HGN (seed 0): unknown coupler 'HGN'"),
         (["--sweep", "coupler=mean", "--seeds", "0"], "seeds is 0"),
-        (["--sweep", "coupler=mean", "--time-budget", "soon"], "time_budget is 'soon'"),
+        (["--sweep", "coupler=mean", "--time-budget", "soon"], "--time-budget is 'soon'"),
         (["--sweep", "coupler=mean", "--match", "size HGNN"], "unknown quantity to match 'size'"),
         (["--sweep", "copler=mean"], "unknown key 'copler'"),
     ],

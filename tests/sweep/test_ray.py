@@ -105,7 +105,7 @@ def test_what_is_stopped_saves_its_state_and_what_waits_never_begins(tmp_path, e
 @needs_ray
 def test_one_that_does_not_heed_is_killed_after_its_grace(tmp_path, executor):
     study = Study(tmp_path)
-    result = study.sweep(study.runs("deaf"), executor=executor(grace=0.5), run_timeout_seconds=1.5)
+    result = study.sweep(study.runs("deaf"), executor=executor(grace=0.5), run_timeout="1.5s")
     assert result.counts == {"timeout": 1}, study.output.getvalue()
     assert not processes_with(str(study.folder / "run0"))
 

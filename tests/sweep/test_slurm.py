@@ -122,9 +122,7 @@ def test_each_end_of_a_child_is_what_it_is_on_this_machine(tmp_path, local):
 @needs_submitit
 def test_a_stopped_sweep_lets_its_jobs_save_their_state(tmp_path, local):
     study = Study(tmp_path)
-    result = study.sweep(
-        study.runs("endless", "deaf"), executor=local(grace_seconds=0.5), run_timeout_seconds=2
-    )
+    result = study.sweep(study.runs("endless", "deaf"), executor=local(grace_seconds=0.5), run_timeout="2s")
     assert result.counts == {"timeout": 2}
     assert study.record("run0")["error"].startswith("stopped after its time limit of 2 s")
     assert not processes_with(str(study.folder))

@@ -170,7 +170,7 @@ def test_a_time_budget_starts_what_is_expected_to_end_in_it(study):
     """Each ok run says 0.25 s, of cost 1: one of cost 1000 is expected to take 250 s."""
     runs = [*study.runs("ok", cost=1.0), *study.runs("", "ok", cost=1000.0)[1:]]
     runs += study.runs("", "", "ok", cost=2.0)[2:]
-    result = study.sweep(runs, time_budget_seconds=60)
+    result = study.sweep(runs, time_budget="60s")
     assert study.calls() == ["run0", "run2"]
     assert (result.left_for_budget, result.stopped, result.exit_status) == (1, "budget", 0)
     assert "1 runs were left" in study.output.getvalue()
@@ -179,7 +179,7 @@ def test_a_time_budget_starts_what_is_expected_to_end_in_it(study):
 
 
 def test_a_time_budget_interrupts_what_still_runs(study):
-    result = study.sweep(study.runs("endless", "ok"), time_budget_seconds=0.5)
+    result = study.sweep(study.runs("endless", "ok"), time_budget="0.5s")
     assert result.counts == {"interrupted": 1, "left": 1}
     assert (result.left_for_budget, result.exit_status) == (1, 0)
     assert study.record()["error"] == "stopped from outside"

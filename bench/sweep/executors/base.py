@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import bench.sweep.executors
 from bench.config import flags
@@ -78,14 +78,12 @@ class Wanted:
     """Of each run."""
 
 
-class Executor(Protocol):
+class Executor(ABC):
     """Runs tasks, at most ``slots`` at a time."""
 
-    @property
-    def slots(self) -> int:
-        """How many tasks run side by side."""
-        ...
+    slots: int
 
+    @abstractmethod
     def start(self, task: Task) -> None:
         """Start a task in a free slot, or give it to a cluster at the next ``submit``.
 
@@ -93,7 +91,15 @@ class Executor(Protocol):
             OSError: it cannot be started, or its log cannot be written.
         """
 
-    def submit(self) -> None:
+    @abstractmethod
+    def ended(self) -> dict[str, int]:
+        """Return the exit status (negative: a signal) of each task that ended since the last call."""
+
+    @abstractmethod
+    def stop(self, run_id: str, *, at_once: bool = False) -> None:
+        """Ask a task to save its state and end (SIGTERM), or end it ``at_once`` (SIGKILL)."""
+
+    def submit(self) -> None:  # noqa: B027
         """Give what was started since the last call to the cluster, as one batch where it has batches.
 
         Raises:
@@ -102,16 +108,9 @@ class Executor(Protocol):
 
     def queued(self) -> Collection[str]:
         """Return the tasks that a cluster has not begun: their time has not started."""
-        ...
+        return ()
 
-    def ended(self) -> dict[str, int]:
-        """Return the exit status (negative: a signal) of each task that ended since the last call."""
-        ...
-
-    def stop(self, run_id: str, *, at_once: bool = False) -> None:
-        """Ask a task to save its state and end (SIGTERM), or end it ``at_once`` (SIGKILL)."""
-
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Let go of the cluster, after all tasks have ended or were stopped at once."""
 
 
@@ -197,7 +196,7 @@ class _Given:
     give_up_at: float = 0.0
 
 
-class ClusterExecutor(ABC):
+class ClusterExecutor(Executor):
     """Gives tasks to a cluster; a subclass says how.
 
     The other machine writes records and logs into the results folder, which all machines share. A network
@@ -206,14 +205,9 @@ class ClusterExecutor(ABC):
     """
 
     def __init__(self, wanted: Wanted, slots: int, grace_seconds: float = GRACE_SECONDS) -> None:
-        self._wanted, self._slots, self._grace = wanted, slots, grace_seconds
+        self.slots, self._wanted, self._grace = slots, wanted, grace_seconds
         self._given: dict[str, _Given] = {}
         self._look_at = 0.0
-
-    @property
-    def slots(self) -> int:
-        """How many tasks the cluster has at a time."""
-        return self._slots
 
     def start(self, task: Task) -> None:
         """Give a task to the cluster, at the latest at the next ``submit``.
@@ -237,10 +231,6 @@ class ClusterExecutor(ABC):
         self._given[task.run_id] = _Given(remote)
         self._give(task.run_id, remote)
 
-    @abstractmethod
-    def submit(self) -> None:
-        """Give what was started since the last call to the cluster, as one batch where it has batches."""
-
     def queued(self) -> list[str]:
         """Return the tasks that have not begun."""
         look = time.monotonic() >= self._look_at
@@ -263,14 +253,6 @@ class ClusterExecutor(ABC):
                 given.task.begun.unlink(missing_ok=True)
                 del self._given[run_id]
         return found
-
-    @abstractmethod
-    def stop(self, run_id: str, *, at_once: bool = False) -> None:
-        """Ask a task to save its state and end (SIGTERM), or end it ``at_once`` (SIGKILL)."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of the cluster."""
 
     @abstractmethod
     def _give(self, run_id: str, task: RemoteTask) -> None:

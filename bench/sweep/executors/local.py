@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.sweep.executors.base import GRACE_SECONDS, Task, Wanted
+from bench.sweep.executors.base import GRACE_SECONDS, Executor, Task, Wanted
 from bench.sweep.executors.child import kill_group, spawn
 from gnnmoe.config import Refused
 
@@ -66,7 +66,7 @@ class _Child:
     kill_at: float | None = None
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Starts each task in a session of its own, so that Ctrl-C in the terminal reaches the sweep only.
 
     A child that was asked to stop and does not stop within ``grace_seconds`` is killed. On Linux the
@@ -75,13 +75,8 @@ class LocalExecutor:
     """
 
     def __init__(self, slots: Sequence[Mapping[str, str]], grace_seconds: float = GRACE_SECONDS) -> None:
-        self._slots, self._grace = list(slots), grace_seconds
+        self.slots, self._variables, self._grace = len(slots), list(slots), grace_seconds
         self._children: dict[str, _Child] = {}
-
-    @property
-    def slots(self) -> int:
-        """How many tasks run side by side."""
-        return len(self._slots)
 
     def start(self, task: Task) -> None:
         """Start a task in a free slot.
@@ -91,15 +86,8 @@ class LocalExecutor:
         """
         taken = {child.slot for child in self._children.values()}
         slot = next(slot for slot in range(self.slots) if slot not in taken)
-        process = spawn(task.command, task.log, self._slots[slot])
+        process = spawn(task.command, task.log, self._variables[slot])
         self._children[task.run_id] = _Child(process, slot)
-
-    def submit(self) -> None:
-        """Do nothing: each task was started by itself."""
-
-    def queued(self) -> tuple[str, ...]:
-        """Return nothing: no task waits here."""
-        return ()
 
     def ended(self) -> dict[str, int]:
         """Return the exit status (negative: a signal) of each task that ended since the last call."""
@@ -124,9 +112,6 @@ class LocalExecutor:
         elif child.kill_at is None:  # a second signal would make it leave without a checkpoint
             child.process.send_signal(signal.SIGTERM)  # not to its loader's workers: it would crash
             child.kill_at = time.monotonic() + self._grace
-
-    def close(self) -> None:
-        """Do nothing: there is no cluster to let go of."""
 
 
 @dataclass(kw_only=True)

@@ -136,9 +136,6 @@ class RayExecutor(ClusterExecutor):
             self._asked.add(run_id)
             self._ray.cancel(self._references[run_id], force=at_once)
 
-    def submit(self) -> None:
-        """Do nothing: Ray was given each task at once."""
-
     def close(self) -> None:
         """Leave the cluster; one started for the sweep ends."""
         self._ray.shutdown()

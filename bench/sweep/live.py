@@ -18,32 +18,31 @@ from rich.text import Text
 
 from bench.record import exp_or_infinity, number
 from bench.sweep.outcome import Attempt, Outcome, SweepResult, written_at
-from bench.sweep.plan import PlannedRun, time_words
+from bench.sweep.plan import time_words
 
 REFRESH_SECONDS = 0.5
 SHOWN_FAILURES = 20
 
 
 class Display:
-    """Shows a sweep of ``runs`` on ``console``."""
+    """Shows on ``console`` what becomes of the runs of a sweep."""
 
-    def __init__(self, console: Console, runs: Sequence[PlannedRun], slots: int) -> None:
-        self.console, self.total, self.slots = console, len(runs), slots
-        self._labels = {run.run_id: run.label for run in runs}
+    def __init__(self, console: Console, result: SweepResult, slots: int) -> None:
+        self.console, self.result, self.slots = console, result, slots
+        self._labels = {run.run_id: run.label for run in result.runs}
         self._live: Live | None = None
         self._refreshed = -math.inf
-        self._done = 0
 
     def line(self, text: str) -> None:
         """Print one line, above the table where there is one."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def found(self, outcomes: Mapping[str, Outcome]) -> None:
+    def found(self) -> None:
         """Say what was done before."""
-        self._done = len(outcomes)
-        said = f"; done before: {_counts(Counter(found.status for found in outcomes.values()))}"
+        counts = Counter(found.status for found in self.result.outcomes.values())
+        said = f"; done before: {_counts(counts)}" if counts else ""
         slots = f"{self.slots} slot{'s' if self.slots > 1 else ''}"
-        self.line(f"{self.total} runs in {slots}{said if outcomes else ''}")
+        self.line(f"{len(self.result.runs)} runs in {slots}{said}")
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -64,33 +63,23 @@ class Display:
             word = "continues" if "--resume" in attempt.flags else "starts"
             self.line(f"{'queued' if attempt.queued else word:12} {attempt.run.label}")
 
-    def ended(self, run: PlannedRun, outcome: Outcome, attempt: Attempt) -> None:
+    def ended(self, attempt: Attempt, outcome: Outcome) -> None:
         """Say what became of a run."""
-        self._done += 1
         what = ", ".join(part for part in (_quality(outcome), time_words(attempt.seconds)) if part)
-        self.line(f"{outcome.status:12} {run.label}: {what} ({self._done} of {self.total})")
+        place = f"{len(self.result.outcomes)} of {len(self.result.runs)}"
+        self.line(f"{outcome.status:12} {attempt.run.label}: {what} ({place})")
         if outcome.failed or (outcome.status == "interrupted" and attempt.stopped is None):
             self.line(f"{'':12} {_short(outcome.error or '', 200)}")
 
     def refresh(
-        self,
-        running: Sequence[Attempt],
-        queued: int,
-        outcomes: Mapping[str, Outcome],
-        seconds_left: Callable[[], float | None],
+        self, running: Sequence[Attempt], waiting: int, seconds_left: Callable[[], float | None]
     ) -> None:
         """Draw the table anew when it is time."""
         if self._live is not None and time.monotonic() - self._refreshed >= REFRESH_SECONDS:
-            self._live.update(self.table(running, queued, outcomes, seconds_left()), refresh=True)
+            self._live.update(self.table(running, waiting, seconds_left()), refresh=True)
             self._refreshed = time.monotonic()
 
-    def table(
-        self,
-        running: Sequence[Attempt],
-        queued: int,
-        outcomes: Mapping[str, Outcome],
-        seconds_left: float | None,
-    ) -> RenderableType:
+    def table(self, running: Sequence[Attempt], waiting: int, seconds_left: float | None) -> RenderableType:
         """Return a row for each running run, the counts and the best so far; 80 columns are enough."""
         table = Table(box=None, show_header=False, width=self.console.width, padding=(0, 1, 0, 0))
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
@@ -101,21 +90,21 @@ class Display:
             state = "in the queue" if attempt.queued else last_validation(attempt) or "preparing"
             table.add_row(Text(attempt.run.label), time_words(attempt.seconds), Text(state))
         lines = [f"… and {len(running) - room} more"] if len(running) > room else []
+        outcomes = self.result.outcomes
         failed = sum(found.failed for found in outcomes.values())
         left = "" if seconds_left is None else f" · about {time_words(seconds_left)} left"
-        counts = f"{len(outcomes)} of {self.total} done · {len(running)} running · {failed} failed"
-        lines.append(f"{counts} · {queued} to come{left}")
-        best = _best(outcomes)
-        if best is not None:
+        counts = f"{len(outcomes)} of {len(self.result.runs)} done · {len(running)} running · {failed} failed"
+        lines.append(f"{counts} · {waiting} to come{left}")
+        if best := _best(outcomes):
             lines.append(f"best: {_quality(outcomes[best])} {self._labels[best]}")
         text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
         return Group(table, text)
 
-    def summary(self, result: SweepResult, again: str) -> None:
+    def summary(self, again: str) -> None:
         """Say how the sweep ended, what failed and why, and how to go on."""
-        best = _best(result.outcomes)
+        result = self.result
         words = f"{len(result.runs)} runs in {time_words(result.seconds)}: {_counts(result.counts)}"
-        if best is not None:
+        if best := _best(result.outcomes):
             words += f"; best: {_quality(result.outcomes[best])}, {self._labels[best]}"
         self.line(words)
         failures = [(run_id, found) for run_id, found in result.outcomes.items() if found.failed]

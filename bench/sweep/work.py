@@ -82,11 +82,11 @@ def execute(
         Refused: another sweep works on the study, or results cannot be written; nothing was started.
     """
     began = time.monotonic()
-    once = list({run.run_id: run for run in runs}.values())
-    display = Display(console or Console(highlight=False), once, executor.slots)
+    result = SweepResult(list({run.run_id: run for run in runs}.values()))
+    display = Display(console or Console(highlight=False), result, executor.slots)
     own = ["--results-dir", str(config.results_dir), "--study", str(config.study), *places, "--quiet"]
     command = command or (lambda run: [*launcher(processes), *run.arguments, *own])
-    study, result = config.results_dir / str(config.study), SweepResult(once)
+    study = config.results_dir / str(config.study)
     with (
         closing(executor),
         Signals().installed() as signals,
@@ -98,7 +98,7 @@ def execute(
         else:
             result.stopped = "signal"
     result.seconds = time.monotonic() - began
-    display.summary(result, again)
+    display.summary(again)
     return result
 
 
@@ -144,8 +144,8 @@ class _RunningSweep:
                     self._watch()
                     self._collect()
                     self._fill()
-                    running, queued = list(self.running.values()), len(self.waiting)
-                    self.display.refresh(running, queued, self.result.outcomes, self._seconds_left)
+                    running = list(self.running.values())
+                    self.display.refresh(running, len(self.waiting), self._seconds_left)
                     time.sleep(POLL_SECONDS)
         finally:
             for run_id in self.running:
@@ -168,7 +168,7 @@ class _RunningSweep:
                 self.result.outcomes[run.run_id] = found.outcome
         for study in {run.folder.parent for run in self.result.runs}:
             remove_left_over_locks(study, self.result.outcomes)
-        self.display.found(self.result.outcomes)
+        self.display.found()
         for note in stale_notes(stale, self.config.keep_stale):
             self.display.line(note)
         if self.waiting:
@@ -224,7 +224,7 @@ class _RunningSweep:
                 continue
             self.result.outcomes[run_id] = verdict
             self.forecast.learn(attempt.run, verdict, attempt.seconds)
-            self.display.ended(attempt.run, verdict, attempt)
+            self.display.ended(attempt, verdict)
             if verdict.failed and self.config.fail_fast:
                 self._stop("failure")
 

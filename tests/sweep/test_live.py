@@ -73,9 +73,9 @@ def test_the_table_fits(tmp_path, width):
     console, file = screen(width)
     attempts = [attempt_at(tmp_path, [row(80, "validation")], name=f"run{n}") for n in range(3)]
     runs = [attempt.run for attempt in attempts]
-    display = Display(console, [*runs, PlannedRun("best", LABEL, (), tmp_path)], 3)
     outcomes = {"best": Outcome("ok", loss_nats=math.log(123456.7)), "run2": Outcome("crashed")}
-    console.print(display.table(attempts, 9876, outcomes, 86400.0))
+    result = SweepResult([*runs, PlannedRun("best", LABEL, (), tmp_path)], outcomes)
+    console.print(Display(console, result, 3).table(attempts, 9876, 86400.0))
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert len(lines) == 5
@@ -88,8 +88,8 @@ def test_the_table_fits(tmp_path, width):
 def test_a_table_of_many_slots_is_cut_to_the_screen(tmp_path):
     console, file = screen(height=12)
     attempts = [attempt_at(tmp_path, [], name=f"run{n}") for n in range(30)]
-    display = Display(console, [attempt.run for attempt in attempts], 30)
-    console.print(display.table(attempts, 0, {}, None))
+    display = Display(console, SweepResult([attempt.run for attempt in attempts]), 30)
+    console.print(display.table(attempts, 0, None))
     assert len(file.getvalue().splitlines()) == 8
     assert "… and 24 more" in file.getvalue()
 
@@ -116,23 +116,21 @@ def test_the_best_has_the_lowest_loss_also_where_perplexities_are_infinite(study
     file = io.StringIO()
     losses = zip(runs, (4046.0, 1500.0, 2000.0), strict=True)
     outcomes = {run.run_id: Outcome("ok", loss_nats=loss) for run, loss in losses}
-    Display(Console(file=file, width=80), runs, 1).summary(SweepResult(runs, outcomes), "again")
+    Display(Console(file=file, width=80), SweepResult(runs, outcomes), 1).summary("again")
     assert file.getvalue() == "3 runs in 0 s: 3 ok; best: perplexity inf, b\n"
 
 
 def test_a_live_table_and_no_thread_beside_it(study, monkeypatch):
     """Children are forked: a thread that holds a lock at that moment would be a trap."""
     console, file = screen()
-    display = Display(console, study.runs("a"), 1)
+    display = Display(console, SweepResult(study.runs("a")), 1)
     import threading
 
     before = threading.active_count()  # other tests may have left some
     with display.shown():
-        display.refresh([], 1, {}, lambda: None)
-        display.refresh([], 1, {}, lambda: pytest.fail("it is not time yet"))
-        display.ended(
-            study.runs("a")[0], Outcome("ok", loss_nats=math.log(2.0)), attempt_at(study.results.parent, [])
-        )
+        display.refresh([], 1, lambda: None)
+        display.refresh([], 1, lambda: pytest.fail("it is not time yet"))
+        display.ended(attempt_at(study.results.parent, []), Outcome("ok", loss_nats=math.log(2.0)))
         assert threading.active_count() == before
     assert "0 of 1 done · 0 running · 0 failed · 1 to come" in file.getvalue()
     assert "perplexity 2.0" in file.getvalue()
@@ -141,20 +139,19 @@ def test_a_live_table_and_no_thread_beside_it(study, monkeypatch):
 def test_markup_in_a_label_is_text(study):
     console, file = screen()
     (run,) = study.runs("[red]x[/nope]")
-    display = Display(console, [run], 1)
     attempt = Attempt(run, Task(run.run_id, [], study.folder / "log", run.folder), ())
-    console.print(display.table([attempt], 0, {}, None))
-    display.ended(run, Outcome("crashed", "[/bold] y"), attempt)
-    display.summary(SweepResult([run], {"run0": Outcome("crashed", "[/bold] y")}), "again")
+    outcome = Outcome("crashed", "[/bold] y")
+    display = Display(console, SweepResult([run], {"run0": outcome}), 1)
+    console.print(display.table([attempt], 0, None))
+    display.ended(attempt, outcome)
+    display.summary("again")
     assert file.getvalue().count("[red]x[/nope]") == 3
 
 
 def test_many_failures_are_cut_short(study):
     runs = study.runs(*["x"] * 50)
     file = io.StringIO()
-    display = Display(Console(file=file, width=80), runs, 1)
-    display.summary(
-        SweepResult(runs, {run.run_id: Outcome("oom", "a" * 500) for run in runs}), "the same command"
-    )
+    result = SweepResult(runs, {run.run_id: Outcome("oom", "a" * 500) for run in runs})
+    Display(Console(file=file, width=80), result, 1).summary("the same command")
     assert "… and 30 more" in file.getvalue()
     assert len(file.getvalue()) < 6000

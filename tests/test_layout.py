@@ -62,7 +62,7 @@ def test_only_the_pyg_backends_import_pyg():
 
 @pytest.mark.parametrize(
     "module",
-    ["gnnmoe", "bench.config", "bench.record", "bench.sweeps.shorthand", "bench.analysis.summary"],
+    ["gnnmoe", "bench.config", "bench.record", "bench.sweep.specification", "bench.analysis.summary"],
 )
 def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.sweeps.hypotheses import Hypothesis, state
 from rich.console import Console
 
 from bench.analysis.publish import publish_study
@@ -16,8 +17,7 @@ from bench.analysis.summary import print_summary
 from bench.foreign import inside, shown, visible
 from bench.record import Record, RunFolder
 from bench.report import main
-from bench.sweeps.folders import outcome_of
-from bench.sweeps.hypotheses import Hypothesis, state
+from bench.sweep.outcome import outcome_of
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of
 

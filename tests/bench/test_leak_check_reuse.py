@@ -127,8 +127,8 @@ def test_a_damaged_record_is_passed_over(run, tmp_path):
 
 
 def test_a_sweep_asks_for_it(monkeypatch, tmp_path, small_data_dir):
-    from bench import sweep
-    from bench.sweeps import work
+    from bench.sweep import __main__ as sweep
+    from bench.sweep import work
 
     asked = []
     monkeypatch.setattr(work, "execute", lambda *a, **k: asked.append(k["places"]) or _Done())

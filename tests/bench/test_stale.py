@@ -14,9 +14,9 @@ import bench.training.code as code
 import bench.training.loop
 from bench.run.__main__ import main
 from bench.run.identity import Identifier
-from bench.sweeps.folders import look
-from bench.sweeps.plan import make_plan
-from bench.sweeps.shorthand import parse_shorthand
+from bench.sweep.outcome import look
+from bench.sweep.plan import make_plan
+from bench.sweep.specification import parse_shorthand
 from bench.syntax import syntax_sha256
 from bench.training.code import CHANGES_NUMBERS, coupler_sha256, project_sha256
 from gnnmoe.config import GNNMoEConfig

@@ -15,9 +15,9 @@ import pytest
 import bench.training.loop
 from bench.run.__main__ import main
 from bench.run.identity import Identifier
-from bench.sweep import main as sweep_main
-from bench.sweeps.plan import make_plan
-from bench.sweeps.spec import sweep_of
+from bench.sweep.__main__ import main as sweep_main
+from bench.sweep.plan import make_plan
+from bench.sweep.specification import sweep_of
 from tests.bench.conftest import TINY
 
 pytest.importorskip("tensorboard", reason="the extra track is not installed")

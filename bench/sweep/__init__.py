@@ -1,0 +1,1 @@
+"""``python -m bench.sweep``: many runs from one file, and where they run."""

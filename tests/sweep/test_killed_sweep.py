@@ -1,0 +1,137 @@
+"""Sweeps of real runs: a finished one, a refused one, and one that is killed again and again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bench.cli import parse
+from bench.config import RunConfig
+from bench.run.prepare import prepare
+from bench.sweep.executors.local import LocalExecutor, slots_for
+from bench.sweep.plan import PlannedRun
+from bench.sweep.specification import SweepConfig
+from bench.sweep.work import execute
+from tests.bench.conftest import TINY
+from tests.sweep.test_local import processes_with, wait_until
+
+REPOSITORY = Path(__file__).parents[2]
+FLAGS = [*TINY, "--max-steps", "60", "--eval-every", "5", "--dropout-rate", "0.1", "--no-plots"]
+MAY_DIFFER = {"time", "speed", "memory", "check", "command", "config", "environment", "study"}
+SWEEP = """
+import pickle, sys
+from pathlib import Path
+from bench.sweep.executors.local import LocalExecutor, slots_for
+from bench.sweep.specification import SweepConfig
+from bench.sweep.work import execute
+runs, results, data = pickle.loads(Path(sys.argv[1]).read_bytes())
+places = ["--data-dir", data]
+config = SweepConfig(results_dir=results, study="s")
+result = execute(runs, LocalExecutor(slots_for("cpu", 2)), config, places=places)
+sys.exit(result.exit_status)
+"""
+
+
+def planned(results: Path, data_dir: Path, *configurations: str) -> list[PlannedRun]:
+    """Return the runs of these flags, as a plan would."""
+    runs = []
+    for flags in configurations:
+        own = [*FLAGS, *flags.split()]
+        places = ["--data-dir", str(data_dir), "--results-dir", str(results)]
+        run_id = prepare(parse(RunConfig, [*own, *places], presets=True)).run_id
+        runs.append(PlannedRun(run_id, flags, tuple(own), results / "s" / run_id))
+    return runs
+
+
+def start_sweep(tmp_path: Path, runs: list[PlannedRun], data_dir: Path) -> subprocess.Popen[bytes]:
+    results = runs[0].folder.parent.parent
+    plan = tmp_path / f"{results.name}.pickle"
+    plan.write_bytes(pickle.dumps((runs, results, str(data_dir))))
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with (tmp_path / f"{results.name}.out").open("ab") as output:
+        return subprocess.Popen([sys.executable, "-c", SWEEP, str(plan)], env=variables, stdout=output)
+
+
+def test_a_real_run_and_one_that_is_refused(tmp_path, small_data_dir, monkeypatch):
+    """The child has one thread whatever the sweep has; a refusal is told in its own words."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    (run,) = planned(tmp_path / "results", small_data_dir, "--coupler mean --max-steps 4")
+    wrong = PlannedRun("b" * 12, "wrong", ("--coupler", "HGNNN"), tmp_path / "results" / "s" / ("b" * 12))
+    with (tmp_path / "output").open("w") as output:
+        config = SweepConfig(results_dir=tmp_path / "results", study="s")
+        result = execute(
+            [wrong, run],
+            LocalExecutor(slots_for("cpu", 2)),
+            config,
+            places=["--data-dir", str(small_data_dir)],
+            console=Console(file=output, width=80),
+        )
+    assert result.counts == {"ok": 1, "refused": 1}
+    assert "HGNN" in (result.outcomes[wrong.run_id].error or "")
+    assert not wrong.folder.exists()
+    record = json.loads((run.folder / "record.json").read_text())
+    assert record["environment"]["threads"] == 1
+    assert result.outcomes[run.run_id].loss_nats is not None
+    assert result.outcomes[run.run_id].seconds == record["time"]["seconds"]["total"]
+
+
+@pytest.mark.slow
+@pytest.mark.core("sweep")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells children of a death")
+def test_killed_at_random_points_and_completed_equals_an_undisturbed_sweep(tmp_path, small_data_dir):
+    configurations = [f"--coupler {name} --seed {seed}" for seed in (0, 1) for name in ("GNN", "mean")]
+    undisturbed = planned(tmp_path / "undisturbed", small_data_dir, *configurations)
+    assert start_sweep(tmp_path, undisturbed, small_data_dir).wait(120) == 0
+    runs = planned(tmp_path / "killed", small_data_dir, *configurations)
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    print(f"seed of the kills: {seed}")  # pytest shows it where the test fails
+    for steps in (chance.randint(1, 20), chance.randint(25, 50), None):
+        sweep = start_sweep(tmp_path, runs, small_data_dir)
+        if steps is None:
+            time.sleep(chance.uniform(0.5, 5.0))
+        else:
+            wait_until(lambda steps=steps: steps_begun(runs) >= steps, 60)
+        sweep.send_signal(signal.SIGKILL)
+        assert sweep.wait(20) == -signal.SIGKILL
+    assert start_sweep(tmp_path, runs, small_data_dir).wait(120) == 0
+    wait_until(lambda: not processes_with(str(tmp_path / "killed")))
+    records = [json.loads((run.folder / "record.json").read_text()) for run in runs]
+    assert any(record["time"]["resumed_at_step"] for record in records)
+    assert not any("--resume" in record["command"] for record in records), "the first part's"
+    for ours, theirs in zip(runs, undisturbed, strict=True):
+        assert_equal_but_for_times(ours.folder, theirs.folder)
+
+
+def steps_begun(runs: list[PlannedRun]) -> int:
+    """Return the steps that the furthest of the unfinished runs has in its history."""
+    most = 0
+    for run in runs:
+        record, history = run.folder / "record.json", run.folder / "history.jsonl"
+        if record.exists() and json.loads(record.read_text())["status"] == "interrupted":
+            most = max(most, history.read_text().count('"train"'))
+    return most
+
+
+def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
+    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, expected))
+    assert ours["status"] == "ok"
+    for key in set(theirs) - MAY_DIFFER:
+        assert ours[key] == theirs[key], key
+    for group in ("model", "data", "training", "measure"):
+        assert ours["config"][group] == theirs["config"][group]
+    assert (folder / "history.jsonl").read_text() == (expected / "history.jsonl").read_text()
+    for name in ("nll.npz", "communication.npz"):
+        found, wanted = np.load(folder / name), np.load(expected / name)
+        assert all(np.array_equal(found[key], wanted[key]) for key in wanted)

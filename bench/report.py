@@ -133,10 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(config: ReportConfig, console: Console) -> int:
     """Make, show and write a report, or verify the one that is there."""
-    from bench.analysis.find import the_study
     from bench.analysis.report_files import PAGE, write_report
     from bench.analysis.report_show import print_report
     from bench.foreign import not_linked_out, visible
+    from bench.study.runs import the_study
 
     path = the_study(config.study, config.results_dir)
     if config.publish is not None:
@@ -192,8 +192,8 @@ def compare(config: CompareConfig, console: Console) -> int:
 
 def list_studies(config: ListConfig, console: Console) -> int:
     """List the studies or the runs of one."""
-    from bench.analysis.find import studies_in, the_study
     from bench.analysis.listing import runs_listing, studies_listing
+    from bench.study.runs import studies_in, the_study
 
     if config.study is not None:
         console.print(runs_listing(the_study(config.study, config.results_dir)))
@@ -207,17 +207,17 @@ def list_studies(config: ListConfig, console: Console) -> int:
 
 def show(config: ShowConfig, console: Console) -> int:
     """Show one run's record."""
-    from bench.analysis.find import find_runs
     from bench.analysis.summary import print_summary
+    from bench.study.runs import find_run
 
-    [run] = find_runs(config.run_id, config.results_dir)
+    run = find_run(config.run_id, config.results_dir)
     print_summary(run.record, run.folder, console)
     console.print(f"command: {run.record.command}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
-    from bench.sweeps.hypotheses import load_hypotheses, stated
+    from bench.study.hypotheses import load_hypotheses, stated
 
     given = config.hypotheses
     hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
@@ -227,7 +227,7 @@ def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
 
 def _make(path: Path, options: dict[str, Any]) -> Report:
     from bench.analysis.report import make_report
-    from bench.analysis.study import load_study
+    from bench.study.runs import load_study
 
     study = load_study(path, options["allow_unequal"])
     return make_report(study, options["reference"], options["hypotheses"], options["stated"])

@@ -20,7 +20,7 @@ from bench.sweeps.executors import LOCAL, check_name, make_executor, with_option
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
-    from bench.sweeps.hypotheses import Hypothesis
+    from bench.study.hypotheses import Hypothesis
     from bench.sweeps.matching import Match
     from bench.sweeps.plan import Plan
     from bench.sweeps.spec import Sweep
@@ -143,7 +143,7 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     import torch
 
     from bench.run.prepare import Identifier
-    from bench.sweeps.hypotheses import check_against, hypotheses_of
+    from bench.study.hypotheses import check_against, hypotheses_of
     from bench.sweeps.matching import Match
     from bench.sweeps.plan import make_plan
 
@@ -174,8 +174,8 @@ def run_plan(
             package or its cluster is missing.
     """
     from bench.device import resolve_device
+    from bench.study.hypotheses import state
     from bench.sweeps.executor import Choices, Wanted
-    from bench.sweeps.hypotheses import state
     from bench.sweeps.work import execute
 
     device = resolve_device(config.device).type if config.executor == LOCAL else config.device

@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "files syntax schedule config device foreign record data identity gate portrait training measure"
+    "files syntax schedule config device foreign record study data identity gate portrait training measure"
     " tune sweeps analysis"
 ).split()
 COMMANDS = set("run sweep report speed check cli speeding __main__".split())
@@ -62,7 +62,15 @@ def test_only_the_pyg_backends_import_pyg():
 
 @pytest.mark.parametrize(
     "module",
-    ["gnnmoe", "bench.config", "bench.record", "bench.sweeps.shorthand", "bench.analysis.summary"],
+    [
+        "gnnmoe",
+        "bench.config",
+        "bench.record",
+        "bench.study.runs",
+        "bench.study.hypotheses",
+        "bench.sweeps.shorthand",
+        "bench.analysis.summary",
+    ],
 )
 def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""

@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from bench.analysis.plot_style import GREY, Plot, new_figure, printable, shorten
-from bench.analysis.run_data import RunData
+from bench.study.run_files import RunData
 
 E_WITH_VALUES = 8  # up to so many experts each cell shows its number
 

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from bench.analysis.significance import finite
-from bench.sweeps.seeds import ALPHA
+from bench.study.hypotheses import ALPHA
 
 SUBSTANTIAL_TAU = 1 / 3
 PERMUTATIONS = 2_000

@@ -15,9 +15,9 @@ from bench.analysis.numbers import Interval, counted, p_value, percent
 from bench.analysis.over_seeds import losses, summary
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.statistics import Answer, answer_claims
-from bench.analysis.study import Configuration, Group
 from bench.config import Table, defaults
-from bench.sweeps.hypotheses import Hypothesis, selects
+from bench.study.hypotheses import Hypothesis, selects
+from bench.study.runs import Configuration, Group
 
 MOST_NAMED = 4
 THROUGHPUT = "tokens_per_second"
@@ -118,7 +118,7 @@ def _evidence(hypothesis: Hypothesis, groups: Sequence[Group]) -> Evidence:
 def _unclear(side: Sequence[Configuration]) -> str:
     """Return, in words, which rows of a side no flag tells apart, so that it cannot mean one of them."""
     alike = [one.label for one in side
-             if any(other is not one and other.settings == one.settings for other in side)]  # fmt: skip
+             if any(other is not one and other.flags == one.flags for other in side)]  # fmt: skip
     return f"no flag tells {' from '.join(alike)}" if alike else ""
 
 

@@ -18,8 +18,8 @@ from bench.analysis.marginal import CostOverMean, any_measured, cost_over_mean, 
 from bench.analysis.over_seeds import Interval, Summary, losses, summary
 from bench.analysis.significance import bca_interval
 from bench.analysis.statistics import Paired, Verdict, compare_family
-from bench.analysis.study import Configuration, Group
 from bench.record import is_measured
+from bench.study.runs import Configuration, Group
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 

@@ -20,9 +20,9 @@ from bench.analysis.numbers import (
 from bench.analysis.over_seeds import unknown_words
 from bench.analysis.provenance import codes_of
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.study import Group, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
 from bench.record import Record, is_measured
+from bench.study.runs import Group, text_warnings
 
 AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
 FULL_TEST_TOKENS = 245_569
@@ -47,7 +47,7 @@ def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
     notes = _notes(comparison)
     if any(figures.get("articles_low_nats") is not None for figures, _ in rows):
         notes.append(ARTICLES)
-    caption = f"Couplers against {comparison.reference.label}: {comparison.group.setting.words()}"
+    caption = f"Couplers against {comparison.reference.label}: {comparison.group.basis.words()}"
     return make_table(f"comparison{suffix}", caption, rows, bold=frozenset(bold), notes=notes)
 
 

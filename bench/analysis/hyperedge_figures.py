@@ -21,7 +21,7 @@ from bench.analysis.plot_style import (
     shorten,
     step_axis,
 )  # fmt: skip
-from bench.analysis.run_data import RunData
+from bench.study.run_files import RunData
 
 Weights = dict[int, dict[str, float]]  # by layer and member names
 MAX_LABELS = 60  # names below the bars, or at the ends of lines

@@ -9,9 +9,9 @@ from rich.markup import escape
 
 from bench.analysis.numbers import number, share
 from bench.analysis.quantities import perplexity, unknown_words_share
-from bench.analysis.study import load_study, statuses
 from bench.analysis.terminal import PlainTable
 from bench.foreign import visible
+from bench.study.runs import load_study, statuses
 from gnnmoe.config import Refused
 
 

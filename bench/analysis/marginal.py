@@ -7,12 +7,12 @@ import statistics
 from dataclasses import dataclass
 
 from bench.analysis import quantities
-from bench.analysis.labels import OF_HYPERGRAPHS
 from bench.analysis.over_seeds import Interval, Summary, summary
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.study import Configuration, Group, Run
 from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.record import Record, is_measured
+from bench.study.labels import OF_HYPERGRAPHS
+from bench.study.runs import Configuration, Group, Run
 
 OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_options", "gnn_layers", "ffn_dim"}
 """Settings in which a model may differ from the same model with the mean coupler."""
@@ -112,5 +112,5 @@ def _less(ours: float | None, theirs: float | None) -> float | None:
 
 
 def _same_model(one: Configuration, other: Configuration) -> bool:
-    names = (one.settings.keys() | other.settings.keys()) - OF_COUPLERS
-    return all(one.settings.get(name) == other.settings.get(name) for name in names)
+    names = (one.flags.keys() | other.flags.keys()) - OF_COUPLERS
+    return all(one.flags.get(name) == other.flags.get(name) for name in names)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from bench.analysis import quantities
 from bench.analysis.numbers import Interval
 from bench.analysis.significance import t_interval
-from bench.analysis.study import Configuration
 from bench.record import Record
+from bench.study.runs import Configuration
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _section(report: Report, place: int, plots: list[PlotView]) -> SectionView:
         key=section.comparison_table.name,
         title="Comparison" if number == 1 else f"Comparison {place + 1} of {number}",
         embedded=section.comparison.group.embedded,
-        setting=section.comparison.group.setting.words(),
+        setting=section.comparison.group.basis.words(),
         general=[text for label, text in verdicts if not label],
         labelled=[verdict for verdict in verdicts if verdict[0]],
         comparison=_view(section.comparison_table), pairs=_view(section.pairs_table), plots=plots,

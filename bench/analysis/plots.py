@@ -9,9 +9,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from bench.analysis.adjacency_figure import adjacency_plot
 from bench.analysis.hyperedge_figures import trajectories_plot, weights_plot
 from bench.analysis.plot_style import BLUE, GREEN, ORANGE, Plot, new_figure, plot_style, write_plots
-from bench.analysis.run_data import RunData, read_run
 from bench.analysis.training_figure import training_plot
 from bench.record import is_measured
+from bench.study.run_files import RunData, read_run
 
 PARTS = {
     "expert": ("experts", BLUE, ""),

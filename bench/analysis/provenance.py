@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.analysis.numbers import counted, in_parts, number
-from bench.analysis.study import Run
 from bench.record import NotMeasured, Record, is_measured
+from bench.study.runs import Run
 
 CODE = ("project_sha256", "code_sha256", "git_commit", "git_changes_sha256")
 COUPLER = "coupler_sha256"

@@ -24,7 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.analysis.run_data import (
+from bench.foreign import not_linked_out
+from bench.record import read_record
+from bench.study.run_files import (
     ARTICLES,
     NLL,
     PACKED_HISTORY,
@@ -37,8 +39,6 @@ from bench.analysis.run_data import (
     read_arrays,
     set_aside,
 )
-from bench.foreign import not_linked_out
-from bench.record import read_record
 from gnnmoe.config import Refused
 
 FORMAT = 2

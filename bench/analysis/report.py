@@ -12,16 +12,16 @@ from bench.analysis.comparison import Comparison, compare
 from bench.analysis.comparison_tables import comparison_table, pairs_table
 from bench.analysis.numbers import counted
 from bench.analysis.plot_style import Plot, plot_style
-from bench.analysis.run_data import set_aside
 from bench.analysis.run_tables import failures_table, runs_table
-from bench.analysis.study import Study, doubled_words, load_study, statuses, text_warnings
 from bench.analysis.study_plots import study_plots
 from bench.analysis.tables import Table
 from bench.analysis.weights import WeightsReading, read_weights
 from bench.analysis.weights_figures import weights_plots
 from bench.analysis.words import verdict_sentences
 from bench.foreign import visible
-from bench.sweeps.hypotheses import Hypothesis, stated
+from bench.study.hypotheses import Hypothesis, stated
+from bench.study.run_files import set_aside
+from bench.study.runs import Study, doubled_words, load_study, statuses, text_warnings
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 

@@ -37,7 +37,7 @@ def print_report(report: Report, console: Console) -> None:
 def _print_section(section: Section, console: Console) -> None:
     comparison = section.comparison
     console.print()
-    console.print(_wrapped(comparison.group.setting.words(), "", console), markup=False, style="dim")
+    console.print(_wrapped(comparison.group.basis.words(), "", console), markup=False, style="dim")
     console.print(_table(comparison))
     if len(comparison.rows) > MOST_ROWS:
         console.print(f"… and {len(comparison.rows) - MOST_ROWS:,} more, in the tables")

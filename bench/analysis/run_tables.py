@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from bench.analysis import quantities
 from bench.analysis.numbers import mebibytes, number, share
 from bench.analysis.provenance import DIGITS
-from bench.analysis.setting import Setting
-from bench.analysis.study import Configuration, Group, Run, Study, doubled_words, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
 from bench.foreign import visible
 from bench.record import Environment, NotMeasured, Record, is_measured
+from bench.study.runs import Basis, Configuration, Group, Run, Study, doubled_words, text_warnings
 
 
 def runs_table(groups: Sequence[Group]) -> Table:
@@ -43,7 +42,7 @@ def failures_table(study: Study) -> Table:
 
 def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells:
     """Return what a table says of one run, raw; ``table`` is the number of the comparison that it is in."""
-    record, setting = run.record, Setting.of(run.record, allow_unequal=False)
+    record, basis = run.record, Basis.of(run.record, allow_unequal=False)
     return {
         "run_id": record.run_id, "name": record.run_name, "configuration": configuration.label,
         "seed": run.seed, "status": run.status, "perplexity": quantities.perplexity(record),
@@ -59,8 +58,8 @@ def run_figures(run: Run, configuration: Configuration, table: int = 1) -> Cells
         "steps": record.used.steps if is_measured(record.used) else None,
         "seconds": record.time.seconds.get("total"), "start": record.time.start,
         **_code(record.environment),
-        "table": table, "corpus": setting.corpus_words(), "device": setting.device_words(),
-        "scored": setting.scored_words(), "command": record.command,
+        "table": table, "corpus": basis.corpus_words(), "device": basis.device_words(),
+        "scored": basis.scored_words(), "command": record.command,
     }  # fmt: skip
 
 

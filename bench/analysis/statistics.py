@@ -25,7 +25,7 @@ from bench.analysis.significance import (
     sign_flip_ps,
     t_interval,
 )
-from bench.sweeps.seeds import ALPHA, seeds_needed
+from bench.study.hypotheses import ALPHA, seeds_needed
 
 __all__ = [
     "CONFIDENCE",

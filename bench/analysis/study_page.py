@@ -69,7 +69,7 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
     """
     parts = [f"{report.headline()}.", *(f"**{warning}**" for warning in report.warnings())]
     for section in report.sections:
-        parts.append(f"{section.comparison.group.setting.words()}.")
+        parts.append(f"{section.comparison.group.basis.words()}.")
         codes = codes_of(section.comparison.group.runs)
         if codes.mixed or codes.silent():
             words = ", ".join(filter(None, (codes.words(), codes.silent())))

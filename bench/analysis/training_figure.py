@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from bench.analysis.numbers import number
 from bench.analysis.plot_style import BLUE, ORANGE, SKY, Plot, log_ticks, new_figure, step_axis
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.run_data import Row, RunData
+from bench.study.run_files import Row, RunData
 
 FEW, MARKED = 12, 40  # so few steps, and so few evaluations, are marked one by one
 MAX_NATS = 25  # beyond it perplexity has no readable scale

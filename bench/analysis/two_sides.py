@@ -10,19 +10,27 @@ from statistics import geometric_mean
 
 from bench.analysis import quantities
 from bench.analysis.comparison import Difference, difference_family
-from bench.analysis.find import find_runs, study_folder
-from bench.analysis.labels import DIGITS
 from bench.analysis.numbers import percent
 from bench.analysis.over_seeds import summary
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.setting import Setting
-from bench.analysis.study import Configuration, Run, doubled_words, grouped, is_of_run, load_study
 from bench.record import Record, is_measured
+from bench.study.labels import DIGITS
+from bench.study.runs import (
+    Basis,
+    Configuration,
+    Run,
+    doubled_words,
+    find_run,
+    grouped,
+    is_of_run,
+    load_study,
+    study_folder,
+)
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
 Quantity = Callable[[Record], float | None]
-Placed = tuple[Setting, Configuration]
+Placed = tuple[Basis, Configuration]
 """A configuration and the setting in which it was measured."""
 
 
@@ -38,7 +46,7 @@ class Side:
     def configurations(self, allow_unequal: bool) -> list[Placed]:
         """Return the configurations of this side; one of several devices is several."""
         groups = grouped(self.runs, allow_unequal)
-        return [(group.setting, one) for group in groups for one in group.configurations
+        return [(group.basis, one) for group in groups for one in group.configurations
                 if self.label in (None, one.label)]  # fmt: skip
 
 
@@ -74,7 +82,7 @@ def read_side(text: str, results_dir: Path) -> Side:
     if ":" in text:
         raise Refused(f"there is no study {text.partition(':')[0]!r} in {results_dir}; "
                          "python -m bench.report ls lists them.")  # fmt: skip
-    runs = find_runs(text, results_dir)
+    runs = [find_run(text, results_dir)]
     for run in runs:
         run_id = run.record.run_id
         if not is_of_run(run.folder, run_id) and not is_of_run(run.folder, run_id, set_aside=True):
@@ -121,7 +129,7 @@ def _pairs(
     pairs, missing, taken = [], [], set()
     for setting, one in ours:
         partners = [(place, other) for place, other in theirs if named or other.key[0] == one.key[0]]
-        alike = partners or [(place, other) for place, other in theirs if other.settings == one.settings]
+        alike = partners or [(place, other) for place, other in theirs if other.flags == one.flags]
         fitting = [other for place, other in partners if place.fits(setting)]
         taken |= {id(other) for _, other in alike}
         pairs += [(one, other) for other in fitting]

@@ -11,14 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.analysis.comparison import Difference
-from bench.analysis.labels import DIGITS
 from bench.analysis.numbers import mebibytes, number, p_value, percent, share, signed, span
 from bench.analysis.over_seeds import losses, unknown_words
 from bench.analysis.provenance import code_note
 from bench.analysis.quantities import exp_or_infinity
-from bench.analysis.study import Configuration
 from bench.analysis.two_sides import MEASURED, Compared, Side, measured
 from bench.foreign import visible
+from bench.study.labels import DIGITS
+from bench.study.runs import Configuration
 
 WIDTH = 80
 FORMATS: dict[str, Callable[[float], str]] = {

@@ -13,8 +13,8 @@ from bench.analysis.numbers import counted
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
 from bench.analysis.report_files import OPTIONS, PAGE, ReportOptions, read_options, text_files
-from bench.analysis.run_data import ARTICLES, NLL, SPLITS, article_sums, publication
-from bench.analysis.study import Run
+from bench.study.run_files import ARTICLES, NLL, SPLITS, article_sums, publication
+from bench.study.runs import Run
 from gnnmoe.config import Refused
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from bench.analysis.agreement import Agreement, agreement
 from bench.analysis.comparison import Comparison
 from bench.analysis.numbers import number
-from bench.analysis.study import Configuration, Run
+from bench.study.runs import Configuration, Run
 
 WEIGHTS, MIXING = "hyperedge_weights", "mixing"
 MOVED = 1e-5  # records round to 1e-6

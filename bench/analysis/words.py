@@ -6,7 +6,7 @@ from bench.analysis.comparison import Comparison, ComparisonRow
 from bench.analysis.marginal import CostOverMean
 from bench.analysis.numbers import counted, mebibytes, p_value, percent, perplexities, signed, span
 from bench.analysis.quantities import exp_or_infinity
-from bench.sweeps.seeds import seeds_needed
+from bench.study.hypotheses import seeds_needed
 
 
 def verdict_sentences(comparison: Comparison) -> list[str]:

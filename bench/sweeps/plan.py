@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, config_of, resolved
+from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, complete, config_of, resolved
 from bench.device import resolve_device
 from bench.identity import Identified, run_id, settings_in_record
 from bench.measure.expected import Training
 from bench.record import Data, RunFolder, Settings, coupler_of, is_stale, refuse_another_file, study_records
+from bench.study.hypotheses import seeds_needed
+from bench.study.labels import flags_that_count, labels
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, Matched, reference_for
-from bench.sweeps.seeds import seeds_needed
 from bench.sweeps.spec import RunRequest, Sweep
 from bench.sweeps.weighing import Scales, match_here
 from gnnmoe.config import GNNMoEConfig, Refused
@@ -24,7 +25,6 @@ from gnnmoe.cost import Cost, model_cost
 from gnnmoe.couplers import is_file
 
 Identify = Callable[[RunConfig], Identified]
-PLAIN = {"coupler_type", "preset"}  # flags whose values speak for themselves in a label
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Configuration:
     """What the runs that differ in their seed only have in common."""
 
     label: str
+    """As the report of the study names it; known once all configurations are."""
     flags: dict[str, Any]
     """Plain, by field; the seed is the first run's."""
     model: Cost
@@ -81,29 +82,58 @@ def make_plan(
     Raises:
         Refused: naming the run that cannot be, and why.
     """
-    varying = _varying([request.flags for request in sweep.runs])
-    matching = None if match is None else _matching(sweep, places, identify, match)
-    made: dict[int, _Made] = {}
-    configurations: dict[str, Configuration] = {}
+    made = _made(sweep, places, identify, match, device)
+    study = Path(places["results_dir"]) / sweep.study
+    _refuse_two_files(made, study)
+    first: dict[str, _Made] = {}
+    for found in made:
+        first.setdefault(found.shared, found)
+    flags = [flags_that_count(found.config) for found in first.values()]
+    keys = [(found.shared, found.code["coupler_sha256"]) for found in first.values()]
+    for found, label in zip(first.values(), labels(flags, keys), strict=True):
+        found.configuration.label = label
     runs = []
+    for request, found in zip(sweep.runs, made, strict=True):
+        configuration = first[found.shared].configuration
+        run = found.run(request.seed, configuration.label, study)
+        if any(run.run_id == other.run_id for other in configuration.runs):
+            continue  # it differs in what changes no number
+        record = RunFolder(study.parent, study.name, run.run_id).read_record()
+        configuration.runs.append(run)
+        configuration.statuses.append(None if record is None else record.status)
+        configuration.stale.append(is_stale(record, run.code))
+        runs.append(run)
+    return Plan(sweep.study, sweep.seeds, [found.configuration for found in first.values()], runs)
+
+
+def _made(
+    sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match | None, device: torch.device | None
+) -> list[_Made]:
+    """Return what each run's configuration is; the seeds of a configuration share it.
+
+    Raises:
+        Refused: naming the run that cannot be, and why.
+    """
+    matching = None if match is None else _matching(sweep, places, identify, match)
+    by_flags: dict[int, _Made] = {}
+    found = []
     for request in sweep.runs:
         key = id(request.flags)  # the seeds of a configuration share one table
         try:
-            if key not in made or made[key].by_seed:
-                made[key] = _make(request, varying, places, identify, matching, device)
+            if key not in by_flags or by_flags[key].by_seed:
+                by_flags[key] = _make(request, places, identify, matching, device)
         except Refused as error:
-            raise Refused(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
-        run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
-        found = configurations.setdefault(made[key].shared, made[key].configuration)
-        if any(run.run_id == other.run_id for other in found.runs):
-            continue  # it differs in what changes no number
-        record = RunFolder(run.folder.parent, ".", run.run_id).read_record()
-        found.runs.append(run)
-        found.statuses.append(None if record is None else record.status)
-        found.stale.append(is_stale(record, run.code))
-        runs.append(run)
-    _refuse_two_files(list(made.values()), Path(places["results_dir"]) / sweep.study)
-    return Plan(sweep.study, sweep.seeds, list(configurations.values()), runs)
+            raise Refused(f"run {_label_by_flags(request, sweep)} (seed {request.seed}): {error}") from error
+        found.append(by_flags[key])
+    return found
+
+
+def _label_by_flags(request: RunRequest, sweep: Sweep) -> str:
+    """Return a label for a run that cannot be made, from the flags of all runs of the sweep."""
+    tables = list({id(other.flags): other.flags for other in sweep.runs}.values())
+    keys = [(str(place), None) for place in range(len(tables))]
+    names = labels([complete(flags) for flags in tables], keys)
+    return next(name for flags, name in zip(tables, names, strict=True) if flags is request.flags)
 
 
 def _refuse_two_files(made: Sequence[_Made], study: Path) -> None:
@@ -139,13 +169,13 @@ class _Made:
     by_seed: bool
     """Whether more than the seed itself depends on the seed."""
 
-    def run(self, seed: int, study: Path) -> PlannedRun:
+    def run(self, seed: int, label: str, study: Path) -> PlannedRun:
         self.identity["training"]["seed"] = seed
         name = run_id(self.identity)
         arguments = tuple(as_flags({**self.flags, "seed": seed}))
-        label = f"{self.configuration.label} · seed {seed}"
         config = self.config.model_copy(update={"training": {**self.config.training, "seed": seed}})
         known = {"seed": seed, "configuration": self.shared, "config": config, "data": self.data}
+        label = f"{label} · seed {seed}"
         return PlannedRun(name, label, arguments, study / name, self.cost, self.steps, known, self.code)
 
 
@@ -163,7 +193,6 @@ def _matching(sweep: Sweep, places: dict[str, Any], identify: Identify, match: M
 
 def _make(
     request: RunRequest,
-    varying: Sequence[str],
     places: dict[str, Any],
     identify: Identify,
     matching: _Matching | None,
@@ -189,7 +218,7 @@ def _make(
     tokens = steps * config.training.batch_size * config.model.max_seq_length
     total = None if per_token is None else per_token * tokens
     training = Training(model, config, device)
-    configuration = Configuration(_label(request, varying), flags, cost, training, off_by, per_token)
+    configuration = Configuration("", flags, cost, training, off_by, per_token)
     return _Made(
         configuration, flags, known.identity, total, steps, config.model.coupler_type,
         settings_in_record(config), Data(**corpus.to_record()),
@@ -207,27 +236,3 @@ def _training_steps(config: RunConfig, corpus: Any) -> int:
     if training.max_steps is not None or not limits:
         limits.append(training.max_steps or DEFAULT_MAX_STEPS)
     return min(limits)
-
-
-def _varying(tables: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the flags in which some runs differ, in the order in which they first appear."""
-    values: dict[str, set[str]] = {}
-    complete = [resolved(table) for table in {id(table): table for table in tables}.values()]
-    names = dict.fromkeys(name for table in complete for name in table)
-    for name in names:
-        values[name] = {repr(table.get(name)) for table in complete}
-    return [name for name in names if len(values[name]) > 1]
-
-
-def _label(request: RunRequest, varying: Sequence[str]) -> str:
-    """Return what is special about a run, for people: ``GNN · num_experts 4``."""
-    table = {"coupler_type": "HGNN", **resolved(request.flags)}
-    names = ["coupler_type", *(name for name in varying if name != "coupler_type")]
-    parts = []
-    for name in names:
-        value = table.get(name)
-        if isinstance(value, list):
-            value = " ".join(map(str, value))
-        if value not in (None, ""):
-            parts.append(str(value) if name in PLAIN or isinstance(value, str) else f"{name} {value}")
-    return " · ".join(parts)

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.analysis import plot_style, training_figure
-from bench.analysis.run_data import read_run
 from bench.config import RunConfig
 from bench.identity import config_dict
+from bench.study.run_files import read_run
 from tests._records import NO_TEST, SCORED, record_json
 
 STEPS, EVAL_EVERY, TOKENS = 12, 4, 50

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from bench.analysis.answers import answer_hypotheses
-from bench.analysis.study import load_study
-from bench.sweeps.hypotheses import Hypothesis
+from bench.study.hypotheses import Hypothesis
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of
 

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from bench.analysis.comparison import compare
-from bench.analysis.study import load_study
 from bench.analysis.words import verdict_sentences
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 
 

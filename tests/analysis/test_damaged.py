@@ -11,10 +11,10 @@ import pytest
 
 from bench.analysis.page import render_page
 from bench.analysis.report import make_plots, make_report
-from bench.analysis.run_data import read_arrays, read_run
-from bench.analysis.study import load_study
 from bench.record import read_record, record_of
 from bench.report import main
+from bench.study.run_files import read_arrays, read_run
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of
 

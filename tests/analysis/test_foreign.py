@@ -16,8 +16,8 @@ from bench.analysis.summary import print_summary
 from bench.foreign import inside, shown, visible
 from bench.record import Record, RunFolder
 from bench.report import main
+from bench.study.hypotheses import Hypothesis, state
 from bench.sweeps.folders import outcome_of
-from bench.sweeps.hypotheses import Hypothesis, state
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of
 

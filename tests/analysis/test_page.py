@@ -17,8 +17,8 @@ import pytest
 from bench.analysis.page import render_page
 from bench.analysis.page_tables import RAW, figures, plain
 from bench.analysis.report import Report, make_report
-from bench.analysis.study import Run, Study, grouped, load_study
-from bench.sweeps.hypotheses import Hypothesis
+from bench.study.hypotheses import Hypothesis
+from bench.study.runs import Run, Study, grouped, load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis._parsed_page import Page, figures_of_page
 
@@ -111,7 +111,7 @@ def test_columns_of_numbers_are_sorted_as_numbers(page):
 def test_what_the_report_says_is_on_the_page(report, page):
     text = page.by_id("comparison").words + page.by_id("hypotheses").words
     section = report.sections[0]
-    said = [*section.sentences(), section.comparison.group.setting.words(), report.stated]
+    said = [*section.sentences(), section.comparison.group.basis.words(), report.stated]
     said += [reading.sentence() for reading in section.weights]
     said += [answered.words().removeprefix(f"{answered.kind}: ") for answered in report.answers]
     said += [answered.hypothesis.statement for answered in report.answers]
@@ -194,7 +194,7 @@ def test_a_second_group_has_its_own_section_and_plots(tmp_path, files):
 
 def test_the_same_records_give_the_same_bytes(study, report, html, tmp_path):
     script = ("import sys; from pathlib import Path; from bench.analysis.page import render_page; "
-              "from bench.analysis.report import make_report; from bench.analysis.study import load_study; "
+              "from bench.analysis.report import make_report; from bench.study.runs import load_study; "
               "Path(sys.argv[2]).write_bytes(render_page(make_report(load_study(Path(sys.argv[1]))), {})"
               ".encode())")  # fmt: skip
     command = [sys.executable, "-c", script, str(study.path), str(tmp_path / "other.html")]

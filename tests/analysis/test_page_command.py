@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bench.analysis.page import render_page
 from bench.analysis.report import make_report
-from bench.analysis.study import load_study
 from bench.report import main
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis._parsed_page import Page
 

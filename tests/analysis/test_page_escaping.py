@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from bench.analysis.page import UNSHOWABLE, render_page
 from bench.analysis.page_tables import figures
 from bench.analysis.report import make_report
-from bench.analysis.study import Run, Study, grouped, load_study
 from bench.record import Record
+from bench.study.runs import Run, Study, grouped, load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis._parsed_page import FIGURES, Page, figures_of_page
 

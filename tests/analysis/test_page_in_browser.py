@@ -20,7 +20,7 @@ from selenium.webdriver.support.ui import Select
 
 from bench.analysis.page import render_page
 from bench.analysis.report import make_plots, make_report
-from bench.analysis.study import load_study
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis._parsed_page import figures_of_page
 

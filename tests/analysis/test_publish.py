@@ -13,9 +13,9 @@ import pytest
 from bench.analysis.publish import publish_study
 from bench.analysis.report import load_report
 from bench.analysis.report_files import text_files
-from bench.analysis.run_data import ARTICLES, PACKED_HISTORY, read_arrays, read_run
 from bench.report import main
-from bench.sweeps.hypotheses import Hypothesis, state
+from bench.study.hypotheses import Hypothesis, state
+from bench.study.run_files import ARTICLES, PACKED_HISTORY, read_arrays, read_run
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import runs_of
 

@@ -18,11 +18,11 @@ from bench.analysis.numbers import number, percent, signed, span
 from bench.analysis.page import render_page
 from bench.analysis.report import make_plots, make_report
 from bench.analysis.report_show import print_report
-from bench.analysis.study import load_study
 from bench.analysis.study_page import study_markdown
 from bench.analysis.summary import print_summary
 from bench.record import Record, read_record, record_of
 from bench.run.progress import Reporter
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of
 

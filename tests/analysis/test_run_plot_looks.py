@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from bench.analysis import adjacency_figure, hyperedge_figures, plot_style, training_figure
-from bench.analysis.run_data import read_run
+from bench.study.run_files import read_run
 from tests._records import made_data
 from tests.analysis._made_runs import STEPS, TOKENS, made_history, made_run, texts, training
 

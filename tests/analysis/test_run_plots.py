@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from bench.analysis import hyperedge_figures, training_figure
 from bench.analysis.plots import plot_run
-from bench.analysis.run_data import read_run
+from bench.study.run_files import read_run
 from tests.analysis._made_runs import (
     STEPS,
     made_communication,

@@ -14,14 +14,14 @@ from rich.console import Console
 from bench.analysis import quantities
 from bench.analysis.comparison import ComparisonRow, compare
 from bench.analysis.comparison_tables import comparison_table
-from bench.analysis.labels import settings_of
 from bench.analysis.provenance import run_facts
 from bench.analysis.run_tables import runs_table
-from bench.analysis.study import Run, load_study
 from bench.analysis.study_plots.coupler_cost import added_cost
 from bench.analysis.summary import print_summary
 from bench.analysis.words import verdict_sentences
 from bench.record import Marginal, Record, Time, TimePart, is_measured, not_measured, read_record
+from bench.study.labels import flags_that_count
+from bench.study.runs import Run, load_study
 from tests.analysis._made_studies import made_study
 
 REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "small"
@@ -150,7 +150,7 @@ def test_the_table_says_how_costs_were_timed(in_turn, words, tmp_path):
 def test_what_is_measured_besides_makes_no_other_configuration(record):
     config = record.config
     measure = {**config.measure, "marginal": True, "profile": True}
-    assert settings_of(config.model_copy(update={"measure": measure})) == settings_of(config)
+    assert flags_that_count(config.model_copy(update={"measure": measure})) == flags_that_count(config)
 
 
 # --- what a person sees ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from bench.analysis.statistics import (
     sign_flip_p,
     t_interval,
 )
-from bench.sweeps.seeds import ALPHA, seeds_needed
+from bench.study.hypotheses import ALPHA, seeds_needed
 
 ZIGZAG = np.array([1.0, -1.0] * 5)
 """Ten values with mean 0 and a standard deviation of √(10/9)."""

@@ -12,8 +12,8 @@ import pytest
 
 from bench.analysis.comparison import compare
 from bench.analysis.report import make_plots, make_report
-from bench.analysis.study import load_study
-from bench.sweeps.hypotheses import Hypothesis
+from bench.study.hypotheses import Hypothesis
+from bench.study.runs import load_study
 from tests._records import epochs
 from tests.analysis._made_studies import made_study
 
@@ -62,7 +62,7 @@ def test_other_corpora_devices_and_evaluations_never_share_a_table(study, change
         change(run, **changes)
     first, second = load_study(study).groups
     assert {found.label for found in (*first.configurations, *second.configurations)} == {"mean", "GNN"}
-    assert says in first.setting.words() + second.setting.words()
+    assert says in first.basis.words() + second.basis.words()
 
 
 def test_E3_another_used_batch_is_another_table_unless_allowed(study):
@@ -147,7 +147,7 @@ def test_runs_that_were_tuned_share_a_table_with_those_that_ran_out_of_memory(tm
             change(run, **({"used": nothing} if failed else {"used__ledger__epochs": epochs(8)}))
     [group] = load_study(path).groups
     assert len(group.runs) == 9
-    assert "batch 8 × " in group.setting.words()
+    assert "batch 8 × " in group.basis.words()
 
 
 def test_a_failed_run_goes_to_the_table_of_its_own_configuration(study):
@@ -166,7 +166,7 @@ def test_failed_runs_that_asked_for_other_batches_are_told_apart_in_words(study)
     for run, size in zip(runs_of(study, "GNN"), (4096, 4096, 8192), strict=True):
         change(run, status="oom", used=nothing, quality=nothing, config__training__batch_size=size,
                configuration=f"{size:012}")  # fmt: skip
-    words = [group.setting.words() for group in load_study(study).groups]
+    words = [group.basis.words() for group in load_study(study).groups]
     assert [text.rpartition(" · ")[2].partition(" × ")[0] for text in words] == [
         "batch 16", "batch 4096", "batch 8192"]  # fmt: skip
     assert len(load_study(study, allow_unequal=True).groups) == 1

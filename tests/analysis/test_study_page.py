@@ -10,7 +10,7 @@ import pytest
 from bench.analysis.report import load_report
 from bench.analysis.study_page import TABLE, WHOLE, marks, study_markdown, with_study
 from bench.report import main
-from bench.sweeps.hypotheses import Hypothesis, state
+from bench.study.hypotheses import Hypothesis, state
 from tests._records import SHA
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change, runs_of

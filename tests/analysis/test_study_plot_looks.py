@@ -23,12 +23,12 @@ from bench.analysis import plot_style
 from bench.analysis.comparison import compare
 from bench.analysis.plot_style import DPI, Plot, settle
 from bench.analysis.plot_style import plot_style as style
-from bench.analysis.study import load_study
 from bench.analysis.study_plots import study_plots
 from bench.analysis.study_plots.curves import Curve
 from bench.analysis.study_plots.drawing import curves_range, usual_reach, value_range
 from bench.analysis.study_plots.frame import MAX_LOOKS, Frame, looks, short_names
 from bench.analysis.training_figure import smooth
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 
 REPOSITORY = Path(__file__).parents[2]
@@ -267,7 +267,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_no_torch_and_no_pyplot(tmp_path):
     folder = made_study(tmp_path / "study", {"mean": 0.0, "GNN": 0.1}, seeds=2, arrays=False)
     script = (
-        "import sys, pathlib; from bench.analysis.study import load_study;"
+        "import sys, pathlib; from bench.study.runs import load_study;"
         "from bench.analysis.comparison import compare; from bench.analysis.study_plots import study_plots;"
         "assert study_plots('made', compare(load_study(pathlib.Path(sys.argv[1])).groups[0]));"
         "sys.exit(len({'torch', 'matplotlib.pyplot'} & set(sys.modules)))"

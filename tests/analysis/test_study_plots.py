@@ -17,12 +17,12 @@ from scipy import stats
 
 from bench.analysis.comparison import Comparison, compare
 from bench.analysis.plot_style import Plot
-from bench.analysis.study import load_study
 from bench.analysis.study_plots import NAMES, study_plots
 from bench.analysis.study_plots.experts import lines_of
 from bench.analysis.study_plots.frame import Frame
 from bench.analysis.study_plots.pareto import Point, front
 from bench.analysis.training_figure import smooth
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 
 EFFECTS = {"mean": 0.0, "GNN": 0.06, "HGNN all_pairs": -0.05, "topk": 0.0}

@@ -19,8 +19,8 @@ from bench.analysis.provenance import code_note
 from bench.analysis.report import make_report
 from bench.analysis.report_show import print_report
 from bench.analysis.run_tables import failures_table, runs_table
-from bench.analysis.study import load_study
 from bench.record import is_measured
+from bench.study.runs import load_study
 from tests._records import SHA
 from tests.analysis._made_studies import made_study
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.analysis.listing import runs_listing, studies_listing
 from bench.analysis.report import make_report
 from bench.analysis.report_show import print_report
-from bench.analysis.study import load_study
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 
 

@@ -10,11 +10,10 @@ import pytest
 from rich.console import Console
 
 from bench.analysis.comparison import compare
-from bench.analysis.find import find_runs, studies_in, study_folder, the_study
-from bench.analysis.study import load_study
 from bench.analysis.two_sides import QUANTITIES, Limit, compare_sides, read_side
 from bench.analysis.two_sides_show import print_differences
 from bench.report import main
+from bench.study.runs import find_run, load_study, studies_in, study_folder, the_study
 from tests._records import epochs
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change
@@ -61,8 +60,8 @@ def test_a_run_that_is_in_two_studies_is_named_with_its_study(results):
     with pytest.raises(
         ValueError, match=f"stands for 2 runs: after/{name}, before/{name}; name one of them so"
     ):
-        find_runs(name, results)
-    assert find_runs(f"after/{name[:8]}", results)[0].folder == results / "after" / name
+        find_run(name, results)
+    assert find_run(f"after/{name[:8]}", results).folder == results / "after" / name
 
 
 def test_names_that_mean_nothing_are_refused_with_what_there_is(results):
@@ -85,11 +84,11 @@ def test_a_study_is_found_by_name_in_reference_and_by_path(results, tmp_path):
 
 def test_the_beginning_of_an_id_is_enough_where_it_is_one(results):
     name = next(path.parent.name for path in (results / "reference" / "kept").glob("*/record.json"))
-    assert find_runs(name[:7], results)[0].folder.name == name
+    assert find_run(name[:7], results).folder.name == name
     folders = [path.parent for path in results.rglob("record.json")]
     two = next(a.name[:2] for a in folders for b in folders if a != b and a.name[:2] == b.name[:2])
     with pytest.raises(ValueError, match=f"'{two}' stands for"):
-        find_runs(two, results)
+        find_run(two, results)
 
 
 @pytest.mark.parametrize(

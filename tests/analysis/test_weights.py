@@ -14,9 +14,9 @@ from bench.analysis import mixing_figure, weights_figures
 from bench.analysis.agreement import agreement
 from bench.analysis.comparison import Comparison, compare
 from bench.analysis.plot_style import Plot
-from bench.analysis.study import load_study
 from bench.analysis.weights import BY_NAME, read_mixing, read_weights
 from bench.analysis.weights_figures import weights_plots
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_run_plot_looks import overlaps
 

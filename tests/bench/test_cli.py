@@ -66,7 +66,7 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
         ("bench.run.__main__", "bench.run.prepare.prepare", []),
         ("bench.tune.__main__", "bench.run.prepare.prepare", []),
         ("bench.sweep", "bench.sweep.read_sweep", ["sweep.toml"]),
-        ("bench.report", "bench.analysis.find.the_study", ["study"]),
+        ("bench.report", "bench.study.runs.the_study", ["study"]),
         ("bench.speed", "bench.speeding.show.print_records", ["--table", "record"]),
         ("bench.check", "bench.gate.refuse_wrong_names", []),
         ("bench.data.__main__", "bench.data.__main__.measure", ["profile"]),

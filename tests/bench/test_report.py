@@ -18,11 +18,11 @@ from rich.console import Console
 from bench.analysis.report import load_report
 from bench.analysis.report_files import write_report
 from bench.analysis.report_show import print_report
-from bench.analysis.study import load_study
 from bench.analysis.study_page import marks
 from bench.record import STATUSES
 from bench.report import main
-from bench.sweeps.hypotheses import Hypothesis, state, stated
+from bench.study.hypotheses import Hypothesis, state, stated
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 from tests.analysis.test_study import change
 

@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 from bench.analysis.report import make_report
-from bench.analysis.study import load_study
+from bench.study.runs import load_study
 from tests.analysis._made_studies import made_study
 
 REPOSITORY = Path(__file__).parents[2]

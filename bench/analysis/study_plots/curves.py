@@ -9,9 +9,9 @@ from functools import reduce
 import numpy as np
 from scipy.signal import lfilter
 
-from bench.analysis.run_data import Row
-from bench.analysis.study import Configuration
 from bench.analysis.training_figure import smoothing_span
+from bench.study.run_files import Row
+from bench.study.runs import Configuration
 
 MOST_STEPS = 400  # drawn and listed; of more, evenly chosen ones
 

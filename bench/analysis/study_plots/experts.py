@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from bench.analysis.comparison import ComparisonRow
-from bench.analysis.labels import Key, labels
 from bench.analysis.over_seeds import Interval, Summary
 from bench.analysis.plot_style import VERMILLION, Plot, log_ticks
 from bench.analysis.study_plots.drawing import intervals
@@ -25,6 +24,7 @@ from bench.analysis.study_plots.frame import (
     looks,
     short_names,
 )
+from bench.study.labels import Key, labels
 
 QUANTITIES = ("peak_memory_mebibytes", "tokens_per_second", "step_milliseconds")
 AXES = ("Peak memory (MiB)", "Tokens/s in training (more is better)", "Median training step (ms)")
@@ -104,7 +104,7 @@ def lines_of(rows: Sequence[ComparisonRow]) -> list[Line]:
 
 def experts(row: ComparisonRow) -> int:
     """Return the number of experts of a row."""
-    return row.configuration.settings["num_experts"]
+    return row.configuration.flags["num_experts"]
 
 
 def ran_out(row: ComparisonRow) -> bool:
@@ -113,7 +113,7 @@ def ran_out(row: ComparisonRow) -> bool:
 
 
 def _without(row: ComparisonRow, names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in row.configuration.settings.items() if name not in names}
+    return {name: value for name, value in row.configuration.flags.items() if name not in names}
 
 
 def _summary(row: ComparisonRow, place: int) -> Summary:

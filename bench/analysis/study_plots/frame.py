@@ -25,8 +25,8 @@ from bench.analysis.plot_style import (
     printable,
     shorten,
 )  # fmt: skip
-from bench.analysis.study import Configuration
 from bench.analysis.study_plots.curves import Curve, training_curve, validation_curve
+from bench.study.runs import Configuration
 
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)  # with four line styles: twelve looks
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h", "d")
@@ -107,7 +107,7 @@ class Frame:
         """Return an empty figure below the study's header, whose notes say how to read it."""
         group = self.comparison.group
         parts = [shorten(self.study), counted(len(group.configurations), "configuration"),
-                 counted(len(group.runs), "run"), group.setting.words()]  # fmt: skip
+                 counted(len(group.runs), "run"), group.basis.words()]  # fmt: skip
         return headed_figure(subject, printable(" · ".join(parts)), self.warnings(), WIDTH, height,
                              " ".join(filter(None, notes)))  # fmt: skip
 

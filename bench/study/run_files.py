@@ -1,4 +1,4 @@
-"""What one run folder holds, read for the plots: nothing is computed here."""
+"""Reading the files of a run folder beside its record: history, losses by article, weights over time."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from gnnmoe.config import Refused
 Row = dict[str, Any]
 NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
 ARTICLES, PACKED_HISTORY, PUBLISHED = "articles.npz", "history.jsonl.gz", "published.json"
-"""What a published study has in the place of ``NLL`` and of ``HISTORY``, and what says that it is one."""
+"""The files of a published study in place of ``NLL`` and ``HISTORY``, and the file that marks it."""
 SPLITS = ("validation", "test")
 MOST_ARTICLES = 2**20
-"""Articles that any file of losses may number; a file with more tokens may number as many as those."""
+"""The largest number of articles in a file of losses; a file with more tokens may have one per token."""
 DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""What reading arrays from a damaged file raises."""
+"""The errors of reading arrays from a damaged file."""
 
 
 @dataclass(frozen=True)
 class RunData:
-    """The record, the history by kind of row, and the couplers' weights over time of one run."""
+    """The record of one run, its history by kind of row, and the weights of its couplers over time."""
 
     record: Record
     train: list[Row]
     validation: list[Row]
     trace: dict[str, np.ndarray]
-    """``step`` (T,) and, by ``layer_0.name``, values with time as first axis; empty without a sound file."""
+    """``step`` (T,) and, by ``layer_0.name``, values with time as first axis; empty if damaged."""
 
     def parts(self, prefix: str) -> dict[int, dict[str, Any]]:
-        """Return layer → name → value of the record's communication, for names that begin so."""
+        """Return layer → name → value of the record's communication, for names with this prefix."""
         communication = self.record.communication
         if not is_measured(communication):
             return {}
@@ -54,14 +54,14 @@ class RunData:
         return {layer: parts for layer, parts in found.items() if parts}
 
     def when(self) -> str:
-        """Return, in words, the step whose state the record's communication describes."""
+        """Return in words at which step the record's communication was read."""
         quality = self.record.quality
-        assert is_measured(quality), "who has a communication was evaluated"
+        assert is_measured(quality), "a run with a communication was evaluated"
         return f"at step {quality.best_step:,}, the best on validation"
 
 
 def read_run(folder: Path) -> RunData:
-    """Read a run folder; what is not there is empty.
+    """Read a run folder; a file that is missing gives an empty history or trace.
 
     Raises:
         Refused: as ``read_record``.
@@ -86,13 +86,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return Σ nll in nats and the tokens of each article that was scored, each (A,) in float64.
+    """Return Σ nll in nats and the number of tokens of each scored article, each (A,) in float64.
 
-    From the losses of tokens where the run has them, else from the sums that a published study keeps. None
-    where ``split`` is in neither.
+    They are summed from the losses per token, or read from the sums that a published study keeps. None where
+    neither file has the ``split``.
 
     Raises:
-        Refused: neither file is there, or the one that is cannot be used; names it and why.
+        Refused: both files are missing, or the file cannot be used; names the file and the reason.
     """
     if not (folder / NLL).is_file() and (folder / ARTICLES).is_file():
         return _kept_sums(folder / ARTICLES, split)
@@ -107,7 +107,7 @@ def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | No
 
 
 def _unlike_losses(nll: np.ndarray, article: np.ndarray | None) -> str:
-    """Return why arrays are no losses of tokens with the article of each, nothing where they are."""
+    """Return why these arrays are not losses per token with an article for each; empty where they are."""
     if nll.ndim != 1 or nll.dtype.kind != "f":
         return f"they are {nll.dtype} of shape {nll.shape}, not one row of floating-point numbers"
     if not np.isfinite(nll).all():
@@ -124,10 +124,10 @@ def _unlike_losses(nll: np.ndarray, article: np.ndarray | None) -> str:
 
 
 def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the sums that a published study keeps of ``split``, None where it has none.
+    """Return the sums of ``split`` that a published study keeps; None where it has none.
 
     Raises:
-        Refused: the file cannot be read, or they are no sums.
+        Refused: the file cannot be read, or its arrays are no sums by article.
     """
     arrays = read_arrays(path)
     sums, tokens = (arrays.get(f"{split}_{name}") for name in ("nll_sum", "tokens"))
@@ -145,7 +145,7 @@ def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def set_aside(study: Path) -> list[dict[str, Any]]:
-    """Return run_id, status and start of the runs set aside, also of those that were not published.
+    """Return run_id, status and start of the runs that were set aside, also of runs not published.
 
     Raises:
         Refused: as ``publication``.
@@ -161,12 +161,12 @@ def set_aside(study: Path) -> list[dict[str, Any]]:
 
 
 def publication(study: Path) -> dict[str, Any] | None:
-    """Return what ``--publish`` says of the study that it wrote, None where this is none.
+    """Return what ``--publish`` wrote about a study; None where the study was not published.
 
-    ``files`` are the sha256 of the published files by name; ``set_aside`` runs as ``set_aside`` has them.
+    ``files`` holds the sha256 of each published file by name, ``set_aside`` what ``set_aside()`` returned.
 
     Raises:
-        Refused: the file cannot be read, is none that ``--publish`` wrote, or names a file elsewhere.
+        Refused: the file cannot be read, was not written by ``--publish``, or names a file elsewhere.
     """
     path = study / PUBLISHED
     if not path.is_file():
@@ -184,12 +184,12 @@ def publication(study: Path) -> dict[str, Any] | None:
 
 
 def is_names(files: Any) -> bool:
-    """Whether a value of JSON is a table of texts by file name."""
+    """Return whether a JSON value is a table of texts by file name."""
     return isinstance(files, dict) and all(isinstance(text, str) for text in files.values())
 
 
 def damaged_arrays(folder: Path) -> list[str]:
-    """Return why the compressed files of a run folder cannot be read; of an npz its end is looked at."""
+    """Return why compressed files of a run folder cannot be read; of an npz file only its end is checked."""
     paths = [folder / name for name in (NLL, ARTICLES, TRACE)]
     found = [f"{path} is cut short or no npz file; the report is made without it"
              for path in paths if path.is_file() and not zipfile.is_zipfile(path)]  # fmt: skip
@@ -202,10 +202,10 @@ def damaged_arrays(folder: Path) -> list[str]:
 
 
 def history_text(folder: Path) -> str | None:
-    """Return a run's history, also the compressed one of a published study; None where there is none.
+    """Return the history of a run, compressed in a published study; None where there is none.
 
     Raises:
-        Refused: the compressed one cannot be read; names it.
+        Refused: the compressed file cannot be read; names it.
     """
     packed = folder / PACKED_HISTORY
     if (folder / HISTORY).is_file():
@@ -219,9 +219,9 @@ def history_text(folder: Path) -> str | None:
 
 
 def _history(folder: Path) -> dict[str, list[Row]]:
-    """Return the rows by kind and in the order of steps; of two rows for a step the later counts.
+    """Return the rows by kind, in the order of steps; if a step has two rows, the later row counts.
 
-    A killed process can leave a last line cut short: it is passed over, as is what is no row.
+    A killed process can leave a last line cut short. Such lines are skipped.
     """
     rows: dict[str, dict[int, Row]] = {"train": {}, "validation": {}}
     with suppress(Refused):
@@ -241,7 +241,7 @@ def _rows(lines: Iterable[str]) -> Iterable[Row]:
 
 
 def _trace(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays over time, without those that are not as long as their steps."""
+    """Return the arrays over time, without arrays that are not as long as the steps."""
     try:
         arrays = read_arrays(path)
     except Refused:

@@ -8,16 +8,17 @@
     than = { coupler = "GNN" }
     by = 0.01
 
-``better`` and ``than`` select runs by their flags, each at least one configuration of the sweep. ``by`` is
-the share by which the ``quantity`` must be better, 0 by default: the perplexity (lower is better), the
-tokens_per_second, or the peak_memory of a training step (what tensors take; lower is better). A sweep keeps
-what it was told, with the time, in ``hypotheses.json`` of the study's folder, before its first run.
+``better`` and ``than`` select runs by their flags. Each must select at least one configuration of the sweep.
+``by`` is the share by which the ``quantity`` must be better, 0 by default. The quantity is the perplexity
+(lower is better), the tokens_per_second, or the peak_memory of a training step (lower is better). Before its
+first run, a sweep writes the hypotheses and the time into ``hypotheses.json`` in the study's folder.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from gnnmoe.naming import unknown_name
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
 STATED = "hypotheses.json"
 KEYS = ("statement", "better", "than", "by", "quantity")
+ALPHA = 0.05
+"""The rate at which a family of comparisons may find a difference where there is none."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Hypothesis:
 
     statement: str
     better: Table
-    """Flags by field of the runs that are said to be better."""
+    """Flags, by field, of the runs that are better by the hypothesis."""
     than: Table
-    """Flags by field of the runs that they are compared with."""
+    """Flags, by field, of the runs with which they are compared."""
     by: float = 0.0
     quantity: str = "perplexity"
 
@@ -62,7 +65,7 @@ def load_hypotheses(path: Path) -> list[Hypothesis]:
 
 
 def hypotheses_of(entry: Any, folder: Path) -> list[Hypothesis]:
-    """Return the hypotheses that a sweep file names (a path from its own folder) or states; or none.
+    """Return the hypotheses of a sweep file, which states them or names a file (from its own folder).
 
     Raises:
         Refused: as ``load_hypotheses``.
@@ -88,7 +91,7 @@ def read_hypotheses(tables: Any) -> list[Hypothesis]:
 
 
 def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Table]) -> None:
-    """See to it that a study with these configurations (plain flags by field) can answer every hypothesis.
+    """Refuse hypotheses that a study with these configurations (plain flags by field) cannot answer.
 
     Raises:
         Refused: naming the hypothesis and the side that selects no run, or the run on both sides.
@@ -107,9 +110,9 @@ def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Tab
 
 
 def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
-    """Write the hypotheses with the time into the study's folder; what was stated before keeps its time.
+    """Write the hypotheses with the time into the study's folder; unchanged hypotheses keep their time.
 
-    Others than before are set aside as ``hypotheses.1.json``.
+    If the hypotheses have changed, the old file is kept as ``hypotheses.1.json``.
 
     Raises:
         Refused: the folder cannot be written.
@@ -129,7 +132,7 @@ def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
 
 
 def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
-    """Return the hypotheses that a sweep kept in the study's folder, and when they were stated.
+    """Return the hypotheses in the study's folder, and the time at which they were stated.
 
     Raises:
         Refused: the file cannot be read.
@@ -147,7 +150,7 @@ def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
 
 
 def selects(flags: Table, values: Table) -> bool:
-    """Return whether a run with these values of every flag is one of those that ``flags`` select."""
+    """Return whether ``flags`` select a run that has these values of all flags."""
     return all(values[name] == value for name, value in flags.items())
 
 
@@ -175,3 +178,13 @@ def _selection(side: str, table: Any) -> Table:
     with refusals_name(side):
         values, names = by_field(table, run_flags())
         return {name: run_flags()[name].plain(value, names[name]) for name, value in values.items()}
+
+
+def seeds_needed(comparisons: int) -> int:
+    """Return the number of paired seeds with which a sign-flip test can find a difference at all.
+
+    The two-sided p of n paired seeds is at least 2 / 2ⁿ. By Holm or Bonferroni the smallest p of m
+    comparisons must be at most 0.05 / m. So n is the smallest whole number with
+    n ≥ 1 + log₂(m / 0.05): 6 seeds for one comparison, 7 for 3, 10 for 13 to 25.
+    """
+    return math.ceil(1 + math.log2(comparisons / ALPHA))

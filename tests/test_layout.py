@@ -12,9 +12,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
     "files syntax schedule config device foreign record study data identity gate portrait training measure"
-    " tune sweeps analysis"
+    " tune report"
 ).split()
-COMMANDS = set("run sweep report speed check cli speeding __main__".split())
+COMMANDS = set("run sweep sweeps speed check cli speeding __main__".split())
 
 
 def imports(path: Path) -> set[str]:
@@ -69,7 +69,7 @@ def test_only_the_pyg_backends_import_pyg():
         "bench.study.runs",
         "bench.study.hypotheses",
         "bench.sweeps.shorthand",
-        "bench.analysis.summary",
+        "bench.report.summary",
     ],
 )
 def test_no_torch_where_nothing_is_computed(module):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.analysis import quantities
 from bench.record import Record, is_measured
+from bench.report import quantities
 from bench.run.prepare import Prepared
 from bench.training.communication import CommunicationTrace
 from gnnmoe.layer import GNNMoELayer

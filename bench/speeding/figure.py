@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench.analysis.plot_style import (
+from bench.report.plots.style import (
     LINE_COLOURS,
     LINE_STYLES,
     Plot,

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.analysis.plot_style import write_plots
+from bench.report.plots.style import write_plots
 from bench.speeding.figure import cost_plot
 from bench.speeding.page import write_page
 from bench.speeding.record import read_speed_record

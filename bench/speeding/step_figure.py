@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench.analysis.plot_style import Plot, headed_figure, log_ticks, plot_style, printable
+from bench.report.plots.style import Plot, headed_figure, log_ticks, plot_style, printable
 from bench.speeding.figure import draw_line, ticks_by_size
 from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import STEPS

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.analysis.numbers import number
-from bench.analysis.terminal import PlainTable
+from bench.report.quantities import number
+from bench.report.terminal import PlainTable
 from bench.speeding.rows import SpeedRow, derived
 from bench.speeding.targets import CURVE, PARITY, Target, TargetVerdict, unmeasured_targets
 

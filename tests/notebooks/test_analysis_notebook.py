@@ -10,9 +10,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from bench.analysis.report import make_report
+from bench.report.contents import make_report
 from bench.study.runs import load_study
-from tests.analysis._made_studies import made_study
+from tests.report._made_studies import made_study
 
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "notebooks" / "analysis.ipynb"

@@ -23,7 +23,7 @@ STOPPED, BROKEN_PIPE = 130, 141
 USAGE = f"""\
 {PROG} STUDY         verdicts, tables, plots and one page of a study
 {PROG} compare A B   two studies, configurations (STUDY:LABEL) or runs
-{PROG} ls [STUDY]    the studies, or the runs of one
+{PROG} ls [STUDY]    the studies, or the runs of a study
 {PROG} show ID       the record of one run
 Each with --help."""
 
@@ -42,22 +42,22 @@ class ReportConfig:
     results_dir: Place = Path("results")
     """Folder of all results."""
     reference: str | None = None
-    """Configuration that the others are compared with, by its label (default: the mean coupler)."""
+    """Label of the configuration with which all others are compared (default: the mean coupler)."""
     hypotheses: Place | None = None
-    """Hypotheses to answer (default: those that the sweep kept)."""
+    """File of hypotheses to answer (default: the hypotheses that the sweep kept)."""
     out: Place | None = None
     """Folder of the report (default: report, in the study's folder)."""
     allow_unequal: bool = False
-    """Compare also what differs in evaluation, batch or length."""
+    """Compare also runs that differ in evaluation, batch or length."""
     plots: bool = True
     """Draw the plots."""
     verify: bool = False
-    """Recompute the report that is there from the records, as it was made, and say where it differs."""
+    """Compute the existing report again from the records, and print where it differs."""
     page: Place | None = None
-    """In place of a report, put its table and answers into this page, between the study's marks."""
+    """In place of a report, write its table and answers into this page, between the study's marks."""
     publish: Place | None = None
-    """In place of a report, copy the study into this new folder, to be published: without checkpoints and
-    losses of tokens, and with the hash of every file for --verify."""
+    """In place of a report, copy the study into this new folder for publication: no checkpoints, no losses
+    per token, and with the hash of every file for --verify."""
 
     def __post_init__(self) -> None:
         if sum([self.verify, self.page is not None, self.publish is not None]) > 1:
@@ -74,16 +74,16 @@ class CompareConfig:
     """
 
     a: Annotated[str, tyro.conf.Positional]
-    """What is compared with."""
+    """The side to compare with."""
     b: Annotated[str, tyro.conf.Positional]
-    """What is judged."""
+    """The side that is judged."""
     results_dir: Place = Path("results")
     """Folder of all results."""
     fail_if: Several = ()
     """A change from A to B to fail on: "ppl > 1%", "tokens/s < -5%"; also test_ppl, memory, step_time and
     parameters. May be given several times."""
     allow_unequal: bool = False
-    """Compare also what differs in evaluation, batch or length."""
+    """Compare also runs that differ in evaluation, batch or length."""
 
 
 @flags
@@ -107,7 +107,7 @@ class ShowConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the first word says; return the exit status."""
+    """Run the command of the first word; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(USAGE, file=sys.stderr)
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.on_broken_pipe = lambda: sys.exit(BROKEN_PIPE)  # as for any command before "| head"
+    console.on_broken_pipe = lambda: sys.exit(BROKEN_PIPE)  # as any command before "| head"
     try:
         return act(config, console)
     except Refused as error:
@@ -132,10 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: ReportConfig, console: Console) -> int:
-    """Make, show and write a report, or verify the one that is there."""
+    """Make, print and write a report; or verify the existing report, write a page or publish the study."""
     from bench.foreign import not_linked_out, visible
-    from bench.report.files import PAGE, write_report
-    from bench.report.terminal import print_report
     from bench.study.runs import the_study
 
     path = the_study(config.study, config.results_dir)
@@ -146,14 +144,7 @@ def report(config: ReportConfig, console: Console) -> int:
         return 0
     folder = config.out or not_linked_out(path, "report")
     if config.verify:
-        from bench.report.files import verify
-
-        with console.status("recomputing …"):
-            problems, what = verify(path, folder, lambda found: _make(path, found or _options(config, path)))
-        lines = [f"differs: {problem}" for problem in problems]
-        for line in (*lines, f"{'NOT verified' if problems else 'verified'}: {what}"):
-            console.print(visible(line), markup=False, soft_wrap=True)
-        return 1 if problems else 0
+        return _verify(config, path, folder, console)
     options = _options(config, path)
     with console.status("reading the records …"):
         made = _make(path, options)
@@ -164,12 +155,49 @@ def report(config: ReportConfig, console: Console) -> int:
         for text in made.doubled():
             print(f"error: {text}", file=sys.stderr)
         return 1 if made.doubled() else 0
+    from bench.report.files import PAGE, write_report
+    from bench.report.terminal import print_report
+
     with console.status("drawing and writing …"):
         write_report(made, options, folder, plots=config.plots)
     print_report(made, console)
     console.print(visible(f"page: {folder / PAGE}"), markup=False, soft_wrap=True)
     console.print(visible(f"tables and plots: {folder}"), markup=False, soft_wrap=True)
     return 1 if made.doubled() else 0
+
+
+def _verify(config: ReportConfig, path: Path, folder: Path, console: Console) -> int:
+    from bench.foreign import visible
+    from bench.report.files import verify
+
+    with console.status("recomputing …"):
+        problems, what = verify(path, folder, lambda found: _make(path, found or _options(config, path)))
+    lines = [f"differs: {problem}" for problem in problems]
+    for line in (*lines, f"{'NOT verified' if problems else 'verified'}: {what}"):
+        console.print(visible(line), markup=False, soft_wrap=True)
+    return 1 if problems else 0
+
+
+def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
+    """Return the options of a new report."""
+    from bench.study.hypotheses import load_hypotheses, stated
+
+    given = config.hypotheses
+    hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
+    return {
+        "reference": config.reference,
+        "allow_unequal": config.allow_unequal,
+        "stated": when,
+        "hypotheses": hypotheses,
+    }
+
+
+def _make(path: Path, options: dict[str, Any]) -> Report:
+    from bench.report.contents import make_report
+    from bench.study.runs import load_study
+
+    study = load_study(path, options["allow_unequal"])
+    return make_report(study, options["reference"], options["hypotheses"], options["stated"])
 
 
 def compare(config: CompareConfig, console: Console) -> int:
@@ -190,7 +218,7 @@ def compare(config: CompareConfig, console: Console) -> int:
 
 
 def list_studies(config: ListConfig, console: Console) -> int:
-    """List the studies or the runs of one."""
+    """List the studies, or the runs of one study."""
     from bench.report.terminal import runs_listing, studies_listing
     from bench.study.runs import studies_in, the_study
 
@@ -205,7 +233,7 @@ def list_studies(config: ListConfig, console: Console) -> int:
 
 
 def show(config: ShowConfig, console: Console) -> int:
-    """Show one run's record."""
+    """Show the record of one run."""
     from bench.report.summary import print_summary
     from bench.study.runs import find_run
 
@@ -215,26 +243,11 @@ def show(config: ShowConfig, console: Console) -> int:
     return 0
 
 
-def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
-    from bench.study.hypotheses import load_hypotheses, stated
-
-    given = config.hypotheses
-    hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
-    return {"reference": config.reference, "allow_unequal": config.allow_unequal, "stated": when,
-            "hypotheses": hypotheses}  # fmt: skip
-
-
-def _make(path: Path, options: dict[str, Any]) -> Report:
-    from bench.report.contents import make_report
-    from bench.study.runs import load_study
-
-    study = load_study(path, options["allow_unequal"])
-    return make_report(study, options["reference"], options["hypotheses"], options["stated"])
-
-
 COMMANDS: dict[str, tuple[type, Any]] = {
-    "compare": (CompareConfig, compare), "ls": (ListConfig, list_studies), "show": (ShowConfig, show),
-}  # fmt: skip
+    "compare": (CompareConfig, compare),
+    "ls": (ListConfig, list_studies),
+    "show": (ShowConfig, show),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,8 +54,12 @@ class Side:
     def configurations(self, allow_unequal: bool) -> list[Placed]:
         """Return the configurations of this side; one that ran on several devices is several."""
         groups = grouped(self.runs, allow_unequal)
-        return [(group.basis, one) for group in groups for one in group.configurations
-                if self.label in (None, one.label)]  # fmt: skip
+        return [
+            (group.basis, one)
+            for group in groups
+            for one in group.configurations
+            if self.label in (None, one.label)
+        ]
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,10 @@ def read_side(text: str, results_dir: Path) -> Side:
     run = find_run(text, results_dir)
     run_id = run.record.run_id
     if not is_of_run(run.folder, run_id) and not is_of_run(run.folder, run_id, set_aside=True):
-        raise Refused(f"the record in {run.folder} is of run {run_id}: a copy, or a renamed folder, "
-                      "which does not count.")  # fmt: skip
+        raise Refused(
+            f"the record in {run.folder} is of run {run_id}: a copy, or a renamed folder, "
+            "which does not count."
+        )
     return Side(text, [run], None)
 
 
@@ -108,13 +114,19 @@ def compare_sides(first: Side, second: Side, allow_unequal: bool = False) -> Com
     ours, theirs = (side.configurations(allow_unequal) for side in (first, second))
     named = bool(first.label and second.label) or len(ours) == len(theirs) == 1
     pairs, missing = _pairs(ours, theirs, named)
-    doubled = [f"{side}, {text}" for side, some in (("A", ours), ("B", theirs)) for _, one in some
-               for text in doubled_words(one)]  # fmt: skip
+    doubled = [
+        f"{side}, {text}"
+        for side, some in (("A", ours), ("B", theirs))
+        for _, one in some
+        for text in doubled_words(one)
+    ]
     differences = difference_family([(other, one) for one, other in pairs])
     found = [(difference.reference, difference.candidate) for difference in differences]
-    missing += [f"{one.label}: no seed counts on both sides" for one, other in pairs
-                if not any(one is a and other is b for a, b in found)
-                and not (one.doubled or other.doubled)]  # fmt: skip
+    missing += [
+        f"{one.label}: no seed counts on both sides"
+        for one, other in pairs
+        if not any(one is a and other is b for a, b in found) and not (one.doubled or other.doubled)
+    ]
     if not differences:
         nothing = "they have no configuration in common; name one of each: STUDY:CONFIGURATION"
         why = "; ".join([*doubled, *missing]) or nothing
@@ -142,8 +154,10 @@ def _pairs(
         elif not any(place.fits(basis) for place, _ in alike):
             missing.append(f"{one.label} in {basis.words()}, against {alike[0][0].words()}")
         elif not fitting:
-            missing.append(f"{one.label}: B has another configuration of these settings (configuration "
-                           f"{alike[0][1].key[0][:DIGITS]} against {one.key[0][:DIGITS]})")  # fmt: skip
+            missing.append(
+                f"{one.label}: B has another configuration of these settings (configuration "
+                f"{alike[0][1].key[0][:DIGITS]} against {one.key[0][:DIGITS]})"
+            )
     missing += [f"{other.label}: only in B" for _, other in theirs if id(other) not in taken]
     return pairs, missing
 
@@ -243,8 +257,10 @@ def _rows(difference: Difference) -> list[list[str]]:
     sides = (difference.reference, difference.candidate)
     means = [_mean_loss(side, difference) for side in sides]
     ratio = percent(exp_or_infinity(difference.paired.mean), 2)
-    rows = [["perplexity", *(number(exp_or_infinity(mean), 2) for mean in means), ratio],
-            ["loss (nats)", *(number(mean, 4) for mean in means), difference_words(difference)]]  # fmt: skip
+    rows = [
+        ["perplexity", *(number(exp_or_infinity(mean), 2) for mean in means), ratio],
+        ["loss (nats)", *(number(mean, 4) for mean in means), difference_words(difference)],
+    ]
     unknown = [over_seeds(side, UNKNOWN_WORDS).mean for side in sides]
     if any(unknown):
         rows.append(["unknown words", *map(share, unknown), ""])

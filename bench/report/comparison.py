@@ -98,8 +98,10 @@ class Difference:
     @property
     def articles(self) -> Interval | None:
         """The 95 % interval of the difference in nats over the scored articles: evaluation noise alone."""
-        pairs = [(self.candidate.counted[seed].articles, self.reference.counted[seed].articles)
-                 for seed in self.by_seed]  # fmt: skip
+        pairs = [
+            (self.candidate.counted[seed].articles, self.reference.counted[seed].articles)
+            for seed in self.by_seed
+        ]
         known = [(a, b) for a, b in pairs if a is not None and b is not None and np.array_equal(a[1], b[1])]
         if not known or len(known) < len(pairs):
             return None
@@ -146,8 +148,11 @@ class CostOverMean:
 
 def cost_over_mean(configuration: Configuration, group: Group) -> CostOverMean | None:
     """Return the cost of a configuration beside its mean coupler; None for that one, or without one."""
-    means = [other for other in group.configurations
-             if other.coupler == "mean" and _same_model(other, configuration)]  # fmt: skip
+    means = [
+        other
+        for other in group.configurations
+        if other.coupler == "mean" and _same_model(other, configuration)
+    ]
     mean = next((other for other in means if other.counted), means[0] if means else None)
     found = _in_turn(configuration, mean)
     if found is not None or mean is None or mean is configuration:
@@ -156,13 +161,14 @@ def cost_over_mean(configuration: Configuration, group: Group) -> CostOverMean |
     ours, theirs = (over_seeds(one, STEP_SECONDS).values for one in both)
     pairs = {seed: (ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())}
     return CostOverMean(
-        mean, False,
+        mean,
+        False,
         log_step_time_ratio=Summary({seed: math.log(one / other) for seed, (one, other) in pairs.items()}),
         added_seconds=Summary({seed: one - other for seed, (one, other) in pairs.items()}),
         memory_bytes=_minus(*(over_seeds(one, PEAK_MEMORY).mean for one in both)),
         parameters=_minus(*(of_model(one, PARAMETERS) for one in both)),
         flops_per_token=_minus(*(of_model(one, TRAINING_FLOPS) for one in both)),
-    )  # fmt: skip
+    )
 
 
 def _in_turn(configuration: Configuration, mean: Configuration | None) -> CostOverMean | None:
@@ -178,10 +184,14 @@ def _in_turn(configuration: Configuration, mean: Configuration | None) -> CostOv
     memory = [peak for peak in peaks if is_measured(peak)]
     first = next(iter(found.values()))
     return CostOverMean(
-        mean, True, Summary(ratio), Summary(added),
+        mean,
+        True,
+        Summary(ratio),
+        Summary(added),
         statistics.fmean(memory) if len(memory) == len(peaks) else None,
-        first.parameters, first.training_flops_per_token,
-    )  # fmt: skip
+        first.parameters,
+        first.training_flops_per_token,
+    )
 
 
 def _minus(ours: float | None, theirs: float | None) -> float | None:
@@ -234,11 +244,16 @@ class Comparison:
     def best(self) -> Configuration | None:
         """Return the configuration that is better than every other one beyond the noise, if there is one."""
         measured = [row.configuration for row in self.rows if row.loss.n]
-        winners = [pair.candidate if pair.verdict.kind == "better" else pair.reference
-                   for pair in self.pairs if pair.verdict.kind in ("better", "worse")]  # fmt: skip
+        winners = [
+            pair.candidate if pair.verdict.kind == "better" else pair.reference
+            for pair in self.pairs
+            if pair.verdict.kind in ("better", "worse")
+        ]
         rivals = len(measured) - 1
-        return next((found for found in measured
-                     if rivals and sum(found is winner for winner in winners) == rivals), None)  # fmt: skip
+        return next(
+            (found for found in measured if rivals and sum(found is winner for winner in winners) == rivals),
+            None,
+        )
 
 
 def compare(group: Group, reference: str | None = None) -> Comparison:
@@ -293,11 +308,14 @@ def difference_family(pairs: Sequence[tuple[Configuration, Configuration]]) -> l
 
 def _row(configuration: Configuration, group: Group, against: Difference | None) -> ComparisonRow:
     return ComparisonRow(
-        configuration, losses(configuration), losses(configuration, "test"),
+        configuration,
+        losses(configuration),
+        losses(configuration, "test"),
         {found: over_seeds(configuration, found) for found in QUANTITIES if not found.of_model},
         {found: of_model(configuration, found) for found in QUANTITIES if found.of_model},
-        against, cost_over_mean(configuration, group),
-    )  # fmt: skip
+        against,
+        cost_over_mean(configuration, group),
+    )
 
 
 def simple_models(group: Group) -> dict[str, float]:
@@ -374,11 +392,16 @@ def answer_hypotheses(hypotheses: Sequence[Hypothesis], groups: Sequence[Group])
     If a side selects several configurations, their mean by seed counts.
     """
     found = [_evidence(hypothesis, groups) for hypothesis in hypotheses]
-    shifted = [np.array(one.differences) + _margin(hypothesis)
-               for hypothesis, one in zip(hypotheses, found, strict=True) if one.differences]  # fmt: skip
+    shifted = [
+        np.array(one.differences) + _margin(hypothesis)
+        for hypothesis, one in zip(hypotheses, found, strict=True)
+        if one.differences
+    ]
     answers = iter(answer_claims(shifted))
-    return [Answered(hypothesis, *one, next(answers) if one.differences else None, len(shifted))
-            for hypothesis, one in zip(hypotheses, found, strict=True)]  # fmt: skip
+    return [
+        Answered(hypothesis, *one, next(answers) if one.differences else None, len(shifted))
+        for hypothesis, one in zip(hypotheses, found, strict=True)
+    ]
 
 
 class Evidence(NamedTuple):
@@ -408,8 +431,9 @@ def _evidence(hypothesis: Hypothesis, groups: Sequence[Group]) -> Evidence:
 
 def _unclear(side: Sequence[Configuration]) -> str:
     """Return in words which configurations of a side no flag tells apart; empty where there are none."""
-    alike = [one.label for one in side
-             if any(other is not one and other.flags == one.flags for other in side)]  # fmt: skip
+    alike = [
+        one.label for one in side if any(other is not one and other.flags == one.flags for other in side)
+    ]
     return f"no flag tells {' from '.join(alike)}" if alike else ""
 
 

@@ -58,8 +58,10 @@ from bench.study.runs import Configuration, Study, doubled_words, load_study, st
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 
-COLUMNS = ["configuration", "n", "perplexity [95 %]", "unknown words", "nats to {}", "p", "verdict",
-           "time a step over mean", "peak memory", "parameters"]  # fmt: skip
+COLUMNS = (
+    "configuration|n|perplexity [95 %]|unknown words|nats to {}|p|verdict|time a step over mean|peak memory"
+    "|parameters"
+).split("|")
 """The columns of the table that ``--page`` writes."""
 WHOLE, TABLE = "what", "the table that"
 """The two parts of a study that a page can have, in the words of its marks: all of it, or only its table."""
@@ -109,8 +111,9 @@ class Report:
 
     def doubled(self) -> list[str]:
         """Return a sentence for each seed of a configuration with several runs, which no comparison uses."""
-        return [text for group in self.study.groups for one in group.configurations
-                for text in doubled_words(one)]  # fmt: skip
+        return [
+            text for group in self.study.groups for one in group.configurations for text in doubled_words(one)
+        ]
 
     def warnings(self) -> list[str]:
         """Return what a reader must not miss."""
@@ -123,8 +126,9 @@ class Report:
         if self.study.unreadable:
             files = counted(len(self.study.unreadable), "file")
             found.append(f"{files} of runs cannot be read; see the failures.")
-        found += [f"Folder {visible(folder.name)} is not counted: {why}."
-                  for folder, why in self.study.misplaced]  # fmt: skip
+        found += [
+            f"Folder {visible(folder.name)} is not counted: {why}." for folder, why in self.study.misplaced
+        ]
         failed = Counter(run.status for run in self.study.runs if not run.counts)
         if failed:
             listed = ", ".join(f"{count} {status}" for status, count in failed.items())
@@ -152,9 +156,10 @@ def make_report(
     sections = []
     for place, group in enumerate(study.groups, 1):
         has_it = any(found.label == reference for found in group.configurations)
-        comparison, suffix = compare(group, reference if has_it else None), f"_{place}" if place > 1 else ""
-        sections.append(Section(suffix, comparison, comparison_table(comparison, suffix),
-                                pairs_table(comparison, suffix), read_weights(comparison)))  # fmt: skip
+        suffix = f"_{place}" if place > 1 else ""
+        comparison = compare(group, reference if has_it else None)
+        tables = comparison_table(comparison, suffix), pairs_table(comparison, suffix)
+        sections.append(Section(suffix, comparison, *tables, read_weights(comparison)))
     readable = [replace(found, statement=visible(found.statement)) for found in hypotheses]
     answers = answer_hypotheses(readable, study.groups)
     when = _when(study, stated_at) if hypotheses else None
@@ -191,8 +196,11 @@ def _when(study: Study, time: str | None) -> str:
     starts = [run.record.time.start for run in study.runs]
     starts += [run.get("start") for run in set_aside(study.path)]
     earlier = sum(start is None or start < time for start in starts)
-    order = "before the first run" if not earlier else (
-        f"when {earlier:,} of {counted(len(starts), 'run')} had started, or may have")  # fmt: skip
+    order = (
+        "before the first run"
+        if not earlier
+        else (f"when {earlier:,} of {counted(len(starts), 'run')} had started, or may have")
+    )
     others = sorted(visible(path.name) for path in study.path.glob("hypotheses.*.json"))
     return f"stated {visible(time)}, {order}" + (f"; others before: {', '.join(others)}" if others else "")
 
@@ -201,8 +209,11 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
     """Return a sentence for every configuration beside the reference, and sentences on all of them."""
     sentences = [_sentence(row, comparison) for row in comparison.rows if row.against is not None]
     sentences = [*_about_best(comparison), *sentences]
-    alone = [row.configuration for row in comparison.rows
-             if row.against is None and row.configuration is not comparison.reference]  # fmt: skip
+    alone = [
+        row.configuration
+        for row in comparison.rows
+        if row.against is None and row.configuration is not comparison.reference
+    ]
     doubled = [row.configuration for row in comparison.rows if row.configuration.doubled]
     for why, some in (
         ("since a seed of it has several runs", doubled),
@@ -224,9 +235,11 @@ def _about_best(comparison: Comparison) -> list[str]:
         return []
     among = len(comparison.pairs) - comparison.comparisons
     if max(seeds) < seeds_needed(among):
-        return [f"With {counted(max(seeds), 'seed')} no single best can be named, only differences from "
-                f"{comparison.reference.label}: {seeds_needed(among)} are needed for the "
-                f"{counted(among, 'comparison')} among the others."]  # fmt: skip
+        return [
+            f"With {counted(max(seeds), 'seed')} no single best can be named, only differences from "
+            f"{comparison.reference.label}: {seeds_needed(among)} are needed for the "
+            f"{counted(among, 'comparison')} among the others."
+        ]
     return ["No configuration is better than every other one beyond the noise."]
 
 
@@ -239,13 +252,16 @@ def _sentence(row: ComparisonRow, comparison: Comparison) -> str:
     interval = perplexities(paired.interval)
     about = f", 95 % interval {percent(interval[0], 2)} to {percent(interval[1], 2)}" if interval else ""
     head = {
-        "better": f"better than {name}", "worse": f"worse than {name}",
+        "better": f"better than {name}",
+        "worse": f"worse than {name}",
         "equivalent": f"equivalent to {name} (within ±0.01 nats)",
-    }.get(against.verdict.kind, f"not told apart from {name}")  # fmt: skip
+    }.get(against.verdict.kind, f"not told apart from {name}")
     if against.verdict.below_minimum:
         head += ", by less than the minimum effect of 0.01 nats"
-    text = (f"{row.configuration.label}: {head}: perplexity {ratio}{about} ({signed(paired.mean)} nats; "
-            f"{counted(paired.n, 'paired seed')}, p {p_value(against.p_adjusted)})")  # fmt: skip
+    text = (
+        f"{row.configuration.label}: {head}: perplexity {ratio}{about} ({signed(paired.mean)} nats; "
+        f"{counted(paired.n, 'paired seed')}, p {p_value(against.p_adjusted)})"
+    )
     if against.verdict.kind == "not resolved":
         text += f"; {against.verdict.words()}"
     noise = against.articles
@@ -279,8 +295,10 @@ def _too_few(comparison: Comparison) -> str:
     if not seeds or max(seeds) >= seeds_needed(count):
         return ""
     have, need = counted(max(seeds), "seed"), seeds_needed(count)
-    return (f"With {have} no difference can be told from noise here: {need} are needed for "
-            f"{counted(count, 'comparison')} at p ≤ 0.05.")  # fmt: skip
+    return (
+        f"With {have} no difference can be told from noise here: {need} are needed for "
+        f"{counted(count, 'comparison')} at p ≤ 0.05."
+    )
 
 
 def summary_markdown(report: Report) -> str:
@@ -339,16 +357,20 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
             parts.append(f"States of the code: {words}.")
         parts.append(_table(section.comparison))
     if answers and report.answers:
-        said = [f"- {found.hypothesis.statement}: **{found.kind}**{found.words().removeprefix(found.kind)}"
-                for found in report.answers]  # fmt: skip
+        said = [
+            f"- {found.hypothesis.statement}: **{found.kind}**{found.words().removeprefix(found.kind)}"
+            for found in report.answers
+        ]
         parts += [f"Hypotheses, {report.stated}:", "\n".join(said)]
     return "\n\n".join(parts) + "\n"
 
 
 def _table(comparison: Comparison) -> str:
     rows = [_cells(row, comparison.reference) for row in comparison.rows]
-    rows += [[name, "", number(value), "", "", "", "reference line", "", "", ""]
-             for name, value in reference_lines(comparison.group)]  # fmt: skip
+    rows += [
+        [name, "", number(value), "", "", "", "reference line", "", "", ""]
+        for name, value in reference_lines(comparison.group)
+    ]
     headings = [name.format(comparison.reference.label) for name in COLUMNS]
     kept = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
     escaped = [[row[place].replace("|", "\\|") for place in kept] for row in (headings, *rows)]
@@ -362,7 +384,8 @@ def _cells(row: ComparisonRow, reference: Configuration) -> list[str]:
     judged = ["", "", "reference" if row.configuration is reference else "no common seed"]
     if against is not None:
         judged = [signed(against.paired.mean), p_value(against.p_adjusted), against.verdict.words()]
-    return [row.configuration.label, str(loss.n), with_interval(loss.mean, loss.interval),
-            share(row.means[UNKNOWN_WORDS].mean or None), *judged,
-            percent(cost.step_time_ratio(), 0) if cost and cost.in_turn else "",
-            mebibytes(row.means[PEAK_MEMORY].mean), millions(row.model[PARAMETERS])]  # fmt: skip
+    head = [row.configuration.label, str(loss.n), with_interval(loss.mean, loss.interval)]
+    unknown = share(row.means[UNKNOWN_WORDS].mean or None)
+    time = percent(cost.step_time_ratio(), 0) if cost and cost.in_turn else ""
+    costs = [time, mebibytes(row.means[PEAK_MEMORY].mean), millions(row.model[PARAMETERS])]
+    return [*head, unknown, *judged, *costs]

@@ -108,8 +108,11 @@ def read_options(folder: Path) -> ReportOptions:
         raise Refused(f"{folder} holds no report; make one first, without --verify.")
     options = read_json(path)
     kinds = {"reference": str | None, "allow_unequal": bool, "stated": str | None, "hypotheses": list}
-    wrong = not isinstance(options, dict) or not is_names(options.get("files")) or any(
-        not isinstance(options.get(key, ...), kind) for key, kind in kinds.items())  # fmt: skip
+    wrong = (
+        not isinstance(options, dict)
+        or not is_names(options.get("files"))
+        or any(not isinstance(options.get(key, ...), kind) for key, kind in kinds.items())
+    )
     if wrong:
         raise Refused(f"{path} is not what a report of this version writes; {ANEW}")
     for name in options["files"]:
@@ -167,9 +170,12 @@ def _words(ways: Counter[str]) -> str:
     by_hash = f"{ways[SUMS] + ways[HASH]:,} by file hash, not by token losses"
     if ways[SUMS]:
         by_hash += f" ({ways[SUMS]:,} of them also by their sums by article)"
-    parts = [(ways[LOSSES], f"{ways[LOSSES]:,} by the losses of their tokens"),
-             (ways[SUMS] + ways[HASH], by_hash), (ways[FAILED], f"{ways[FAILED]:,} NOT verified"),
-             (ways[NOTHING], f"{ways[NOTHING]:,} without a measured quality")]  # fmt: skip
+    parts = [
+        (ways[LOSSES], f"{ways[LOSSES]:,} by the losses of their tokens"),
+        (ways[SUMS] + ways[HASH], by_hash),
+        (ways[FAILED], f"{ways[FAILED]:,} NOT verified"),
+        (ways[NOTHING], f"{ways[NOTHING]:,} without a measured quality"),
+    ]
     return ", ".join(text for count, text in parts if count)
 
 

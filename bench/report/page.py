@@ -38,38 +38,11 @@ TITLES = {
     "hyperedge_weights": ("Hyperedge weights", "learned weight of each hyperedge, the mean and every seed"),
     "hyperedge_weights_over_steps": ("Hyperedge weights over steps", "weight of each hyperedge by step"),
     "mixing": ("Experts in the output", "share of each expert in the output of each layer"),
-}  # fmt: skip
+}
 
 
-@dataclass(frozen=True)
-class PlotView:
-    """One plot on the page."""
-
-    name: str
-    title: str
-    alt: str
-    svg: str
-    table: str | None
-    """The data as a data: URI, like ``svg``; None without data."""
-
-
-@dataclass(frozen=True)
-class SectionView:
-    """One section on the page."""
-
-    key: str
-    """The name of its anchor."""
-    title: str
-    embedded: bool
-    basis: str
-    general: list[str]
-    """Verdicts on all configurations."""
-    labelled: list[tuple[str, str]]
-    """Verdicts on one configuration: its label, with which the sentence begins, and the rest."""
-    comparison: TableView
-    pairs: TableView
-    plots: list[PlotView]
-    weights: list[tuple[str, str]]
+View = dict[str, Any]
+"""What the template shows of a section or of a plot, by name."""
 
 
 def render_page(report: Report, files: Mapping[str, bytes]) -> str:
@@ -85,16 +58,22 @@ def render_page(report: Report, files: Mapping[str, bytes]) -> str:
     warnings = report.warnings()
     runs = list(zip(_view(report.runs_table).rows, _facts(report, kinds), strict=True))
     return _template().render(
-        study=report.study.name, headline=report.headline(),
+        study=report.study.name,
+        headline=report.headline(),
         alarms=[text for text in warnings if text.startswith("NOT WIKITEXT-2")],
         warnings=[text for text in warnings if not text.startswith("NOT WIKITEXT-2")],
-        sections=sections, answers=report.answers, stated=report.stated, kinds=kinds,
-        runs=runs, runs_table=_view(report.runs_table), failures=_view(report.failures_table),
+        sections=sections,
+        answers=report.answers,
+        stated=report.stated,
+        kinds=kinds,
+        runs=runs,
+        runs_table=_view(report.runs_table),
+        failures=_view(report.failures_table),
         statuses=list(dict.fromkeys(facts.status for _, facts in runs)),
         configurations=list(dict.fromkeys(facts.configuration for _, facts in runs)),
         command=visible(f"python -m bench.report {study_arguments(report.study.path)}"),
         figures=Markup(_json(figures(report.study.name, report.tables))),
-    )  # fmt: skip
+    )
 
 
 def study_arguments(path: Path) -> str:
@@ -109,9 +88,13 @@ def study_arguments(path: Path) -> str:
 
 def _template() -> Any:
     environment = Environment(
-        loader=PackageLoader("bench.report"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=_showable,
-    )  # fmt: skip
+        loader=PackageLoader("bench.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_showable,
+    )
     environment.filters |= {"csp_hash": _csp_hash, "options": OPTION.split}
     return environment.get_template("report.html.j2")
 
@@ -141,24 +124,30 @@ def _view(table: Table) -> TableView:
 
 
 def _facts(report: Report, kinds: dict[str, list[Kind]]) -> list[RunFacts]:
-    return [run_facts(run, found.label, kinds) for group in report.study.groups
-            for found in group.configurations for run in found.runs]  # fmt: skip
+    return [
+        run_facts(run, found.label, kinds)
+        for group in report.study.groups
+        for found in group.configurations
+        for run in found.runs
+    ]
 
 
-def _section(report: Report, place: int, plots: list[PlotView]) -> SectionView:
+def _section(report: Report, place: int, plots: list[View]) -> View:
     section, number = report.sections[place], len(report.sections)
     labels = [f"{row.configuration.label}:" for row in section.comparison.rows]
     verdicts = [_headed(sentence, labels) for sentence in section.sentences()]
-    return SectionView(
-        key=section.comparison_table.name,
-        title="Comparison" if number == 1 else f"Comparison {place + 1} of {number}",
-        embedded=section.comparison.group.embedded,
-        basis=section.comparison.group.basis.words(),
-        general=[text for label, text in verdicts if not label],
-        labelled=[verdict for verdict in verdicts if verdict[0]],
-        comparison=_view(section.comparison_table), pairs=_view(section.pairs_table), plots=plots,
-        weights=[_headed(reading.sentence(), [reading.configuration.label]) for reading in section.weights],
-    )  # fmt: skip
+    return {
+        "key": section.comparison_table.name,  # of its anchor
+        "title": "Comparison" if number == 1 else f"Comparison {place + 1} of {number}",
+        "embedded": section.comparison.group.embedded,
+        "basis": section.comparison.group.basis.words(),
+        "general": [text for label, text in verdicts if not label],
+        "labelled": [verdict for verdict in verdicts if verdict[0]],
+        "comparison": _view(section.comparison_table),
+        "pairs": _view(section.pairs_table),
+        "plots": plots,
+        "weights": [_headed(one.sentence(), [one.configuration.label]) for one in section.weights],
+    }
 
 
 def _headed(sentence: str, labels: Sequence[str]) -> tuple[str, str]:
@@ -167,10 +156,10 @@ def _headed(sentence: str, labels: Sequence[str]) -> tuple[str, str]:
     return head, sentence[len(head) :]
 
 
-def _plots(report: Report, files: Mapping[str, bytes]) -> dict[int, list[PlotView]]:
+def _plots(report: Report, files: Mapping[str, bytes]) -> dict[int, list[View]]:
     """Return the plots by the place of their section in the report."""
     places = {section.suffix: place for place, section in enumerate(report.sections)}
-    found: dict[int, list[PlotView]] = {}
+    found: dict[int, list[View]] = {}
     for file, svg in files.items():
         name, dot, ending = file.rpartition(".")
         if dot and ending == "svg":
@@ -190,22 +179,34 @@ def _parts(name: str, suffixes: Mapping[str, int]) -> tuple[str, str]:
     return name.removesuffix(suffix), suffix
 
 
-def _plot(name: str, base: str, svg: bytes, table: bytes | None) -> PlotView:
+def _plot(name: str, base: str, svg: bytes, table: bytes | None) -> View:
     title, what = TITLES.get(base, (base.replace("_", " ").capitalize(), ""))
     if table is not None and base.startswith("hyperedge_weights"):
         rows = list(csv.DictReader(io.StringIO(table.decode())))
         title += f": {rows[0]['configuration']}" if rows and "configuration" in rows[0] else ""
     alt = f"{title}: {what}. The figures are in {name}.csv." if what else title
-    return PlotView(name, title, alt, _data_uri("image/svg+xml", svg),
-                    None if table is None else _data_uri("text/csv", table))  # fmt: skip
+    csv_uri = None if table is None else _data_uri("text/csv", table)
+    return {
+        "name": name,
+        "title": title,
+        "alt": alt,
+        "svg": _data_uri("image/svg+xml", svg),
+        "table": csv_uri,
+    }
 
 
 SORTED_BY = {found.title: (found.name,) for found in QUANTITIES if found.title} | {
-    "n": ("n",), "seed": ("seed",), "seeds": ("seeds_paired",), "table": ("table",), "seconds": ("seconds",),
-    "perplexity": ("perplexity", "difference_nats"), "difference (nats)": ("difference_nats",),
-    "p": ("p_holm",), "cost over mean": ("step_time_ratio_to_mean_coupler",),
+    "n": ("n",),
+    "seed": ("seed",),
+    "seeds": ("seeds_paired",),
+    "table": ("table",),
+    "seconds": ("seconds",),
+    "perplexity": ("perplexity", "difference_nats"),
+    "difference (nats)": ("difference_nats",),
+    "p": ("p_holm",),
+    "cost over mean": ("step_time_ratio_to_mean_coupler",),
     "batch asked / tuned / used": ("requested_batch_size",),
-}  # fmt: skip
+}
 """Heading → the columns of figures that it is sorted by; the first column that the table has counts."""
 PARTS = re.compile(r" (?=\[)|(?<=,) (?!.*\])")
 IN_FULL = {"error": "error"}
@@ -243,13 +244,14 @@ class TableView:
 def table_view(table: Table, csv: str) -> TableView:
     """Return a table with the raw figure of each text."""
     titles = [title for title in table.shown.columns if title != "name" or any(table.shown[title])]
-    raw = {title: next((name for name in SORTED_BY.get(title, ()) if name in table.figures), None)
-           for title in titles}  # fmt: skip
+    raw = {
+        title: next((name for name in SORTED_BY.get(title, ()) if name in table.figures), None)
+        for title in titles
+    }
     columns = [_cells(table, title, raw[title]) for title in titles]
-    return TableView(
-        table.name, table.caption, [(title, raw[title] is not None) for title in titles],
-        [list(row) for row in zip(*columns, strict=True)], table.bold, table.notes, csv,
-    )  # fmt: skip
+    headings = [(title, raw[title] is not None) for title in titles]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    return TableView(table.name, table.caption, headings, rows, table.bold, table.notes, csv)
 
 
 def figures(study: str, tables: Sequence[Table]) -> dict[str, Any]:
@@ -257,10 +259,11 @@ def figures(study: str, tables: Sequence[Table]) -> dict[str, Any]:
 
     None means not measured. JSON has no infinity, so it is the text ``inf``, as in the csv files.
     """
-    return {"study": study, "tables": {
-        table.name: {"columns": [str(name) for name in table.figures.columns],
-                     "rows": [[plain(value) for value in row] for row in _rows(table.figures)]}
-        for table in tables}}  # fmt: skip
+    found = {}
+    for table in tables:
+        rows = [[plain(value) for value in row] for row in _rows(table.figures)]
+        found[table.name] = {"columns": list(map(str, table.figures.columns)), "rows": rows}
+    return {"study": study, "tables": found}
 
 
 def plain(value: Any) -> Any:
@@ -277,16 +280,19 @@ def _cells(table: Table, title: str, raw: str | None) -> list[Cell]:
     texts = table.shown[title].tolist()
     values = [None] * len(texts) if raw is None else [_value(value) for value in table.figures[raw]]
     whole = table.figures[IN_FULL[title]].tolist() if title in IN_FULL else texts
-    fulls = [str(full) if full is not pd.NA and full and full != text else None
-             for full, text in zip(whole, texts, strict=True)]  # fmt: skip
+    fulls = [
+        str(full) if full is not pd.NA and full and full != text else None
+        for full, text in zip(whole, texts, strict=True)
+    ]
     return [Cell(*found) for found in zip(texts, values, fulls, strict=True)]
 
 
 def _value(value: Any) -> str | None:
     """Return a figure as a text that JavaScript's Number reads."""
     found = plain(value)
-    return None if found is None else repr(found) if not isinstance(found, str) \
-        else found.replace("inf", "Infinity")  # fmt: skip
+    if found is None or not isinstance(found, str):
+        return None if found is None else repr(found)
+    return found.replace("inf", "Infinity")
 
 
 def _rows(frame: pd.DataFrame) -> list[tuple[Any, ...]]:

@@ -126,19 +126,29 @@ def kinds_of(runs: Sequence[Run], key: str) -> list[Kind]:
         identity = _identity(part)
         found[identity] = part, found.get(identity, (part, 0))[1] + 1
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
-    return [Kind(f"{key}-{place}", _words(part, key), list(_flat(part)), count, identity)
-            for place, (identity, (part, count)) in enumerate(ordered, 1)]  # fmt: skip
+    return [
+        Kind(f"{key}-{place}", _words(part, key), list(_flat(part)), count, identity)
+        for place, (identity, (part, count)) in enumerate(ordered, 1)
+    ]
 
 
 def run_facts(run: Run, configuration: str, kinds: Mapping[str, Sequence[Kind]]) -> RunFacts:
     """Return the facts of one run; ``kinds`` are the kinds of all runs."""
     record, identities = run.record, {key: _identity(_part(run.record, key)) for key in kinds}
-    own = [(key, next(kind for kind in found if kind.identity == identities[key]))
-           for key, found in kinds.items()]  # fmt: skip
+    own = [
+        (key, next(kind for kind in found if kind.identity == identities[key]))
+        for key, found in kinds.items()
+    ]
     return RunFacts(
-        run_id=record.run_id, name=record.run_name or "", configuration=configuration,
-        status=run.status, command=record.command, error=record.error, kinds=own, facts=_facts(run),
-    )  # fmt: skip
+        run_id=record.run_id,
+        name=record.run_name or "",
+        configuration=configuration,
+        status=run.status,
+        command=record.command,
+        error=record.error,
+        kinds=own,
+        facts=_facts(run),
+    )
 
 
 def check_words(record: Record) -> str:
@@ -159,13 +169,16 @@ def _facts(run: Run) -> Facts:
     started = ", ".join(filter(None, (time.start, spent)))
     loss, test, used = run.loss(), run.loss("test"), record.used
     found = [
-        ("name", record.run_name), ("started", started),
+        ("name", record.run_name),
+        ("started", started),
         ("loss on validation", loss and f"{loss:.6f} nats a token"),
         ("loss on test", test and f"{test:.6f} nats a token"),
         ("steps", number(used.steps, 0) if is_measured(used) else None),
-        ("hash of the configuration", run.key[0]), ("hash of the coupler's code", run.key[1]),
-        ("leak check", check_words(record)), ("not measured", _not_measured(record)),
-    ]  # fmt: skip
+        ("hash of the configuration", run.key[0]),
+        ("hash of the coupler's code", run.key[1]),
+        ("leak check", check_words(record)),
+        ("not measured", _not_measured(record)),
+    ]
     return [(name, str(text)) for name, text in found if text]
 
 

@@ -97,8 +97,12 @@ def _published(study: Path) -> Files:
         if hashes:
             left_out[folder.name] = hashes
     files |= {path.name: path.read_bytes() for path in sorted(study.glob(HYPOTHESES))}
-    about = {"format": FORMAT, "made_by": "python -m bench.report STUDY --publish DIR",
-             "set_aside": set_aside(study), "left_out": left_out}  # fmt: skip
+    about = {
+        "format": FORMAT,
+        "made_by": "python -m bench.report STUDY --publish DIR",
+        "set_aside": set_aside(study),
+        "left_out": left_out,
+    }
     about["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     return {**files, PUBLISHED: (json.dumps(about, indent=2) + "\n").encode()}
 
@@ -146,8 +150,11 @@ def _refuse_target(study: Path, target: Path) -> None:
 
 def _contents(folder: Path) -> Files:
     """Return the files in a folder by their paths, without a report in it."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.relative_to(folder).parts[0] != "report"}  # fmt: skip
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).parts[0] != "report"
+    }
 
 
 def _replace(target: Path, files: Files) -> None:

@@ -201,13 +201,13 @@ def training_flops_per_token(record: Record) -> float | None:
     return record.flops.training_flops_per_token if is_measured(record.flops) else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Quantity:
     """One quantity of a run."""
 
     name: str
     """The name of its column in csv files, with the unit."""
-    title: str = ""
+    title: str
     """The heading of its column in tables for people."""
     read: Callable[[Record], float | None]
     show: Callable[[float | None], str] = number
@@ -232,50 +232,98 @@ class Quantity:
         return f"{self.axis}; {self.better} is better"
 
 
-PERPLEXITY = Quantity(name="perplexity", title="perplexity", read=perplexity, better="lower", runs="shown")
+def _of_test(read: Callable[[Record, str], float | None]) -> Callable[[Record], float | None]:
+    return lambda record: read(record, "test")
+
+
 UNKNOWN_WORDS = Quantity(
-    name="unknown_words_share", title="unknown words", read=unknown_words_share, show=share,
-    runs="where measured",
-)  # fmt: skip
+    "unknown_words_share", "unknown words", unknown_words_share, share, runs="where measured"
+)
 TEST_UNKNOWN_WORDS = Quantity(
-    name="test_unknown_words_share", title="unknown words, test", show=share, runs="figures",
-    read=lambda record: unknown_words_share(record, "test"),
-)  # fmt: skip
+    "test_unknown_words_share", "unknown words, test", _of_test(unknown_words_share), share, runs="figures"
+)
 TOKENS_PER_SECOND = Quantity(
-    name="tokens_per_second", title="tokens/s", read=tokens_per_second, show=whole, better="higher",
-    runs="shown", comparison="shown", limit="tokens/s", axis="tokens/s in training",
-)  # fmt: skip
+    "tokens_per_second",
+    "tokens/s",
+    tokens_per_second,
+    whole,
+    "higher",
+    limit="tokens/s",
+    axis="tokens/s in training",
+    runs="shown",
+    comparison="shown",
+)
 STEP_SECONDS = Quantity(
-    name="median_step_seconds", title="step", read=median_step_seconds, show=milliseconds, better="lower",
-    limit="step_time", axis="median training step (ms)", scale=1e3,
-)  # fmt: skip
+    "median_step_seconds",
+    "step",
+    median_step_seconds,
+    milliseconds,
+    "lower",
+    limit="step_time",
+    axis="median training step (ms)",
+    scale=1e3,
+)
 PEAK_MEMORY = Quantity(
-    name="peak_memory_bytes", title="peak memory", read=peak_memory_bytes, show=mebibytes, better="lower",
-    runs="shown", comparison="shown", limit="memory", axis="peak memory (MiB)", scale=2**-20,
-)  # fmt: skip
+    "peak_memory_bytes",
+    "peak memory",
+    peak_memory_bytes,
+    mebibytes,
+    "lower",
+    limit="memory",
+    axis="peak memory (MiB)",
+    scale=2**-20,
+    runs="shown",
+    comparison="shown",
+)
 PARAMETERS = Quantity(
-    name="parameters", title="parameters", read=parameters, show=whole, better="lower", comparison="shown",
-    of_model=True, limit="parameters", axis="parameters (millions)", scale=1e-6,
-)  # fmt: skip
+    "parameters",
+    "parameters",
+    parameters,
+    whole,
+    "lower",
+    limit="parameters",
+    axis="parameters (millions)",
+    scale=1e-6,
+    comparison="shown",
+    of_model=True,
+)
 TRAINING_FLOPS = Quantity(
-    name="training_flops_per_token", title="FLOPs a token", read=training_flops_per_token, show=millions,
-    better="lower", comparison="shown", of_model=True,
-)  # fmt: skip
+    "training_flops_per_token",
+    "FLOPs a token",
+    training_flops_per_token,
+    millions,
+    "lower",
+    comparison="shown",
+    of_model=True,
+)
 QUANTITIES = (
-    PERPLEXITY,
-    Quantity(name="loss_nats", read=loss_nats, better="lower", runs="figures"),
-    Quantity(name="test_perplexity", title="test perplexity", better="lower", runs="figures",
-             limit="test_ppl", read=lambda record: perplexity(record, "test")),
+    Quantity("perplexity", "perplexity", perplexity, number, "lower", runs="shown"),
+    Quantity("loss_nats", "loss", loss_nats, number, "lower", runs="figures"),
+    Quantity(
+        "test_perplexity",
+        "test perplexity",
+        _of_test(perplexity),
+        number,
+        "lower",
+        limit="test_ppl",
+        runs="figures",
+    ),
     UNKNOWN_WORDS,
     TEST_UNKNOWN_WORDS,
-    Quantity(name="bits_per_byte", read=bits_per_byte, better="lower", runs="figures"),
+    Quantity("bits_per_byte", "bits per byte", bits_per_byte, number, "lower", runs="figures"),
     TOKENS_PER_SECOND,
-    Quantity(name="matrix_utilisation", title="MFU", read=utilisation, show=share, better="higher",
-             runs="where measured"),
+    Quantity("matrix_utilisation", "MFU", utilisation, share, "higher", runs="where measured"),
     STEP_SECONDS,
     PEAK_MEMORY,
     PARAMETERS,
-    Quantity(name="coupler_parameters", read=coupler_parameters, comparison="figures", of_model=True),
+    Quantity(
+        "coupler_parameters",
+        "coupler parameters",
+        coupler_parameters,
+        whole,
+        comparison="figures",
+        of_model=True,
+    ),
     TRAINING_FLOPS,
-)  # fmt: skip
+)
 """Every quantity, in the order in which tables have their columns."""

@@ -1,4 +1,4 @@
-"""The table at the end of a run: what was reached, what it cost, and whether it counts."""
+"""The table at the end of a run: its quality, its cost, and whether it counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bench.report.quantities import in_parts, mebibytes, number, percent, share,
 
 
 def print_summary(record: Record, folder: Path, console: Console) -> None:
-    """Print the record as a table of at most 80 columns, and where it lies."""
+    """Print the record as a table of at most 80 columns, and its folder."""
     record = record_of(record.model_dump())  # as it may be shown
     table = Table(
         title=_title(record),
@@ -61,8 +61,12 @@ def _rows(record: Record) -> list[tuple[str, str]]:
     rows.append(("data", _data(record.data)))
     rows += [(split, _quality(record, split)) for split in ("validation", "test")]
     rows.append(("batch", _batch(record)))
-    rows += [("speed", _speed(record)), ("coupler", _marginal(record)), ("memory", _memory(record)),
-             ("parameters", _parameters(record))]  # fmt: skip
+    rows += [
+        ("speed", _speed(record)),
+        ("coupler", _marginal(record)),
+        ("memory", _memory(record)),
+        ("parameters", _parameters(record)),
+    ]
     rows += _communication(record.communication)
     rows.append(("counted", _counted(record.used)))
     if is_measured(record.check):
@@ -76,16 +80,24 @@ def _quality(record: Record, split: str) -> str:
     scored = record.split(split)
     if scored is None:
         return ""
-    lines = {"unigram": quantities.unigram_perplexity(record, split),
-             "trigram": quantities.trigram_perplexity(record, split)}  # fmt: skip
+    lines = {
+        "unigram": quantities.unigram_perplexity(record, split),
+        "trigram": quantities.trigram_perplexity(record, split),
+    }
     simple = ", ".join(f"{name} {number(line)}" for name, line in lines.items() if line is not None)
     text = f"perplexity {number(value)} ({simple})"
     if scored.words != scored.tokens:
         by_word = quantities.word_perplexity(record, split)
-        text += f" per token, {number(by_word)} per word" if by_word is not None else (
-            " per token, none per word (no whole word was scored)")  # fmt: skip
-    text += f", {number(bits, 3)} bits per byte" if bits is not None else (
-        f", no bits per byte ({quantities.why_no_bits_per_byte(record, split)})")  # fmt: skip
+        text += (
+            f" per token, {number(by_word)} per word"
+            if by_word is not None
+            else (" per token, none per word (no whole word was scored)")
+        )
+    text += (
+        f", {number(bits, 3)} bits per byte"
+        if bits is not None
+        else (f", no bits per byte ({quantities.why_no_bits_per_byte(record, split)})")
+    )
     text += f", on {scored.tokens:,} tokens, length {scored.length}, stride {scored.stride}"
     if scored.unknown_words:
         unknown = share(quantities.unknown_words_share(record, split))
@@ -94,7 +106,7 @@ def _quality(record: Record, split: str) -> str:
 
 
 def _batch(record: Record) -> str:
-    """Return the sizes that were asked for, found and used, side by side."""
+    """Return the sizes that were asked for, found by a search, and used, each in a line."""
     asked, tuned, used = record.requested, record.tuned, record.used
     lines = []
     if is_measured(asked):
@@ -121,8 +133,9 @@ def _tuned(tuned: Search) -> str:
 
 
 def _used(used: Used) -> str:
-    pieces = ", ".join(f"{count:,} × ({shape.replace('x', ' × ')})"
-                       for shape, count in used.micro_batch_shapes.items())  # fmt: skip
+    pieces = ", ".join(
+        f"{count:,} × ({shape.replace('x', ' × ')})" for shape, count in used.micro_batch_shapes.items()
+    )
     if len(used.micro_batch_shapes) == used.accumulation == 1 and not used.recoveries:
         return f"{pieces}, each an update" + _on_ranks(used)
     sizes = " and ".join(map(str, used.batch_sizes))
@@ -146,7 +159,7 @@ def _on_ranks(used: Used) -> str:
 
 
 def _counted(used: Used | NotMeasured) -> str:
-    """Return what was asked for and what was got, counted from the tensors."""
+    """Return what was asked for and what was counted from the tensors, in a line each."""
     if not is_measured(used):
         return ""
     counts = {f"training {name}": found for name, found in used.ledger.training.items()}
@@ -189,7 +202,7 @@ def _speed(record: Record) -> str:
 
 
 def _marginal(record: Record) -> str:
-    """Return what the coupler alone costs, timed in turn with the mean coupler."""
+    """Return the cost of the coupler alone, timed in turn with the mean coupler."""
     found = quantities.marginal(record)
     if found is None:
         return ""
@@ -228,8 +241,10 @@ def _parameters(record: Record) -> str:
     counts = record.parameters
     if not is_measured(counts):
         return ""
-    return (f"{counts.total:,} = experts {counts.expert:,} + couplers {counts.coupler:,}"
-            f" + embeddings and norms {counts.other:,}")  # fmt: skip
+    return (
+        f"{counts.total:,} = experts {counts.expert:,} + couplers {counts.coupler:,}"
+        f" + embeddings and norms {counts.other:,}"
+    )
 
 
 def _communication(communication: Communication | NotMeasured) -> list[tuple[str, str]]:
@@ -252,9 +267,9 @@ def _values(name: str, values: dict[str, float]) -> str:
 def _check(found: LeakCheck) -> str:
     passed = [name.replace("_", " ") for name, check in found.checks.items() if check.passed]
     failed = [name.replace("_", " ") for name, check in found.checks.items() if not check.passed]
-    parts = [f"✗ failed: {', '.join(failed)}"] * bool(failed) + [f"✓ passed: {', '.join(passed)}"] * bool(
-        passed
-    )
+    parts = [
+        f"{sign}: {', '.join(names)}" for sign, names in (("✗ failed", failed), ("✓ passed", passed)) if names
+    ]
     reused = {check.reused_from: None for check in found.checks.values() if check.reused_from}
     parts += [f"the checks before training are those of run {name}" for name in reused]
     audit = found.audit

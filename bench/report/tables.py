@@ -35,9 +35,16 @@ from bench.study.runs import Basis, Configuration, Group, Run, Study, doubled_wo
 Cells = dict[str, Any]
 """One row: column → value."""
 TO_LATEX = {
-    "−": "$-$", "·": "$\\cdot$", "×": "$\\times$", "±": "$\\pm$", "≤": "$\\leq$", "†": "\\dag{}",
-    "–": "--", "…": "\\ldots{}", "→": "$\\rightarrow$",
-}  # fmt: skip
+    "−": "$-$",
+    "·": "$\\cdot$",
+    "×": "$\\times$",
+    "±": "$\\pm$",
+    "≤": "$\\leq$",
+    "†": "\\dag{}",
+    "–": "--",
+    "…": "\\ldots{}",
+    "→": "$\\rightarrow$",
+}
 KNOWN_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("×÷ÐðÞþ")
 """Letters of Latin-1 that LaTeX reads in UTF-8 with its usual fonts."""
 AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
@@ -112,16 +119,18 @@ def _escape_markdown(text: str) -> str:
 
 def _plain_letters(text: str) -> str:
     """Return ``text`` in one line, with "?" for letters that LaTeX may not know."""
-    return "".join(letter if letter.isascii() or letter in TO_LATEX or letter in KNOWN_LETTERS else "?"
-                   for letter in " ".join(text.split()))  # fmt: skip
+    return "".join(
+        letter if letter.isascii() or letter in TO_LATEX or letter in KNOWN_LETTERS else "?"
+        for letter in " ".join(text.split())
+    )
 
 
 def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
     """Return a row for each configuration, the reference first, then the reference lines."""
     rows = [(_figures(row), _texts(row, comparison)) for row in comparison.rows]
-    rows += [({"configuration": name, "perplexity": value, "status": "reference line"},
-              {"configuration": name, "perplexity": number(value), "status": "reference line"})
-             for name, value in reference_lines(comparison.group)]  # fmt: skip
+    for name, value in reference_lines(comparison.group):
+        line = {"configuration": name, "status": "reference line"}
+        rows.append(({**line, "perplexity": value}, {**line, "perplexity": number(value)}))
     best = comparison.best()
     bold = [place for place, row in enumerate(comparison.rows) if row.configuration is best]
     notes = _notes(comparison)
@@ -134,24 +143,30 @@ def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
 def _figures(row: ComparisonRow) -> Cells:
     against, cost, loss = row.against, row.cost, row.loss
     return {
-        "configuration": row.configuration.label, "coupler": row.configuration.coupler, "n": loss.n,
+        "configuration": row.configuration.label,
+        "coupler": row.configuration.coupler,
+        "n": loss.n,
         "perplexity": None if loss.mean is None else exp_or_infinity(loss.mean),
         **_ends("perplexity_{}", perplexities(loss.interval)),
-        "loss_nats": loss.mean, "loss_standard_deviation_nats": loss.standard_deviation,
+        "loss_nats": loss.mean,
+        "loss_standard_deviation_nats": loss.standard_deviation,
         **_difference_figures(against),
         **_ends("bootstrap_{}_nats", against and against.bootstrap),
         **_ends("articles_{}_nats", against and against.articles),
         "perplexity_ratio": against and exp_or_infinity(against.paired.mean),
         "test_perplexity": None if row.test_loss.mean is None else exp_or_infinity(row.test_loss.mean),
         **{found.name: row.means[found].mean for found in (UNKNOWN_WORDS, TEST_UNKNOWN_WORDS)},
-        **{found.name: row.means[found].mean for found in QUANTITIES
-           if found.comparison and not found.of_model},
+        **{
+            found.name: row.means[found].mean
+            for found in QUANTITIES
+            if found.comparison and not found.of_model
+        },
         "step_time_ratio_to_mean_coupler": cost and cost.step_time_ratio(),
         "memory_over_mean_coupler_bytes": cost and cost.memory_bytes,
         "flops_over_mean_coupler_per_token": cost and cost.flops_per_token,
         **{found.name: row.model[found] for found in QUANTITIES if found.comparison and found.of_model},
         "status": row.configuration.statuses(),
-    }  # fmt: skip
+    }
 
 
 def _texts(row: ComparisonRow, comparison: Comparison) -> Cells:
@@ -161,21 +176,31 @@ def _texts(row: ComparisonRow, comparison: Comparison) -> Cells:
     ratio = "" if cost is None else percent(cost.step_time_ratio(), 0)
     extra = "" if cost is None else mebibytes(cost.memory_bytes, sign=True)
     return {
-        "configuration": row.configuration.label + code_mark(row, comparison), "n": str(loss.n),
+        "configuration": row.configuration.label + code_mark(row, comparison),
+        "n": str(loss.n),
         "perplexity": with_interval(loss.mean, loss.interval),
-        **({"test perplexity": number(None if test is None else exp_or_infinity(test))}
-           if any(other.test_loss.n for other in comparison.rows) else {}),
-        **{found.title: found.show(row.means[found].mean) for found in (UNKNOWN_WORDS, TEST_UNKNOWN_WORDS)
-           if any(other.means[found].mean for other in comparison.rows)},
+        **(
+            {"test perplexity": number(None if test is None else exp_or_infinity(test))}
+            if any(other.test_loss.n for other in comparison.rows)
+            else {}
+        ),
+        **{
+            found.title: found.show(row.means[found].mean)
+            for found in (UNKNOWN_WORDS, TEST_UNKNOWN_WORDS)
+            if any(other.means[found].mean for other in comparison.rows)
+        },
         "difference (nats)": difference_words(against) if against else "",
         "p": p_value(against.p_adjusted) if against else "",
-        "verdict": against.verdict.words() if against else
-        "reference" if row.configuration is comparison.reference else "",
+        "verdict": against.verdict.words()
+        if against
+        else "reference"
+        if row.configuration is comparison.reference
+        else "",
         **{found.title: found.show(row.means[found].mean) for found in shown if not found.of_model},
         "cost over mean": ", ".join(part for part in (ratio and f"{ratio} time", extra) if part),
         **{found.title: found.show(row.model[found]) for found in shown if found.of_model},
         "status": row.configuration.statuses(),
-    }  # fmt: skip
+    }
 
 
 def difference_words(difference: Difference) -> str:
@@ -190,10 +215,11 @@ def _difference_figures(against: Difference | None) -> Cells:
         "difference_nats": paired and paired.mean,
         **_ends("difference_{}_nats", paired and paired.interval),
         **_ends("difference_{}_90_nats", paired and paired.interval_90),
-        "seeds_paired": paired and paired.n, "p": paired and paired.p,
+        "seeds_paired": paired and paired.n,
+        "p": paired and paired.p,
         "p_holm": against and against.p_adjusted,
         "verdict": against and against.verdict.words(),
-    }  # fmt: skip
+    }
 
 
 def _ends(name: str, interval: Interval | None) -> Cells:
@@ -277,27 +303,48 @@ def _pair_figures(pair: Difference) -> Cells:
 
 def _pair_texts(pair: Difference) -> Cells:
     return {
-        "first": pair.candidate.label, "second": pair.reference.label, "seeds": str(pair.paired.n),
+        "first": pair.candidate.label,
+        "second": pair.reference.label,
+        "seeds": str(pair.paired.n),
         "difference (nats)": difference_words(pair),
-        "perplexity": percent(exp_or_infinity(pair.paired.mean)), "p": p_value(pair.p_adjusted),
+        "perplexity": percent(exp_or_infinity(pair.paired.mean)),
+        "p": p_value(pair.p_adjusted),
         "first is": pair.verdict.words(),
-    }  # fmt: skip
+    }
 
 
 def runs_table(groups: Sequence[Group]) -> Table:
     """Return a row for each run, also for failed runs."""
-    figures = [run_figures(run, found, place) for place, group in enumerate(groups, 1)
-               for found in group.configurations for run in found.runs]  # fmt: skip
-    shown = [found for found in QUANTITIES if found.runs == "shown" or (
-        found.runs == "where measured" and any(cells[found.name] for cells in figures))]  # fmt: skip
-    rows = [(cells, {
-        "run": cells["run_id"], **({"table": str(cells["table"])} if len(groups) > 1 else {}),
-        "name": cells["name"] or "", "configuration": cells["configuration"],
-        "seed": str(cells["seed"]), "status": cells["status"],
-        **{found.title: found.show(cells[found.name]) for found in shown},
-        "batch asked / tuned / used": _batch(cells),
-        "seconds": number(cells["seconds"], 0), "code": cells["code"],
-    }) for cells in figures]  # fmt: skip
+    figures = [
+        run_figures(run, found, place)
+        for place, group in enumerate(groups, 1)
+        for found in group.configurations
+        for run in found.runs
+    ]
+    shown = [
+        found
+        for found in QUANTITIES
+        if found.runs == "shown"
+        or (found.runs == "where measured" and any(cells[found.name] for cells in figures))
+    ]
+    rows = [
+        (
+            cells,
+            {
+                "run": cells["run_id"],
+                **({"table": str(cells["table"])} if len(groups) > 1 else {}),
+                "name": cells["name"] or "",
+                "configuration": cells["configuration"],
+                "seed": str(cells["seed"]),
+                "status": cells["status"],
+                **{found.title: found.show(cells[found.name]) for found in shown},
+                "batch asked / tuned / used": _batch(cells),
+                "seconds": number(cells["seconds"], 0),
+                "code": cells["code"],
+            },
+        )
+        for cells in figures
+    ]
     return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
@@ -305,17 +352,24 @@ def run_figures(run: Run, configuration: Configuration, table: int) -> Cells:
     """Return the figures of one run; ``table`` is the number of the comparison that the run is in."""
     record, basis = run.record, Basis.of(run.record, allow_unequal=False)
     return {
-        "run_id": record.run_id, "name": record.run_name, "configuration": configuration.label,
-        "seed": run.seed, "status": run.status,
+        "run_id": record.run_id,
+        "name": record.run_name,
+        "configuration": configuration.label,
+        "seed": run.seed,
+        "status": run.status,
         **{found.name: found.read(record) for found in QUANTITIES if found.runs},
         "requested_batch_size": record.config.batch_size,
         **_sizes(record),
         "steps": record.used.steps if is_measured(record.used) else None,
-        "seconds": record.time.seconds.get("total"), "start": record.time.start,
+        "seconds": record.time.seconds.get("total"),
+        "start": record.time.start,
         **_code(record.environment),
-        "table": table, "corpus": basis.corpus_words(), "device": basis.device_words(),
-        "scored": basis.scored_words(), "command": record.command,
-    }  # fmt: skip
+        "table": table,
+        "corpus": basis.corpus_words(),
+        "device": basis.device_words(),
+        "scored": basis.scored_words(),
+        "command": record.command,
+    }
 
 
 def _sizes(record: Record) -> Cells:
@@ -323,13 +377,14 @@ def _sizes(record: Record) -> Cells:
     tuned = record.tuned if is_measured(record.tuned) else None
     used = record.used if is_measured(record.used) else None
     return {
-        "tuned_status": tuned and tuned.status, "tuned_length": tuned and tuned.length,
+        "tuned_status": tuned and tuned.status,
+        "tuned_length": tuned and tuned.length,
         "tuned_micro_batch_size": tuned and tuned.micro_batch_size,
         "used_shapes": " ".join(used.micro_batch_shapes or used.batch_shapes) or None if used else None,
         "used_micro_batch_size": used and used.micro_batch_size,
         "used_accumulation": used and used.accumulation,
         "recoveries": None if used is None else len(used.recoveries),
-    }  # fmt: skip
+    }
 
 
 def _code(environment: Environment | NotMeasured) -> Cells:
@@ -361,9 +416,11 @@ def failures_table(study: Study) -> Table:
                     doubled = others.get(run.seed, "another seed of this row has several runs")
                     why = doubled if run.counts else run.record.error or ""
                     rows.append(_failure(found.label, run.seed, run.record.run_id, run.status, why))
-    rows += [_failure("", None, visible(folder.name), kind, why)
-             for kind, folders in (("unreadable", study.unreadable), ("not counted", study.misplaced))
-             for folder, why in folders]  # fmt: skip
+    rows += [
+        _failure("", None, visible(folder.name), kind, why)
+        for kind, folders in (("unreadable", study.unreadable), ("not counted", study.misplaced))
+        for folder, why in folders
+    ]
     return make_table("failures", "Runs that do not count", rows, notes=text_warnings(study.groups))
 
 

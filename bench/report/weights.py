@@ -1,7 +1,7 @@
 """What hypergraphs learned, over the seeds of a study: hyperedge weights, and the experts' shares.
 
-Letters: S seeds, M members (hyperedges), T steps, L layers, E experts. Only runs that count are read; the
-weights are those of each run's state that is best on validation, which it was scored with.
+Only runs that count are read. The weights are those of the checkpoint that is best on validation, with which
+the run was scored. Letters: S seeds, M members (hyperedges), T steps, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from bench.report.statistics import Agreement, agreement
 from bench.study.runs import Configuration, Run
 
 WEIGHTS, MIXING = "hyperedge_weights", "mixing"
-MOVED = 1e-5  # records round to 1e-6
+MOVED = 1e-5
+"""A weight that changed by more has moved; records round to 1e-6."""
 BY_NAME = (
     "The experts of different seeds start from different random numbers, so that expert 0 of one seed need "
     "not be expert 0 of another: agreement by name is expected only if a position itself matters."
@@ -28,7 +29,7 @@ BY_NAME = (
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Weights while they are learned, at the steps that all of these seeds sampled."""
+    """Weights over training, at the steps that all of these seeds sampled."""
 
     seeds: tuple[int, ...]
     steps_T: np.ndarray
@@ -45,17 +46,17 @@ class WeightsReading:
     """The hyperedges by the experts in them: ``{0,2}``."""
     seeds: tuple[int, ...]
     weights_SM: np.ndarray
-    """At the state that is best on validation, of every run that counts."""
+    """The weights of every run that counts."""
     trajectories: Trajectories | None
-    """None where no two steps were sampled by every seed that has a file of them."""
+    """None with fewer than two steps that all seeds with a trace sampled."""
     from_one: bool
-    """Whether all weights are known to be 1 at the start."""
+    """Whether a trace shows that all weights were 1 at the start."""
 
     @cached_property
     def agreement(self) -> Agreement | None:
-        """How far the seeds agree on the order of the hyperedges by name (see ``BY_NAME``).
+        """The agreement of the seeds on the order of the hyperedges by name (see ``BY_NAME``).
 
-        None for one seed or one hyperedge, and where no two seeds have weights that differ.
+        None for one seed or one hyperedge, and where fewer than two seeds have weights that differ.
         """
         return agreement(self.weights_SM)
 
@@ -78,7 +79,7 @@ class WeightsReading:
         return "one hyperedge: no order to agree on" if len(self.members) == 1 else "no order to agree on"
 
     def sentence(self) -> str:
-        """Return where the weights lie and whether the seeds agree on them."""
+        """Return the range of the weights and whether the seeds agree on them, in a sentence."""
         low, high = self.range
         digits = 2 if high - low < MOVED else min(6, max(2, 1 - math.floor(math.log10(high - low))))
         low, high = number(low, digits), number(high, digits)
@@ -96,7 +97,8 @@ class WeightsReading:
 class MixingReading:
     """The effective mixing of one configuration: the share of each expert in the output of each layer.
 
-    The mean over tokens of ‖∂y/∂x_e‖, normalised: 1/E each where all experts count alike.
+    The share is the mean over tokens of ‖∂y/∂x_e‖, normalised over the experts: 1/E if all experts count
+    equally.
     """
 
     configuration: Configuration
@@ -111,7 +113,7 @@ class MixingReading:
 
     @property
     def deviation_LE(self) -> np.ndarray | None:
-        """The sample's standard deviation over seeds, None for one seed."""
+        """The sample's standard deviation over seeds; None for one seed."""
         return self.shares_SLE.std(axis=0, ddof=1) if len(self.seeds) > 1 else None
 
     @property
@@ -121,9 +123,9 @@ class MixingReading:
 
 
 def read_weights(comparison: Comparison) -> list[WeightsReading]:
-    """Return a reading for each configuration (in the order of the comparison's rows) and layer.
+    """Return a reading for each configuration, in the order of the comparison's rows, and layer.
 
-    Weights that no run moved from their start (not learnable, or without effect) are left out.
+    Weights that moved in no run (not learnable, or without effect) are left out.
     """
     return [reading for row in comparison.rows for reading in _weights(row.configuration)]
 
@@ -156,7 +158,7 @@ def _weights(configuration: Configuration) -> Iterator[WeightsReading]:
 
 
 def _trace(run: Run, layer: int, members: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the steps (T,) and weights (T, M) that a run sampled, None where there are none."""
+    """Return the steps (T,) and weights (T, M) that a run sampled; None without samples."""
     steps_T = run.data.trace.get("step", np.array([]))
     weights_TM = run.data.trace.get(f"layer_{layer}.{WEIGHTS}")
     if weights_TM is None or not len(steps_T) or weights_TM.shape != (len(steps_T), members):
@@ -180,8 +182,11 @@ def _mixing(configuration: Configuration) -> MixingReading | None:
     found: dict[int, dict[int, list[float]]] = {}  # seed → layer → share by expert
     for seed, run in configuration.counted.items():
         parts = run.data.parts(MIXING)
-        shares = {layer: list(named[MIXING].values()) for layer, named in sorted(parts.items())
-                  if isinstance(named.get(MIXING), dict)}  # fmt: skip
+        shares = {
+            layer: list(named[MIXING].values())
+            for layer, named in sorted(parts.items())
+            if isinstance(named.get(MIXING), dict)
+        }
         if shares and len({len(values) for values in shares.values()}) == 1:
             found[seed] = shares
     if not found:

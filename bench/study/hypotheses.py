@@ -98,8 +98,9 @@ def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Tab
     """
     values = [complete(flags) for flags in configurations]
     for number, hypothesis in enumerate(hypotheses, 1):
-        chosen = {side: [v for v in values if selects(getattr(hypothesis, side), v)]
-                  for side in ("better", "than")}  # fmt: skip
+        chosen = {
+            side: [v for v in values if selects(getattr(hypothesis, side), v)] for side in ("better", "than")
+        }
         for side, some in chosen.items():
             if not some:
                 raise Refused(

@@ -23,8 +23,9 @@ DERIVED = ("ffn_dim", "vocab_size", "coupler_options")
 """Fields that follow from --match, from the data or from the coupler's options: named only if needed."""
 OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")
 """Memory flags that are part of a configuration where they are set."""
-IN_NO_IDENTITY = ("seed", "audit", "marginal", "profile", "allow_failed_check", "min_steps_per_epoch",
-                  "strict_curriculum")  # fmt: skip
+IN_NO_IDENTITY = (
+    "seed audit marginal profile allow_failed_check min_steps_per_epoch strict_curriculum"
+).split()
 """Fields in which the runs of one configuration may differ."""
 DIGITS = 8
 """Digits of a hash in a label; a label has more digits where 8 do not tell two hashes apart."""
@@ -57,8 +58,11 @@ def _options(options: Iterable[Any], coupler: str) -> list[str]:
     The class of a coupler from a file may have a name of its own, so options for other names are kept whole.
     """
     parted = [_parted(str(option)) for option in options]
-    owned = {f"{owner}.{name}": value for owner, name, value in parted
-             if ":" in coupler and owner not in (None, coupler)}  # fmt: skip
+    owned = {
+        f"{owner}.{name}": value
+        for owner, name, value in parted
+        if ":" in coupler and owner not in (None, coupler)
+    }
     owned |= {name: value for owner, name, value in parted if owner == coupler}
     owned |= {name: value for owner, name, value in parted if owner is None}
     return [f"{name}={value}" for name, value in sorted(owned.items())]

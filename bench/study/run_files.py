@@ -115,8 +115,10 @@ def _unlike_losses(nll: np.ndarray, article: np.ndarray | None) -> str:
     if article is None:
         return "the articles of the tokens are missing"
     if article.shape != nll.shape or article.dtype.kind not in "iu":
-        return (f"the articles are {article.dtype} of shape {article.shape}, not a whole number for each "
-                f"of {len(nll):,} tokens")  # fmt: skip
+        return (
+            f"the articles are {article.dtype} of shape {article.shape}, not a whole number for each "
+            f"of {len(nll):,} tokens"
+        )
     most = max(len(nll), MOST_ARTICLES)
     if len(article) and not 0 <= int(article.min()) <= int(article.max()) < most:
         return f"the articles are numbered {article.min():,} to {article.max():,}, not 0 to {most - 1:,}"
@@ -191,8 +193,11 @@ def is_names(files: Any) -> bool:
 def damaged_arrays(folder: Path) -> list[str]:
     """Return why compressed files of a run folder cannot be read; of an npz file only its end is checked."""
     paths = [folder / name for name in (NLL, ARTICLES, TRACE)]
-    found = [f"{path} is cut short or no npz file; the report is made without it"
-             for path in paths if path.is_file() and not zipfile.is_zipfile(path)]  # fmt: skip
+    found = [
+        f"{path} is cut short or no npz file; the report is made without it"
+        for path in paths
+        if path.is_file() and not zipfile.is_zipfile(path)
+    ]
     if (folder / PACKED_HISTORY).is_file():
         try:
             history_text(folder)

@@ -214,8 +214,12 @@ class Configuration:
 
     def statuses(self) -> str:
         """Return how many runs have which status, and which seeds have several runs."""
-        return "; ".join([statuses(self.runs), *(f"{len(runs)} runs of seed {seed}, not averaged"
-                                                 for seed, runs in self.doubled.items())])  # fmt: skip
+        return "; ".join(
+            [
+                statuses(self.runs),
+                *(f"{len(runs)} runs of seed {seed}, not averaged" for seed, runs in self.doubled.items()),
+            ]
+        )
 
     @property
     def coupler(self) -> str:

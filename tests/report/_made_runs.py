@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from bench.config import RunConfig
 from bench.identity import config_dict
-from bench.report.plots import run as training_figure
-from bench.report.plots import style as plot_style
+from bench.report.plots.run import training_plot
+from bench.report.plots.style import plot_style
 from bench.study.run_files import read_run
 from tests._records import NO_TEST, SCORED, record_json
 
@@ -83,8 +83,8 @@ def without_history(folder: Path, coupler: str = "HGNN") -> Path:
 
 def training(folder: Path, laid_out: bool = True) -> tuple[Figure, list[dict[str, Any]]]:
     """Return the training figure of a run and its table."""
-    with plot_style.plot_style():
-        plot = training_figure.training_plot(read_run(folder))
+    with plot_style():
+        plot = training_plot(read_run(folder))
         assert plot is not None
         if laid_out:
             plot.figure.draw_without_rendering()

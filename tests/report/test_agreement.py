@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bench.report import statistics as module
+from bench.report import statistics
 from bench.report.statistics import Agreement, agreement
 
 
@@ -69,7 +69,7 @@ def test_the_fast_statistic_is_the_mean_tau(seeds, members, random):
     weights = np.array([[random.randint(0, 3) for _ in range(members)] for _ in range(seeds)], float)
     lengths = (np.ptp(weights, axis=1) > 0).sum()
     expected = lengths + seeds * (seeds - 1) * mean_tau(weights)
-    assert module._kendall(weights[:, :, None]) == pytest.approx(expected, abs=1e-9)
+    assert statistics._kendall(weights[:, :, None]) == pytest.approx(expected, abs=1e-9)
     result = agreement(weights)
     if lengths < 2:
         assert result is None
@@ -103,7 +103,7 @@ def test_a_shared_order_is_found_and_noise_is_not():
 @pytest.mark.parametrize("members", [4, 20, 70])
 def test_p_is_uniform_where_there_is_nothing(members, monkeypatch):
     """About one in ten is below 0.1, by τ as by ranks."""
-    monkeypatch.setattr(module, "PERMUTATIONS", 199)
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 199)
     random = np.random.default_rng(4)
     p_values = [found(random.normal(size=(4, members))).p for _ in range(150)]
     assert 0.03 < np.mean(np.array(p_values) <= 0.1) < 0.18
@@ -113,13 +113,13 @@ def test_p_is_uniform_where_there_is_nothing(members, monkeypatch):
 def test_ranks_stand_in_where_there_are_many_members(monkeypatch):
     weights = np.random.default_rng(7).normal(size=(5, 40)) + 0.012 * np.arange(40)
     by_tau = found(weights).p
-    monkeypatch.setattr(module, "MAX_KENDALL_MEMBERS", 39)
+    monkeypatch.setattr(statistics, "MAX_KENDALL_MEMBERS", 39)
     by_rank = found(weights).p
     assert 0.2 < by_tau < 0.5
     assert by_rank == pytest.approx(by_tau, abs=0.1)
     assert by_rank != by_tau
-    monkeypatch.setattr(module, "MAX_KENDALL_MEMBERS", 64)
-    monkeypatch.setattr(module, "RANKS_AT_ONCE", 40 * 5 * 300)  # six parts, and a rest
+    monkeypatch.setattr(statistics, "MAX_KENDALL_MEMBERS", 64)
+    monkeypatch.setattr(statistics, "RANKS_AT_ONCE", 40 * 5 * 300)  # six parts, and a rest
     assert found(weights).p == pytest.approx(by_tau, abs=0.05)
 
 

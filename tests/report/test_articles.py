@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from bench.report import statistics as articles
+from bench.report import statistics
 from bench.report.statistics import article_interval
 
 
@@ -57,7 +57,7 @@ def test_it_is_repeatable_and_stays_in_memory(monkeypatch):
     found = article_interval(difference, tokens)
     assert found == article_interval(difference, tokens)
     assert found != article_interval(difference, tokens, seed=1)
-    monkeypatch.setattr(articles, "RESAMPLED_AT_ONCE", 1000)
+    monkeypatch.setattr(statistics, "AT_ONCE", 1000)
     low, high = article_interval(difference, tokens) or (0, 0)
     assert (low, high) == pytest.approx(found, abs=0.1 * (high - low))
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from bench.report.comparison import compare
 from bench.report.contents import verdict_sentences
+from bench.report.quantities import PARAMETERS
 from bench.study.runs import load_study
 from tests.report._made_studies import made_study
 
@@ -112,7 +113,7 @@ def test_best_needs_to_beat_every_other_one(comparison, tmp_path):
 def test_cost_is_beside_the_same_model_with_mean(comparison, path):
     gnn = row(comparison, "GNN")
     assert gnn.cost.mean.label == "mean"
-    assert gnn.cost.parameters == gnn.parameters - row(comparison, "mean").parameters
+    assert gnn.cost.parameters == gnn.model[PARAMETERS] - row(comparison, "mean").model[PARAMETERS]
     step = {label: {seed: statistics.median(run.record.speed.step_seconds)
                     for seed, run in row(comparison, label).configuration.counted.items()}
             for label in ("GNN", "mean")}  # fmt: skip

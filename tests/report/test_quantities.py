@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bench.record import Record, read_record, record_of
+from bench.record import Record, number, read_record, record_of
 from bench.report import quantities
 from bench.report.contents import make_plots, make_report, study_markdown
 from bench.report.page import render_page
-from bench.report.quantities import number, percent, signed, span
+from bench.report.quantities import percent, signed, span
 from bench.report.summary import print_summary
-from bench.report.tables import UNKNOWN_WORDS
+from bench.report.tables import UNKNOWN_NOTE
 from bench.report.terminal import print_report, runs_listing
 from bench.run.progress import Reporter
 from bench.study.runs import load_study
@@ -167,7 +167,7 @@ def test_the_share_of_unknown_words_stands_beside_every_perplexity_of_a_report(t
         assert "10.0 %" in text, place
     report = make_report(load_study(study))
     table = report.sections[0].comparison_table
-    assert UNKNOWN_WORDS in table.notes
+    assert UNKNOWN_NOTE in table.notes
     assert table.figures["unknown_words_share"].dropna().unique().tolist() == [0.1]
     assert table.figures["test_unknown_words_share"].dropna().unique().tolist() == [0.25]
     assert report.runs_table.figures["unknown_words_share"].unique().tolist() == [0.1]

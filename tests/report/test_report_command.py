@@ -269,7 +269,7 @@ def test_what_an_earlier_report_left_over_goes_and_a_changed_drawing_is_seen(rep
 def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_what_lies_beside_it(
     report, results, monkeypatch
 ):
-    from bench.report import files as report_files
+    from bench.report import files
 
     assert report("small", "--no-plots")[0] == 0
     folder = results / "small" / "report"
@@ -281,7 +281,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_what_lies_be
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(report_files, "write_whole", full)
+    monkeypatch.setattr(files, "write_whole", full)
     status, _, err = report("small", "--no-plots")
     assert (status, "No space left on device" in err) == (2, True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -10,10 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from bench.report.plots import run as adjacency_figure
-from bench.report.plots import run as hyperedge_figures
-from bench.report.plots import run as training_figure
-from bench.report.plots import style as plot_style
+from bench.report.plots.run import adjacency_plot, spread, training_plot, trajectories_plot, weights_plot
+from bench.report.plots.style import new_figure, plot_style, printable, shorten
 from bench.study.run_files import read_run
 from tests._records import made_data
 from tests.report._made_runs import STEPS, TOKENS, made_history, made_run, texts, training
@@ -23,12 +21,12 @@ NASTY = "<b>bold</b> & $\\frac$ \t\n\x07 漢 " + "a_very_long_name " * 12
 
 def test_labels_never_overlap_and_stay_near():
     wanted = np.array([0.1, 0.1, 0.1, 0.9])
-    places = hyperedge_figures.spread(wanted, 0.05)
+    places = spread(wanted, 0.05)
     assert places == pytest.approx([0.05, 0.1, 0.15, 0.9])
-    crowded = hyperedge_figures.spread(np.full(28, 0.99), 0.03)
+    crowded = spread(np.full(28, 0.99), 0.03)
     assert np.diff(crowded).min() >= 0.03 - 1e-12
     assert crowded.max() <= 1 + 1e-12
-    assert hyperedge_figures.spread(np.zeros(100), 0.03)[-1] == pytest.approx(1)
+    assert spread(np.zeros(100), 0.03)[-1] == pytest.approx(1)
 
 
 def test_warnings_stand_in_the_figure(tmp_path):
@@ -56,11 +54,11 @@ def test_any_run_name_and_coupler_name_can_be_drawn(tmp_path):
     weights["$\\frac$" + "x" * 100] = weights.pop("{1,2}")
     (run / "record.json").write_text(json.dumps(record))
     training(run)
-    with plot_style.plot_style():
-        plot = hyperedge_figures.weights_plot(read_run(run))
+    with plot_style():
+        plot = weights_plot(read_run(run))
         assert plot is not None
         assert len(plot.files()) == 3
-        figure = plot_style.new_figure(read_run(run).record, "Nothing", 5, 1)
+        figure = new_figure(read_run(run).record, "Nothing", 5, 1)
         figure.draw_without_rendering()
         assert figure.texts
         assert max(text.get_window_extent().x1 for text in figure.texts) <= figure.bbox.x1
@@ -80,9 +78,9 @@ def test_no_text_lies_on_another(tmp_path, coupler, monkeypatch):
         trace = np.stack([np.ones_like(ends), ends])
         np.savez(run / "communication.npz", **{"step": [0, 12], "layer_0.hyperedge_weights": trace})  # pyright: ignore
     data = read_run(run)
-    with plot_style.plot_style():
-        for draw in (training_figure.training_plot, hyperedge_figures.weights_plot,
-                     hyperedge_figures.trajectories_plot, adjacency_figure.adjacency_plot):  # fmt: skip
+    with plot_style():
+        for draw in (training_plot, weights_plot,
+                     trajectories_plot, adjacency_plot):  # fmt: skip
             plot = draw(data)
             if plot is not None:
                 assert overlaps(plot.figure, monkeypatch) == [], plot.name
@@ -106,10 +104,10 @@ def overlaps(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 
 
 def test_long_names_keep_both_ends():
-    assert plot_style.shorten("a" * 60) == "a" * 60
-    cut = plot_style.shorten("a" * 100 + "b" * 100)
+    assert shorten("a" * 60) == "a" * 60
+    cut = shorten("a" * 100 + "b" * 100)
     assert (len(cut), cut[:39], cut[-20:]) == (60, "a" * 39, "b" * 20)
-    assert plot_style.printable("a\tb\x07漢$é") == "a b□□$é"
+    assert printable("a\tb\x07漢$é") == "a b□□$é"
 
 
 def test_one_evaluation_is_still_a_figure(tmp_path):

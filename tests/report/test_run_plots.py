@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from bench.report.plots import run as hyperedge_figures
-from bench.report.plots import run as training_figure
-from bench.report.plots.run import plot_run
+from bench.report.plots.run import plot_run, smooth, smoothing_span, trajectories_plot, weights_plot
 from bench.study.run_files import read_run
 from tests.report._made_runs import (
     STEPS,
@@ -108,17 +106,17 @@ def test_the_other_tables_are_the_record(drawn):
 
 def test_smoothing_by_hand():
     """Span 3 keeps 1/2: (8·½ + 4) / 1.5, then ((8·½ + 4)·½ + 2) / 1.75."""
-    assert training_figure.smooth([8.0, 4.0, 2.0], span=3) == pytest.approx([8.0, 16 / 3, 24 / 7])
-    assert training_figure.smooth([5.0] * 4, span=10) == pytest.approx([5.0] * 4)
-    assert [training_figure.smoothing_span(n) for n in (1, 60, 120, 5000)] == [2, 6, 12, 100]
+    assert smooth([8.0, 4.0, 2.0], span=3) == pytest.approx([8.0, 16 / 3, 24 / 7])
+    assert smooth([5.0] * 4, span=10) == pytest.approx([5.0] * 4)
+    assert [smoothing_span(n) for n in (1, 60, 120, 5000)] == [2, 6, 12, 100]
 
 
 def test_what_is_missing_is_left_out(tmp_path):
     nothing = {"value": None, "reason": "the run did not get this far"}
     run = made_run(tmp_path / "run", status="crashed", communication=nothing, quality=nothing)
     data = read_run(run)
-    assert hyperedge_figures.weights_plot(data) is None
-    assert hyperedge_figures.trajectories_plot(data) is None, "no names without the record"
+    assert weights_plot(data) is None
+    assert trajectories_plot(data) is None, "no names without the record"
     assert not any(text.startswith("unigram") for text in texts(run))
     (run / "history.jsonl").unlink()
     (run / "plots").mkdir()

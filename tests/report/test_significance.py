@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bench.report import statistics as significance
+from bench.report import statistics
 from bench.report.statistics import bca_interval, holm, sign_flip_p, sign_flip_ps, t_interval
 
 DARWIN = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48])
@@ -108,7 +108,7 @@ def test_many_comparisons_are_as_one_by_one(monkeypatch):
     differences_nm = np.random.default_rng(0).normal(size=(10, 7)).round(1)
     expected = [sign_flip_p(column) for column in differences_nm.T]
     assert sign_flip_ps(differences_nm).tolist() == expected
-    monkeypatch.setattr(significance, "FLIPPED_AT_ONCE", 7 * 10 * 300)  # three parts, and a rest
+    monkeypatch.setattr(statistics, "AT_ONCE", 7 * 10 * 300)  # three parts, and a rest
     assert sign_flip_ps(differences_nm).tolist() == expected
     assert len(set(expected)) == 7
 
@@ -117,7 +117,7 @@ def test_random_flips_stand_for_all_of_them(monkeypatch):
     """Above 16 pairs; at 12 both ways are at hand, and differ by chance only."""
     differences_n = np.random.default_rng(3).normal(0.3, 1, size=12)
     exact = sign_flip_p(differences_n)
-    monkeypatch.setattr(significance, "FLIPS", 4_000)
+    monkeypatch.setattr(statistics, "FLIPS", 4_000)
     assert 0.05 < exact < 0.95
     assert sign_flip_p(differences_n) == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 4e3))
     assert sign_flip_p(differences_n) != exact

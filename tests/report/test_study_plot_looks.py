@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
@@ -20,7 +21,6 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from bench.report.comparison import compare
-from bench.report.plots import style as plot_style
 from bench.report.plots.frame import (
     MAX_LOOKS,
     Curve,
@@ -264,7 +264,7 @@ def test_ranges_show_most_and_cut_what_lies_far_off():
 def test_the_same_study_gives_the_same_bytes(tmp_path, monkeypatch):
     folder = made_study(tmp_path / "study", {"mean": 0.0, "GNN": 0.1}, seeds=2, arrays=False)
     first = plots_of(folder)["pareto"].files()
-    monkeypatch.setitem(plot_style.matplotlib.rcParams, "font.size", 20.0)  # a user's own settings
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20.0)  # a user's own settings
     assert plots_of(folder)["pareto"].files() == first
     assert ET.fromstring(first["pareto.svg"]).tag.endswith("svg")
     assert np.ptp(imread(io.BytesIO(first["pareto.png"]))[..., :3]) > 0.5

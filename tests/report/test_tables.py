@@ -17,6 +17,7 @@ from bench.record import is_measured
 from bench.report.comparison import compare
 from bench.report.contents import make_report
 from bench.report.provenance import code_note
+from bench.report.quantities import PARAMETERS
 from bench.report.tables import (
     code_warnings,
     comparison_table,
@@ -58,7 +59,7 @@ def test_csv_holds_every_figure_in_full(tables, comparison):
     for row in comparison.rows:
         found = read.loc[row.configuration.label]
         assert found["loss_nats"] == row.loss.mean
-        assert found["parameters"] == row.parameters
+        assert found["parameters"] == row.model[PARAMETERS]
         if row.against:
             assert found["difference_low_nats"] == row.against.paired.interval[0]
             assert found["p_holm"] == row.against.p_adjusted

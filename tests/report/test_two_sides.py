@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from bench.report.__main__ import main
-from bench.report.compare import QUANTITIES, Limit, compare_sides, print_differences, read_side
+from bench.report.compare import Limit, compare_sides, print_differences, ratio_of, read_side
 from bench.report.comparison import compare
 from bench.study.runs import find_run, load_study, studies_in, study_folder, the_study
 from tests._records import epochs
@@ -172,7 +172,7 @@ def test_costs_are_paired_by_seed_as_in_the_report(results):
     cost = next(row.cost for row in compare(study.groups[0]).rows if row.configuration.label == "GNN")
     assert cost is not None
     [found] = compare_sides(read_side("before:mean", results), read_side("before:GNN", results)).differences
-    assert QUANTITIES["step_time"](found) == pytest.approx(cost.step_time_ratio())
+    assert ratio_of("step_time", found) == pytest.approx(cost.step_time_ratio())
 
 
 def test_the_same_configuration_by_other_code_is_what_is_compared(tmp_path):

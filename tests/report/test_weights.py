@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 from bench.report.comparison import Comparison, compare
-from bench.report.plots import weights as mixing_figure
-from bench.report.plots import weights as weights_figures
 from bench.report.plots.style import Plot
 from bench.report.plots.weights import weights_plots
 from bench.report.statistics import agreement
@@ -263,15 +261,15 @@ def test_bars_end_at_the_means_and_dots_lie_at_the_seeds(made, plots):
     axes = plots["hyperedge_weights_1"].figure.axes[0]
     ends = [bar.get_y() + bar.get_height() for bar in axes.patches]  # pyright: ignore
     assert ends == pytest.approx(reading.mean_M)
-    dots = np.asarray(axes.lines[0].get_ydata(), dtype=float)
+    dots = np.asarray(axes.lines[-1].get_ydata(), dtype=float)
     assert np.array_equal(dots.reshape(3, 6), reading.weights_SM)
     low, high = axes.get_ylim()
     assert low < reading.weights_SM.min() <= reading.weights_SM.max() < high
 
 
 def test_of_many_configurations_the_best_are_drawn_and_the_figures_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_figures, "MOST_FIGURES", 1)
-    monkeypatch.setattr(mixing_figure, "MOST_MAPS", 2)
+    monkeypatch.setattr("bench.report.plots.weights.MOST_FIGURES", 1)
+    monkeypatch.setattr("bench.report.plots.weights.MOST_MAPS", 2)
     couplers = {"HGNN a": 0.3, "HGNN b": 0.0, "HGNN c": 0.2}
     settings = {key: {"learning_rate": 0.001 * (2 + place), "static_hyperedge_strategy": "all_pairs"}
                 for place, key in enumerate(couplers)}  # fmt: skip
@@ -290,7 +288,7 @@ def test_of_many_configurations_the_best_are_drawn_and_the_figures_say_so(tmp_pa
 @pytest.mark.filterwarnings("error")
 def test_a_hundred_hyperedges_and_any_name_can_be_drawn(tmp_path, monkeypatch):
     name = "/a path/<b>$\\frac$ 漢 " + "very_long_" * 20 + "file.py:Class"
-    monkeypatch.setattr(weights_figures, "SEED_LINES", 200)
+    monkeypatch.setattr("bench.report.plots.weights.SEED_LINES", 200)
     couplers = {"HGNN all_pairs": -0.05, "other": 0.0}
     study = made_study(tmp_path / "study", couplers, seeds=2, experts=(16,), names={"other": name},
                        run_name=name, embedded=True)  # fmt: skip

@@ -25,14 +25,18 @@ from bench.report.plots.frame import (
     Legend,
     Look,
     Scale,
+    beside,
     best_and_reference,
+    hollow,
     intervals,
     looks,
+    mean_and_ends,
+    name_rows,
     scale_of,
     set_scale,
     short_names,
-    stripes,
     value_range,
+    write_beside,
 )
 from bench.report.plots.style import BLUE, GREY, VERMILLION, Plot, log_ticks, shorten
 from bench.report.quantities import (
@@ -54,11 +58,11 @@ BEYOND = 1e9
 MOST_CENSORED, ROW = 5, 0.065
 """Names of configurations out of memory in a panel, and the height of each as a share of the panel's."""
 PARETO_COLUMNS = (
-    "configuration", "seeds", "perplexity", "perplexity_low_95", "perplexity_high_95",
-    "peak_memory_mebibytes", "peak_memory_low_95_mebibytes", "peak_memory_high_95_mebibytes",
-    "tokens_per_second", "tokens_per_second_low_95", "tokens_per_second_high_95", "parameters",
-    "on_memory_front", "on_throughput_front", "on_parameters_front", "out_of_memory", "status",
-)  # fmt: skip
+    "configuration seeds perplexity perplexity_low_95 perplexity_high_95 peak_memory_mebibytes "
+    "peak_memory_low_95_mebibytes peak_memory_high_95_mebibytes tokens_per_second "
+    "tokens_per_second_low_95 tokens_per_second_high_95 parameters on_memory_front on_throughput_front "
+    "on_parameters_front out_of_memory status"
+).split()
 PARETO_NOTE = (
     "Each point is the mean over seeds, its bars the 95 % t intervals of both (none for one seed). Grey "
     "steps and rings: the Pareto front of the means, whose order within the bars is not certain."
@@ -97,14 +101,16 @@ def pareto_plot(frame: Frame) -> Plot | None:
     beyond = [frame.names[row.configuration.label] for row in frame.measured if _perplexity(row) >= BEYOND]
     lost = f"Not drawn, of a perplexity above {BEYOND:,.0f}: {', '.join(beyond[:3])}" if beyond else ""
     lost += f" and {len(beyond) - 3} more." if len(beyond) > 3 else "." if lost else ""
-    figure = frame.figure("Perplexity against what it costs", 3.5 + legend.height, PARETO_NOTE,
-                          frame.about_looks(), lost)  # fmt: skip
+    figure = frame.figure(
+        "Perplexity against what it costs", 3.5 + legend.height, PARETO_NOTE, frame.about_looks(), lost
+    )
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     fronts = {name: front(points, COSTS[name].better == "higher") for name, points in panels.items()}
     for axes, (name, points) in zip(grid, panels.items(), strict=True):
         _draw_points(axes, frame, name, points)
-    _scale_perplexity(grid[0], [point for points in panels.values() for point in points],
-                      len(out_of_memory(frame)))  # fmt: skip
+    _scale_perplexity(
+        grid[0], [point for points in panels.values() for point in points], len(out_of_memory(frame))
+    )
     for axes, name in zip(grid, panels, strict=True):
         _draw_front(axes, fronts[name], COSTS[name].better == "higher")
         _name_censored(axes, frame, COSTS[name])
@@ -131,10 +137,9 @@ def out_of_memory(frame: Frame) -> list[ComparisonRow]:
 def _points(frame: Frame, quantity: Quantity) -> list[Point]:
     found = []
     for row in frame.measured:
-        summary = on_axis(row, quantity)
-        if summary.mean is not None and _perplexity(row) < BEYOND:
-            found.append(Point(row.configuration.label, summary.mean, _perplexity(row), summary.interval,
-                               perplexities(row.loss.interval)))  # fmt: skip
+        label, x, y = row.configuration.label, on_axis(row, quantity), _perplexity(row)
+        if x.mean is not None and y < BEYOND:
+            found.append(Point(label, x.mean, y, x.interval, perplexities(row.loss.interval)))
     return found
 
 
@@ -146,9 +151,9 @@ def _draw_points(axes: Axes, frame: Frame, name: str, points: list[Point]) -> No
     quantity = COSTS[name]
     others = [point for point in points if point.label not in frame.looks]
     if others:
+        xs, ys = _coordinates(others)
         _draw_bars(axes, others, colors=OTHERS, linewidths=0.6, zorder=1)
-        axes.scatter([point.x for point in others], [point.y for point in others], s=9, color=OTHERS,
-                     linewidth=0, zorder=1)  # fmt: skip
+        axes.scatter(xs, ys, s=9, color=OTHERS, linewidth=0, zorder=1)
     for point in points:
         look = frame.looks.get(point.label)
         if look is not None:
@@ -161,10 +166,14 @@ def _draw_points(axes: Axes, frame: Frame, name: str, points: list[Point]) -> No
     set_scale(axes, "x", scale_of(xs, [point.x_ends for point in points], ratio=8))
 
 
+def _coordinates(points: list[Point]) -> tuple[list[float], list[float]]:
+    return [point.x for point in points], [point.y for point in points]
+
+
 def _draw_bars(axes: Axes, points: list[Point], **settings: Any) -> None:
-    intervals(axes, [point.y for point in points], [point.x_ends for point in points], **settings)
-    ends = [point.y_ends for point in points]
-    intervals(axes, [point.x for point in points], ends, vertical=True, **settings)
+    xs, ys = _coordinates(points)
+    intervals(axes, ys, [point.x_ends for point in points], **settings)
+    intervals(axes, xs, [point.y_ends for point in points], vertical=True, **settings)
 
 
 def _scale_perplexity(axes: Axes, points: list[Point], censored: int) -> None:
@@ -184,9 +193,9 @@ def _draw_front(axes: Axes, points: list[Point], more_is_better: bool) -> None:
         following = points[place + 1].x if place + 1 < len(points) else edge
         xs += [point.x, following]
         ys += [point.y, point.y]
-    axes.plot(xs, ys, color=GREY, linewidth=1, linestyle="--", zorder=1.5)
-    axes.scatter([point.x for point in points], [point.y for point in points], s=110, facecolor="none",
-                 edgecolor="black", linewidth=0.9, zorder=5)  # fmt: skip
+    axes.plot(xs, ys, color=GREY, lw=1, ls="--", zorder=1.5)
+    rings = {"facecolor": "none", "edgecolor": "black", "linewidth": 0.9}
+    axes.scatter(*_coordinates(points), s=110, **rings, zorder=5)
 
 
 def _name_censored(axes: Axes, frame: Frame, quantity: Quantity) -> None:
@@ -197,17 +206,14 @@ def _name_censored(axes: Axes, frame: Frame, quantity: Quantity) -> None:
     left = quantity.better == "higher"
     marker = "^" if quantity.of_model else "<" if left else ">"
     outer, side = (0.03, "left") if left else (0.97, "right")
-    style: dict[str, Any] = {"fontsize": 7, "color": VERMILLION, "va": "center", "zorder": 6,
-                             "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.6}}  # fmt: skip
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    style: dict[str, Any] = {"fontsize": 7, "color": VERMILLION, "va": "center", "zorder": 6, "bbox": box}
     axes.text(outer, 1 - 0.6 * ROW, "out of memory:", transform=axes.transAxes, ha=side, **style)
     for place, row in enumerate(rows[:MOST_CENSORED]):
         at, height = _place(axes, quantity, row, outer), 1 - ROW * (place + 1.6)
-        to_right = left or at < 0.5
-        axes.plot(at, height, marker=marker, markersize=6, markerfacecolor="white",
-                  markeredgecolor=VERMILLION, transform=axes.transAxes, linestyle="", zorder=6)  # fmt: skip
+        hollow(axes, at, height, marker, VERMILLION, axes.transAxes)
         name = shorten(frame.names[row.configuration.label], 26)
-        axes.annotate(name, (at, height), xycoords="axes fraction", xytext=(7 if to_right else -7, 0),
-                      textcoords="offset points", ha="left" if to_right else "right", **style)  # fmt: skip
+        beside(axes, name, (at, height), 7 if left or at < 0.5 else -7, "axes fraction", **style)
     if len(rows) > MOST_CENSORED:
         text, height = f"and {len(rows) - MOST_CENSORED} more", 1 - ROW * (MOST_CENSORED + 1.6)
         axes.text(outer, height, text, transform=axes.transAxes, ha=side, **style)
@@ -225,26 +231,23 @@ def _place(axes: Axes, quantity: Quantity, row: ComparisonRow, outer: float) -> 
 def _pareto_table(frame: Frame, fronts: dict[str, list[Point]]) -> list[list[Any]]:
     on_front = {name: {point.label for point in points} for name, points in fronts.items()}
     rows = []
-    failed = [row for row in frame.comparison.rows if row.loss.mean is None]
-    for row in (*frame.measured, *failed):
+    for row in frame.ranked:
         label, loss = row.configuration.label, row.loss
-        measured = [on_axis(row, quantity) for quantity in (PEAK_MEMORY, TOKENS_PER_SECOND)]
-        rows.append([
-            label, loss.n, None if loss.mean is None else exp_or_infinity(loss.mean),
-            *(perplexities(loss.interval) or (None, None)),
-            *(value for found in measured for value in (found.mean, *(found.interval or (None, None)))),
-            row.model[PARAMETERS], *(label in on_front.get(name, ()) for name in COSTS), row.out_of_memory,
-            row.configuration.statuses(),
-        ])  # fmt: skip
+        perplexity = None if loss.mean is None else exp_or_infinity(loss.mean)
+        means = [on_axis(row, quantity) for quantity in (PEAK_MEMORY, TOKENS_PER_SECOND)]
+        quality = [perplexity, *(perplexities(loss.interval) or (None, None))]
+        ends = [label in on_front.get(name, ()) for name in COSTS]
+        ends += [row.out_of_memory, row.configuration.statuses()]
+        rows.append([label, loss.n, *quality, *mean_and_ends(*means), row.model[PARAMETERS], *ends])
     return rows
 
 
 MOST_ROWS = 80
 ADDED_COLUMNS = (
-    "configuration", "mean_coupler_configuration", "seeds_paired", "added_step_milliseconds",
-    "added_step_low_95_milliseconds", "added_step_high_95_milliseconds", "floor_milliseconds",
-    "added_training_flops_per_token", "mean_coupler_flops_per_second",
-)  # fmt: skip
+    "configuration mean_coupler_configuration seeds_paired added_step_milliseconds "
+    "added_step_low_95_milliseconds added_step_high_95_milliseconds floor_milliseconds "
+    "added_training_flops_per_token mean_coupler_flops_per_second"
+).split()
 ADDED_NOTE = (
     "Measured: median training step less that of the same model with the mean coupler, paired by seed, with "
     "the 95 % t interval (none for one seed); of separate runs, unless the configuration is marked as timed "
@@ -281,11 +284,12 @@ def coupler_cost_plot(frame: Frame) -> Plot | None:
     figure = frame.figure("What a coupler adds to a training step", step * len(shown) + 1.0, ADDED_NOTE, rest)
     axes = figure.subplots()
     _draw_added(axes, frame, shown, 8 if step > 0.2 else 7)
-    Legend([
-        Line2D([], [], color="black", linewidth=1.6, marker="o", markerfacecolor=BLUE, label=MEASURED),
-        Line2D([], [], color=VERMILLION, linestyle="", marker="|", markersize=11, markeredgewidth=2.4,
-               label=FLOOR),
-    ]).below(figure)  # fmt: skip
+    measured, floor = (
+        {"color": "black", "linewidth": 1.6, "marker": "o", "markerfacecolor": BLUE},
+        {"color": VERMILLION, "linestyle": "", "marker": "|", "markersize": 11, "markeredgewidth": 2.4},
+    )
+    handles = [Line2D([], [], label=MEASURED, **measured), Line2D([], [], label=FLOOR, **floor)]
+    Legend(handles).below(figure)
     return Plot("coupler_cost", figure, ADDED_COLUMNS, [_cells(one) for one in added])
 
 
@@ -324,23 +328,15 @@ def _draw_added(axes: Axes, frame: Frame, shown: list[Added], size: int) -> None
     floors = [(place, one.floor) for place, one in enumerate(shown) if one.floor is not None]
     known = [0.0, *means, *(floor for _, floor in floors)]
     set_scale(axes, "x", Scale(*value_range(known, ends)))
-    axes.axvline(0, color="black", linewidth=1)
+    axes.axvline(0, color="black", lw=1)
     intervals(axes, range(len(shown)), ends, colors="black", linewidths=1.6, zorder=3)
     axes.scatter(means, range(len(shown)), s=30, color=BLUE, edgecolor="black", linewidth=0.6, zorder=4)
     if floors:
         places, values = zip(*floors, strict=True)
         axes.scatter(values, places, marker="|", s=120, color=VERMILLION, linewidth=2.4, zorder=3.5)
-    axes.set_yticks(range(len(shown)), [_name(frame, one) for one in shown], fontsize=size)
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(False, axis="y")
-    stripes(axes, len(shown))
+    name_rows(axes, [_name(frame, one) for one in shown], size)
     axes.set_xlabel("added to the median training step (ms)")
-    beside = axes.twinx()
-    beside.set_ylim(axes.get_ylim())
-    beside.set_yticks(range(len(shown)), [_words(one) for one in shown], fontsize=size - 0.5)
-    beside.tick_params(axis="y", length=0)
-    beside.grid(False)
+    write_beside(axes, [_words(one) for one in shown], size - 0.5)
 
 
 def _name(frame: Frame, one: Added) -> str:
@@ -355,19 +351,19 @@ def _words(one: Added) -> str:
 
 
 def _cells(one: Added) -> list[Any]:
-    found = one.milliseconds
-    return [one.row.configuration.label, one.cost.over, found.n, found.mean,
-            *(found.interval or (None, None)), one.floor, one.cost.flops_per_token, one.rate]  # fmt: skip
+    label, found, cost = one.row.configuration.label, one.milliseconds, one.cost
+    return [label, cost.over, found.n, *mean_and_ends(found), one.floor, cost.flops_per_token, one.rate]
 
 
-BY_EXPERTS = {"peak_memory_mebibytes": PEAK_MEMORY, "tokens_per_second": TOKENS_PER_SECOND,
-              "step_milliseconds": STEP_SECONDS}  # fmt: skip
+BY_EXPERTS = {
+    "peak_memory_mebibytes": PEAK_MEMORY,
+    "tokens_per_second": TOKENS_PER_SECOND,
+    "step_milliseconds": STEP_SECONDS,
+}
 """The quantities that are drawn against the number of experts, by their columns."""
-EXPERTS_COLUMNS = (
-    "configuration", "line", "num_experts", "seeds",
-    *(f"{name}{end}" for name in BY_EXPERTS for end in ("", "_low_95", "_high_95")),
-    "out_of_memory", "status",
-)  # fmt: skip
+EXPERTS_COLUMNS = ["configuration", "line", "num_experts", "seeds"]
+EXPERTS_COLUMNS += [f"{name}{end}" for name in BY_EXPERTS for end in ("", "_low_95", "_high_95")]
+EXPERTS_COLUMNS += ["out_of_memory", "status"]
 MARK_ROOM, MOST_MARKS = 0.06, 10
 """The share of the axis' height for each mark of a line that ran out of memory, and the most marks."""
 EXPERTS_NOTE = (
@@ -392,12 +388,12 @@ class Line:
 def experts_plot(frame: Frame) -> Plot | None:
     """Return ``experts``; None where the number of experts does not vary or nothing was measured."""
     lines = lines_of(frame.comparison.rows)
-    panels = [quantity for quantity in BY_EXPERTS.values()
-              if any(row.means[quantity].n for line in lines for row in line.rows)]  # fmt: skip
-    if len({experts(row) for line in lines for row in line.rows}) < 2 or not panels:
+    rows = [row for line in lines for row in line.rows]
+    panels = [found for found in BY_EXPERTS.values() if any(row.means[found].n for row in rows)]
+    if len({experts(row) for row in rows}) < 2 or not panels:
         return None
-    reference = next(line.name for line in lines if any(
-        row.configuration is frame.comparison.reference for row in line.rows))  # fmt: skip
+    chosen = frame.comparison.reference
+    reference = next(line.name for line in lines for row in line.rows if row.configuration is chosen)
     ranked = [line.name for line in sorted(lines, key=lambda line: line.best)]
     known = looks([line.name for line in lines], reference, ranked)
     names = short_names([line.name for line in lines])
@@ -454,7 +450,7 @@ def _draw_lines(axes: Axes, lines: list[Line], known: dict[str, Look], quantity:
         xs, means = [x for x, _ in found], [summary.mean or 0.0 for _, summary in found]
         values += means
         if look is None:
-            axes.plot(xs, means, color=OTHERS, linewidth=0.7, marker=".", markersize=3, zorder=1)
+            axes.plot(xs, means, color=OTHERS, lw=0.7, marker=".", ms=3, zorder=1)
             continue
         ends: list[Interval | None] = [_positive(summary) for _, summary in found]
         intervals(axes, xs, ends, vertical=True, colors=look.colour, linewidths=1.2, zorder=2)
@@ -509,30 +505,26 @@ def _mark_censored(
 ) -> None:
     """Mark at the edge where each line ran out of memory, with the marker of the line but hollow."""
     transform = axes.get_xaxis_transform()
+
+    def height(level: float) -> float:
+        return 1 - MARK_ROOM * level if ceiling else MARK_ROOM * level
+
     for count, lines in censored.items():
         for level, line in enumerate(lines[:MOST_MARKS]):
             look = known.get(line.name, Look(OTHERS, "", "o"))
-            height = MARK_ROOM * (level + 0.5)
-            axes.plot(count, 1 - height if ceiling else height, marker=look.marker, markersize=5.5,
-                      markerfacecolor="white", markeredgecolor=look.colour, markeredgewidth=1.4,
-                      linestyle="", transform=transform, zorder=5)  # fmt: skip
+            hollow(axes, count, height(level + 0.5), look.marker, look.colour, transform)
         if len(lines) > MOST_MARKS:
-            height = MARK_ROOM * (MOST_MARKS + 0.5)
-            axes.text(count, 1 - height if ceiling else height, f"+{len(lines) - MOST_MARKS}", ha="center",
-                      va="center", transform=transform, fontsize=7.5)  # fmt: skip
+            text, at = f"+{len(lines) - MOST_MARKS}", height(MOST_MARKS + 0.5)
+            axes.text(count, at, text, ha="center", va="center", transform=transform, fontsize=7.5)
     if censored:
-        first, height = min(censored), MARK_ROOM / 2
-        axes.annotate("out of memory", (first, 1 - height if ceiling else height), xycoords=transform,
-                      xytext=(-7, 0), textcoords="offset points", ha="right", va="center", fontsize=7.5,
-                      color=VERMILLION)  # fmt: skip
+        at = (min(censored), height(0.5))
+        beside(axes, "out of memory", at, -7, transform, va="center", fontsize=7.5, color=VERMILLION)
 
 
 def _experts_table(lines: list[Line]) -> list[list[Any]]:
     table = []
-    for line in lines:
-        for row in line.rows:
-            found = [on_axis(row, quantity) for quantity in BY_EXPERTS.values()]
-            cells = [value for one in found for value in (one.mean, *(one.interval or (None, None)))]
-            table.append([row.configuration.label, line.name, experts(row), row.loss.n, *cells,
-                          row.out_of_memory, row.configuration.statuses()])  # fmt: skip
+    for name, row in ((line.name, row) for line in lines for row in line.rows):
+        cells = mean_and_ends(*(on_axis(row, quantity) for quantity in BY_EXPERTS.values()))
+        head = [row.configuration.label, name, experts(row), row.loss.n]
+        table.append([*head, *cells, row.out_of_memory, row.configuration.statuses()])
     return table

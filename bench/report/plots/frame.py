@@ -1,8 +1,6 @@
-"""What all plots of one study share: header, warnings, names, and how each configuration looks.
+"""What the plots of a study share: header, names, looks and legend; curves over seeds; marks and scales.
 
-Histories of a configuration's seeds as arrays. Letters: S seeds, T steps.
-
-Marks and scales that several figures need: intervals, bands, ranges that outliers do not spoil.
+Letters: S seeds, T steps.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Transform
 from scipy.signal import lfilter
 
 from bench.record import MINUS
@@ -41,22 +40,34 @@ from bench.report.plots.style import (
     step_axis,
 )
 from bench.report.quantities import counted
+from bench.report.statistics import Summary
 from bench.study.run_files import Row
-from bench.study.runs import Configuration
+from bench.study.runs import Configuration, Run
 
-COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)  # with four line styles: twelve looks
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+"""With four line styles they give twelve looks."""
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h", "d")
-MAX_LOOKS = 12  # more lines cannot be told apart
-BEST = 7  # of more, so many have a look, and the reference
+MAX_LOOKS = 12
+"""The most configurations with a look; readers cannot tell more lines apart."""
+BEST = 7
+"""Of more configurations, the number of best ones that have a look, beside the reference."""
 OTHERS = "#bbbbbb"
 LABEL_LENGTH = 44
-WIDTH = 10.0  # inches, as the plots of a run
-LEGEND_ROW, LETTER, HANDLE = 0.18, 0.068, 0.75  # inches
+WIDTH = 10.0
+"""The width of a figure in inches."""
+LEGEND_ROW, LETTER, HANDLE = 0.18, 0.068, 0.75
+"""Sizes in inches: the height of a row of a legend, the width of a letter and of a handle."""
+MOST_STEPS = 400
+"""The most steps of a curve that are drawn and listed; of more steps, evenly chosen ones are."""
+FEW = 12
+"""Up to so many points of a curve, each has a marker."""
+Ends = tuple[float, float]
+"""The ends of an interval or of a range."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a configuration is drawn, wherever it is drawn."""
+    """How a configuration is drawn in every plot."""
 
     colour: str
     line: str
@@ -64,14 +75,14 @@ class Look:
     width: float = 1.5
 
     def of_line(self) -> dict[str, Any]:
-        """Return the settings of a line."""
+        """Return the settings of its line."""
         above = 3 if self.colour == "black" else 2
         return {"color": self.colour, "linestyle": self.line, "linewidth": self.width, "zorder": above}
 
     def of_marker(self) -> dict[str, Any]:
-        """Return the settings of markers."""
-        return {"marker": self.marker, "markersize": 5.5, "markerfacecolor": self.colour,
-                "markeredgecolor": "black", "markeredgewidth": 0.5}  # fmt: skip
+        """Return the settings of its markers."""
+        edge = {"markeredgecolor": "black", "markeredgewidth": 0.5}
+        return {"marker": self.marker, "markersize": 5.5, "markerfacecolor": self.colour, **edge}
 
 
 REFERENCE = Look("black", "-", "o", 2.2)
@@ -79,87 +90,104 @@ REFERENCE = Look("black", "-", "o", 2.2)
 
 @dataclass(frozen=True)
 class Frame:
-    """A study's name and comparison, and what its plots have in common."""
+    """A study's name and comparison, with the texts, looks and curves that its plots share."""
 
     study: str
     comparison: Comparison
 
     @cached_property
     def measured(self) -> list[ComparisonRow]:
-        """The rows with a loss, the best first."""
+        """The rows with a loss, the lowest loss first."""
         rows = [row for row in self.comparison.rows if row.loss.mean is not None]
         return sorted(rows, key=lambda row: row.loss.mean or 0.0)
 
     @cached_property
+    def ranked(self) -> list[ComparisonRow]:
+        """All rows: those with a loss, the lowest first, then those without."""
+        return [*self.measured, *(row for row in self.comparison.rows if row.loss.mean is None)]
+
+    @cached_property
     def names(self) -> dict[str, str]:
-        """Label → what a plot calls the configuration: in one line, drawable, never twice the same."""
+        """The name of each configuration in plots, by its label: unique, and in one line."""
         return short_names([row.configuration.label for row in self.comparison.rows])
 
     @cached_property
     def looks(self) -> dict[str, Look]:
-        """Label → look of the configurations that are told apart; the others are grey."""
+        """The look of each configuration that has one, by its label; the other configurations are grey."""
         known = [row.configuration.label for row in self.measured]
         stable = [one.label for one in self.comparison.group.configurations if one.label in known]
         return looks(stable, self.comparison.reference.label, ranked=known)
 
     @cached_property
     def training_losses(self) -> dict[str, Curve]:
-        """Label → smoothed training loss in nats, of those with a history."""
+        """The smoothed training loss in nats by label; without configurations that have no history."""
         curves = {row.configuration.label: training_curve(row.configuration, "loss") for row in self.measured}
         return {label: curve.smoothed().thinned() for label, curve in curves.items() if curve is not None}
 
     @cached_property
     def validation_losses(self) -> dict[str, Curve]:
-        """Label → validation loss in nats, of those with an evaluation."""
+        """The validation loss in nats by label; without configurations that have no evaluation."""
         curves = {row.configuration.label: validation_curve(row.configuration) for row in self.measured}
         return {label: curve.thinned() for label, curve in curves.items() if curve is not None}
 
     def name(self, configuration: Configuration) -> str:
-        """Return the name of a configuration, and whether it is the reference."""
+        """Return the name of a configuration, with "(reference)" if it is the reference."""
         role = " (reference)" if configuration is self.comparison.reference else ""
         return self.names[configuration.label] + role
 
     def figure(self, subject: str, height: float, *notes: str) -> Figure:
-        """Return an empty figure below the study's header, whose notes say how to read it."""
+        """Return an empty figure below the study's header; the notes say how to read it."""
         group = self.comparison.group
-        parts = [shorten(self.study), counted(len(group.configurations), "configuration"),
-                 counted(len(group.runs), "run"), group.basis.words()]  # fmt: skip
-        return headed_figure(subject, printable(" · ".join(parts)), self.warnings(), WIDTH, height,
-                             " ".join(filter(None, notes)))  # fmt: skip
+        sizes = counted(len(group.configurations), "configuration"), counted(len(group.runs), "run")
+        title = printable(" · ".join([shorten(self.study), *sizes, group.basis.words()]))
+        note = " ".join(filter(None, notes))
+        return headed_figure(subject, title, self.warnings(), WIDTH, height, note)
 
     def warnings(self) -> list[str]:
         """Return what a reader of any plot must not miss."""
         group = self.comparison.group
         notes = ["NOT WIKITEXT-2: embedded text"] * group.embedded
-        lost = [(one, Counter(run.status if run.status != "ok" else
-                              "with a seed that ran twice" if run.counts else "not scored"
-                              for run in one.runs if one.doubled or not run.counts))
-                for one in group.configurations]  # fmt: skip
-        lost = [(one, statuses) for one, statuses in lost if statuses]
+        lost = []
+        for one in group.configurations:
+            statuses = Counter(_why_not(run) for run in one.runs if one.doubled or not run.counts)
+            if statuses:
+                lost.append((one, statuses))
         if lost:
             total = sum(statuses.total() for _, statuses in lost)
-            listed = [f"{self.names[one.label]}: {', '.join(f'{n} {status}' for status, n in found.items())}"
-                      for one, found in lost[:4]]  # fmt: skip
+            listed = [
+                f"{self.names[one.label]}: {', '.join(f'{n} {status}' for status, n in found.items())}"
+                for one, found in lost[:4]
+            ]
             listed += [f"and {counted(len(lost) - 4, 'more configuration')}"] * (len(lost) > 4)
             notes.append(f"{total} of {counted(len(group.runs), 'run')} do not count ({'; '.join(listed)})")
         return notes
 
     def about_looks(self) -> str:
-        """Return which configurations have a look, where not all have one."""
+        """Return a sentence on which configurations have a colour; empty if all have one."""
         grey = len(self.measured) - len(self.looks)
         if not grey:
             return ""
         return f"In colour: {best_and_reference(self.looks)}; grey: {grey} others."
 
     def legend(self, lines: bool = True) -> Legend:
-        """Return the legend of the configurations in the order of the losses, the best first."""
-        entries = [(self.name(row.configuration), self.looks[row.configuration.label])
-                   for row in self.measured if row.configuration.label in self.looks]  # fmt: skip
+        """Return the legend of the configurations, the lowest loss first."""
+        entries = [
+            (self.name(row.configuration), self.looks[row.configuration.label])
+            for row in self.measured
+            if row.configuration.label in self.looks
+        ]
         return Legend.of(entries, lines, others=len(self.measured) - len(entries))
 
 
+def _why_not(run: Run) -> str:
+    """Return why a run does not count."""
+    if run.status != "ok":
+        return run.status
+    return "with a seed that ran twice" if run.counts else "not scored"
+
+
 def looks(labels: Sequence[str], reference: str | None, ranked: Sequence[str]) -> dict[str, Look]:
-    """Return label → look; of more than ``MAX_LOOKS`` only of the reference and the best of ``ranked``."""
+    """Return looks by label; of more than ``MAX_LOOKS``, for the reference and the best of ``ranked``."""
     if len(labels) > MAX_LOOKS:
         best = [label for label in ranked if label != reference][:BEST]
         labels = [label for label in labels if label == reference or label in best]
@@ -170,14 +198,14 @@ def looks(labels: Sequence[str], reference: str | None, ranked: Sequence[str]) -
 
 
 def best_and_reference(found: dict[str, Look]) -> str:
-    """Return in words which configurations have a look, where not all have one."""
+    """Return in words which configurations have a look, if not all have one."""
     if REFERENCE not in found.values():
         return f"the best {len(found)}"
     return f"the best {len(found) - 1} and the reference"
 
 
 def short_names(labels: Sequence[str], length: int = LABEL_LENGTH) -> dict[str, str]:
-    """Return label → its short form; where two would be the same they get a number each."""
+    """Return the short form of each label; equal short forms get a number each."""
     short = {label: printable(shorten(label, length)) for label in labels}
     seen = Counter(short.values())
     counts: Counter[str] = Counter()
@@ -190,14 +218,14 @@ def short_names(labels: Sequence[str], length: int = LABEL_LENGTH) -> dict[str, 
 
 @dataclass(frozen=True)
 class Legend:
-    """Handles of a legend, and the room that it takes below the panels."""
+    """A legend below the panels, and its size."""
 
     handles: list[Line2D]
     handle_length: float = 3.6
 
     @classmethod
     def of(cls, entries: Sequence[tuple[str, Look]], lines: bool = True, others: int = 0) -> Legend:
-        """Return the legend of these names and looks, and of so many grey ``others``."""
+        """Return the legend of these names and looks, and of a number of grey ``others``."""
         found = []
         for name, look in entries:
             style: dict[str, Any] = look.of_line() | look.of_marker() | ({} if lines else {"linestyle": ""})
@@ -209,22 +237,19 @@ class Legend:
 
     @property
     def columns(self) -> int:
-        """How many columns fit below the panels."""
+        """The number of columns that fit below the panels."""
         widest = HANDLE + LETTER * max((len(str(handle.get_label())) for handle in self.handles), default=1)
         return max(1, min(4, len(self.handles), int((WIDTH - 0.2) / widest)))
 
     @property
     def height(self) -> float:
-        """Its height below the panels, in inches."""
+        """The height in inches."""
         return LEGEND_ROW * -(-len(self.handles) // self.columns) + 0.1
 
     def below(self, figure: Figure) -> None:
-        """Write it below the panels."""
-        figure.legend(handles=self.handles, loc="outside lower left", ncols=self.columns,
-                      handlelength=self.handle_length, columnspacing=1.5, borderaxespad=0.2)  # fmt: skip
-
-
-MOST_STEPS = 400  # drawn and listed; of more, evenly chosen ones
+        """Draw the legend below the panels."""
+        space = {"columnspacing": 1.5, "borderaxespad": 0.2, "handlelength": self.handle_length}
+        figure.legend(handles=self.handles, loc="outside lower left", ncols=self.columns, **space)
 
 
 @dataclass(frozen=True)
@@ -237,32 +262,34 @@ class Curve:
 
     @property
     def mean_T(self) -> np.ndarray:
-        """The mean over seeds; not finite where a seed's value is not."""
+        """The mean over seeds; not finite where the value of a seed is not."""
         with np.errstate(invalid="ignore"):
             return self.values_ST.mean(axis=0)
 
     @property
     def deviation_T(self) -> np.ndarray | None:
-        """The sample's standard deviation over seeds, None for one seed."""
+        """The sample's standard deviation over seeds; None for one seed."""
         if len(self.seeds) < 2:
             return None
         with np.errstate(invalid="ignore"):
             return self.values_ST.std(axis=0, ddof=1)
 
     def smoothed(self) -> Curve:
-        """Return each seed's exponential average, as ``training_figure.smooth``.
+        """Return the exponential average of each seed, as ``smooth`` computes it.
 
-        A value that is no number is passed over and leaves a gap.
+        Values that are not finite are skipped and leave a gap.
         """
         keep = 1 - 2 / (smoothing_span(len(self.steps_T)) + 1)
         finite_ST = np.isfinite(self.values_ST)
-        sums_ST, weights_ST = (lfilter([1.0], [1.0, -keep], values_ST, axis=1) for values_ST in (
-            np.where(finite_ST, self.values_ST, 0.0), finite_ST.astype(float)))  # fmt: skip
+        sums_ST, weights_ST = (
+            lfilter([1.0], [1.0, -keep], values_ST, axis=1)
+            for values_ST in (np.where(finite_ST, self.values_ST, 0.0), finite_ST.astype(float))
+        )
         smooth_ST = np.divide(sums_ST, weights_ST, out=np.full_like(self.values_ST, np.nan), where=finite_ST)
         return Curve(self.seeds, self.steps_T, smooth_ST)
 
     def thinned(self) -> Curve:
-        """Return at most ``MOST_STEPS`` steps, the first and the last among them."""
+        """Return at most ``MOST_STEPS`` steps, with the first and the last."""
         steps = len(self.steps_T)
         if steps <= MOST_STEPS:
             return self
@@ -270,7 +297,7 @@ class Curve:
         return Curve(self.seeds, self.steps_T[chosen], self.values_ST[:, chosen])
 
     def less(self, other: Curve) -> Curve | None:
-        """Return the paired difference over the seeds and the steps that both have; None without any."""
+        """Return the paired difference over the seeds and steps that both have; None without common ones."""
         seeds = [seed for seed in self.seeds if seed in other.seeds]
         steps_T = np.intersect1d(self.steps_T, other.steps_T)
         if not seeds or not len(steps_T):
@@ -280,22 +307,22 @@ class Curve:
             return Curve(tuple(seeds), steps_T, ours - theirs)
 
     def at(self, seeds: Sequence[int], steps_T: np.ndarray) -> np.ndarray:
-        """Return the values of some seeds at some steps, which it has."""
+        """Return the values of some of its seeds at some of its steps."""
         rows = [self.seeds.index(seed) for seed in seeds]
         return self.values_ST[rows][:, np.isin(self.steps_T, steps_T)]
 
     def means(self) -> dict[int, float]:
-        """Return step → mean over seeds."""
+        """Return the mean over seeds by step."""
         return dict(zip(self.steps_T.tolist(), self.mean_T.tolist(), strict=True))
 
 
 def training_curve(configuration: Configuration, key: str) -> Curve | None:
-    """Return a quantity of the training steps over the runs that count, None without a history."""
+    """Return a quantity of the training steps over the runs that count; None without a history."""
     return _curve(configuration, lambda run: run.train, lambda row: row[key])
 
 
 def validation_curve(configuration: Configuration) -> Curve | None:
-    """Return the validation loss in nats over the runs that count, None without an evaluation."""
+    """Return the validation loss in nats over the runs that count; None without an evaluation."""
     return _curve(configuration, lambda run: run.validation, lambda row: row["nll_sum"] / row["tokens"])
 
 
@@ -317,10 +344,6 @@ def _common(steps: Sequence[Sequence[int]]) -> np.ndarray:
     return reduce(np.intersect1d, map(np.array, steps))
 
 
-Ends = tuple[float, float]
-FEW = 12  # so few points are marked one by one
-
-
 class Scale(NamedTuple):
     """The ends of an axis, and whether it is logarithmic."""
 
@@ -329,28 +352,38 @@ class Scale(NamedTuple):
     log: bool = False
 
 
-def intervals(axes: Axes, places: Sequence[float], ends: Sequence[Ends | None], vertical: bool = False,
-              **settings) -> None:  # fmt: skip
-    """Draw an interval at each place: a horizontal line, or a vertical one. None is no interval."""
-    segments = [[(place, end) if vertical else (end, place) for end in both]
-                for place, both in zip(places, ends, strict=True) if both is not None]  # fmt: skip
+def intervals(
+    axes: Axes, places: Sequence[float], ends: Sequence[Ends | None], vertical: bool = False, **settings
+) -> None:
+    """Draw a horizontal or vertical line for the interval at each place; None means no interval."""
+    segments = [
+        [(place, end) if vertical else (end, place) for end in both]
+        for place, both in zip(places, ends, strict=True)
+        if both is not None
+    ]
     if segments:
         axes.add_collection(LineCollection(segments, **settings), autolim=False)
 
 
 def stripes(axes: Axes, rows: int) -> None:
-    """Shade every second row, so that an eye keeps to its own; one artist, since many are slow."""
-    bands = [[(0, place - 0.5), (1, place - 0.5), (1, place + 0.5), (0, place + 0.5)]
-             for place in range(1, rows, 2)]  # fmt: skip
+    """Shade every second row, so that a row is easy to follow; as one artist, since many artists are slow."""
+    bands = [
+        [(0, place - 0.5), (1, place - 0.5), (1, place + 0.5), (0, place + 0.5)]
+        for place in range(1, rows, 2)
+    ]
     transform = axes.get_yaxis_transform()
-    axes.add_collection(PolyCollection(bands, facecolor="#f5f5f5", transform=transform, zorder=0),
-                        autolim=False)  # fmt: skip
+    axes.add_collection(
+        PolyCollection(bands, facecolor="#f5f5f5", transform=transform, zorder=0), autolim=False
+    )
 
 
 def draw_curves(axes: Axes, curves: dict[str, Curve], looks: dict[str, Look], bands: bool = True) -> None:
-    """Draw the mean over seeds of each curve and, for those with a look, a band of ± 1 standard deviation."""
-    grey = [np.column_stack([curve.steps_T, curve.mean_T]) for label, curve in curves.items()
-            if label not in looks]  # fmt: skip
+    """Draw the mean of each curve; for curves with a look also a band of ± 1 standard deviation."""
+    grey = [
+        np.column_stack([curve.steps_T, curve.mean_T])
+        for label, curve in curves.items()
+        if label not in looks
+    ]
     if grey:
         axes.add_collection(LineCollection(grey, colors=OTHERS, linewidths=0.7, zorder=1), autolim=False)
     for number, (label, look) in enumerate(looks.items()):
@@ -359,14 +392,14 @@ def draw_curves(axes: Axes, curves: dict[str, Curve], looks: dict[str, Look], ba
             continue
         deviation_T, steps = curve.deviation_T, len(curve.steps_T)
         if bands and deviation_T is not None:
-            axes.fill_between(curve.steps_T, curve.mean_T - deviation_T, curve.mean_T + deviation_T,
-                              color=look.colour, alpha=0.13, linewidth=0)  # fmt: skip
+            low_T, high_T = curve.mean_T - deviation_T, curve.mean_T + deviation_T
+            axes.fill_between(curve.steps_T, low_T, high_T, color=look.colour, alpha=0.13, linewidth=0)
         every = 1 if steps <= FEW else (number * steps // 40 % max(1, steps // 4), max(1, steps // 4))
         axes.plot(curve.steps_T, curve.mean_T, markevery=every, **look.of_line(), **look.of_marker())
 
 
 def finish_steps(axes: Axes, title: str, unit: str, curves: dict[str, Curve], gap: float = 10) -> None:
-    """Label a panel of curves and give it a range that shows them, whatever a few values or lines do."""
+    """Label a panel of curves, and set a range that shows most of them despite a few outliers."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_ylabel(unit)
     step_axis(axes, [int(curve.steps_T[-1]) for curve in curves.values()], margin=0.02)
@@ -378,9 +411,9 @@ def finish_steps(axes: Axes, title: str, unit: str, curves: dict[str, Curve], ga
 
 
 def curves_range(curves: Sequence[Curve], gap: float = 10) -> Ends:
-    """Return the range of the curves and their bands, without lines that lie far above most others.
+    """Return the range of the curves and their bands, without curves that lie far above the others.
 
-    Far is ``gap`` times as far from the lowest value as those below them.
+    A curve lies far above if its distance from the lowest value is ``gap`` times that of the curves below it.
     """
     ends = [found for curve in curves if (found := _extent(curve)) is not None]
     if not ends:
@@ -392,7 +425,7 @@ def curves_range(curves: Sequence[Curve], gap: float = 10) -> Ends:
 
 
 def _extent(curve: Curve) -> Ends | None:
-    """Return the range of a curve and its band, but for a few steps that lie far above the others."""
+    """Return the range of a curve and its band, without a few steps that lie far above the others."""
     half_T = 0.0 if curve.deviation_T is None else curve.deviation_T
     values = np.concatenate([curve.mean_T - half_T, curve.mean_T + half_T])
     known = values[np.isfinite(values)]
@@ -403,7 +436,7 @@ def _extent(curve: Curve) -> Ends | None:
 
 
 def usual_reach(distances: Sequence[float], gap: float, least: float = 0.0) -> float:
-    """Return the largest of ``distances`` that no gap parts from their median: a factor of ``gap``."""
+    """Return the largest of ``distances`` before a gap above their median; a gap is a factor of ``gap``."""
     ordered = sorted(distances)
     middle = (len(ordered) - 1) // 2
     reach = max(least, ordered[middle])
@@ -415,7 +448,7 @@ def usual_reach(distances: Sequence[float], gap: float, least: float = 0.0) -> f
 
 
 def value_range(values: Sequence[float], ends: Sequence[Ends | None]) -> Ends:
-    """Return the range of an axis of values with intervals, which are cut where they are far wider."""
+    """Return the range of an axis of values with intervals; intervals that are far wider are cut."""
     low, high = min(values), max(values)
     least = (0.02 if low == high else 0.002) * abs(high) or 1.0  # a finer scale would show noise
     spread = max(high - low, least)
@@ -429,7 +462,7 @@ def value_range(values: Sequence[float], ends: Sequence[Ends | None]) -> Ends:
 
 
 def scale_of(values: Sequence[float], ends: Sequence[Ends | None], ratio: float) -> Scale:
-    """Return the scale of values with intervals: logarithmic where the values span more than ``ratio``."""
+    """Return the scale of values with intervals; logarithmic if the values span more than ``ratio``."""
     smallest, largest = min(values), max(values)
     if smallest > 0 and largest / smallest > ratio:
         return Scale(smallest / 1.25, largest * 1.25, log=True)
@@ -447,6 +480,61 @@ def set_scale(axes: Axes, axis: Literal["x", "y"], scale: Scale) -> None:
     ticks.set_major_formatter(FuncFormatter(lambda value, _: plain(value).replace("-", MINUS)))
 
 
+def hollow(axes: Axes, x: float, y: float, marker: str, colour: str, transform: Transform) -> None:
+    """Draw a hollow marker, which stands for a configuration that ran out of memory."""
+    style = {"marker": marker, "markersize": 6, "markerfacecolor": "white", "markeredgecolor": colour}
+    axes.plot(x, y, **style, ls="", transform=transform, zorder=6)
+
+
+def beside(axes: Axes, text: str, at: Ends, points: float, coords: Any, **settings: Any) -> None:
+    """Write a text to the right of ``at``, or to the left if ``points`` is negative."""
+    side = "left" if points > 0 else "right"
+    axes.annotate(
+        text, at, xycoords=coords, xytext=(points, 0), textcoords="offset points", ha=side, **settings
+    )
+
+
+def name_rows(axes: Axes, names: Sequence[str], size: float) -> None:
+    """Name the rows of a panel from top to bottom, and shade every second row."""
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    plain_rows(axes, len(names))
+
+
+def plain_rows(axes: Axes, rows: int) -> None:
+    """Draw a panel of rows without marks at the side, and shade every second row."""
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    stripes(axes, rows)
+
+
+def write_beside(axes: Axes, texts: Sequence[str], size: float) -> None:
+    """Write a text at the right end of each row, as ticks of a second axis, so that the texts get room."""
+    other = axes.twinx()
+    other.set_ylim(axes.get_ylim())
+    other.set_yticks(range(len(texts)), texts, fontsize=size)
+    other.tick_params(axis="y", length=0)
+    other.grid(False)
+
+
+def write_in_row(axes: Axes, row: int, text: str, right: bool = False, colour: str = "black") -> None:
+    """Write a text at the left or the right end of a row, inside the panel."""
+    at, side = (0.99, "right") if right else (0.01, "left")
+    place = {"transform": axes.get_yaxis_transform(), "ha": side, "va": "center"}
+    axes.text(at, row, text, fontsize=7, color=colour, **place)
+
+
+def write_above(axes: Axes, text: str, at: float, points: float, coords: Any, side: str = "left") -> None:
+    """Write a text some points above the panel."""
+    place = {"xytext": (0, points), "textcoords": "offset points", "ha": side, "va": "bottom"}
+    axes.annotate(text, (at, 1), xycoords=coords, fontsize=8, **place)
+
+
+def mean_and_ends(*summaries: Summary) -> list[float | None]:
+    """Return for each summary its mean and both ends of its interval, for a table."""
+    return [value for found in summaries for value in (found.mean, *(found.interval or (None, None)))]
+
+
 def cell(value: float | None) -> float | None:
-    """Return a number for a table, None for what is no number."""
+    """Return a number for a table; None for NaN."""
     return None if value is None or math.isnan(value) else float(value)

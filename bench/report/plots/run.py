@@ -27,6 +27,7 @@ from bench.report.plots.style import (
     Plot,
     log_ticks,
     new_figure,
+    perplexity_axis,
     plot_style,
     printable,
     shorten,
@@ -56,8 +57,10 @@ def plot_run(folder: Path) -> list[Path]:
     """
     run = read_run(folder)
     with plot_style():
-        figures = [training_plot(run), weights_plot(run), trajectories_plot(run), adjacency_plot(run),
-                   parameters_plot(run)]  # fmt: skip
+        figures = [
+            draw(run)
+            for draw in (training_plot, weights_plot, trajectories_plot, adjacency_plot, parameters_plot)
+        ]
         written = write_plots(folder / "plots", [plot for plot in figures if plot is not None])
     for name in NAMES:
         for ending in ENDINGS:
@@ -91,12 +94,10 @@ def parameters_plot(run: RunData) -> Plot | None:
 
 FEW, MARKED = 12, 40
 """Up to so many steps, and so many evaluations, each has a marker."""
-MAX_NATS = 25
-"""Above this loss, perplexity has no readable scale."""
 TRAINING_COLUMNS = (
-    "step", "train_tokens", "train_loss_nats", "train_loss_smoothed_nats", "learning_rate", "gradient_norm",
-    "validation_tokens", "validation_loss_nats", "validation_perplexity",
-)  # fmt: skip
+    "step train_tokens train_loss_nats train_loss_smoothed_nats learning_rate gradient_norm "
+    "validation_tokens validation_loss_nats validation_perplexity"
+).split()
 
 
 def training_plot(run: RunData) -> Plot | None:
@@ -163,20 +164,27 @@ def _panel(axes: Axes, title: str, unit: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, borderpad=0,
-                columnspacing=1.2, handlelength=2.4)  # fmt: skip
+    tight = {"borderaxespad": 0.2, "borderpad": 0, "columnspacing": 1.2, "handlelength": 2.4}
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, **tight)
 
 
-def _marker(values: Sequence[Any], most: int = FEW) -> str:
-    return "o" if len(values) <= most else ""
+def _line(
+    axes: Axes,
+    rows: list[Row],
+    values: Sequence[float],
+    label: str,
+    colour: str,
+    width: float = 1.5,
+    most: int = FEW,
+) -> None:
+    """Draw a value of each row by its step, with a marker each if there are at most ``most``."""
+    steps, marker = [row["step"] for row in rows], "o" if len(values) <= most else ""
+    axes.plot(steps, values, color=colour, lw=width, marker=marker, ms=3, label=label)
 
 
 def _draw_loss(axes: Axes, train: list[Row], smoothed: list[float], span: int) -> None:
-    steps, losses = [row["step"] for row in train], [row["loss"] for row in train]
-    marker = _marker(steps)
-    axes.plot(steps, losses, color=SKY, linewidth=0.9, marker=marker, markersize=3, label="each batch")
-    axes.plot(steps, smoothed, color=BLUE, linewidth=2, marker=marker, markersize=3,
-              label=f"exponential average, span {span} steps")  # fmt: skip
+    _line(axes, train, [row["loss"] for row in train], "each batch", SKY, 0.9)
+    _line(axes, train, smoothed, f"exponential average, span {span} steps", BLUE, 2)
     _panel(axes, "Training loss", "loss (nats a token)")
     _legend(axes)
 
@@ -191,24 +199,16 @@ def _draw_evaluation(axes: Axes, run: RunData) -> None:
     losses = [_loss(row) for row in run.validation]
     best = min(range(len(losses)), key=losses.__getitem__)
     label = f"best {number(exp_or_infinity(losses[best]))} at step {run.validation[best]['step']:,}"
-    steps, marker = [row["step"] for row in run.validation], _marker(losses, MARKED)
-    axes.plot(steps, losses, color=BLUE, marker=marker, markersize=4, label=label)
+    _line(axes, run.validation, losses, label, BLUE, most=MARKED)
     lines = _reference_losses(run)
     for (name, loss), style in zip(lines.items(), ("--", ":"), strict=False):
         label = f"{name} {number(exp_or_infinity(loss))}"
-        axes.axhline(loss, color="black", linestyle=style, linewidth=1.2, label=label)
+        axes.axhline(loss, color="black", ls=style, lw=1.2, label=label)
     _legend(axes)
     known = [*losses, *lines.values()]
     margin = max(0.06 * (max(known) - min(known)), 0.01)
-    low, high = min(known) - margin, max(known) + margin
-    axes.set_ylim(low, high)
-    if high > MAX_NATS:
-        return
-    twin = axes.twinx()
-    log_ticks(twin, math.exp(low), math.exp(high))
-    twin.set_ylabel("perplexity = exp(loss)")
-    twin.grid(False)
-    twin.spines["right"].set_visible(True)
+    axes.set_ylim(min(known) - margin, max(known) + margin)
+    perplexity_axis(axes)
 
 
 def _reference_losses(run: RunData) -> dict[str, float]:
@@ -222,8 +222,7 @@ def _reference_losses(run: RunData) -> dict[str, float]:
 
 def _draw_learning_rate(axes: Axes, train: list[Row]) -> None:
     rates = [row["learning_rate"] for row in train]
-    axes.plot([row["step"] for row in train], rates, color=BLUE, marker=_marker(rates), markersize=3,
-              label=f"AdamW, highest {max(rates):.3g}")  # fmt: skip
+    _line(axes, train, rates, f"AdamW, highest {max(rates):.3g}", BLUE)
     axes.set_ylim(0, 1.06 * (max(rates) or 1.0))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _panel(axes, "Learning rate", "learning rate")
@@ -232,15 +231,14 @@ def _draw_learning_rate(axes: Axes, train: list[Row]) -> None:
 
 def _draw_gradient_norm(axes: Axes, train: list[Row], threshold: float) -> None:
     norms = [row["gradient_norm"] for row in train]
-    axes.plot([row["step"] for row in train], norms, color=ORANGE, linewidth=1, marker=_marker(norms),
-              markersize=3, label="before clipping")  # fmt: skip
+    _line(axes, train, norms, "before clipping", ORANGE, 1)
     positive = [norm for norm in norms if 0 < norm < math.inf]
     largest = max(positive, default=threshold)
     if threshold <= 5 * largest:
-        axes.axhline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"clip at {threshold:g}")
+        axes.axhline(threshold, color="black", ls="--", lw=1.2, label=f"clip at {threshold:g}")
         positive.append(threshold)
     else:
-        axes.plot([], [], color="black", linestyle="--", label=f"clip at {threshold:g}, above the axis")
+        axes.plot([], [], color="black", ls="--", label=f"clip at {threshold:g}, above the axis")
     if positive and max(positive) > 20 * min(positive):
         log_ticks(axes, min(positive) / 1.2, max(positive) * 1.2)
     else:
@@ -314,8 +312,11 @@ def trajectories_plot(run: RunData) -> Plot | None:
         _draw_lines(axes, steps, values_TM)
         step_axis(axes, [int(step) for step in steps])
         axes.set_title(f"layer {layer}", loc="left", fontweight="bold")
-        table += [(int(step), layer, name, float(value)) for step, row_M in zip(steps, values_TM, strict=True)
-                  for name, value in zip(by_name, row_M, strict=True)]  # fmt: skip
+        table += [
+            (int(step), layer, name, float(value))
+            for step, row_M in zip(steps, values_TM, strict=True)
+            for name, value in zip(by_name, row_M, strict=True)
+        ]
     _remove_unused(figure, grid, len(weights))
     for axes in grid[:, 0]:
         axes.set_ylabel("weight" if most <= MAX_LABELS else f"weight (named: {EXTREMES} highest and lowest)")
@@ -354,8 +355,10 @@ def _draw_lines(axes: Axes, steps: np.ndarray, values_TM: np.ndarray) -> None:
 
 def line_look(place: int) -> dict[str, Any]:
     """Return colour and style of the line of the hyperedge at ``place``."""
-    return {"color": LINE_COLOURS[place % len(LINE_COLOURS)],
-            "linestyle": LINE_STYLES[place % len(LINE_STYLES)]}  # fmt: skip
+    return {
+        "color": LINE_COLOURS[place % len(LINE_COLOURS)],
+        "linestyle": LINE_STYLES[place % len(LINE_STYLES)],
+    }
 
 
 def _remove_unused(figure: Figure, grid: Any, used: int) -> None:
@@ -366,11 +369,12 @@ def _remove_unused(figure: Figure, grid: Any, used: int) -> None:
 def draw_bars(axes: Axes, names: Sequence[str], values_M: np.ndarray, base: float, **settings: Any) -> None:
     """Draw a named bar for each hyperedge from ``base`` on; bars below it differ in colour and hatch."""
     count, places_M, below_M = len(values_M), np.arange(len(values_M)), values_M < base
-    bars = axes.bar(places_M, values_M - base, bottom=base, color=np.where(below_M, ORANGE, BLUE).tolist(),
-                    edgecolor="black", linewidth=0.5 if count <= MAX_LABELS else 0, **settings)  # fmt: skip
+    look = {"color": np.where(below_M, ORANGE, BLUE).tolist(), "edgecolor": "black", **settings}
+    width = 0.5 if count <= MAX_LABELS else 0
+    bars = axes.bar(places_M, values_M - base, bottom=base, linewidth=width, **look)
     for bar, below in zip(bars, below_M, strict=True):
         bar.set_hatch("///" if below else "")
-    axes.axhline(base, color="black", linewidth=0.8)
+    axes.axhline(base, color="black", lw=0.8)
     every = math.ceil(count / MAX_LABELS)
     short = [printable(shorten(name, 16)) for name in names]
     turned = count * max(map(len, short)) > 60
@@ -385,8 +389,9 @@ def _write_values(axes: Axes, values_M: np.ndarray, base: float) -> None:
     for x, value in enumerate(values_M):
         down = value < base
         place = {"xytext": (0, -2 if down else 2), "va": "top" if down else "bottom"}
-        axes.annotate(f"{value:.{digits}f}", (x, value), textcoords="offset points", ha="center",
-                      fontsize=6.5, **place)  # fmt: skip
+        axes.annotate(
+            f"{value:.{digits}f}", (x, value), textcoords="offset points", ha="center", fontsize=6.5, **place
+        )
 
 
 def named_lines(ends_M: np.ndarray) -> list[int]:
@@ -411,10 +416,10 @@ def label_ends(axes: Axes, names: Sequence[str], ends_M: np.ndarray) -> None:
     places = spread((ends_M[order] - low) / (high - low), LABEL_POINTS / points)
     for line, place in zip(order, places, strict=True):
         end = (ends_M[line] - low) / (high - low)
-        axes.plot([1.0, 1.05, 1.07], [end, place, place], transform=axes.transAxes, clip_on=False,
-                  color=axes.lines[line].get_color(), linestyle="-", linewidth=0.7)  # fmt: skip
-        axes.text(1.08, place, printable(shorten(names[line], 16)), transform=axes.transAxes,
-                  va="center", fontsize=7)  # fmt: skip
+        look = {"color": axes.lines[line].get_color(), "ls": "-", "lw": 0.7, "clip_on": False}
+        axes.plot([1.0, 1.05, 1.07], [end, place, place], transform=axes.transAxes, **look)
+        name = printable(shorten(names[line], 16))
+        axes.text(1.08, place, name, transform=axes.transAxes, va="center", fontsize=7)
 
 
 def spread(wanted: np.ndarray, distance: float) -> np.ndarray:
@@ -469,8 +474,11 @@ def adjacency_plot(run: RunData) -> Plot | None:
             grid[row, column].set_ylabel("listens (expert)" if column == 0 else "")
     images = [axes.images[0] for axes in figure.axes if axes.images]
     figure.colorbar(images[0], ax=figure.axes, label="adjacency", shrink=min(1.0, 2.5 / len(layers)))
-    table = [(layer, name, i, j, float(value[i, j])) for (layer, name), value in maps.items()
-             for i in range(value.shape[0]) for j in range(value.shape[1])]  # fmt: skip
+    table = [
+        (layer, name, *cell, float(value))
+        for (layer, name), matrix in maps.items()
+        for cell, value in np.ndenumerate(matrix)
+    ]
     return Plot("adjacency", figure, ("layer", "graph_layer", "listens", "speaks", "adjacency"), table)
 
 
@@ -502,6 +510,5 @@ def write_cells(axes: Axes, image: AxesImage, colours: np.ndarray, values: np.nd
             axes.text(column, row, "–", ha="center", va="center", color=GREY, fontsize=7)
             continue
         red, green, blue, _ = image.cmap(image.norm(colours[row, column]))
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=6.5,
-                  color="white" if dark else "black")  # fmt: skip
+        colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+        axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=6.5, color=colour)

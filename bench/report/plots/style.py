@@ -1,4 +1,4 @@
-"""How every plot looks and is written: colours, header, deterministic files, nothing half-written."""
+"""The look of every plot, and its files: colours, header, axes, deterministic svg and png."""
 
 from __future__ import annotations
 
@@ -24,27 +24,45 @@ from bench.files import write_together
 from bench.record import Record
 from bench.report.quantities import share, unknown_words_share
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; black is for text and reference lines.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
 LINE_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "black")
 LINE_STYLES = ("-", "--", ":", "-.")
 
 DPI = 150
-MAX_PIXELS = 20_000  # a side of the png; Agg refuses 65,536
+MAX_PIXELS = 20_000
+"""The most pixels of a side of the png; Agg refuses 65,536."""
+MAX_NATS = 25
+"""Above this loss, perplexity has no readable scale."""
 TITLE_SIZE, NOTE_SIZE, NAME_LENGTH = 10, 8, 60
 STYLE = {
-    "svg.hashsalt": "gnnmoe", "svg.fonttype": "path", "text.parse_math": False, "font.family": "DejaVu Sans",
-    "font.size": 8, "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd", "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5, "hatch.linewidth": 0.6, "axes.formatter.useoffset": False,
-}  # fmt: skip
+    "svg.hashsalt": "gnnmoe",
+    "svg.fonttype": "path",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "hatch.linewidth": 0.6,
+    "axes.formatter.useoffset": False,
+}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, its file name without ending, and its data as a table."""
+    """A figure, the name of its files without ending, and its data as a table."""
 
     name: str
     figure: Figure
@@ -64,16 +82,16 @@ class Plot:
         return {f"{self.name}.{end}": data for end, data in zip(("svg", "png", "csv"), contents, strict=True)}
 
     def data(self) -> bytes:
-        """Return the contents of the csv; nothing is drawn."""
+        """Return the contents of the csv, without drawing."""
         table = io.StringIO(newline="")
         csv.writer(table, lineterminator="\n").writerows([self.columns, *self.rows])
         return table.getvalue().encode()
 
 
 def settle(figure: Figure) -> None:
-    """Lay the figure out, once: each later drawing would do it again, for half of the time.
+    """Lay the figure out once; otherwise each drawing does it again, which takes half of its time.
 
-    It is done at the png's resolution: letters are a little wider or narrower at another one.
+    It is laid out at the png's resolution, since the width of letters depends a little on the resolution.
     """
     engine, own = figure.get_layout_engine(), figure.dpi
     if engine is not None:
@@ -85,7 +103,7 @@ def settle(figure: Figure) -> None:
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Draw with this project's settings, whatever the user's own are, and put those back after."""
+    """Draw with the project's settings, and restore the user's own settings afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)  # pyright: ignore[reportCallIssue, reportArgumentType]
@@ -95,8 +113,8 @@ def plot_style() -> Iterator[None]:
 def new_figure(record: Record, subject: str, width: float, height: float) -> Figure:
     """Return an empty figure of ``width`` × ``height`` inches below a header.
 
-    The header says what is shown (``subject``) and of which run, and warns where the numbers do
-    not count or are not WikiText-2's.
+    The header has the ``subject`` and the run, and a warning if the numbers do not count or are not of
+    WikiText-2.
     """
     return headed_figure(subject, run_title(record), warnings_of(record), width, height)
 
@@ -106,7 +124,7 @@ def headed_figure(
 ) -> Figure:
     """Return an empty figure of ``width`` × ``height`` inches below a header of these texts.
 
-    ``title`` says whose numbers are shown and ``note`` how to read them; both are wrapped.
+    ``title`` says which numbers are shown, and ``note`` how to read them; both are wrapped.
     """
     points = 72 * (width - 0.2)
     lines = [(subject, "black", "bold", TITLE_SIZE)]
@@ -119,14 +137,15 @@ def headed_figure(
     figure.get_layout_engine().set(rect=(0, 0, 1, height / total))  # pyright: ignore
     top = 0.06
     for text, colour, weight, size in lines:
-        figure.text(0.08 / width, 1 - top / total, text, va="top", fontsize=size, color=colour,
-                    fontweight=weight)  # fmt: skip
+        figure.text(
+            0.08 / width, 1 - top / total, text, va="top", fontsize=size, color=colour, fontweight=weight
+        )
         top += size * 1.35 / 72
     return figure
 
 
 def run_title(record: Record) -> str:
-    """Return coupler, experts, seed and name in one line; a long name loses its middle."""
+    """Return coupler, experts, seed and name in one line; a long name is cut in the middle."""
     model = record.config.model
     parts = [model["coupler_type"]]
     if model["coupler_type"] == "HGNN":
@@ -137,7 +156,7 @@ def run_title(record: Record) -> str:
 
 
 def shorten(text: str, length: int = NAME_LENGTH) -> str:
-    """Return ``text``, its middle cut to "…" where it is longer than ``length``."""
+    """Return ``text``; if it is longer than ``length``, its middle is replaced by "…"."""
     if len(text) <= length:
         return text
     tail = length // 3
@@ -145,7 +164,7 @@ def shorten(text: str, length: int = NAME_LENGTH) -> str:
 
 
 def printable(text: str) -> str:
-    """Return ``text`` in one line, "□" for what the font cannot draw."""
+    """Return ``text`` in one line, with "□" for letters that the font cannot draw."""
     font = get_font(findfont("DejaVu Sans"))
     return "".join(
         letter if letter == " " or (letter.isprintable() and font.get_char_index(ord(letter))) else "□"
@@ -155,7 +174,7 @@ def printable(text: str) -> str:
 
 @lru_cache(64)
 def wrap(text: str, points: float, weight: str = "normal", size: int = TITLE_SIZE) -> tuple[str, ...]:
-    """Return ``text`` in lines of at most ``points``, as wide as letters of ``size`` really are."""
+    """Return ``text`` in lines of at most ``points``, by the real width of the letters."""
     font = get_font(findfont(FontProperties(family="DejaVu Sans", weight=weight)))
     font.set_size(size, 72)
 
@@ -172,7 +191,7 @@ def wrap(text: str, points: float, weight: str = "normal", size: int = TITLE_SIZ
 
 
 def warnings_of(record: Record) -> list[str]:
-    """Return what a reader of any plot of this run must not miss."""
+    """Return the warnings that every plot of this run shows."""
     notes = []
     if record.embedded:
         notes.append("NOT WIKITEXT-2: embedded text")
@@ -186,7 +205,7 @@ def warnings_of(record: Record) -> list[str]:
 
 
 def step_axis(axes: Axes, steps: Sequence[int], margin: float = 0.0) -> None:
-    """Label the x axis as steps, from 0 to the last of ``steps`` and a share more; whole numbers only."""
+    """Label the x axis as steps, from 0 to the last of ``steps`` plus ``margin``, with whole numbers only."""
     axes.set_xlabel("step")
     axes.set_xlim(0, max(steps) * (1 + margin))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -194,7 +213,7 @@ def step_axis(axes: Axes, steps: Sequence[int], margin: float = 0.0) -> None:
 
 
 def log_ticks(axes: Axes, low: float, high: float, axis: Literal["x", "y"] = "y") -> None:
-    """Make the y axis (or x) logarithmic from ``low`` to ``high`` with round ticks, in plain numbers."""
+    """Make an axis logarithmic from ``low`` to ``high``, with round ticks in plain numbers."""
     (axes.set_yscale if axis == "y" else axes.set_xscale)("log")
     (axes.set_ylim if axis == "y" else axes.set_xlim)(low, high)
     scale = axes.yaxis if axis == "y" else axes.xaxis
@@ -203,8 +222,20 @@ def log_ticks(axes: Axes, low: float, high: float, axis: Literal["x", "y"] = "y"
     scale.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
 
 
+def perplexity_axis(axes: Axes) -> None:
+    """Add a second, logarithmic axis to an axis of losses in nats: perplexity = exp(loss)."""
+    low, high = axes.get_ylim()
+    if high > MAX_NATS:
+        return
+    twin = axes.twinx()
+    log_ticks(twin, math.exp(low), math.exp(high))
+    twin.set_ylabel("perplexity = exp(loss)")
+    twin.grid(False)
+    twin.spines["right"].set_visible(True)
+
+
 def round_ticks(low: float, high: float) -> list[float]:
-    """Return the round numbers from ``low`` to ``high`` that suit a logarithmic scale."""
+    """Return round numbers from ``low`` to ``high`` for a logarithmic scale."""
     ticks: list[float] = []
     for mantissas in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), ()):
         candidates = [m * 10.0**power for power in range(-12, 13) for m in mantissas]
@@ -216,17 +247,17 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def plain(value: float) -> str:
-    """Return a number of a scale without needless digits: 1,000 but 0.05 and 1e+09."""
+    """Return a number for a tick, without needless digits: 1,000, 0.05, 1e+09."""
     return f"{value:,.10g}" if value < 1e6 else f"{value:g}"
 
 
 def write_plots(folder: Path, plots: Sequence[Plot]) -> list[Path]:
     """Write the files of ``plots`` into ``folder`` and return their paths.
 
-    All files are complete under temporary names before the first gets its own.
+    All files are written under temporary names before the first file is renamed.
 
     Raises:
-        OSError: the disk refuses; nothing half-written stays.
+        OSError: the disk refuses; no half-written file stays.
     """
     contents = {name: data for plot in plots for name, data in plot.files().items()}
     if not contents:

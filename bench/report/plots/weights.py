@@ -29,12 +29,7 @@ from bench.report.plots.run import (
     named_lines,
     write_cells,
 )
-from bench.report.plots.style import (
-    GREY,
-    Plot,
-    plot_style,
-    step_axis,
-)
+from bench.report.plots.style import GREY, Plot, plot_style, step_axis
 from bench.report.quantities import counted
 from bench.report.weights import BY_NAME, MixingReading, WeightsReading, read_mixing, read_weights
 
@@ -60,11 +55,17 @@ def weights_plots(study_name: str, comparison: Comparison) -> list[Plot]:
         by_label.setdefault(reading.configuration.label, []).append(reading)
     best = [row.configuration.label for row in frame.measured if row.configuration.label in by_label]
     drawn = [one.label for one in comparison.group.configurations if one.label in best[:MOST_FIGURES]]
-    capped = "" if len(best) <= MOST_FIGURES else (
-        f" Drawn: the {MOST_FIGURES} best of {len(best)} configurations with learned weights.")  # fmt: skip
+    capped = (
+        ""
+        if len(best) <= MOST_FIGURES
+        else (f" Drawn: the {MOST_FIGURES} best of {len(best)} configurations with learned weights.")
+    )
     with plot_style():
-        plots = [draw(frame, by_label[label], f"_{place}", BY_NAME + capped)
-                 for place, label in enumerate(drawn, 1) for draw in (_bars, _over_steps)]  # fmt: skip
+        plots = [
+            draw(frame, by_label[label], f"_{place}", BY_NAME + capped)
+            for place, label in enumerate(drawn, 1)
+            for draw in (_bars, _over_steps)
+        ]
         plots.append(mixing_plot(frame))
     return [plot for plot in plots if plot is not None]
 
@@ -89,8 +90,9 @@ def _bars(frame: Frame, readings: Readings, suffix: str, note: str) -> Plot:
     for reading in readings:
         for place, name in enumerate(reading.members):
             values = dict(zip(reading.seeds, reading.weights_SM[:, place].tolist(), strict=True))
-            rows.append((one.configuration.label, reading.layer, name, float(reading.mean_M[place]),
-                         *(values.get(seed, "") for seed in seeds)))  # fmt: skip
+            by_seed = [values.get(seed, "") for seed in seeds]
+            label, mean = one.configuration.label, float(reading.mean_M[place])
+            rows.append((label, reading.layer, name, mean, *by_seed))
     return Plot(f"hyperedge_weights{suffix}", figure, columns, rows)
 
 
@@ -110,10 +112,12 @@ def _over_steps(frame: Frame, readings: Readings, suffix: str, note: str) -> Plo
         _draw_lines(axes, reading)
         found = reading.trajectories
         assert found is not None
-        rows += [(one.configuration.label, reading.layer, seed, step, name, value)
-                 for step, weights_SM in zip(found.steps_T.tolist(), found.weights_TSM.tolist(), strict=True)
-                 for seed, weights_M in zip(found.seeds, weights_SM, strict=True)
-                 for name, value in zip(reading.members, weights_M, strict=True)]  # fmt: skip
+        rows += [
+            (one.configuration.label, reading.layer, seed, step, name, value)
+            for step, weights_SM in zip(found.steps_T.tolist(), found.weights_TSM.tolist(), strict=True)
+            for seed, weights_M in zip(found.seeds, weights_SM, strict=True)
+            for name, value in zip(reading.members, weights_M, strict=True)
+        ]
     _label_left(panels, "weight" if most <= MAX_LABELS else f"weight (named: {EXTREMES} highest and lowest)")
     lay_out(figure)  # the labels need the height of the panels
     for axes, reading in zip(panels, readings, strict=True):
@@ -155,8 +159,8 @@ def _draw_bars(axes: Axes, reading: WeightsReading, base: float) -> None:
         across_S = np.linspace(-0.28, 0.28, seeds)  # a seed has the same place in every bar
         places_SM = np.add.outer(across_S, np.arange(count))
         size = 3.2 if count <= 16 else 2.2 if count <= MAX_LABELS else 1.2
-        axes.plot(places_SM.ravel(), reading.weights_SM.ravel(), "o", color="white", markersize=size,
-                  markeredgecolor="black", markeredgewidth=0.5, zorder=3)  # fmt: skip
+        look = {"color": "white", "ms": size, "mec": "black", "mew": 0.5, "zorder": 3}
+        axes.plot(places_SM.ravel(), reading.weights_SM.ravel(), "o", **look)
 
 
 def _draw_lines(axes: Axes, reading: WeightsReading) -> None:
@@ -170,9 +174,7 @@ def _draw_lines(axes: Axes, reading: WeightsReading) -> None:
         for place in range(len(reading.members))
     ]
     for place, look in enumerate(looks):
-        axes.plot(
-            found.steps_T, mean_TM[:, place], linewidth=1.6 if place in named else 0.5, zorder=3, **look
-        )
+        axes.plot(found.steps_T, mean_TM[:, place], lw=1.6 if place in named else 0.5, zorder=3, **look)
     seeds = len(found.seeds)
     if seeds * len(reading.members) > SEED_LINES:
         ends: list[Callable[..., np.ndarray]] = [np.min, np.max]
@@ -180,9 +182,7 @@ def _draw_lines(axes: Axes, reading: WeightsReading) -> None:
         axes.fill_between(found.steps_T, low_T, high_T, color=GREY, alpha=0.15, linewidth=0)
     elif seeds > 1:
         for place, look in enumerate(looks):
-            axes.plot(
-                found.steps_T, found.weights_TSM[:, :, place], linewidth=0.5, alpha=0.45, zorder=2, **look
-            )
+            axes.plot(found.steps_T, found.weights_TSM[:, :, place], lw=0.5, alpha=0.45, zorder=2, **look)
     step_axis(axes, found.steps_T.tolist())
 
 
@@ -242,11 +242,12 @@ def mixing_plot(frame: Frame) -> Plot | None:
 
 
 def _rows(reading: MixingReading) -> list[tuple]:
-    deviation_LE = reading.deviation_LE
-    return [(reading.configuration.label, layer, expert, float(reading.mean_LE[place, expert]),
-             "" if deviation_LE is None else float(deviation_LE[place, expert]), len(reading.seeds))
-            for place, layer in enumerate(reading.layers)
-            for expert in range(reading.mean_LE.shape[1])]  # fmt: skip
+    mean_LE, deviation_LE, rows = reading.mean_LE, reading.deviation_LE, []
+    for (place, expert), mean in np.ndenumerate(mean_LE):
+        deviation = "" if deviation_LE is None else float(deviation_LE[place, expert])
+        label, layer = reading.configuration.label, reading.layers[place]
+        rows.append((label, layer, expert, float(mean), deviation, len(reading.seeds)))
+    return rows
 
 
 def _scale(readings: list[MixingReading]) -> Normalize:

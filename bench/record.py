@@ -196,7 +196,7 @@ class Environment(Part):
     code_sha256: str | None = None
     """Of all code: only where a run was made before the two hashes below were taken."""
     project_sha256: str | None = None
-    """Of the project's code that can change numbers (``bench.measure.code``)."""
+    """Of the project's code that can change numbers (``bench.training.code``)."""
     coupler_sha256: str | None = None
     """Of the coupler's own code."""
     world_size: PositiveInt = 1
@@ -933,7 +933,7 @@ def study_records(study: Path) -> list[Record]:
 
 
 CODE_WORDS = {"coupler_sha256": "the coupler's own code", "project_sha256": "the project's code"}
-"""The two hashes that say which code made a record (``bench.measure.code``), and what each covers."""
+"""The two hashes that say which code made a record (``bench.training.code``), and what each covers."""
 
 
 def stale_code(made_by: Mapping[str, Any] | Environment | NotMeasured | None, today: Mapping[str, str]) \

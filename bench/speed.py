@@ -150,7 +150,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
         from bench.device import resolve_device
         from bench.speeding.curve import VOCABULARY
         from bench.speeding.form_jobs import form_jobs
-        from bench.training.execution import Execution
+        from bench.training.step import Execution
 
         execution = Execution(config.execution(), resolve_device(config.device))  # refuses what it cannot do
         words = VOCABULARY if config.whole_steps else 1
@@ -160,7 +160,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
         yield config.couplers or config.model.coupler_type, jobs, execution.device
     if "cpu" in suites:
         from bench.speeding.cpu_suite import cpu_jobs
-        from bench.training.execution import Execution
+        from bench.training.step import Execution
 
         Execution(config.execution(), torch.device("cpu"))
         yield "cpu", cpu_jobs(PlacesConfig(data_dir=config.data_dir), compile_mode), torch.device("cpu")
@@ -180,13 +180,13 @@ def _measure(
 
     from bench.device import keep_freed_memory
     from bench.foreign import without_places
-    from bench.measure.code import code_hashes
     from bench.measure.environment import describe_environment
     from bench.speeding.jobs import run_jobs
     from bench.speeding.machine import Machine
     from bench.speeding.record import SpeedRecord
     from bench.speeding.show import show, write_plots_of
     from bench.speeding.table import one_line
+    from bench.training.code import code_hashes
 
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

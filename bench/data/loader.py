@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
+from bench.config import BatchSchedule
 from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
 from bench.data.sampler import ENDLESS, EpochBatchSampler, Extent, SetOnce, resolve_shard
-from bench.schedule import BatchSchedule
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 from gnnmoe.seeds import stream_seed

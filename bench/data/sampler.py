@@ -13,9 +13,9 @@ import numpy as np
 import torch.distributed
 from torch.utils.data import Sampler
 
+from bench.config import BatchSchedule
 from bench.data.blocks import require_at_least
 from bench.data.curriculum import Curriculum
-from bench.schedule import BatchSchedule
 from gnnmoe.seeds import stream_seed
 
 

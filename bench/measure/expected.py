@@ -12,7 +12,7 @@ from bench.measure.predict import predict_peak
 from bench.measure.protocol import Warmup, time_in_turn, time_steps
 from bench.measure.rates import paired_ratios
 from bench.measure.speed import TrainingSteps, random_batch
-from bench.training.execution import Execution
+from bench.training.step import Execution
 from gnnmoe.config import GNNMoEConfig
 
 WARM_UP = Warmup.fixed(2)  # the first step makes the optimizer's state, the second finds the caches filled

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bench.training.plan import EpochPlan
+from bench.training.loop import EpochPlan
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import real_targets
 

@@ -11,7 +11,7 @@ from bench.measure.flops import training_flops_per_token
 from bench.measure.protocol import time_in_turn
 from bench.measure.speed import TrainingSteps, on_host, peak_memory, warmup_of, warmup_record
 from bench.record import Marginal, Memory, NotMeasured, is_measured, not_measured
-from bench.training.execution import Execution
+from bench.training.step import Execution
 
 REFERENCE = "mean"
 

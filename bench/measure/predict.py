@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import (
 
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.measure.tracked import tracked_peaks
-from bench.training.execution import Execution
-from bench.training.step import make_optimizer, training_step
+from bench.training.step import Execution, make_optimizer, training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 

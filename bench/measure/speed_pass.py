@@ -19,9 +19,8 @@ from bench.measure.protocol import matrix_rate
 from bench.measure.rates import over_the_rate, utilisation
 from bench.measure.speed import TrainingSteps, fetched, measure_speed, on_host, peak_memory
 from bench.record import Marginal, Memory, NotMeasured, Speed, is_measured, not_measured
-from bench.training.execution import Execution
 from bench.training.ranks import ALONE, Ranks
-from bench.training.step import Batch
+from bench.training.step import Batch, Execution
 from gnnmoe.model import GNNMoEModel
 
 T = TypeVar("T")

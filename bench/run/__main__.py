@@ -14,12 +14,12 @@ from bench.foreign import without_places
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
+    from bench.cli import Interruption
     from bench.record import Record
     from bench.run.prepare import Prepared
     from bench.run.progress import Reporter
     from bench.run.resume import Earlier
     from bench.run.session import Session
-    from bench.training.interruption import Interruption
     from bench.training.ranks import Ranks
 
 PROG = "python -m bench.run"
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with silent_but_on_the_first_rank():
         config = parse(RunConfig, arguments, prog=PROG, presets=True)
         show_warnings_plainly()
-        from bench.training.interruption import Interruption
+        from bench.cli import Interruption
 
         try:
             with Interruption().installed() as interruption:
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
-    from bench.training.ending import die_with_torchrun, watched
-    from bench.training.ranks import Ranks
+    from bench.training.ranks import Ranks, die_with_torchrun, watched
 
     try:
         ranks = Ranks.join(config.places.device, config.places.rank_timeout)

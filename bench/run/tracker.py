@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.record import Record, exp_or_infinity, is_measured
 from bench.run.prepare import Prepared
-from bench.training.communication import CommunicationTrace
+from bench.training.evaluation import CommunicationTrace
 from gnnmoe.layer import GNNMoELayer
 from gnnmoe.model import GNNMoEModel
 

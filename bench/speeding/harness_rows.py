@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from bench.cli import Interruption
 from bench.config import RunConfig
 from bench.run.prepare import Prepared, prepare
 from bench.run.progress import Reporter
@@ -21,9 +22,7 @@ from bench.run.tracker import Tracker
 from bench.speeding.machine import Machine
 from bench.speeding.rows import SpeedRow
 from bench.speeding.targets import BARE, FETCH, HARNESS, HARNESSED
-from bench.training.execution import Execution
-from bench.training.interruption import Interruption
-from bench.training.step import Batch, make_optimizer, to_device
+from bench.training.step import Batch, Execution, make_optimizer, to_device
 from gnnmoe.model import GNNMoEModel
 
 SUBJECT = "training loop"

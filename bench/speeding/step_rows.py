@@ -19,8 +19,7 @@ from bench.speeding.memory import peak_bytes
 from bench.speeding.parity import largest_difference
 from bench.speeding.rows import SpeedRow, mfu
 from bench.speeding.turns import Contender, in_turn
-from bench.training.execution import Execution
-from bench.training.step import training_step
+from bench.training.step import Execution, training_step
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.head import IGNORED, TiedHead
 from gnnmoe.model import GNNMoEModel

@@ -11,9 +11,9 @@ import torch
 
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, complete, config_of, resolved
 from bench.device import resolve_device
-from bench.identity import Identified, run_id, settings_in_record
 from bench.measure.expected import Training
 from bench.record import Data, RunFolder, Settings, coupler_of, is_stale, refuse_another_file, study_records
+from bench.run.identity import Identified, run_id, settings_in_record
 from bench.study.hypotheses import seeds_needed
 from bench.study.labels import flags_that_count, labels
 from bench.sweeps.executor import PlannedRun

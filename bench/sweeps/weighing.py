@@ -10,13 +10,13 @@ import torch
 from bench.config import RunConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.device import cpu_threads
-from bench.identity import config_dict
-from bench.measure.code import code_hashes
 from bench.measure.environment import device_name
 from bench.measure.expected import Training, step_time_ratio
 from bench.measure.predict import CannotPredict
+from bench.run.identity import config_dict
 from bench.sweeps.local import slots_for
 from bench.sweeps.matching import Match, Matched, matched
+from bench.training.code import code_hashes
 from gnnmoe.config import GNNMoEConfig, Refused
 
 FORMAT = 2  # one more whenever the same match would be answered or stored differently

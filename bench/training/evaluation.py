@@ -1,23 +1,26 @@
-"""Evaluation: the nll of every target once, summed in float64."""
+"""Evaluation: the nll of every target, summed in float64; and the couplers' weights over the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import split, to_device
 from gnnmoe.head import IGNORED
+from gnnmoe.layer import GNNMoELayer
 from gnnmoe.model import GNNMoEModel
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the targets scored; perplexity is exp(nll_sum / tokens)."""
+    """Sums over the scored targets; perplexity is exp(nll_sum / tokens)."""
 
     nll_sum: float
     tokens: int
@@ -26,9 +29,9 @@ class Evaluation:
 
 
 def merged(parts: Sequence[Evaluation]) -> Evaluation:
-    """Return the evaluation of a text of which each rank scored a stretch, in the order of the ranks.
+    """Return the evaluation of the whole text; each part is the stretch that one rank scored, in order.
 
-    The sum is taken anew over all targets, so that it does not depend on the number of ranks.
+    The sum is computed again over all targets, so it does not depend on the number of ranks.
     """
     nll = np.concatenate([part.nll for part in parts])
     return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)
@@ -42,11 +45,10 @@ def evaluate(
     rows: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Score every target of ``loader`` that is not ignored; the model's mode is put back after.
+    """Score every target of ``loader`` that is not ignored, in eval mode; restore the mode afterwards.
 
-    On several ``ranks`` each scores its own stretch, and all return the evaluation of the whole.
-
-    ``rows``: windows to run at once (None: a whole batch), which changes no more than the rounding.
+    On several ``ranks`` each rank scores its own stretch, and all return the evaluation of the whole text.
+    ``rows``: windows per forward (None: a whole batch); it changes the rounding only.
     """
     was_training = model.training
     model.eval()
@@ -60,3 +62,72 @@ def evaluate(
     nll = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
     own = Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)
     return own if ranks.alone else merged(ranks.gather(own))
+
+
+MIXING_TOKENS = 128  # what depends on content is averaged over so many validation tokens
+
+
+def probe_tokens(input_ids: Tensor) -> Tensor:
+    """Return the first rows of ``input_ids`` (B, L) with about ``MIXING_TOKENS`` tokens, at least one."""
+    return input_ids[: max(1, MIXING_TOKENS // input_ids.shape[1])]
+
+
+def communication_by_layer(model: GNNMoEModel, input_ids: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Return ``communication()`` of the coupler of every layer on ``input_ids`` (B, L), in eval mode."""
+    was_training = model.training
+    model.eval()
+    found = model.analyze_expert_communication(input_ids)
+    model.train(was_training)
+    return found
+
+
+class CommunicationTrace:
+    """Samples of the ``communication`` of every layer, always on the same tokens (B, L)."""
+
+    def __init__(self, input_ids: Tensor) -> None:
+        self.input_ids = input_ids
+        self._steps: list[int] = []
+        self._samples: dict[str, list[np.ndarray]] = {}
+
+    def sample(self, step: int, model: GNNMoEModel) -> None:
+        """Add a sample after ``step`` steps."""
+        self._steps.append(step)
+        for layer, parts in communication_by_layer(model, self.input_ids).items():
+            for name, value in parts.items():
+                self._samples.setdefault(f"{layer}.{name}", []).append(value.float().cpu().numpy().copy())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samples as tensors, for a checkpoint."""
+        samples = {name: [torch.from_numpy(v) for v in values] for name, values in self._samples.items()}
+        return {"steps": list(self._steps), "samples": samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the samples of a checkpoint."""
+        self._steps = list(state["steps"])
+        self._samples = {name: [v.numpy() for v in values] for name, values in state["samples"].items()}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return ``step`` (T,) and, by names such as ``layer_0.mixing``, the values (T, …)."""
+        stacked = {name: np.stack(values) for name, values in self._samples.items()}
+        return {"step": np.array(self._steps, dtype=np.int64), **stacked}
+
+
+def summarize_communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, Any]:
+    """Return ``communication_by_layer`` for the record, with vectors as dicts by member name."""
+    found = communication_by_layer(model, input_ids)
+    summary: dict[str, Any] = {}
+    for number, parts in enumerate(found.values()):
+        layer = model.layers[number]
+        assert isinstance(layer, GNNMoELayer)
+        names = layer.coupler.member_names()
+        summary[f"layer_{number}"] = {
+            name: _readable(value.cpu().double(), names.get(name)) for name, value in parts.items()
+        }
+    return summary
+
+
+def _readable(value: Tensor, names: list[str] | None) -> Any:
+    if value.ndim != 1:
+        return torch.round(value, decimals=6).tolist()
+    keys = names or [str(expert) for expert in range(len(value))]
+    return dict(zip(keys, torch.round(value, decimals=6).tolist(), strict=True))

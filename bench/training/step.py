@@ -1,15 +1,22 @@
-"""One optimizer step: the same function trains the model and is timed by the speed pass."""
+"""How a model is built and computed, and one optimizer step.
+
+Training and the speed pass call the same ``training_step``.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.config import TrainingConfig
-from bench.device import is_out_of_memory
+from bench.config import ExecutionConfig, RunConfig, TrainingConfig
+from bench.device import is_out_of_memory, resolve_device
 from bench.training.ranks import ALONE, Ranks
+from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.couplers import refuse_other_types
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoEModel
 
@@ -54,12 +61,12 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Do forward, backward, clipping and update; return the nll and the gradient norm as tensors.
 
-    Neither is read here, so on a GPU nothing waits. On several ``ranks`` the model is what
-    ``Ranks.parallel`` makes of it, the batch this rank's part, and both numbers are the whole batch's.
-    With a ``micro_batch_size`` below the batch's the batch is run in pieces of so many rows, whose
-    gradients add up to those of the whole: see ``add_gradients``. The shape of what the model is given
-    is appended to ``shapes``, piece by piece. An out of memory before the update leaves parameters and
-    optimizer as they were.
+    The function reads neither tensor, so a GPU does not wait. On several ``ranks``, ``model`` comes from
+    ``Ranks.parallel`` and ``batch`` is the part of this rank; both results are for the whole batch.
+    If ``micro_batch_size`` is smaller than the batch, the batch runs in pieces of that many rows. Their
+    gradients add up to the gradient of the whole batch: see ``add_gradients``. The shape of each piece is
+    appended to ``shapes``. Running out of memory before the update leaves parameters and optimizer
+    unchanged.
 
     Raises:
         UpdateOutOfMemory: memory ran out inside the update.
@@ -85,30 +92,30 @@ def add_gradients(
 ) -> Tensor:
     """Add the gradients of a batch to those of the parameters; return its nll, detached.
 
-    In pieces, or on several ranks, the loss is the sum of the nll of all targets over the number of all
-    targets, not a mean of means: a piece's mean counts by its share of the targets that are not −100.
-    The couplers' own losses count by the same shares, so one that is no mean over tokens (a balance of
-    the load, say) is that of the pieces rather than of the batch, as it is on several ranks.
+    In pieces or on several ranks, the loss is Σ nll of all targets / number of all targets. It is not a mean
+    of means: the mean of a piece is weighted by the piece's share of the targets that are not −100.
+    An auxiliary loss of a coupler has the same weights. If it is no mean over tokens (such as a load
+    balance), it is computed for each piece, not for the whole batch.
     """
     rows = len(batch["input_ids"])
     if ranks.alone and (micro_batch_size is None or micro_batch_size >= rows):
         shapes.append(tuple(batch["input_ids"].shape))
         output = model(batch["input_ids"], targets=batch["targets"], return_logits=False)
         (output["loss"] + output["auxiliary_loss"]).backward()
-        return output["loss"].detach().clone()  # CUDA graphs write the next one into the same memory
+        return output["loss"].detach().clone()  # a CUDA graph writes the next loss into the same memory
     total = ranks.sum((batch["targets"] != IGNORED).sum())
     losses, pieces = [], split(batch, micro_batch_size)
     for number, piece in enumerate(pieces, 1):
         input_ids, targets = piece["input_ids"], piece["targets"]
         count = (targets != IGNORED).sum()
-        # A piece without targets would have the mean 0/0; with any, its share of 0 takes it out.
+        # A piece without targets would have the mean 0/0. With made-up targets its weight is 0.
         targets = targets.masked_fill(count == 0, 0)
         shapes.append(tuple(input_ids.shape))
         with ranks.in_one_backward(model, last=number == len(pieces)):
             output = model(input_ids, targets=targets, return_logits=False)
             share = count.to(output["loss"].dtype) / total
             loss = (output["loss"] + output["auxiliary_loss"]) * share
-            (loss * ranks.world_size).backward()  # of which the ranks' mean is taken
+            (loss * ranks.world_size).backward()  # DDP takes the mean over the ranks
         if not losses and len(pieces) > 1 and _is_compiled(model):
             _own_gradients(model)
         losses.append(output["loss"].detach() * share)
@@ -121,14 +128,14 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _own_gradients(model: nn.Module) -> None:
-    """Copy the gradients: of CUDA graphs they lie where the next piece's will be written."""
+    """Copy the gradients: a CUDA graph writes the gradients of the next piece into the same memory."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()
 
 
 def split(batch: Batch, rows: int | None) -> list[Batch]:
-    """Return a batch in pieces of ``rows`` rows, the last perhaps smaller; whole where ``rows`` is None."""
+    """Return a batch in pieces of ``rows`` rows; the last may be smaller. None: one piece."""
     if rows is None or rows >= len(batch["input_ids"]):
         return [batch]
     pieces = zip(*(tensor.split(rows) for tensor in batch.values()), strict=True)
@@ -136,10 +143,101 @@ def split(batch: Batch, rows: int | None) -> list[Batch]:
 
 
 def real_targets(batch: Batch) -> int:
-    """Return how many targets of a batch count: those that are not −100."""
+    """Return the number of targets that are not −100."""
     return int((batch["targets"] != IGNORED).sum())
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch on ``device``."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+TF32_CAPABILITY = (8, 0)  # of an NVIDIA GPU, from which on it has TF32
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is computed on a device: form of the experts, precision, compilation.
+
+    Raises:
+        Refused: the device cannot do what is asked.
+    """
+
+    config: ExecutionConfig
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        asked, kind = self.config, self.device.type
+        if asked.precision == "tf32" and not (
+            kind == "cuda" and torch.cuda.get_device_capability(self.device) >= TF32_CAPABILITY
+        ):
+            raise Refused(
+                f"precision tf32 is for NVIDIA GPUs from the A100 on, and means nothing on this {kind}; "
+                "use fp32 or bf16."
+            )
+        if asked.compile_mode == "reduce-overhead" and kind != "cuda":
+            raise Refused(
+                f"compile_mode reduce-overhead replays CUDA graphs, and means nothing on this {kind}; "
+                "use default."
+            )
+
+    @classmethod
+    def of(cls, config: RunConfig, ranks: Ranks = ALONE) -> Execution:
+        """Return how the run of this config is computed on this rank; raises as the class."""
+        return cls(config.execution, ranks.device(resolve_device(config.places.device)))
+
+    @property
+    def experts(self) -> str:
+        """The form of the experts, ``loop`` or ``batched``."""
+        return self.config.experts_on(self.device.type)
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``tf32`` or ``bf16``."""
+        return self.config.precision
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast; None without autocast."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
+    def model(self, model_config: GNNMoEConfig, seed: int) -> GNNMoEModel:
+        """Return a new model on torch's default device; on ``meta`` it has no numbers.
+
+        Raises:
+            Refused: a parameter or a buffer is not float32. Every precision needs float32 parameters.
+        """
+        model = GNNMoEModel(model_config, seed=seed, experts=self.experts, precision=self.precision)
+        refuse_other_types(model, torch.float32, "the model")
+        return model
+
+    def set_products(self) -> None:
+        """Set how torch computes products of float32 in the whole process."""
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+
+    def build(self, model_config: GNNMoEConfig, seed: int) -> GNNMoEModel:
+        """Return the model on the device, not compiled, with torch's products set for it; see ``model``."""
+        self.set_products()
+        return self.model(model_config, seed).to(self.device)
+
+    def compile(self, model: GNNMoEModel) -> None:
+        """Compile the forward of ``model`` if the config asks for it; a copy of the model is not compiled.
+
+        ``token_nll`` (evaluation) and ``analyze_expert_communication`` are not compiled.
+        """
+        if self.config.compile:
+            model.compile(mode=self.config.compile_mode)
+
+    def compile_now(self, model: GNNMoEModel, batch: Batch, rows: int | None = None) -> None:
+        """Compile ``model`` by a forward and backward on a batch, in pieces of ``rows``; drop the gradients.
+
+        Then no training step contains the compilation.
+        """
+        self.compile(model)
+        add_gradients(model.train(), to_device(batch, self.device), rows, [])
+        model.zero_grad(set_to_none=True)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the settings for the record; ``compile`` is the mode, or None."""
+        mode = self.config.compile_mode if self.config.compile else None
+        return {"experts": self.experts, "precision": self.precision, "compile": mode}

@@ -12,6 +12,7 @@ from bench.config import MemoryConfig, RunConfig, TuneConfig
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
+    from bench.tune.find import Request, Say
     from bench.tune.search import Trial
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
@@ -52,7 +53,7 @@ def _search(config: RunConfig, start: int | None) -> int:
     from rich.console import Console
 
     from bench.device import keep_freed_memory
-    from bench.run.prepare import prepare
+    from bench.training.ranks import ALONE
     from bench.tune.find import find, words_of
     from bench.tune.search import SearchFailed
     from bench.tune.table import print_fit, print_sizes
@@ -64,13 +65,10 @@ def _search(config: RunConfig, start: int | None) -> int:
     def shown(trial: Trial) -> None:
         progress.print(f"  {trial.shape.rows} at once: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
 
-    progress.print("loading the data …")
-    prepared = prepare(config)
-    progress.print("trying batch sizes …")
     fits = config.memory.fit_shape
     try:
-        request = prepared.search(progress.print, any_size=not fits, start=start)
-        found = find(request, prepared.ranks, progress.print, None if fits else shown)
+        request = request_of(config, start, progress.print)
+        found = find(request, ALONE, progress.print, None if fits else shown)
     except SearchFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
@@ -80,6 +78,32 @@ def _search(config: RunConfig, start: int | None) -> int:
     else:
         print_sizes(found, config.training.batch_size, console)
     return 0
+
+
+def request_of(config: RunConfig, start: int | None, say: Say) -> Request:
+    """Return the search, after everything that a run with this config would be refused for."""
+    from bench.data.corpus import say_unknown_words
+    from bench.gate import refuse_wrong_names
+    from bench.training.loaders import load_text, make_loaders, model_for, refuse_curriculum_without_epochs
+    from bench.training.ranks import ALONE
+    from bench.training.step import Execution
+    from bench.tune.budget import refuse_wrong_sizes
+    from bench.tune.find import request_for
+
+    say("loading the data …")
+    device = Execution.of(config).device
+    refuse_wrong_names(config.model.resolved(1))  # before the data are read
+    refuse_curriculum_without_epochs(config.training)
+    corpus = load_text(config)
+    say_unknown_words(corpus.splits)
+    model = model_for(config, corpus)
+    refuse_wrong_sizes(config, model, device, ALONE)
+    loaders = make_loaders(config, corpus, device)
+    say("trying batch sizes …")
+    return request_for(
+        config, model, corpus, device, ALONE, say=say, any_size=not config.memory.fit_shape, start=start,
+        epoch_samples=loaders["train"].sampler_obj.samples_in(0),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

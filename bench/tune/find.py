@@ -20,8 +20,8 @@ from bench.config import DataConfig, RunConfig, TrainingConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.data.corpus import Corpus
 from bench.gate.subject import global_random_state_kept
-from bench.measure.code import code_hashes
 from bench.measure.environment import device_name
+from bench.training.code import code_hashes
 from bench.training.ranks import Ranks
 from bench.tune.budget import device_memory_bytes, length_bounds, limit_of
 from bench.tune.search import Found, Mode, SearchFailed, Trial, concluded, search

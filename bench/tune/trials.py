@@ -17,8 +17,7 @@ from bench.measure.meters import meter_for
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.measure.speed import random_batch
 from bench.record import is_measured
-from bench.training.execution import Execution
-from bench.training.step import make_optimizer, training_step
+from bench.training.step import Execution, make_optimizer, training_step
 from bench.tune.budget import format_bytes, host_memory_bytes
 from bench.tune.search import FREE_HERE, Trial
 from bench.tune.shape import Shape

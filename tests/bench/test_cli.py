@@ -64,7 +64,7 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
     ("module", "called", "arguments"),
     [
         ("bench.run.__main__", "bench.run.prepare.prepare", []),
-        ("bench.tune.__main__", "bench.run.prepare.prepare", []),
+        ("bench.tune.__main__", "bench.training.loaders.load_text", []),
         ("bench.sweep", "bench.sweep.read_sweep", ["sweep.toml"]),
         ("bench.report", "bench.study.runs.the_study", ["study"]),
         ("bench.speed", "bench.speeding.show.print_records", ["--table", "record"]),

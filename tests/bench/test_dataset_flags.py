@@ -8,7 +8,8 @@ import pytest
 
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.run.prepare import Identifier, prepare
+from bench.run.identity import Identifier
+from bench.run.prepare import prepare
 
 
 def config(folder: Path | None, results: Path, *flags: str) -> RunConfig:

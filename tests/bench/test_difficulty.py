@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import bench.run.difficulty
+import bench.training.loaders
 from bench.data.blocks import TrainBlocks
 from bench.data.corpus import load_corpus
 from bench.run.__main__ import main
-from bench.run.difficulty import difficulty_scores
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
+from bench.training.loaders import difficulty_scores
 from tests.bench.conftest import TINY
 
 CPU = torch.device("cpu")
@@ -40,11 +40,11 @@ def scored(monkeypatch) -> list[int]:
     """How many blocks were scored at each time that any were."""
     found: list[int] = []
 
-    def counted(blocks, score, real=bench.run.difficulty.model_scores):
+    def counted(blocks, score, real=bench.training.loaders.model_scores):
         found.append(len(blocks))
         return real(blocks, score)
 
-    monkeypatch.setattr(bench.run.difficulty, "model_scores", counted)
+    monkeypatch.setattr(bench.training.loaders, "model_scores", counted)
     return found
 
 

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import Store
 
-from bench.training import ending
-from bench.training.ending import End, agreed_end, watched, why
-from bench.training.interruption import Interruption
-from bench.training.ranks import ALONE, Ranks
+from bench.cli import Interruption
+from bench.training import ranks as ranks_module
+from bench.training.ranks import ALONE, End, Ranks, agreed_end, watched, why
 
 OOM = End("oom", "rank 1: OutOfMemoryError: 2 GiB")
 CRASHED, STOPPED = End("crashed", "RuntimeError: gloo/transport"), End("interrupted", "stopped from outside")
@@ -27,7 +26,7 @@ CRASHED, STOPPED = End("crashed", "RuntimeError: gloo/transport"), End("interrup
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(ending, "PATIENCE_SECONDS", {"signal": 0.3, "lost": 0.3})
+    monkeypatch.setattr(ranks_module, "PATIENCE_SECONDS", {"signal": 0.3, "lost": 0.3})
 
 
 def first_of(world_size: int, store: Store, rank: int = 0) -> Ranks:
@@ -79,7 +78,7 @@ def test_the_first_failure_is_the_runs():
 
 
 def test_word_that_comes_late_is_waited_for(monkeypatch):
-    monkeypatch.setattr(ending, "PATIENCE_SECONDS", {"signal": 5.0, "lost": 5.0})
+    monkeypatch.setattr(ranks_module, "PATIENCE_SECONDS", {"signal": 5.0, "lost": 5.0})
     store = told(signalled_0="")
     threading.Timer(0.3, lambda: store.set("signalled/1", "")).start()
     start = time.monotonic()

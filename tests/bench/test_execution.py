@@ -12,13 +12,12 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 
 from bench.config import ExecutionConfig, RunConfig, TrainingConfig
-from bench.identity import identity, run_id
 from bench.measure.flops import training_flops_per_token
 from bench.measure.meters import meter_for
 from bench.measure.predict import predict_peak
 from bench.run.__main__ import main
-from bench.training.execution import Execution
-from bench.training.step import make_optimizer, training_step
+from bench.run.identity import identity, run_id
+from bench.training.step import Execution, make_optimizer, training_step
 from bench.tune.shape import witnessed
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
 

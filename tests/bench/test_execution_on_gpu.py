@@ -12,8 +12,7 @@ import torch._dynamo
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.config import ExecutionConfig, TrainingConfig
-from bench.training.execution import Execution
-from bench.training.step import Batch, make_optimizer, training_step
+from bench.training.step import Batch, Execution, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import TiedHead
 

@@ -12,8 +12,8 @@ import bench.run.leak_check
 from bench.data.corpus import load_corpus
 from bench.gate.trained import rows_to_judge
 from bench.run.__main__ import main
-from bench.run.difficulty import checkpoint_scorer
 from bench.training.checkpoint import load_checkpoint
+from bench.training.loaders import checkpoint_scorer
 from tests.bench.conftest import TINY
 from tests.bench.test_resume import (
     act_at_step,

@@ -16,8 +16,7 @@ from bench.data.loader import create_loader
 from bench.measure.ledger import BatchAccountingError, Ledger
 from bench.run.__main__ import main
 from bench.training.evaluation import evaluate, merged
-from bench.training.loop import Trainer
-from bench.training.plan import EpochPlan, TrainingPlan
+from bench.training.loop import EpochPlan, Trainer, TrainingPlan
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import IGNORED
 from tests.bench.test_training import Rows

@@ -10,7 +10,7 @@ import torch
 from bench.config import TrainingConfig
 from bench.measure.ledger import BatchAccountingError, Ledger
 from bench.training.evaluation import evaluate
-from bench.training.plan import EpochPlan
+from bench.training.loop import EpochPlan
 from bench.training.step import add_gradients, make_optimizer, split, training_step
 from bench.tune.budget import refuse_uneven_pieces
 from bench.tune.control import next_smaller

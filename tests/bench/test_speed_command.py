@@ -23,7 +23,7 @@ from bench.speeding.memory import peak_bytes, saved_bytes
 from bench.speeding.record import FILE, SpeedRecord, read_speed_record
 from bench.speeding.step_rows import Variant, executed, step_rows
 from bench.speeding.targets import CPU_TARGETS, GPU_TARGETS, verdicts
-from bench.training.execution import Execution
+from bench.training.step import Execution
 from gnnmoe import GNNMoEConfig
 from gnnmoe.couplers._base import Coupler
 from gnnmoe.hypergraph_backends import BACKENDS, missing_backends
@@ -143,7 +143,7 @@ class TestSteps:
     def test_no_peak_is_known_of_a_step_replayed_as_cuda_graphs(self, machine, monkeypatch):
         """Graphs hold their memory in a pool: on an H100 the meter saw 272 MiB of a step of 1.5 GiB."""
         for name in ("__post_init__", "compile"):  # which refuse it on a CPU
-            monkeypatch.setattr(f"bench.training.execution.Execution.{name}", lambda *_: None)
+            monkeypatch.setattr(f"bench.training.step.Execution.{name}", lambda *_: None)
         variants = [Variant(mode, executed("loop", "fp32", mode)) for mode in ("default", "reduce-overhead")]
         compiled, replayed = step_rows("case", variants, SMALL, 2, machine, rounds=1)
         assert compiled.peak_bytes

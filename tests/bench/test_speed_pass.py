@@ -19,7 +19,7 @@ from bench.measure.speed import TrainingSteps, on_host, warmup_of
 from bench.measure.speed_pass import SpeedPass
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
-from bench.training.execution import Execution
+from bench.training.step import Execution
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from tests._records import made_memory, made_speed, measured
 

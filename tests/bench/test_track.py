@@ -14,7 +14,7 @@ import pytest
 
 import bench.training.loop
 from bench.run.__main__ import main
-from bench.run.prepare import Identifier
+from bench.run.identity import Identifier
 from bench.sweep import main as sweep_main
 from bench.sweeps.plan import make_plan
 from bench.sweeps.spec import sweep_of

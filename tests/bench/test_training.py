@@ -13,10 +13,8 @@ from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
 from bench.measure.ledger import Ledger
-from bench.training.communication import CommunicationTrace
-from bench.training.evaluation import evaluate
-from bench.training.loop import Diverged, Trainer
-from bench.training.plan import TrainingPlan
+from bench.training.evaluation import CommunicationTrace, evaluate
+from bench.training.loop import Diverged, Trainer, TrainingPlan
 from bench.training.step import learning_rate, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.hypergraph_layers import CONV_TYPES

@@ -18,11 +18,13 @@ from bench.config import RunConfig, TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.run.__main__ import main
-from bench.run.prepare import Identifier, prepare
+from bench.run.identity import Identifier
+from bench.run.prepare import prepare
 from bench.training.checkpoint import load_checkpoint
 from bench.training.ranks import ALONE
 from bench.tune import find, trials
 from bench.tune.__main__ import main as tune
+from bench.tune.__main__ import request_of
 from bench.tune.find import Request, cached_search, search_here, search_in_child
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial
 from bench.tune.shape import Shape
@@ -412,15 +414,11 @@ def test_a5_the_smallest_curriculum_epoch_binds(tiny, flags):
     sampler = prepared.loaders["train"].sampler_obj
     smallest = min(sampler.samples_in(epoch) for epoch in range(2))
     assert (smallest < len(prepared.loaders["train"].dataset_obj)) == bool(flags)
-    assert most(prepared, any_size=True) == smallest // 3
-    assert most(prepared) == 4, "no micro-batch is larger than the batch"
+    assert request_of(config, None, print).rows[-1] == smallest // 3
+    assert prepared.search(print).rows[-1] == 4, "no micro-batch is larger than the batch"
     config = replace(config, memory=replace(config.memory, tune_max_batch_size=2))
-    prepared = replace(prepared, config=config)
-    assert most(prepared, any_size=True) == most(prepared) == 2
-
-
-def most(prepared, **settings) -> int:
-    return prepared.search(print, **settings).rows[-1]
+    assert request_of(config, None, print).rows[-1] == 2
+    assert replace(prepared, config=config).search(print).rows[-1] == 2
 
 
 def shape(size: int) -> Shape:

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.config import BatchSchedule
 from bench.data import sampler as sampler_module
 from bench.data.blocks import IGNORED, EvalWindows
 from bench.data.curriculum import Curriculum
 from bench.data.loader import create_loader, set_epoch
 from bench.data.sampler import EpochBatchSampler, Extent, Shard, resolve_shard
-from bench.schedule import BatchSchedule
 
 pytestmark = pytest.mark.core("loader")
 

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from bench.config import ExecutionConfig
 from bench.run.__main__ import main
-from bench.training.execution import Execution
+from bench.training.step import Execution
 from gnnmoe import GNNMoEModel
 from gnnmoe.couplers import _registry, build_coupler, coupler_class, coupler_names
 from gnnmoe.process_state import ProcessStateChanged, changed_state, torch_state, unchanged_state

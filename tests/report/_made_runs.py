@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.config import RunConfig
-from bench.identity import config_dict
 from bench.report.plots.run import training_plot
 from bench.report.plots.style import plot_style
+from bench.run.identity import config_dict
 from bench.study.run_files import read_run
 from tests._records import NO_TEST, SCORED, record_json
 

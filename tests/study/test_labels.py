@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.config import RunConfig, Table
-from bench.identity import settings_in_record
 from bench.record import Settings
+from bench.run.identity import settings_in_record
 from bench.study.labels import Key, flags_that_count
 from bench.study.labels import labels as labels_of
 

@@ -12,7 +12,8 @@ from bench.cli import parse
 from bench.config import RunConfig
 from bench.record import RunFolder
 from bench.run.__main__ import main as run_main
-from bench.run.prepare import Identifier, prepare
+from bench.run.identity import Identifier
+from bench.run.prepare import prepare
 from bench.study.runs import load_study
 from bench.sweep import main, seconds_of
 from bench.sweeps.matching import Match, matched, reference_for

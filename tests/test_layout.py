@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tools.figures import circles
+
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "files syntax schedule config device foreign record data identity check training measure"
-    " tune sweeps analysis"
+    "files config cli device record study data check training measure tune report run speed sweep __main__"
 ).split()
-COMMANDS = set("run sweep report speed cli speeding __main__".split())
+"""Each part imports only from parts before it."""
 
 
 def imports(path: Path) -> set[str]:
@@ -38,17 +39,25 @@ def test_the_model_never_imports_the_harness():
         assert not [name for name in imports(path) if name.split(".")[0] == "bench"], path
 
 
-def test_data_flow_down_the_list_and_never_up():
-    """Layout: a part imports only from parts above it; the commands import from all of them."""
+def test_a_part_imports_only_parts_before_it():
     for path in (REPOSITORY / "bench").rglob("*.py"):
         own = path.relative_to(REPOSITORY / "bench").parts[0].removesuffix(".py")
-        if own in COMMANDS or own == "__init__" or path.name == "__main__.py":
+        if own == "__init__":  # offers functions of other parts lazily
             continue
         assert own in ORDER, f"{path} is in no part of the layout"
         for name in imports(path):
             other = part(name)
             if other and other != own:
-                assert other in ORDER[: ORDER.index(own)], f"{path.name} ({own}) imports {name}"
+                assert other in ORDER[: ORDER.index(own)], f"{path} imports {name}"
+
+
+def test_no_files_import_one_another():
+    assert circles() == []
+
+
+def test_no_package_imports_its_command():
+    for path in (REPOSITORY / "bench").rglob("__init__.py"):
+        assert not [name for name in imports(path) if name.endswith("__main__")], path
 
 
 def test_only_the_pyg_backends_import_pyg():
@@ -57,12 +66,12 @@ def test_only_the_pyg_backends_import_pyg():
         for path in (REPOSITORY / "gnnmoe").rglob("*.py")
         if any(name.split(".")[0] == "torch_geometric" for name in imports(path))
     }
-    assert users == {"hypergraph/backends.py"}
+    assert users == {"hypergraph_backends.py"}
 
 
 @pytest.mark.parametrize(
     "module",
-    ["gnnmoe", "bench.config", "bench.record", "bench.sweep.specification", "bench.analysis.summary"],
+    ["gnnmoe", "bench.config", "bench.record", "bench.sweep.specification", "bench.report.summary"],
 )
 def test_no_torch_where_nothing_is_computed(module):
     """Names are imported lazily, and the analysis imports no torch."""

@@ -45,11 +45,10 @@ SEED, NUMBER = 20, 300
 TESTS_SECONDS, CPU_SECONDS, WALL_SECONDS, MOST_BYTES = 20, 120, 900, 16 << 30
 MUTATED = [
     "gnnmoe/**/*.py", "bench/training/*.py", "bench/record.py", "bench/run/identity.py", "bench/marked.py",
-    "bench/measure/ledger.py", "bench/measure/rates.py", "bench/analysis/statistics.py",
-    "bench/analysis/significance.py", "bench/analysis/over_seeds.py", "bench/analysis/articles.py",
-    "bench/analysis/agreement.py", "bench/analysis/comparison.py", "bench/analysis/quantities.py",
+    "bench/measure/ledger.py", "bench/measure/rates.py", "bench/report/statistics.py",
+    "bench/report/comparison.py", "bench/report/quantities.py",
 ]  # fmt: skip
-FOLDERS = "gnnmoe", "analysis", "check", "data"
+FOLDERS = "gnnmoe", "report", "check", "data"
 """Of tests, those that come first: quick ones."""
 LEFT_OUT = ["tests/notebooks", "*in_browser*", "*test_ray*", "*test_slurm*", "*test_cluster*", "*_ranks*",
             "*torchrun*", "*killed_sweep*", "*equal_records*", "*launcher*", "*test_layout*"]  # fmt: skip

@@ -60,8 +60,8 @@ def _run(config: RunConfig, command: str, interruption: Interruption) -> int:
 def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interruption) -> int:
     from rich.console import Console
 
-    from bench.analysis.summary import print_summary
     from bench.device import keep_freed_memory
+    from bench.report.summary import print_summary
     from bench.run.prepare import prepare
     from bench.run.progress import Reporter
     from bench.run.session import Session
@@ -114,7 +114,7 @@ def _draw(prepared: Prepared, reporter: Reporter) -> None:
     """Draw the plots; a run is no worse for one that fails."""
     with reporter.phase("drawing"):
         try:
-            from bench.analysis.plots import plot_run
+            from bench.report.plots.run import plot_run
 
             plot_run(prepared.folder.path)
         except Exception as error:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.analysis import quantities
-from bench.record import Record, is_measured
+from bench.record import Record, exp_or_infinity, is_measured
 from bench.run.prepare import Prepared
 from bench.training.evaluation import CommunicationTrace
 from gnnmoe.model import GNNMoELayer, GNNMoEModel
@@ -24,14 +23,6 @@ if TYPE_CHECKING:
 
 FOLDER = "tensorboard"
 WEIGHTS, MIXING = "hyperedge_weights", "mixing"
-RESULTS: dict[str, Callable[[Record], float | None]] = {
-    "validation perplexity": quantities.perplexity,
-    "test perplexity": lambda record: quantities.perplexity(record, "test"),
-    "validation unknown words (share)": lambda record: quantities.unknown_words_share(record) or None,
-    "tokens a second": quantities.tokens_per_second,
-    "median step (s)": quantities.median_step_seconds,
-    "peak memory (bytes)": quantities.peak_memory_bytes,
-}
 
 
 class Tracker:
@@ -138,18 +129,28 @@ def _add_row(writer: SummaryWriter, row: dict[str, Any]) -> None:
         values = {name: row[name] for name in ("loss", "learning_rate", "gradient_norm")}
     else:
         loss = row["nll_sum"] / row["tokens"]
-        values = {"loss": loss, "perplexity": quantities.exp_or_infinity(loss)}
+        values = {"loss": loss, "perplexity": exp_or_infinity(loss)}
     for name, value in values.items():
         writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
 
 def _table(record: Record) -> str:
     """Return the end of a run as a table in Markdown; what was not measured is left out."""
-    found = {name: quantity(record) for name, quantity in RESULTS.items()}
+    found: dict[str, float] = {}
+    for split in ("validation", "test"):
+        if scored := record.split(split):
+            found[f"{split} perplexity"] = exp_or_infinity(scored.loss_nats)
+    if (scored := record.split()) and scored.unknown_words:
+        found["validation unknown words (share)"] = scored.unknown_words / scored.tokens
+    if is_measured(record.speed):
+        found["tokens a second"] = record.speed.tokens_per_second
+        found["median step (s)"] = record.speed.median_step_seconds
+    if is_measured(record.memory) and is_measured(record.memory.peak_allocated_bytes):
+        found["peak memory (bytes)"] = record.memory.peak_allocated_bytes
     if is_measured(record.parameters):
         found["parameters"] = record.parameters.total
     rows = [f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:,.6g} |"
-            for name, value in found.items() if value is not None]  # fmt: skip
+            for name, value in found.items()]  # fmt: skip
     return "\n".join(["| quantity | value |", "|---|---|", f"| status | {record.status} |", *rows])
 
 

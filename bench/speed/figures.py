@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bench.analysis.plot_style import (
+from bench.report.plots.style import (
     LINE_COLOURS,
     LINE_STYLES,
     Plot,

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from tabulate import tabulate
 
-from bench.analysis.numbers import number
-from bench.analysis.plot_style import write_plots
-from bench.analysis.terminal import PlainTable
 from bench.files import between, write_between
+from bench.record import number
+from bench.report.plots.style import write_plots
+from bench.report.terminal import PlainTable
 from bench.speed.figures import cost_plot, steps_plot
 from bench.speed.record import (
     BARE,

@@ -24,8 +24,8 @@ from bench.sweep.specification import Sweep, SweepConfig, load_sweep, parse_shor
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
+    from bench.study.hypotheses import Hypothesis
     from bench.sweep.plan import Match, Plan
-    from bench.sweeps.hypotheses import Hypothesis
 
 PROG = "python -m bench.sweep"
 
@@ -81,8 +81,8 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     import torch
 
     from bench.run.identity import Identifier
+    from bench.study.hypotheses import check_against, hypotheses_of
     from bench.sweep.plan import Match, make_plan
-    from bench.sweeps.hypotheses import check_against, hypotheses_of
 
     asked = config.match or sweep.match
     match = None if asked is None else Match.parse(asked)
@@ -109,8 +109,8 @@ def run_plan(
             package or its cluster is missing.
     """
     from bench.device import resolve_device
+    from bench.study.hypotheses import state
     from bench.sweep.work import execute
-    from bench.sweeps.hypotheses import state
 
     device = resolve_device(config.device).type if config.executor == LOCAL else config.device
     logs = config.results_dir / plan.study / ".logs"

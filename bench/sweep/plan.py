@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, config_of, resolved
+from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, complete, config_of, resolved
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.device import cpu_threads, resolve_device
 from bench.measure.environment import device_name
@@ -33,9 +33,10 @@ from bench.record import (
     study_records,
 )
 from bench.run.identity import Identified, config_dict, run_id, settings_in_record
+from bench.study.hypotheses import seeds_needed
+from bench.study.labels import flags_that_count, labels
 from bench.sweep.executors.local import slots_for
 from bench.sweep.specification import RunRequest, Sweep
-from bench.sweeps.seeds import seeds_needed
 from bench.training.code import code_hashes
 from bench.tune.budget import format_bytes
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
@@ -44,7 +45,6 @@ from gnnmoe.cost import Cost, matched_ffn_dim, model_cost
 from gnnmoe.couplers.registry import coupler_class, is_file
 
 Identify = Callable[[RunConfig], Identified]
-PLAIN = {"coupler_type", "preset"}  # flags whose values speak for themselves in a label
 DENSE = "dense"
 TOLERANCES = {"memory": 0.001, "time": 0.02}  # of the reference: the prediction is exact, a clock is not
 QUANTITIES = (*BY_FORMULA, *TOLERANCES)
@@ -88,6 +88,7 @@ class PlannedConfiguration:
     """The runs that differ only in their seed, and what they share."""
 
     label: str
+    """The label in the report of the study; set when all configurations are known."""
     flags: dict[str, Any]
     """Plain, by field; the seed is the first run's."""
     known: Identified
@@ -132,8 +133,8 @@ class PlannedConfiguration:
             limits.append(training.max_steps or DEFAULT_MAX_STEPS)
         return min(limits)
 
-    def run(self, seed: int, study: Path) -> PlannedRun:
-        """Return the run with a seed."""
+    def run(self, seed: int, label: str, study: Path) -> PlannedRun:
+        """Return the run with a seed; ``label`` is the label of the configuration."""
         self.known.identity["training"]["seed"] = seed
         name = run_id(self.known.identity)
         config, per_token = self.training.config, self.flops_per_token
@@ -142,7 +143,7 @@ class PlannedConfiguration:
         record = {"seed": seed, "configuration": self.known.configuration, "config": settings}
         return PlannedRun(
             name,
-            f"{self.label} · seed {seed}",
+            f"{label} · seed {seed}",
             tuple(as_flags({**self.flags, "seed": seed})),
             study / name,
             cost=None if per_token is None else per_token * tokens,
@@ -185,30 +186,59 @@ def make_plan(
     Raises:
         Refused: naming the run that cannot be, and why.
     """
-    varying = _varying([request.flags for request in sweep.runs])
-    matching = None if match is None else _matching(sweep, places, identify, match)
-    made: dict[int, PlannedConfiguration] = {}
+    made = _made(sweep, places, identify, match, device)
+    study = Path(places["results_dir"]) / sweep.study
+    _refuse_two_files(made, study)
     configurations: dict[str, PlannedConfiguration] = {}
+    for found in made:
+        configurations.setdefault(found.known.configuration, found)
+    flags = [flags_that_count(found.settings) for found in configurations.values()]
+    keys = [(name, found.known.code["coupler_sha256"]) for name, found in configurations.items()]
+    for found, label in zip(configurations.values(), labels(flags, keys), strict=True):
+        found.label = label
     runs = []
+    for request, found in zip(sweep.runs, made, strict=True):
+        configuration = configurations[found.known.configuration]
+        run = found.run(request.seed, configuration.label, study)
+        if any(run.run_id == other.run_id for other in configuration.runs):
+            continue  # it differs only in flags that change no number
+        record = RunFolder(study.parent, study.name, run.run_id).read_record()
+        configuration.runs.append(run)
+        configuration.statuses.append(None if record is None else record.status)
+        configuration.stale.append(is_stale(record, run.code))
+        runs.append(run)
+    return Plan(sweep.study, sweep.seeds, list(configurations.values()), runs)
+
+
+def _made(
+    sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match | None, device: torch.device | None
+) -> list[PlannedConfiguration]:
+    """Return the configuration of each run of the sweep; the seeds of a configuration share it.
+
+    Raises:
+        Refused: names the run that is impossible, and why.
+    """
+    matching = None if match is None else _matching(sweep, places, identify, match)
+    by_flags: dict[int, PlannedConfiguration] = {}
+    made = []
     for request in sweep.runs:
         key = id(request.flags)  # the seeds of a configuration share one table
         try:
-            by_seed = key in made and made[key].training.config.training.curriculum is not None
-            if key not in made or by_seed:
-                made[key] = _make(request, varying, places, identify, matching, device)
+            by_seed = key in by_flags and by_flags[key].training.config.training.curriculum is not None
+            if key not in by_flags or by_seed:
+                by_flags[key] = _make(request, places, identify, matching, device)
         except Refused as error:
-            raise Refused(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
-        run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
-        found = configurations.setdefault(made[key].known.configuration, made[key])
-        if any(run.run_id == other.run_id for other in found.runs):
-            continue  # it differs in what changes no number
-        record = RunFolder(run.folder.parent, ".", run.run_id).read_record()
-        found.runs.append(run)
-        found.statuses.append(None if record is None else record.status)
-        found.stale.append(is_stale(record, run.code))
-        runs.append(run)
-    _refuse_two_files(list(made.values()), Path(places["results_dir"]) / sweep.study)
-    return Plan(sweep.study, sweep.seeds, list(configurations.values()), runs)
+            raise Refused(f"run {_label_by_flags(request, sweep)} (seed {request.seed}): {error}") from error
+        made.append(by_flags[key])
+    return made
+
+
+def _label_by_flags(request: RunRequest, sweep: Sweep) -> str:
+    """Return a label for a run that was refused, from the flags of all runs of the sweep."""
+    tables = list({id(other.flags): other.flags for other in sweep.runs}.values())
+    keys = [(str(place), None) for place in range(len(tables))]
+    names = labels([complete(flags) for flags in tables], keys)
+    return next(name for flags, name in zip(tables, names, strict=True) if flags is request.flags)
 
 
 def _refuse_two_files(made: Sequence[PlannedConfiguration], study: Path) -> None:
@@ -238,7 +268,6 @@ def _matching(
 
 def _make(
     request: RunRequest,
-    varying: Sequence[str],
     places: dict[str, Any],
     identify: Identify,
     matching: Callable[[GNNMoEConfig, TrainingCosts], Matched] | None,
@@ -259,31 +288,7 @@ def _make(
             known = identify(config)
     training = Training(known.model, config, device)
     cost = model_cost(known.model)
-    return PlannedConfiguration(_label(request, varying), flags, known, training, cost, off_by)
-
-
-def _varying(tables: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the flags in which some runs differ, in the order in which they first appear."""
-    values: dict[str, set[str]] = {}
-    complete = [resolved(table) for table in {id(table): table for table in tables}.values()]
-    names = dict.fromkeys(name for table in complete for name in table)
-    for name in names:
-        values[name] = {repr(table.get(name)) for table in complete}
-    return [name for name in names if len(values[name]) > 1]
-
-
-def _label(request: RunRequest, varying: Sequence[str]) -> str:
-    """Return what is special about a run, for people: ``GNN · num_experts 4``."""
-    table = {"coupler_type": "HGNN", **resolved(request.flags)}
-    names = ["coupler_type", *(name for name in varying if name != "coupler_type")]
-    parts = []
-    for name in names:
-        value = table.get(name)
-        if isinstance(value, list):
-            value = " ".join(map(str, value))
-        if value not in (None, ""):
-            parts.append(str(value) if name in PLAIN or isinstance(value, str) else f"{name} {value}")
-    return " · ".join(parts)
+    return PlannedConfiguration("", flags, known, training, cost, off_by)
 
 
 # --- matching -------------------------------------------------------------------------------------

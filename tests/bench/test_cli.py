@@ -66,7 +66,7 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
         ("bench.run.__main__", "bench.run.prepare.prepare", []),
         ("bench.tune.__main__", "bench.training.loaders.load_text", []),
         ("bench.sweep.__main__", "bench.sweep.__main__.read_sweep", ["sweep.toml"]),
-        ("bench.report", "bench.analysis.find.the_study", ["study"]),
+        ("bench.report.__main__", "bench.study.runs.the_study", ["study"]),
         ("bench.speed.__main__", "bench.speed.show.print_records", ["--table", "record"]),
         ("bench.check.__main__", "bench.check.leak_check.refuse_wrong_names", []),
         ("bench.data.__main__", "bench.data.__main__.measure", ["profile"]),

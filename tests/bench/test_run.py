@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import bench.run.session
-from bench.analysis import quantities
 from bench.data.corpus import load_corpus
 from bench.record import Record, RunFolder, record_of
+from bench.report import quantities
 from bench.run.__main__ import main
 from gnnmoe.couplers.registry import coupler_names
 
@@ -56,7 +56,7 @@ def test_plots_are_drawn_at_the_end_and_a_failure_of_theirs_is_a_note(tiny, monk
     def broken(_):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("bench.analysis.plots.plot_run", broken)
+    monkeypatch.setattr("bench.report.plots.run.plot_run", broken)
     assert main([*tiny, "--plots", "--force"]) == 0
     assert "note: the plots could not be drawn: RuntimeError: no fonts" in capsys.readouterr().err
 

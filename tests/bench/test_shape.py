@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.analysis.study import Setting
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure import steps as steps_module
 from bench.measure.speed_pass import measure_speed, peak_memory
 from bench.record import Record
 from bench.run.__main__ import main
+from bench.study.runs import Basis
 from bench.training.step import split, training_step
 from bench.tune.__main__ import main as tune
 from bench.tune.find import Request, search_here
@@ -306,8 +306,8 @@ def test_d4_the_fitted_shape_is_what_the_run_uses(tiny, tmp_path, capsys):
     assert f"length {length}, micro-batch {rows} of at most 4" in capsys.readouterr().out
     other = Record.model_validate({**record, "used": {**used, "lengths": [length, 16]}})
     own = Record.model_validate(record)
-    assert not Setting.of(own, False).fits(Setting.of(other, False)), "another length is not compared"
-    assert Setting.of(own, True).fits(Setting.of(other, True))
+    assert not Basis.of(own, False).fits(Basis.of(other, False)), "another length is not compared"
+    assert Basis.of(own, True).fits(Basis.of(other, True))
 
 
 @pytest.mark.parametrize(

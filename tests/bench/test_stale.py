@@ -76,7 +76,7 @@ def test_the_hash_is_the_same_in_every_python():
 
 
 SHOWS_ONLY = (
-    "bench/__init__.py bench/analysis/__init__.py bench/analysis/quantities.py bench/run/resume.py"
+    "bench/__init__.py bench/run/resume.py"
     " bench/config.py bench/files.py"
     " bench/cli.py bench/run/progress.py bench/run/tracker.py bench/foreign.py bench/run/identity.py"
     " bench/record.py"

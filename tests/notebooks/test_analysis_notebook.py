@@ -10,9 +10,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from bench.analysis.report import make_report
-from bench.analysis.study import load_study
-from tests.analysis._made_studies import made_study
+from bench.report.contents import make_report
+from bench.study.runs import load_study
+from tests.report._made_studies import made_study
 
 REPOSITORY = Path(__file__).parents[2]
 NOTEBOOK = REPOSITORY / "notebooks" / "analysis.ipynb"
@@ -41,11 +41,11 @@ def test_it_is_stored_without_outputs():
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
-def test_it_reads_records_through_the_analysis_only():
+def test_it_reads_records_as_the_report_does():
     source = "\n".join(cell["source"] for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
     modules = set(re.findall(r"^(?:from|import) (bench[\w.]*)", source, re.MULTILINE))
     assert modules
-    assert all(module.startswith("bench.analysis.") for module in modules)
+    assert all(module.startswith(("bench.report.", "bench.study.")) for module in modules)
 
 
 def test_it_runs_on_the_committed_records(monkeypatch):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from bench.sweeps.hypotheses import Hypothesis, check_against, load_hypotheses, read_hypotheses
+
+from bench.study.hypotheses import Hypothesis, check_against, load_hypotheses, read_hypotheses
 
 GOOD = {
     "statement": "triplets are better", "by": 0.01,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from bench.cli import parse
 from bench.config import RunConfig, seconds_of
 from bench.record import RunFolder
+from bench.run.__main__ import main as run_main
 from bench.run.identity import Identifier
 from bench.run.prepare import prepare
+from bench.study.runs import load_study
 from bench.sweep.__main__ import main
 from bench.sweep.plan import Match, Plan, make_plan, matched, reference_for
 from bench.sweep.specification import sweep_of
@@ -28,7 +31,8 @@ def places(small_data_dir, tmp_path) -> dict[str, str]:
 
 
 def plan_of(places, match: str | None = None, **entries) -> Plan:
-    sweep = sweep_of({"base": BASE, "grid": GRID, "seeds": 3, **entries}, "study")
+    entries = {"base": BASE, "grid": GRID, "seeds": 3, **entries}
+    sweep = sweep_of({name: value for name, value in entries.items() if value is not None}, "study")
     return make_plan(sweep, places, Identifier(), None if match is None else Match.parse(match))
 
 
@@ -42,6 +46,21 @@ def test_ids_folders_and_flags_are_those_of_the_runs_themselves(places):
         prepared = prepare(config)
         assert prepared.run_id == run.run_id
         assert prepared.folder.path == run.folder
+
+
+def test_the_plan_and_the_report_name_each_configuration_alike(places):
+    together = {"coupler": ["mean", "HGNN", "HGNN"], "learning_rate": [0.001, 0.001, 0.002],
+                "coupler_option": [[], ["HGNN.activation=none"], []]}  # fmt: skip
+    plan = plan_of(places, grid=None, zip=together, seeds=1)
+    labels = [found.label for found in plan.configurations]
+    assert labels == ["mean · learning_rate 0.001", "HGNN · activation=none · learning_rate 0.001",
+                      "HGNN · learning_rate 0.002"]  # fmt: skip
+    small = {**places, "study": "study", "num_eval_samples": 8, "speed_warmup_steps": 1, "speed_steps": 2}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
+    for run in plan.runs:
+        assert run_main([*run.arguments, *flags, "--no-plots"]) == 0
+    (group,) = load_study(Path(places["results_dir"]) / "study").groups
+    assert [found.label for found in group.configurations] == labels
 
 
 def test_seeds_are_outermost_and_configurations_hold_their_runs(places):
@@ -62,7 +81,7 @@ def test_what_differs_in_no_number_is_planned_once(places):
     grid = {"coupler": ["mean", "HGNN"], "hgnn_conv_type": ["HypergraphConv", "HNHN"]}
     plan = plan_of(places, grid=grid)
     assert [found.label for found in plan.configurations] == [
-        "mean · HypergraphConv", "HGNN · HypergraphConv", "HGNN · HNHN"]  # fmt: skip
+        "mean", "HGNN · HypergraphConv", "HGNN · HNHN"]  # fmt: skip
     assert len({run.run_id for run in plan.runs}) == len(plan.runs) == 9
 
 

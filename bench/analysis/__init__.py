@@ -1,1 +1,0 @@
-"""From records to tables, plots and pages. Imports no torch."""

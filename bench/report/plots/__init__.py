@@ -1,0 +1,1 @@
+"""The plots: of one run (``run``), and of a study (``study``, ``cost``, ``weights``)."""

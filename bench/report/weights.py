@@ -1,0 +1,200 @@
+"""What hypergraphs learned, over the seeds of a study: hyperedge weights, and the experts' shares.
+
+Only runs that count are read. The weights are those of the checkpoint that is best on validation, with which
+the run was scored. Letters: S seeds, M members (hyperedges), T steps, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bench.report.comparison import Comparison
+from bench.report.quantities import number
+from bench.report.statistics import Agreement, agreement
+from bench.study.runs import Configuration, Run
+
+WEIGHTS, MIXING = "hyperedge_weights", "mixing"
+MOVED = 1e-5
+"""A weight that changed by more has moved; records round to 1e-6."""
+BY_NAME = (
+    "The experts of different seeds start from different random numbers, so that expert 0 of one seed need "
+    "not be expert 0 of another: agreement by name is expected only if a position itself matters."
+)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Weights over training, at the steps that all of these seeds sampled."""
+
+    seeds: tuple[int, ...]
+    steps_T: np.ndarray
+    weights_TSM: np.ndarray
+
+
+@dataclass(frozen=True)
+class WeightsReading:
+    """The hyperedge weights that the runs of one configuration learned in one layer."""
+
+    configuration: Configuration
+    layer: int
+    members: tuple[str, ...]
+    """The hyperedges by the experts in them: ``{0,2}``."""
+    seeds: tuple[int, ...]
+    weights_SM: np.ndarray
+    """The weights of every run that counts."""
+    trajectories: Trajectories | None
+    """None with fewer than two steps that all seeds with a trace sampled."""
+    from_one: bool
+    """Whether a trace shows that all weights were 1 at the start."""
+
+    @cached_property
+    def agreement(self) -> Agreement | None:
+        """The agreement of the seeds on the order of the hyperedges by name (see ``BY_NAME``).
+
+        None for one seed or one hyperedge, and where fewer than two seeds have weights that differ.
+        """
+        return agreement(self.weights_SM)
+
+    @property
+    def mean_M(self) -> np.ndarray:
+        """The mean over seeds."""
+        return self.weights_SM.mean(axis=0)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest weight of any seed."""
+        return float(self.weights_SM.min()), float(self.weights_SM.max())
+
+    def agreement_words(self) -> str:
+        """Return whether the seeds agree, in words."""
+        if self.agreement is not None:
+            return self.agreement.words()
+        if len(self.seeds) == 1:
+            return "one seed: nothing to agree with"
+        return "one hyperedge: no order to agree on" if len(self.members) == 1 else "no order to agree on"
+
+    def sentence(self) -> str:
+        """Return the range of the weights and whether the seeds agree on them, in a sentence."""
+        low, high = self.range
+        digits = 2 if high - low < MOVED else min(6, max(2, 1 - math.floor(math.log10(high - low))))
+        low, high = number(low, digits), number(high, digits)
+        where = (
+            f"weights between {low} and {high}" if len(self.members) > 1 or low != high else f"weight {low}"
+        )
+        start = " (all 1 at the start)" if self.from_one else ""
+        over = f"over {len(self.seeds)} seeds " if len(self.seeds) > 1 else ""
+        return (
+            f"{self.configuration.label}, layer {self.layer}: {where}{start}; {over}{self.agreement_words()}."
+        )
+
+
+@dataclass(frozen=True)
+class MixingReading:
+    """The effective mixing of one configuration: the share of each expert in the output of each layer.
+
+    The share is the mean over tokens of ‖∂y/∂x_e‖, normalised over the experts: 1/E if all experts count
+    equally.
+    """
+
+    configuration: Configuration
+    layers: tuple[int, ...]
+    seeds: tuple[int, ...]
+    shares_SLE: np.ndarray
+
+    @property
+    def mean_LE(self) -> np.ndarray:
+        """The mean over seeds."""
+        return self.shares_SLE.mean(axis=0)
+
+    @property
+    def deviation_LE(self) -> np.ndarray | None:
+        """The sample's standard deviation over seeds; None for one seed."""
+        return self.shares_SLE.std(axis=0, ddof=1) if len(self.seeds) > 1 else None
+
+    @property
+    def ratio_LE(self) -> np.ndarray:
+        """The mean share as a multiple of 1/E."""
+        return self.mean_LE * self.mean_LE.shape[1]
+
+
+def read_weights(comparison: Comparison) -> list[WeightsReading]:
+    """Return a reading for each configuration, in the order of the comparison's rows, and layer.
+
+    Weights that moved in no run (not learnable, or without effect) are left out.
+    """
+    return [reading for row in comparison.rows for reading in _weights(row.configuration)]
+
+
+def read_mixing(comparison: Comparison) -> list[MixingReading]:
+    """Return the shares of the experts for each configuration that recorded them, in the rows' order."""
+    readings = (_mixing(row.configuration) for row in comparison.rows)
+    return [reading for reading in readings if reading is not None]
+
+
+def _weights(configuration: Configuration) -> Iterator[WeightsReading]:
+    found: dict[int, dict[int, dict[str, float]]] = {}  # layer → seed → weights by name
+    for seed, run in configuration.counted.items():
+        for layer, parts in run.data.parts(WEIGHTS).items():
+            weights = parts.get(WEIGHTS)
+            if isinstance(weights, dict) and weights:
+                found.setdefault(layer, {})[seed] = weights
+    for layer, by_seed in sorted(found.items()):
+        members = tuple(next(iter(by_seed.values())))
+        alike = {seed: weights for seed, weights in by_seed.items() if tuple(weights) == members}
+        weights_SM = np.array([list(weights.values()) for weights in alike.values()], dtype=float)
+        sampled = {seed: _trace(configuration.counted[seed], layer, len(members)) for seed in alike}
+        traces = {seed: trace for seed, trace in sampled.items() if trace is not None}
+        starts = {seed: weights_TM[0] for seed, (_, weights_TM) in traces.items()}
+        first_SM = np.array([starts.get(seed, np.ones(len(members))) for seed in alike])
+        if np.abs(weights_SM - first_SM).max() > MOVED:
+            from_one = bool(starts) and bool(np.allclose(list(starts.values()), 1, atol=MOVED))
+            together = _together(traces)
+            yield WeightsReading(configuration, layer, members, tuple(alike), weights_SM, together, from_one)
+
+
+def _trace(run: Run, layer: int, members: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the steps (T,) and weights (T, M) that a run sampled; None without samples."""
+    steps_T = run.data.trace.get("step", np.array([]))
+    weights_TM = run.data.trace.get(f"layer_{layer}.{WEIGHTS}")
+    if weights_TM is None or not len(steps_T) or weights_TM.shape != (len(steps_T), members):
+        return None
+    return steps_T, weights_TM.astype(float)
+
+
+def _together(traces: dict[int, tuple[np.ndarray, np.ndarray]]) -> Trajectories | None:
+    shared = (
+        sorted(set.intersection(*(set(steps_T.tolist()) for steps_T, _ in traces.values()))) if traces else []
+    )
+    if len(shared) < 2:
+        return None
+    at_TSM = np.stack(
+        [weights_TM[np.isin(steps_T, shared)] for steps_T, weights_TM in traces.values()], axis=1
+    )
+    return Trajectories(tuple(traces), np.array(shared), at_TSM)
+
+
+def _mixing(configuration: Configuration) -> MixingReading | None:
+    found: dict[int, dict[int, list[float]]] = {}  # seed → layer → share by expert
+    for seed, run in configuration.counted.items():
+        parts = run.data.parts(MIXING)
+        shares = {
+            layer: list(named[MIXING].values())
+            for layer, named in sorted(parts.items())
+            if isinstance(named.get(MIXING), dict)
+        }
+        if shares and len({len(values) for values in shares.values()}) == 1:
+            found[seed] = shares
+    if not found:
+        return None
+    first = next(iter(found.values()))
+    shapes = {
+        seed: [(layer, len(values)) for layer, values in shares.items()] for seed, shares in found.items()
+    }
+    alike = [seed for seed, shape in shapes.items() if shape == next(iter(shapes.values()))]
+    shares_SLE = np.array([list(found[seed].values()) for seed in alike], dtype=float)
+    return MixingReading(configuration, tuple(first), tuple(alike), shares_SLE)

@@ -1,1 +1,0 @@
-"""Sweeps: from a file or a line of shell to many runs."""

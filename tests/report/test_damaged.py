@@ -1,0 +1,147 @@
+"""What was damaged in a study is told, with the file and the key, and nothing else suffers from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.record import read_record, record_of
+from bench.report.__main__ import main
+from bench.report.contents import make_plots, make_report
+from bench.report.page import render_page
+from bench.study.run_files import read_arrays, read_run
+from bench.study.runs import load_study
+from tests.report._made_studies import made_study
+from tests.study.test_study import change, runs_of
+
+REPOSITORY = Path(__file__).parents[2]
+DAMAGE: list[tuple[str, Any, str]] = [
+    ("config", 3, "config is 3; it must be an object"),
+    ("config__model", None, "config.model is None"),
+    ("config__model__coupler_type", None, "config.model.coupler_type is None; it must be a text"),
+    ("config__training", [], r"config.training is \[\]"),
+    ("config__data", 1, "config.data is 1"),
+    ("seed", "0", "seed is '0'; it must be a whole number"),
+    ("time", None, "time is None"),
+    ("time__start", 7, "time.start is 7"),
+    ("time__seconds", {"total": "long"}, "time.seconds.total is 'long'"),
+    ("time__parts", {}, r"time.parts is \{\}; it must be a list"),
+    ("time__parts", [{"command": "x"}], "it lacks time.parts.0.start"),
+    ("data", [], r"data is \[\]"),
+    ("environment", "cpu", "environment is 'cpu'"),
+    ("environment", {"device_type": "cpu"}, "it lacks environment.python"),
+    ("quality", {}, "it lacks quality.validation"),
+    ("quality__validation", 3.5, "quality.validation is 3.5"),
+    ("quality__validation", {"tokens": 5}, "it lacks quality.validation.nll_sum"),
+    ("quality__validation__nll_sum", float("nan"), "quality.validation.nll_sum is nan; .* a finite number"),
+    ("quality__validation__tokens", 0, "quality.validation.tokens is 0; it must be a number above 0"),
+    ("quality__validation__length", "64", "quality.validation.length is '64'"),
+    ("quality__validation__unigram_nll_sum", "1", "quality.validation.unigram_nll_sum is '1'"),
+    ("speed__step_seconds", [], "speed.step_seconds is .*not empty"),
+    ("speed__step_seconds", [0.0] * 10, "speed.step_seconds.0 is 0.0; it must be a number above 0"),
+    ("speed__step_tokens", [64], "speed.step_tokens is .*as long as step_seconds, 10"),
+    ("speed__fetch_seconds", [], "speed.fetch_seconds is .*not empty"),
+    ("speed__matrix_flops_per_second", 0, "speed.matrix_flops_per_second is 0; it must be a number above 0"),
+    ("speed__marginal", {"step_seconds": [1.0]}, "it lacks speed.marginal.reference"),
+    ("speed__more", 1, "speed.more is no field of a record"),
+    ("memory__peak_allocated_bytes", "much", "memory.peak_allocated_bytes is 'much'"),
+    ("parameters", {"total": 5}, "it lacks parameters.expert"),
+    ("flops", 5, "flops is 5"),
+    ("used__ledger", {}, "it lacks used.ledger.epochs"),
+    ("used__ledger__epochs", [3], "used.ledger.epochs.0 is 3"),
+    ("check__checks", [], r"check.checks is \[\]"),
+    ("communication", {"first": {}}, "communication.first is .* the name of a layer"),
+    ("communication__layer_0", [], r"communication.layer_0 is \[\]"),
+]
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    return made_study(tmp_path / "made", {"mean": 0.0, "HGNN all_pairs": 0.02}, seeds=2, history=2)
+
+
+@pytest.mark.parametrize(("key", "value", "says"), DAMAGE)
+def test_a_damaged_record_is_unreadable_and_says_where(study, key, value, says):
+    run = runs_of(study, "HGNN")[0]
+    change(run, **{key: value})
+    with pytest.raises(ValueError, match=f"{run / 'record.json'} is damaged: {says}"):
+        read_record(run)
+    found = load_study(study)
+    assert [folder for folder, _ in found.unreadable] == [run]
+    assert len(make_report(found).study.runs) == 3
+
+
+@pytest.mark.parametrize("text", ["3", "null", "[]", '"text"', "{}", "[" * 100_000, "\udcff"])
+def test_what_is_no_record_is_unreadable(study, text):
+    run = runs_of(study, "HGNN")[0]
+    (run / "record.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    [(folder, why)] = load_study(study).unreadable
+    assert folder == run
+    assert str(run / "record.json") in why
+
+
+def test_ls_lists_all_other_studies_beside_a_damaged_one(tmp_path, study, capsys):
+    made_study(tmp_path / "sound", {"mean": 0.0}, seeds=1, history=2)
+    made_study(tmp_path / "wholly", {"mean": 0.0}, seeds=1, history=2)
+    (runs_of(study, "mean")[0] / "record.json").write_text("3")
+    change(runs_of(tmp_path / "wholly", "mean")[0], time=None)
+    assert main(["ls", "--results-dir", str(tmp_path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 ok" in out
+    assert "1 ok" in out
+    assert "sound" in out
+    assert "wholly" in out
+
+
+def test_every_committed_record_is_sound():
+    records = list((REPOSITORY / "results").glob("**/record.json"))
+    for path in records:
+        record_of(json.loads(path.read_text()))
+
+
+def test_lines_of_a_history_that_are_no_rows_are_passed_over(study):
+    run = runs_of(study, "mean")[0]
+    before = read_run(run)
+    with (run / "history.jsonl").open("ab") as file:
+        file.write(b'12\nnull\n[]\n{"kind": "train"}\n{"step": 1}\n{"kind": [], "step": 1}\n\xff\xfe\n{"kin')
+    assert read_run(run).train == before.train
+    assert read_run(run).validation == before.validation
+
+
+@pytest.mark.parametrize("name", ["nll.npz", "communication.npz"])
+@pytest.mark.parametrize("data", [b"", b"junk", b"PK\x03\x04 cut short", b"\x80\x04K\x03."])
+def test_arrays_that_cannot_be_read_are_left_out_and_told(study, name, data):
+    run = runs_of(study, "HGNN")[0]
+    (run / name).write_bytes(data)
+    with pytest.raises(ValueError, match=str(run / name)):
+        read_arrays(run / name)
+    found = load_study(study)
+    [(folder, why)] = found.unreadable
+    assert folder == run
+    assert str(run / name) in why
+    assert len(found.runs) == 4
+    own = next(other for other in found.runs if other.folder == run)
+    assert own.articles is None if name == "nll.npz" else own.data.trace == {}
+    report = make_report(found)
+    assert make_plots(report)
+    assert name in render_page(report, {})
+
+
+def test_arrays_that_do_not_fit_together_are_left_out(study):
+    run = runs_of(study, "HGNN")[0]
+    np.savez(
+        run / "communication.npz", **{"step": np.arange(3), "layer_0.hyperedge_weights": np.ones((2, 3))}
+    )
+    np.savez(run / "nll.npz", validation_nll=np.ones(3), validation_document=np.array([0, 1]))
+    found = load_study(study)
+    own = next(other for other in found.runs if other.folder == run)
+    assert list(own.data.trace) == ["step"]
+    assert own.articles is None
+    np.savez(run / "communication.npz", step=np.array([object()], dtype=object))
+    assert read_run(run).trace == {}
+    (run / "nll.npz").unlink()
+    assert load_study(study).runs[0].articles is not None or load_study(study).runs[1].articles is not None

@@ -34,8 +34,7 @@ from bench.config import (
     preset,
     preset_names,
 )
-from bench.files import read_toml, refusals_name
-from bench.foreign import visible
+from bench.files import read_toml, refusals_name, visible
 from gnnmoe.config import Refused
 from gnnmoe.naming import nearest_name
 

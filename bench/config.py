@@ -209,10 +209,6 @@ class BatchSchedule:
     def __str__(self) -> str:
         return ",".join(f"{epoch}:{size}" for epoch, size in self.sizes)
 
-    def size(self, epoch: int) -> int:
-        """Return the samples a batch in ``epoch``."""
-        return next(size for first, size in reversed(self.sizes) if first <= epoch)
-
     def simplified(self, epochs: int | None = None) -> BatchSchedule:
         """Return the schedule without what changes no size, in the first ``epochs`` where given."""
         reached = [pair for pair in self.sizes if epochs is None or pair[0] < max(1, epochs)]

@@ -36,8 +36,17 @@ from pydantic import (
 )
 from typing_extensions import TypeIs
 
-from bench.files import Busy, cannot_write, lock, remove_left_over, replacing, utc_now
-from bench.foreign import shown, without_places
+from bench.files import (
+    Busy,
+    cannot_write,
+    lock,
+    read_json_text,
+    remove_left_over,
+    replacing,
+    shown,
+    utc_now,
+    without_places,
+)
 from gnnmoe.config import Refused
 
 SCHEMA_VERSION = "2.0"
@@ -830,7 +839,7 @@ def check_writable(results_dir: Path) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """Read the record of a run folder, with its texts as they may be shown (``bench.foreign``).
+    """Read the record of a run folder, with its texts as they may be shown (``bench.files``).
 
     Raises:
         Refused: there is no record.json, or it cannot be read, is cut short, is of another schema or is no
@@ -839,8 +848,7 @@ def read_record(folder: Path) -> Record:
     path = folder / "record.json"
     if not path.is_file():
         raise Refused(f"{folder} is no run folder: it holds no record.json.")
-    text = _text_of(path)
-    stored = _parsed(text, path)
+    text, stored = read_json_text(path)
     try:
         return record_of(stored, shown_as_it_is=not NOT_PLAIN.search(text))
     except Refused as error:
@@ -849,33 +857,6 @@ def read_record(folder: Path) -> Record:
 
 NOT_PLAIN = re.compile(r'\\[^"\\/]|[^\n -~]')
 """What JSON has where a text in it may not be shown as it is; a newline stands between its lines."""
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, whoever wrote it.
-
-    Raises:
-        Refused: it cannot be read, is cut short or nested too deeply; names it.
-    """
-    return _parsed(_text_of(path), path)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
-
-
-def _parsed(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
-    except RecursionError as error:
-        raise Refused(f"{path} is nested too deeply to be read.") from error
 
 
 def record_of(value: Any, shown_as_it_is: bool = False) -> Record:

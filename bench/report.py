@@ -136,7 +136,7 @@ def report(config: ReportConfig, console: Console) -> int:
     from bench.analysis.find import the_study
     from bench.analysis.report_files import PAGE, write_report
     from bench.analysis.report_show import print_report
-    from bench.foreign import not_linked_out, visible
+    from bench.files import not_linked_out, visible
 
     path = the_study(config.study, config.results_dir)
     if config.publish is not None:

@@ -179,7 +179,7 @@ def _measure(
     from rich.console import Console
 
     from bench.device import keep_freed_memory
-    from bench.foreign import without_places
+    from bench.files import without_places
     from bench.measure.environment import describe_environment
     from bench.speeding.jobs import run_jobs
     from bench.speeding.machine import Machine

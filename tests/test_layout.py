@@ -11,7 +11,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "files syntax schedule config device foreign record data identity gate portrait training measure"
+    "files config device record data identity gate portrait training measure"
     " tune sweeps analysis"
 ).split()
 COMMANDS = set("run sweep report speed check cli speeding __main__".split())

@@ -11,7 +11,7 @@ from bench.analysis.numbers import number, share
 from bench.analysis.quantities import perplexity, unknown_words_share
 from bench.analysis.study import load_study, statuses
 from bench.analysis.terminal import PlainTable
-from bench.foreign import visible
+from bench.files import visible
 from gnnmoe.config import Refused
 
 

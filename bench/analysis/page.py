@@ -21,7 +21,7 @@ from bench.analysis.page_tables import TableView, figures, table_view
 from bench.analysis.provenance import Kind, RunFacts, kinds_of, run_facts
 from bench.analysis.report import Report
 from bench.analysis.tables import Table
-from bench.foreign import visible
+from bench.files import visible
 
 UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 OPTION = re.compile(r"(?<= )(?=--)")

@@ -37,7 +37,7 @@ from bench.analysis.run_data import (
     read_arrays,
     set_aside,
 )
-from bench.foreign import not_linked_out
+from bench.files import not_linked_out
 from bench.record import read_record
 from gnnmoe.config import Refused
 

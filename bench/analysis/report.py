@@ -20,7 +20,7 @@ from bench.analysis.tables import Table
 from bench.analysis.weights import WeightsReading, read_weights
 from bench.analysis.weights_figures import weights_plots
 from bench.analysis.words import verdict_sentences
-from bench.foreign import visible
+from bench.files import visible
 from bench.sweeps.hypotheses import Hypothesis, stated
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name

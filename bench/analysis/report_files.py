@@ -11,9 +11,7 @@ from typing import Any
 from bench.analysis.page import render_page
 from bench.analysis.report import Report, make_plots
 from bench.analysis.run_data import is_names
-from bench.files import write_whole
-from bench.foreign import inside, not_linked_out
-from bench.record import read_json
+from bench.files import inside, not_linked_out, read_json, write_whole
 from bench.sweeps.hypotheses import read_hypotheses
 from gnnmoe.config import Refused
 

@@ -10,7 +10,7 @@ from bench.analysis.provenance import DIGITS
 from bench.analysis.setting import Setting
 from bench.analysis.study import Configuration, Group, Run, Study, doubled_words, text_warnings
 from bench.analysis.tables import Cells, Table, make_table
-from bench.foreign import visible
+from bench.files import visible
 from bench.record import Environment, NotMeasured, Record, is_measured
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from bench.analysis.labels import Key, Settings, labels, settings_of
 from bench.analysis.run_data import RunData, article_sums, damaged_arrays, read_run
 from bench.analysis.setting import Setting, asked
-from bench.foreign import visible
+from bench.files import visible
 from bench.record import Record, is_measured, read_record
 from gnnmoe.config import Refused
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from bench.analysis import quantities
 from bench.analysis.numbers import in_parts, mebibytes, number, percent, share, signed
-from bench.foreign import visible
+from bench.files import visible
 from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.record import (
     Communication,

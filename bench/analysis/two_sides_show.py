@@ -18,7 +18,7 @@ from bench.analysis.provenance import code_note
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.study import Configuration
 from bench.analysis.two_sides import MEASURED, Compared, Side, measured
-from bench.foreign import visible
+from bench.files import visible
 
 WIDTH = 80
 FORMATS: dict[str, Callable[[float], str]] = {

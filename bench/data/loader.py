@@ -178,10 +178,11 @@ def _schedule(asked: BatchSchedule | str | None, batch_size: int) -> BatchSchedu
     if asked is None:
         return None
     schedule = BatchSchedule.parse(asked) if isinstance(asked, str) else asked
-    if schedule.size(0) != batch_size:
+    first = schedule.sizes[0][1]
+    if first != batch_size:
         raise Refused(
-            f"batch_size is {batch_size}, but the batch schedule {schedule} begins with {schedule.size(0)}; "
-            f"give batch_size {schedule.size(0)}"
+            f"batch_size is {batch_size}, but the batch schedule {schedule} begins with {first}; "
+            f"give batch_size {first}"
         )
     return schedule
 
@@ -212,7 +213,7 @@ def _refuse_too_few(
     batches = sampler.batches_in(epoch)
     if batches >= min_batches and batches:
         return
-    size = sampler.batch_size if sampler.schedule is None else sampler.schedule.size(epoch)
+    size = sampler.size_in(epoch)
     samples, world = sampler.samples_in(epoch), sampler.shard.world_size
     least = max(1, min_batches)
     most = samples // (world * least)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.data.cache import HERE, cache_folder, cached, key_of
+from bench.data.cache import HERE, cache_folder, cached, code_of, key_of
 from bench.data.corpus import Corpus
 from bench.data.kneser_ney import LARGEST_VOCABULARY, token_nll
 from bench.data.split import SPLITS
 from bench.data.vocabulary import unigram_nll
-from bench.syntax import code_of
 from gnnmoe.naming import unknown_name
 
 MADE_BY = ("kneser_ney", "reference_lines")  # modules that compute the losses and store them

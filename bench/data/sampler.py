@@ -76,6 +76,11 @@ def resolve_shard(distributed: bool, rank: int | None, world_size: int | None) -
     return Shard(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
+def size_of(schedule: BatchSchedule, epoch: int) -> int:
+    """Return the number of samples in a batch of ``epoch``."""
+    return next(size for first, size in reversed(schedule.sizes) if first <= epoch)
+
+
 class EpochBatchSampler(SetOnce, Sampler[list[int]]):
     """Batches of sample numbers; with ``shuffle``, in the order that (seed, epoch) determine.
 
@@ -150,7 +155,7 @@ class EpochBatchSampler(SetOnce, Sampler[list[int]]):
 
     def size_in(self, epoch: int) -> int:
         """Return the samples a batch of this rank in ``epoch``."""
-        return self.batch_size if self.schedule is None else self.schedule.size(epoch)
+        return self.batch_size if self.schedule is None else size_of(self.schedule, epoch)
 
     def share_in(self, epoch: int) -> int:
         """Return the samples of a whole epoch that fall to this rank, an unused rest included."""

@@ -12,7 +12,7 @@ import torch
 
 from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, RunConfig, TrainingConfig, plain
 from bench.data.corpus import Corpus
-from bench.foreign import without_places
+from bench.files import without_places
 from bench.record import Settings
 from bench.training.code import code_hashes
 from bench.training.loaders import (

@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.files import cannot_write, utc_now, write_whole
-from bench.foreign import shown
+from bench.files import cannot_write, shown, utc_now, write_whole
 from bench.speeding.rows import SpeedRow, cells, row_from
 from gnnmoe.config import Refused
 

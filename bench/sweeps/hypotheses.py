@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import Table, by_field, complete, run_flags
-from bench.files import cannot_write, read_toml, refusals_name, utc_now, write_whole
-from bench.foreign import not_linked_out
+from bench.files import cannot_write, not_linked_out, read_toml, refusals_name, utc_now, write_whole
 from gnnmoe.config import Refused
 from gnnmoe.naming import unknown_name
 

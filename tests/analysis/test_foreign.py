@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench.analysis.publish import publish_study
 from bench.analysis.summary import print_summary
-from bench.foreign import inside, shown, visible
+from bench.files import inside, shown, visible
 from bench.record import Record, RunFolder
 from bench.report import main
 from bench.sweeps.folders import outcome_of

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from bench.data import reference_lines
-from bench.data.cache import HERE, key_of
+from bench.data.cache import HERE, code_of, key_of
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.kneser_ney import token_nll
 from bench.data.reference_lines import reference_nll
-from bench.syntax import code_of
 
 
 @pytest.fixture

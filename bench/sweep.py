@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import Count, Place, Words, as_flags, flags
+from bench.config import Count, Place, Texts, as_flags, flags
 from bench.sweeps.cluster import resources_for
 from bench.sweeps.durations import seconds_of
 from bench.sweeps.executor import Resources
@@ -38,7 +38,7 @@ class SweepConfig:
 
     file: Annotated[Place | None, tyro.conf.Positional] = None
     """The sweep file (TOML)."""
-    sweep: Words = ()
+    sweep: Texts = ()
     """In place of a file: flags and their values, such as coupler=GNN,HGNN num_experts=2,4,8."""
     seeds: Count | None = None
     """Seeds 0, 1, … (this many; default: the file's, or 1)."""

@@ -16,7 +16,7 @@ from bench.analysis.over_seeds import losses, summary
 from bench.analysis.quantities import exp_or_infinity
 from bench.analysis.statistics import Answer, answer_claims
 from bench.analysis.study import Configuration, Group
-from bench.config import Table, defaults
+from bench.config import FlagTable, defaults
 from bench.sweeps.hypotheses import Hypothesis, selects
 
 MOST_NAMED = 4
@@ -122,7 +122,7 @@ def _unclear(side: Sequence[Configuration]) -> str:
     return f"no flag tells {' from '.join(alike)}" if alike else ""
 
 
-def _selected(flags: Table, group: Group) -> list[Configuration]:
+def _selected(flags: FlagTable, group: Group) -> list[Configuration]:
     return [found for found in group.configurations if selects(flags, _values(found))]
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.config import ExecutionConfig
-from bench.record import Settings as RecordedConfig
+from bench.record import RecordedConfig
 from gnnmoe.config import GNNMoEConfig
 
 Settings = dict[str, Any]  # the value of every field of a config that can change a number, but the seed

@@ -15,8 +15,7 @@ import torch
 from bench.config import MeasureConfig, TrainingConfig
 from bench.measure.memory import built_bytes, measure_memory
 from bench.measure.protocol import StepTimes, Warmup, time_steps
-from bench.record import Memory, Speed, is_measured, not_measured
-from bench.record import Warmup as WarmupRecord
+from bench.record import Memory, Speed, WarmupRecord, is_measured, not_measured
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, make_optimizer, real_targets, to_device, training_step
 from gnnmoe.config import GNNMoEConfig

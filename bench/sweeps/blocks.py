@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from bench.config import PRESET, Flag, Table, allowed, flag_named, run_flags
+from bench.config import PRESET, Flag, FlagTable, allowed, flag_named, run_flags
 from bench.files import refusals_name
 from bench.sweeps.condition import Condition, parse_condition
 from gnnmoe.config import Refused
@@ -32,8 +32,8 @@ MOST_SEEDS = 10_000
 class Part:
     """What the blocks of the top of a file, or of one union part, say."""
 
-    base: Table = field(default_factory=dict)
-    axes: list[list[Table]] = field(default_factory=list)
+    base: FlagTable = field(default_factory=dict)
+    axes: list[list[FlagTable]] = field(default_factory=list)
     """One for each key of [grid] and one for [zip]: the flags of each of its points."""
     places: dict[str, str] = field(default_factory=dict)
     """The key and the block that say a flag, by field."""
@@ -63,7 +63,7 @@ def flag_of_a_sweep(key: str) -> Flag:
     return flag_named(key, sweep_flags())
 
 
-def read_part(entries: Table, under: str = "") -> Part:
+def read_part(entries: FlagTable, under: str = "") -> Part:
     """Return what the blocks of the top, or with ``under="union."`` of a union part, say.
 
     Raises:
@@ -86,7 +86,7 @@ def read_part(entries: Table, under: str = "") -> Part:
     return part
 
 
-def check_top_keys(entries: Table) -> None:
+def check_top_keys(entries: FlagTable) -> None:
     """Refuse a key that no sweep file has.
 
     Raises:
@@ -130,7 +130,7 @@ def _condition(value: Any) -> Condition:
         return parse_condition(value, {name: flag.field for name, flag in sweep_flags().items()}, OWNED)
 
 
-def _draw(block: str, entries: Table) -> tuple[int, int]:
+def _draw(block: str, entries: FlagTable) -> tuple[int, int]:
     for key in entries:
         if key not in ("n", "seed"):
             raise Refused(f"{block}: {unknown_name('key', key, ('n', 'seed'))}")
@@ -142,11 +142,11 @@ def _draw(block: str, entries: Table) -> tuple[int, int]:
     return entries["n"], entries.get("seed", 0)
 
 
-def _read_flags(part: Part, kind: str, block: str, entries: Table) -> None:
+def _read_flags(part: Part, kind: str, block: str, entries: FlagTable) -> None:
     """Add the flags of [base], [grid] or [zip] to ``part``."""
     if not entries and kind != "base":
         raise Refused(f"{block} is empty; give it flags with lists of values, or leave it out.")
-    columns: Table = {}
+    columns: FlagTable = {}
     for key, value in entries.items():
         with refusals_name(block):
             flag = flag_of_a_sweep(key)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from bench.device import cpu_threads
+from bench.device import cpu_threads, format_bytes
 from bench.measure.predict import CannotPredict
 from bench.record import stale_notes
 from bench.sweeps.live import time_words
 from bench.sweeps.matching import Match
 from bench.sweeps.plan import Configuration, Plan
 from bench.sweeps.weighing import threads_of_a_run
-from bench.tune.budget import format_bytes
 
 MOST_ROWS = 40
 DONE = ("ok", "check_failed")

@@ -12,7 +12,15 @@ import torch
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, config_of, resolved
 from bench.device import resolve_device
 from bench.measure.expected import Training
-from bench.record import Data, RunFolder, Settings, coupler_of, is_stale, refuse_another_file, study_records
+from bench.record import (
+    Data,
+    RecordedConfig,
+    RunFolder,
+    coupler_of,
+    is_stale,
+    refuse_another_file,
+    study_records,
+)
 from bench.run.identity import Identified, run_id, settings_in_record
 from bench.sweeps.executor import PlannedRun
 from bench.sweeps.matching import DENSE, Match, Matched, reference_for
@@ -130,7 +138,7 @@ class _Made:
     steps: int
     coupler: str
     """As its flag names it."""
-    config: Settings
+    config: RecordedConfig
     """As a record holds it; the seed is the first run's."""
     data: Data
     shared: str

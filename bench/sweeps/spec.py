@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.config import PlacesConfig, Table, as_flags, complete, defaults, layered, resolved
+from bench.config import FlagTable, PlacesConfig, as_flags, complete, defaults, layered, resolved
 from bench.files import read_toml, refusals_name
 from bench.sweeps.blocks import PART_KEYS, TOP_KEYS, Part, check_top_keys, read_part, read_seeds
 from bench.sweeps.condition import Condition
@@ -37,7 +37,7 @@ class RunRequest:
     of one configuration share one table, so nobody may change it.
     """
 
-    flags: Table
+    flags: FlagTable
     seed: int
 
     def arguments(self) -> list[str]:
@@ -73,7 +73,7 @@ def load_sweep(path: Path, seeds: int | None = None) -> Sweep:
         return sweep_of(entries if seeds is None else {**entries, "seeds": seeds}, study=path.stem)
 
 
-def sweep_of(entries: Table, study: str) -> Sweep:
+def sweep_of(entries: FlagTable, study: str) -> Sweep:
     """Return the sweep that a file's entries describe; ``study`` is its name where they give none.
 
     Raises:
@@ -110,13 +110,13 @@ def _union(tables: Any) -> list[Part]:
     return parts
 
 
-def _put_together(top: Part, parts: list[Part]) -> list[Table]:
+def _put_together(top: Part, parts: list[Part]) -> list[FlagTable]:
     """Return the configurations of all parts, each once, as ``[random]`` at the top draws them.
 
     Raises:
         Refused: there is none; two conditions or axes contradict each other; there are too many.
     """
-    found: list[Table] = []
+    found: list[FlagTable] = []
     for number, part in enumerate(parts or [Part()], 1):
         with refusals_name(f"[[union]] part {number}") if parts else nullcontext():
             found += _configurations(top, part)
@@ -127,7 +127,7 @@ def _put_together(top: Part, parts: list[Part]) -> list[Table]:
     return _drawn(_distinct(found), top.draw, top.base)
 
 
-def _configurations(top: Part, part: Part) -> list[Table]:
+def _configurations(top: Part, part: Part) -> list[FlagTable]:
     swept = {name for axis in top.axes for name in axis[0]}
     for name in sorted(swept & part.places.keys()):
         raise Refused(f"{part.places[name]} and {top.places[name]} are the same flag; keep one of them.")
@@ -148,14 +148,14 @@ def _size(*parts: Part) -> int:
     return math.prod(len(axis) for part in parts for axis in part.axes)
 
 
-def _product(base: Table, axes: list[list[Table]]) -> list[Table]:
+def _product(base: FlagTable, axes: list[list[FlagTable]]) -> list[FlagTable]:
     points = [base]
     for axis in axes:
         points = [{**point, **flags} for point in points for flags in axis]
     return points
 
 
-def _kept(found: Iterable[Table], where: Condition) -> list[Table]:
+def _kept(found: Iterable[FlagTable], where: Condition) -> list[FlagTable]:
     with refusals_name("where"):
         return [flags for flags in found if where.holds(complete(flags))]
 
@@ -164,9 +164,9 @@ def _none_left(where: Condition, looked: int) -> str:
     return f"a sweep of zero runs: where = {where.text!r} removes all {looked} configurations."
 
 
-def _distinct(found: Iterable[Table]) -> list[Table]:
+def _distinct(found: Iterable[FlagTable]) -> list[FlagTable]:
     """Return the configurations that make different runs, the first of each."""
-    kept: dict[Hashable, Table] = {}
+    kept: dict[Hashable, FlagTable] = {}
     usual = defaults()
     for flags in found:
         values = resolved(flags)
@@ -181,7 +181,7 @@ def _distinct(found: Iterable[Table]) -> list[Table]:
     return list(kept.values())
 
 
-def _drawn(found: list[Table], draw: tuple[int, int] | None, base: Table) -> list[Table]:
+def _drawn(found: list[FlagTable], draw: tuple[int, int] | None, base: FlagTable) -> list[FlagTable]:
     """Return n configurations drawn at random, in their order.
 
     The hash of its flags and the seed decides about each: a larger n keeps what a smaller one drew, and
@@ -198,7 +198,7 @@ def _drawn(found: list[Table], draw: tuple[int, int] | None, base: Table) -> lis
             f"[random]: n is {count}; it must be at most {len(found)}, all configurations there are."
         )
 
-    def rank(flags: Table) -> bytes:
+    def rank(flags: FlagTable) -> bytes:
         own = {name: value for name, value in flags.items() if base.get(name, UNSET) != value}
         return hashlib.sha256(f"{seed} {json.dumps(own, sort_keys=True)}".encode()).digest()
 

@@ -9,7 +9,7 @@ from typing import Any
 from bench.analysis.labels import Key, Settings, settings_of
 from bench.analysis.labels import labels as labels_of
 from bench.config import RunConfig
-from bench.record import Settings as Recorded
+from bench.record import RecordedConfig
 from bench.run.identity import settings_in_record
 
 ONE, OTHER = "1a2b3c4d5e6f", "9a8b7c6d5e4f"
@@ -25,7 +25,9 @@ def labels(configurations: list[Settings], keys: Sequence[Key] | None = None) ->
 def of(**groups: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the default config with other values in some groups."""
     default = settings_in_record(RunConfig()).model_dump()
-    return settings_of(Recorded(**{name: fields | groups.get(name, {}) for name, fields in default.items()}))
+    return settings_of(
+        RecordedConfig(**{name: fields | groups.get(name, {}) for name, fields in default.items()})
+    )
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.config import TrainingConfig
-from bench.device import is_out_of_memory
+from bench.device import host_memory_bytes, is_out_of_memory
 from bench.measure import predict
 from bench.measure.memory import measure_memory
 from bench.measure.meters import (
@@ -23,7 +23,6 @@ from bench.measure.meters import (
 from bench.measure.predict import CannotPredict, predict_peak
 from bench.record import NotMeasured, is_measured, not_measured
 from bench.training.step import Batch, make_optimizer, training_step
-from bench.tune.budget import host_memory_bytes
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.couplers.mean import MeanCoupler
 from tests.bench._fake_memory import FakeMemory

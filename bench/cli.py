@@ -6,6 +6,7 @@ here: warnings for users, and interruption by signals.
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import re
@@ -72,7 +73,7 @@ def parse(
 
 def show_help(config_type: type, prog: str | None, presets: bool) -> NoReturn:
     """Print the flags of a config with their help and defaults, and exit with status 0."""
-    description = config_type.__doc__ or ""
+    description = inspect.cleandoc(config_type.__doc__ or "")
     if presets:
         description += "\n\n" + LAYERS_HELP.format(", ".join(preset_names()))
     flat = (tyro.conf.OmitArgPrefixes,)

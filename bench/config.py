@@ -442,10 +442,10 @@ class RunConfig:
 
 @flags
 class TuneConfig(RunConfig):
-    """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
+    """Try batch sizes with full training steps; print each trial, the largest size that fits, and the knee.
 
-    Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
-    1 nothing fits, 2 wrong input.
+    Nothing is trained. The answer is kept for the next search. Exit status: 0 found, 1 nothing fits, 2 wrong
+    input.
     """
 
     measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)

@@ -1,4 +1,4 @@
-"""What makes a run the run that it is: everything that can change one of its numbers, and the hash of it."""
+"""The identity of a run: everything that can change one of its numbers, and its hash, the run_id."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers import coupler_identity, is_file
 
 SCHEMA = "1"
-"""Of the identity alone: it changes where the same flags give other numbers, and with it every run_id."""
+"""The version of the identity. A change of it changes every run_id."""
 
 
 class Identified(NamedTuple):
-    """What makes a config the run that it is."""
+    """A config with its identity."""
 
     identity: dict[str, Any]
     model: GNNMoEConfig
     corpus: Corpus
     configuration: str
-    """What all its seeds share: ``configuration_id``."""
+    """The id that all its seeds share: ``configuration_id``."""
     code: dict[str, str]
-    """The hashes of the code that would run: ``bench.training.code.code_hashes``."""
+    """The hashes of today's code: ``bench.training.code.code_hashes``."""
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the config by groups, ready for JSON; paths as they were given."""
+    """Return the config by groups, ready for JSON, with paths as given."""
     return plain(dataclasses.asdict(config))
 
 
 def settings_in_record(config: RunConfig) -> RecordedConfig:
-    """Return the config as a record holds it: a folder, and the file of a coupler, by its name alone."""
+    """Return the config for a record: folders and a coupler's file by their names, without their places."""
     groups = config_dict(config)
     for name in ("data_dir", "results_dir", "checkpoint_dir", "resume_checkpoint"):
         path = getattr(config.places, name)
@@ -71,21 +71,21 @@ def identity(
     world_size: int = 1,
     curriculum: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that can change one of a run's numbers, by name.
+    """Return everything that can change a number of a run, by name.
 
-    ``model`` holds the fields that the model reads, ``curriculum`` the order that it gives. The group
-    ``places`` (names, folders, verbosity) is left out; the data count by their content.
+    ``model`` holds the fields that the model reads, ``curriculum`` the order of the blocks. The group
+    ``places`` (names, folders, verbosity) is left out. The data count by their content.
     """
     groups = config_dict(config)
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
     for name in ("allow_failed_check", "audit", "marginal", "profile"):
-        del measure[name]  # what to do about a verdict, and what to measure besides: they change nothing
+        del measure[name]  # they change no number
     for name in ("min_steps_per_epoch", "strict_curriculum"):
-        del training[name]  # they refuse, and change nothing
+        del training[name]  # they only refuse
     for name in [name for name in training if name.startswith("curriculum")]:
-        del training[name]  # it counts by the order it gives
+        del training[name]  # it counts by its order
     training["curriculum"] = curriculum
     training["batch_schedule"] = _schedule(config.training)
     data = {name: groups["data"][name] for name in ("num_train_samples", "num_eval_samples", "evaluate_test")}
@@ -97,10 +97,10 @@ def identity(
 
 
 def _memory(config: RunConfig) -> dict[str, Any]:
-    """Return what decides how batches are split, which moves the last digits; nothing where they are whole.
+    """Return what decides how batches are split; an empty dict if they are not split.
 
-    A run that searches has its identity before the answer is known: it counts by what it asks of the
-    search. The answer also depends on the device, and stands in the record.
+    The split changes the rounding. A run that searches for its micro-batch counts by the flags of the search,
+    because its identity must be known before the answer. The record has the answer.
     """
     memory, training = config.memory, config.training
     shaped = memory.fit_shape or memory.control_memory
@@ -121,7 +121,7 @@ def _execution(config: RunConfig, device_type: str) -> dict[str, Any]:
 
 
 def _schedule(training: TrainingConfig) -> str | None:
-    """Return the batch sizes by epoch in one spelling, None where they are all ``batch_size``."""
+    """Return the batch schedule in its normal form; None if every size is ``batch_size``."""
     if training.batch_schedule is None:
         return None
     schedule = BatchSchedule.parse(training.batch_schedule).simplified(training.epochs)
@@ -129,15 +129,15 @@ def _schedule(training: TrainingConfig) -> str | None:
 
 
 def run_id(identity: dict[str, Any]) -> str:
-    """Return 12 hex digits that name a run by its identity."""
+    """Return the run_id: 12 hex digits of the hash of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def configuration_id(identity: dict[str, Any], scorer: str | None = None) -> str:
     """Return 12 hex digits that all seeds of one configuration share: the run_id without the seed.
 
-    A curriculum orders other blocks at another seed, so it counts by its ``scorer`` (see
-    ``scorer_identity``) and not by the order it gives.
+    The order of a curriculum depends on the seed, so the curriculum counts by its ``scorer`` (see
+    ``scorer_identity``).
     """
     training = {name: value for name, value in identity["training"].items() if name != "seed"}
     if training["curriculum"] is not None:
@@ -147,10 +147,10 @@ def configuration_id(identity: dict[str, Any], scorer: str | None = None) -> str
 
 
 class Identifier:
-    """Says of many configs what makes them the runs they are, as ``prepare`` does; loads each text once.
+    """Gives the identity of many configs, as ``prepare`` does, and loads each text once.
 
-    ``device`` is that of runs on other machines, which this one may lack; without it, each config's own.
-    ``world_size`` processes share each batch.
+    ``device`` is the device of runs on other machines; this machine need not have it. None: each config's own
+    device. ``world_size`` processes share each batch.
     """
 
     def __init__(self, device: torch.device | None = None, world_size: int = 1) -> None:
@@ -158,10 +158,10 @@ class Identifier:
         self._corpora: dict[str, Corpus] = {}
 
     def __call__(self, config: RunConfig) -> Identified:
-        """Return what makes a config the run that it is.
+        """Return the identity of a config.
 
         Raises:
-            Refused: as ``prepare``, for what can be seen without building the model.
+            Refused: as ``prepare``, for everything that can be seen without building the model.
         """
         refuse_wrong_flags(config.memory)
         refuse_curriculum_without_epochs(config.training)
@@ -185,7 +185,7 @@ def identified(
     order: dict[str, Any] | None,
     world_size: int = 1,
 ) -> Identified:
-    """Return what makes a config the run that it is; ``order`` is the curriculum's, as ``order_of``."""
+    """Return the identity of a config; ``order`` is the result of ``order_of``."""
     fields = coupler_identity(model)
     if model.vocab_size != corpus.vocabulary.size:  # else it follows from the data
         fields["vocab_size"] = model.vocab_size

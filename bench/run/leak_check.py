@@ -1,4 +1,4 @@
-"""A run's leak check: done here and now or, in a sweep, taken from another seed of the same configuration."""
+"""The leak check of a run; in a sweep a run can reuse the check of another seed of its configuration."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from bench.run.identity import run_id
 from bench.run.prepare import Prepared
 from gnnmoe.couplers import coupler_class
 
-SEEDS_LOOKED_AT = 100  # from 0 on; a sweep's other seeds are checked for themselves
-OF_COMMITS = ("git_commit", "git_changes_sha256")  # the hashes of the code say what they say of a run
+SEEDS_LOOKED_AT = 100  # seeds 0 to 99; runs with other seeds are always checked
+OF_COMMITS = ("git_commit", "git_changes_sha256")  # the code hashes already say which code ran
 
 
 def gate_of(prepared: Prepared, environment: Environment | NotMeasured) -> GateReport:
-    """Return the leak check's verdict on a run's configuration, before there are trained weights.
+    """Return the leak check of a run's configuration, before training.
 
-    With ``reuse_check`` it is that of a run in the same study whose identity differs in its seed only
-    (hyperedges, data and schema count), in an equal ``environment``: device, threads, versions, and the hash
-    of the code. A coupler from elsewhere is always checked: no hash holds all the files that it is made of.
-    Nothing is waited for, so two runs that start at once both check. Only a verdict that passed is taken, of
-    a run that checked for itself, and each of its checks says whose it is.
+    With ``reuse_check``, a passing check is reused from a run of the same study. Its identity may differ only
+    in the seed, and its ``environment`` (device, threads, versions, code hashes) must be equal. That run must
+    have made the check itself; the record names it. A coupler from outside the package is always checked,
+    because the hash need not cover all its files. Two runs that start at the same time both check.
     """
     config = prepared.config
-    own = config.memory.fit_shape or not prepared.ranks.alone  # its length, or what all ranks do
+    own = config.memory.fit_shape or not prepared.ranks.alone
     own = own or not is_ours(config.model.coupler_type)
     if config.places.reuse_check and not own:
         for record in _other_seeds(prepared):
@@ -42,13 +41,13 @@ def gate_of(prepared: Prepared, environment: Environment | NotMeasured) -> GateR
 
 
 def is_ours(coupler: str) -> bool:
-    """Whether all that a coupler is made of is in this package, whose files the hashes of the code cover."""
+    """Say whether all classes of a coupler are in this package, whose files the code hashes cover."""
     names = [base.__module__.partition(".")[0] for base in coupler_class(coupler).__mro__]
     return set(names) <= {gnnmoe.__name__, "torch", "builtins", "abc", "typing"}
 
 
 def _other_seeds(prepared: Prepared) -> Iterator[Record]:
-    """Yield the records of the study that are of this configuration: the run's id is the hash of it."""
+    """Yield the records of the other seeds of this configuration in the study."""
     places, identity = prepared.config.places, prepared.identity
     for seed in range(SEEDS_LOOKED_AT):
         name = run_id({**identity, "training": {**identity["training"], "seed": seed}})
@@ -59,13 +58,13 @@ def _other_seeds(prepared: Prepared) -> Iterator[Record]:
 
 
 def _same(there: Environment | NotMeasured, here: Environment | NotMeasured) -> bool:
-    """Whether two environments are one, but for commits that changed nothing in the code."""
+    """Say whether two environments are equal, apart from the commit."""
     both = [one.model_copy(update=dict.fromkeys(OF_COMMITS)) for one in (there, here)]
     return is_measured(there) and both[0] == both[1]
 
 
 def _passed(record: Record) -> GateReport | None:
-    """Return the verdicts of a record as reused ones, None where one is missing, failed, or reused itself."""
+    """Return the checks of a record as reused checks; None if one is missing, failed or itself reused."""
     found = record.check.checks if is_measured(record.check) else {}
     if not all(name in found and found[name].passed and found[name].reused_from is None for name in CHECKS):
         return None

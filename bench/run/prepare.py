@@ -1,4 +1,4 @@
-"""Everything before a run's first number: what a user can get wrong is refused here, unwritten."""
+"""Everything before the first number of a run. User errors are refused here, before anything is written."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from gnnmoe.config import GNNMoEConfig
 class Prepared:
     """What a run needs before its first number; making it writes nothing.
 
-    ``run_id`` and ``identity`` are those of what was asked for. Where the length is fitted, the run begins
-    with that, and all that follows is given ``at_length``.
+    ``run_id`` and ``identity`` describe what the user asked for. If the length is fitted to the memory, the
+    run searches first, and the later phases get ``at_length`` of the result.
     """
 
     config: RunConfig
@@ -44,49 +44,49 @@ class Prepared:
     execution: Execution
     corpus: Corpus
     loaders: dict[str, BlockLoader]
-    """train; val as used while training; val_final and, where asked for, test, at half the stride."""
+    """train; val for evaluations during training; val_final and, if asked for, test, with half the stride."""
     folder: RunFolder
     run_id: str
     identity: dict[str, Any]
-    """Everything that can change one of the run's numbers; the run_id is its hash."""
+    """Everything that can change a number of the run; the run_id is its hash."""
     configuration: str
-    """What all seeds of the run's configuration share: ``configuration_id``."""
+    """The id that all seeds of the configuration share: ``configuration_id``."""
     code: dict[str, str]
     """The hashes of the code that runs: ``code_hashes``."""
     seconds: dict[str, float]
     ranks: Ranks = ALONE
-    """The processes that share each of its batches."""
+    """The processes that share each batch."""
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device of the run."""
         return self.execution.device
 
     @property
     def record_config(self) -> RecordedConfig:
-        """The config as the record holds it."""
+        """The config as it stands in the record."""
         return settings_in_record(self.config)
 
     def probe(self) -> Tensor:
-        """Return the validation tokens (B, L) on which couplers are asked; they are alike on all ranks."""
+        """Return the validation tokens (B, L) for ``communication``; all ranks have the same tokens."""
         windows, rows = self.loaders["val"].dataset_obj, self.config.training.batch_size
         batch = windows.__getitems__(list(range(min(rows, len(windows)))))
         return probe_tokens(batch["input_ids"]).to(self.device)
 
     @property
     def checkpoint(self) -> Path:
-        """Where the run's checkpoint lies."""
+        """The path of the run's checkpoint."""
         folder = self.config.places.checkpoint_dir
         return self.folder.path / "checkpoint.pt" if folder is None else folder / f"{self.run_id}.pt"
 
     @property
     def trained_identity(self) -> dict[str, Any]:
-        """The identity with the length that the model has: what its weights are loaded by."""
+        """The identity with the length of the trained model, from which its weights can be loaded."""
         model = {**self.identity["model"], "max_seq_length": self.model_config.max_seq_length}
         return {**self.identity, "model": model}
 
     def at_length(self, length: int) -> Prepared:
-        """Return the run with this length throughout: model, training blocks and evaluation windows."""
+        """Return the run with this length for model, training blocks and evaluation windows."""
         if length == self.model_config.max_seq_length:
             return self
         config = replace(self.config, model=replace(self.config.model, max_seq_length=length))
@@ -96,8 +96,8 @@ class Prepared:
         return replace(self, config=config, model_config=model_config, loaders=loaders)
 
     def search(self, say: Say) -> Request:
-        """Return the search for what fits, as ``request_for``."""
-        # A curriculum never serves fewer blocks than in its first epoch.
+        """Return the memory search of this run: see ``request_for``."""
+        # The first epoch of a curriculum has the fewest blocks.
         return request_for(
             self.config, self.model_config, self.corpus, self.device, self.ranks, say=say,
             epoch_samples=self.loaders["train"].sampler_obj.samples_in(0),
@@ -105,10 +105,10 @@ class Prepared:
 
 
 def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
-    """Check everything that a user can get wrong, and load the data; all but the first rank keep silent.
+    """Check everything that a user can get wrong, and load the data; only the first rank prints.
 
     Raises:
-        Refused: saying what was wrong, what is allowed and what to do.
+        Refused: with what was wrong, what is allowed and what to do.
     """
     start = time.perf_counter()
     if ranks.first:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""The output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.record import exp_or_infinity, number
 
 
 class Reporter:
-    """Prints phases, training progress and evaluations to ``console``; nothing where ``quiet``."""
+    """Prints phases, training progress and evaluations to ``console``; nothing if ``quiet``."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
@@ -29,7 +29,7 @@ class Reporter:
 
     @contextmanager
     def phase(self, description: str) -> Iterator[None]:
-        """Announce a phase; the training bar, if it has one, lasts as long as the phase."""
+        """Announce a phase; the training bar, if there is one, ends with the phase."""
         self.line(f"{description} …")
         try:
             yield
@@ -39,7 +39,7 @@ class Reporter:
                 self._bar = None
 
     def training_begins(self, total_steps: int, done_steps: int = 0) -> None:
-        """Start counting after ``done_steps`` steps; on a terminal, show the bar."""
+        """Start counting after ``done_steps`` steps; show the bar on a terminal."""
         self._total, self._first = total_steps, done_steps
         self._tokens, self._started = 0, time.perf_counter()
         if self.console.is_terminal and not self.quiet:

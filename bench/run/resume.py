@@ -1,7 +1,7 @@
-"""What to do where a run has been asked for before: show it, go on with it, or keep it and start again.
+"""What to do with an earlier run of the same run_id: show it, continue it, or set it aside and start again.
 
-A checkpoint is held against a model, an optimizer and a plan that are made for this and thrown away. It is
-refused as a whole before anything is written.
+A checkpoint is compared with a new model, optimizer and plan. It is accepted or refused as a whole, before
+anything is written.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(CODE_WORDS, s
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a run goes on from."""
+    """The state from which a run continues."""
 
     state: dict[str, Any] | None = None
-    """Of a checkpoint, checked as a whole; None: the run starts at the beginning."""
+    """A checked checkpoint; None: the run starts at the beginning."""
     parts: list[TimePart] = field(default_factory=list)
-    """The run's earlier parts, as ``Time.of`` takes them."""
+    """The earlier parts of the run, for ``Time.of``."""
     log: str = ""
-    """The log of the earlier parts, as the checkpoint has it."""
+    """The log of the earlier parts, from the checkpoint."""
 
 
 NOTHING = Earlier()
 
 
 def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
-    """Return the record of a run that is finished, and say so; None where there is something to do.
+    """Return the record of a finished run, and say so; None if the run must run.
 
-    A run that other code made is stale: it is run again, unless --keep-stale says otherwise.
+    A run that other code made is stale: it runs again, except with --keep-stale.
     """
     record, config = prepared.folder.read_record(), prepared.config
     if not isinstance(record, Record) or config.places.force:
@@ -85,7 +85,7 @@ def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
     if differing:
         say(f"note: it is stale, and kept by --keep-stale: {stale_words(differing)}.")
     if differing is None:
-        say("note: it does not say which code made it, so it may be stale.")
+        say("note: it has no code hashes, so it may be stale.")
     measured = record.config.measure
     for name in ("marginal", "profile"):
         if getattr(config.measure, name) and not measured.get(name):
@@ -96,11 +96,11 @@ def finished_record(prepared: Prepared, reporter: Reporter) -> Record | None:
 
 
 def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
-    """Return what the run goes on from; ``NOTHING`` to start at the beginning. Nothing is written.
+    """Return the state from which the run continues, or ``NOTHING``; write nothing.
 
     Raises:
-        Refused: the run was interrupted and neither --resume nor --force says what to do; there
-            is nothing to resume; or the checkpoint is damaged, lacks something or is of another config.
+        Refused: the run was interrupted, and neither --resume nor --force was given; there is nothing to
+            resume; or the checkpoint is damaged, incomplete or of another config.
     """
     places = prepared.config.places
     record = prepared.folder.read_record()
@@ -141,7 +141,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
 
 
 def make_room(prepared: Prepared, reporter: Reporter) -> None:
-    """Set an earlier folder of the run aside, unless the run goes on in it."""
+    """Set an earlier folder of the run aside, unless the run continues in it."""
     record, places = prepared.folder.read_record(), prepared.config.places
     going_on = (places.resume or places.resume_checkpoint) and not places.force
     if record is None or (going_on and record.status == "interrupted"):
@@ -164,7 +164,7 @@ def _from_checkpoint(path: Path, remedy: str, prepared: Prepared, parts: Sequenc
 
 @contextmanager
 def _refusing(path: Path, remedy: str) -> Iterator[None]:
-    """Say of which checkpoint the block refuses something, and the ``remedy``."""
+    """Add the checkpoint's path and the ``remedy`` to a refusal of the block."""
     try:
         yield
     except Refused as error:
@@ -176,7 +176,7 @@ def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> No
     """Refuse the checkpoint of another run, or of a finished one.
 
     Raises:
-        Refused: says in which fields the runs differ.
+        Refused: names the fields that differ.
     """
     there, here = state["identity"]["data"]["sha256"], prepared.identity["data"]["sha256"]
     if there != here:
@@ -201,9 +201,9 @@ def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> No
 
 
 def _merged(first: Sequence[TimePart], second: Sequence[TimePart]) -> list[TimePart]:
-    """Return the parts of a record and of a checkpoint in order, each once, as the later of the two has it.
+    """Merge the parts of a record and of a checkpoint: each part once, with the later end, in order.
 
-    Of a part that was killed the checkpoint knows more; one that saved no checkpoint only the record knows.
+    The checkpoint knows more about a killed part. Only the record knows a part that saved no checkpoint.
     """
     rest, found = list(second), []
     for part in first:
@@ -219,7 +219,7 @@ def _key(part: TimePart) -> tuple[Any, ...]:
 
 
 def refuse_another_class(prepared: Prepared) -> None:
-    """Refuse a coupler whose class has the name of one from another file of the study.
+    """Refuse a coupler from a file if the study has a class of the same name from another file.
 
     Raises:
         Refused: as ``refuse_another_file``.
@@ -231,7 +231,7 @@ def refuse_another_class(prepared: Prepared) -> None:
 
 
 def _nothing_to_resume(prepared: Prepared) -> str:
-    """Say that no run of this config was interrupted, and how the nearest one differs."""
+    """Return the message that no run of this config was interrupted, with the nearest run."""
     message = f"no run with this config was interrupted in study {prepared.config.places.study!r}"
     ours = _comparable(prepared.record_config)
     others = [
@@ -252,7 +252,7 @@ def _ranks(record: Record, prepared: Prepared) -> list[str]:
 
 
 def _comparable(config: RecordedConfig) -> dict[str, Any]:
-    """Return the fields that count."""
+    """Return the config without ``places``."""
     return config.model_dump(exclude={"places"})
 
 
@@ -284,10 +284,10 @@ NOT_FOUND = {"status": str, "micro_batch_size": type(None), "length": int, "erro
 
 
 def refuse_unfit(state: dict[str, Any], prepared: Prepared) -> None:
-    """Refuse the state of a checkpoint, of this run by its identity, that the run cannot go on with.
+    """Refuse the state of a checkpoint of this run if the run cannot continue from it.
 
     Raises:
-        Refused: names the first thing that is missing or does not fit.
+        Refused: names the first part that is missing or does not fit.
     """
     refuse_unlike({name: state[name] for name in STATE if name in state}, STATE)
     if not state["parts"]:
@@ -300,7 +300,7 @@ def refuse_unfit(state: dict[str, Any], prepared: Prepared) -> None:
             f"trainer.done is {done.steps} steps, the best {done.best_step}; the run has {plan.total_steps}"
         )
     seed = prepared.config.training.seed
-    model = prepared.execution.build(prepared.model_config, seed)  # on the device, where couplers can run
+    model = prepared.execution.build(prepared.model_config, seed)  # a coupler may need the device
     model.set_output_bias(torch.from_numpy(prepared.corpus.vocabulary.log_unigram()))
     _refuse_weights(state["trainer"], done, model)
     _refuse_optimizer(state["trainer"], model, prepared)
@@ -315,10 +315,10 @@ def refuse_unfit(state: dict[str, Any], prepared: Prepared) -> None:
 
 
 def _as_found(tuned: dict[str, Any] | None, prepared: Prepared) -> Prepared:
-    """Return the run with the length that its search found.
+    """Return the run with the length of its search result.
 
     Raises:
-        Refused: there is no answer of a search that the run asks for, or one that it does not.
+        Refused: a search result is missing, or the run asks for no search.
     """
     memory = prepared.config.memory
     if (tuned is not None) != (memory.fit_shape or memory.tune_batch_size):
@@ -343,10 +343,10 @@ def _refuse_weights(trainer: dict[str, Any], done: Trained, model: GNNMoEModel) 
 
 
 def _refuse_optimizer(trainer: dict[str, Any], model: GNNMoEModel, prepared: Prepared) -> None:
-    """Refuse moments that are missing or of other shapes, and groups of other parameters or settings.
+    """Refuse moments that are missing or have other shapes, and groups with other parameters or settings.
 
-    A parameter has no moments where it never had a gradient, and then it is as ``model`` begins with it.
-    The learning rate is free, since each step sets it.
+    A parameter that never had a gradient has no moments, and then it still has its first value in ``model``.
+    The learning rate is not compared, because each step sets it.
     """
     here, there = make_optimizer(model, prepared.config.training), trainer["optimizer"]
     parameters = [parameter for group in here.param_groups for parameter in group["params"]]
@@ -372,7 +372,7 @@ def _refuse_optimizer(trainer: dict[str, Any], model: GNNMoEModel, prepared: Pre
 def _refuse_pieces(
     trainer: dict[str, Any], unit: int, tuned: dict[str, Any] | None, prepared: Prepared
 ) -> None:
-    """Refuse micro-batches that the batches cannot be cut into, and shapes that the control does not have."""
+    """Refuse a micro-batch size that does not divide the batches, and an unknown shape of the control."""
     rows = trainer["recovering"]["micro_batch_size"]
     if rows is not None and (rows < 1 or unit % rows):
         raise Refused(f"trainer.recovering.micro_batch_size is {rows}, and batches are of {unit} rows")
@@ -391,7 +391,7 @@ def _refuse_pieces(
 
 
 def _refuse_random(trainer: dict[str, Any], prepared: Prepared) -> None:
-    """Refuse random states that are not one of each rank, or that torch does not take."""
+    """Refuse random states that torch does not accept, or a number of states other than the ranks."""
     ranks, device = prepared.ranks.world_size, prepared.device
     for name, kind in (("random", "cpu"), ("random_cuda", "cuda")):
         states = trainer[name]
@@ -408,7 +408,7 @@ def _refuse_random(trainer: dict[str, Any], prepared: Prepared) -> None:
 
 
 def _refuse_trace(there: dict[str, Any], steps: int, model: GNNMoEModel, prepared: Prepared) -> None:
-    """Refuse samples of other couplers, and those that are not one for each step that was sampled."""
+    """Refuse samples of another coupler, and a number of samples other than the steps."""
     trace = CommunicationTrace(prepared.probe())
     trace.sample(0, model)
     samples = trace.state_dict()["samples"]
@@ -422,7 +422,7 @@ def _refuse_trace(there: dict[str, Any], steps: int, model: GNNMoEModel, prepare
 
 
 def _refuse_ledger(ledger: dict[str, Any], steps: int, plan: TrainingPlan) -> None:
-    """Refuse counts that are not those of the plan after so many steps."""
+    """Refuse counts that differ from the plan after ``steps`` steps."""
     epochs, last = ledger["epochs"], plan.place(steps - 1)[0]
     if len(epochs) != last + 1:
         raise Refused(f"ledger.epochs are {len(epochs)}; step {steps} is in epoch {last}, from 0")
@@ -438,7 +438,7 @@ def _refuse_ledger(ledger: dict[str, Any], steps: int, plan: TrainingPlan) -> No
 
 
 def _refuse_counts(ledger: dict[str, Any], steps: int, evaluations: int, prepared: Prepared) -> None:
-    """Refuse counts of shapes and of evaluations that do not add up."""
+    """Refuse counts of shapes or evaluations that do not add up."""
     batches, pieces = ledger["batch_shapes"], ledger["micro_batch_shapes"]
     whole = sum(batches.values()) == steps
     whole = whole and _tokens(batches) == _tokens(pieces) * prepared.ranks.world_size
@@ -453,7 +453,7 @@ def _refuse_counts(ledger: dict[str, Any], steps: int, evaluations: int, prepare
 
 
 def _tokens(counts: dict[str, int]) -> float:
-    """Return the tokens of batches that are counted by shape, "4x16"; NaN where a key is no shape."""
+    """Return the tokens of batches counted by shape, such as "4x16"; NaN if a key is no shape."""
     try:
         return sum(math.prod(map(int, shape.split("x"))) * count for shape, count in counts.items())
     except ValueError:
@@ -461,7 +461,7 @@ def _tokens(counts: dict[str, int]) -> float:
 
 
 def _refuse_history(text: str, steps: int, sampled: list[int]) -> None:
-    """Refuse a history that has not one row of each step, and one of each evaluation."""
+    """Refuse a history without exactly one row per step and one row per evaluation."""
     try:
         rows = [(row["kind"], row["step"]) for row in map(json.loads, text.splitlines())]
     except (ValueError, TypeError, KeyError) as error:

@@ -1,7 +1,7 @@
-"""One run from its config to its record: check, train, evaluate, measure, write.
+"""One run: check, train, evaluate, measure, and write the record.
 
-Read it from top to bottom: ``Session`` has the phases and the record, ``TrainingRun`` the training with its
-history and its checkpoint, ``score`` the final evaluation.
+Read from top to bottom: ``Session`` has the phases and the record, ``TrainingRun`` has the training with
+history and checkpoints, ``score`` is the final evaluation.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ from gnnmoe.process_state import changed_state, torch_state
 
 
 class LeakFound(Exception):
-    """The coupler failed the leak check: its perplexity would not count."""
+    """The coupler failed the leak check, so its perplexity would mean nothing."""
 
 
 def _end_of(error: BaseException) -> End:
-    """Return what an error means for the record of a run that it ended."""
+    """Return the status and error for the record of a run that ended with ``error``."""
     if isinstance(error, LeakFound):
         return End("check_failed", str(error))
     if isinstance(error, Diverged):
@@ -92,9 +92,9 @@ def _end_of(error: BaseException) -> End:
 
 
 class Session:
-    """Runs what was prepared and keeps its record; whatever happens, the record is written.
+    """Runs a prepared run and keeps its record; the record is written whatever happens.
 
-    ``earlier`` is what an interrupted run goes on from.
+    ``earlier`` is the state from which an interrupted run continues.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Session:
         interruption: Interruption,
         earlier: Earlier = NOTHING,
     ) -> None:
-        if earlier.state is not None:  # continued by --keep-stale: the record says which code began the run
+        if earlier.state is not None:  # --keep-stale: the record keeps the first hashes
             prepared = replace(prepared, code=earlier.state["code"])
         self.prepared, self.reporter = prepared, reporter
         self.interruption, self.earlier, self.state = interruption, earlier, earlier.state
@@ -117,7 +117,7 @@ class Session:
         self.settings = torch_state()
         self.started = time.perf_counter()
         self._phase_now: tuple[str, float] | None = None
-        """Name and start of the phase that is going on."""
+        """Name and start of the current phase."""
         self._part = TimePart(
             command=command, start=utc_now(), end=None, seconds={},
             resumed_at_step=self.state["trainer"]["done"]["steps"] if self.state else None,
@@ -138,9 +138,9 @@ class Session:
         )  # fmt: skip
 
     def begin(self) -> None:
-        """Make the run's folder, with a record that says ``interrupted`` until something else is known.
+        """Make the run's folder, with a record of status ``interrupted`` until the run ends.
 
-        A run that goes on keeps its log; its history stays until training has taken over the state.
+        A continued run keeps its log; its history stays until training has loaded the checkpoint.
 
         Raises:
             Refused: the folder cannot be written.
@@ -150,11 +150,11 @@ class Session:
         folder.create(self.record, self.earlier.log)
         if number > 1:
             step = self._part.resumed_at_step
-            where = "starts at the beginning" if step is None else f"goes on after step {step}"
+            where = "starts at the beginning" if step is None else f"continues after step {step}"
             folder.log(f"part {number} of the run {where}: {self._part.command}")
 
     def parts(self, end: str | None) -> list[TimePart]:
-        """Return the parts of the run, this one up to now and with this ``end``; see ``Time.of``."""
+        """Return the parts of the run; the current one goes up to now and has this ``end``."""
         now, seconds = time.perf_counter(), dict(self.seconds)
         if self._phase_now is not None:
             name, start = self._phase_now
@@ -163,15 +163,15 @@ class Session:
         return [*self.earlier.parts, self._part.model_copy(update={"end": end, "seconds": seconds})]
 
     def run(self) -> Record:
-        """Run all phases; end with the record written and its status set.
+        """Run all phases, set the status and write the record.
 
-        What is no ``Exception`` (KeyboardInterrupt, SystemExit) comes out again, after the record.
+        KeyboardInterrupt and SystemExit are raised again after the record is written.
         """
         try:
             self._phases()
         except BaseException as error:
             if not self.prepared.ranks.alone:
-                self.interruption.over()  # torchrun sends a signal to all ranks when one has ended
+                self.interruption.over()  # torchrun sends a signal to all ranks when one ends
             end = agreed_end(self.prepared.ranks, _end_of(error), why(error))
             self._end(end.status, end.error, end.log)
             if not isinstance(error, Exception):
@@ -199,7 +199,7 @@ class Session:
     def _phases(self) -> None:
         prepared, tuned = self.prepared, None
         config = prepared.config
-        if config.memory.fit_shape:  # first, since what is judged is the model that is trained
+        if config.memory.fit_shape:  # first: the leak check must see the model that is trained
             with self._phase("fit", "fitting length and micro-batch to the memory"):
                 tuned = self._search(prepared)
                 prepared = prepared.at_length(tuned["length"])
@@ -215,13 +215,13 @@ class Session:
             model = self._build(prepared)
         if config.execution.compile:
             first, rows = next(iter(prepared.loaders["train"])), micro_batch_size(config, tuned)
-            with self._phase("compile", "compiling the model"):  # out of memory here, training recovers
+            with self._phase("compile", "compiling the model"):  # training recovers if memory runs out here
                 attempt(lambda: prepared.execution.compile_now(model, first, rows))
         with self._phase("train", "training"):
             learning = self._train(prepared, model, tuned)
         with self._phase("evaluate", "evaluating"):
             ids = rows_to_judge(prepared.loaders["train"], learning.micro_batch_size)
-            ids = prepared.ranks.gather(ids)[0]  # the same rows on all ranks, so the same verdict
+            ids = prepared.ranks.gather(ids)[0]  # all ranks check the same rows
             dtype = prepared.execution.autocast_dtype
             again = check_trained_isolation(model, ids.to(prepared.device), autocast_dtype=dtype)
             report = GateReport([*report.checks, again])
@@ -251,7 +251,7 @@ class Session:
                 self.seconds[name], self._phase_now = time.perf_counter() - start, None
 
     def _settings(self) -> Check:
-        """Check that the process has the settings that it had at the start: those that change numbers."""
+        """Check that no setting of the process that can change a number differs from the start."""
 
         def compare() -> str:
             changes = changed_state(self.settings)
@@ -264,7 +264,7 @@ class Session:
     def _audit(
         self, prepared: Prepared, model: GNNMoEModel, learning: TrainingRun, scored: list[Scored]
     ) -> list[Check]:
-        """Audit the losses that were scored, and one batch as it was trained on."""
+        """Audit the scored losses, and one training batch."""
         rows = learning.micro_batch_size
         config, seed = prepared.config, prepared.config.training.seed
         coupler = config.model.coupler_type
@@ -281,7 +281,7 @@ class Session:
         )  # fmt: skip
         self.audit = about
         batch = learning.as_run(next(iter(prepared.loaders["train"])))
-        batch = to_device(prepared.ranks.gather(batch)[0], prepared.device)  # one verdict on all ranks
+        batch = to_device(prepared.ranks.gather(batch)[0], prepared.device)  # all ranks audit the same batch
         words = prepared.corpus.vocabulary.size
         return [audited, audit_training(model, batch, rows=rows, seed=seed, words=words)]
 
@@ -291,10 +291,10 @@ class Session:
             raise LeakFound("; ".join(f"{check.name}: {check.detail}" for check in report.failures))
 
     def _search(self, prepared: Prepared) -> dict[str, Any]:
-        """Search before there is a model; a run that goes on keeps what was found when it began.
+        """Search for what fits before the model is built; a continued run keeps its first answer.
 
         Raises:
-            SearchFailed: the search failed, and no fallback was asked for.
+            SearchFailed: the search failed, and the user asked for no fallback.
         """
         say, found = self.reporter.line, self.state["tuned"] if self.state else None
         if found is None:
@@ -341,7 +341,7 @@ class Session:
 
 
 def _subset(prepared: Prepared) -> TrainingBlocks:
-    """Return which blocks are trained on: how many, and the seed that chose them where not all."""
+    """Return the number of training blocks and, for a subset, the seed that chose it."""
     loader, chosen = prepared.loaders["train"], prepared.config.data.num_train_samples is not None
     curriculum = loader.sampler_obj.curriculum
     return TrainingBlocks(
@@ -352,11 +352,11 @@ def _subset(prepared: Prepared) -> TrainingBlocks:
 
 
 class TrainingRun:
-    """Trains a prepared run's model and keeps what happens; the hooks of its trainer.
+    """Trains the model of a prepared run, and keeps its history and checkpoints: the hooks of the trainer.
 
-    ``state`` is a checkpoint to go on from, bit for bit on a CPU with the same number of threads, as
-    ``bench.run.resume`` lets it pass. ``tuned`` is the record of the search for the micro-batch,
-    where there was one. ``parts`` returns the parts of the run up to now, as ``Time.of`` takes them.
+    ``state`` is a checkpoint that ``bench.run.resume`` has checked. The run continues from it, bit for bit
+    on a CPU with the same number of threads. ``tuned`` is the result of the search for the micro-batch, if
+    there was one. ``parts`` returns the parts of the run up to now, for ``Time.of``.
     """
 
     def __init__(
@@ -399,7 +399,7 @@ class TrainingRun:
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Rows that the last update ran at once; None: whole batches."""
+        """The rows of the last micro-batch; None: whole batches."""
         last = self.ledger.last_shapes
         return self.steps.micro_batch_size if not last else last[0][0] if len(last) > 1 else None
 
@@ -415,15 +415,15 @@ class TrainingRun:
             return self.trainer.run()
 
     def release(self) -> None:
-        """Free what only training needs: gradients, the optimizer's state and the copy of the best one."""
+        """Free what only training needs: gradients, optimizer state and the copy of the best state."""
         self.trainer.release()
 
     def keep_best(self) -> None:
-        """Leave a checkpoint of the best weights alone: nothing is left to go on with."""
+        """Replace the checkpoint by one with the best weights only: the run is finished."""
         self._save({"model": self.model.state_dict(), "identity": self.prepared.trained_identity})
 
     def write(self, record: Record) -> None:
-        """Write what was used and the communication so far into ``record`` and its folder."""
+        """Write what was used into ``record``, and the communication so far into the folder."""
         self.tracker.close()
         plan, done = self.trainer.plan, self.ledger.totals()
         execution, ranks = self.prepared.execution, self.prepared.ranks
@@ -444,21 +444,21 @@ class TrainingRun:
         self.prepared.folder.write_arrays("communication.npz", self.trace.arrays())
 
     def on_epoch(self, plan: EpochPlan) -> None:
-        """Open the epoch's account."""
+        """Open the account of an epoch."""
         self.ledger.begin_epoch(plan)
 
     def on_batch(self, batch: Batch) -> int:
-        """Count a batch; return its real targets."""
+        """Count a batch; return its number of real targets."""
         return self.ledger.batch(batch)
 
     def on_update(self, shapes: Shapes) -> None:
-        """Count an optimizer step, and the pieces of its batch."""
+        """Count an optimizer step and its pieces."""
         self.ledger.update(shapes)
 
     def on_recovery(self, recovery: Recovery) -> None:
-        """Say the first time, and log each time, that memory ran out and how the training goes on."""
+        """Log each time memory runs out, and print a note the first time."""
         text = (
-            f"step {recovery.step} ran out of memory: the same batch again, and all that follow, in "
+            f"step {recovery.step} ran out of memory: this batch and the following batches run in "
             f"micro-batches of {recovery.micro_batch_size} instead of {recovery.failed_micro_batch_size}"
         )
         self.prepared.folder.log(f"{text} ({recovery.error})")
@@ -466,19 +466,19 @@ class TrainingRun:
             self.reporter.line(f"note: {text}; smaller ones where need be")
 
     def on_decision(self, decision: Decision) -> None:
-        """Keep and say a change of the shape in which batches are run."""
+        """Keep and print a change of the shape of the micro-batches."""
         self.prepared.folder.append_history({"kind": "shape", **asdict(decision)})
         self.prepared.folder.log(str(decision))
-        if decision.reason != OUT_OF_MEMORY:  # which on_recovery says
+        if decision.reason != OUT_OF_MEMORY:  # on_recovery prints this case
             self.reporter.line(f"note: {decision}")
 
     def as_run(self, batch: Batch) -> Batch:
-        """Return a batch in sequences of the length that the last update was run in."""
+        """Return a batch cut to the sequence length of the last update."""
         last = self.ledger.last_shapes
         return cut(batch, last[0][1]) if last else batch
 
     def after_epoch(self) -> None:
-        """Close the epoch's account."""
+        """Close the account of an epoch."""
         self.ledger.end_epoch()
 
     def on_step(self, row: dict[str, Any]) -> None:
@@ -497,7 +497,7 @@ class TrainingRun:
         self.reporter.evaluated(row)
 
     def after_step(self) -> None:
-        """Save a checkpoint when it is time or when a signal came to any rank; then stop, all of them."""
+        """Save a checkpoint when one is due or a signal came to any rank; after a signal, stop all ranks."""
         steps, requested = self.trainer.done.steps, self.prepared.ranks.any(self.interruption.requested)
         if requested or steps % self.every == 0 or steps == self.trainer.plan.total_steps:
             state = {
@@ -521,11 +521,10 @@ class TrainingRun:
 def score(
     prepared: Prepared, model: GNNMoEModel, learning: TrainingRun
 ) -> tuple[Quality, dict[str, np.ndarray], list[Scored]]:
-    """Return the record's ``quality``, the arrays of nll.npz, and each split as it was scored.
+    """Return the record's ``quality``, the arrays of nll.npz, and the scored splits.
 
-    The arrays are by split the nll in nats (T,) and the document of each target.
-
-    On several ranks each scores a stretch of the text, and all return the whole.
+    The arrays hold, for each split, the nll in nats (T,) and the document number (T,) of each target. On
+    several ranks each rank scores a stretch of the text, and all return the whole.
     """
     loaders, device = prepared.loaders, prepared.device
     found: dict[str, SplitQuality] = {}

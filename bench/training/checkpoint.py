@@ -1,7 +1,7 @@
-"""Checkpoints: everything that a run needs to go on as if nothing had happened, in one file.
+"""Checkpoints: one file with everything that a run needs to continue bit for bit.
 
-The file is what ``torch.save`` writes, a zip archive. Its archive comment is the SHA-256, in hex, of all
-bytes before it. ``torch.load`` does not check what it reads; ``load_checkpoint`` checks every byte first.
+``torch.save`` writes the file, a zip archive. The archive comment is the SHA-256, in hex, of all bytes before
+the comment. ``torch.load`` checks nothing; ``load_checkpoint`` checks every byte first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors, numbers, text, lists, dicts) whole or not at all.
 
     Raises:
-        OSError: the file cannot be written; what was there before stays.
+        OSError: the file cannot be written; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_left_over(path)
@@ -44,11 +44,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[str, Any]:
-    """Return what ``save_checkpoint`` wrote, on the CPU, after every byte was checked.
+    """Check every byte of a checkpoint and return its state, with tensors on the CPU.
 
     Raises:
-        Refused: there is no such file, or it is no checkpoint, damaged or of another schema; with
-            the ``remedy``.
+        Refused: the file is missing, damaged, no checkpoint, or of another schema; the message ends
+            with the ``remedy``.
     """
     try:
         with path.open("rb") as file:
@@ -70,15 +70,15 @@ def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[st
 
 
 def _read(file: IO[bytes]) -> Any:
-    """Return what ``torch.save`` wrote; None where it did not write the file, or wrote other objects.
+    """Return what ``torch.save`` wrote; None if the file is not from ``torch.save`` or holds other objects.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be read.
     """
     file.seek(0)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint fails in many ways: an IndexError of the unpickler, …
+    except Exception as error:  # a file that is no checkpoint raises many types, such as IndexError
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
         return None
@@ -94,7 +94,7 @@ def _append_digest(file: IO[bytes]) -> None:
 
 
 def _damage(file: IO[bytes]) -> str | None:
-    """Return what is wrong with the bytes of a checkpoint, None where they are as they were saved."""
+    """Return what is wrong with the bytes of a checkpoint; None if they are as saved."""
     covered = file.seek(0, os.SEEK_END) - DIGEST_BYTES
     if covered <= 0:
         return f"it is cut short to {covered + DIGEST_BYTES} bytes"
@@ -116,14 +116,13 @@ def _digest(file: IO[bytes], size: int) -> bytes:
 
 
 def refuse_unlike(found: Any, expected: Any, name: str = "") -> None:
-    """Refuse a value of a checkpoint that has not the expected form.
+    """Refuse a value of a checkpoint that does not have the expected form.
 
-    ``expected`` is a type; a tensor, for a tensor of the same shape and type; a list of one form, for a
-    list or tuple of such values; ``{str: form}``, for a dict of such values; or a dict, for a dict with
-    the same keys.
+    ``expected`` is one of: a type; a tensor (same shape and dtype); a list of one form (a list or tuple of
+    such values); ``{str: form}`` (a dict of such values); a dict (the same keys).
 
     Raises:
-        Refused: names the value, what it is and what it must be.
+        Refused: names the value, its form and the expected form.
     """
     if isinstance(expected, dict) and isinstance(found, dict):
         form = expected.get(str)
@@ -154,12 +153,12 @@ def _refuse_other_keys(found: dict[Any, Any], expected: dict[Any, Any], name: st
 
 
 def _is_of(found: Any, expected: Any) -> bool:
-    """Say whether a value is of a type, or of one of a union; True and False are no numbers."""
+    """Say whether a value has a type, or a type of a union; True and False are not numbers."""
     return isinstance(found, expected) and (not isinstance(found, bool) or expected in (bool, object))
 
 
 def _described(value: Any) -> str:
-    """Return a value, or a form as ``refuse_unlike`` takes it, in a few words."""
+    """Describe a value, or a form of ``refuse_unlike``, in a few words."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, dict | list | tuple):

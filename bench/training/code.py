@@ -1,7 +1,8 @@
 """Which code made a number: two hashes over syntax trees, without comments and docstrings.
 
-One hash is of the coupler's own source, the other of the project's code that can change a number. A record
-keeps both. A run whose hashes differ from today's is stale: ``bench.run`` and ``bench.sweep`` run it again.
+One hash covers the coupler's own source, the other the project's code that can change a number. A record
+keeps both. If they differ from the hashes of today's code, the run is stale, and ``bench.run`` and
+``bench.sweep`` run it again.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ CHANGES_NUMBERS = (
     "gnnmoe", "bench/data", "bench/gate", "bench/measure", "bench/training", "bench/tune",
     "bench/device.py", "bench/run/leak_check.py", "bench/run/prepare.py", "bench/run/session.py",
 )  # fmt: skip
-"""Files and folders whose code can change a number. Not here: flags, texts, plots, reports and sweeps."""
+"""Files and folders whose code can change a number; no flags, texts, plots, reports or sweeps."""
 OF_COUPLERS = ("gnnmoe/couplers/[!_]*.py", "gnnmoe/hypergraph*.py", "gnnmoe/hypergraph_layers/*.py")
-"""Files that count for the couplers that import them, and not for all runs."""
+"""Files that count only for the couplers that import them."""
 REPOSITORY = Path(gnnmoe.__path__[0]).parent
 
 
 def code_hashes(config: GNNMoEConfig) -> dict[str, str]:
-    """Return ``coupler_sha256`` and ``project_sha256`` of the code that a run of this model would use."""
+    """Return ``coupler_sha256`` and ``project_sha256`` for a run of this model with today's code."""
     return {"coupler_sha256": coupler_sha256(config), "project_sha256": project_sha256()}
 
 
 @cache
 def project_sha256() -> str:
-    """Return the hash of the project's code that can change a number, but for the couplers' own files."""
+    """Return the hash of the project's code that can change a number, without the couplers' files."""
     digest = hashlib.sha256()
     packages = {"gnnmoe": Path(gnnmoe.__path__[0]), "bench": Path(bench.__path__[0])}
     for entry in CHANGES_NUMBERS:
@@ -67,8 +68,8 @@ def couplers_sha256() -> str:
 def coupler_sha256(config: GNNMoEConfig) -> str:
     """Return the hash of a coupler's source: its class, its bases, and the modules that they import.
 
-    Modules of the coupler's own package count, and all that are not installed packages. A coupler that an
-    option names (``like`` of dense) counts too. The name and place of a coupler's file do not count.
+    The modules of the coupler's own package count, and all modules outside installed packages. A coupler that
+    an option names (``like`` of dense) counts too. The name and folder of a coupler's file do not count.
     """
     named = [value for value in resolved_options(config).values() if value in coupler_names()]
     found: dict[str, str] = {}
@@ -81,7 +82,7 @@ def coupler_sha256(config: GNNMoEConfig) -> str:
 
 
 def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> None:
-    """Add the hash of a module that ``importer`` imports, and of the own modules that it imports itself."""
+    """Add the hashes of a module that ``importer`` imports and of the modules that it imports in turn."""
     path = _file_of(module)
     if label in found or path is None or not _is_own(module, path, importer):
         return
@@ -93,7 +94,7 @@ def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> N
 
 
 def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:
-    """Yield the names of all modules that a tree imports, and of the packages around them."""
+    """Yield the names of all modules that a tree imports, and of their packages."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
         names: list[str] = []
@@ -111,7 +112,7 @@ def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:
 
 @cache
 def _file_of(module: str) -> Path | None:
-    """Return the source file of a module, None where it has none; nothing is imported for the answer."""
+    """Return the source file of a module, None if it has none; nothing is imported."""
     top, *rest = module.split(".")
     if top in sys.stdlib_module_names:
         return None
@@ -129,7 +130,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _is_own(module: str, path: Path, importer: str) -> bool:
-    """Whether a module that ``importer`` imports is a coupler's own source."""
+    """Say whether a module that ``importer`` imports belongs to the coupler's own source."""
     top = module.partition(".")[0]
     if top == gnnmoe.__name__:
         return _of_couplers(path.relative_to(REPOSITORY).as_posix())

@@ -1,4 +1,4 @@
-"""Evaluation: the nll of every target once, summed in float64."""
+"""Evaluation: the nll of every target, summed in float64; and the couplers' weights over the steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gnnmoe.model import GNNMoEModel
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over the targets scored; perplexity is exp(nll_sum / tokens)."""
+    """Sums over the scored targets; perplexity is exp(nll_sum / tokens)."""
 
     nll_sum: float
     tokens: int
@@ -29,9 +29,9 @@ class Evaluation:
 
 
 def merged(parts: Sequence[Evaluation]) -> Evaluation:
-    """Return the evaluation of a text of which each rank scored a stretch, in the order of the ranks.
+    """Return the evaluation of the whole text; each part is the stretch that one rank scored, in order.
 
-    The sum is taken anew over all targets, so that it does not depend on the number of ranks.
+    The sum is computed again over all targets, so it does not depend on the number of ranks.
     """
     nll = np.concatenate([part.nll for part in parts])
     return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)
@@ -45,11 +45,10 @@ def evaluate(
     rows: int | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Score every target of ``loader`` that is not ignored; the model's mode is put back after.
+    """Score every target of ``loader`` that is not ignored, in eval mode; restore the mode afterwards.
 
-    On several ``ranks`` each scores its own stretch, and all return the evaluation of the whole.
-
-    ``rows``: windows to run at once (None: a whole batch), which changes no more than the rounding.
+    On several ``ranks`` each rank scores its own stretch, and all return the evaluation of the whole text.
+    ``rows``: windows per forward (None: a whole batch); it changes the rounding only.
     """
     was_training = model.training
     model.eval()
@@ -74,7 +73,7 @@ def probe_tokens(input_ids: Tensor) -> Tensor:
 
 
 def communication_by_layer(model: GNNMoEModel, input_ids: Tensor) -> dict[str, dict[str, Tensor]]:
-    """Return what every layer's coupler says of itself on ``input_ids`` (B, L), in eval mode."""
+    """Return ``communication()`` of the coupler of every layer on ``input_ids`` (B, L), in eval mode."""
     was_training = model.training
     model.eval()
     found = model.analyze_expert_communication(input_ids)
@@ -83,7 +82,7 @@ def communication_by_layer(model: GNNMoEModel, input_ids: Tensor) -> dict[str, d
 
 
 class CommunicationTrace:
-    """Every layer's ``communication`` on the same tokens (B, L), sampled now and then."""
+    """Samples of the ``communication`` of every layer, always on the same tokens (B, L)."""
 
     def __init__(self, input_ids: Tensor) -> None:
         self.input_ids = input_ids
@@ -91,7 +90,7 @@ class CommunicationTrace:
         self._samples: dict[str, list[np.ndarray]] = {}
 
     def sample(self, step: int, model: GNNMoEModel) -> None:
-        """Keep a copy of what the model says after ``step`` steps."""
+        """Add a sample after ``step`` steps."""
         self._steps.append(step)
         for layer, parts in communication_by_layer(model, self.input_ids).items():
             for name, value in parts.items():
@@ -103,18 +102,18 @@ class CommunicationTrace:
         return {"steps": list(self._steps), "samples": samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the samples of a checkpoint."""
+        """Restore the samples of a checkpoint."""
         self._steps = list(state["steps"])
         self._samples = {name: [v.numpy() for v in values] for name, values in state["samples"].items()}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return ``step`` (T,) and, by ``layer_0.name``, the values with time as first axis."""
+        """Return ``step`` (T,) and, by names such as ``layer_0.mixing``, the values (T, …)."""
         stacked = {name: np.stack(values) for name, values in self._samples.items()}
         return {"step": np.array(self._steps, dtype=np.int64), **stacked}
 
 
 def summarize_communication(model: GNNMoEModel, input_ids: Tensor) -> dict[str, Any]:
-    """Return ``communication_by_layer`` with vectors by member names, ready for JSON."""
+    """Return ``communication_by_layer`` for the record, with vectors as dicts by member name."""
     found = communication_by_layer(model, input_ids)
     summary: dict[str, Any] = {}
     for number, parts in enumerate(found.values()):

@@ -1,7 +1,7 @@
-"""From a run's flags to its text, its model's config and its batches; and the blocks that a model scores.
+"""From a config to the text, the model's config and the batches of a run.
 
-A curriculum may order the blocks by a finished run's checkpoint. Scoring takes minutes where the text is
-large, so the scores are kept in the cache.
+A curriculum can order the training blocks by the checkpoint of a finished run. Scoring a large text takes
+minutes, so the scores are cached.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def model_for(config: RunConfig, corpus: Corpus) -> GNNMoEConfig:
 
 
 def asked_by_name(config: RunConfig) -> tuple[str, str] | None:
-    """Return the data set and the configuration that were asked for; None where any text will do."""
+    """Return the data set and the configuration that the user asked for; None if any text will do."""
     names = config.data.dataset_name, config.data.dataset_config_name
     return None if names == (None, None) else known_as(*names)
 
@@ -107,7 +107,7 @@ def _refuse_another_text(config: RunConfig, corpus: Corpus) -> None:
 def make_loaders(
     config: RunConfig, corpus: Corpus, device: torch.device, ranks: Ranks = ALONE
 ) -> dict[str, BlockLoader]:
-    """Return the loaders of ``Prepared``, each with this rank's part of the batches.
+    """Return the loaders of a run, by the names in ``Prepared``, each with this rank's part of the batches.
 
     Raises:
         Refused: as ``create_loader``.
@@ -137,7 +137,7 @@ def make_loaders(
 
 
 def validate_first_batches(loaders: dict[str, BlockLoader]) -> None:
-    """Look at the first batch of each loader; a rank of a small evaluation may have none.
+    """Check the first batch of each loader; in a small evaluation a rank may have no batch.
 
     Raises:
         BatchValidationError: naming the first check that failed.
@@ -149,7 +149,7 @@ def validate_first_batches(loaders: dict[str, BlockLoader]) -> None:
 
 
 def _schedule(training: TrainingConfig, world_size: int) -> BatchSchedule | None:
-    """Return the schedule of one rank's part of the batches."""
+    """Return the batch schedule of one rank."""
     if training.batch_schedule is None:
         return None
     sizes = BatchSchedule.parse(training.batch_schedule).sizes
@@ -164,7 +164,7 @@ def _extent(training: TrainingConfig) -> Extent:
 
 
 def refuse_curriculum_without_epochs(training: TrainingConfig) -> None:
-    """Raise Refused where a curriculum has no epochs to pace itself by."""
+    """Raise Refused if there is a curriculum but no number of epochs."""
     if training.curriculum is not None and training.epochs is None:
         raise Refused("a curriculum paces itself by epochs; say how many, with --epochs.")
 
@@ -190,9 +190,9 @@ def _curriculum(
 
 
 def order_of(loader: BlockLoader) -> dict[str, Any] | None:
-    """Return what a curriculum changes: its pace, and the order of the blocks by content.
+    """Return what a curriculum changes: the blocks per epoch, and a hash of their order by content.
 
-    None where every epoch has all blocks: then order and numbers are those without a curriculum.
+    None if every epoch has all blocks: then the numbers are the same as without a curriculum.
     """
     curriculum = loader.sampler_obj.curriculum
     if curriculum is None or curriculum.size(0) == len(curriculum.scores):
@@ -207,7 +207,7 @@ def order_of(loader: BlockLoader) -> dict[str, Any] | None:
 def scorer_identity(training: TrainingConfig) -> str | None:
     """Return what decides the order of a curriculum besides the seed; None without a curriculum.
 
-    ``rarity``; ``model:`` and the sha256 of the checkpoint; or ``random``, where that file is missing.
+    It is ``rarity``, or ``model:`` with the sha256 of the checkpoint, or ``random`` if that file is missing.
     """
     if training.curriculum is None:
         return None
@@ -229,11 +229,10 @@ def difficulty_scores(
     announce: Callable[[str], None] | None = None,
     cache_dir: Path | None = None,
 ) -> np.ndarray:
-    """Return the mean nll in nats that a checkpoint's model gives each block, (blocks,) float64.
+    """Return the mean nll in nats of each block by a checkpoint's model, (blocks,) float64.
 
-    From the cache (see ``cache_folder``) where the same bytes scored the same blocks before, else
-    computed and put there; ``announce`` is told before, in one sentence. Raises Refused as
-    ``checkpoint_scorer``.
+    The scores are cached (see ``cache_folder``) for the same checkpoint and blocks. ``announce`` gets one
+    sentence before scoring. Raises Refused as ``checkpoint_scorer``.
     """
 
     def make() -> np.ndarray:
@@ -266,8 +265,8 @@ def checkpoint_scorer(path: Path, length: int, corpus: Corpus, device: torch.dev
     """Return a function from inputs and targets (B, ``length``) to the mean nll in nats of each block (B,).
 
     Raises:
-        Refused: the file is no checkpoint of a run that got as far as an evaluation, of another
-            text, of shorter sequences, or of a coupler that lies in a file.
+        Refused: the file is no checkpoint of a run after its first evaluation, or the run had another
+            text, shorter sequences, or a coupler from a file.
     """
     fields, weights = _contents(path, corpus)
     model = _model(path, fields, weights, corpus.vocabulary.size, device).eval()
@@ -312,7 +311,7 @@ def _contents(path: Path, corpus: Corpus) -> tuple[dict[str, Any], dict[str, Ten
 def _model(
     path: Path, fields: dict[str, Any], weights: dict[str, Tensor], words: int, device: torch.device
 ) -> GNNMoEModel:
-    """Return the model in float32, in whatever precision it was trained: its scores order the data."""
+    """Return the model in float32, whatever its training precision: the scores only order the blocks."""
     try:
         config = GNNMoEConfig(**{"vocab_size": words, **fields})
         model = Execution(ExecutionConfig(), device).build(config, seed=0)

@@ -1,4 +1,4 @@
-"""The training loop: steps, an evaluation every so often, and the best state kept."""
+"""The training loop: steps, regular evaluations, and the best state on validation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Diverged(Exception):
 
 @dataclass
 class Trained:
-    """How far the training is, and the best state on validation."""
+    """How many steps are done, and which step was best on validation."""
 
     steps: int = 0
     best_step: int = 0
@@ -36,54 +36,54 @@ class Trained:
 
 
 Shapes = list[tuple[int, ...]]
-"""The shapes of the pieces in which a batch was run."""
+"""The shapes of the pieces of a batch."""
 Step = Callable[[Batch, int | None, Shapes], tuple[Tensor, Tensor]]
-"""Trains on a batch in pieces of so many rows, whose shapes it notes; returns loss and gradient norm."""
+"""Trains on a batch in pieces of so many rows and appends their shapes; returns loss and gradient norm."""
 
 
 class Steps:
-    """Runs the steps of a trainer: each once, in pieces of ``micro_batch_size`` rows (None: whole).
+    """Runs each step once, in pieces of ``micro_batch_size`` rows (None: the whole batch).
 
-    ``bench.tune.control`` has steps that go on where memory runs out.
+    ``bench.tune.control`` has subclasses that continue after running out of memory.
     """
 
     def __init__(self, micro_batch_size: int | None = None) -> None:
         self.micro_batch_size = micro_batch_size
 
     def begin_epoch(self, steps_done: int) -> None:
-        """Take note that an epoch begins, after so many steps."""
+        """Note that an epoch begins after ``steps_done`` steps."""
 
     def run(
         self, step: Step, batch: Batch, number: int, optimizer: torch.optim.Optimizer
     ) -> tuple[Tensor, Tensor, Shapes]:
-        """Do step ``number`` (from 1) on a batch; return its loss, gradient norm and pieces' shapes.
+        """Do step ``number`` (from 1) on a batch; return loss, gradient norm and the shapes of the pieces.
 
-        ``optimizer``: what updates the model, and holds memory of its own.
+        ``optimizer`` updates the model; its state needs memory too.
         """
         del number, optimizer
         shapes: Shapes = []
         return *step(batch, self.micro_batch_size, shapes), shapes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what ``load_state_dict`` needs to go on; the checkpoint of a trainer has it."""
+        """Return the state for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the state of a trainer."""
+        """Continue from the state of a checkpoint."""
 
 
 class Hooks(Protocol):
-    """What a trainer tells the world; the rows are those of history.jsonl."""
+    """What a trainer reports; the rows are the rows of history.jsonl."""
 
     def on_epoch(self, plan: EpochPlan) -> None:
-        """Take the plan of an epoch that begins or goes on."""
+        """Take the plan of an epoch that begins or continues."""
 
     def on_batch(self, batch: Batch) -> int:
-        """Count a batch before it is trained on; return its real targets, over all ranks."""
+        """Count a batch before its step; return its number of real targets over all ranks."""
         ...
 
     def on_update(self, shapes: Shapes) -> None:
-        """Count an optimizer step, and the shapes of the pieces in which its batch was run."""
+        """Count an optimizer step and the shapes of its pieces."""
 
     def on_step(self, row: dict[str, Any]) -> None:
         """Take the numbers of one step."""
@@ -95,14 +95,14 @@ class Hooks(Protocol):
         """Take the sums of one evaluation."""
 
     def after_step(self) -> None:
-        """Do what is due at the end of a step and of its evaluation, such as saving a checkpoint."""
+        """Do what is due after a step and its evaluation, such as saving a checkpoint."""
 
 
 class Trainer:
-    """Trains a model in place; the state that is best on validation is what it ends with.
+    """Trains a model in place and ends with the state that was best on validation.
 
-    ``steps`` runs its steps, and its micro-batch is also that of the evaluations. On several ``ranks``
-    each trains on its own loader's batches, and all have the same losses and parameters.
+    ``steps`` runs the steps; evaluations use the same micro-batch size. On several ``ranks`` each rank
+    trains on the batches of its own loader, and all ranks have the same losses and parameters.
     """
 
     def __init__(
@@ -125,13 +125,13 @@ class Trainer:
         self.steps = Steps() if steps is None else steps
         self.done = Trained()
         self._late = device.type == "cuda"
-        """Whether a step's loss is read while the device does the next step, so that it never waits."""
+        """Whether the loss of a step is read during the next step, so that the device never waits."""
         self._unread: tuple[dict[str, Any], Tensor, Tensor] | None = None
         self._best_state: dict[str, Tensor] = {}
         self._random: tuple[Tensor, Tensor | None] | None = None
 
     def run(self) -> Trained:
-        """Train to the end, from wherever it stands, and load the best state.
+        """Train from the current step to the end, and load the best state.
 
         Raises:
             Diverged: a loss is NaN or infinite; the model keeps its last state.
@@ -153,15 +153,15 @@ class Trainer:
         return self.done
 
     def release(self) -> None:
-        """Free gradients, the optimizer's state and the copy of the best state; nothing is trained after."""
+        """Free gradients, optimizer state and the copy of the best state; training ends here."""
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         self._best_state, self._parallel = {}, self.model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that ``load_state_dict`` needs to go on bit for bit, at the end of a step.
+        """Return the state after a step, from which training continues bit for bit.
 
-        The hooks have been told of all steps up to it. Random states are those of each rank, in a list.
+        The hooks have seen all steps up to this one. Random states are a list with one entry per rank.
         """
         self.report()
         cpu, cuda = random_state(self.device)
@@ -173,7 +173,7 @@ class Trainer:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to where ``state`` was taken."""
+        """Continue from ``state``."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._best_state = {name: value.to(self.device) for name, value in state["best_model"].items()}
@@ -182,7 +182,7 @@ class Trainer:
         self._random = state["random"][self.ranks.rank], state["random_cuda"][self.ranks.rank]
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield the batches from step ``done.steps`` on: epoch and place in it follow from the step."""
+        """Yield the batches from step ``done.steps`` on; the step gives the epoch and the place in it."""
         while self.done.steps < self.plan.total_steps:
             epoch, start = self.plan.place(self.done.steps)
             planned = self.plan.epoch(epoch)
@@ -215,7 +215,7 @@ class Trainer:
             self.report()
 
     def report(self) -> None:
-        """Read the loss of the last step, where that is not done yet, and tell the hooks.
+        """Read the loss of the last step, if that is not done yet, and tell the hooks.
 
         Raises:
             Diverged: it is NaN or infinite.
@@ -246,12 +246,12 @@ class Trainer:
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return torch's random state on the CPU and, where ``device`` is one, on the CUDA device."""
+    """Return torch's random state on the CPU and, for a CUDA device, on that device."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Put back what ``random_state`` returned."""
+    """Restore what ``random_state`` returned."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
@@ -259,7 +259,7 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What one epoch serves, to all ranks together."""
+    """What one epoch contains, over all ranks."""
 
     epoch: int
     batch_size: int
@@ -267,11 +267,11 @@ class EpochPlan:
     samples: int
     tokens: int
     cut: bool = False
-    """Whether the training leaves some of the loader's batches out."""
+    """Whether the training leaves out some batches of the loader."""
 
 
 class TrainingPlan:
-    """The epochs of a training in order; a curriculum and a batch schedule make them differ."""
+    """The epochs of a training in order; with a curriculum or a batch schedule they differ."""
 
     def __init__(self, loader: BlockLoader, config: TrainingConfig) -> None:
         self._sampler, self._length = loader.sampler_obj, loader.dataset_obj.length
@@ -293,12 +293,12 @@ class TrainingPlan:
         return batches if self._most is None else min(batches, self._most)
 
     def place(self, step: int) -> tuple[int, int]:
-        """Return the epoch in which step 0, 1, … falls, and how many of its batches come before it."""
+        """Return the epoch of step 0, 1, … and the number of batches before that step in the epoch."""
         epoch = bisect_right(self._ends, step)
         return epoch, step - self._before(epoch)
 
     def epoch(self, number: int) -> EpochPlan:
-        """Return the plan of an epoch; the last one ends with the training."""
+        """Return the plan of an epoch; the last epoch ends with the training."""
         batches = min(self.batches_in(number), self.total_steps - self._before(number))
         size, world = self._sampler.size_in(number), self._sampler.shard.world_size
         samples = min(batches * size, self._sampler.share_in(number)) * world  # ranks have equal shares
@@ -306,11 +306,11 @@ class TrainingPlan:
         return EpochPlan(number, size * world, batches, samples, samples * self._length, cut)
 
     def batch_sizes(self) -> list[int]:
-        """Return the batch sizes of all epochs on this rank, each once, in order."""
+        """Return the distinct batch sizes of the epochs on this rank, in order."""
         return list(dict.fromkeys(self._sampler.size_in(epoch) for epoch in range(len(self._ends))))
 
     def epochs(self) -> float:
-        """Return how many epochs there are, the last perhaps in part."""
+        """Return the number of epochs; the last may be a fraction."""
         epoch, before = self.place(self.total_steps - 1)
         return epoch + (before + 1) / self.batches_in(epoch)
 

@@ -1,7 +1,11 @@
-"""The processes of one run, each with a share of every batch: all that they do together goes through here.
+"""The processes of one run, each with a share of every batch: what they do together, and how they end.
 
-Alone, everything here does nothing. Under torchrun each process is a rank of ``torch.distributed``: gloo for
-what lies on a CPU, NCCL for what lies on GPUs, of which each local rank has one.
+With one process, everything here does nothing. Under torchrun each process is a rank of
+``torch.distributed``. Tensors on a CPU use gloo; tensors on GPUs use NCCL, with one GPU per local rank.
+
+A rank that fails writes the reason to the store before it ends. The other ranks then find a collective
+broken, or they get the SIGTERM that torchrun sends. A SIGTERM to torchrun itself reaches all ranks. So a rank
+that ends by a signal or a broken collective asks the store what happened to the other ranks.
 """
 
 from __future__ import annotations
@@ -42,24 +46,24 @@ LOST_TEXTS = ("gloo/transport", "Connection closed by peer", "Connection reset b
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run; every method but the properties is called by all of them alike.
+    """This process among the processes of its run. All ranks call each method; properties are local.
 
-    A collective that waits for another rank longer than the time-out of ``join`` raises, on every rank.
+    A collective that waits for another rank longer than the time-out of ``join`` raises on every rank.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Its number on this machine, which is that of its GPU."""
+    """Its number on this machine, which is also the number of its GPU."""
     local_world_size: int = 1
     backend: str | None = None
-    """What the gradients are summed by; None: there is one process."""
+    """The backend that sums the gradients; None with one process."""
     store: Store | None = None
-    """Text by name that all ranks see, also those that wait in no collective."""
+    """Texts by name that all ranks can read at any time."""
 
     @classmethod
     def join(cls, device: str, timeout_seconds: float, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """Return this process's rank by the variables that torchrun sets, once all ranks are there.
+        """Return this process's rank from the variables of torchrun, after all ranks have joined.
 
         ``device``: auto, cpu, cuda or mps.
 
@@ -85,39 +89,39 @@ class Ranks:
         return cls(rank, world_size, *local, "nccl" if on_cuda else "gloo", store)
 
     def leave(self) -> None:
-        """End what ``join`` began, where all ranks came to their end."""
+        """Leave the group, after all ranks have finished."""
         if not self.alone:
             dist.destroy_process_group()
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other."""
+        """Whether there is only one process."""
         return self.world_size == 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
     @property
     def shard(self) -> Shard:
-        """Which samples are this rank's."""
+        """Which samples belong to this rank."""
         return Shard(self.rank, self.world_size)
 
     def device(self, device: torch.device) -> torch.device:
-        """Return this rank's own of the devices of that type."""
+        """Return this rank's own device of that type."""
         return torch.device("cuda", self.local_rank) if device.type == "cuda" and not self.alone else device
 
     def sharing(self, device: torch.device) -> int:
-        """Return how many ranks have the memory of this device together: a GPU is one's own."""
+        """Return how many ranks share the memory of this device; each rank has its own GPU."""
         return 1 if device.type == "cuda" else self.local_world_size
 
     def stream(self, name: str) -> str:
-        """Return the name of this rank's own random stream; the first's is that of a process alone."""
+        """Return the name of this rank's random stream; the first rank has the name of a single process."""
         return name if self.first else f"{name}.{self.rank}"
 
     def sum(self, value: Tensor) -> Tensor:
-        """Return the sum over all ranks of a tensor, where it lies; on a GPU the host does not wait."""
+        """Return the sum of a tensor over all ranks, on its device; on a GPU the host does not wait."""
         if self.alone:
             return value
         total = value.clone()
@@ -125,19 +129,19 @@ class Ranks:
         return total
 
     def totals(self, counts: Sequence[int]) -> list[int]:
-        """Return the sums of counts over all ranks, one for each."""
+        """Return each count summed over all ranks."""
         return self.sum(torch.tensor(counts, dtype=torch.int64)).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Say whether it is so on any rank."""
+        """Say whether ``flag`` is true on any rank."""
         return self.totals([int(flag)])[0] > 0
 
     def meet(self) -> None:
-        """Wait until all are here."""
+        """Wait for all ranks."""
         self.any(False)
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value, in the order of the ranks; anything that can be pickled."""
+        """Return the values of all ranks in order; a value can be anything that pickles."""
         if self.alone:
             return [value]
         found: list[Any] = [None] * self.world_size
@@ -149,24 +153,24 @@ class Ranks:
         return max(self.gather(value))
 
     def worst(self, value: T, key: Callable[[T], float]) -> tuple[int, T]:
-        """Return the rank whose value has the largest ``key``, the first of these, and its value."""
+        """Return the first rank whose value has the largest ``key``, and that value."""
         return max(enumerate(self.gather(value)), key=lambda found: key(found[1]))
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns on the first rank, where alone it is called.
+        """Call ``function`` on the first rank only, and return its result on all ranks.
 
         Raises:
-            Refused: it did there; in the same words on all ranks.
+            Refused: ``function`` raised it; all ranks raise the same message.
         """
         return function() if self.alone else self.gather(self._tried(function, self.first))[0]
 
     def in_turn(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns here; the first rank calls it before the others.
+        """Call ``function`` on every rank, on the first rank before the others.
 
-        So what it downloads or puts in a cache is there for them.
+        The other ranks then find what the first has downloaded or cached.
 
         Raises:
-            Refused: the user was refused on one rank; in the same words on all.
+            Refused: ``function`` raised it on one rank; all ranks raise the same message.
         """
         if self.alone:
             return function()
@@ -186,9 +190,9 @@ class Ranks:
         return value
 
     def parallel(self, model: GNNMoEModel) -> nn.Module:
-        """Return what to call in the model's place: its backward leaves the ranks' mean gradient in each.
+        """Return the module to call instead of the model: its backward gives each rank the mean gradient.
 
-        The parameters stay the model's own. Gradients are summed while the backward goes on.
+        The parameters are the same objects. Gradients are summed during the backward.
         """
         if self.alone:
             return model
@@ -200,7 +204,7 @@ class Ranks:
             )  # fmt: skip
 
     def in_one_backward(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Return the context of one piece of a batch: only in the ``last`` the ranks wait for each other."""
+        """Return the context for one piece of a batch: the ranks sum gradients only in the ``last`` piece."""
         return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
@@ -208,10 +212,10 @@ ALONE = Ranks()
 
 
 def refuse_shared_device(device: str, local_world_size: int, gpus: int | None) -> None:
-    """Refuse more ranks on one machine than it has devices; ``gpus``: None on a CPU, which all share.
+    """Refuse more ranks than GPUs on one machine; ``gpus`` is None on a CPU, which all ranks share.
 
     Raises:
-        Refused: saying how many there may be.
+        Refused: the message names the largest number of ranks.
     """
     if device == "mps":
         raise Refused("device mps is one, and cannot be shared by ranks; use --device cpu, or no torchrun.")
@@ -223,14 +227,14 @@ def refuse_shared_device(device: str, local_world_size: int, gpus: int | None) -
 
 
 def lost(error: BaseException) -> bool:
-    """Say whether ``error`` means that a collective found another rank gone or silent."""
+    """Say whether ``error`` is a collective that found another rank gone or silent."""
     return isinstance(error, dist.DistError) or (
         type(error) is RuntimeError and any(text in str(error) for text in LOST_TEXTS)
     )
 
 
 def _leaves_parameters_out(model: GNNMoEModel) -> bool:
-    """Say whether a loss does not depend on some parameter, which DDP has to be told."""
+    """Say whether the loss does not depend on some parameter; DDP must know this."""
     training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
     ids = torch.zeros(1, 2, dtype=torch.int64, device=parameters[0].device)
     devices = [ids.device] if ids.is_cuda else []
@@ -243,14 +247,16 @@ def _leaves_parameters_out(model: GNNMoEModel) -> bool:
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 PATIENCE_SECONDS = {"signal": 15.0, "lost": 3.0}
-"""How long to wait for word of the others: a signal reaches a busy rank at its next step, and torchrun kills
-after 30 seconds; a rank that left a collective has said why before."""
+"""How long to wait for the other ranks.
+
+A signal reaches a busy rank at its next step, and torchrun kills after 30 seconds. A rank that left a
+collective has already written its reason."""
 Why = Literal["failed", "signal", "lost"]
 
 
 @dataclass(frozen=True)
 class End:
-    """The end of a run before its time: as a record has it, with the lines for the log."""
+    """The early end of a run: status and error of the record, and the lines for the log."""
 
     status: str
     error: str
@@ -259,9 +265,9 @@ class End:
 
 @contextmanager
 def watched(ranks: Ranks) -> Iterator[None]:
-    """Tell the other ranks of each signal the moment it comes, though this one may wait in a collective.
+    """Tell the other ranks at once when a signal comes, even while this rank waits in a collective.
 
-    Python's own handlers wait for the end of the call; the byte that it writes for each signal does not.
+    A Python signal handler runs only after the collective returns; the wake-up byte comes at once.
     """
     if ranks.store is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -288,9 +294,9 @@ def watched(ranks: Ranks) -> Iterator[None]:
 
 
 def die_with_torchrun(ranks: Ranks) -> None:
-    """Have this rank killed when torchrun is, even by kill -9: it would train on, and hold the run's lock.
+    """Kill this rank when torchrun dies, even by kill -9. Otherwise it would keep training and hold the lock.
 
-    On Linux; elsewhere such a rank ends when it next needs torchrun.
+    Only on Linux; elsewhere the rank ends when it next needs torchrun.
     """
     if ranks.alone or not sys.platform.startswith("linux"):
         return
@@ -299,17 +305,17 @@ def die_with_torchrun(ranks: Ranks) -> None:
 
 
 def why(error: BaseException) -> Why:
-    """Say whether an error is this rank's own, or comes of a signal or of another rank."""
+    """Say whether an error comes from this rank, from a signal or from another rank."""
     if isinstance(error, Exception):
         return "lost" if lost(error) else "failed"
     return "signal"
 
 
 def agreed_end(ranks: Ranks, end: End, cause: Why) -> End:
-    """Return how the run ended, after this rank came to ``end``; each of them that still can calls this.
+    """Return how the run ended, after this rank came to ``end``; every living rank calls this.
 
-    The first failure of any rank is the run's. Without one, a rank of which there is no word has died,
-    and the run crashed; where a signal has reached all of them, someone has stopped the run.
+    The first failure of any rank is the failure of the run. Without a failure, a silent rank has died and the
+    run crashed. If a signal has reached all ranks, someone has stopped the run.
     """
     if ranks.store is None:
         return end
@@ -343,6 +349,6 @@ def _agreed(ranks: Ranks, store: Store, end: End, cause: Why) -> End:
 
 
 def _silent(ranks: Ranks, store: Store) -> list[int]:
-    """Return the ranks of which there is no word."""
+    """Return the ranks that have written neither an end nor a signal."""
     numbers = range(ranks.world_size)
     return [r for r in numbers if not (store.check([f"ended/{r}"]) or store.check([f"signalled/{r}"]))]

@@ -1,4 +1,7 @@
-"""One optimizer step: the same function trains the model and is timed by the speed pass."""
+"""How a model is built and computed, and one optimizer step.
+
+Training and the speed pass call the same ``training_step``.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +61,12 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Do forward, backward, clipping and update; return the nll and the gradient norm as tensors.
 
-    Neither is read here, so on a GPU nothing waits. On several ``ranks`` the model is what
-    ``Ranks.parallel`` makes of it, the batch this rank's part, and both numbers are the whole batch's.
-    With a ``micro_batch_size`` below the batch's the batch is run in pieces of so many rows, whose
-    gradients add up to those of the whole: see ``add_gradients``. The shape of what the model is given
-    is appended to ``shapes``, piece by piece. An out of memory before the update leaves parameters and
-    optimizer as they were.
+    The function reads neither tensor, so a GPU does not wait. On several ``ranks``, ``model`` comes from
+    ``Ranks.parallel`` and ``batch`` is the part of this rank; both results are for the whole batch.
+    If ``micro_batch_size`` is smaller than the batch, the batch runs in pieces of that many rows. Their
+    gradients add up to the gradient of the whole batch: see ``add_gradients``. The shape of each piece is
+    appended to ``shapes``. Running out of memory before the update leaves parameters and optimizer
+    unchanged.
 
     Raises:
         UpdateOutOfMemory: memory ran out inside the update.
@@ -89,30 +92,30 @@ def add_gradients(
 ) -> Tensor:
     """Add the gradients of a batch to those of the parameters; return its nll, detached.
 
-    In pieces, or on several ranks, the loss is the sum of the nll of all targets over the number of all
-    targets, not a mean of means: a piece's mean counts by its share of the targets that are not −100.
-    The couplers' own losses count by the same shares, so one that is no mean over tokens (a balance of
-    the load, say) is that of the pieces rather than of the batch, as it is on several ranks.
+    In pieces or on several ranks, the loss is Σ nll of all targets / number of all targets. It is not a mean
+    of means: the mean of a piece is weighted by the piece's share of the targets that are not −100.
+    An auxiliary loss of a coupler has the same weights. If it is no mean over tokens (such as a load
+    balance), it is computed for each piece, not for the whole batch.
     """
     rows = len(batch["input_ids"])
     if ranks.alone and (micro_batch_size is None or micro_batch_size >= rows):
         shapes.append(tuple(batch["input_ids"].shape))
         output = model(batch["input_ids"], targets=batch["targets"], return_logits=False)
         (output["loss"] + output["auxiliary_loss"]).backward()
-        return output["loss"].detach().clone()  # CUDA graphs write the next one into the same memory
+        return output["loss"].detach().clone()  # a CUDA graph writes the next loss into the same memory
     total = ranks.sum((batch["targets"] != IGNORED).sum())
     losses, pieces = [], split(batch, micro_batch_size)
     for number, piece in enumerate(pieces, 1):
         input_ids, targets = piece["input_ids"], piece["targets"]
         count = (targets != IGNORED).sum()
-        # A piece without targets would have the mean 0/0; with any, its share of 0 takes it out.
+        # A piece without targets would have the mean 0/0. With made-up targets its weight is 0.
         targets = targets.masked_fill(count == 0, 0)
         shapes.append(tuple(input_ids.shape))
         with ranks.in_one_backward(model, last=number == len(pieces)):
             output = model(input_ids, targets=targets, return_logits=False)
             share = count.to(output["loss"].dtype) / total
             loss = (output["loss"] + output["auxiliary_loss"]) * share
-            (loss * ranks.world_size).backward()  # of which the ranks' mean is taken
+            (loss * ranks.world_size).backward()  # DDP takes the mean over the ranks
         if not losses and len(pieces) > 1 and _is_compiled(model):
             _own_gradients(model)
         losses.append(output["loss"].detach() * share)
@@ -125,14 +128,14 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _own_gradients(model: nn.Module) -> None:
-    """Copy the gradients: of CUDA graphs they lie where the next piece's will be written."""
+    """Copy the gradients: a CUDA graph writes the gradients of the next piece into the same memory."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()
 
 
 def split(batch: Batch, rows: int | None) -> list[Batch]:
-    """Return a batch in pieces of ``rows`` rows, the last perhaps smaller; whole where ``rows`` is None."""
+    """Return a batch in pieces of ``rows`` rows; the last may be smaller. None: one piece."""
     if rows is None or rows >= len(batch["input_ids"]):
         return [batch]
     pieces = zip(*(tensor.split(rows) for tensor in batch.values()), strict=True)
@@ -140,7 +143,7 @@ def split(batch: Batch, rows: int | None) -> list[Batch]:
 
 
 def real_targets(batch: Batch) -> int:
-    """Return how many targets of a batch count: those that are not −100."""
+    """Return the number of targets that are not −100."""
     return int((batch["targets"] != IGNORED).sum())
 
 
@@ -154,7 +157,7 @@ TF32_CAPABILITY = (8, 0)  # of an NVIDIA GPU, from which on it has TF32
 
 @dataclass(frozen=True)
 class Execution:
-    """How models are computed on a device.
+    """How a model is computed on a device: form of the experts, precision, compilation.
 
     Raises:
         Refused: the device cannot do what is asked.
@@ -195,14 +198,14 @@ class Execution:
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """The type of the products under autocast; None where there is none."""
+        """The dtype of autocast; None without autocast."""
         return torch.bfloat16 if self.precision == "bf16" else None
 
     def model(self, model_config: GNNMoEConfig, seed: int) -> GNNMoEModel:
-        """Return the model where torch puts new tensors: on the CPU, or on ``meta`` without any numbers.
+        """Return a new model on torch's default device; on ``meta`` it has no numbers.
 
         Raises:
-            Refused: a parameter or a buffer is not float32, which it is in every precision.
+            Refused: a parameter or a buffer is not float32. Every precision needs float32 parameters.
         """
         model = GNNMoEModel(model_config, seed=seed, experts=self.experts, precision=self.precision)
         refuse_other_types(model, torch.float32, "the model")
@@ -218,23 +221,23 @@ class Execution:
         return self.model(model_config, seed).to(self.device)
 
     def compile(self, model: GNNMoEModel) -> None:
-        """Make calls of ``model`` compiled ones, where that is asked for; a copy of it is not.
+        """Compile the forward of ``model`` if the config asks for it; a copy of the model is not compiled.
 
-        Evaluation by ``token_nll`` and what a model says of its experts are no calls, and stay as they are.
+        ``token_nll`` (evaluation) and ``analyze_expert_communication`` are not compiled.
         """
         if self.config.compile:
             model.compile(mode=self.config.compile_mode)
 
     def compile_now(self, model: GNNMoEModel, batch: Batch, rows: int | None = None) -> None:
-        """Compile ``model`` by the forward and backward of a batch, in pieces of ``rows``; gradients go.
+        """Compile ``model`` by a forward and backward on a batch, in pieces of ``rows``; drop the gradients.
 
-        So that no step of the training is slower for it.
+        Then no training step contains the compilation.
         """
         self.compile(model)
         add_gradients(model.train(), to_device(batch, self.device), rows, [])
         model.zero_grad(set_to_none=True)
 
     def to_record(self) -> dict[str, Any]:
-        """Return what is used, ready for JSON; ``compile`` is the mode, or None."""
+        """Return the settings for the record; ``compile`` is the mode, or None."""
         mode = self.config.compile_mode if self.config.compile else None
         return {"experts": self.experts, "precision": self.precision, "compile": mode}

@@ -187,7 +187,7 @@ def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, ca
     assert steps == [(1, 8, 4), (1, 4, 2)]
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("ran out of memory") == 1
-    assert "note: step 1 ran out of memory: the same batch again, and all that follow, in micro-b" in printed
+    assert "note: step 1 ran out of memory: this batch and the following batches run in micro-b" in printed
     assert "16 × (2 × 16)" in printed
     assert "out of memory 2 times" in printed
 

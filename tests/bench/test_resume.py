@@ -115,7 +115,7 @@ def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step
     assert last["resumed_at_step"] == ((step - 1) // 3 * 3 or None)
     assert last["command"] == f"{first['command']} --resume"
     later = (folder / "log.txt").read_text().removeprefix(log).splitlines()
-    where = f"goes on after step {(step - 1) // 3 * 3}" if step > 3 else "starts at the beginning"
+    where = f"continues after step {(step - 1) // 3 * 3}" if step > 3 else "starts at the beginning"
     assert later[0].partition(" ")[2] == f"part 2 of the run {where}: {last['command']}"
     assert later[-1].endswith("status ok")
 

@@ -1,10 +1,12 @@
-"""From the command line to a config: tyro reads words, ``bench.config`` checks them, exit status 2 refuses.
+"""From the command line to a config: tyro reads the words, ``bench.config`` checks them.
 
-The order of the layers is preset < ``--config`` files < command line.
+The order of the layers is preset < ``--config`` files < command line. A refusal ends with exit status 2. Also
+here: warnings for users, and interruption by signals.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import re
@@ -23,9 +25,9 @@ import tyro
 from bench.config import (
     PRESET,
     Flag,
+    FlagTable,
     RunConfig,
     Several,
-    Table,
     allowed,
     build,
     by_field,
@@ -34,8 +36,7 @@ from bench.config import (
     preset,
     preset_names,
 )
-from bench.files import read_toml, refusals_name
-from bench.foreign import visible
+from bench.files import read_toml, refusals_name, visible
 from gnnmoe.config import Refused, nearest_name
 
 LAYERS_HELP = (
@@ -44,7 +45,6 @@ LAYERS_HELP = (
 )
 LAYERS = {"preset": PRESET, "config": Flag("config", Several, ("config",))}
 HELP = {"-h", "--help"}
-LINE_BREAK = "\n"
 OTHERS_WAIT_SECONDS = 10.0
 Config = TypeVar("Config")
 
@@ -56,10 +56,10 @@ def parse(
     prog: str | None = None,
     presets: bool = False,
 ) -> Config:
-    """Return a ``config_type`` from ``argv`` (default: the process's own arguments).
+    """Return a ``config_type`` from ``argv`` (default: the arguments of the process).
 
-    With ``presets``, ``--preset NAME`` and ``--config FILE.toml`` are understood. Wrong input prints
-    one message and exits with status 2; ``--help`` exits with status 0.
+    ``presets`` allows ``--preset NAME`` and ``--config FILE.toml``. Wrong input prints one message and exits
+    with status 2; ``--help`` exits with status 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if HELP & set(arguments):
@@ -72,19 +72,19 @@ def parse(
 
 def show_help(config_type: type, prog: str | None, presets: bool) -> NoReturn:
     """Print the flags of a config with their help and defaults, and exit with status 0."""
-    description = config_type.__doc__ or ""
+    description = inspect.cleandoc(config_type.__doc__ or "")
     if presets:
         description += "\n\n" + LAYERS_HELP.format(", ".join(preset_names()))
-    tyro.cli(config_type, args=["--help"], prog=prog, description=description,
-             config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.cli(config_type, args=["--help"], prog=prog, description=description, config=flat)
     raise AssertionError("--help exits")
 
 
 def config_from(config_type: type[Config], arguments: Sequence[str], presets: bool) -> Config:
-    """Return the config that a preset, the ``--config`` files and the words of a command line make.
+    """Return the config of a preset, the ``--config`` files and the words of a command line.
 
-    The preset is the command line's, else the last file's, else quick. What a layer says of a run and
-    ``config_type`` has no flag for is left out.
+    The preset of the command line wins over the preset of the last file, and that over quick. Flags of a run
+    that ``config_type`` does not have are left out.
 
     Raises:
         Refused: naming the flag as the user wrote it, its value and what is allowed.
@@ -109,22 +109,23 @@ def config_from(config_type: type[Config], arguments: Sequence[str], presets: bo
 
 
 def read_words(known: Mapping[str, Flag], arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the words that a command line gives to each flag, by field; a switch is true or false.
+    """Return the words of a command line for each flag, by field; a switch is true or false.
 
     Raises:
         Refused: a flag is unknown, or has no value.
     """
     flags = {flag.field: flag for flag in known.values()}
-    words = {name: Annotated[(_words_of(flag), flag, *getattr(flag.hint, "__metadata__", ()))]
-             for name, flag in flags.items()}  # fmt: skip
+    types = {
+        name: Annotated[(_words_of(flag), flag, *getattr(flag.hint, "__metadata__", ()))]
+        for name, flag in flags.items()
+    }
+    words = TypedDict("words", types, total=False)  # pyright: ignore[reportArgumentType]
     nothing = {name: () for name, flag in flags.items() if flag.adds_up}
     printed = io.StringIO()
+    options = {"default": nothing, "return_unknown_args": True, "add_help": False}
     try:
         with redirect_stderr(printed):
-            said, unknown = tyro.cli(
-                TypedDict("Words", words, total=False),  # pyright: ignore[reportArgumentType]
-                args=arguments, default=nothing, return_unknown_args=True, add_help=False,
-            )  # fmt: skip
+            said, unknown = tyro.cli(words, args=arguments, **options)
     except SystemExit:
         raise _without_value(known, printed.getvalue()) from None
     if unknown:
@@ -149,16 +150,16 @@ def _unknown(known: Mapping[str, Flag], words: Sequence[str]) -> Refused:
     first = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if first is None:
         return Refused(f"{words[0]!r} belongs to no flag; --help lists all flags.")
-    options = {f"--{start}{name}" for flag in known.values() for name in flag.names
-               for start in (("", "no-") if flag.kinds == (bool,) else ("",))}  # fmt: skip
+    options = {f"--{name}" for flag in known.values() for name in flag.names}
+    options |= {f"--no-{name}" for flag in known.values() if flag.kinds == (bool,) for name in flag.names}
     return Refused(f"unknown flag {first!r}; --help lists all flags.{nearest_name(first, options)}")
 
 
-def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[Table, dict[str, str]]:
-    """Return what a flat TOML file says, by field and not yet checked, and how a message names each field.
+def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[str, str]]:
+    """Return the values of a flat TOML file by field, not yet checked, and the name of each in messages.
 
     Raises:
-        Refused: the file cannot be read, is not TOML, or has a key that is no flag or stands there twice.
+        Refused: the file cannot be read, is not TOML, has a key that is no flag, or has a flag twice.
     """
     entries = read_toml("--config", path)
     with refusals_name(f"--config {path}"):
@@ -168,7 +169,7 @@ def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[Table, dict[str, s
 
 def fail(message: str) -> NoReturn:
     """Print ``error: message`` and exit with status 2: wrong input, nothing written."""
-    print(f"error: {visible(message, keep=LINE_BREAK)}", file=sys.stderr)
+    print("error:", visible(message, keep="\n"), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -176,8 +177,8 @@ def fail(message: str) -> NoReturn:
 def silent_but_on_the_first_rank() -> Iterator[None]:
     """Print nothing in a process that torchrun started as another rank than 0.
 
-    Wrong input is wrong on all ranks. The first says so, and the others wait for torchrun to end them
-    with it: torchrun ends all as soon as one has ended.
+    Wrong input is wrong on all ranks. Rank 0 prints the message. The other ranks wait until torchrun ends
+    them: it ends all ranks as soon as one rank has ended.
     """
     if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
@@ -192,7 +193,7 @@ def silent_but_on_the_first_rank() -> Iterator[None]:
 
 
 def show_warnings_plainly() -> None:
-    """Print each warning once, as one line without file and source: they speak to the user."""
+    """Print each warning once, as one line for the user, without file and source."""
     shown: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -207,7 +208,7 @@ def show_warnings_plainly() -> None:
 class Interruption:
     """Turns SIGINT and SIGTERM into a request while a block defers them, else into KeyboardInterrupt.
 
-    A second signal interrupts at once in any case. After ``over`` none does anything.
+    A second signal always interrupts at once. After ``over``, signals do nothing.
     """
 
     def __init__(self) -> None:
@@ -216,12 +217,12 @@ class Interruption:
         self._over = False
 
     def over(self) -> None:
-        """Heed no signal from here on: how the run ends is known, and is being written down."""
+        """Ignore all later signals: the end of the run is known, and is being written."""
         self._over = True
 
     @contextmanager
     def installed(self) -> Iterator[Interruption]:
-        """Handle both signals inside the block; outside the main thread nothing changes."""
+        """Handle both signals in the block; in another thread than the main thread, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -234,7 +235,7 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let a signal inside the block only set ``requested``; the block looks when it can stop."""
+        """Let a signal in the block only set ``requested``; the block looks where it can stop."""
         self._deferring = True
         try:
             yield

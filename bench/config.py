@@ -1,10 +1,9 @@
 """Every flag of the harness, by group: type, range, default and help; presets, and tables of flags.
 
 A group is a pydantic dataclass whose fields are flags; a field's docstring is its help. The command line,
-TOML files, presets and sweeps make tables of flags by field, ``layered`` puts them together, and ``build``
-makes the config. Flags are flat, so field names are unique over all groups. ``PlacesConfig`` holds what
-cannot change a number; everything else is part of a run's identity. Imports no torch, so that ``--help``
-stays quick.
+TOML files, presets and sweeps make tables of flags by field. ``layered`` merges tables, and ``build`` makes
+the config. Flags are flat, so field names are unique over all groups. The flags of ``PlacesConfig`` cannot
+change a number; all other flags belong to a run's identity. Imports no torch, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -38,26 +37,27 @@ from gnnmoe.config import GNNMoEConfig, Refused, nearest_name, unknown_name
 
 DEFAULT_MAX_STEPS = 120
 PRESETS = Path(__file__).parent / "presets"
-LENGTHS = {"epochs", "max_steps"}  # whoever gives one of them decides alone how long the training is
+LENGTHS = {"epochs", "max_steps"}  # a layer that gives one of them decides alone on the training's length
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-Table = dict[str, Any]
+FlagTable = dict[str, Any]
+"""Values of flags, by field."""
 Group = TypeVar("Group")
 
-# Types of flags: text is never a number, true no 1, and a number that is not finite is refused.
+# Types of flags: a text is never a number, true is not 1, and infinity and NaN are refused.
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Place = Annotated[Path, Field(strict=False)]  # also from text
-Words = Annotated[tuple[str, ...], Field(strict=False)]  # also from a list
-Several = Annotated[Words, tyro.conf.UseAppendAction]
-"""May be given several times; the values of several layers add up."""
+Texts = Annotated[tuple[str, ...], Field(strict=False)]  # also from a list
+Several = Annotated[Texts, tyro.conf.UseAppendAction]
+"""A flag that may be given several times; the values of all layers add up."""
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 def flags(cls: type[Group]) -> type[Group]:
-    """Make a pydantic dataclass of a group of flags, which raises ``Refused`` for what a flag cannot be."""
+    """Make a pydantic dataclass of a group of flags, which raises ``Refused`` for a wrong value."""
     bases = [base for base in cls.__mro__[1:] if is_dataclass(base)]
     frozen = all(base.__dataclass_params__.frozen for base in bases)  # pyright: ignore[reportAttributeAccessIssue]
     made = pydantic.dataclasses.dataclass(cls, kw_only=True, frozen=frozen, config=STRICT)
@@ -74,12 +74,12 @@ def flags(cls: type[Group]) -> type[Group]:
     return made  # pyright: ignore[reportReturnType]
 
 
-def _refusal(group: type, values: Table, error: ValidationError) -> Refused:
-    """Return the first thing that is wrong with the values of a group, in one sentence or two."""
+def _refusal(group: type, values: FlagTable, error: ValidationError) -> Refused:
+    """Return the refusal of the first wrong value of a group."""
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "value_error":
-        return first.get("ctx", {})["error"]
+        return first["ctx"]["error"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
     if name not in values:
         return Refused(f"{name} is missing; --help says what it is.")
     hint = get_type_hints(group, include_extras=True).get(name)
@@ -102,25 +102,25 @@ def seconds_of(name: str, text: str | None) -> float | None:
 
 
 def refused(name: str, value: Any, hint: Any) -> Refused:
-    """Return the refusal of a flag's value: what it is, what is allowed, and which value was meant."""
+    """Return the refusal of a flag's value: the value, what is allowed, and the nearest choice."""
     shown = "a table" if isinstance(value, dict) else repr(value)
     choices = [choice for kind in _kinds(hint) if get_origin(kind) is Literal for choice in get_args(kind)]
     return Refused(f"{name} is {shown}; it must be {allowed(hint)}.{nearest_name(value, choices)}")
 
 
 def allowed(hint: Any) -> str:
-    """Say what a type allows: ``a whole number of at least 1 or "None"``."""
-    return _words(TypeAdapter(hint, config=STRICT).json_schema())
+    """Return in words what a type allows: ``a whole number of at least 1 or "None"``."""
+    return _allowed_by(TypeAdapter(hint, config=STRICT).json_schema())
 
 
-def _words(schema: Mapping[str, Any]) -> str:
+def _allowed_by(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
-        return " or ".join(map(_words, schema["anyOf"]))
+        return " or ".join(map(_allowed_by, schema["anyOf"]))
     if "enum" in schema or "const" in schema:
         return ", ".join(map(repr, schema.get("enum") or [schema["const"]]))
     kind = schema.get("type")
     if kind == "array":
-        return "a list of " + " and ".join(map(_words, schema.get("prefixItems") or [schema["items"]]))
+        return "a list of " + " and ".join(map(_allowed_by, schema.get("prefixItems") or [schema["items"]]))
     if kind in ("integer", "number"):
         bounded = "maximum" in schema or "exclusiveMaximum" in schema
         number = "a whole number" if kind == "integer" else "a number" if bounded else "a finite number"
@@ -141,25 +141,25 @@ def _range(schema: Mapping[str, Any]) -> str:
 
 @flags
 class ModelConfig(GNNMoEConfig):
-    """The model's own config as flags."""
+    """The model's config as flags."""
 
     coupler_type: Annotated[str, tyro.conf.arg(name="coupler", aliases=("--coupler-type",))] = "HGNN"
     """Coupler: a registered name (an unknown one lists them all), package.module:Class or file.py:Class."""
     coupler_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     coupler_option: Annotated[Several, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """An option of the coupler's own, such as backend=loop, or HGNN.backend=loop, which other couplers
-    ignore; may be given several times."""
+    """An option of the coupler, such as backend=loop, or HGNN.backend=loop, which other couplers ignore;
+    may be given several times."""
     vocab_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Rows for this many words, at least those of the data (None: as many as the data have)."""
+    """Rows for this many words, at least as many as the data have (None: exactly as many)."""
 
     def __post_init__(self) -> None:
         for option in self.coupler_option:
             if "=" not in option:
                 raise Refused(f"coupler option {option!r} has no value; write NAME=VALUE.")
-        self.resolved(1)  # refuses wrong sizes
+        self.resolved(1)  # to refuse wrong sizes
 
     def resolved(self, vocab_size: int) -> GNNMoEConfig:
-        """Return the plain model config for data of this many words, or the ``vocab_size`` asked for."""
+        """Return the model's config for data of this many words; a given ``vocab_size`` wins."""
         values = {f.name: getattr(self, f.name) for f in fields(GNNMoEConfig)}
         options = dict(option.split("=", 1) for option in self.coupler_option)
         values["coupler_options"] = {**self.coupler_options, **options}
@@ -170,11 +170,12 @@ class ModelConfig(GNNMoEConfig):
 
 @flags
 class DataConfig:
-    """Which text, and how much of it."""
+    """The text, and how much of it is used."""
 
     dataset_name: Annotated[str | None, tyro.conf.arg(aliases=("--dataset",))] = None
-    """Text data set on the hub; wikitext is WikiText-2. Named, by this or by its configuration, it
-    must be had; unnamed, an embedded text serves where neither a folder nor the hub can be reached."""
+    """Text data set on the hub; wikitext is WikiText-2. A data set named by this flag or by its
+    configuration must be available. Without a name, an embedded text serves where neither a folder nor
+    the hub can be reached."""
     dataset_config_name: str | None = None
     """Configuration of the data set (None: wikitext-2-v1 for wikitext, none for others)."""
     text_column: str = "text"
@@ -194,9 +195,10 @@ SCHEDULE_FORM = 'write "epoch:size" pairs in rising order from epoch 0, such as 
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """The batch size of every epoch: ``sizes`` holds (first epoch, samples a batch), the first at epoch 0.
+    """The batch size of every epoch: ``sizes`` holds pairs of a first epoch and its samples per batch.
 
-    Raises Refused for a schedule without epoch 0, out of order, or with a size below 1.
+    Raises:
+        Refused: the first pair is not at epoch 0, the epochs do not rise, or a size is below 1.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -223,12 +225,8 @@ class BatchSchedule:
     def __str__(self) -> str:
         return ",".join(f"{epoch}:{size}" for epoch, size in self.sizes)
 
-    def size(self, epoch: int) -> int:
-        """Return the samples a batch in ``epoch``."""
-        return next(size for first, size in reversed(self.sizes) if first <= epoch)
-
     def simplified(self, epochs: int | None = None) -> BatchSchedule:
-        """Return the schedule without what changes no size, in the first ``epochs`` where given."""
+        """Return the schedule without pairs that change no size in the first ``epochs`` (None: all)."""
         reached = [pair for pair in self.sizes if epochs is None or pair[0] < max(1, epochs)]
         sizes = [None, *(size for _, size in reached)]
         return BatchSchedule(
@@ -243,25 +241,25 @@ class TrainingConfig:
     batch_size: Count = 16
     """Sequences of one update, over all micro-batches and ranks."""
     max_steps: Count | None = None
-    """Optimizer steps in all (default: 120 where epochs is not given). Given, the epochs of a preset
-    or of a --config file do not count."""
+    """Optimizer steps in total (default: 120 where epochs is not given). Where it is given, the epochs
+    of a preset or of a --config file do not count."""
     epochs: Count | None = None
-    """Passes over the training data; with max_steps, whichever ends first. Given, the max_steps of a
-    preset or of a --config file do not count."""
+    """Passes over the training data; with max_steps, whichever ends first. Where it is given, the
+    max_steps of a preset or of a --config file do not count."""
     max_batches_per_epoch: Count | None = None
     """End an epoch after this many batches."""
     min_steps_per_epoch: Count = 10
-    """Refuse data that give an epoch fewer batches than this (max_batches_per_epoch may cut it further)."""
+    """Refuse data that give an epoch fewer batches (max_batches_per_epoch may cut it further)."""
     batch_schedule: str | None = None
     """Batch size by epoch, such as 0:16,2:32 (16 from epoch 0 on, 32 from epoch 2 on)."""
     curriculum: str | None = None
-    """Easy blocks first: rarity (rare words are hard), or model:CHECKPOINT of a finished run."""
+    """Train on easy blocks first: rarity (rare words are hard), or model:CHECKPOINT of a finished run."""
     curriculum_pacing: Literal["linear", "competence_sqrt"] = "competence_sqrt"
-    """How the share of the blocks grows over the epochs; the last epoch has all."""
+    """How the share of the blocks grows over the epochs; the last epoch has all blocks."""
     curriculum_start: Share = 0.2
     """Share of the blocks in the first epoch of a curriculum."""
     strict_curriculum: bool = False
-    """Refuse a curriculum whose model is missing, instead of a random order of the same sizes."""
+    """Refuse a curriculum whose model is missing, instead of using a random order of the same sizes."""
     learning_rate: Positive = 8e-3
     """Peak learning rate of AdamW."""
     adam_betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
@@ -269,19 +267,19 @@ class TrainingConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's weight decay, on matrices only."""
     warmup_steps: Annotated[int, Field(ge=0)] = 15
-    """Steps of linear warm-up; then a cosine to min_lr_ratio."""
+    """Steps of linear warm-up; a cosine to min_lr_ratio follows."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Last learning rate as a share of the peak."""
     max_grad_norm: Positive = 1.0
     """Clip the gradient to this norm."""
     eval_every: Count = 40
-    """Evaluate on validation every so many steps; the best state is kept."""
+    """Evaluate on validation after every so many steps; the best weights are kept."""
     seed: int = 0
     """Seed of all random streams."""
 
     @property
     def batch_sizes(self) -> list[int]:
-        """The batch sizes of the training, over all ranks: one, or those of its schedule."""
+        """The batch sizes of the training, over all ranks: one size, or the sizes of the schedule."""
         if self.batch_schedule is None:
             return [self.batch_size]
         schedule = BatchSchedule.parse(self.batch_schedule).simplified(self.epochs)
@@ -290,13 +288,13 @@ class TrainingConfig:
 
 @flags
 class ExecutionConfig:
-    """How the model is computed; what it computes is the same up to the rounding."""
+    """How the model is computed; the results are equal up to rounding."""
 
     experts: Literal["auto", "loop", "batched"] = "auto"
-    """The experts one after the other, or all in a few large products (auto: batched on CUDA, else loop)."""
+    """Experts one after the other, or all in a few large products (auto: batched on CUDA, else loop)."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     """bf16: products under autocast, parameters and optimizer in float32; tf32: products of rounded
-    float32, on NVIDIA GPUs."""
+    float32 on NVIDIA GPUs."""
     compile: bool = False
     """Compile the training step's forward and backward with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead"] = "default"
@@ -309,75 +307,74 @@ class ExecutionConfig:
             )
 
     def experts_on(self, device_type: str) -> str:
-        """Return the form of the experts on this device: ``auto`` takes what was measured faster."""
+        """Return the form of the experts on this device: ``auto`` takes the form that was measured faster."""
         if self.experts == "auto":
             return "batched" if device_type == "cuda" else "loop"
         return self.experts
 
     def identity(self, device_type: str) -> dict[str, Any]:
-        """Return what can move a number: nothing for a plain loop in float32, as runs were before."""
-        form = {
-            "experts": self.experts_on(device_type), "precision": self.precision,
-            "compile": self.compile_mode if self.compile else None,
-        }  # fmt: skip
+        """Return the flags that can change a number: none for a plain loop in float32."""
+        mode = self.compile_mode if self.compile else None
+        form = {"experts": self.experts_on(device_type), "precision": self.precision, "compile": mode}
         plain = {"experts": "loop", "precision": "fp32", "compile": None}
         return {name: value for name, value in form.items() if value != plain[name]}
 
 
 @flags
 class MeasureConfig:
-    """The speed pass, and what to do about a coupler that fails the leak check."""
+    """The measurements of a run, and whether a coupler that fails the leak check is trained."""
 
     speed_warmup_steps: Count | Literal["auto"] = 3
-    """Steps before the clock starts; auto: until the median of ten moves by less than 2 % (at most 50)."""
+    """Steps before the clock starts; auto: until the median of ten moves by less than 2% (at most 50)."""
     speed_steps: Count = 10
-    """Steps on the clock."""
+    """Timed steps."""
     marginal: bool = False
-    """Also time the same model with the mean coupler, in turn with this one: what the coupler alone costs."""
+    """Also time the same model with the mean coupler, in turn with this model: the cost of the coupler."""
     profile: bool = False
     """Also write a profiler's trace (on CUDA also a snapshot of the memory) into the run's folder."""
     audit: Literal["sample", "full"] = "sample"
-    """Score one batch in ten again at the end with later tokens replaced, or all: no loss may move."""
+    """At the end, score one batch in ten (or every batch) again with later tokens replaced: no loss may
+    change."""
     allow_failed_check: bool = False
-    """Train a coupler that fails the leak check all the same; the record says check_failed."""
+    """Train a coupler although it fails the leak check; the record says check_failed."""
 
 
 @flags
 class MemoryConfig:
-    """How much of a batch is run at once: a micro-batch, whose gradients add up to the batch's."""
+    """How many sequences of a batch are run at once: a micro-batch, whose gradients add up."""
 
     micro_batch_size: Count | None = None
     """Sequences to run at once; must divide batch_size (None: the whole batch)."""
     tune_batch_size: bool = False
     """Before training, find the largest micro-batch that fits into memory_target of memory_budget."""
     memory_budget: str | None = None
-    """Memory that a search may fill: 16GiB, a share such as 0.5, or device (None: all of the device's)."""
+    """Memory that a search may fill: 16GiB, a share such as 0.5, or device (None: all of the device)."""
     memory_target: Share = 0.85
-    """Share of the budget that a trial's peak may reach: the one safety factor."""
+    """Share of the budget that a trial's peak may reach: the only safety factor."""
     tune_mode: Literal["binsearch", "power"] = "binsearch"
     """power doubles until a size fails; binsearch goes on to exactly the largest that fits."""
     tune_init: Count | None = None
-    """Size of the first trial (None: batch_size, so that nothing is split where nothing must be)."""
+    """Size of the first trial (None: batch_size, so that a batch that fits is not split)."""
     tune_max_trials: Count = 12
-    """Try at most this many sizes; failures count."""
+    """Try at most this many sizes, those that fail included."""
     tune_max_seconds: Positive = 110.0
-    """Begin no trial that is not expected to end within this time."""
+    """Begin no trial that is not expected to end within this many seconds."""
     tune_max_batch_size: Count | None = None
-    """Run no micro-batch above this: a search tries none, and a controlled run grows to none."""
+    """Largest micro-batch that a search may try, and that a controlled run may grow to."""
     tune_fallback: bool = False
-    """Where a search fails, train with the configured size; the record says failed."""
+    """Train with the configured size where a search fails; the record says failed."""
     fit_shape: bool = False
     """Before training, find the longest sequences, then the largest micro-batch, within memory_target of
-    memory_budget; the whole run then has that length."""
+    memory_budget; the whole run has that length."""
     control_memory: bool = False
-    """In training, measure the peak of each step and change the micro-batch (between epochs also the
+    """During training, measure the peak of each step, and change the micro-batch (between epochs also the
     length) to stay within memory_target of memory_budget."""
     shape_min_length: Count | None = None
     """Shortest length that may be fitted or controlled (None: a quarter of max_seq_length)."""
     shape_max_length: Count | None = None
     """Longest length that may be fitted (None: max_seq_length)."""
     shape_length_step: Count = 16
-    """Lengths are fitted in steps of this many tokens."""
+    """Step between the lengths that are tried, in tokens."""
 
     def __post_init__(self) -> None:
         if self.tune_batch_size and self.micro_batch_size is not None:
@@ -395,48 +392,47 @@ def _folder_name(study: str) -> str:
 
 @flags
 class PlacesConfig:
-    """Where things are and what they are called: nothing here changes a number."""
+    """Folders, names and output: no flag here changes a number."""
 
     data_dir: Place | None = None
-    """Folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or parquet files
+    """Folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or with parquet files
     (default: the environment variable GNNMOE_DATA_DIR)."""
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """auto: a folder, else the local cache, else the hub, else the embedded text."""
     results_dir: Place = Path("results")
-    """Folder of all results; a run's record lies in results_dir/study/run_id."""
+    """Folder of all results; a run's record is in results_dir/study/run_id."""
     study: Annotated[str, AfterValidator(_folder_name)] = "default"
-    """Runs that belong together."""
+    """Name of the runs that belong together."""
     run_name: str | None = None
-    """A name for people to read."""
+    """Name of the run for people."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA where there is one, else the CPU."""
+    """auto: CUDA where it is available, else the CPU."""
     force: bool = False
-    """Run again what is finished; the earlier record is kept as run_id.1."""
+    """Run a finished run again; the earlier record is kept as run_id.1."""
     keep_stale: bool = False
-    """Keep a finished run that other code made, and continue one, instead of running it again."""
+    """Keep or continue a run that other code made, instead of running it again."""
     resume: bool = False
-    """Continue this run where it was interrupted."""
+    """Continue an interrupted run."""
     resume_checkpoint: Place | None = None
-    """Continue from this checkpoint file, which must be of this run's config."""
+    """Continue from this checkpoint file, which must have this run's config."""
     checkpoint_dir: Place | None = None
-    """Folder of the checkpoint (default: the run's own folder)."""
+    """Folder of the checkpoint (default: the run's folder)."""
     checkpoint_every: Count | None = None
-    """Save a checkpoint every so many steps (default: at every evaluation)."""
+    """Save a checkpoint after every so many steps (default: at every evaluation)."""
     num_workers_dataloader: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    """Processes that load data beside the training (0: none; auto: half the cores, at most 4)."""
+    """Processes that load data during training (0: none; auto: half the cores, at most 4)."""
     rank_timeout: Positive = 600.0
-    """Under torchrun: seconds that a rank waits for the others before the run ends as crashed."""
+    """Under torchrun: seconds that a rank waits for the other ranks before the run ends as crashed."""
     plots: bool = True
     """Draw the run's plots at its end."""
     track: Literal["tensorboard"] | None = None
-    """Show the run in TensorBoard while it trains, from the folder tensorboard in its own
+    """Show the run in TensorBoard while it trains, from the folder tensorboard in the run's folder
     (pip install 'gnnmoe[track]')."""
     reuse_check: bool = False
-    """Take the leak check's verdict of another seed of this configuration, where the study has one by the
-    same code on the same device, instead of checking again (bench.sweep does; the trained model is always
-    checked)."""
+    """Reuse the passing leak check of another seed of this configuration, where the study has one by the
+    same code on the same device (bench.sweep does). The trained model is always checked."""
     quiet: bool = False
-    """Print the final table only."""
+    """Print only the final table."""
 
     def __post_init__(self) -> None:
         if self.track is not None and importlib.util.find_spec(self.track) is None:
@@ -460,10 +456,10 @@ class RunConfig:
 
 @flags
 class TuneConfig(RunConfig):
-    """Try batch sizes with full training steps; print each trial, the largest that fits and the knee.
+    """Try batch sizes with full training steps; print each trial, the largest size that fits, and the knee.
 
-    Nothing is trained or written but the answer, which is kept for the next time. Exit status: 0 found,
-    1 nothing fits, 2 wrong input.
+    Nothing is trained. The answer is kept for the next search. Exit status: 0 found, 1 nothing fits, 2 wrong
+    input.
     """
 
     measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)
@@ -471,7 +467,7 @@ class TuneConfig(RunConfig):
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: its field, its type with the range, and its names, the first one as it is shown."""
+    """One flag: its field, its type with the range, and its names; messages show the first name."""
 
     field: str
     hint: Any
@@ -479,7 +475,7 @@ class Flag:
 
     @cached_property
     def kinds(self) -> tuple[Any, ...]:
-        """The types of which the flag may be, without ranges; None is a type too."""
+        """The types that the flag may have, without ranges; None is a type too."""
         return _kinds(self.hint)
 
     @cached_property
@@ -489,7 +485,7 @@ class Flag:
 
     @cached_property
     def adds_up(self) -> bool:
-        """Whether the flag may be given several times: its values on several layers are put together."""
+        """Whether the flag may be given several times; the values of several layers add up."""
         return tyro.conf.UseAppendAction in getattr(self.hint, "__metadata__", ())
 
     @cached_property
@@ -497,11 +493,11 @@ class Flag:
         return TypeAdapter(self.hint, config=STRICT)
 
     def option(self) -> str:
-        """Return the flag as the command line has it."""
+        """Return the flag as the command line shows it."""
         return self.names[0] if tyro.conf.Positional in _marks(self.hint) else f"--{self.names[0]}"
 
     def read(self, words: str | bool | Sequence[str]) -> Any:
-        """Return what the words of a command line say; words that say nothing stay text, to be refused."""
+        """Return the value of the words of a command line; words without a value stay text, to be refused."""
         if isinstance(words, bool):
             return words
         if isinstance(words, str):
@@ -510,10 +506,10 @@ class Flag:
         return [_value(word, kinds) for word in words]
 
     def plain(self, value: Any, name: str | None = None) -> Any:
-        """Return a value read from TOML in its one plain form: ``"None"`` as None, 1 as 1.0, a path as text.
+        """Return a value from TOML in its plain form: ``"None"`` as None, 1 as 1.0, a path as text.
 
         Raises:
-            Refused: the flag has no such value; ``name`` is what the message calls it.
+            Refused: the flag has no such value; the message calls the flag ``name``.
         """
         try:
             return plain(self._adapter.validate_python(self.unset(value)))
@@ -526,7 +522,7 @@ class Flag:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON and TOML have it: a tuple as a list, a path as text."""
+    """Return a value as JSON and TOML store it: a tuple as a list, a path as text."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -559,7 +555,7 @@ def _value(word: str, kinds: Sequence[Any]) -> Any:
 
 
 def flags_of(config_type: type) -> dict[str, Flag]:
-    """Return every flag of a config and of its groups, by each of its names with underscores."""
+    """Return every flag of a config and of its groups, by each of the flag's names with underscores."""
     found: dict[str, Flag] = {}
     for name, hint in get_type_hints(config_type, include_extras=True).items():
         marks = _marks(hint)
@@ -577,7 +573,7 @@ def flags_of(config_type: type) -> dict[str, Flag]:
 
 
 def preset_names() -> list[str]:
-    """Return the presets there are: the TOML files in bench/presets."""
+    """Return the names of the presets: the TOML files in bench/presets."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
@@ -586,13 +582,13 @@ PRESET = Flag("preset", Literal[tuple(preset_names())], ("preset",))  # pyright:
 
 @cache
 def run_flags() -> dict[str, Flag]:
-    """Return every flag of a run, by each of its names with underscores."""
+    """Return every flag of a run, by each of the flag's names with underscores."""
     return flags_of(RunConfig)
 
 
 @cache
-def defaults() -> Table:
-    """Return the value of every flag of a run that nobody sets, by its field, plain."""
+def defaults() -> FlagTable:
+    """Return the default of every flag of a run, by field, plain."""
     config = RunConfig()
     values = {
         name: value for group in fields(config) for name, value in vars(getattr(config, group.name)).items()
@@ -600,13 +596,13 @@ def defaults() -> Table:
     return {name: plain(value) for name, value in values.items() if name in run_flags()}
 
 
-def by_field(entries: Table, known: Mapping[str, Flag]) -> tuple[Table, dict[str, str]]:
-    """Return what a TOML table of flags says, by field and not yet checked, and what it calls each field.
+def by_field(entries: FlagTable, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[str, str]]:
+    """Return the values of a TOML table by field, not yet checked, and the key of each field.
 
     Raises:
-        Refused: a key is no flag, or stands there under two names.
+        Refused: a key is no flag, or a flag stands there under two names.
     """
-    table: Table = {}
+    table: FlagTable = {}
     names: dict[str, str] = {}
     for key, value in entries.items():
         flag = flag_named(key, known)
@@ -618,10 +614,10 @@ def by_field(entries: Table, known: Mapping[str, Flag]) -> tuple[Table, dict[str
 
 
 def flag_named(key: str, known: Mapping[str, Flag]) -> Flag:
-    """Return the flag that a key of a TOML table means, with hyphens or underscores.
+    """Return the flag of a key of a TOML table, with hyphens or underscores.
 
     Raises:
-        Refused: there is none.
+        Refused: there is no such flag.
     """
     flag = known.get(key.replace("-", "_"))
     if flag is None:
@@ -630,8 +626,8 @@ def flag_named(key: str, known: Mapping[str, Flag]) -> Flag:
     return flag
 
 
-def as_flags(table: Table) -> list[str]:
-    """Return the flags that say what ``table`` says: one for each word of a list of words."""
+def as_flags(table: FlagTable) -> list[str]:
+    """Return the command-line flags of ``table``: one flag for each text of a list of texts."""
     words = []
     for name, value in table.items():
         flag = name.replace("_", "-")
@@ -645,17 +641,17 @@ def as_flags(table: Table) -> list[str]:
 
 
 @cache
-def preset(name: str) -> Table:
+def preset(name: str) -> FlagTable:
     """Return the flags of a preset, by field, plain."""
     entries = read_toml("preset", PRESETS / f"{name}.toml")
     return {key: run_flags()[key].plain(value) for key, value in entries.items()}
 
 
-def layered(under: Table, over: Table) -> Table:
-    """Return the flags of two layers, by field: ``over`` wins, as the command line does over a preset.
+def layered(under: FlagTable, over: FlagTable) -> FlagTable:
+    """Return the flags of two layers, by field: ``over`` wins, as the command line wins over a preset.
 
-    Where it says how long to train, what ``under`` says about that is dropped; a flag that may be given
-    several times adds up.
+    Where ``over`` gives the length of the training, the length in ``under`` is dropped. The values of a flag
+    that may be given several times add up.
     """
     if not over.keys().isdisjoint(LENGTHS):
         under = {key: value for key, value in under.items() if key not in LENGTHS}
@@ -666,8 +662,8 @@ def layered(under: Table, over: Table) -> Table:
     return merged
 
 
-def resolved(flags: Table) -> Table:
-    """Return the plain flags (by field, with or without ``preset``) and what their preset adds."""
+def resolved(flags: FlagTable) -> FlagTable:
+    """Return the plain flags (by field, with or without ``preset``) and the flags of their preset."""
     found = layered(preset(flags.get("preset", "quick")), flags)
     found.pop("preset", None)
     if found.get("epochs") is None and found.get("max_steps") is None:
@@ -675,13 +671,13 @@ def resolved(flags: Table) -> Table:
     return found
 
 
-def complete(flags: Table) -> Table:
-    """Return the value of every flag of the run that these plain flags make, by field; and its preset."""
+def complete(flags: FlagTable) -> FlagTable:
+    """Return every flag of the run that these plain flags make, by field, and its preset."""
     return {**defaults(), **resolved(flags), "preset": flags.get("preset", "quick")}
 
 
-def config_of(flags: Table) -> RunConfig:
-    """Return the config of the run that these flags make, by field, with or without ``preset``.
+def config_of(flags: FlagTable) -> RunConfig:
+    """Return the config of the run that these flags make (by field, with or without ``preset``).
 
     Raises:
         Refused: no run can have one of the values.
@@ -690,12 +686,12 @@ def config_of(flags: Table) -> RunConfig:
 
 
 def build(
-    config_type: type[Group], table: Table, names: Mapping[str, str] | None = None, default: Any = None
+    config_type: type[Group], table: FlagTable, names: Mapping[str, str] | None = None, default: Any = None
 ) -> Group:
-    """Return a config and its groups from flags by field; what is no flag of them is left out.
+    """Return a config and its groups from flags by field; flags of other configs are left out.
 
-    ``names`` gives what the user calls a field, for the message; ``default`` has the values that the table
-    does not give.
+    ``names`` has the user's name of a field, for the message; ``default`` has the values that the table does
+    not give.
 
     Raises:
         Refused: the config cannot have one of the values.

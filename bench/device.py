@@ -1,17 +1,19 @@
-"""Which device a run uses, what running out of its memory looks like, and all of that memory back.
+"""The device of a run: its threads and its memory, and what running out of memory looks like.
 
-torch is imported where it is used: the parent of a sweep reads what a child said, and does without it.
+torch is imported where it is used: the parent of a sweep reads the output of its children without torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from gnnmoe.config import Refused
@@ -21,22 +23,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
-
-OUT_OF_MEMORY_TEXTS = (
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
-    "MPS backend out of memory",
-)
-"""What torch says in a ``RuntimeError``."""
-OUT_OF_MEMORY_OUTPUT = (*OUT_OF_MEMORY_TEXTS, "MemoryError", "out of memory", "std::bad_alloc")
-"""What stands in the last lines of a program that ran out of memory."""
-
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``mps``; auto takes CUDA where there is one.
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``mps``; auto is CUDA where it is available.
 
     Raises:
         Refused: the machine has no such device.
@@ -57,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def cpu_threads(number: int) -> Iterator[None]:
-    """Let torch have so many threads on the CPU, and as many as before afterwards."""
+    """Give torch ``number`` threads on the CPU in the block."""
     import torch
 
     before = torch.get_num_threads()
@@ -68,14 +57,101 @@ def cpu_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether ``error`` means that memory ran out, and nothing else.
+# --- How much memory there is
 
-    By type, ``torch.OutOfMemoryError`` and Python's ``MemoryError``; by text, what torch raises as a
-    plain ``RuntimeError`` (the CPU allocator, cuBLAS, MPS) or ``AcceleratorError`` (the CUDA runtime).
-    An error of any other type only quotes such a text. oneDNN's "could not create a primitive" does not
-    count: torch 2.13 raises it now and then where memory is short (2 of 160 steps under RLIMIT_DATA), but
-    also with 22 GiB free where the kernel refuses executable pages (PR_SET_MDWE).
+UNITS = {
+    "B": 1,
+    **{"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
+    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
+}
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def format_bytes(count: int) -> str:
+    """Return ``1.5 GiB``, ``160.5 MiB`` or ``812 B`` for people to read."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if count >= UNITS[unit]:
+            return f"{count / UNITS[unit]:,.1f} {unit}"
+    return f"{count} B"
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """Return all memory of the device in bytes: on a CPU the host's, or the limit of its control group.
+
+    The memory of other processes is not subtracted. ``set_per_process_memory_fraction`` does not change what
+    a CUDA device reports.
+    """
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return host_memory_bytes()
+
+
+def host_memory_bytes() -> int:
+    """Return the host's physical memory in bytes, or the lowest limit of this process's control groups.
+
+    Source: cgroups(7); ``memory.max`` of version 2, ``memory.limit_in_bytes`` of version 1.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, name = GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        while group != mount.parent:  # the path may be the host's; a container sees only its end
+            limit = group / name
+            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                limits.append(int(text))
+            group = group.parent
+    return min(limits)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed CPU tensors, instead of returning it to the system.
+
+    Chunks of logits are 32 MiB, the size from which glibc asks the system each time. Fresh pages cost more
+    than the arithmetic: without this call, an evaluation was measured to be 1.7 to 2.3 times slower. With
+    another C library nothing happens.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of glibc's mallopt(3)
+    _c_library("mallopt", trim_threshold, 2**30)
+    _c_library("mallopt", mmap_threshold, 2**25)
+
+
+def _c_library(function: str, *arguments: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):  # a C library without the function
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+# --- Running out of memory
+
+OUT_OF_MEMORY_TEXTS = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+    "MPS backend out of memory",
+)
+"""The texts of torch in a ``RuntimeError``."""
+OUT_OF_MEMORY_OUTPUT = (*OUT_OF_MEMORY_TEXTS, "MemoryError", "out of memory", "std::bad_alloc")
+"""Texts in the last lines of a program that ran out of memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether ``error`` means that memory ran out, and nothing else.
+
+    By type: ``torch.OutOfMemoryError`` and Python's ``MemoryError``. By text: a plain ``RuntimeError`` of
+    torch (the CPU allocator, cuBLAS, MPS) or an ``AcceleratorError`` (the CUDA runtime); an error of any
+    other type only quotes such a text. oneDNN's "could not create a primitive" does not count. torch 2.13
+    raises it now and then where memory is short (2 of 160 steps under RLIMIT_DATA), but also with 22 GiB free
+    where the kernel refuses executable pages (PR_SET_MDWE).
     """
     import torch
 
@@ -85,49 +161,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what tensors on the CPU free, rather than return it to the system.
-
-    Chunks of logits are 32 MiB, the size from which glibc asks the system each time, and fresh
-    pages cost more than the arithmetic: an evaluation was measured 1.7 to 2.3 times slower
-    without this. Where the C library is another one, nothing happens.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(M_TRIM_THRESHOLD, 2**30)
-    mallopt(M_MMAP_THRESHOLD, 2**25)
-
-
-def release_freed_memory() -> None:
-    """Give what ``keep_freed_memory`` lets the C library keep back to the system (glibc's malloc_trim)."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):
-        return
-    trim(0)
-
-
 @dataclass(frozen=True)
 class Attempted(Generic[T]):
-    """What came of an attempt: a value, or why memory ran out."""
+    """The result of an attempt: a value, or why memory ran out."""
 
     value: T | None = None
     failure: str | None = None
-    """The type and text of the out-of-memory error, which itself is gone; None: it did not run out."""
-
-    @property
-    def ran(self) -> bool:
-        """Whether it ran to its end."""
-        return self.failure is None
+    """The type and text of the out-of-memory error, which itself is gone; None: memory did not run out."""
 
 
 def attempt(function: Callable[[], T]) -> Attempted[T]:
-    """Run ``function``; where it runs out of memory, free all that it held and say so.
+    """Run ``function``; where it runs out of memory, free all that it held and return the failure.
 
-    Only running out of memory is caught (``is_out_of_memory``). What ``function`` gave to others,
-    such as the gradients of a model, is theirs to free.
+    Only running out of memory is caught (``is_out_of_memory``). The caller frees what ``function`` gave to
+    other objects, such as the gradients of a model.
     """
     failure = None
     try:
@@ -139,26 +186,26 @@ def attempt(function: Callable[[], T]) -> Attempted[T]:
         _clear_frames(error)
     if failure is None:
         return Attempted(value=value)
-    # Only here are the error, its traceback and the frames in it gone, and with them their tensors.
+    # Only here the error, its traceback and its frames are gone, and with them their tensors.
     recover()
     return Attempted(failure=failure)
 
 
 def at_once(function: Callable[[], T]) -> Attempted[T]:
-    """Run ``function`` as ``attempt`` does, but let an out of memory come out.
+    """Run ``function`` as ``attempt`` does, but let an out-of-memory error come out.
 
-    For steps of several ranks: the others wait in a sum for one that failed, and none can go back.
+    For steps of several ranks: the other ranks wait in a sum for a rank that failed, and cannot go back.
     """
     return Attempted(value=function())
 
 
 def _without_neighbours(text: str) -> str:
-    """Return CUDA's message up to its size; the rest tells of other processes and of options."""
+    """Return CUDA's message up to its size; the rest is about other processes and about options."""
     return re.sub(r"(Tried to allocate [\d.]+ \w+\.).*", r"\1", text, flags=re.DOTALL)
 
 
 def recover() -> None:
-    """Give back what nothing uses any more: cycles, the allocator's cache, the C library's heap."""
+    """Free what nothing uses any more: cycles, the allocator's cache, the C library's heap."""
     import torch
 
     gc.collect()
@@ -166,11 +213,11 @@ def recover() -> None:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
-    release_freed_memory()
+    _c_library("malloc_trim", 0)  # also what ``keep_freed_memory`` lets it keep
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Empty the frames of an error and of those that it came from: others may hold on to the error."""
+    """Empty the frames of an error and of its causes, because other objects may hold the error."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

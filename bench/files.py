@@ -1,14 +1,23 @@
-"""Files: written whole or not at all, locked, read as TOML; and the time in UTC that they state."""
+"""Files: written whole, locked, read as text of strangers, and without a place of this machine.
+
+A study may come from somebody else. Its texts are shown as text, and its file names stay in its folder.
+What a run writes names no absolute path, no host and no user.
+"""
 
 from __future__ import annotations
 
+import getpass
+import json
 import os
+import platform
+import re
 import secrets
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,17 +26,18 @@ from gnnmoe.config import Refused
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-POLL_SECONDS = 0.25
+
+# --- Written whole, or not at all
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a new file, which takes the place of ``path`` when the block ends: whole or not at all.
+    """Yield a new file, which replaces ``path`` when the block ends: all of it or nothing.
 
-    The umask gives its mode. Its contents are on the disk before it gets its name.
+    The umask gives the file's mode. The contents are on the disk before the file gets its name.
 
     Raises:
-        OSError: the disk refuses; what was there before stays, and nothing half-written does.
+        OSError: the disk refuses; the old file stays, and no half-written file is left.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -47,7 +57,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write files as ``replacing`` does; all are on the disk before the first gets its name."""
+    """Write files as ``replacing`` does; all files are on the disk before the first gets its name."""
     with ExitStack() as stack:
         for path, data in contents.items():
             file = stack.enter_context(replacing(path))
@@ -61,7 +71,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def remove_left_over(path: Path, seconds: float = 0.0) -> None:
-    """Remove what killed writers of ``path`` left behind at least so many seconds ago.
+    """Remove temporary files that killed writers of ``path`` left behind at least ``seconds`` ago.
 
     The name of ``path`` may be a pattern such as ``*.npz``.
     """
@@ -71,33 +81,15 @@ def remove_left_over(path: Path, seconds: float = 0.0) -> None:
                 part.unlink()
 
 
-class Busy(Refused):
-    """Another process holds the lock."""
-
-
-def lock(path: Path, give_up: Callable[[], bool] | None = None) -> BaseFileLock | None:
-    """Return the lock at ``path``, held until its ``release`` or the end of the process.
-
-    None where another process holds it; with ``give_up``, waits until that says True.
-
-    Raises:
-        OSError: the file cannot be made or locked.
-    """
-    from filelock import FileLock, Timeout  # 45 ms, which --help has no use for
-
-    found = FileLock(path, blocking=False, thread_local=False)
-    while True:
-        try:
-            found.acquire()
-            return found
-        except Timeout:
-            if give_up is None or give_up():
-                return None
-            time.sleep(POLL_SECONDS)
+def cannot_write(path: Path, error: OSError) -> str:
+    """Return the message that ``path`` cannot be written, why, and what to do."""
+    return (
+        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
+    )
 
 
 def write_between(path: Path, put: Callable[[str], str]) -> None:
-    """Let ``put`` make a page's new text of its old one, and write it whole.
+    """Write a page whole, with the text that ``put`` makes from its old text.
 
     Raises:
         Refused: the page cannot be read or written; and what ``put`` raises.
@@ -118,7 +110,7 @@ def between(text: str, marks: tuple[str, str], content: str) -> str:
     """Return a page's text with ``content`` between its marks.
 
     Raises:
-        Refused: it has no such marks.
+        Refused: the page has no such marks.
     """
     before, begin, rest = text.partition(marks[0])
     _, end, after = rest.partition(marks[1])
@@ -128,18 +120,49 @@ def between(text: str, marks: tuple[str, str], content: str) -> str:
     return f"{before}{begin}\n\n{content}\n{end}{after}"
 
 
-def cannot_write(path: Path, error: OSError) -> str:
-    """Return the message that ``path`` cannot be written, why, and what to do."""
-    return (
-        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
-    )
+def utc_now(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).strftime(form)
+
+
+# --- Locked
+
+POLL_SECONDS = 0.25
+
+
+class Busy(Refused):
+    """Another process holds the lock."""
+
+
+def lock(path: Path, give_up: Callable[[], bool] | None = None) -> BaseFileLock | None:
+    """Return the lock at ``path``, held until its ``release`` or the end of the process.
+
+    Return None where another process holds the lock; with ``give_up``, wait until it returns True.
+
+    Raises:
+        OSError: the file cannot be made or locked.
+    """
+    from filelock import FileLock, Timeout  # 45 ms, which --help has no use for
+
+    found = FileLock(path, blocking=False, thread_local=False)
+    while True:
+        try:
+            found.acquire()
+            return found
+        except Timeout:
+            if give_up is None or give_up():
+                return None
+            time.sleep(POLL_SECONDS)
+
+
+# --- Read
 
 
 def read_toml(what: str, path: Path) -> dict[str, Any]:
     """Return the entries of a TOML file; messages call it ``what``: ``--config``, ``sweep``, …
 
     Raises:
-        Refused: naming the file: it cannot be read, or is not TOML.
+        Refused: the file cannot be read, or is not TOML; the message names the file.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -150,15 +173,178 @@ def read_toml(what: str, path: Path) -> dict[str, Any]:
         raise Refused(f"{what} {path} is not TOML: {error}.") from error
 
 
+def read_json_text(path: Path) -> tuple[str, Any]:
+    """Return the text of a JSON file, whoever wrote it, and its value.
+
+    Raises:
+        Refused: the file cannot be read, is cut short or nested too deeply; the message names the file.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, json.loads(text)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
+    except RecursionError as error:
+        raise Refused(f"{path} is nested too deeply to be read.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file; see ``read_json_text``."""
+    return read_json_text(path)[1]
+
+
 @contextmanager
 def refusals_name(place: str) -> Iterator[None]:
-    """Put the place to blame before the message of what is refused in the block: ``sweep x.toml: …``."""
+    """Put ``place`` before the message of a refusal in the block: ``sweep x.toml: …``."""
     try:
         yield
     except Refused as error:
         raise Refused(f"{place}: {error}") from error
 
 
-def utc_now(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
-    """Return the time in UTC, to the second."""
-    return datetime.now(UTC).strftime(form)
+# --- Texts of strangers: shown as text, and kept in their folder
+
+MOST_NESTED = 100
+"""Levels of nested JSON that are read; a record has about 8."""
+LONGEST_NAME = 200
+"""Letters of a file name that a file may give; names of reports and runs have at most 40."""
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters (C0, C1), what overrides the direction of writing, and what UTF-8 cannot hold."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Return ``text`` with each control character as its escape (``\x1b``), except those in ``keep``."""
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+
+
+def _escape(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def shown(value: Any, name: str = "", levels: int = MOST_NESTED) -> Any:
+    """Return a nested value of JSON as it may be shown: every text and key ``visible``.
+
+    ``name`` is the key of the value. Texts under the key ``error`` keep their line breaks.
+
+    Raises:
+        Refused: the value has more than ``levels`` levels.
+    """
+    if isinstance(value, str):
+        return visible(value, keep="\n" if name == "error" else "")
+    if not isinstance(value, dict | list):
+        return value
+    if not levels:
+        raise Refused(f"it is nested more than {MOST_NESTED} levels deep")
+    if isinstance(value, dict):
+        return {visible(key): shown(item, key, levels - 1) for key, item in value.items()}
+    return [shown(item, name, levels - 1) for item in value]
+
+
+def inside(folder: Path, name: str, source: Path) -> Path:
+    """Return the path of the file ``name`` in ``folder``, as the file ``source`` names it.
+
+    Raises:
+        Refused: the name, or a symbolic link, leads out of the folder.
+    """
+    parts = re.split(r"[/\\]", name)
+    plain = not {"", ".", ".."} & set(parts) and "\0" not in name and ":" not in parts[0]
+    if not plain or max(map(len, parts)) > LONGEST_NAME:
+        said = repr(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…")
+        raise Refused(
+            f"{source} names the file {said}, which is not in {folder}. Nothing was changed. Do not use "
+            f"a study that you do not trust; else delete {source.name} and try again."
+        )
+    return not_linked_out(folder, name)
+
+
+def not_linked_out(folder: Path, name: str) -> Path:
+    """Return the path of the file ``name`` in ``folder``; another person may have made the folder.
+
+    Raises:
+        Refused: the file is, or lies behind, a symbolic link that leads out of the folder.
+    """
+    try:
+        stays = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        stays = False
+    if not stays:
+        raise Refused(
+            f"{folder / name} is a symbolic link, or lies behind one, that leads out of {folder}. "
+            "Nothing was changed; delete the link and try again."
+        )
+    return folder / name
+
+
+# --- Without a place of this machine
+
+SAYS_NOTHING = frozenset(
+    "root user admin localhost runner ubuntu linux cpu gpu cuda data train test mean gate topk static dense"
+    " attention gnn hgnn quick baseline full original".split()
+)
+"""Names of users and machines that name nobody, and words of every record or command line."""
+PROSE = frozenset({"", "command", "detail", "error", "reason", "remark", "warning"})
+"""Keys of a record whose texts are sentences or command lines; every other text is a value."""
+_IN = r"[^\s'\"`,;:()<>\[\]{}|=]"  # of a path without quotation marks
+_ROOT = r"(?:(?:~[\w.-]*)?/{1,2}|(?:\.\.?/)+|[A-Za-z]:[\\/]{1,2}|\\\\)(?=[\w.~@+-])"
+_PATH = re.compile(
+    rf"(?P<web>\w+://{_IN}+)"
+    rf"|(?P<quote>['\"`])(?P<quoted>{_ROOT}[^'\"`\n]+)(?P=quote)"
+    rf"|(?<![\w)\]}}%./<…*\\~]){_ROOT}{_IN}*"
+)
+_LOGIN = re.compile(r"(?<=://)[^\s/@'\"]+@")
+_BYTE = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_ADDRESS = re.compile(rf"(?<![\w.-])(?!127\.|0\.0\.0\.0){_BYTE}(?:\.{_BYTE}){{3}}(?![\w-]|\.\w)")
+_PACKAGE = re.compile(r".*[/\\](?:site-packages|dist-packages|lib[/\\]python[\d.]+)[/\\](.+)")
+_OWN = re.compile(rf"{re.escape(str(Path(__file__).parents[1]))}[/\\]((?:bench|gnnmoe|examples)[/\\].+)")
+
+
+def without_places(value: Any, name: str = "") -> Any:
+    """Return a text, or a nested value of JSON with all its texts, without a place of this machine.
+
+    An absolute path, and one that climbs, becomes its last part. The path of a file of an installed package
+    or of this project becomes its path in the package. Prose is a text alone, or under a key of ``PROSE``:
+    there, host, IP address, user and the login of a URL become ``HOST`` and ``USER``. Keys and the values of
+    flags stay, because a user may be called max.
+    """
+    if isinstance(value, dict):
+        return {key: without_places(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_places(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = _PATH.sub(_last_part, value) if "/" in value or "\\" in value else value
+    if name not in PROSE:
+        return text
+    text = _ADDRESS.sub("HOST", _LOGIN.sub("USER@", text))
+    names, pattern = _own_names()
+    return pattern.sub(lambda found: names[found[0].lower()], text) if pattern else text
+
+
+def _last_part(found: re.Match[str]) -> str:
+    if found["web"] and not found["web"].startswith("file:"):
+        return found[0]
+    quote = found["quote"] or ""
+    path = found["quoted"] or found[0].rstrip(".")  # the end of a sentence
+    after = "" if quote else found[0].removeprefix(path)
+    in_package = _PACKAGE.match(path) or _OWN.match(path)
+    name = in_package[1] if in_package else re.split(r"[/\\]+", path.rstrip("/\\"))[-1]
+    return f"{quote}{name}{quote}{after}"
+
+
+@cache
+def _own_names() -> tuple[dict[str, str], re.Pattern[str] | None]:
+    """Return what stands for this machine's host names and the user's name, and what finds them."""
+    host = platform.node()
+    names = {host: "HOST", host.partition(".")[0]: "HOST"}
+    with suppress(Exception):  # the system may not know the user: KeyError or OSError, by version
+        names.setdefault(getpass.getuser(), "USER")
+    names = {
+        name.lower(): word
+        for name, word in names.items()
+        if len(name) > 1 and name.lower() not in SAYS_NOTHING
+    }
+    longest = sorted(names, key=len, reverse=True)
+    form = rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])"  # none within --max-steps
+    return names, re.compile(form, re.IGNORECASE) if names else None

@@ -1,9 +1,8 @@
 """The record of a run: what it holds, the folder that it lies in, and reading it.
 
-A quantity that was not measured is ``NotMeasured``, with the reason: ``{"value": null, "reason": …}`` in
-JSON. Units are in the names. Loss, perplexity, bits per byte and tokens per second follow from the raw sums
-beside them; they are written for readers, and a record whose figures contradict its sums is damaged.
-Imports no torch.
+A quantity that was not measured is ``NotMeasured`` with the reason: ``{"value": null, "reason": …}`` in JSON.
+Units are in the names. Loss, perplexity, bits per byte and tokens per second follow from the raw sums beside
+them. They are written for readers; a record whose figures contradict its sums is damaged. Imports no torch.
 """
 
 from __future__ import annotations
@@ -36,8 +35,17 @@ from pydantic import (
 )
 from typing_extensions import TypeIs
 
-from bench.files import Busy, cannot_write, lock, remove_left_over, replacing, utc_now
-from bench.foreign import shown, without_places
+from bench.files import (
+    Busy,
+    cannot_write,
+    lock,
+    read_json_text,
+    remove_left_over,
+    replacing,
+    shown,
+    utc_now,
+    without_places,
+)
 from gnnmoe.config import Refused
 
 SCHEMA_VERSION = "2.0"
@@ -46,12 +54,39 @@ STATUSES = ("ok", "oom", "diverged", "timeout", "crashed", "check_failed", "inte
 BUSY = "another process is at run"
 NOT_REACHED = "the run did not get this far"
 ROUNDING = 1e-9
-"""By which share a figure may differ from the same one computed anew from its sums."""
+"""Relative tolerance between a figure and its value from the raw sums."""
 T = TypeVar("T")
 
 
+def exp_or_infinity(nats: float) -> float:
+    """Return exp(nats), such as the perplexity of a loss; infinity where no float is so large."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+MINUS = "−"
+READABLE = 1e9
+"""Numbers from here on, unless they are counts, are shown in scientific notation."""
+
+
+def number(value: float | None, digits: int = 1, sign: str = "") -> str:
+    """Return a number as people read it: 1,234.5, from 1e9 on 1.2e+09, and inf; empty for None.
+
+    A count (of type int) has all its digits. ``sign`` "+" also shows the sign of a positive number.
+    """
+    if value is None:
+        return ""
+    large = not isinstance(value, Integral) and READABLE <= abs(value) < math.inf
+    return format(value, f"{sign}.1e" if large else f"{sign},.{digits}f").replace("-", MINUS)
+
+
+# --- What a record holds
+
+
 class Part(BaseModel):
-    """A part of a record: no field is unknown, no number is NaN or infinite, and no type is converted."""
+    """A part of a record: no unknown field, no number that is NaN or infinite, no conversion of types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -70,7 +105,7 @@ def _kind(value: Any) -> str:
 
 READING, NULL = "(reading)", "(null)"
 Measured = Annotated[Annotated[T, Tag(READING)] | Annotated[NotMeasured, Tag(NULL)], Discriminator(_kind)]
-"""A reading, or why there is none."""
+"""A reading, or the reason why there is none."""
 
 
 def not_measured(reason: str) -> NotMeasured:
@@ -79,45 +114,23 @@ def not_measured(reason: str) -> NotMeasured:
 
 
 def is_measured(quantity: T | NotMeasured | None) -> TypeIs[T]:
-    """Say whether ``quantity`` is a reading rather than a null."""
+    """Return whether ``quantity`` is a reading."""
     return quantity is not None and not isinstance(quantity, NotMeasured)
 
 
-def exp_or_infinity(nats: float) -> float:
-    """Return exp(nats), such as the perplexity of a loss; infinity where no float is so large."""
-    try:
-        return math.exp(nats)
-    except OverflowError:
-        return math.inf
-
-
-MINUS = "−"
-READABLE = 1e9
-"""A number as large as this, unless it is a count, is shown in scientific notation."""
-
-
-def number(value: float | None, digits: int = 1, sign: str = "") -> str:
-    """Return a number as people read it: 1,234.5, from 1e9 on 1.2e+09, and inf; empty where there is none.
-
-    A count (of type int) has all its digits. ``sign`` "+" also shows the sign of a positive number.
-    """
-    if value is None:
-        return ""
-    large = not isinstance(value, Integral) and READABLE <= abs(value) < math.inf
-    return format(value, f"{sign}.1e" if large else f"{sign},.{digits}f").replace("-", MINUS)
-
-
-def _floats(both: tuple[Any, Any]) -> TypeIs[tuple[float, float]]:
-    return all(isinstance(one, float) for one in both)
+def _equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=ROUNDING)
+    return ours == theirs
 
 
 class Derived(Part):
-    """A part with figures that follow from its raw numbers, and are written beside them."""
+    """A part that also writes figures which follow from its raw numbers."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _derived(cls, value: Any, handler: Callable[[Any], Self]) -> Self:
-        """Refuse a figure in JSON that is not what the raw numbers beside it give."""
+        """Refuse a figure in JSON that does not follow from the raw numbers beside it."""
         names = cls.model_computed_fields
         if not isinstance(value, dict):
             return handler(value)
@@ -125,13 +138,22 @@ class Derived(Part):
         for name in value.keys() & names.keys():
             said, own = value[name], getattr(made, name)
             own = own.model_dump() if isinstance(own, NotMeasured) else own
-            both = (said, own)
-            if said != own and not (_floats(both) and math.isclose(*both, rel_tol=ROUNDING)):
+            if not _equal(said, own):
                 raise ValueError(f"{name} is {said}, by the numbers beside it {own}")
         return made
 
 
-class Settings(Part):
+NEEDED = (
+    ("model", "coupler_type", str, "a text"),
+    ("model", "num_experts", int, "a whole number"),
+    ("model", "max_seq_length", int, "a whole number"),
+    ("model", "coupler_option", list, "a list"),
+    ("training", "batch_size", int, "a whole number"),
+)
+"""The flags that every reader needs: group, name, type, and the type in words."""
+
+
+class RecordedConfig(Part):
     """The config of the run by groups, each flag by its name; paths by their last part."""
 
     model: dict[str, Any]
@@ -144,40 +166,30 @@ class Settings(Part):
 
     @property
     def coupler(self) -> str:
-        """The coupler as its flag names it; of a file only the file's name and the class."""
+        """The coupler as its flag names it; a coupler file without its folder."""
         return self.model["coupler_type"]
 
     @property
-    def num_experts(self) -> int:
-        """How many experts a layer has."""
-        return self.model["num_experts"]
-
-    @property
     def batch_size(self) -> int:
-        """Sequences of one update that were asked for."""
+        """Sequences of one update, as asked for."""
         return self.training["batch_size"]
 
     @property
     def max_seq_length(self) -> int:
-        """Tokens of a sequence that were asked for."""
+        """Tokens of a sequence, as asked for."""
         return self.model["max_seq_length"]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """Refuse a config without the flags that every reader needs."""
-        must = {str: "a text", int: "a whole number", list: "a list"}
-        needed = {"model": {"coupler_type": str, "num_experts": int, "max_seq_length": int,
-                            "coupler_option": list}, "training": {"batch_size": int}}  # fmt: skip
-        for group, kinds in needed.items():
-            for name, kind in kinds.items():
-                found = getattr(self, group).get(name)
-                if type(found) is not kind:
-                    raise ValueError(f"{group}.{name} is {_short(found)}; it must be {must[kind]}")
+        for group, name, kind, words in NEEDED:
+            found = getattr(self, group).get(name)
+            if type(found) is not kind:
+                raise ValueError(f"{group}.{name} is {_short(found)}; it must be {words}")
         return self
 
 
 class Environment(Part):
-    """Where a run ran, and the code that it ran. No path and no host name."""
+    """Where a run ran, and its code, without a path or a host name."""
 
     python: str
     system: str
@@ -192,21 +204,21 @@ class Environment(Part):
     omp_wait_policy: str | None = None
     git_commit: str | None = None
     git_changes_sha256: str | None = None
-    """Of the changes to the commit; None: there were none."""
+    """Hash of the changes to the commit; None: there were no changes."""
     code_sha256: str | None = None
-    """Of all code: only where a run was made before the two hashes below were taken."""
+    """Hash of all code: only in records from before the two hashes below existed."""
     project_sha256: str | None = None
-    """Of the project's code that can change numbers (``bench.training.code``)."""
+    """Hash of the project's code that can change numbers (``bench.training.code``)."""
     coupler_sha256: str | None = None
-    """Of the coupler's own code."""
+    """Hash of the coupler's own code."""
     world_size: PositiveInt = 1
     """Processes that shared each batch."""
     backend: str | None = None
-    """By which the processes talked; None: there was one."""
+    """The backend of ``torch.distributed``; None: there was one process."""
 
 
 class Vocabulary(Part):
-    """The words that have a row of their own."""
+    """The words with their own row in the embedding."""
 
     size: int
     sha256: str
@@ -227,11 +239,11 @@ class TextSplit(Part):
 
 
 class TrainingBlocks(Part):
-    """Which blocks were trained on."""
+    """The blocks of the training."""
 
     count: int
     subset_seed: int | None
-    """The seed that chose them; None: all were taken."""
+    """The seed that chose the blocks; None: all blocks were taken."""
     curriculum: dict[str, Any] | None
 
 
@@ -243,22 +255,22 @@ class Data(Part):
     source: str
     """folder, hub or embedded."""
     verdict: str
-    """How it compares with the official WikiText-2."""
+    """Whether the text is the official WikiText-2."""
     tokenizer: str
     sha256: str
-    """Identity of text and tokens."""
+    """Hash of text and tokens."""
     files: dict[str, str]
     """The sha256 of each file by its name."""
     vocabulary: Vocabulary
     splits: dict[str, TextSplit]
     python_version: str | None = None
-    """Of the embedded text, which comes with Python."""
+    """The Python of the embedded text, which comes with it."""
     warning: str | None = None
     training_blocks: TrainingBlocks | None = None
 
     @property
     def embedded(self) -> bool:
-        """Whether this is the embedded text, which every table and plot must say."""
+        """Whether this is the embedded text, which every table and plot must name."""
         return self.source == "embedded"
 
 
@@ -269,15 +281,15 @@ class TimePart(Part):
     start: str
     """In UTC."""
     end: str | None
-    """In UTC; None: it was killed, or still runs."""
+    """In UTC; None: the process was killed, or still runs."""
     seconds: dict[str, float]
     """By phase, and in total."""
     resumed_at_step: int | None
-    """None: it started at the beginning."""
+    """None: the process started at step 0."""
 
 
 class Time(Part):
-    """When the run ran: ``seconds`` summed over its parts, ``start`` of the first, all else of the last."""
+    """When the run ran: ``seconds`` summed over its parts, ``start`` of the first part, else of the last."""
 
     start: str
     end: str | None
@@ -287,14 +299,16 @@ class Time(Part):
 
     @classmethod
     def of(cls, parts: Sequence[TimePart]) -> Time:
-        """Return the time of a run from the parts in which it was run."""
+        """Return the time of a run from its parts."""
         seconds: dict[str, float] = {}
         for part in parts:
             for phase, spent in part.seconds.items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
         last = parts[-1]
-        return cls(start=parts[0].start, end=last.end, seconds=seconds, resumed_at_step=last.resumed_at_step,
-                   parts=list(parts))  # fmt: skip
+        resumed = last.resumed_at_step
+        return cls(
+            start=parts[0].start, end=last.end, seconds=seconds, resumed_at_step=resumed, parts=list(parts)
+        )
 
 
 class Parameters(Part):
@@ -313,7 +327,7 @@ class Flops(Part):
 
 
 class Requested(Part):
-    """The sizes that were asked for; what a search may change stands in ``tuned`` and ``used``."""
+    """The sizes that were asked for; ``tuned`` and ``used`` have the sizes after a search."""
 
     batch_size: int
     max_seq_length: int
@@ -323,7 +337,7 @@ class Requested(Part):
 
 
 class Search(Part):
-    """What a search for the memory found: fields by the kind of search, these of all."""
+    """The answer of a memory search: the fields of all searches; each kind of search adds its own."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -335,26 +349,26 @@ class Search(Part):
     error: str | None = None
     from_cache: bool = False
     cap: int | None = None
-    """The largest size that might have been found."""
+    """The largest size that the search may find."""
     limit_bytes: int | None = None
     target: float | None = None
 
 
 class Counted(Part):
-    """What was asked for, and what the tensors had."""
+    """A number as asked for, and as counted from the tensors."""
 
     asked: int
     got: int
 
 
 class CountedEvaluations(Counted):
-    """Targets of some evaluations."""
+    """The targets of some evaluations."""
 
     evaluations: int
 
 
 class EpochCounts(Part):
-    """One epoch: batches, samples, tokens and updates, asked for by the plan and got from the tensors."""
+    """Batches, samples, tokens and updates of one epoch: by the plan, and counted from the tensors."""
 
     epoch: int
     batch_size: PositiveInt
@@ -363,7 +377,7 @@ class EpochCounts(Part):
 
 
 class Accounts(Part):
-    """Everything that was counted from tensors."""
+    """All numbers that were counted from tensors."""
 
     tuned_micro_batch_size: int | None = None
     epochs: list[EpochCounts]
@@ -382,7 +396,7 @@ class ExecutionUsed(Part):
 
 
 class Used(Part):
-    """How the training went: sizes, steps and shapes, counted."""
+    """The sizes, steps and shapes of the training, counted."""
 
     batch_shapes: dict[str, int]
     """Batches by rows x length."""
@@ -398,32 +412,32 @@ class Used(Part):
     batch_sizes: list[int]
     lengths: list[int]
     micro_batch_shapes: dict[str, int]
-    """Pieces of a rank that were run at once, by rows x length."""
+    """Micro-batches of a rank, by rows x length."""
     micro_batch_size: int | None
-    """Rows that the last update ran at once."""
+    """Rows of a micro-batch of the last update."""
     accumulation: int | None
-    """Pieces of the last update."""
+    """Micro-batches of the last update."""
     recoveries: list[dict[str, Any]]
-    """Times that memory ran out and the step was done again in smaller pieces."""
+    """Steps that ran out of memory and were repeated in smaller micro-batches."""
     control: list[dict[str, Any]]
     """Changes of the shape by the memory controller."""
 
 
 class SplitQuality(Derived):
-    """The final evaluation of one split: raw sums in nats, and what follows from them."""
+    """The final evaluation of one split: raw sums in nats, and the figures that follow."""
 
     nll_sum: float
     tokens: PositiveInt
-    """Tokens that were scored."""
+    """Scored tokens."""
     words: NonNegativeInt
     bytes: NonNegativeInt
     """Bytes of the text that the scored tokens cover."""
     unknown_words: NonNegativeInt
     """Scored tokens that are ``<unk>`` in place of another word."""
     unigram_nll_sum: float | None = None
-    """Of the training split's unigram on exactly the same tokens."""
+    """The sum of the training split's unigram on the same tokens."""
     kneser_ney_trigram_nll_sum: float | None = None
-    """Of a Kneser-Ney trigram (discount 0.75) on exactly the same tokens."""
+    """The sum of a Kneser-Ney trigram (discount 0.75) on the same tokens."""
     length: PositiveInt
     stride: PositiveInt
 
@@ -445,7 +459,7 @@ class SplitQuality(Derived):
     def bits_per_byte(self) -> Measured[float]:
         """Σ nll / (ln 2 · bytes).
 
-        A word that stands as ``<unk>`` was not predicted, but its bytes would count: then there is none.
+        Not measured where a word is ``<unk>``: the word was not predicted, but its bytes would count.
         """
         if self.unknown_words:
             return not_measured("unknown words were not predicted")
@@ -455,16 +469,11 @@ class SplitQuality(Derived):
 
 
 class Quality(Part):
-    """The final evaluation, by the weights that are best on validation."""
+    """The final evaluation, with the weights that are best on validation."""
 
     validation: Measured[SplitQuality]
     test: Measured[SplitQuality]
     best_step: int
-
-    def of(self, split: str) -> SplitQuality | None:
-        """Return the evaluation of "validation" or "test", None where there is none."""
-        found = self.validation if split == "validation" else self.test
-        return found if is_measured(found) else None
 
 
 Times = Annotated[list[PositiveFloat], Field(min_length=1)]
@@ -481,7 +490,7 @@ class Warmup(Part):
 
 
 class Marginal(Part):
-    """The model beside the same one with the reference coupler, timed in turn; differences: ours − theirs."""
+    """The model and the same model with the reference coupler, timed in turn; differences: ours − theirs."""
 
     reference: str
     step_seconds: Times
@@ -499,17 +508,17 @@ class Marginal(Part):
 
 
 class Speed(Warmup, Derived):
-    """Timed training steps, on a copy of the model; of several ranks the slowest."""
+    """Timed training steps on a copy of the model; of several ranks, the steps of the slowest."""
 
     step_seconds: Times
     step_tokens: Annotated[list[PositiveInt], Field(min_length=1)]
     """Real targets of each step, over all ranks."""
     rank: int = 0
-    """Whose times these are."""
+    """The rank of these times."""
     fetch_seconds: Times | None = None
-    """Of fetching each batch: what a step waits for at most."""
+    """Seconds of fetching each batch: the most that a step waits."""
     matrix_flops_per_second: Measured[PositiveFloat]
-    """Of a large matrix product on the same device."""
+    """The rate of a large matrix product on the same device."""
     compile_seconds: Measured[float]
     marginal: Measured[Marginal]
 
@@ -537,26 +546,26 @@ def _refuse_unlike(place: Part, first: str, second: str) -> None:
 
 
 class Memory(Part):
-    """Memory of one training step; of several ranks the one that takes most. The meter says what is meant."""
+    """Memory of one training step; of several ranks, the rank that takes most. See the meter's name."""
 
     meter: str
     peak_allocated_bytes: Measured[PositiveInt]
     peak_reserved_bytes: Measured[int]
     peak_active_bytes: Measured[int]
-    """Allocated, and freed blocks that another stream may still use."""
+    """Allocated blocks, and freed blocks that another stream may still use."""
     allocator_retries: Measured[int]
-    """How often the device was full and the allocator gave its cache back to try again."""
+    """How often the device was full, and the allocator gave its cache back and tried again."""
     device_used_bytes: Measured[int]
-    """Used of the device after the step, by the driver's account."""
+    """Used memory of the device after the step, by the driver."""
     nvml_used_bytes: Measured[int]
-    """The same by NVML's account, as nvidia-smi shows it."""
+    """The same by NVML, as nvidia-smi shows it."""
     peak_by_part_bytes: Measured[dict[str, int]]
     process_peak_bytes: Measured[int]
-    """Resident peak of the process since its start: with the data and the libraries, hence coarse."""
+    """Resident peak of the process since its start, which includes the data and the libraries."""
     by_part: Measured[dict[str, int]]
     """Bytes at the moment of the peak: model, gradients, optimizer, activations."""
     by_phase: Measured[dict[str, Measured[int]]]
-    """Bytes: held once everything is built; the peaks of the first step and of a steady one."""
+    """Bytes held before the first step, and the peaks of the first step and of a later step."""
     rank: int = 0
     remark: str | None = None
 
@@ -580,11 +589,11 @@ class Verdict(Part):
     detail: str
     seconds: float
     reused_from: str | None = None
-    """The run that made this check; None: it was made here."""
+    """The run that made this check; None: this run."""
 
 
 class AuditCounts(Part):
-    """What an audit of the evaluation looked at."""
+    """The extent of an audit of the evaluation."""
 
     mode: str
     windows: int
@@ -600,7 +609,7 @@ class AuditCounts(Part):
 
 
 class LeakCheck(Part):
-    """Whether the coupler leaks: the verdict of every check, in the order in which they ran."""
+    """Whether the coupler leaks: the verdict of every check, in the order of the checks."""
 
     passed: bool
     checks: dict[str, Verdict]
@@ -613,15 +622,15 @@ Communication = dict[LayerName, dict[str, dict[str, float] | list[Any]]]
 
 
 class Record(Part):
-    """Everything that is kept of one run."""
+    """All that is kept of one run."""
 
     model_config = ConfigDict(validate_assignment=True)
 
     schema_version: Literal["2.0"] = SCHEMA_VERSION
     run_id: str
-    """12 hex digits: the hash of everything that can change a number."""
+    """12 hex digits: the hash of all that can change a number."""
     configuration: str
-    """What all seeds of the configuration share: its run_id without the seed."""
+    """The hash that all seeds of the configuration share: the run_id without the seed."""
     study: str
     run_name: str | None = None
     status: str
@@ -629,36 +638,40 @@ class Record(Part):
     error: str | None = None
     """Why the status is not ok."""
     command: str
-    config: Settings
+    config: RecordedConfig
     seed: int
     environment: Measured[Environment]
     data: Measured[Data]
     time: Time
-    parameters: Measured[Parameters] = NotMeasured(reason=NOT_REACHED)
-    flops: Measured[Flops] = NotMeasured(reason=NOT_REACHED)
-    requested: Measured[Requested] = NotMeasured(reason=NOT_REACHED)
-    tuned: Measured[Search] = NotMeasured(reason=NOT_REACHED)
-    used: Measured[Used] = NotMeasured(reason=NOT_REACHED)
-    quality: Measured[Quality] = NotMeasured(reason=NOT_REACHED)
-    speed: Measured[Speed] = NotMeasured(reason=NOT_REACHED)
-    memory: Measured[Memory] = NotMeasured(reason=NOT_REACHED)
-    check: Measured[LeakCheck] = NotMeasured(reason=NOT_REACHED)
-    communication: Measured[Communication] = NotMeasured(reason=NOT_REACHED)
-    """What the couplers say of themselves, by layer."""
+    parameters: Measured[Parameters] = not_measured(NOT_REACHED)
+    flops: Measured[Flops] = not_measured(NOT_REACHED)
+    requested: Measured[Requested] = not_measured(NOT_REACHED)
+    tuned: Measured[Search] = not_measured(NOT_REACHED)
+    used: Measured[Used] = not_measured(NOT_REACHED)
+    quality: Measured[Quality] = not_measured(NOT_REACHED)
+    speed: Measured[Speed] = not_measured(NOT_REACHED)
+    memory: Measured[Memory] = not_measured(NOT_REACHED)
+    check: Measured[LeakCheck] = not_measured(NOT_REACHED)
+    communication: Measured[Communication] = not_measured(NOT_REACHED)
+    """What the couplers report about themselves, by layer."""
 
     @property
     def embedded(self) -> bool:
-        """Whether the text is the embedded one, which every table and plot must say."""
+        """Whether the text is the embedded text, which every table and plot must name."""
         return is_measured(self.data) and self.data.embedded
 
     def split(self, name: str = "validation") -> SplitQuality | None:
         """Return the final evaluation of "validation" or "test", None where there is none."""
-        return self.quality.of(name) if is_measured(self.quality) else None
+        found = getattr(self.quality, name) if is_measured(self.quality) else None
+        return found if is_measured(found) else None
+
+
+# --- The folder of a run
 
 
 @dataclass(frozen=True)
 class Damaged:
-    """What stands in the place of a record that cannot be read."""
+    """A record that cannot be read."""
 
     why: str
     status: Literal["damaged"] = "damaged"
@@ -672,15 +685,15 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """The file whose lock a process holds while it is at the run."""
+        """The lock file, which a process holds while it works on the run."""
         return self.path.with_name(f".{self.path.name}.lock")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out of this run while the block lasts.
+        """Keep every other process out of this run in the block.
 
         Raises:
-            Busy: another process is at it.
+            Busy: another process works on the run.
             Refused: the study's folder cannot be written.
         """
         study = self.path.parent
@@ -697,12 +710,12 @@ class RunFolder:
         finally:
             self.lock.unlink(missing_ok=True)
             held.release()
-            with suppress(OSError):  # what was refused leaves no empty folders
+            with suppress(OSError):  # a refused run leaves no empty folders
                 for folder in made:
                     folder.rmdir()
 
     def create(self, record: Record, log: str = "") -> None:
-        """Make the folder with this first record, or go on in it: its history and its log stay.
+        """Make the folder with this first record; where it exists, its history and its log stay.
 
         ``log`` is the log of the run's earlier parts, which is added where the folder's log lacks it.
 
@@ -711,22 +724,18 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._remove_left_over()
+            for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
+                remove_left_over(self.path / name)  # of processes that were killed; the run is locked
             (self.path / "history.jsonl").touch()
             (self.path / "log.txt").touch()
             there = self.read_log()
-            if there and not there.endswith("\n"):  # the part before was killed as it wrote the last line
-                self._append_log("\n")
+            if there and not there.endswith("\n"):  # an earlier part was killed as it wrote the last line
+                self._append("log.txt", "\n")
             if not there.startswith(log):
-                self._append_log(log)
+                self._append("log.txt", log)
             self.write_record(record)
         except OSError as error:
             raise Refused(cannot_write(self.path, error)) from error
-
-    def _remove_left_over(self) -> None:
-        """Remove the temporary files of processes that were killed; the run is locked."""
-        for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
-            remove_left_over(self.path / name)
 
     def read_record(self) -> Record | Damaged | None:
         """Return the record, or why it cannot be read; None where there is no folder."""
@@ -745,41 +754,41 @@ class RunFolder:
         return self.path.rename(target)
 
     def write_record(self, record: Record) -> None:
-        """Write record.json, its texts without places (``without_places``).
+        """Write record.json, with texts ``without_places``.
 
         Raises:
             ValueError: a number is NaN or infinite, which JSON does not have.
         """
-        self._write("record.json", lambda file: file.write(as_json(record).encode()))
+        text = json.dumps(without_places(record.model_dump()), indent=2, allow_nan=False) + "\n"
+        self._write("record.json", lambda file: file.write(text.encode()))
 
     def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Write ``name`` (an npz file) with the arrays."""
         self._write(name, lambda file: np.savez_compressed(file, **arrays))  # pyright: ignore[reportArgumentType]
 
     def read_history(self) -> str:
-        """Return history.jsonl as it stands."""
+        """Return the text of history.jsonl."""
         return (self.path / "history.jsonl").read_text()
 
     def write_history(self, text: str) -> None:
-        """Put ``text`` in the place of history.jsonl."""
+        """Replace history.jsonl by ``text``."""
         self._write("history.jsonl", lambda file: file.write(text.encode()))
 
     def append_history(self, row: dict[str, Any]) -> None:
         """Add one line to history.jsonl."""
-        with (self.path / "history.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append("history.jsonl", json.dumps(row) + "\n")
 
     def read_log(self) -> str:
-        """Return log.txt as it stands, an empty text where there is none."""
+        """Return the text of log.txt, empty where there is no such file."""
         path = self.path / "log.txt"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def log(self, line: str) -> None:
         """Add one line, with the time in UTC and without places, to log.txt."""
-        self._append_log(f"{utc_now()} {without_places(line)}\n")
+        self._append("log.txt", f"{utc_now()} {without_places(line)}\n")
 
-    def _append_log(self, text: str) -> None:
-        with (self.path / "log.txt").open("a", encoding="utf-8") as file:
+    def _append(self, name: str, text: str) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
@@ -788,7 +797,7 @@ class RunFolder:
 
 
 class ReadOnlyFolder(RunFolder):
-    """The folder of a run as all its ranks but the first have it: nothing is written, and nothing locked."""
+    """The folder of a run on all ranks but the first: nothing is written, and nothing locked."""
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -798,38 +807,26 @@ class ReadOnlyFolder(RunFolder):
     def create(self, record: Record, log: str = "") -> None:
         """Do nothing."""
 
-    def log(self, line: str) -> None:
-        """Do nothing."""
-
-    def append_history(self, row: dict[str, Any]) -> None:
-        """Do nothing."""
-
     def read_history(self) -> str:
-        """Return nothing: it is the first rank's."""
+        """Return nothing: the first rank has the history."""
         return ""
 
     def read_log(self) -> str:
-        """Return nothing: it is the first rank's."""
+        """Return nothing: the first rank has the log."""
         return ""
+
+    def _append(self, name: str, text: str) -> None:
+        """Do nothing."""
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         """Do nothing."""
 
 
-def as_json(record: Record) -> str:
-    """Return the text of record.json.
-
-    Raises:
-        ValueError: a number is NaN or infinite, which JSON does not have.
-    """
-    return json.dumps(without_places(record.model_dump()), indent=2, allow_nan=False) + "\n"
-
-
 def check_writable(results_dir: Path) -> None:
-    """Make sure that ``results_dir`` can be written, and leave nothing behind.
+    """Check that ``results_dir`` can be written; nothing is left behind.
 
     Raises:
-        Refused: it, or the nearest folder above it that exists, is no folder or refuses.
+        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written.
     """
     nearest = results_dir.absolute()
     while not nearest.exists():
@@ -841,18 +838,20 @@ def check_writable(results_dir: Path) -> None:
         raise Refused(cannot_write(results_dir, error)) from error
 
 
+# --- Reading a record
+
+
 def read_record(folder: Path) -> Record:
-    """Read the record of a run folder, with its texts as they may be shown (``bench.foreign``).
+    """Read the record of a run folder, with texts as ``shown`` returns them.
 
     Raises:
-        Refused: there is no record.json, or it cannot be read, is cut short, is of another schema or is no
-            record; names the file and the key.
+        Refused: there is no record.json, or it cannot be read, is cut short, has another schema or is no
+            record; the message names the file and the key.
     """
     path = folder / "record.json"
     if not path.is_file():
         raise Refused(f"{folder} is no run folder: it holds no record.json.")
-    text = _text_of(path)
-    stored = _parsed(text, path)
+    text, stored = read_json_text(path)
     try:
         return record_of(stored, shown_as_it_is=not NOT_PLAIN.search(text))
     except Refused as error:
@@ -860,43 +859,16 @@ def read_record(folder: Path) -> Record:
 
 
 NOT_PLAIN = re.compile(r'\\[^"\\/]|[^\n -~]')
-"""What JSON has where a text in it may not be shown as it is; a newline stands between its lines."""
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, whoever wrote it.
-
-    Raises:
-        Refused: it cannot be read, is cut short or nested too deeply; names it.
-    """
-    return _parsed(_text_of(path), path)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
-
-
-def _parsed(text: str, path: Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
-    except RecursionError as error:
-        raise Refused(f"{path} is nested too deeply to be read.") from error
+"""Found in JSON where one of its texts may not be shown as it is; lines of JSON end in a newline."""
 
 
 def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
-    """Return the record of a value of JSON, with its texts as they may be shown.
+    """Return the record of a value of JSON, with texts as ``shown`` returns them.
 
-    ``shown_as_it_is``: they are known to be plain, which saves most of the time.
+    ``shown_as_it_is``: the texts are known to be plain, which saves most of the time.
 
     Raises:
-        Refused: names the first key that is missing or wrong, what it is and what it must be.
+        Refused: the message names the first key that is missing or wrong, its value and what it must be.
     """
     try:
         return Record.model_validate(value if shown_as_it_is else shown(value))
@@ -905,25 +877,32 @@ def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
 
 
 MUST = {
-    "model_type": "an object", "dict_type": "an object", "list_type": "a list", "string_type": "a text",
-    "int_type": "a whole number", "float_type": "a finite number", "finite_number": "a finite number",
-    "greater_than": "a number above 0", "greater_than_equal": "a whole number, 0 or more",
-    "bool_type": "true or false", "string_pattern_mismatch": "the name of a layer, layer_0",
+    "model_type": "an object",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a finite number",
+    "finite_number": "a finite number",
+    "greater_than": "a number above 0",
+    "greater_than_equal": "a whole number, 0 or more",
+    "bool_type": "true or false",
+    "string_pattern_mismatch": "the name of a layer, layer_0",
     "too_short": "a list that is not empty",
     "literal_error": f"{SCHEMA_VERSION!r}, the only one that this program reads",
-}  # fmt: skip
-"""What a value must be, by the kind of error that pydantic names."""
+}
+"""What a value must be, by pydantic's name of the error."""
 
 
 def _words(error: ValidationError) -> str:
-    """Return the first error in words: the key, what it is and what it must be."""
+    """Return the first error in words: the key, its value and what it must be."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(key) for key in first["loc"] if key not in (READING, NULL, "[key]"))
     if first["type"] == "missing":
         return f"it lacks {place}"
     if first["type"] == "extra_forbidden":
         return f"{place} is no field of a record"
-    if first["type"] == "value_error":  # of a validator above, which names the field in its part
+    if first["type"] == "value_error":  # a validator above raised it and named the field
         return ".".join(filter(None, (place, str(first["ctx"]["error"]))))  # pyright: ignore
     must = MUST.get(first["type"], first["msg"])
     return f"{place or 'it'} is {_short(first['input'])}; it must be {must}"
@@ -935,7 +914,7 @@ def _short(value: Any) -> str:
 
 
 def study_records(study: Path) -> list[Record]:
-    """Return the records of a study's runs, without those that were set aside or cannot be read."""
+    """Return the records of a study's runs, except runs that were set aside or cannot be read."""
     found = []
     for path in sorted(study.glob("*/record.json")):
         if "." not in path.parent.name:
@@ -944,29 +923,31 @@ def study_records(study: Path) -> list[Record]:
     return found
 
 
+# --- Which code made a record
+
 CODE_WORDS = {"coupler_sha256": "the coupler's own code", "project_sha256": "the project's code"}
-"""The two hashes that say which code made a record (``bench.training.code``), and what each covers."""
+"""The two hashes of the code that made a record (``bench.training.code``), and what each covers."""
 
 
-def stale_code(made_by: Mapping[str, Any] | Environment | NotMeasured | None, today: Mapping[str, str]) \
-        -> list[str] | None:  # fmt: skip
-    """Return which code differs from ``today``'s, in words; None where the hashes are not known.
+def stale_code(
+    made_by: Mapping[str, Any] | Environment | NotMeasured | None, today: Mapping[str, str]
+) -> list[str] | None:
+    """Return in words which code differs from today's code; None where the hashes are not known.
 
     Args:
-        made_by: The environment of a record, or the hashes that a checkpoint has.
-        today: What ``code_hashes`` returns.
+        made_by: The environment of a record, or the hashes of a checkpoint.
+        today: The answer of ``code_hashes``.
     """
-    if isinstance(made_by, Environment):
-        made_by = {name: getattr(made_by, name) for name in CODE_WORDS}
-    if not is_measured(made_by) or not all(isinstance(made_by.get(name), str) for name in CODE_WORDS):
+    hashes = made_by if isinstance(made_by, Mapping) else dict(made_by or ())
+    if not all(isinstance(hashes.get(name), str) for name in CODE_WORDS):
         return None
-    return [words for name, words in CODE_WORDS.items() if made_by[name] != today[name]]
+    return [words for name, words in CODE_WORDS.items() if hashes[name] != today[name]]
 
 
 def is_stale(record: Record | Damaged | None, today: Mapping[str, str]) -> bool | None:
-    """Return whether other code made a record; None where a finished run's record does not say.
+    """Return whether other code made a record; None where the record of a finished run does not say.
 
-    False for a run without a record, with a damaged one, or without hashes of today's code.
+    False for a run without a record, with a damaged record, or without hashes of today's code.
     """
     if not today or not isinstance(record, Record):
         return False
@@ -975,13 +956,13 @@ def is_stale(record: Record | Damaged | None, today: Mapping[str, str]) -> bool 
 
 
 def stale_words(differing: Iterable[str]) -> str:
-    """Return what ``stale_code`` found as the end of a sentence: "the coupler's own code has changed"."""
+    """Return the answer of ``stale_code`` as a clause: "the coupler's own code has changed since"."""
     names = list(differing)
     return f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} changed since"
 
 
 def stale_notes(stale: Sequence[bool | None], kept: bool) -> list[str]:
-    """Return what a sweep says of its runs' records, for each of which ``is_stale`` is given."""
+    """Return the notes of a sweep about its runs; ``stale`` has the answer of ``is_stale`` for each run."""
     count, unknown = stale.count(True), stale.count(None)
     what = "kept by --keep-stale" if kept else "to run again; the old record stays as RUN_ID.1"
     notes = [f"{_runs(count)} stale: the code has changed since ({what})"] if count else []
@@ -995,24 +976,24 @@ def _runs(count: int) -> str:
 
 
 def coupler_of(record: Record) -> tuple[str, str | None]:
-    """Return the coupler of a run as the record names it, and its ``coupler_sha256`` where it is known."""
+    """Return the coupler of a run as the record names it, and its ``coupler_sha256`` where known."""
     environment = record.environment
     return record.config.coupler, environment.coupler_sha256 if is_measured(environment) else None
 
 
 def refuse_another_file(coupler: str, sha256: str, others: Iterable[tuple[str, str | None]]) -> None:
-    """Refuse a coupler from a file where the study has one of the same class name from another file.
+    """Refuse a coupler from a file where the study has a coupler of the same class name from another file.
 
-    Both would have one run_id, and each would take the place of the other. A record names a file without
-    its folder: a file of the same name there is taken for the same one, which has changed.
+    Both would have one run_id, and each would replace the other. A record names a file without its folder, so
+    a file of the same name counts as the same file, which has changed.
 
     Args:
-        coupler: As the flag names it.
+        coupler: The coupler as its flag names it.
         sha256: Its ``coupler_sha256``.
-        others: The coupler and, where it is known, the ``coupler_sha256`` of each run of the study.
+        others: The coupler and, where known, the ``coupler_sha256`` of each run of the study.
 
     Raises:
-        Refused: saying which file has the class too.
+        Refused: naming the other file.
     """
     path, _, name = coupler.rpartition(":")
     for other, known in others:

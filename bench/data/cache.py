@@ -7,11 +7,13 @@ executed (no pickle).
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import cache
 from hashlib import file_digest, sha256
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +23,11 @@ import numpy as np
 
 from bench.data.tokenizer import SPLITS, Content, Split, Vocabulary
 from bench.files import remove_left_over, replacing
-from bench.syntax import code_of
 
 MADE_BY = ("cache", "tokenizer")  # modules that prepare a text and store it
 LEFT_OVER_SECONDS = 3600.0  # an older temporary file belongs to a writer that was killed
 HERE = Path(__file__).parent
+NO_CODE = frozenset({"ctx", "kind", "type_comment", "type_ignores"})  # fields of a node that change nothing
 _NUMBERS = ("num_tokens", "num_words", "num_lines", "num_bytes", "sha256")
 _MASKS = ("ends_word", "unknown")
 _SEAL_BYTES = len("\nsha256 \n") + 64
@@ -54,6 +56,54 @@ def cached_content(identity: list[Any], make: Callable[[], Content]) -> Content:
 def key_of(*identity: Any) -> str:
     """Return 32 hex digits for a file's name; its contents depend on ``identity`` (JSON) alone."""
     return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@cache
+def code_of(folder: Path, *names: str) -> str:
+    """Return one hash of the code of the modules ``names`` in a folder, for the key of what they store."""
+    hashes = [syntax_sha256((folder / f"{name}.py").read_bytes()) for name in names]
+    return sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def syntax_sha256(source: bytes) -> str:
+    """Return the hash of a module's syntax tree, without comments, docstrings and layout.
+
+    Every Python version gives the same hash.
+    """
+    parts: list[str] = []
+    _write_tree(ast.parse(source), parts)
+    return sha256("".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _write_tree(value: Any, parts: list[str]) -> None:
+    """Append a node, a list or a plain value to ``parts``, but no statement that is a text alone."""
+    if isinstance(value, ast.AST):
+        parts.append(f"({type(value).__name__}")
+        for name in value._fields:
+            part = getattr(value, name, None)
+            if isinstance(value, ast.JoinedStr) and name == "values":  # Python 3.12 adds empty texts
+                part = [item for item in value.values if getattr(item, "value", None) != ""]
+            if part is not None and part != [] and name not in NO_CODE:
+                parts.append(f" {name}=")
+                _write_tree(part, parts)
+        parts.append(")")
+    elif isinstance(value, list):
+        parts.append("[")
+        for item in value:
+            if not _is_text(item):
+                _write_tree(item, parts)
+        parts.append("]")
+    else:
+        parts.append(repr(value))
+
+
+def _is_text(node: Any) -> bool:
+    """Whether a statement is a text alone: a docstring of a module, class, function or attribute."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def cached(

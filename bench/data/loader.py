@@ -263,10 +263,11 @@ def _schedule(asked: BatchSchedule | str | None, batch_size: int) -> BatchSchedu
     if asked is None:
         return None
     schedule = BatchSchedule.parse(asked) if isinstance(asked, str) else asked
-    if schedule.size(0) != batch_size:
+    first = schedule.sizes[0][1]
+    if first != batch_size:
         raise Refused(
-            f"batch_size is {batch_size}, but the batch schedule {schedule} begins with {schedule.size(0)}; "
-            f"give batch_size {schedule.size(0)}"
+            f"batch_size is {batch_size}, but the batch schedule {schedule} begins with {first}; "
+            f"give batch_size {first}"
         )
     return schedule
 
@@ -337,6 +338,11 @@ def _refuse_too_few(
 
 
 # --- which samples go into which batch ---------------------------------------------------------------
+
+
+def size_of(schedule: BatchSchedule, epoch: int) -> int:
+    """Return the number of samples in a batch of ``epoch``."""
+    return next(size for first, size in reversed(schedule.sizes) if first <= epoch)
 
 
 class EpochBatchSampler(SetOnce, Sampler[list[int]]):
@@ -414,7 +420,7 @@ class EpochBatchSampler(SetOnce, Sampler[list[int]]):
 
     def size_in(self, epoch: int) -> int:
         """Return the number of samples in a batch of this rank in ``epoch``."""
-        return self.batch_size if self.schedule is None else self.schedule.size(epoch)
+        return self.batch_size if self.schedule is None else size_of(self.schedule, epoch)
 
     def share_in(self, epoch: int) -> int:
         """Return the number of samples of a whole epoch that this rank gets, with an unused rest."""

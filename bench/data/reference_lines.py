@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bench.data.cache import HERE, cache_folder, cached, key_of
+from bench.data.cache import HERE, cache_folder, cached, code_of, key_of
 from bench.data.corpus import Corpus
 from bench.data.tokenizer import SPLITS, Vocabulary
-from bench.syntax import code_of
 from gnnmoe.config import Refused, unknown_name
 
 MADE_BY = ("reference_lines",)  # modules that compute the losses and store them

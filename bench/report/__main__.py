@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(config: ReportConfig, console: Console) -> int:
     """Make, print and write a report; or verify the existing report, write a page or publish the study."""
-    from bench.foreign import not_linked_out, visible
+    from bench.files import not_linked_out, visible
     from bench.study.runs import the_study
 
     path = the_study(config.study, config.results_dir)
@@ -167,7 +167,7 @@ def report(config: ReportConfig, console: Console) -> int:
 
 
 def _verify(config: ReportConfig, path: Path, folder: Path, console: Console) -> int:
-    from bench.foreign import visible
+    from bench.files import visible
     from bench.report.files import verify
 
     with console.status("recomputing …"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.foreign import visible
+from bench.files import visible
 from bench.record import exp_or_infinity, number
 from bench.report.comparison import Difference, difference_family, losses, over_seeds
 from bench.report.provenance import code_note

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.config import Table, defaults
+from bench.config import FlagTable, defaults
 from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.record import exp_or_infinity, is_measured
 from bench.report import quantities
@@ -436,7 +436,7 @@ def _unclear(side: Sequence[Configuration]) -> str:
     return f"no flag tells {' from '.join(alike)}" if alike else ""
 
 
-def _selected(flags: Table, group: Group) -> list[Configuration]:
+def _selected(flags: FlagTable, group: Group) -> list[Configuration]:
     return [found for found in group.configurations if selects(flags, _values(found))]
 
 

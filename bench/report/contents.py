@@ -13,8 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.files import between, write_between
-from bench.foreign import visible
+from bench.files import between, visible, write_between
 from bench.record import exp_or_infinity, number
 from bench.report.comparison import (
     Answered,

@@ -16,9 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.files import write_whole
-from bench.foreign import inside, not_linked_out
-from bench.record import read_json
+from bench.files import inside, not_linked_out, read_json, write_whole
 from bench.report.contents import Report, make_plots, summary_markdown
 from bench.report.page import render_page
 from bench.report.quantities import counted

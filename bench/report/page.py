@@ -19,7 +19,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bench.foreign import visible
+from bench.files import visible
 from bench.report.contents import Report
 from bench.report.provenance import Kind, RunFacts, kinds_of, run_facts
 from bench.report.quantities import QUANTITIES

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.foreign import not_linked_out
+from bench.files import not_linked_out
 from bench.record import read_record
 from bench.study.run_files import (
     ARTICLES,

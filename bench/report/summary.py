@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.foreign import visible
+from bench.files import visible
 from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.record import (
     Communication,

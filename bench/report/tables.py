@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.foreign import visible
+from bench.files import visible
 from bench.record import Environment, NotMeasured, Record, exp_or_infinity, is_measured, number
 from bench.report.comparison import Comparison, ComparisonRow, Difference, simple_models
 from bench.report.provenance import DIGITS, codes_of

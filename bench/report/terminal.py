@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
-from bench.foreign import visible
+from bench.files import visible
 from bench.record import number
 from bench.report.comparison import Comparison, ComparisonRow
 from bench.report.contents import Report, Section

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
-from bench.foreign import without_places
+from bench.files import without_places
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import torch
 
 from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, RunConfig, TrainingConfig, plain
 from bench.data.corpus import Corpus
-from bench.foreign import without_places
-from bench.record import Settings
+from bench.files import without_places
+from bench.record import RecordedConfig
 from bench.training.code import code_hashes
 from bench.training.loaders import (
     asked_by_name,
@@ -26,7 +26,7 @@ from bench.training.loaders import (
     scorer_identity,
 )
 from bench.training.step import Execution
-from bench.tune.budget import refuse_uneven_pieces, refuse_wrong_flags
+from bench.tune.find import refuse_uneven_pieces, refuse_wrong_flags
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.registry import coupler_identity, is_file
 
@@ -51,7 +51,7 @@ def config_dict(config: RunConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def settings_in_record(config: RunConfig) -> Settings:
+def settings_in_record(config: RunConfig) -> RecordedConfig:
     """Return the config for a record: folders and a coupler's file by their names, without their places."""
     groups = config_dict(config)
     for name in ("data_dir", "results_dir", "checkpoint_dir", "resume_checkpoint"):
@@ -60,7 +60,7 @@ def settings_in_record(config: RunConfig) -> Settings:
     if is_file(config.model.coupler_type):
         path, _, name = config.model.coupler_type.rpartition(":")
         groups["model"]["coupler_type"] = f"{Path(path).name}:{name}"
-    return Settings(**without_places(groups))
+    return RecordedConfig(**without_places(groups))
 
 
 def identity(

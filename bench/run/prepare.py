@@ -14,7 +14,7 @@ from bench.check.leak_check import refuse_wrong_names
 from bench.config import RunConfig
 from bench.data.corpus import Corpus, say_unknown_words
 from bench.data.loader import BlockLoader
-from bench.record import ReadOnlyFolder, RunFolder, Settings, check_writable
+from bench.record import ReadOnlyFolder, RecordedConfig, RunFolder, check_writable
 from bench.run.identity import identified, run_id, settings_in_record
 from bench.training.evaluation import probe_tokens
 from bench.training.loaders import (
@@ -27,8 +27,7 @@ from bench.training.loaders import (
 )
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Execution
-from bench.tune.budget import refuse_wrong_sizes
-from bench.tune.find import Request, Say, request_for
+from bench.tune.find import Request, Say, refuse_wrong_sizes, request_for
 from gnnmoe.config import GNNMoEConfig
 
 
@@ -64,7 +63,7 @@ class Prepared:
         return self.execution.device
 
     @property
-    def record_config(self) -> Settings:
+    def record_config(self) -> RecordedConfig:
         """The config as it stands in the record."""
         return settings_in_record(self.config)
 

@@ -23,7 +23,7 @@ from bench.measure.ledger import COUNTED, EpochAccount
 from bench.record import (
     CODE_WORDS,
     Record,
-    Settings,
+    RecordedConfig,
     TimePart,
     coupler_of,
     is_measured,
@@ -39,7 +39,7 @@ from bench.training.evaluation import CommunicationTrace
 from bench.training.loop import Trained, TrainingPlan
 from bench.training.step import make_optimizer
 from bench.tune.control import Decision, Recovery, shapes_of
-from bench.tune.shape import Shape
+from bench.tune.search import Shape
 from gnnmoe.config import Refused
 from gnnmoe.couplers.registry import is_file
 from gnnmoe.model import GNNMoEModel
@@ -251,7 +251,7 @@ def _ranks(record: Record, prepared: Prepared) -> list[str]:
     return [f"{there} rank{'s' * (there > 1)} there, {here} here"] if there != here else []
 
 
-def _comparable(config: Settings) -> dict[str, Any]:
+def _comparable(config: RecordedConfig) -> dict[str, Any]:
     """Return the config without ``places``."""
     return config.model_dump(exclude={"places"})
 

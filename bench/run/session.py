@@ -59,11 +59,9 @@ from bench.training.evaluation import CommunicationTrace, evaluate, summarize_co
 from bench.training.loop import Diverged, EpochPlan, Shapes, Trained, Trainer, TrainingPlan
 from bench.training.ranks import End, agreed_end, why
 from bench.training.step import Batch, to_device
-from bench.tune.budget import requested
-from bench.tune.control import OUT_OF_MEMORY, Decision, Recovery, micro_batch_size, steps_of
-from bench.tune.find import failed, find, words_of
+from bench.tune.control import OUT_OF_MEMORY, Decision, Recovery, cut, micro_batch_size, steps_of
+from bench.tune.find import failed, find, requested, words_of
 from bench.tune.search import NoFeasibleBatch, SearchFailed
-from bench.tune.shape import cut
 from gnnmoe.couplers.registry import executed_again
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.process_state import changed_state, torch_state

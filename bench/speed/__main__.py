@@ -193,7 +193,7 @@ def _measure(
     from rich.console import Console
 
     from bench.device import keep_freed_memory
-    from bench.foreign import without_places
+    from bench.files import without_places
     from bench.measure.environment import describe_environment
     from bench.speed.machine import Machine
     from bench.speed.record import SpeedRecord

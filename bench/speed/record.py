@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.files import cannot_write, utc_now, write_whole
-from bench.foreign import shown
+from bench.files import cannot_write, shown, utc_now, write_whole
 from bench.measure.rates import paired_ratios, tokens_per_second, utilisation
 from gnnmoe.config import Refused
 

@@ -24,9 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.config import Table, by_field, complete, run_flags
-from bench.files import cannot_write, read_toml, refusals_name, utc_now, write_whole
-from bench.foreign import not_linked_out
+from bench.config import FlagTable, by_field, complete, run_flags
+from bench.files import cannot_write, not_linked_out, read_toml, refusals_name, utc_now, write_whole
 from gnnmoe.config import Refused, unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
@@ -41,9 +40,9 @@ class Hypothesis:
     """One statement about a study that its records can support or refute."""
 
     statement: str
-    better: Table
+    better: FlagTable
     """Flags, by field, of the runs that are better by the hypothesis."""
-    than: Table
+    than: FlagTable
     """Flags, by field, of the runs with which they are compared."""
     by: float = 0.0
     quantity: str = "perplexity"
@@ -89,7 +88,7 @@ def read_hypotheses(tables: Any) -> list[Hypothesis]:
     return found
 
 
-def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Table]) -> None:
+def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[FlagTable]) -> None:
     """Refuse hypotheses that a study with these configurations (plain flags by field) cannot answer.
 
     Raises:
@@ -149,12 +148,12 @@ def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
         raise Refused(f"{path} cannot be read: {error}; a sweep writes it anew once it is gone.") from error
 
 
-def selects(flags: Table, values: Table) -> bool:
+def selects(flags: FlagTable, values: FlagTable) -> bool:
     """Return whether ``flags`` select a run that has these values of all flags."""
     return all(values[name] == value for name, value in flags.items())
 
 
-def _hypothesis(table: Table) -> Hypothesis:
+def _hypothesis(table: FlagTable) -> Hypothesis:
     for key in table:
         if key not in KEYS:
             raise Refused(unknown_name("key", key, KEYS))
@@ -172,7 +171,7 @@ def _hypothesis(table: Table) -> Hypothesis:
     return Hypothesis(statement.strip(), sides["better"], sides["than"], float(by), quantity)
 
 
-def _selection(side: str, table: Any) -> Table:
+def _selection(side: str, table: Any) -> FlagTable:
     if not isinstance(table, dict) or not table:
         raise Refused(f'{side} is {table!r}; it must be a table of flags, such as {{ coupler = "GNN" }}.')
     with refusals_name(side):

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.config import ExecutionConfig, Table
-from bench.record import Settings
+from bench.config import ExecutionConfig, FlagTable
+from bench.record import RecordedConfig
 from gnnmoe.config import GNNMoEConfig
 
 Key = tuple[str, str | None]
@@ -35,7 +35,7 @@ SHORT = {
 }
 
 
-def flags_that_count(config: Settings) -> Table:
+def flags_that_count(config: RecordedConfig) -> FlagTable:
     """Return the fields of a record's config that make a configuration, without places and the seed.
 
     The options of the coupler are listed by name, without the name of the coupler.
@@ -75,7 +75,7 @@ def _parted(option: str) -> tuple[str | None, str, str]:
     return owner if dot else None, name, value
 
 
-def labels(configurations: Sequence[Table], keys: Sequence[Key]) -> list[str]:
+def labels(configurations: Sequence[FlagTable], keys: Sequence[Key]) -> list[str]:
     """Return a label for each configuration: its coupler, and the fields that differ between configurations.
 
     1. A field of hypergraphs is named where it varies among the configurations of one coupler. Any other
@@ -85,7 +85,7 @@ def labels(configurations: Sequence[Table], keys: Sequence[Key]) -> list[str]:
 
     Configurations with equal keys have equal labels.
     """
-    by_coupler: dict[str, list[Table]] = defaultdict(list)
+    by_coupler: dict[str, list[FlagTable]] = defaultdict(list)
     for flags in configurations:
         by_coupler[flags["coupler_type"]].append(flags)
     among = {coupler: set(_varying(found)) for coupler, found in by_coupler.items()}
@@ -109,12 +109,12 @@ def labels(configurations: Sequence[Table], keys: Sequence[Key]) -> list[str]:
     return [marked[key] for key in keys]
 
 
-def _varying(configurations: Sequence[Table]) -> list[str]:
+def _varying(configurations: Sequence[FlagTable]) -> list[str]:
     names = dict.fromkeys(name for flags in configurations for name in flags)
     return [name for name in names if len({repr(flags.get(name)) for flags in configurations}) > 1]
 
 
-def _label(flags: Table, names: Sequence[str]) -> str:
+def _label(flags: FlagTable, names: Sequence[str]) -> str:
     parts = [str(flags["coupler_type"])]
     for name in dict.fromkeys(names):
         if name != "coupler_type" and name in flags and (text := _part(name, flags[name])):

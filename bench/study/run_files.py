@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.foreign import inside
-from bench.record import Record, is_measured, read_json, read_record
+from bench.files import inside, read_json
+from bench.record import Record, is_measured, read_record
 from gnnmoe.config import Refused
 
 Row = dict[str, Any]

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.config import Table
-from bench.foreign import visible
+from bench.config import FlagTable
+from bench.files import visible
 from bench.record import Record, is_measured, read_record
 from bench.study.labels import Key, flags_that_count, labels
 from bench.study.run_files import RunData, article_sums, damaged_arrays, read_run
@@ -190,7 +190,7 @@ class Configuration:
     """Runs that differ only in their seed."""
 
     label: str
-    flags: Table
+    flags: FlagTable
     """The flags that count (``flags_that_count``), of the first run."""
     runs: tuple[Run, ...]
     """Sorted by seed; also failed runs."""

@@ -24,8 +24,8 @@ from bench.measure.memory import CannotPredict
 from bench.measure.steps import Training, step_time_ratio
 from bench.record import (
     Data,
+    RecordedConfig,
     RunFolder,
-    Settings,
     coupler_of,
     is_stale,
     refuse_another_file,
@@ -38,7 +38,7 @@ from bench.study.labels import flags_that_count, labels
 from bench.sweep.executors.local import slots_for
 from bench.sweep.specification import RunRequest, Sweep
 from bench.training.code import code_hashes
-from bench.tune.budget import format_bytes
+from bench.tune.find import format_bytes
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.cost import QUANTITIES as BY_FORMULA
 from gnnmoe.cost import Cost, matched_ffn_dim, model_cost
@@ -111,7 +111,7 @@ class PlannedConfiguration:
         return None if flops is None else 3 * flops / self.training.model.max_seq_length
 
     @cached_property
-    def settings(self) -> Settings:
+    def settings(self) -> RecordedConfig:
         """The config of its first run, as a record holds it."""
         return settings_in_record(self.training.config)
 

@@ -29,10 +29,10 @@ from bench.config import (
     PRESET,
     Count,
     Flag,
+    FlagTable,
     Place,
     PlacesConfig,
-    Table,
-    Words,
+    Texts,
     allowed,
     complete,
     defaults,
@@ -74,7 +74,7 @@ class SweepConfig:
 
     file: Annotated[Place | None, tyro.conf.Positional] = None
     """The sweep file (TOML)."""
-    sweep: Words = ()
+    sweep: Texts = ()
     """In place of a file: flags and their values, such as coupler=GNN,HGNN num_experts=2,4,8."""
     seeds: Count | None = None
     """Seeds 0, 1, … (this many; default: the file's, or 1)."""
@@ -134,7 +134,7 @@ class RunRequest:
     of one configuration share one table, so nobody may change it.
     """
 
-    flags: Table
+    flags: FlagTable
     seed: int
 
 
@@ -234,7 +234,7 @@ def load_sweep(path: Path, seeds: int | None = None) -> Sweep:
         return sweep_of(entries if seeds is None else {**entries, "seeds": seeds}, study=path.stem)
 
 
-def sweep_of(entries: Table, study: str) -> Sweep:
+def sweep_of(entries: FlagTable, study: str) -> Sweep:
     """Return the sweep that the entries of a file describe; ``study`` is its name where they give none.
 
     Raises:
@@ -287,8 +287,8 @@ def read_seeds(value: Any) -> Sequence[int]:
 class Blocks:
     """The blocks at the top of a file, or of one union part."""
 
-    base: Table = field(default_factory=dict)
-    axes: list[list[Table]] = field(default_factory=list)
+    base: FlagTable = field(default_factory=dict)
+    axes: list[list[FlagTable]] = field(default_factory=list)
     """One axis for each key of [grid] and one for [zip]: the flags of each of its points."""
     places: dict[str, str] = field(default_factory=dict)
     """The key and the block that set a flag, by field."""
@@ -337,7 +337,7 @@ def _union(tables: Any) -> list[Blocks]:
     return parts
 
 
-def read_blocks(entries: Table, under: str = "") -> Blocks:
+def read_blocks(entries: FlagTable, under: str = "") -> Blocks:
     """Return the blocks at the top of a file, or with ``under="union."`` of a union part.
 
     Raises:
@@ -362,7 +362,7 @@ def read_blocks(entries: Table, under: str = "") -> Blocks:
     return blocks
 
 
-def _draw(block: str, entries: Table) -> tuple[int, int]:
+def _draw(block: str, entries: FlagTable) -> tuple[int, int]:
     for key in entries:
         if key not in ("n", "seed"):
             raise Refused(f"{block}: {unknown_name('key', key, ('n', 'seed'))}")
@@ -374,11 +374,11 @@ def _draw(block: str, entries: Table) -> tuple[int, int]:
     return entries["n"], entries.get("seed", 0)
 
 
-def _read_flags(blocks: Blocks, kind: str, block: str, entries: Table) -> None:
+def _read_flags(blocks: Blocks, kind: str, block: str, entries: FlagTable) -> None:
     """Add the flags of [base], [grid] or [zip] to ``blocks``."""
     if not entries and kind != "base":
         raise Refused(f"{block} is empty; give it flags with lists of values, or leave it out.")
-    columns: Table = {}
+    columns: FlagTable = {}
     for key, value in entries.items():
         with refusals_name(block):
             flag = flag_of_a_sweep(key)
@@ -445,7 +445,7 @@ class Condition:
                 self._check(node)
         self._evaluator = EvalWithCompoundTypes(OPERATORS, functions={})
 
-    def holds(self, flags: Table) -> bool:
+    def holds(self, flags: FlagTable) -> bool:
         """Return whether the condition is true of a run with these flags, all of them by field.
 
         Raises:
@@ -534,13 +534,13 @@ CAN_STAND = (*NODES, *OPERATORS, ast.boolop, ast.Load)
 # --- from the blocks to the configurations --------------------------------------------------------
 
 
-def _put_together(top: Blocks, parts: list[Blocks]) -> list[Table]:
+def _put_together(top: Blocks, parts: list[Blocks]) -> list[FlagTable]:
     """Return the configurations of all parts, each once, as ``[random]`` at the top draws them.
 
     Raises:
         Refused: there is none; two conditions or axes contradict each other; there are too many.
     """
-    found: list[Table] = []
+    found: list[FlagTable] = []
     for number, part in enumerate(parts or [Blocks()], 1):
         with refusals_name(f"[[union]] part {number}") if parts else nullcontext():
             found += _configurations(top, part)
@@ -551,7 +551,7 @@ def _put_together(top: Blocks, parts: list[Blocks]) -> list[Table]:
     return _drawn(_distinct(found), top.draw, top.base)
 
 
-def _configurations(top: Blocks, part: Blocks) -> list[Table]:
+def _configurations(top: Blocks, part: Blocks) -> list[FlagTable]:
     swept = {name for axis in top.axes for name in axis[0]}
     for name in sorted(swept & part.places.keys()):
         raise Refused(f"{part.places[name]} and {top.places[name]} are the same flag; keep one of them.")
@@ -572,14 +572,14 @@ def _size(*parts: Blocks) -> int:
     return math.prod(len(axis) for part in parts for axis in part.axes)
 
 
-def _product(base: Table, axes: list[list[Table]]) -> list[Table]:
+def _product(base: FlagTable, axes: list[list[FlagTable]]) -> list[FlagTable]:
     points = [base]
     for axis in axes:
         points = [{**point, **flags} for point in points for flags in axis]
     return points
 
 
-def _kept(found: Iterable[Table], where: Condition) -> list[Table]:
+def _kept(found: Iterable[FlagTable], where: Condition) -> list[FlagTable]:
     return [flags for flags in found if where.holds(complete(flags))]
 
 
@@ -587,9 +587,9 @@ def _none_left(where: Condition, looked: int) -> str:
     return f"a sweep of zero runs: where = {where.text!r} removes all {looked} configurations."
 
 
-def _distinct(found: Iterable[Table]) -> list[Table]:
+def _distinct(found: Iterable[FlagTable]) -> list[FlagTable]:
     """Return the configurations that make different runs, the first of each."""
-    kept: dict[Hashable, Table] = {}
+    kept: dict[Hashable, FlagTable] = {}
     usual = defaults()
     for table in found:
         unusual = frozenset(
@@ -601,7 +601,7 @@ def _distinct(found: Iterable[Table]) -> list[Table]:
     return list(kept.values())
 
 
-def _drawn(found: list[Table], draw: tuple[int, int] | None, base: Table) -> list[Table]:
+def _drawn(found: list[FlagTable], draw: tuple[int, int] | None, base: FlagTable) -> list[FlagTable]:
     """Return n configurations drawn at random, in their order.
 
     A hash of the flags and of the seed decides about each configuration. So a larger n keeps the
@@ -618,7 +618,7 @@ def _drawn(found: list[Table], draw: tuple[int, int] | None, base: Table) -> lis
             f"[random]: n is {count}; it must be at most {len(found)}, all configurations there are."
         )
 
-    def rank(flags: Table) -> bytes:
+    def rank(flags: FlagTable) -> bytes:
         own = {name: value for name, value in flags.items() if base.get(name, UNSET) != value}
         return hashlib.sha256(f"{seed} {json.dumps(own, sort_keys=True)}".encode()).digest()
 

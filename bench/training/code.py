@@ -20,7 +20,7 @@ from pathlib import Path
 
 import bench
 import gnnmoe
-from bench.syntax import syntax_sha256
+from bench.data.cache import syntax_sha256
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.registry import coupler_class, coupler_names, executed_source, resolved_options
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
@@ -33,42 +38,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _switched_on(memory: MemoryConfig) -> MemoryConfig:
-    """Return the flags of a search, which the command asks for by itself; any size may be the first.
+    """Return the flags with the switch of a search, which the command itself stands for.
 
     Raises:
         Refused: a flag would do nothing here.
     """
-    from bench.tune.budget import refuse_wrong_flags
+    from bench.tune.find import refuse_wrong_flags
 
     given = [f"--{name.replace('_', '-')}" for name in OF_A_RUN if getattr(memory, name)]
     if given:
-        raise Refused(f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
-                         "keep that for bench.run, and drop it here.")  # fmt: skip
+        raise Refused(
+            f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
+            "keep that for bench.run, and drop it here."
+        )
     memory = replace(memory, tune_batch_size=memory.tune_batch_size or not memory.fit_shape)
     refuse_wrong_flags(memory)
     return memory
 
 
 def _search(config: RunConfig, start: int | None) -> int:
-    from rich.console import Console
-
+    """Search and print the answer; ``start``: rows of the first trial, which may be any number."""
     from bench.device import keep_freed_memory
     from bench.training.ranks import ALONE
     from bench.tune.find import find, words_of
     from bench.tune.search import SearchFailed
-    from bench.tune.table import print_fit, print_sizes
 
     keep_freed_memory()
     console = Console(highlight=False)
     progress = Console(stderr=True, highlight=False, markup=False, quiet=config.places.quiet)
 
-    def shown(trial: Trial) -> None:
+    def show_trial(trial: Trial) -> None:
         progress.print(f"  {trial.shape.rows} at once: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
 
     fits = config.memory.fit_shape
     try:
         request = request_of(config, start, progress.print)
-        found = find(request, ALONE, progress.print, None if fits else shown)
+        found = find(request, ALONE, progress.print, None if fits else show_trial)
     except SearchFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
@@ -87,8 +92,7 @@ def request_of(config: RunConfig, start: int | None, say: Say) -> Request:
     from bench.training.loaders import load_text, make_loaders, model_for, refuse_curriculum_without_epochs
     from bench.training.ranks import ALONE
     from bench.training.step import Execution
-    from bench.tune.budget import refuse_wrong_sizes
-    from bench.tune.find import request_for
+    from bench.tune.find import refuse_wrong_sizes, request_for
 
     say("loading the data …")
     device = Execution.of(config).device
@@ -98,12 +102,94 @@ def request_of(config: RunConfig, start: int | None, say: Say) -> Request:
     say_unknown_words(corpus.splits)
     model = model_for(config, corpus)
     refuse_wrong_sizes(config, model, device, ALONE)
-    loaders = make_loaders(config, corpus, device)
+    samples = make_loaders(config, corpus, device)["train"].sampler_obj.samples_in(0)
     say("trying batch sizes …")
-    return request_for(
-        config, model, corpus, device, ALONE, say=say, any_size=not config.memory.fit_shape, start=start,
-        epoch_samples=loaders["train"].sampler_obj.samples_in(0),
-    )  # fmt: skip
+    sizes = {"epoch_samples": samples, "any_size": not config.memory.fit_shape, "start": start}
+    return request_for(config, model, corpus, device, ALONE, say=say, **sizes)
+
+
+# --- The answer on the screen, in 80 columns
+
+MIB = 2**20
+SIZES_HEADINGS = ("size", "predicted\nMiB", "measured\nMiB", "tokens/s", "seconds")
+SHAPES_HEADINGS = ("length", "at once", "predicted\nMiB", "corrected\nMiB", "measured\nMiB")
+ENDED = {"max_trials": "the trials ran out", "max_seconds": "the time ran out"}
+
+
+def print_sizes(found: dict[str, Any], batch_size: int, console: Console) -> None:
+    """Print the record of a search for a size: every trial, the limit, the knee, and how a batch is run."""
+    table = _table(f"length {found['length']}, {_limit(found)}", SIZES_HEADINGS)
+    for trial in found["trials"]:
+        speed = trial["tokens_per_second"]
+        marks = [name for name in ("largest", "knee") if found[name] == trial["size"]]
+        table.add_row(
+            f"{trial['size']:,}",
+            *_peaks(trial, "predicted", "measured"),
+            "–" if speed is None else f"{speed:,.0f}",
+            f"{trial['seconds']:.1f}",
+            _verdict(trial, *marks),
+        )
+    console.print(table)
+    why = {"limit": "more does not fit", "cap": "more is not allowed", **ENDED}[found["stopped"]]
+    fitting = range(1, max(found["largest"], 1) + 1)
+    micro = max(size for size in fitting if batch_size % size == 0)
+    split = "whole" if micro == batch_size else f"as {batch_size // micro} micro-batches of {micro}"
+    flag = "" if micro == batch_size else f" (--micro-batch-size {micro})"
+    text = (
+        f"largest that ran: {found['largest']:,} of at most {found['cap']:,}: {why}{_kept(found)}.\n"
+        f"knee: {found['knee']:,}, the smallest within 5 % of the best tokens/s.\n"
+        f"a batch of {batch_size} runs {split}{flag}."
+    )
+    console.print(Text(text))
+
+
+def print_fit(found: dict[str, Any], console: Console) -> None:
+    """Print the record of a fit: every trial, the limit, and the flags that use the answer."""
+    table = _table(_limit(found), SHAPES_HEADINGS)
+    for trial in found["trials"]:
+        peaks = _peaks(trial, "predicted", "expected", "measured")
+        table.add_row(str(trial["length"]), str(trial["size"]), *peaks, _verdict(trial))
+    console.print(table)
+    why = {"limit": "the next size does not fit", "largest": "nothing larger is allowed", **ENDED}
+    text = (
+        f"length {found['length']}, {found['micro_batch_size']} at once of a batch of {found['batch_size']}: "
+        f"{why[found['stopped']]}{_kept(found)}.\nto use it: --max-seq-length {found['length']} "
+        f"--micro-batch-size {found['micro_batch_size']}, or --fit-shape with the same flags."
+    )
+    console.print(Text(text))
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, width=80
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    table.add_column("", overflow="fold", ratio=1)
+    return table
+
+
+def _limit(found: dict[str, Any]) -> str:
+    limit, budget = _mib(found["limit_bytes"]), _mib(found["budget_bytes"])
+    return f"limit {limit} MiB = {found['target']:.0%} of {budget} MiB, {found['device_name']}"
+
+
+def _kept(found: dict[str, Any]) -> str:
+    return " (kept from an earlier search)" if found["from_cache"] else ""
+
+
+def _peaks(trial: dict[str, Any], *names: str) -> list[str]:
+    return [_mib(trial[f"{name}_peak_bytes"]) for name in names]
+
+
+def _verdict(trial: dict[str, Any], *marks: str) -> Text:
+    if trial["failure"] is not None:
+        return Text(f"✗ {trial['failure'].splitlines()[0]}", style="red")
+    return Text(" ".join(["✓", *marks]), style="green")
+
+
+def _mib(count: int | None) -> str:
+    return "–" if count is None else f"{count / MIB:,.1f}"
 
 
 if __name__ == "__main__":

@@ -1,38 +1,265 @@
-"""From a run's flags to what fits: the request, the search (on CUDA in a child), the cache, the record."""
+"""From the flags of a run to what fits: the budget, the refusals, the request, the search and its cache.
+
+A search runs in this process, on CUDA in a child process.
+"""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from math import gcd
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import IO, Any
 
 import torch
+from torch import nn
 
 from bench.check.subject import global_random_state_kept
-from bench.config import DataConfig, RunConfig, TrainingConfig
+from bench.config import DataConfig, MemoryConfig, RunConfig, TrainingConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.data.corpus import Corpus
+from bench.device import UNITS, device_memory_bytes, format_bytes
 from bench.measure.environment import device_name
+from bench.record import Requested
 from bench.training.code import code_hashes
 from bench.training.ranks import Ranks
-from bench.tune.budget import device_memory_bytes, length_bounds, limit_of
-from bench.tune.search import Found, Mode, SearchFailed, Trial, concluded, search
-from bench.tune.shape import Shape, divisors, ladder, lengths_between
+from bench.tune.search import Found, Mode, SearchFailed, Shape, Trial, concluded, divisors, ladder, search
 from bench.tune.trials import ParametersNotApplied, Trials, TrialSetup, require_batch_applied
-from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.model import GNNMoEModel
 
-OF_THE_OPTIMIZER = ("learning_rate", "adam_betas", "weight_decay", "max_grad_norm")
 Say = Callable[[str], object]
 OnTrial = Callable[[Trial], object]
+SWITCHES = TUNE, FIT, CONTROL = "tune_batch_size", "fit_shape", "control_memory"
+
+# --- The budget
+
+WHOLE_DEVICE = "device"
+ALLOWED = (
+    "write an amount with its unit (16GiB, 512MiB, 2.5GB), 'device' for all the memory of the device, "
+    "or a share of it in (0, 1], such as 0.5."
+)
+_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)")
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """An amount of memory in bytes, or (where that is None) a share of the device's memory."""
+
+    text: str
+    """As the user wrote it."""
+    explicit_bytes: int | None = None
+    share: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> MemoryBudget:
+        """Read ``16GiB``, ``512MiB``, ``2.5GB``, ``device`` or a share of the device such as ``0.5``.
+
+        The case of units does not matter; kB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
+
+        Raises:
+            Refused: another text, an unknown unit, less than a byte, or a share outside (0, 1].
+        """
+        found = _AMOUNT.fullmatch(text.strip())
+        if text.strip().lower() == WHOLE_DEVICE:
+            return cls(text)
+        if found is None:
+            raise Refused(f"memory budget {text!r} is no amount of memory; {ALLOWED}")
+        number, unit = Decimal(found[1]), found[2]
+        if not unit:
+            if not 0 < number <= 1:
+                raise Refused(f"memory budget {text!r} has no unit and is no share in (0, 1]; {ALLOWED}")
+            return cls(text, share=float(number))
+        factor = {name.lower(): factor for name, factor in UNITS.items()}.get(unit.lower())
+        if factor is None:
+            raise Refused(f"memory budget {text!r}: {unknown_name('unit', unit, UNITS)}")
+        if number * factor < 1:
+            raise Refused(f"memory budget {text!r} is less than a byte; {ALLOWED}")
+        return cls(text, explicit_bytes=int(number * factor))
+
+    def resolve(self, device: torch.device, sharing: int = 1) -> int:
+        """Return the budget of a process in bytes.
+
+        ``sharing`` processes have the device's memory together, in equal parts.
+
+        Raises:
+            Refused: the amount is larger than the process's part of the device.
+        """
+        total = device_memory_bytes(device) // sharing
+        if self.explicit_bytes is None:
+            return int(total * self.share)
+        if self.explicit_bytes > total:
+            raise Refused(
+                f"memory budget {self.text} is more than the {format_bytes(total)} of device "
+                f"{device.type}; lower it, or write 'device' for all of it."
+            )
+        return self.explicit_bytes
+
+
+def limit_of(memory: MemoryConfig, device: torch.device, ranks: Ranks) -> tuple[int, int]:
+    """Return a process's memory budget, and the share of it that a step may reach, both in bytes.
+
+    The target is the only safety factor, and it enters only here.
+    """
+    budget = MemoryBudget.parse(memory.memory_budget or WHOLE_DEVICE)
+    total = budget.resolve(device, ranks.sharing(device))
+    return total, int(total * memory.memory_target)
+
+
+def training_state_bytes(model: nn.Module) -> int:
+    """Return the bytes that a model takes in training before any batch, under AdamW.
+
+    Parameters and buffers count. Each trained parameter adds a gradient and two moments of its own size, and
+    a step counter of 4 bytes. The model may be on the device ``meta``.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in [*held, *trained, *trained, *trained]) + 4 * len(trained)
+
+
+def length_bounds(config: RunConfig) -> tuple[int, int]:
+    """Return the shortest and the longest length of a run that may change its length."""
+    memory, full = config.memory, config.model.max_seq_length
+    shortest = max(1, full // 4) if memory.shape_min_length is None else memory.shape_min_length
+    return shortest, full if memory.shape_max_length is None else memory.shape_max_length
+
+
+def requested(config: RunConfig) -> Requested:
+    """Return the sizes that were asked for; the record has the sizes that were found beside them."""
+    memory = config.memory
+    asked = Requested(
+        batch_size=config.training.batch_size,
+        max_seq_length=config.model.max_seq_length,
+        micro_batch_size=memory.micro_batch_size,
+    )
+    if any(getattr(memory, switch) for switch in SWITCHES):
+        asked.memory_budget, asked.memory_target = memory.memory_budget, memory.memory_target
+    return asked
+
+
+# --- What a user can get wrong about batch, length and memory
+
+USED_BY = {
+    "memory_budget": SWITCHES,
+    "memory_target": SWITCHES,
+    "tune_mode": (TUNE,),
+    "tune_init": (TUNE,),
+    "tune_max_batch_size": SWITCHES,
+    "tune_max_trials": (TUNE, FIT),
+    "tune_max_seconds": (TUNE, FIT),
+    "tune_fallback": (TUNE, FIT),
+    "shape_min_length": (FIT, CONTROL),
+    "shape_max_length": (FIT,),
+    "shape_length_step": (FIT,),
+}
+
+
+def refuse_wrong_flags(memory: MemoryConfig) -> None:
+    """Refuse a wrong budget, a flag that no given switch uses, and sizes above their maximum.
+
+    A flag is given where it differs from its default.
+
+    Raises:
+        Refused: naming the flag, and what to add or drop.
+    """
+    if memory.memory_budget is not None:
+        MemoryBudget.parse(memory.memory_budget)  # a wrong value is wrong whatever the switch
+    default, unused = MemoryConfig(), []
+    for name, switches in USED_BY.items():
+        given = getattr(memory, name) != getattr(default, name)
+        if given and not any(getattr(memory, switch) for switch in switches):
+            *others, last = (f"--{switch.replace('_', '-')}" for switch in switches)
+            unused.append(f"{name} is for {', '.join(others)}{' or ' if others else ''}{last}")
+    if unused:
+        raise Refused(f"{'; '.join(unused)}; add a switch, or drop what would do nothing without it.")
+    most = memory.tune_max_batch_size
+    for name in ("micro_batch_size", "tune_init"):
+        if most is not None and (getattr(memory, name) or 0) > most:
+            raise Refused(
+                f"{name} is {getattr(memory, name)}, above the tune_max_batch_size of {most}; change one."
+            )
+
+
+def refuse_wrong_sizes(config: RunConfig, model: GNNMoEConfig, device: torch.device, ranks: Ranks) -> None:
+    """Refuse what cannot be done about batch, length and memory, before anything is done.
+
+    Raises:
+        Refused: saying what was wrong, and what is possible.
+    """
+    memory, full = config.memory, config.model.max_seq_length
+    refuse_wrong_flags(memory)
+    sizes, world = config.training.batch_sizes, ranks.world_size
+    refuse_uneven_pieces(sizes, 1, world)
+    for name in ("micro_batch_size", "tune_init"):
+        if getattr(memory, name) is not None:
+            refuse_uneven_pieces(sizes, getattr(memory, name), world, name=name)
+    if not any(getattr(memory, switch) for switch in SWITCHES):
+        return
+    if memory.control_memory and config.execution.compile:
+        raise Refused(
+            "control_memory changes the shape of the steps, and each would be compiled anew: "
+            "drop --compile, or --control-memory."
+        )
+    if memory.fit_shape and (memory.tune_batch_size or memory.micro_batch_size is not None):
+        raise Refused("fit_shape finds the micro-batch: drop tune_batch_size and micro_batch_size, or it.")
+    if memory.fit_shape and config.training.curriculum is not None:
+        raise Refused("a curriculum orders blocks of one length: drop --fit-shape or --curriculum.")
+    shortest, longest = length_bounds(config)
+    if not 1 <= shortest <= full <= longest:
+        raise Refused(
+            f"shape_min_length {shortest}, max_seq_length {full} and shape_max_length {longest} must rise."
+        )
+    with torch.device("meta"):
+        needed = training_state_bytes(GNNMoEModel(model, seed=0))
+    refuse_small_budget(limit_of(memory, device, ranks)[0], needed)
+
+
+def refuse_small_budget(budget_bytes: int, needed_bytes: int) -> None:
+    """Refuse a budget that is smaller than the model's ``training_state_bytes``.
+
+    Raises:
+        Refused: the budget is smaller; the message names both sizes.
+    """
+    if budget_bytes < needed_bytes:
+        raise Refused(
+            f"the memory budget of {format_bytes(budget_bytes)} is smaller than the "
+            f"{format_bytes(needed_bytes)} of parameters, gradients and optimizer state, before any batch; "
+            "raise it, or lower embed_dim, num_layers, num_experts or vocab_size."
+        )
+
+
+def refuse_uneven_pieces(
+    batch_sizes: Sequence[int], micro_batch_size: int, world_size: int = 1, name: str = "micro_batch_size"
+) -> None:
+    """Refuse a micro-batch in which the ranks cannot run each of these global batches evenly.
+
+    Raises:
+        Refused: naming the nearest micro-batch that divides the batches.
+    """
+    named = " and ".join(map(str, dict.fromkeys(batch_sizes)))
+    share, rest = divmod(gcd(*batch_sizes), world_size)
+    if rest:
+        raise Refused(f"a batch of {named} cannot be shared evenly by {world_size} ranks.")
+    if micro_batch_size < 1 or share % micro_batch_size:
+        nearest = min(divisors(share), key=lambda size: abs(size - micro_batch_size))
+        ranks = f" on {world_size} ranks" if world_size > 1 else ""
+        raise Refused(
+            f"{name} is {micro_batch_size}, which does not divide the batch of {named}{ranks}; "
+            f"the nearest that does is {nearest}."
+        )
+
+
+# --- The request
+
+OF_THE_OPTIMIZER = ("learning_rate", "adam_betas", "weight_decay", "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -46,9 +273,9 @@ class Request:
     mode: Mode
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
-    """Of the micro-batches that may be tried."""
+    """Rows of the micro-batches that may be tried."""
     start: int
-    """Rows of the first trial; ``shape`` begins where it is predicted to."""
+    """Rows of the first trial; the mode ``shape`` starts where the prediction says."""
     max_trials: int
     max_seconds: float
 
@@ -56,17 +283,6 @@ class Request:
     def shapes(self) -> list[Shape]:
         """The ladder of shapes that may be tried."""
         return ladder(self.lengths, self.rows)
-
-
-@dataclass(frozen=True)
-class Place:
-    """What an answer depends on besides the request: it is searched again wherever one of these differs."""
-
-    device_name: str
-    torch: str
-    threads: int
-    coupler_sha256: str
-    project_sha256: str
 
 
 def request_for(
@@ -77,18 +293,21 @@ def request_for(
     ranks: Ranks,
     *,
     epoch_samples: int,
+    say: Say,
     any_size: bool = False,
     start: int | None = None,
-    say: Say = lambda _: None,
 ) -> Request:
     """Return the search that a run asks for: of its length and micro-batch, or of its micro-batch alone.
 
-    For its training, micro-batches that divide its batch; with ``any_size``, all that leave
-    ``min_steps_per_epoch`` updates in the smallest epoch, which serves ``epoch_samples`` blocks.
-    ``start``: rows of the first trial (None: the config's).
+    Args:
+        epoch_samples: The blocks that the smallest epoch serves.
+        say: Receives a note for the user.
+        any_size: Try every micro-batch that leaves ``min_steps_per_epoch`` updates in the smallest epoch,
+            instead of the micro-batches that divide the run's batch.
+        start: Rows of the first trial; None: the config's.
 
     Raises:
-        Refused: nothing would do.
+        Refused: no shape may be tried.
     """
     memory, training, world = config.memory, config.training, ranks.world_size
     piece = gcd(*training.batch_sizes) // world
@@ -104,14 +323,24 @@ def request_for(
         limit -= exchange_bytes(model)
     optimizer = {name: getattr(training, name) for name in OF_THE_OPTIMIZER}
     setup = TrialSetup(
-        model=model, training=replace(TrainingConfig(), **optimizer),
-        batch_size=max(training.batch_sizes) // world, limit_bytes=limit, device=str(device),
+        model=model,
+        training=replace(TrainingConfig(), **optimizer),
+        batch_size=max(training.batch_sizes) // world,
+        limit_bytes=limit,
+        device=str(device),
         execution=config.execution,
-    )  # fmt: skip
+    )
     return Request(
-        setup, budget, memory.memory_target, mode, lengths, tuple(rows), start or memory.tune_init or piece,
-        memory.tune_max_trials, memory.tune_max_seconds,
-    )  # fmt: skip
+        setup=setup,
+        budget_bytes=budget,
+        target=memory.memory_target,
+        mode=mode,
+        lengths=lengths,
+        rows=tuple(rows),
+        start=start or memory.tune_init or piece,
+        max_trials=memory.tune_max_trials,
+        max_seconds=memory.tune_max_seconds,
+    )
 
 
 def largest_allowed(maximum: int | None, epoch_samples: int, min_steps: int, world_size: int = 1) -> int:
@@ -130,14 +359,14 @@ def largest_allowed(maximum: int | None, epoch_samples: int, min_steps: int, wor
 
 
 def exchange_bytes(model: GNNMoEConfig) -> int:
-    """Return the bytes in which a rank sums its gradients with the others': as many as they take."""
+    """Return the bytes in which a rank sums its gradients with other ranks: the size of all parameters."""
     with torch.device("meta"):
         return sum(p.numel() * p.element_size() for p in GNNMoEModel(model, seed=0).parameters())
 
 
 def _lengths(config: RunConfig, corpus: Corpus, say: Say) -> list[int]:
-    training = config.training
-    wanted = lengths_between(*length_bounds(config), config.memory.shape_length_step)
+    training, (shortest, longest) = config.training, length_bounds(config)
+    wanted = [*range(shortest, longest, config.memory.shape_length_step), longest]
     blocks = max(training.batch_sizes) * training.min_steps_per_epoch
     found = [length for length in wanted if _has(corpus, config.data, length, blocks)]
     if not found:
@@ -148,7 +377,7 @@ def _lengths(config: RunConfig, corpus: Corpus, say: Say) -> list[int]:
 
 
 def _has(corpus: Corpus, data: DataConfig, length: int, wanted: int) -> bool:
-    """Say whether an epoch has so many blocks of this length, and each evaluated split one."""
+    """Return whether an epoch has so many blocks of this length, and each evaluated split one block."""
     splits = corpus.splits
     blocks = splits["train"].num_tokens // length
     evaluated = [splits["validation"]] + [splits["test"]] * data.evaluate_test
@@ -156,10 +385,13 @@ def _has(corpus: Corpus, data: DataConfig, length: int, wanted: int) -> bool:
     return enough and all(split.num_tokens >= length for split in evaluated)
 
 
+# --- The search, and its record
+
+
 def find(request: Request, ranks: Ranks, say: Say, on_trial: OnTrial | None = None) -> dict[str, Any]:
     """Search, or take the answer of an earlier search, and agree with the other ranks; return the record.
 
-    Every rank calls it. ``on_trial`` is told of each trial, ``say`` where it is None.
+    Every rank calls it. ``on_trial`` receives each trial; where it is None, ``say`` receives a line.
 
     Raises:
         NoFeasibleBatch: nothing fits.
@@ -167,11 +399,11 @@ def find(request: Request, ranks: Ranks, say: Say, on_trial: OnTrial | None = No
         ParametersNotApplied: a larger batch takes no more memory.
     """
 
-    def told(trial: Trial) -> None:
+    def say_trial(trial: Trial) -> None:
         shape = trial.shape if request.mode == "shape" else trial.shape.rows
         say(f"  {shape} at once: {trial.failure or 'fits'}")
 
-    start, shapes, tell = time.perf_counter(), request.shapes, on_trial or told
+    start, shapes, tell = time.perf_counter(), request.shapes, on_trial or say_trial
     look = search_in_child if torch.device(request.setup.device).type == "cuda" else search_here
     found, failure, from_cache = None, None, False
     try:
@@ -185,21 +417,27 @@ def find(request: Request, ranks: Ranks, say: Say, on_trial: OnTrial | None = No
         raise SearchFailed("nothing fits on another rank.")
     seconds = time.perf_counter() - start
     return {
-        "status": "ok", "from_cache": from_cache, "seconds": seconds, **_about(request),
+        "status": "ok",
+        "from_cache": from_cache,
+        "seconds": seconds,
+        **_about(request),
         **_answer(request, found, shapes[least]),
-    }  # fmt: skip
+    }
 
 
 def failed(request: Request, error: SearchFailed) -> dict[str, Any]:
     """Return the record of a search that failed."""
     return {
-        "status": "failed", "micro_batch_size": None, "error": f"{type(error).__name__}: {error}",
-        "trials": _trials(request, error.trials), **_about(request),
-    }  # fmt: skip
+        "status": "failed",
+        "micro_batch_size": None,
+        "error": f"{type(error).__name__}: {error}",
+        "trials": _trials(request, error.trials),
+        **_about(request),
+    }
 
 
 def words_of(found: dict[str, Any]) -> str:
-    """Return what the record of a search means for its run."""
+    """Return a line for the user: what the record of a search means for its run."""
     fits = "method" in found
     if found["status"] == "failed" and fits:
         return f"WARNING: the fit failed, so what is configured is used: {found['error']}"
@@ -212,17 +450,22 @@ def words_of(found: dict[str, Any]) -> str:
 
 
 def _about(request: Request) -> dict[str, Any]:
+    """Return the part of the record that is known before the search."""
     setup = request.setup
     by_mode = {"method": "fit_shape"} if request.mode == "shape" else {"init_val": request.start}
     return {
-        "budget_bytes": request.budget_bytes, "target": request.target, "limit_bytes": setup.limit_bytes,
-        "batch_size": setup.batch_size, "length": setup.model.max_seq_length,
-        "device_name": device_name(torch.device(setup.device)), **by_mode,
-    }  # fmt: skip
+        "budget_bytes": request.budget_bytes,
+        "target": request.target,
+        "limit_bytes": setup.limit_bytes,
+        "batch_size": setup.batch_size,
+        "length": setup.model.max_seq_length,
+        "device_name": device_name(torch.device(setup.device)),
+        **by_mode,
+    }
 
 
 def _answer(request: Request, found: Found, shape: Shape) -> dict[str, Any]:
-    """Return the part of the record that a search found, of which all ranks run ``shape``."""
+    """Return the part of the record that the search found; all ranks run ``shape``."""
     if request.mode == "shape":
         names = ("predicted_peak_bytes", "expected_peak_bytes", "measured_peak_bytes")
         by_mode = {name: getattr(found.trial, name) for name in names}
@@ -230,9 +473,13 @@ def _answer(request: Request, found: Found, shape: Shape) -> dict[str, Any]:
     else:
         by_mode = {"largest": found.shape.rows, "knee": found.knee, "mode": request.mode}
     return {
-        "micro_batch_size": shape.rows, "length": shape.length, "cap": request.rows[-1],
-        "stopped": found.stopped, "trials": _trials(request, found.trials), **by_mode,
-    }  # fmt: skip
+        "micro_batch_size": shape.rows,
+        "length": shape.length,
+        "cap": request.rows[-1],
+        "stopped": found.stopped,
+        "trials": _trials(request, found.trials),
+        **by_mode,
+    }
 
 
 def _trials(request: Request, trials: tuple[Trial, ...]) -> list[dict[str, Any]]:
@@ -250,11 +497,11 @@ def _trials(request: Request, trials: tuple[Trial, ...]) -> list[dict[str, Any]]
 
 
 def search_here(request: Request, on_trial: OnTrial) -> Found:
-    """Search in this process; ``on_trial`` is told of each trial.
+    """Search in this process; ``on_trial`` receives each trial.
 
     Raises:
         NoFeasibleBatch: nothing fits.
-        ParametersNotApplied: a larger batch takes no more memory; looked at where the length is fitted.
+        ParametersNotApplied: the search is for a length, and a larger batch takes no more memory.
     """
     trials, device = Trials(request.setup), torch.device(request.setup.device)
     if request.mode == "shape":
@@ -262,31 +509,33 @@ def search_here(request: Request, on_trial: OnTrial) -> Found:
         with global_random_state_kept(device):
             require_batch_applied(request.setup.build(shortest), shortest, device)
     return search(
-        trials, request.shapes, request.mode, start=request.start, predict=trials.predicted,
-        limit_bytes=request.setup.limit_bytes, max_trials=request.max_trials,
-        max_seconds=request.max_seconds, on_trial=on_trial,
-    )  # fmt: skip
+        trials,
+        request.shapes,
+        request.mode,
+        start=request.start,
+        predict=trials.predicted,
+        limit_bytes=request.setup.limit_bytes,
+        max_trials=request.max_trials,
+        max_seconds=request.max_seconds,
+        on_trial=on_trial,
+    )
 
 
-@dataclass(frozen=True)
-class _Done:
-    """The last message of a process: its answer."""
-
-    found: Found
+# --- In a child process
 
 
 def search_in_child(
     request: Request, on_trial: OnTrial, work: Callable[[Request, OnTrial], Found] = search_here
 ) -> Found:
-    """Search in a process of its own.
+    """Search in a child process.
 
-    What a trial leaves behind on the device, or breaks there, goes with the process. It is ended after
-    ``max_seconds``, its start included; the answer is then what its trials show. On CUDA its allocator
-    gets no more than the budget.
+    What a trial leaves on the device, or breaks there, ends with the child. The child is ended
+    ``max_seconds`` after its start; the answer then follows from its trials. On CUDA its allocator gets no
+    more than the budget.
 
     Raises:
         NoFeasibleBatch, ParametersNotApplied: ``work`` raised it.
-        SearchFailed: ``work`` raised something else, no trial ended in time, or the process died.
+        SearchFailed: ``work`` raised another error, no trial ended in time, or the process died.
     """
     context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
     ours, theirs = context.Pipe(duplex=False)
@@ -301,26 +550,26 @@ def search_in_child(
         on_trial(trial)
 
     try:
-        done = _last_message(ours, child, deadline, keep)
+        found = _answer_of(ours, child, deadline, keep)
     finally:
         child.kill()
         child.join()
-    if done is not None:
-        return done.found
+    if found is not None:
+        return found
     if not trials:
         raise SearchFailed(f"no trial ended within {request.max_seconds:g} s (--tune-max-seconds).")
     return concluded(trials, request.shapes, "max_seconds")
 
 
-def _last_message(ours: Connection, child: BaseProcess, deadline: float, keep: OnTrial) -> _Done | None:
-    """Return the child's last message, None at the deadline."""
+def _answer_of(ours: Connection, child: BaseProcess, deadline: float, keep: OnTrial) -> Found | None:
+    """Return the child's answer, None at the deadline; ``keep`` receives each trial before."""
     while ours.poll(max(0.0, deadline - time.time())):
         try:
             message = ours.recv()
         except (EOFError, OSError):  # at the end of a message, or within one
             child.join()
             raise SearchFailed(f"the search's process died (exit code {child.exitcode}).") from None
-        if isinstance(message, _Done):
+        if isinstance(message, Found):
             return message
         if isinstance(message, Exception):
             raise message
@@ -333,55 +582,61 @@ def _last_message(ours: Connection, child: BaseProcess, deadline: float, keep: O
 def _child(
     theirs: Connection, work: Callable[[Request, OnTrial], Found], request: Request, deadline: float
 ) -> None:
-    warnings.simplefilter("ignore")  # the parent has said what there is to say of the coupler
+    """Send each trial, then the answer: what was found, a known error, or the traceback of another error."""
+    warnings.simplefilter("ignore")  # the parent has shown the warnings about the coupler
     device = torch.device(request.setup.device)
     try:
         if device.type == "cuda":
             share = request.budget_bytes / device_memory_bytes(device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.index)
         left = replace(request, max_seconds=max(1.0, deadline - time.time()))
-        theirs.send(_Done(work(left, theirs.send)))
+        theirs.send(work(left, theirs.send))
     except (SearchFailed, ParametersNotApplied) as known:
         theirs.send(known)
     except Exception:
         theirs.send(traceback.format_exc())
 
 
-def place_of(request: Request) -> Place:
-    """Return where this process would search."""
-    name = device_name(torch.device(request.setup.device))
-    code = code_hashes(request.setup.model)
-    return Place(name, str(torch.__version__), torch.get_num_threads(), **code)
+# --- The cache
 
 
 def cached_search(
     request: Request, make: Callable[[], Found], say: Say, *, keep: bool = True
 ) -> tuple[Found, bool]:
-    """Return the answer to ``request``, and whether it is one that was kept; else it is made, and kept
-    where the caller may ``keep`` it.
+    """Return the answer to ``request``, and whether it comes from the cache; else ``make`` finds it.
 
-    The key holds the model's config with its length, the dtype, the optimizer's settings, the limit
-    and the search's own settings; beside it stands the ``Place``. An answer for the same key from
-    another device is not used, and ``say`` is told so. Neither what ``make`` raises is kept, nor a
-    search that ended for want of time or of free memory of the host.
+    With ``keep``, the answer is kept, unless ``make`` raised, or time or free memory of the host was short.
+    The key of the file holds the model's config with its length, the dtype, the optimizer's settings, the
+    limit and the search's own settings. Each answer in it names the place where it was found. Where only
+    other devices have an answer, ``say`` receives a note.
     """
     path = cache_folder() / f"batch-size-{_key(request)}.json"
     place, known = place_of(request), kept(path, "batch size of an earlier search", _read) or []
     for answer in known:
-        if answer["place"] == asdict(place):
+        if answer["place"] == place:
             return Found.from_json(answer["found"]), True
     others = {answer["place"]["device_name"] for answer in known}
-    if others and place.device_name not in others:
+    if others and place["device_name"] not in others:
         say(f"the batch size was tuned before on {', '.join(sorted(others))}; searching again on this device")
     made = make()
     if made.of_the_moment or not keep:
         return made, False
-    text = json.dumps([*known, {"place": asdict(place), "found": made.to_json()}][-20:])
+    text = json.dumps([*known, {"place": place, "found": asdict(made)}][-20:])
     try:
         replace_file(path, lambda file: file.write(text.encode()))
     except OSError as error:
         say(f"the batch size found cannot be kept in {path.parent} ({error.strerror})")
     return made, False
+
+
+def place_of(request: Request) -> dict[str, Any]:
+    """Return what an answer depends on besides the request."""
+    return {
+        "device_name": device_name(torch.device(request.setup.device)),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        **code_hashes(request.setup.model),
+    }
 
 
 def _key(request: Request) -> str:

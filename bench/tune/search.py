@@ -1,29 +1,60 @@
-"""The search for the largest shape that fits: pure, so that every rule of it can be tried exhaustively.
+"""The search for the largest shape that fits: one ladder of shapes, and three rules for the next trial.
 
-What a trial does is the caller's business. Here stands which shapes of a ladder are tried, and what is
-answered: always a shape that ran. A shape either fits or does not; where it fits, all smaller shapes fit.
+A micro-batch has a shape: rows × length. A shape either fits or does not; where a shape fits, all smaller
+shapes fit too. The answer is always a shape that ran. The module is pure: the caller runs the trials, so that
+tests can try every rule exhaustively.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, Literal
-
-from bench.tune.shape import Shape
 
 Mode = Literal["binsearch", "power", "shape"]
 Stopped = Literal["limit", "cap", "largest", "max_trials", "max_seconds"]
 KNEE_SHARE = 0.95  # of the best tokens/s: larger batches than the first to reach it gain next to nothing
-FREE_HERE = "are free here"  # why a trial was not run on a host that is short of memory
+FREE_HERE = "are free here"  # part of the failure of a trial on a host that is short of memory
 REMEDY = "lower max_seq_length, embed_dim, num_layers or num_experts, or raise --memory-budget"
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The shape of a micro-batch, which the model is given at once."""
+
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.rows * self.length
+
+    def __str__(self) -> str:
+        return f"{self.rows} × {self.length}"
+
+
+def ladder(lengths: Sequence[int], rows: Sequence[int]) -> list[Shape]:
+    """Return the shapes from the smallest to the largest; the tokens rise with every step.
+
+    Upwards, first the length grows with the fewest rows, then the rows grow at full length. Downwards, first
+    the rows shrink, then the length.
+    """
+    lengths, rows = sorted(set(lengths)), sorted(set(rows))
+    longer = [Shape(rows[0], length) for length in lengths]
+    return longer + [Shape(more, lengths[-1]) for more in rows[1:]]
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of ``number``, rising."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+@dataclass(frozen=True)
 class Trial:
-    """What one shape did; None where it was not measured."""
+    """The result of trying one shape; None for what was not measured."""
 
     shape: Shape
     failure: str | None = None
@@ -35,7 +66,7 @@ class Trial:
     """Forward and backward passes that were begun."""
     seconds: float = 0.0
     expected_peak_bytes: int | None = None
-    """The prediction, corrected by what was measured before."""
+    """The prediction, corrected by earlier measurements."""
 
     @property
     def ran(self) -> bool:
@@ -45,12 +76,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Found:
-    """The largest shape that ran, and how it was found."""
+    """The largest shape that ran, and how the search found it."""
 
     shape: Shape
     stopped: Stopped
-    """What ended the search: limit, the next shape is too large; cap or largest, there is no next shape that
-    may be tried; or trials or time ran out."""
+    """What ended the search. limit: the next shape is too large. cap or largest: no larger shape may be
+    tried. max_trials or max_seconds: the trials or the time ran out."""
     trials: tuple[Trial, ...]
 
     @property
@@ -60,25 +91,24 @@ class Found:
 
     @property
     def knee(self) -> int | None:
-        """The fewest rows that ran within 5 % of the best tokens/s; None where no speed was measured."""
-        speeds = {trial.shape.rows: trial.tokens_per_second for trial in self.trials
-                  if trial.ran and trial.tokens_per_second is not None}  # fmt: skip
+        """The fewest rows that ran within 5% of the best tokens/s; None where no speed was measured."""
+        speeds = {
+            trial.shape.rows: trial.tokens_per_second
+            for trial in self.trials
+            if trial.ran and trial.tokens_per_second is not None
+        }
         best = max(speeds.values(), default=0.0)
         return min((rows for rows, speed in speeds.items() if speed >= KNEE_SHARE * best), default=None)
 
     @property
     def of_the_moment(self) -> bool:
-        """Whether another time might give more: it ended for want of time, or of free memory of the host."""
+        """Whether a later search might find more: time, or free memory of the host, was short."""
         short = any(trial.failure is not None and FREE_HERE in trial.failure for trial in self.trials)
         return short or self.stopped == "max_seconds"
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything, ready for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Found:
-        """Return what ``to_json`` wrote down."""
+        """Return the answer that ``dataclasses.asdict`` made a dict of."""
         trials = (Trial(**trial | {"shape": Shape(**trial["shape"])}) for trial in found["trials"])
         return cls(Shape(**found["shape"]), found["stopped"], tuple(trials))
 
@@ -100,6 +130,22 @@ class NoFeasibleBatch(SearchFailed):
         return type(self), (self.trials, self.smallest)
 
 
+def _nothing_fits(trials: Sequence[Trial], smallest: int) -> str:
+    tried = min(trials, key=lambda trial: trial.shape.tokens)
+    peaks = [
+        trial.predicted_peak_bytes if trial.measured_peak_bytes is None else trial.measured_peak_bytes
+        for trial in trials
+    ]
+    known = [peak for peak in peaks if peak is not None]
+    seen = f"smallest peak seen: {min(known) / 2**20:,.1f} MiB" if known else "no peak could be read"
+    rows = tried.shape.rows
+    untried = "" if rows == smallest else f"; {smallest} was not tried: raise --tune-max-trials"
+    return (
+        f"no batch fits: of {len(trials)} sizes tried none ran, the smallest was {rows} "
+        f"({tried.failure}); {seen}; {REMEDY}{untried}."
+    )
+
+
 def search(
     trial: Callable[[Shape], Trial],
     shapes: Sequence[Shape],
@@ -109,17 +155,27 @@ def search(
     predict: Callable[[Shape], int | None] = lambda _: None,
     limit_bytes: int = 0,
     max_trials: int = 12,
-    max_seconds: float | None = None,
+    max_seconds: float = float("inf"),
     on_trial: Callable[[Trial], object] = lambda _: None,
 ) -> Found:
-    """Try shapes of a ladder (rising, see ``ladder``) and return the largest that ran.
+    """Try shapes of a ladder (see ``ladder``) and return the largest shape that ran.
 
-    ``power`` tries ``start`` rows, then twice as many, … up to the first that fail; where the first fail,
-    it halves until some run. ``binsearch`` goes on between the last that ran and the first that failed,
-    to exactly the largest that fits. ``shape`` tries the largest shape that ``predict`` says to stay within
-    ``limit_bytes``, and scales the prediction by what was measured, until the next shape is known not to
-    fit. A trial that is not expected to end within ``max_seconds`` is not begun. ``on_trial`` is told of
-    each. What ``trial`` raises comes out again.
+    A trial that is not expected to end within ``max_seconds`` is not begun.
+
+    Args:
+        trial: Runs a shape. Its exceptions come out of the search.
+        shapes: The ladder.
+        mode: ``power`` tries ``start`` rows, then twice as many, up to the first shape that fails; where the
+            first shape fails, it halves until a shape runs. ``binsearch`` goes on between the last shape that
+            ran and the first that failed, to exactly the largest that fits. ``shape`` tries the largest shape
+            whose predicted peak is within ``limit_bytes``. It scales the prediction by each measurement,
+            until the next shape is known not to fit.
+        start: Rows of the first trial, for ``power`` and ``binsearch``.
+        predict: Returns the predicted peak of a shape in bytes, None where none can be predicted.
+        limit_bytes: The largest peak that fits, for ``shape``.
+        max_trials: The most trials, those that failed included.
+        max_seconds: The most seconds.
+        on_trial: Receives each trial.
 
     Raises:
         NoFeasibleBatch: no shape that was tried ran.
@@ -135,7 +191,7 @@ def search(
             stopped = "max_trials"
             break
         at = policy.next()
-        if max_seconds is not None and monotonic() - began + _seconds(trials, shapes[at]) > max_seconds:
+        if monotonic() - began + _seconds(trials, shapes[at]) > max_seconds:
             stopped = "max_seconds"
             break
         trials.append(replace(trial(shapes[at]), expected_peak_bytes=policy.expected(at)))
@@ -145,10 +201,10 @@ def search(
 
 
 def concluded(trials: Sequence[Trial], shapes: Sequence[Shape], stopped: Stopped) -> Found:
-    """Return what these trials show.
+    """Return the answer that follows from these trials.
 
     Raises:
-        NoFeasibleBatch: none of them ran.
+        NoFeasibleBatch: no trial ran.
     """
     ran = [trial.shape for trial in trials if trial.ran]
     if not ran:
@@ -156,8 +212,17 @@ def concluded(trials: Sequence[Trial], shapes: Sequence[Shape], stopped: Stopped
     return Found(max(ran, key=lambda shape: shape.tokens), stopped, tuple(trials))
 
 
+def _seconds(trials: Sequence[Trial], shape: Shape) -> float:
+    """Return how long a trial of ``shape`` should take, by the tokens of the last trial that took steps.
+
+    Minus infinity for the first trial, which is always begun.
+    """
+    begun = [trial for trial in trials if trial.micro_steps or trial.ran]  # other trials took no time
+    return begun[-1].seconds * shape.tokens / begun[-1].shape.tokens if begun else float("-inf")
+
+
 class _BinarySearch:
-    """Tries ``start`` rows and twice as many while they run, then halves what lies between.
+    """Tries ``start`` rows and twice as many while they run, then halves the shapes in between.
 
     ``low`` is the place of the largest shape that ran, ``high`` of the smallest that failed.
     """
@@ -178,12 +243,12 @@ class _BinarySearch:
         return max(self._last_up_to(2 * self.shapes[self.low].tokens), self.low + 1)
 
     def expected(self, at: int) -> int | None:
-        """Return the peak in bytes that is expected of the shape at this place; None: nothing is."""
+        """Return the expected peak of the shape at this place in bytes; None: nothing is predicted."""
         del at
         return None
 
     def learn(self, at: int, trial: Trial) -> None:
-        """Take in what the shape at this place did."""
+        """Take in the trial of the shape at this place."""
         self.low, self.high = (at, self.high) if trial.ran else (self.low, at)
 
     def stopped(self) -> Stopped | None:
@@ -198,7 +263,7 @@ class _BinarySearch:
 
 
 class _Power(_BinarySearch):
-    """Tries ``start`` rows and twice as many while they run; where the first fail, half as many."""
+    """Tries ``start`` rows and twice as many while they run; where the first shape fails, half as many."""
 
     def next(self) -> int:
         if self.low < 0 and self.high < len(self.shapes):
@@ -215,7 +280,7 @@ class _Power(_BinarySearch):
 
 
 class _Prediction(_BinarySearch):
-    """Tries the largest shape that is predicted to fit, and corrects the prediction by what was measured.
+    """Tries the largest shape that is predicted to fit, and corrects the prediction by each measurement.
 
     So the peak of the answer lies in (limit − one step, limit], unless the largest shape fits.
     """
@@ -236,15 +301,15 @@ class _Prediction(_BinarySearch):
     def learn(self, at: int, trial: Trial) -> None:
         super().learn(at, trial)
         measured, predicted = trial.measured_peak_bytes, self._predict(trial.shape)
-        self._blind = measured is None  # memory ran out: nothing to correct by
+        self._blind = measured is None  # memory ran out: there is no measurement to correct by
         if measured is not None and predicted is not None:
             self._correction = measured / predicted
 
     def next(self) -> int:
         """Return the largest place that is predicted to fit.
 
-        The one after ``low`` where none is; the middle one where nothing can be predicted. A prediction
-        takes a second, so none is asked for but along the bisection.
+        Where no place is, return the place after ``low``; where nothing can be predicted, the middle place.
+        A prediction takes a second, so only places along the bisection are predicted.
         """
         limit, between = self._limit / self._correction, range(self.low + 1, self.high)
         if self.low >= 0 and not self._blind and self._bytes(between[0]) > limit:
@@ -256,28 +321,3 @@ class _Prediction(_BinarySearch):
 
     def _bytes(self, at: int) -> int:
         return self._predict(self.shapes[at]) or 0
-
-
-def _seconds(trials: Sequence[Trial], shape: Shape) -> float:
-    """Return how long a trial of ``shape`` is expected to take, by the tokens of the last that was run.
-
-    The first is always begun: minus infinity.
-    """
-    begun = [trial for trial in trials if trial.micro_steps or trial.ran]  # others took no time
-    return begun[-1].seconds * shape.tokens / begun[-1].shape.tokens if begun else float("-inf")
-
-
-def _nothing_fits(trials: Sequence[Trial], smallest: int) -> str:
-    tried = min(trials, key=lambda trial: trial.shape.tokens)
-    peaks = [
-        trial.predicted_peak_bytes if trial.measured_peak_bytes is None else trial.measured_peak_bytes
-        for trial in trials
-    ]
-    known = [peak for peak in peaks if peak is not None]
-    seen = f"smallest peak seen: {min(known) / 2**20:,.1f} MiB" if known else "no peak could be read"
-    rows = tried.shape.rows
-    untried = "" if rows == smallest else f"; {smallest} was not tried: raise --tune-max-trials"
-    return (
-        f"no batch fits: of {len(trials)} sizes tried none ran, the smallest was {rows} "
-        f"({tried.failure}); {seen}; {REMEDY}{untried}."
-    )

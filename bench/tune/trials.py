@@ -1,4 +1,4 @@
-"""Trials of a shape: full training steps on a model of their own, and the proof that a size is applied."""
+"""Trials of a shape: full training steps on their own model; and the proof that a batch size is applied."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ import torch
 
 from bench.check.subject import global_random_state_kept
 from bench.config import ExecutionConfig, TrainingConfig
-from bench.device import attempt, recover
+from bench.device import attempt, format_bytes, host_memory_bytes, recover
 from bench.measure.memory import CannotPredict, meter_for, predict_peak
 from bench.measure.steps import random_batch
 from bench.record import is_measured
 from bench.training.step import Execution, make_optimizer, training_step
-from bench.tune.budget import format_bytes, host_memory_bytes
-from bench.tune.search import FREE_HERE, Trial
-from bench.tune.shape import Shape
+from bench.tune.search import FREE_HERE, Shape, Trial
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 
-WARM_UP_STEPS = 2  # the first makes the optimizer's state; the second, with it there, is metered
+WARM_UP_STEPS = 2  # the first makes the optimizer's state; the second, with that state, is metered
 MEASURED_STEPS = 2
-MOST_PIECES = 2  # from the second piece on, the gradients of those before are held: as high as it gets
-SURE_SHARE = 1.1  # of the limit: predictions are within 10 % of what is measured
+MOST_PIECES = 2  # from the second piece on, earlier gradients are held: memory rises no further
+SURE_SHARE = 1.1  # of the limit: predictions are within 10% of the measurement
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,12 @@ class TrialSetup:
     model: GNNMoEConfig
     training: TrainingConfig
     batch_size: int
-    """Rows of a whole batch of this rank; a smaller trial is a piece of one."""
+    """Rows of a whole batch of this rank; a smaller trial is a piece of such a batch."""
     limit_bytes: int
-    """What a trial's peak may reach: the budget times the target."""
+    """The highest peak that fits: the budget times the target."""
     device: str
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
-    """Form and precision of the model; trials run it uncompiled, since compiling each size takes minutes."""
+    """Form and precision of the model. Trials run it uncompiled: compiling each size takes minutes."""
 
     def model_of(self, length: int) -> GNNMoEConfig:
         """Return the model's config at this length."""
@@ -54,23 +52,23 @@ class TrialSetup:
 
 
 class Trials:
-    """Tries shapes: ``trials(shape)`` says whether training runs with it, and at which peak and speed.
+    """Tries shapes: ``trials(shape)`` returns whether training runs with it, its peak and its speed.
 
-    A trial takes steps as training does (forward, backward, clipping, update), with no target ignored,
-    the gradients of an earlier piece held where the shape is less than the batch. It fails where memory
-    runs out, where the peak passes the limit, and where the allocator had to give its cache back to go
-    on; any other error comes out. Nothing of it stays: the model and the optimizer are its own, and
-    torch's random state is left as it was.
+    A trial takes the steps of a training: forward, backward, clipping, update. No target is ignored. Where
+    the shape is less than the batch, the gradients of an earlier piece are held. A trial fails where memory
+    runs out, where the peak passes the limit, and where the allocator has to give its cache back. Any other
+    error comes out. A trial leaves nothing behind: it has its own model and optimizer, and torch's random
+    state stays.
     """
 
     def __init__(self, setup: TrialSetup) -> None:
         self.setup, self._device = setup, torch.device(setup.device)
         self._begun: set[int] = set()
-        """The lengths of which some shape was tried."""
+        """The lengths with a trial."""
         self._known: dict[Shape, int | None] = {}
 
     def __call__(self, shape: Shape) -> Trial:
-        """Return what ``shape`` did."""
+        """Try ``shape``."""
         start = time.perf_counter()
         seen: list[tuple[int, ...]] = []
         predicted = self.predicted(shape)
@@ -84,12 +82,8 @@ class Trials:
         seconds = time.perf_counter() - start
         return Trial(shape, failure, predicted, peak, speed, len(seen), seconds)
 
-    def pieces(self, shape: Shape) -> int:
-        """Return how many pieces a trial's batches have: two stand for any number of them."""
-        return MOST_PIECES if shape.rows < self.setup.batch_size else 1
-
     def predicted(self, shape: Shape) -> int | None:
-        """Return the peak in bytes predicted of ``shape``, worked out once; None where it cannot be."""
+        """Return the predicted peak of ``shape`` in bytes, computed once; None where it cannot be."""
         if shape not in self._known:
             self._known[shape] = self._predict(shape)
         return self._known[shape]
@@ -98,45 +92,52 @@ class Trials:
         setup = self.setup
         try:
             return predict_peak(
-                setup.model_of(shape.length), shape.rows * self.pieces(shape), shape.length, setup.training,
-                micro_batch_size=shape.rows, device=self._device, execution=setup.execution,
-            )  # fmt: skip
+                setup.model_of(shape.length),
+                shape.rows * self._pieces(shape),
+                shape.length,
+                setup.training,
+                micro_batch_size=shape.rows,
+                device=self._device,
+                execution=setup.execution,
+            )
         except CannotPredict:
             return None
 
+    def _pieces(self, shape: Shape) -> int:
+        """Return how many pieces a trial's batch has: two stand for any larger number."""
+        return MOST_PIECES if shape.rows < self.setup.batch_size else 1
+
     def _hopeless(self, predicted: int, length: int) -> str | None:
-        """Return why a shape need not be run to know that it fails; the first of a length always is."""
+        """Return why a shape fails without being run; the first shape of a length is always run."""
         if self._device.type == "cpu" and predicted > (free := free_host_bytes()):
-            return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process, untold
+            return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process without a word
         limit = self.setup.limit_bytes
         if length in self._begun and predicted > limit * SURE_SHARE:
             return f"far above {format_bytes(limit)}"
         return None
 
     def _run(self, shape: Shape, seen: list[tuple[int, ...]]) -> tuple[str | None, int, float | None]:
-        """Return why the shape fails (None: it does not), its peak in bytes and its tokens/s."""
+        """Return why the shape fails (None: it fits), its peak in bytes and its tokens/s."""
         setup = self.setup
-        recover()  # what the trial before left in the cache would be freed by a retry, and judged as one
+        recover()  # the cache of the trial before would be freed by a retry, and this trial would fail
         retries = allocator_retries(self._device)
         model = setup.build(shape.length)
         optimizer = make_optimizer(model, setup.training)
-        batch = random_batch(model.config, shape.rows * self.pieces(shape), self._device)
+        batch = random_batch(model.config, shape.rows * self._pieces(shape), self._device)
 
         def step() -> None:
             training_step(model, batch, optimizer, setup.training.max_grad_norm, shape.rows, seen)
 
         for _ in range(WARM_UP_STEPS - 1):
             step()
-        reading = meter_for(self._device).measure(step, (model, optimizer, [batch]))
-        peak, seconds = reading.judged_bytes, None
-        if peak <= setup.limit_bytes:
-            seconds = _seconds(step, self._device)
+        peak = meter_for(self._device).measure(step, (model, optimizer, [batch])).judged_bytes
+        seconds = _seconds(step, self._device) if peak <= setup.limit_bytes else None
         failure = why_it_fails(peak, setup.limit_bytes, allocator_retries(self._device) - retries)
         return failure, peak, None if seconds is None else batch["targets"].numel() / seconds
 
 
 def why_it_fails(peak_bytes: int, limit_bytes: int, retries: int) -> str | None:
-    """Return why a trial that ran to its end does not fit all the same; None where it does."""
+    """Return why a trial that ran to its end does not fit; None where it fits."""
     if peak_bytes > limit_bytes:
         return f"peak above {format_bytes(limit_bytes)}"
     return f"the allocator had to retry {retries} times" if retries > 0 else None
@@ -153,7 +154,7 @@ def free_host_bytes() -> int:
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the quickest of the measured steps."""
+    """Return the seconds of the fastest measured step."""
     ticks = []
     for number in range(MEASURED_STEPS + 1):
         if number:
@@ -167,37 +168,31 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 class ParametersNotApplied(RuntimeError):
-    """A larger batch takes no more memory, so that it cannot be the one that is run."""
+    """A larger batch takes no more memory, so the model cannot have run it."""
 
 
 def require_batch_applied(model: GNNMoEModel, length: int, device: torch.device) -> None:
-    """Hold the activation memory of one sequence against that of two, of which nothing stays.
+    """Compare the activation memory of one sequence with that of two; the model keeps nothing of them.
 
     Raises:
         ParametersNotApplied: it does not rise.
     """
-    # Where two run out of memory, they take more.
-    attempt(lambda: require_applied(lambda rows: activation_bytes(model, rows, length, device)))
 
+    def compare() -> None:
+        one, two = (activation_bytes(model, rows, length, device) for rows in (1, 2))
+        if two <= one:
+            raise ParametersNotApplied(
+                f"parameters not applied: 1 sequence at once takes {one:,} bytes of activations and "
+                f"2 take {two:,}; the batch size that is set is not the one that is run."
+            )
 
-def require_applied(activations: Callable[[int], int], rows: int = 1) -> None:
-    """Hold the activation memory of ``rows`` sequences against that of twice as many.
-
-    Raises:
-        ParametersNotApplied: it does not rise.
-    """
-    small, large = activations(rows), activations(2 * rows)
-    if large <= small:
-        raise ParametersNotApplied(
-            f"parameters not applied: {rows} sequences at once take {small:,} bytes of activations and "
-            f"{2 * rows} take {large:,}; the batch size that is set is not the one that is run."
-        )
+    attempt(compare)  # where two sequences run out of memory, they take more than one
 
 
 def activation_bytes(model: GNNMoEModel, rows: int, length: int, device: torch.device) -> int:
-    """Return the peak in bytes of a forward pass with its graph, less the batch; model and state stay.
+    """Return the peak in bytes of a forward pass with its graph, less the batch.
 
-    Parameters and buffers are counted, so that only differences between sizes mean something.
+    Parameters and buffers count, so only differences between sizes have a meaning.
 
     Raises:
         ValueError: the device's meter reads no allocated bytes.

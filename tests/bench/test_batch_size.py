@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from bench.config import MemoryConfig
 from bench.training.ranks import ALONE
-from bench.tune.budget import limit_of
-from bench.tune.find import largest_allowed
-from bench.tune.search import KNEE_SHARE, Found, NoFeasibleBatch, Trial, concluded, search
-from bench.tune.shape import Shape, divisors, ladder
+from bench.tune.find import largest_allowed, limit_of
+from bench.tune.search import (
+    KNEE_SHARE,
+    Found,
+    NoFeasibleBatch,
+    Shape,
+    Trial,
+    concluded,
+    divisors,
+    ladder,
+    search,
+)
 
 pytestmark = pytest.mark.core("batch_size")
 MODES = ("power", "binsearch")
@@ -223,7 +232,7 @@ def test_every_trial_is_kept_and_survives_the_record():
     result = found(device, start=8, cap=64)
     assert [trial.shape.rows for trial in result.trials] == device.tried
     assert {trial.failure for trial in result.trials} == {None, "out of memory"}
-    assert Found.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert Found.from_json(json.loads(json.dumps(asdict(result)))) == result
 
 
 def test_b6_a_trial_that_was_not_run_says_nothing_of_the_time_of_the_next(monkeypatch):

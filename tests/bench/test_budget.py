@@ -10,17 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.config import TrainingConfig
+from bench.device import UNITS, format_bytes, host_memory_bytes
 from bench.measure.memory import tracked_peaks
 from bench.training.step import make_optimizer, training_step
-from bench.tune import budget as budgets
-from bench.tune.budget import (
-    UNITS,
-    MemoryBudget,
-    format_bytes,
-    host_memory_bytes,
-    refuse_small_budget,
-    training_state_bytes,
-)
+from bench.tune import find
+from bench.tune.find import MemoryBudget, refuse_small_budget, training_state_bytes
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
 CPU = torch.device("cpu")
@@ -45,7 +39,7 @@ def test_every_whole_amount_of_every_unit(number, unit):
 
 @pytest.mark.parametrize(("text", "share"), [("device", 1.0), ("Device", 1.0), ("0.5", 0.5), ("1", 1.0)])
 def test_a_share_is_one_of_the_device(text, share, monkeypatch):
-    monkeypatch.setattr(budgets, "device_memory_bytes", lambda device: 1001)
+    monkeypatch.setattr(find, "device_memory_bytes", lambda device: 1001)
     budget = MemoryBudget.parse(text)
     assert budget.explicit_bytes is None
     assert budget.resolve(CPU) == int(1001 * share)
@@ -71,7 +65,7 @@ def test_what_is_no_budget_is_refused_with_what_is(text, said):
 
 
 def test_a_budget_larger_than_the_device_is_refused(monkeypatch):
-    monkeypatch.setattr(budgets, "device_memory_bytes", lambda device: 8 * 2**30)
+    monkeypatch.setattr(find, "device_memory_bytes", lambda device: 8 * 2**30)
     assert MemoryBudget.parse("8GiB").resolve(CPU) == 8 * 2**30
     with pytest.raises(ValueError, match=r"16GiB is more than the 8\.0 GiB of device cpu; lower it"):
         MemoryBudget.parse("16GiB").resolve(CPU)
@@ -101,8 +95,8 @@ def test_the_whole_device_of_a_cpu_is_the_host():
     ],
 )
 def test_a_control_group_limits_the_host(membership, limits, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.tune.budget.OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr("bench.tune.budget.GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr("bench.device.OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr("bench.device.GROUPS", tmp_path / "cgroup")
     physical = host_memory_bytes()
     (tmp_path / "own").write_text(membership)
     for name, limit in limits.items():

@@ -23,7 +23,7 @@ from bench.run.prepare import Prepared, prepare
 from bench.run.resume import KNOWN_BY, STATE, refuse_unfit
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
 from bench.tune.control import Controller
-from bench.tune.shape import Shape, ladder
+from bench.tune.search import Shape, ladder
 from tests.bench.conftest import TINY
 from tests.bench.test_resume import act_at_step, interrupt, only_folder, refusal
 

@@ -18,8 +18,16 @@ from bench.run.__main__ import main
 from bench.training import loop
 from bench.training.loop import Trainer
 from bench.training.step import split
-from bench.tune.control import GROW_SHARE, PATIENCE, ControlledSteps, Controller, Decision
-from bench.tune.shape import ReportedUsedMismatch, Shape, ladder, witnessed
+from bench.tune.control import (
+    GROW_SHARE,
+    PATIENCE,
+    ControlledSteps,
+    Controller,
+    Decision,
+    ReportedUsedMismatch,
+    witnessed,
+)
+from bench.tune.search import Shape, ladder
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from tests.bench._fake_memory import FakeMemory
 

@@ -17,7 +17,7 @@ from bench.measure.steps import training_flops_per_token
 from bench.run.__main__ import main
 from bench.run.identity import identity, run_id
 from bench.training.step import Execution, make_optimizer, training_step
-from bench.tune.shape import witnessed
+from bench.tune.control import witnessed
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
 
 CPU = torch.device("cpu")

@@ -18,8 +18,7 @@ from bench.device import is_out_of_memory
 from bench.run.__main__ import main
 from bench.tune import find, trials
 from bench.tune.find import Request, search_here, search_in_child
-from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial
-from bench.tune.shape import Shape
+from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
 from bench.tune.trials import ParametersNotApplied, Trials, TrialSetup
 from gnnmoe import GNNMoEConfig
 from tests.bench.test_run import only_run, results_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.config import TrainingConfig
-from bench.device import is_out_of_memory
+from bench.device import host_memory_bytes, is_out_of_memory
 from bench.measure import memory as memory_module
 from bench.measure.memory import (
     CannotPredict,
@@ -22,7 +22,6 @@ from bench.measure.memory import (
 )
 from bench.record import Memory, NotMeasured, is_measured, not_measured
 from bench.training.step import Batch, make_optimizer, training_step
-from bench.tune.budget import host_memory_bytes
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.couplers.mean import MeanCoupler
 from tests.bench._fake_memory import FakeMemory

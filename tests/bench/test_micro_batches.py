@@ -12,9 +12,9 @@ from bench.measure.ledger import BatchAccountingError, Ledger
 from bench.training.evaluation import evaluate
 from bench.training.loop import EpochPlan
 from bench.training.step import add_gradients, make_optimizer, split, training_step
-from bench.tune.budget import refuse_uneven_pieces
 from bench.tune.control import next_smaller
-from bench.tune.shape import divisors
+from bench.tune.find import refuse_uneven_pieces
+from bench.tune.search import divisors
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import IGNORED
 

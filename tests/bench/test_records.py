@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import foreign
+from bench import files
 from bench.config import ModelConfig, RunConfig, config_of, run_flags
 from bench.record import Damaged, Record, RunFolder, check_writable, is_measured, not_measured
 from bench.run.identity import configuration_id, identity, settings_in_record
@@ -171,11 +171,11 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
 def test_no_place_and_no_name_of_the_machine_is_written(tmp_path, monkeypatch, text, written):
     monkeypatch.setattr("platform.node", lambda: "gpu-node17.cs.example.org")
     monkeypatch.setattr("getpass.getuser", lambda: "amelia")
-    foreign._own_names.cache_clear()
+    files._own_names.cache_clear()
     folder = RunFolder(tmp_path, "study", "id")
     folder.create(made_record(error=text, tuned={"value": None, "reason": text}))
     folder.log(text)
-    foreign._own_names.cache_clear()
+    files._own_names.cache_clear()
     record = json.loads((folder.path / "record.json").read_text())
     assert record["error"] == record["tuned"]["reason"] == written
     assert (folder.path / "log.txt").read_text().endswith(f"Z {written}\n")
@@ -185,13 +185,13 @@ def test_names_of_the_machine_that_are_words_of_the_record_change_no_key_and_no_
     """A user max and a host hnhn: the flags max_steps and --max-steps stay, and so does the layer HNHN."""
     monkeypatch.setattr("platform.node", lambda: "hnhn.lab")
     monkeypatch.setattr("getpass.getuser", lambda: "max")
-    foreign._own_names.cache_clear()
+    files._own_names.cache_clear()
     config = RunConfig(model=ModelConfig(hgnn_conv_type="HNHN"))
     record = made_record(run_id="id", command="bench.run --max-steps 2 --note 'max on hnhn'",
                          config=settings_in_record(config))  # fmt: skip
     folder = RunFolder(tmp_path, "study", "id")
     folder.create(record)
-    foreign._own_names.cache_clear()
+    files._own_names.cache_clear()
     read = folder.read_record()
     assert isinstance(read, Record)
     assert read.command == "bench.run --max-steps 2 --note 'USER on HOST'"

@@ -13,8 +13,7 @@ import torch
 
 from bench import device
 from bench.device import OUT_OF_MEMORY_TEXTS, Attempted, attempt, is_out_of_memory
-from bench.tune.search import NoFeasibleBatch, Trial
-from bench.tune.shape import Shape
+from bench.tune.search import NoFeasibleBatch, Shape, Trial
 from tests.bench._fake_memory import FakeMemory
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,7 +73,7 @@ def test_b9_every_other_error_comes_out(error):
 
 def test_an_attempt_that_runs_gives_its_value():
     assert attempt(lambda: 7) == Attempted(value=7)
-    assert attempt(lambda: None).ran
+    assert attempt(lambda: None).failure is None
 
 
 def test_a_failure_says_nothing_of_other_processes():
@@ -90,7 +89,8 @@ def test_a_failure_says_nothing_of_other_processes():
 
 def test_a_failed_attempt_says_why():
     memory = FakeMemory(fixed_bytes=100, bytes_per_sample=10, limit_bytes=1000)
-    assert [attempt(lambda size=size: memory.step(size)).ran for size in (1, 90, 91)] == [True, True, False]
+    failures = [attempt(lambda size=size: memory.step(size)).failure for size in (1, 90, 91)]
+    assert [failure is None for failure in failures] == [True, True, False]
     assert attempt(lambda: memory.step(91)).failure == (
         "OutOfMemoryError: CUDA out of memory. Tried to allocate 1010 bytes"
     )
@@ -131,7 +131,7 @@ def test_b10_nothing_of_a_failed_attempt_stays_alive(function, held):
     """B10: no tensor, not in the frames, not in a cycle, and not where someone keeps the error."""
     alive: list[weakref.ref] = []
     kept: list[BaseException] = []
-    assert not attempt(lambda: function(alive, kept.append if held else None)).ran
+    assert attempt(lambda: function(alive, kept.append if held else None)).failure
     assert [reference() for reference in alive] == [None] * 3
     assert len(kept) == held
 
@@ -178,7 +178,7 @@ def step(rows):
     optimizer = make_optimizer(model, TrainingConfig())
     return float(training_step(model, dict(input_ids=ids, targets=ids), optimizer, 1.0)[0])
 
-assert attempt(lambda: step(4)).ran
+assert attempt(lambda: step(4)).failure is None
 used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData:"))
 resource.setrlimit(resource.RLIMIT_DATA, (used + ROOM, used + ROOM))
 
@@ -187,18 +187,18 @@ for trial in range(3):  # the next trial can use what the one before had
         keep_freed_memory()  # as the commands do: what is freed stays with the C library
     failed = attempt(lambda: step(2048))
     assert "DefaultCPUAllocator: can't allocate memory" in failed.failure, failed
-    assert attempt(nearly_everything).ran, trial
-assert attempt(lambda: step(4)).ran
+    assert attempt(nearly_everything).failure is None, trial
+assert attempt(lambda: step(4)).failure is None
 
 def fill(hold):
     while True:
         hold.append(torch.ones(2**20))
 
 held = []
-assert not attempt(lambda: fill(held)).ran and len(held) > 4
-assert not attempt(nearly_everything).ran  # what is held elsewhere is not freed: the limit is real
+assert attempt(lambda: fill(held)).failure and len(held) > 4
+assert attempt(nearly_everything).failure  # what is held elsewhere is not freed: the limit is real
 held.clear()
-assert attempt(nearly_everything).ran
+assert attempt(nearly_everything).failure is None
 print("recovered")
 """
 
@@ -232,4 +232,5 @@ def test_b10_gpu_memory_is_back_at_the_baseline():
     for _ in range(2):
         assert "out of memory" in str(attempt(fill).failure)
         assert torch.cuda.memory_allocated() == baseline
-        assert attempt(lambda: torch.empty(int(room * 0.9), dtype=torch.uint8, device="cuda").numel()).ran
+        again = attempt(lambda: torch.empty(int(room * 0.9), dtype=torch.uint8, device="cuda").numel())
+        assert again.failure is None

@@ -16,25 +16,17 @@ from bench.run.__main__ import main
 from bench.study.runs import Basis
 from bench.training.step import split, training_step
 from bench.tune.__main__ import main as tune
+from bench.tune.control import ReportedUsedMismatch, cut, require_used, witnessed
 from bench.tune.find import Request, search_here
-from bench.tune.search import Found, NoFeasibleBatch, Trial, search
-from bench.tune.shape import (
-    ReportedUsedMismatch,
-    Shape,
-    cut,
-    ladder,
-    lengths_between,
-    require_used,
-    witnessed,
-)
-from bench.tune.trials import ParametersNotApplied, TrialSetup, require_applied, require_batch_applied
+from bench.tune.search import Found, NoFeasibleBatch, Shape, Trial, ladder, search
+from bench.tune.trials import ParametersNotApplied, TrialSetup, require_batch_applied
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import IGNORED
 from tests.bench._fake_memory import FakeMemory
 
 CPU = torch.device("cpu")
 CONFIG = GNNMoEConfig(embed_dim=16, num_layers=1, num_heads=2, max_seq_length=32, vocab_size=64)
-SHAPES = ladder(lengths_between(16, 64, 8), [1, 2, 3, 4, 6, 12])
+SHAPES = ladder([*range(16, 64, 8), 64], [1, 2, 3, 4, 6, 12])
 
 
 def batch(rows: int = 4, length: int = 16) -> dict[str, torch.Tensor]:
@@ -47,8 +39,6 @@ def test_d8_the_ladder_grows_length_first_then_rows():
     assert [str(shape) for shape in steps] == ["1 × 16", "1 × 32", "1 × 64", "2 × 64", "4 × 64"]
     tokens = [shape.tokens for shape in SHAPES]
     assert tokens == sorted(set(tokens))
-    assert lengths_between(10, 30, 16) == [10, 26, 30]
-    assert lengths_between(32, 32, 16) == [32]
 
 
 def test_d3_a_batch_cut_shorter_holds_the_same_tokens_and_targets():
@@ -230,18 +220,19 @@ def test_d5_doubling_the_batch_raises_the_measured_activations():
             assert targets is not None
             return super().forward(input_ids[:1], targets=targets[:1], **options)
 
-    with pytest.raises(ParametersNotApplied, match="parameters not applied: 1 sequences at once take"):
+    with pytest.raises(ParametersNotApplied, match="parameters not applied: 1 sequence at once takes"):
         require_batch_applied(RunsOneRow(CONFIG, seed=0), 16, CPU)
 
 
 @pytest.mark.parametrize(("small", "large", "caught"), [(10, 20, False), (10, 10, True), (10, 9, True)])
-def test_d5_equal_or_falling_memory_is_an_error(small, large, caught):
-    readings = {3: small, 6: large}
+def test_d5_equal_or_falling_memory_is_an_error(small, large, caught, monkeypatch):
+    monkeypatch.setattr("bench.tune.trials.activation_bytes", lambda _, rows, *__: {1: small, 2: large}[rows])
+    model = GNNMoEModel(CONFIG, seed=0)
     if caught:
-        with pytest.raises(ParametersNotApplied, match="6 take"):
-            require_applied(readings.__getitem__, 3)
+        with pytest.raises(ParametersNotApplied, match="2 take"):
+            require_batch_applied(model, 16, CPU)
     else:
-        require_applied(readings.__getitem__, 3)
+        require_batch_applied(model, 16, CPU)
 
 
 def test_d6_speed_counts_real_targets_and_the_time_of_steps_only(monkeypatch):

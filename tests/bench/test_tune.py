@@ -26,8 +26,7 @@ from bench.tune import find, trials
 from bench.tune.__main__ import main as tune
 from bench.tune.__main__ import request_of
 from bench.tune.find import Request, cached_search, search_here, search_in_child
-from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial
-from bench.tune.shape import Shape
+from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
 from bench.tune.trials import (
     MEASURED_STEPS,
     MOST_PIECES,
@@ -211,7 +210,7 @@ def test_b8_the_answer_is_kept_and_any_change_searches_again(tuned, monkeypatch,
     here = find.place_of(prepare(parse(RunConfig, tuned)).search(print))
     for name in ("torch", "coupler_sha256", "project_sha256", "threads"):
         with monkeypatch.context() as patch:
-            elsewhere = replace(here, **{name: "x"})
+            elsewhere = {**here, name: "x"}
             patch.setattr(find, "place_of", lambda _, elsewhere=elsewhere: elsewhere)
             assert trials_of() > 0, name
 
@@ -548,7 +547,7 @@ class Dead:
 def test_b9_what_goes_wrong_in_a_child_is_loud(message, error, said):
     kept = []
     with pytest.raises(error, match=said):
-        find._last_message(Pipe(Trial(shape(2)), message), Dead(), 0.0, kept.append)  # pyright: ignore
+        find._answer_of(Pipe(Trial(shape(2)), message), Dead(), 0.0, kept.append)  # pyright: ignore
     assert [trial.shape for trial in kept] == [shape(2)]
 
 

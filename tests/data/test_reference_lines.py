@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from bench.data import reference_lines
-from bench.data.cache import HERE, key_of
+from bench.data.cache import HERE, code_of, key_of
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.reference_lines import KneserNey
-from bench.syntax import code_of
 
 
 @pytest.fixture

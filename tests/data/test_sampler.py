@@ -15,7 +15,15 @@ from bench.config import BatchSchedule
 from bench.data import loader as loader_module
 from bench.data.blocks import IGNORED, EvalWindows
 from bench.data.curriculum import Curriculum
-from bench.data.loader import EpochBatchSampler, Extent, Shard, create_loader, resolve_shard, set_epoch
+from bench.data.loader import (
+    EpochBatchSampler,
+    Extent,
+    Shard,
+    create_loader,
+    resolve_shard,
+    set_epoch,
+    size_of,
+)
 
 pytestmark = pytest.mark.core("loader")
 
@@ -193,8 +201,8 @@ def test_a_schedule_has_one_simple_form(text, epochs, simple):
     schedule = BatchSchedule.parse(text)
     assert str(schedule.simplified(epochs)) == simple
     last = 8 if epochs is None else epochs
-    assert [schedule.size(e) for e in range(last)] == [
-        BatchSchedule.parse(simple).size(e) for e in range(last)
+    assert [size_of(schedule, e) for e in range(last)] == [
+        size_of(BatchSchedule.parse(simple), e) for e in range(last)
     ]
 
 
@@ -217,7 +225,7 @@ def test_a_schedule_has_one_simple_form(text, epochs, simple):
 def test_the_smallest_epoch_is_one_that_is_reached(schedule, extent, epoch):
     """A6: at once, however far away the changes lie."""
     parsed = BatchSchedule.parse(schedule)
-    (sampler,) = make_samplers(100, parsed.size(0), 1, schedule=parsed)
+    (sampler,) = make_samplers(100, size_of(parsed, 0), 1, schedule=parsed)
     assert sampler.smallest_epoch(extent) == epoch
 
 
@@ -250,4 +258,4 @@ def test_the_smallest_epoch_by_going_through_all(changes, first, curriculum, epo
 def test_a_schedule_says_what_it_is():
     schedule = BatchSchedule.parse(" 0:16 , 2:32")
     assert str(schedule) == "0:16,2:32"
-    assert [schedule.size(epoch) for epoch in range(4)] == [16, 16, 32, 32]
+    assert [size_of(schedule, epoch) for epoch in range(4)] == [16, 16, 32, 32]

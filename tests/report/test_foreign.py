@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.foreign import inside, shown, visible
+from bench.files import inside, shown, visible
 from bench.record import Record, RunFolder
 from bench.report.__main__ import main
 from bench.report.publish import publish_study

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from bench.config import RunConfig, Table
-from bench.record import Settings
+from bench.config import FlagTable, RunConfig
+from bench.record import RecordedConfig
 from bench.run.identity import settings_in_record
 from bench.study.labels import Key, flags_that_count
 from bench.study.labels import labels as labels_of
@@ -15,7 +15,7 @@ from bench.study.labels import labels as labels_of
 ONE, OTHER = "1a2b3c4d5e6f", "9a8b7c6d5e4f"
 
 
-def labels(configurations: list[Table], keys: Sequence[Key] | None = None) -> list[str]:
+def labels(configurations: list[FlagTable], keys: Sequence[Key] | None = None) -> list[str]:
     """Return the labels of configurations that differ where their settings do, or that have these keys."""
     plain = [(hashlib.sha256(repr(sorted(one.items(), key=str)).encode()).hexdigest()[:12], None)
              for one in configurations]  # fmt: skip
@@ -26,7 +26,7 @@ def of(**groups: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the default config with other values in some groups."""
     default = settings_in_record(RunConfig()).model_dump()
     return flags_that_count(
-        Settings(**{name: fields | groups.get(name, {}) for name, fields in default.items()})
+        RecordedConfig(**{name: fields | groups.get(name, {}) for name, fields in default.items()})
     )
 
 

@@ -314,7 +314,8 @@ def _draw_perplexities(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> N
         if row.loss.mean is None:
             write_in_row(axes, place, f"no result: {row.configuration.statuses()}", colour=VERMILLION)
     measured = [(place, row) for place, row in enumerate(rows) if row.loss.mean is not None]
-    places, means = [place for place, _ in measured], [exp_or_infinity(row.loss.mean) for _, row in measured]
+    places = [place for place, _ in measured]
+    means = [exp_or_infinity(row.loss.mean or 0.0) for _, row in measured]
     seeds = [
         (exp_or_infinity(loss), place + 0.22) for place, row in measured for loss in row.loss.values.values()
     ]

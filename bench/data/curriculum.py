@@ -28,6 +28,7 @@ ScoreByCheckpoint = Callable[[Path, TrainBlocks], np.ndarray]
 
 PACINGS = ("linear", "competence_sqrt")
 _CHUNK = 4096  # blocks scored at once by rarity
+_BATCH = 32  # blocks scored at once by a model
 
 
 class DifficultyModelMissing(Refused):
@@ -145,11 +146,11 @@ def rarity_scores(blocks: TrainBlocks, vocabulary: Vocabulary) -> np.ndarray:
 
 
 @torch.no_grad()
-def model_scores(blocks: TrainBlocks, score_blocks: ScoreBlocks, batch_size: int = 32) -> np.ndarray:
+def model_scores(blocks: TrainBlocks, score_blocks: ScoreBlocks) -> np.ndarray:
     """Return the mean nll in nats that a model gives each block, (blocks,) float64."""
     parts = []
-    for first in range(0, len(blocks), batch_size):
-        batch = blocks.__getitems__(_numbers(blocks, first, batch_size))
+    for first in range(0, len(blocks), _BATCH):
+        batch = blocks.__getitems__(_numbers(blocks, first, _BATCH))
         scores = score_blocks(batch["input_ids"], batch["targets"])
         if scores.shape != batch["targets"].shape[:1]:
             raise ValueError(

@@ -76,7 +76,7 @@ def join_rows(rows: Iterable[str | None]) -> str:
 # --- a folder: the published token files, plain text files, or parquet files as on the hub -----------
 
 
-def read_folder(folder: Path, text_column: str = "text") -> Text:
+def read_folder(folder: Path, text_column: str) -> Text:
     """Return the text of ``folder``, which holds all three splits in one form.
 
     ``text_column`` applies to parquet files. The contents of the files are decoded only when the text is
@@ -251,7 +251,7 @@ def known_as(dataset_name: str | None, config_name: str | None) -> tuple[str, st
     return "wikitext", config_name or WIKITEXT[0]
 
 
-def read_named(dataset_name: str, config_name: str, text_column: str = "text") -> Text:
+def read_named(dataset_name: str, config_name: str, text_column: str) -> Text:
     """Return the text of a data set by its name, from the local cache of ``datasets`` or from the hub.
 
     The hub is probed first, because ``datasets`` itself retries for many seconds without a connection. The

@@ -260,9 +260,8 @@ def test_pinning_where_there_is_cuda(make_corpus, monkeypatch):
 def test_more_samples_than_there_are_is_said_once(make_corpus):
     """E1: all of them, and one warning, for training and for evaluation."""
     for split, blocks in (("train", 10), ("val", 11)):
-        with pytest.warns(
-            UserWarning, match=f"asked for 12 .* blocks of 4 tokens; only {blocks} exist"
-        ) as said:
+        said_so = f"asked for 12 .* blocks of 4 tokens; only {blocks} exist"
+        with pytest.warns(UserWarning, match=said_so) as said:
             create_loader(make_corpus(43), split, 2, max_seq_length=4, num_samples=12)
         assert len(said) == 1
 

@@ -50,12 +50,16 @@ DENSE = "dense"
 TOLERANCES = {"memory": 0.001, "time": 0.02}  # of the reference: the prediction is exact, a clock is not
 QUANTITIES = (*BY_FORMULA, *TOLERANCES)
 OF_A_COUPLER = (
-    "coupler_type", "coupler_options", "ffn_dim", "hgnn_conv_type", "static_hyperedge_strategy",
+    "coupler_type",
+    "coupler_options",
+    "ffn_dim",
+    "hgnn_conv_type",
+    "static_hyperedge_strategy",
     "hgnn_learnable_edge_weights",
-)  # fmt: skip
+)
 """Fields in which a model may differ from the reference that it is matched to."""
 MOST_TRIALS, MOST_WIDTHS = 16, 64  # widths that are tried, and times the width to begin with
-FORMAT = 2  # one more whenever the same match would be answered or stored differently
+FORMAT = 2  # add 1 whenever the same match would be answered or stored differently
 Ratio = Callable[[str, GNNMoEConfig, GNNMoEConfig], float]
 """From memory or time, a model and the reference to how many times as much of it the model takes."""
 MOST_ROWS = 40
@@ -122,7 +126,7 @@ class PlannedConfiguration:
 
     @cached_property
     def steps(self) -> int:
-        """About how many steps the training has; a curriculum and a batch schedule have others."""
+        """About how many steps the training has, without a curriculum or a batch schedule."""
         config = self.training.config
         training, length = config.training, config.model.max_seq_length
         blocks = self.known.corpus.splits["train"].num_tokens // length
@@ -218,7 +222,7 @@ def _refuse_two_files(made: Sequence[PlannedConfiguration], study: Path) -> None
     Raises:
         Refused: as ``refuse_another_file``.
     """
-    ours = [(one.training.config.model.coupler_type, one.known.code["coupler_sha256"]) for one in made]
+    ours = [(each.training.config.model.coupler_type, each.known.code["coupler_sha256"]) for each in made]
     if any(is_file(coupler) for coupler, _ in ours):
         others = [*ours, *map(coupler_of, study_records(study))]
         for coupler, sha256 in ours:
@@ -292,7 +296,7 @@ def _label(request: RunRequest, varying: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """Make every model cost as much, in ``quantity``, as the first one with the coupler ``reference``."""
+    """Make every model cost as much, in ``quantity``, as the first model with the coupler ``reference``."""
 
     quantity: str
     reference: str
@@ -435,7 +439,7 @@ class TrainingCosts:
 
 
 def threads_of_a_run(device: torch.device) -> int:
-    """Return how many threads a run of a sweep has on this device: those of its slot, else those of here."""
+    """Return how many threads a run has on this device: those of its slot, else those of this process."""
     (slot,) = slots_for(device.type, 1)
     return int(slot.get("OMP_NUM_THREADS", torch.get_num_threads()))
 
@@ -530,8 +534,8 @@ def _row(configuration: PlannedConfiguration, match: Match | None, keep_stale: b
 def show_expected(plan: Plan, console: Console) -> None:
     """Print what one run of each configuration will take here, in at most 80 columns.
 
-    The memory is predicted. The time is that of the training alone: its steps × a step, the median of
-    three that are run now, one configuration after another, with the threads that a run has.
+    The memory is predicted. The time is the time of the training alone: its steps × the median of three
+    steps. They are run now, one configuration after another, with the threads that a run has.
     """
     title = "one run here: peak memory predicted, training = steps × a step measured now"
     table = _table(title, ["peak memory", "a step", "steps", "training"])

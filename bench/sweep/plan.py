@@ -191,7 +191,7 @@ def make_plan(
         Refused: naming the run that cannot be, and why.
     """
     varying = _varying([request.flags for request in sweep.runs])
-    matching = None if match is None else _matching(sweep, places, identify, match)
+    matcher = None if match is None else _matcher(sweep, places, identify, match)
     made: dict[int, PlannedConfiguration] = {}
     configurations: dict[str, PlannedConfiguration] = {}
     runs = []
@@ -200,7 +200,7 @@ def make_plan(
         try:
             by_seed = key in made and made[key].training.config.training.curriculum is not None
             if key not in made or by_seed:
-                made[key] = _make(request, varying, places, identify, matching, device)
+                made[key] = _make(request, varying, places, identify, matcher, device)
         except Refused as error:
             raise Refused(f"run {_label(request, varying)} (seed {request.seed}): {error}") from error
         run = made[key].run(request.seed, Path(places["results_dir"]) / sweep.study)
@@ -229,7 +229,7 @@ def _refuse_two_files(made: Sequence[PlannedConfiguration], study: Path) -> None
             refuse_another_file(coupler, sha256, others)
 
 
-def _matching(
+def _matcher(
     sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match
 ) -> Callable[[GNNMoEConfig, TrainingCosts], Matched]:
     """Return what matches a model to the sweep's first model with the reference's coupler."""
@@ -246,15 +246,15 @@ def _make(
     varying: Sequence[str],
     places: dict[str, Any],
     identify: Identify,
-    matching: Callable[[GNNMoEConfig, TrainingCosts], Matched] | None,
+    matcher: Callable[[GNNMoEConfig, TrainingCosts], Matched] | None,
     device: torch.device | None,
 ) -> PlannedConfiguration:
     flags, off_by = {**request.flags, "seed": request.seed}, None
     config = config_of({**flags, **places})
     known = identify(config)
     device = device or resolve_device(config.places.device)
-    if matching is not None:
-        found = matching(known.model, TrainingCosts(config, device))
+    if matcher is not None:
+        found = matcher(known.model, TrainingCosts(config, device))
         off_by = found.off_by
         if found.ffn_dim is not None:
             flags |= {"ffn_dim": found.ffn_dim}

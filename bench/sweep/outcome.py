@@ -91,7 +91,7 @@ class SweepResult:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many runs have each status; ``left`` counts those without one."""
+        """How many runs have each status; ``left`` counts the runs without a status."""
         return Counter(
             self.outcomes[run.run_id].status if run.run_id in self.outcomes else "left" for run in self.runs
         )
@@ -315,14 +315,14 @@ def _cause(exit_status: int, tail: Sequence[str]) -> str:
         return f"killed by signal {-exit_status} ({name}){perhaps}"
     if exit_status == 0:
         return "ended with exit status 0, but left no finished record under the planned run_id"
-    telling = [line for line in tail if TELLING.match(line)] or tail  # the last one may be a path
+    telling = [line for line in tail if TELLING.match(line)] or tail  # the last line may be a path
     return telling[-1] if telling else f"ended with exit status {exit_status} and said nothing"
 
 
 def _written(attempt: Attempt, status: str, error: str, tail: Sequence[str], begun: bool) -> Outcome | Again:
     """Write the status, the error and the last lines of output into the run's record and its log.
 
-    ``begun``: the child wrote a record, so that its part of the run is the last one in it.
+    ``begun``: the child wrote a record, so that its part of the run is the last part there.
     """
     run, store = attempt.run, folder_of(attempt.run)
     error = error[:TAIL_CHARACTERS]

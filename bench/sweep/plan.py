@@ -49,12 +49,16 @@ DENSE = "dense"
 TOLERANCES = {"memory": 0.001, "time": 0.02}  # of the reference: the prediction is exact, a clock is not
 QUANTITIES = (*BY_FORMULA, *TOLERANCES)
 OF_A_COUPLER = (
-    "coupler_type", "coupler_options", "ffn_dim", "hgnn_conv_type", "static_hyperedge_strategy",
+    "coupler_type",
+    "coupler_options",
+    "ffn_dim",
+    "hgnn_conv_type",
+    "static_hyperedge_strategy",
     "hgnn_learnable_edge_weights",
-)  # fmt: skip
+)
 """Fields in which a model may differ from the reference that it is matched to."""
 MOST_TRIALS, MOST_WIDTHS = 16, 64  # widths that are tried, and times the width to begin with
-FORMAT = 2  # one more whenever the same match would be answered or stored differently
+FORMAT = 2  # add 1 whenever the same match would be answered or stored differently
 Ratio = Callable[[str, GNNMoEConfig, GNNMoEConfig], float]
 """From memory or time, a model and the reference to how many times as much of it the model takes."""
 MOST_ROWS = 40
@@ -122,7 +126,7 @@ class PlannedConfiguration:
 
     @cached_property
     def steps(self) -> int:
-        """About how many steps the training has; a curriculum and a batch schedule have others."""
+        """About how many steps the training has, without a curriculum or a batch schedule."""
         config = self.training.config
         training, length = config.training, config.model.max_seq_length
         blocks = self.known.corpus.splits["train"].num_tokens // length
@@ -218,7 +222,7 @@ def _made(
     Raises:
         Refused: names the run that is impossible, and why.
     """
-    matching = None if match is None else _matching(sweep, places, identify, match)
+    matcher = None if match is None else _matcher(sweep, places, identify, match)
     by_flags: dict[int, PlannedConfiguration] = {}
     made = []
     for request in sweep.runs:
@@ -226,7 +230,7 @@ def _made(
         try:
             by_seed = key in by_flags and by_flags[key].training.config.training.curriculum is not None
             if key not in by_flags or by_seed:
-                by_flags[key] = _make(request, places, identify, matching, device)
+                by_flags[key] = _make(request, places, identify, matcher, device)
         except Refused as error:
             raise Refused(f"run {_label_by_flags(request, sweep)} (seed {request.seed}): {error}") from error
         made.append(by_flags[key])
@@ -247,14 +251,14 @@ def _refuse_two_files(made: Sequence[PlannedConfiguration], study: Path) -> None
     Raises:
         Refused: as ``refuse_another_file``.
     """
-    ours = [(one.training.config.model.coupler_type, one.known.code["coupler_sha256"]) for one in made]
+    ours = [(each.training.config.model.coupler_type, each.known.code["coupler_sha256"]) for each in made]
     if any(is_file(coupler) for coupler, _ in ours):
         others = [*ours, *map(coupler_of, study_records(study))]
         for coupler, sha256 in ours:
             refuse_another_file(coupler, sha256, others)
 
 
-def _matching(
+def _matcher(
     sweep: Sweep, places: dict[str, Any], identify: Identify, match: Match
 ) -> Callable[[GNNMoEConfig, TrainingCosts], Matched]:
     """Return what matches a model to the sweep's first model with the reference's coupler."""
@@ -270,15 +274,15 @@ def _make(
     request: RunRequest,
     places: dict[str, Any],
     identify: Identify,
-    matching: Callable[[GNNMoEConfig, TrainingCosts], Matched] | None,
+    matcher: Callable[[GNNMoEConfig, TrainingCosts], Matched] | None,
     device: torch.device | None,
 ) -> PlannedConfiguration:
     flags, off_by = {**request.flags, "seed": request.seed}, None
     config = config_of({**flags, **places})
     known = identify(config)
     device = device or resolve_device(config.places.device)
-    if matching is not None:
-        found = matching(known.model, TrainingCosts(config, device))
+    if matcher is not None:
+        found = matcher(known.model, TrainingCosts(config, device))
         off_by = found.off_by
         if found.ffn_dim is not None:
             flags |= {"ffn_dim": found.ffn_dim}
@@ -296,7 +300,7 @@ def _make(
 
 @dataclass(frozen=True)
 class Match:
-    """Make every model cost as much, in ``quantity``, as the first one with the coupler ``reference``."""
+    """Make every model cost as much, in ``quantity``, as the first model with the coupler ``reference``."""
 
     quantity: str
     reference: str
@@ -439,7 +443,7 @@ class TrainingCosts:
 
 
 def threads_of_a_run(device: torch.device) -> int:
-    """Return how many threads a run of a sweep has on this device: those of its slot, else those of here."""
+    """Return how many threads a run has on this device: those of its slot, else those of this process."""
     (slot,) = slots_for(device.type, 1)
     return int(slot.get("OMP_NUM_THREADS", torch.get_num_threads()))
 
@@ -534,8 +538,8 @@ def _row(configuration: PlannedConfiguration, match: Match | None, keep_stale: b
 def show_expected(plan: Plan, console: Console) -> None:
     """Print what one run of each configuration will take here, in at most 80 columns.
 
-    The memory is predicted. The time is that of the training alone: its steps × a step, the median of
-    three that are run now, one configuration after another, with the threads that a run has.
+    The memory is predicted. The time is the time of the training alone: its steps × the median of three
+    steps. They are run now, one configuration after another, with the threads that a run has.
     """
     title = "one run here: peak memory predicted, training = steps × a step measured now"
     table = _table(title, ["peak memory", "a step", "steps", "training"])

@@ -68,7 +68,7 @@ EXAMPLE = "coupler=GNN,HGNN num_experts=2,4,8"
 class SweepConfig:
     """Run every configuration of a sweep file, or of --sweep, with every seed.
 
-    Finished runs are skipped and interrupted ones continued, so the same command goes on where it was
+    Finished runs are skipped and interrupted runs continued, so the same command goes on where it was
     stopped. Exit status: 0 all ok, 1 a run failed, 2 wrong input, 130 stopped.
     """
 
@@ -85,13 +85,13 @@ class SweepConfig:
     """Print the plan and do nothing."""
     plan: bool = False
     """As --dry-run, with the peak memory and the time that each configuration is expected to take here:
-    a few seconds a configuration."""
+    a few seconds per configuration."""
     retry: Literal["failed", "oom", "all"] | None = None
     """Run again what failed (crashed, diverged, timeout, check_failed), what ran out of memory, or both."""
     force: bool = False
     """Run everything again; earlier records are kept as run_id.1."""
     keep_stale: bool = False
-    """Keep runs that other code made, and continue interrupted ones, instead of running them again."""
+    """Keep runs that other code made, and continue interrupted runs, instead of running them again."""
     fail_fast: bool = False
     """Stop at the first run that fails."""
     wait: bool = False
@@ -101,15 +101,15 @@ class SweepConfig:
     run_timeout: str | None = None
     """End a run that takes longer: 90s, 9m, 1.5h."""
     slots: Count | None = None
-    """Runs side by side (default: one a GPU; on a CPU one a core, each with one thread; on a Ray cluster as
-    many as it has room for; on Slurm 64 in the queue)."""
+    """Runs side by side (default: one per GPU; on a CPU one per core, each with one thread; on a Ray cluster
+    as many as it has room for; on Slurm 64 in the queue)."""
     executor: str = "local"
     """Where runs run: local (this machine), ray or slurm. A cluster must see this folder, the Python and
     the results under the same paths."""
     devices_per_run: Count = 1
     """Devices that each run is spread over by torchrun: GPUs with cuda, else processes on the CPU."""
     cpus_per_run: Count | None = None
-    """On a cluster: cores of a run, shared by its devices as threads (default: 1 a device; 4 a GPU)."""
+    """On a cluster: cores of a run, shared by its devices as threads (default: 1 per device; 4 per GPU)."""
     results_dir: Place = Path("results")
     """Folder of all results."""
     study: str | None = None
@@ -291,7 +291,7 @@ class Blocks:
     axes: list[list[FlagTable]] = field(default_factory=list)
     """One axis for each key of [grid] and one for [zip]: the flags of each of its points."""
     places: dict[str, str] = field(default_factory=dict)
-    """The key and the block that set a flag, by field."""
+    """The key and the block that set a flag, by field of the flag."""
     where: Condition | None = None
     draw: tuple[int, int] | None = None
     """How many configurations, and the seed of the draw."""

@@ -17,7 +17,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -89,8 +88,8 @@ def execute(
     study = config.results_dir / str(config.study)
     with (
         closing(executor),
-        Signals().installed() as signals,
-        sweep_lock(study, config.wait, display.line, lambda: signals.count > 0) as held,
+        signals_noted() as signals,
+        sweep_lock(study, config.wait, display.line, lambda: bool(signals)) as held,
     ):
         if held:
             before()
@@ -123,7 +122,7 @@ class _RunningSweep:
         config: SweepConfig,
         command: Command,
         display: Display,
-        signals: Signals,
+        signals: list[int],
         began: float,
     ) -> None:
         self.result, self.executor, self.config, self.command = result, executor, config, command
@@ -180,11 +179,11 @@ class _RunningSweep:
 
     def _watch(self) -> None:
         """Heed signals, the sweep's time budget and the runs' time limit."""
-        if self.signals.count:
+        if self.signals:
             if self.result.stopped != "signal":
                 self.display.line("stopping: each run saves its state; a second signal ends them at once …")
             self._stop("signal")
-        if self.signals.count > 1:
+        if len(self.signals) > 1:
             for run_id in self.running:
                 self.executor.stop(run_id, at_once=True)
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -367,30 +366,22 @@ def _processor() -> str:
 # --- one sweep for one study, and its signals -----------------------------------------------------
 
 
-class Signals:
-    """Counts SIGINT, SIGTERM and SIGHUP: the first asks the sweep to stop, the second to stop at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def installed(self) -> Iterator[Signals]:
-        """Count inside the block; outside the main thread nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: the sweep outlives its terminal
-            numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._count) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _count(self, *_: Any) -> None:
-        self.count += 1
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Yield the list of SIGINT, SIGTERM and SIGHUP that came; outside the main thread none is noted."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: the sweep outlives its terminal
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

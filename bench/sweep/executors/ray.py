@@ -66,7 +66,7 @@ def import_ray() -> Any:
         Refused: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # else runs yield to all others, and speeds are of that
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else runs yield to all other processes
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of its own future
     try:
         import ray  # pyright: ignore[reportMissingImports]
@@ -105,7 +105,7 @@ def capacity(nodes: list[dict[str, Any]], resources: Resources) -> int:
     """Return how many runs fit into the nodes side by side.
 
     Raises:
-        Refused: not one does.
+        Refused: no run fits.
     """
     asked = {"CPU": resources.cpus, "GPU": resources.gpus}
     having = [node["Resources"] for node in nodes if node["Alive"]]
@@ -137,7 +137,7 @@ class RayExecutor(ClusterExecutor):
             self._ray.cancel(self._references[run_id], force=at_once)
 
     def close(self) -> None:
-        """Leave the cluster; one started for the sweep ends."""
+        """Leave the cluster; a cluster started for the sweep ends."""
         self._ray.shutdown()
 
     def _give(self, run_id: str, task: RemoteTask) -> None:

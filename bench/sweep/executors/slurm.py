@@ -85,19 +85,22 @@ def parameters_for(options: Options, wanted: Wanted) -> dict[str, Any]:
             f"slurm_time is {options.slurm_time!r}; it must be 5m or more: the last {SAVING_SECONDS} s of a "
             "job are for saving its state."
         )
-    others: dict[str, Any] = {"requeue": True}
+    extra: dict[str, Any] = {"requeue": True}
     for option in options.slurm_option:
         name, equals, value = option.partition("=")
-        others[name.strip().lstrip("-")] = value if equals else True
+        extra[name.strip().lstrip("-")] = value if equals else True
     cpus, gpus = wanted.resources.cpus, wanted.resources.gpus
     parameters: dict[str, Any] = {
-        "job_name": wanted.logs.absolute().parent.name, "time": math.ceil(seconds / 60),
-        "cpus_per_task": cpus, "srun_args": [f"--cpus-per-task={cpus}"],  # srun no longer takes the job's
-        "signal_delay_s": SAVING_SECONDS, "additional_parameters": others,
-    }  # fmt: skip
+        "job_name": wanted.logs.absolute().parent.name,
+        "time": math.ceil(seconds / 60),
+        "cpus_per_task": cpus,
+        "srun_args": [f"--cpus-per-task={cpus}"],  # srun no longer takes the number of the job
+        "signal_delay_s": SAVING_SECONDS,
+        "additional_parameters": extra,
+    }
     if options.slurm_partition is not None:
         parameters["partition"] = options.slurm_partition
-    if gpus and not {"gres", "gpus"} & set(others):
+    if gpus and not {"gres", "gpus"} & set(extra):
         parameters["gpus_per_node"] = gpus
     return parameters
 
@@ -123,14 +126,14 @@ class SlurmQueue:
             raise Refused(f"Slurm does not answer: {said}")
 
     def states(self) -> dict[str, str] | None:
-        """Return the state of each of the user's jobs; Slurm forgets one minutes after its end."""
+        """Return the state of each job of the user; Slurm forgets a job minutes after its end."""
         answer = _call("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%T")
         if answer.returncode != 0:
             return None
         return {job: state for job, _, state in (line.partition("|") for line in answer.stdout.split())}
 
     def end(self, jobs: Collection[str], *, at_once: bool) -> None:
-        """Cancel jobs; those that run are given SIGTERM, which the run heeds, or SIGKILL."""
+        """Cancel jobs; running jobs get SIGTERM, after which the run saves its state, or SIGKILL."""
         if at_once:
             _call("scancel", "--signal=KILL", *jobs)
             _call("scancel", *jobs)
@@ -147,7 +150,7 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 class SlurmExecutor(ClusterExecutor):
-    """Gives tasks to ``submitter``, an executor of submitit's, whose jobs ``queue`` knows."""
+    """Gives tasks to ``submitter``, an executor of submitit; ``queue`` knows its jobs."""
 
     def __init__(
         self,
@@ -171,10 +174,10 @@ class SlurmExecutor(ClusterExecutor):
         self._submitted = False
 
     def submit(self) -> None:
-        """Give what was started since the last call to Slurm, as an array where it is more than one.
+        """Give what was started since the last call to Slurm, as an array where it is more than one task.
 
         Raises:
-            OSError: sbatch refuses the first of all; later ones are tried again each minute.
+            OSError: sbatch refuses the first tasks; later tasks are tried again each minute.
         """
         if not self._batch or time.monotonic() < self._submit_at:
             return
@@ -220,7 +223,7 @@ class SlurmExecutor(ClusterExecutor):
         self._batch[run_id] = task
 
     def _end_stopping(self) -> None:
-        """Tell Slurm which jobs to end, at each look: one that was about to start may not have heard it."""
+        """Tell Slurm at each look which jobs to end: a job that was about to start may not have heard it."""
         for at_once in (False, True):
             jobs = [self._jobs[name].job_id for name, how in self._stopping.items() if how == at_once]
             if jobs:
@@ -290,9 +293,9 @@ def _last_line(text: str) -> str:
 def do_job(task: RemoteTask, grace_seconds: float) -> ChildEnd:
     """Do the task inside a job and return how it ended.
 
-    SIGTERM means that the job ends, by preemption, ``scancel`` or the sweep: no result is left, so that
-    only Slurm says whether the job will start again. SIGUSR2 means that its time is nearly over: the
-    run saves its state, and the job is requeued.
+    SIGTERM means that the job ends, by preemption, ``scancel`` or the sweep. It leaves no result then, so
+    that only Slurm says whether the job will start again. SIGUSR2 means that the time of the job is nearly
+    over: the run saves its state, and the job is requeued.
     """
     end = do(task, (signal.SIGTERM, signal.SIGUSR2), grace_seconds)
     asked = signal.SIGUSR2 in end[2] and end[0] != 0
@@ -305,7 +308,7 @@ def _requeue() -> bool:
     job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if job is None or restarts >= RESTARTS:
         return False
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # one of its jobs has the array's own id
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # a job of it has the array's own id
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return subprocess.run(["scontrol", "requeue", job], timeout=60, check=False).returncode == 0
 
@@ -313,9 +316,11 @@ def _requeue() -> bool:
 @contextmanager
 def outside_of_jobs() -> Iterator[None]:
     """Hide the job that the sweep itself is in while the block lasts: its settings would go to sbatch."""
-    hidden = {name: value for name, value in os.environ.items()
-              if name.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) and name != "SLURM_CONF"}  # fmt: skip
-    hidden = hidden if "SLURM_JOB_ID" in hidden else {}
+    hidden = {}
+    if "SLURM_JOB_ID" in os.environ:
+        own = ("SLURM_", "SBATCH_", "SUBMITIT_")
+        hidden = {name: os.environ[name] for name in os.environ if name.startswith(own)}
+        hidden.pop("SLURM_CONF", None)
     for name in hidden:
         del os.environ[name]
     try:

@@ -27,7 +27,8 @@ from bench.training.loaders import (
 )
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Execution
-from bench.tune.find import Request, Say, refuse_wrong_sizes, request_for
+from bench.tune.find import Say, refuse_wrong_sizes, request_for
+from bench.tune.trials import Request
 from gnnmoe.config import GNNMoEConfig
 
 

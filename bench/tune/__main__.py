@@ -17,8 +17,9 @@ from bench.config import MemoryConfig, RunConfig, TuneConfig
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
-    from bench.tune.find import Request, Say
+    from bench.tune.find import Say
     from bench.tune.search import Trial
+    from bench.tune.trials import Request
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
 

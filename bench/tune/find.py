@@ -1,28 +1,19 @@
-"""From the flags of a run to what fits: the budget, the refusals, the request, the search and its cache.
-
-A search runs in this process, on CUDA in a child process.
-"""
+"""From the flags of a run to what fits: the budget, the refusals, the request, the record and the cache."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from math import gcd
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from bench.check.subject import global_random_state_kept
 from bench.config import DataConfig, MemoryConfig, RunConfig, TrainingConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.data.corpus import Corpus
@@ -31,13 +22,18 @@ from bench.measure.environment import device_name
 from bench.record import Requested
 from bench.training.code import code_hashes
 from bench.training.ranks import Ranks
-from bench.tune.search import Found, Mode, SearchFailed, Shape, Trial, concluded, divisors, ladder, search
-from bench.tune.trials import ParametersNotApplied, Trials, TrialSetup, require_batch_applied
+from bench.tune.search import Found, SearchFailed, Shape, Trial, divisors
+from bench.tune.trials import (
+    OnTrial,
+    Request,
+    TrialSetup,
+    search_here,
+    search_in_child,
+)
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.model import GNNMoEModel
 
 Say = Callable[[str], object]
-OnTrial = Callable[[Trial], object]
 SWITCHES = TUNE, FIT, CONTROL = "tune_batch_size", "fit_shape", "control_memory"
 
 # --- The budget
@@ -262,29 +258,6 @@ def refuse_uneven_pieces(
 OF_THE_OPTIMIZER = ("learning_rate", "adam_betas", "weight_decay", "max_grad_norm")
 
 
-@dataclass(frozen=True)
-class Request:
-    """A search to be done; plain data, so that it can go to another process."""
-
-    setup: TrialSetup
-    budget_bytes: int
-    target: float
-    """Share of the budget that a trial may reach."""
-    mode: Mode
-    lengths: tuple[int, ...]
-    rows: tuple[int, ...]
-    """Rows of the micro-batches that may be tried."""
-    start: int
-    """Rows of the first trial; the mode ``shape`` starts where the prediction says."""
-    max_trials: int
-    max_seconds: float
-
-    @property
-    def shapes(self) -> list[Shape]:
-        """The ladder of shapes that may be tried."""
-        return ladder(self.lengths, self.rows)
-
-
 def request_for(
     config: RunConfig,
     model: GNNMoEConfig,
@@ -494,107 +467,6 @@ def _trials(request: Request, trials: tuple[Trial, ...]) -> list[dict[str, Any]]
             del record["expected_peak_bytes"]
         records.append(record)
     return records
-
-
-def search_here(request: Request, on_trial: OnTrial) -> Found:
-    """Search in this process; ``on_trial`` receives each trial.
-
-    Raises:
-        NoFeasibleBatch: nothing fits.
-        ParametersNotApplied: the search is for a length, and a larger batch takes no more memory.
-    """
-    trials, device = Trials(request.setup), torch.device(request.setup.device)
-    if request.mode == "shape":
-        shortest = request.lengths[0]
-        with global_random_state_kept(device):
-            require_batch_applied(request.setup.build(shortest), shortest, device)
-    return search(
-        trials,
-        request.shapes,
-        request.mode,
-        start=request.start,
-        predict=trials.predicted,
-        limit_bytes=request.setup.limit_bytes,
-        max_trials=request.max_trials,
-        max_seconds=request.max_seconds,
-        on_trial=on_trial,
-    )
-
-
-# --- In a child process
-
-
-def search_in_child(
-    request: Request, on_trial: OnTrial, work: Callable[[Request, OnTrial], Found] = search_here
-) -> Found:
-    """Search in a child process.
-
-    What a trial leaves on the device, or breaks there, ends with the child. The child is ended
-    ``max_seconds`` after its start; the answer then follows from its trials. On CUDA its allocator gets no
-    more than the budget.
-
-    Raises:
-        NoFeasibleBatch, ParametersNotApplied: ``work`` raised it.
-        SearchFailed: ``work`` raised another error, no trial ended in time, or the process died.
-    """
-    context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
-    ours, theirs = context.Pipe(duplex=False)
-    deadline = time.time() + request.max_seconds
-    child = context.Process(target=_child, args=(theirs, work, request, deadline), daemon=True)
-    child.start()
-    theirs.close()
-    trials: list[Trial] = []
-
-    def keep(trial: Trial) -> None:
-        trials.append(trial)
-        on_trial(trial)
-
-    try:
-        found = _answer_of(ours, child, deadline, keep)
-    finally:
-        child.kill()
-        child.join()
-    if found is not None:
-        return found
-    if not trials:
-        raise SearchFailed(f"no trial ended within {request.max_seconds:g} s (--tune-max-seconds).")
-    return concluded(trials, request.shapes, "max_seconds")
-
-
-def _answer_of(ours: Connection, child: BaseProcess, deadline: float, keep: OnTrial) -> Found | None:
-    """Return the child's answer, None at the deadline; ``keep`` receives each trial before."""
-    while ours.poll(max(0.0, deadline - time.time())):
-        try:
-            message = ours.recv()
-        except (EOFError, OSError):  # at the end of a message, or within one
-            child.join()
-            raise SearchFailed(f"the search's process died (exit code {child.exitcode}).") from None
-        if isinstance(message, Found):
-            return message
-        if isinstance(message, Exception):
-            raise message
-        if isinstance(message, str):
-            raise SearchFailed(f"the search's process raised {message}")
-        keep(message)
-    return None
-
-
-def _child(
-    theirs: Connection, work: Callable[[Request, OnTrial], Found], request: Request, deadline: float
-) -> None:
-    """Send each trial, then the answer: what was found, a known error, or the traceback of another error."""
-    warnings.simplefilter("ignore")  # the parent has shown the warnings about the coupler
-    device = torch.device(request.setup.device)
-    try:
-        if device.type == "cuda":
-            share = request.budget_bytes / device_memory_bytes(device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.index)
-        left = replace(request, max_seconds=max(1.0, deadline - time.time()))
-        theirs.send(work(left, theirs.send))
-    except (SearchFailed, ParametersNotApplied) as known:
-        theirs.send(known)
-    except Exception:
-        theirs.send(traceback.format_exc())
 
 
 # --- The cache

@@ -1,26 +1,35 @@
-"""Trials of a shape: full training steps on their own model; and the proof that a batch size is applied."""
+"""A requested search, carried out: its trials, the proof that a batch size is applied, and its process.
+
+A trial takes full training steps on its own model. A search runs in this process, on CUDA in a child process.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import psutil
 import torch
 
 from bench.check.subject import global_random_state_kept
 from bench.config import ExecutionConfig, TrainingConfig
-from bench.device import attempt, format_bytes, host_memory_bytes, recover
+from bench.device import attempt, device_memory_bytes, format_bytes, host_memory_bytes, recover
 from bench.measure.memory import CannotPredict, meter_for, predict_peak
 from bench.measure.steps import random_batch
 from bench.record import is_measured
 from bench.training.step import Execution, make_optimizer, training_step
-from bench.tune.search import FREE_HERE, Shape, Trial
+from bench.tune.search import FREE_HERE, Found, Mode, SearchFailed, Shape, Trial, concluded, ladder, search
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.model import GNNMoEModel
 
+OnTrial = Callable[[Trial], object]
 WARM_UP_STEPS = 2  # the first makes the optimizer's state; the second, with that state, is metered
 MEASURED_STEPS = 2
 MOST_PIECES = 2  # from the second piece on, earlier gradients are held: memory rises no further
@@ -49,6 +58,29 @@ class TrialSetup:
         """Return a model of this length on the device, in train mode."""
         execution = Execution(self.execution, torch.device(self.device))
         return execution.build(self.model_of(length), seed=0).train()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A search to be done; plain data, so that it can go to another process."""
+
+    setup: TrialSetup
+    budget_bytes: int
+    target: float
+    """Share of the budget that a trial may reach."""
+    mode: Mode
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...]
+    """Rows of the micro-batches that may be tried."""
+    start: int
+    """Rows of the first trial; the mode ``shape`` starts where the prediction says."""
+    max_trials: int
+    max_seconds: float
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The ladder of shapes that may be tried."""
+        return ladder(self.lengths, self.rows)
 
 
 class Trials:
@@ -209,3 +241,104 @@ def activation_bytes(model: GNNMoEModel, rows: int, length: int, device: torch.d
         raise ValueError("activation memory cannot be read on this device.")
     assert isinstance(peak, int)
     return peak - 2 * ids.numel() * ids.element_size()
+
+
+# --- The search, in this process or in a child process
+
+
+def search_here(request: Request, on_trial: OnTrial) -> Found:
+    """Search in this process; ``on_trial`` receives each trial.
+
+    Raises:
+        NoFeasibleBatch: nothing fits.
+        ParametersNotApplied: the search is for a length, and a larger batch takes no more memory.
+    """
+    trials, device = Trials(request.setup), torch.device(request.setup.device)
+    if request.mode == "shape":
+        shortest = request.lengths[0]
+        with global_random_state_kept(device):
+            require_batch_applied(request.setup.build(shortest), shortest, device)
+    return search(
+        trials,
+        request.shapes,
+        request.mode,
+        start=request.start,
+        predict=trials.predicted,
+        limit_bytes=request.setup.limit_bytes,
+        max_trials=request.max_trials,
+        max_seconds=request.max_seconds,
+        on_trial=on_trial,
+    )
+
+
+def search_in_child(
+    request: Request, on_trial: OnTrial, work: Callable[[Request, OnTrial], Found] = search_here
+) -> Found:
+    """Search in a child process.
+
+    What a trial leaves on the device, or breaks there, ends with the child. The child is ended
+    ``max_seconds`` after its start; the answer then follows from its trials. On CUDA its allocator gets no
+    more than the budget.
+
+    Raises:
+        NoFeasibleBatch, ParametersNotApplied: ``work`` raised it.
+        SearchFailed: ``work`` raised another error, no trial ended in time, or the process died.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
+    ours, theirs = context.Pipe(duplex=False)
+    deadline = time.time() + request.max_seconds
+    child = context.Process(target=_child, args=(theirs, work, request, deadline), daemon=True)
+    child.start()
+    theirs.close()
+    trials: list[Trial] = []
+
+    def keep(trial: Trial) -> None:
+        trials.append(trial)
+        on_trial(trial)
+
+    try:
+        found = _answer_of(ours, child, deadline, keep)
+    finally:
+        child.kill()
+        child.join()
+    if found is not None:
+        return found
+    if not trials:
+        raise SearchFailed(f"no trial ended within {request.max_seconds:g} s (--tune-max-seconds).")
+    return concluded(trials, request.shapes, "max_seconds")
+
+
+def _answer_of(ours: Connection, child: BaseProcess, deadline: float, keep: OnTrial) -> Found | None:
+    """Return the child's answer, None at the deadline; ``keep`` receives each trial before."""
+    while ours.poll(max(0.0, deadline - time.time())):
+        try:
+            message = ours.recv()
+        except (EOFError, OSError):  # at the end of a message, or within one
+            child.join()
+            raise SearchFailed(f"the search's process died (exit code {child.exitcode}).") from None
+        if isinstance(message, Found):
+            return message
+        if isinstance(message, Exception):
+            raise message
+        if isinstance(message, str):
+            raise SearchFailed(f"the search's process raised {message}")
+        keep(message)
+    return None
+
+
+def _child(
+    theirs: Connection, work: Callable[[Request, OnTrial], Found], request: Request, deadline: float
+) -> None:
+    """Send each trial, then the answer: what was found, a known error, or the traceback of another error."""
+    warnings.simplefilter("ignore")  # the parent has shown the warnings about the coupler
+    device = torch.device(request.setup.device)
+    try:
+        if device.type == "cuda":
+            share = request.budget_bytes / device_memory_bytes(device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.index)
+        left = replace(request, max_seconds=max(1.0, deadline - time.time()))
+        theirs.send(work(left, theirs.send))
+    except (SearchFailed, ParametersNotApplied) as known:
+        theirs.send(known)
+    except Exception:
+        theirs.send(traceback.format_exc())

@@ -16,10 +16,9 @@ import torch
 from bench.config import TrainingConfig
 from bench.device import is_out_of_memory
 from bench.run.__main__ import main
-from bench.tune import find, trials
-from bench.tune.find import Request, search_here, search_in_child
+from bench.tune import trials
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
-from bench.tune.trials import ParametersNotApplied, Trials, TrialSetup
+from bench.tune.trials import ParametersNotApplied, Request, Trials, TrialSetup, search_here, search_in_child
 from gnnmoe import GNNMoEConfig
 from tests.bench.test_run import only_run, results_of
 
@@ -82,7 +81,7 @@ def test_a8_what_goes_wrong_in_a_child_is_a_failed_search_or_what_it_is(work, er
 def test_b6_at_the_deadline_the_answer_is_what_ran_before_it(monkeypatch):
     def late(trial: Trial) -> None:
         if not trial.ran:  # the last message: from here on the time is up
-            monkeypatch.setattr(find, "time", SimpleNamespace(time=lambda: float("inf")))
+            monkeypatch.setattr(trials, "time", SimpleNamespace(time=lambda: float("inf")))
 
     found = search_in_child(REQUEST, late, never_ends)
     assert (found.shape, found.stopped, len(found.trials)) == (Shape(1, 8), "max_seconds", 2)

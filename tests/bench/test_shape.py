@@ -17,9 +17,8 @@ from bench.study.runs import Basis
 from bench.training.step import split, training_step
 from bench.tune.__main__ import main as tune
 from bench.tune.control import ReportedUsedMismatch, cut, require_used, witnessed
-from bench.tune.find import Request, search_here
 from bench.tune.search import Found, NoFeasibleBatch, Shape, Trial, ladder, search
-from bench.tune.trials import ParametersNotApplied, TrialSetup, require_batch_applied
+from bench.tune.trials import ParametersNotApplied, Request, TrialSetup, require_batch_applied, search_here
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.head import IGNORED
 from tests.bench._fake_memory import FakeMemory

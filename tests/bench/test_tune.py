@@ -25,14 +25,17 @@ from bench.training.ranks import ALONE
 from bench.tune import find, trials
 from bench.tune.__main__ import main as tune
 from bench.tune.__main__ import request_of
-from bench.tune.find import Request, cached_search, search_here, search_in_child
+from bench.tune.find import cached_search
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
 from bench.tune.trials import (
     MEASURED_STEPS,
     MOST_PIECES,
     WARM_UP_STEPS,
+    Request,
     Trials,
     TrialSetup,
+    search_here,
+    search_in_child,
     why_it_fails,
 )
 from gnnmoe import GNNMoEConfig
@@ -155,7 +158,7 @@ def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned,
 
 def test_b1_the_search_ends_before_the_training_begins_at_step_0(tuned, monkeypatch, quick_trials):
     events = []
-    search, run = find.search, bench.training.loop.Trainer.run
+    search, run = trials.search, bench.training.loop.Trainer.run
 
     def searching(*arguments, **named):
         events.append("tune begins")
@@ -167,7 +170,7 @@ def test_b1_the_search_ends_before_the_training_begins_at_step_0(tuned, monkeypa
         events.append(f"training begins at step {self.done.steps}")
         return run(self)
 
-    monkeypatch.setattr(find, "search", searching)
+    monkeypatch.setattr(trials, "search", searching)
     monkeypatch.setattr(bench.training.loop.Trainer, "run", training)
     assert main(tuned) == 0
     assert events == ["tune begins", "tune ends", "training begins at step 0"]
@@ -547,7 +550,7 @@ class Dead:
 def test_b9_what_goes_wrong_in_a_child_is_loud(message, error, said):
     kept = []
     with pytest.raises(error, match=said):
-        find._answer_of(Pipe(Trial(shape(2)), message), Dead(), 0.0, kept.append)  # pyright: ignore
+        trials._answer_of(Pipe(Trial(shape(2)), message), Dead(), 0.0, kept.append)  # pyright: ignore
     assert [trial.shape for trial in kept] == [shape(2)]
 
 

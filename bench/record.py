@@ -208,7 +208,7 @@ class Environment(Part):
     code_sha256: str | None = None
     """Hash of all code: only in records from before the two hashes below existed."""
     project_sha256: str | None = None
-    """Hash of the project's code that can change numbers (``bench.training.code``)."""
+    """Hash of the project's code that can change numbers (``bench.training.environment``)."""
     coupler_sha256: str | None = None
     """Hash of the coupler's own code."""
     world_size: PositiveInt = 1
@@ -926,7 +926,7 @@ def study_records(study: Path) -> list[Record]:
 # --- Which code made a record
 
 CODE_WORDS = {"coupler_sha256": "the coupler's own code", "project_sha256": "the project's code"}
-"""The two hashes of the code that made a record (``bench.training.code``), and what each covers."""
+"""The two hashes of the code that made a record (``bench.training.environment``), and what each covers."""
 
 
 def stale_code(

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.config import RunConfig
 from bench.record import Record
-from bench.run.identity import settings_in_record
+from bench.run.prepare import settings_in_record
 
 SHA = hashlib.sha256(b"made").hexdigest()
 PART = {"command": "the first", "start": "2025-01-01T00:00:00Z", "end": None, "seconds": {"prepare": 0.1},

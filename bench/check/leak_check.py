@@ -7,8 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.check.behaviour import agrees_with_reference, batch_isolation, bf16, gradients, no_memory
-from bench.check.causality import causality
+from bench.check.behaviour import (
+    agrees_with_reference,
+    batch_isolation,
+    bf16,
+    causality,
+    gradients,
+    no_memory,
+)
 from bench.check.communication import communication
 from bench.check.isolation import token_isolation
 from bench.check.subject import CheckReport, Subject, global_random_state_kept, run_check

@@ -45,7 +45,7 @@ class Check:
     """One or two sentences: what the check tried, or which fault it found."""
     seconds: float
     reused_from: str | None = None
-    """The run that did this check, where this run reuses its verdict (``bench.run.leak_check``)."""
+    """The run that did this check, where this run reuses its verdict (``bench.run.resume``)."""
 
 
 @dataclass(frozen=True)

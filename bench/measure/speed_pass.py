@@ -24,8 +24,13 @@ from bench.config import MeasureConfig, RunConfig
 from bench.device import Attempted, at_once, attempt
 from bench.measure.memory import built_bytes, meter_for
 from bench.measure.rates import over_the_rate, utilisation
-from bench.measure.steps import TrainingSteps, training_flops_per_token
-from bench.measure.timing import matrix_rate, time_in_turn, time_steps
+from bench.measure.timing import (
+    TrainingSteps,
+    matrix_rate,
+    time_in_turn,
+    time_steps,
+    training_flops_per_token,
+)
 from bench.record import Marginal, Memory, NotMeasured, Speed, is_measured, not_measured
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, Execution, to_device

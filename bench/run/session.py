@@ -6,11 +6,12 @@ history and checkpoints, ``score`` is the final evaluation.
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,14 +23,13 @@ from bench.check.audit import Scored, audit_evaluation, audit_training
 from bench.check.isolation import check_trained_isolation, rows_to_judge
 from bench.check.subject import Check, CheckFailed, CheckReport, run_check
 from bench.cli import Interruption
-from bench.data.blocks import EvalWindows
+from bench.data.corpus import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
 from bench.files import utc_now
-from bench.measure.environment import describe_environment
 from bench.measure.ledger import Ledger
 from bench.measure.speed_pass import SpeedPass
-from bench.measure.steps import training_flops_per_token
+from bench.measure.timing import training_flops_per_token
 from bench.record import (
     Accounts,
     Data,
@@ -48,13 +48,12 @@ from bench.record import (
     is_measured,
     not_measured,
 )
-from bench.run.identity import settings_in_record
-from bench.run.leak_check import is_ours, leak_check_of
-from bench.run.prepare import Prepared
+from bench.run.prepare import Prepared, settings_in_record
 from bench.run.progress import Reporter
-from bench.run.resume import NOTHING, Earlier
-from bench.run.tracker import Tracker
+from bench.run.resume import NOTHING, Earlier, is_ours, leak_check_of
+from bench.run.trackers import Tracker
 from bench.training.checkpoint import remove_left_over, save_checkpoint
+from bench.training.environment import describe_environment
 from bench.training.evaluation import CommunicationTrace, evaluate, summarize_communication
 from bench.training.loop import Diverged, EpochPlan, Shapes, Trained, Trainer, TrainingPlan
 from bench.training.ranks import End, agreed_end, why
@@ -102,7 +101,7 @@ class Session:
             prepared = replace(prepared, code=earlier.state["code"])
         self.prepared, self.reporter = prepared, reporter
         self.interruption, self.earlier, self.state = interruption, earlier, earlier.state
-        self.tracker = Tracker(prepared)
+        self.trackers = trackers_of(prepared)
         config = prepared.config
         self.seconds = dict(prepared.seconds)
         self.audit: dict[str, Any] | None = None
@@ -187,7 +186,8 @@ class Session:
         except (OSError, ValueError) as failure:
             record.status = "crashed"
             record.error = f"{error or status}; the record cannot be written: {failure}"
-        self.tracker.finish(record)
+        for tracker in self.trackers:
+            tracker.finish(record)
 
     def _phases(self) -> None:
         prepared, tuned = self.prepared, None
@@ -312,7 +312,7 @@ class Session:
 
     def _train(self, prepared: Prepared, model: GNNMoEModel, tuned: dict[str, Any] | None) -> TrainingRun:
         learning = TrainingRun(prepared, model, self.reporter, self.interruption,
-                            self.state, self.tracker, tuned, lambda: self.parts(utc_now()))  # fmt: skip
+                            self.state, self.trackers, tuned, lambda: self.parts(utc_now()))  # fmt: skip
         try:
             learning.run()
         finally:
@@ -344,6 +344,12 @@ def _subset(prepared: Prepared) -> TrainingBlocks:
     )
 
 
+def trackers_of(prepared: Prepared) -> list[Tracker]:
+    """Return the tracker that ``--track`` names; none without the flag."""
+    name = prepared.config.places.track
+    return [] if name is None else [importlib.import_module(f"bench.run.trackers.{name}").Tracker(prepared)]
+
+
 class TrainingRun:
     """Trains the model of a prepared run, and keeps its history and checkpoints: the hooks of the trainer.
 
@@ -359,12 +365,12 @@ class TrainingRun:
         reporter: Reporter,
         interruption: Interruption,
         state: dict[str, Any] | None,
-        tracker: Tracker,
+        trackers: Sequence[Tracker],
         tuned: dict[str, Any] | None = None,
         parts: Callable[[], list[TimePart]] = list,
     ) -> None:
         self.prepared, self.model, self.reporter, self.interruption = prepared, model, reporter, interruption
-        self.tracker = tracker
+        self.trackers = trackers
         config, loaders, ranks = prepared.config.training, prepared.loaders, prepared.ranks
         self.tuned, self._parts = tuned, parts
         unit = math.gcd(*TrainingPlan(loaders["train"], config).batch_sizes())
@@ -388,7 +394,8 @@ class TrainingRun:
             self.trace.load_state_dict(state["trace"])
             self.ledger.load_state_dict(state["ledger"])
         prepared.folder.write_history(state["history"] if state else "")
-        tracker.begin(model, self.trace, self.trainer.done.steps)
+        for tracker in trackers:
+            tracker.begin(model, self.trace, self.trainer.done.steps)
 
     @property
     def micro_batch_size(self) -> int | None:
@@ -417,7 +424,8 @@ class TrainingRun:
 
     def write(self, record: Record) -> None:
         """Write what was used into ``record``, and the communication so far into the folder."""
-        self.tracker.close()
+        for tracker in self.trackers:
+            tracker.close()
         plan, done = self.trainer.plan, self.ledger.totals()
         execution, ranks = self.prepared.execution, self.prepared.ranks
         sizes = sorted({account.batch_size for account in self.ledger.epochs})
@@ -477,7 +485,8 @@ class TrainingRun:
     def on_step(self, row: dict[str, Any]) -> None:
         """Keep and show a step."""
         self.prepared.folder.append_history(row)
-        self.tracker.row(row)
+        for tracker in self.trackers:
+            tracker.row(row)
         self.reporter.step(row)
 
     def on_evaluation(self, row: dict[str, Any]) -> None:
@@ -485,8 +494,9 @@ class TrainingRun:
         self.ledger.evaluated("validation in training", self._validation_tokens, row["tokens"])
         self.trace.sample(row["step"], self.model)
         self.prepared.folder.append_history(row)
-        self.tracker.row(row)
-        self.tracker.sample(self.trace)
+        for tracker in self.trackers:
+            tracker.row(row)
+            tracker.sample(self.trace)
         self.reporter.evaluated(row)
 
     def after_step(self) -> None:
@@ -499,7 +509,8 @@ class TrainingRun:
             }  # fmt: skip
             folder = self.prepared.folder
             texts = {"history": folder.read_history(), "log": folder.read_log()}
-            self.tracker.flush()
+            for tracker in self.trackers:
+                tracker.flush()
             self._save({**state, **texts, "parts": [part.model_dump() for part in self._parts()]})
         if requested:
             raise KeyboardInterrupt

@@ -194,12 +194,11 @@ def _measure(
 
     from bench.device import keep_freed_memory
     from bench.files import without_places
-    from bench.measure.environment import describe_environment
     from bench.speed.machine import Machine
     from bench.speed.record import SpeedRecord
     from bench.speed.show import one_line, show, write_plots_of
     from bench.speed.suites import run_jobs
-    from bench.training.code import code_hashes
+    from bench.training.environment import code_hashes, describe_environment
 
     keep_freed_memory()  # as a run does
     progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure.steps import TRAINING
-from bench.measure.timing import TimedStep
+from bench.measure.timing import TRAINING, TimedStep
 from bench.speed.floors import Rates, floor_bytes, roofline_seconds
 from bench.speed.machine import (
     DTYPES,

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bench.device import is_out_of_memory, recover
-from bench.measure.environment import device_name
 from bench.measure.memory import Owner, built_bytes, meter_for
 from bench.measure.timing import TimedStep, copy_bandwidth, matrix_rate, time_in_turn
 from bench.record import is_measured
 from bench.speed.floors import Rates
 from bench.speed.record import SpeedRow
+from bench.training.environment import device_name
 from gnnmoe.config import GNNMoEConfig
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

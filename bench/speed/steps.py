@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from bench.cli import Interruption
 from bench.config import ExecutionConfig, RunConfig, TrainingConfig
 from bench.measure.rates import over_the_rate
-from bench.measure.steps import TRAINING, TrainingSteps, random_batch
-from bench.measure.timing import TimedStep
+from bench.measure.timing import TRAINING, TimedStep, TrainingSteps, random_batch
 from bench.run.prepare import Prepared, prepare
 from bench.run.progress import Reporter
 from bench.run.session import TrainingRun
-from bench.run.tracker import Tracker
 from bench.speed.forms import largest_difference
 from bench.speed.machine import Machine, Turn, in_turn, peak_bytes
 from bench.speed.record import BARE, FETCH, HARNESS, HARNESSED, SpeedRow
@@ -177,7 +175,7 @@ class InTurn(TrainingRun):
 
     def __init__(self, prepared: Prepared, model: GNNMoEModel, bare: BareLoop, machine: Machine) -> None:
         reporter = Reporter(Console(quiet=True), quiet=True)
-        super().__init__(prepared, model, reporter, Interruption(), None, Tracker(prepared))
+        super().__init__(prepared, model, reporter, Interruption(), None, [])
         self.seconds: dict[str, list[float]] = {HARNESSED: [], BARE: [], FETCH: []}
         self._bare, self._machine = bare, machine
         self._batch: Batch = {}

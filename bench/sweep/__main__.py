@@ -80,7 +80,7 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     """
     import torch
 
-    from bench.run.identity import Identifier
+    from bench.run.prepare import Identifier
     from bench.study.hypotheses import check_against, hypotheses_of
     from bench.sweep.plan import Match, make_plan
 

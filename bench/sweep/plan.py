@@ -19,9 +19,8 @@ from rich.table import Table
 from bench.config import DEFAULT_MAX_STEPS, RunConfig, as_flags, complete, config_of, resolved
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.device import cpu_threads, resolve_device
-from bench.measure.environment import device_name
 from bench.measure.memory import CannotPredict
-from bench.measure.steps import Training, step_time_ratio
+from bench.measure.timing import Training, step_time_ratio
 from bench.record import (
     Data,
     RecordedConfig,
@@ -32,12 +31,12 @@ from bench.record import (
     stale_notes,
     study_records,
 )
-from bench.run.identity import Identified, config_dict, run_id, settings_in_record
+from bench.run.prepare import Identified, config_dict, run_id, settings_in_record
 from bench.study.hypotheses import seeds_needed
 from bench.study.labels import flags_that_count, labels
 from bench.sweep.executors.local import slots_for
 from bench.sweep.specification import RunRequest, Sweep
-from bench.training.code import code_hashes
+from bench.training.environment import code_hashes, device_name
 from bench.tune.find import format_bytes
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.cost import QUANTITIES as BY_FORMULA

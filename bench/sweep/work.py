@@ -23,7 +23,6 @@ from rich.console import Console
 
 from bench.config import seconds_of
 from bench.files import Busy, cannot_write, lock
-from bench.measure.environment import device_name
 from bench.record import Environment, stale_notes
 from bench.sweep.executors.base import Executor, Task
 from bench.sweep.live import Display
@@ -43,6 +42,7 @@ from bench.sweep.outcome import (
 )
 from bench.sweep.plan import PlannedRun
 from bench.sweep.specification import SweepConfig
+from bench.training.environment import device_name
 from gnnmoe.config import Refused
 
 POLL_SECONDS = 0.05

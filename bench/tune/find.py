@@ -18,9 +18,8 @@ from bench.config import DataConfig, MemoryConfig, RunConfig, TrainingConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.data.corpus import Corpus
 from bench.device import UNITS, device_memory_bytes, format_bytes
-from bench.measure.environment import device_name
 from bench.record import Requested
-from bench.training.code import code_hashes
+from bench.training.environment import code_hashes, device_name
 from bench.training.ranks import Ranks
 from bench.tune.search import Found, SearchFailed, Shape, Trial, divisors
 from bench.tune.trials import (

@@ -22,7 +22,7 @@ from bench.check.subject import global_random_state_kept
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.device import attempt, device_memory_bytes, format_bytes, host_memory_bytes, recover
 from bench.measure.memory import CannotPredict, meter_for, predict_peak
-from bench.measure.steps import random_batch
+from bench.measure.timing import random_batch
 from bench.record import is_measured
 from bench.training.step import Execution, make_optimizer, training_step
 from bench.tune.search import FREE_HERE, Found, Mode, SearchFailed, Shape, Trial, concluded, ladder, search

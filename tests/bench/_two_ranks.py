@@ -21,8 +21,7 @@ from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import create_loader
 from bench.measure import speed_pass
 from bench.measure.ledger import Ledger
-from bench.measure.steps import TrainingSteps
-from bench.measure.timing import StepTimes, time_steps
+from bench.measure.timing import StepTimes, TrainingSteps, time_steps
 from bench.training.evaluation import evaluate
 from bench.training.loop import Trainer
 from bench.training.ranks import Ranks

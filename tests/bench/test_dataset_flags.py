@@ -8,8 +8,7 @@ import pytest
 
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.run.identity import Identifier
-from bench.run.prepare import prepare
+from bench.run.prepare import Identifier, prepare
 
 
 def config(folder: Path | None, results: Path, *flags: str) -> RunConfig:

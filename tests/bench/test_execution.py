@@ -13,9 +13,9 @@ from torch._dynamo.utils import counters
 
 from bench.config import ExecutionConfig, RunConfig, TrainingConfig
 from bench.measure.memory import meter_for, predict_peak
-from bench.measure.steps import training_flops_per_token
+from bench.measure.timing import training_flops_per_token
 from bench.run.__main__ import main
-from bench.run.identity import identity, run_id
+from bench.run.prepare import identity, run_id
 from bench.training.step import Execution, make_optimizer, training_step
 from bench.tune.control import witnessed
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names

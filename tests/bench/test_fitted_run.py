@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench.run.leak_check
+import bench.run.resume
 from bench.check.isolation import rows_to_judge
 from bench.data.corpus import load_corpus
 from bench.run.__main__ import main
@@ -35,12 +35,12 @@ def fitted(small_data_dir, tmp_path_factory) -> tuple[Path, list[int]]:
     """The folder of a finished run, and the lengths at which the leak check looked."""
     results, judged = tmp_path_factory.mktemp("fitted"), []
 
-    def run_leak_check(config, real=bench.run.leak_check.run_leak_check, **named):
+    def run_leak_check(config, real=bench.run.resume.run_leak_check, **named):
         judged.append(config.max_seq_length)
         return real(config, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench.run.leak_check, "run_leak_check", run_leak_check)
+        patch.setattr(bench.run.resume, "run_leak_check", run_leak_check)
         assert main([*TINY, *FIT, "--data-dir", str(small_data_dir), "--results-dir", str(results)]) == 0
     return only_folder(results), judged
 

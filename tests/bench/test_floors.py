@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure.steps import TRAINING
+from bench.measure.timing import TRAINING
 from bench.speed.floors import Rates, floor_bytes, roofline, roofline_seconds
 from gnnmoe import GNNMoEConfig
 from gnnmoe.couplers.registry import build_coupler

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure.steps import training_flops_per_token
+from bench.measure.timing import training_flops_per_token
 from gnnmoe import GNNMoEModel, coupler_names
 from gnnmoe.couplers.hgnn import CONV_TYPES
 from tests.gnnmoe._support import small_config

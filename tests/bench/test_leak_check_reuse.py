@@ -13,7 +13,7 @@ import torch
 
 from bench.check.leak_check import CHECKS
 from bench.record import not_measured
-from bench.run import leak_check
+from bench.run import resume as leak_check
 from bench.run.__main__ import main
 
 REUSE = "--reuse-check"

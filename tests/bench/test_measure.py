@@ -9,10 +9,10 @@ import torch
 
 from bench.config import MeasureConfig, TrainingConfig
 from bench.device import OUT_OF_MEMORY_TEXTS, is_out_of_memory, resolve_device
-from bench.measure.environment import code_state, describe_environment
 from bench.measure.memory import meter_for
 from bench.measure.speed_pass import fetched, measure_speed, peak_memory
-from bench.measure.steps import TrainingSteps, training_flops_per_token
+from bench.measure.timing import TrainingSteps, training_flops_per_token
+from bench.training.environment import code_state, describe_environment
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_the_clock_sees_the_timed_steps_only(model, monkeypatch):
         ticks[0] += 1.0
         return torch.tensor(0.0), torch.tensor(0.0)
 
-    monkeypatch.setattr("bench.measure.steps.training_step", step)
+    monkeypatch.setattr("bench.measure.timing.training_step", step)
     monkeypatch.setattr("bench.measure.timing.perf_counter", lambda: ticks[0])
     measure = MeasureConfig(speed_warmup_steps=3, speed_steps=4)
     speed = measure_speed(steps_of(model, make_batches(1)), measure, CPU).model_dump(mode="json")

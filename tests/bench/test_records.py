@@ -13,8 +13,8 @@ import pytest
 from bench import files
 from bench.config import ModelConfig, RunConfig, config_of, run_flags
 from bench.record import Damaged, Record, RunFolder, check_writable, is_measured, not_measured
-from bench.run.identity import configuration_id, identity, settings_in_record
-from bench.run.identity import run_id as schema_run_id
+from bench.run.prepare import configuration_id, identity, settings_in_record
+from bench.run.prepare import run_id as schema_run_id
 from gnnmoe.couplers.registry import coupler_identity
 from tests._records import made_record, record_json
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.config import MeasureConfig, TrainingConfig
-from bench.measure import steps as steps_module
+from bench.measure import timing as steps_module
 from bench.measure.speed_pass import measure_speed, peak_memory
 from bench.record import Record
 from bench.run.__main__ import main

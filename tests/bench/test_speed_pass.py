@@ -14,7 +14,7 @@ from bench.cli import parse
 from bench.config import ExecutionConfig, MeasureConfig, RunConfig
 from bench.measure import speed_pass
 from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profile_steps
-from bench.measure.steps import TrainingSteps
+from bench.measure.timing import TrainingSteps
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
 from bench.training.step import Execution
@@ -163,7 +163,7 @@ def test_the_coupler_alone_is_timed_beside_the_mean_coupler(monkeypatch):
 
     model = model_of("HGNN", gnn_layers=1)
     steps = TrainingSteps(copy.deepcopy(model), batches(), RunConfig().training)
-    monkeypatch.setattr("bench.measure.steps.training_step", step)
+    monkeypatch.setattr("bench.measure.timing.training_step", step)
     monkeypatch.setattr("bench.measure.timing.perf_counter", lambda: now[0])
     monkeypatch.setattr(speed_pass, "peak_memory", lambda *_: Memory(**made_memory(1000, 1)))
     memory = Memory(**made_memory(1234, 1))

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-import bench.training.code as code
+import bench.training.environment as code
 import bench.training.loop
 from bench.data.cache import syntax_sha256
 from bench.run.__main__ import main
-from bench.run.identity import Identifier
+from bench.run.prepare import Identifier
 from bench.sweep.outcome import look
 from bench.sweep.plan import make_plan
 from bench.sweep.specification import parse_shorthand
-from bench.training.code import CHANGES_NUMBERS, coupler_sha256, project_sha256
+from bench.training.environment import CHANGES_NUMBERS, coupler_sha256, project_sha256
 from gnnmoe.config import GNNMoEConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def test_the_hash_is_the_same_in_every_python():
 SHOWS_ONLY = (
     "bench/__init__.py bench/run/resume.py"
     " bench/config.py bench/files.py"
-    " bench/cli.py bench/run/progress.py bench/run/tracker.py bench/run/identity.py bench/record.py"
+    " bench/cli.py bench/run/progress.py bench/run/trackers/__init__.py bench/record.py"
 ).split()
 """Modules of a run that change no number: flags (which the identity has), texts and files."""
 

@@ -14,7 +14,7 @@ import pytest
 
 import bench.training.loop
 from bench.run.__main__ import main
-from bench.run.identity import Identifier
+from bench.run.prepare import Identifier
 from bench.sweep.__main__ import main as sweep_main
 from bench.sweep.plan import make_plan
 from bench.sweep.specification import sweep_of

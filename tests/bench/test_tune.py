@@ -18,8 +18,7 @@ from bench.config import RunConfig, TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.measure.memory import CannotPredict, predict_peak
 from bench.run.__main__ import main
-from bench.run.identity import Identifier
-from bench.run.prepare import prepare
+from bench.run.prepare import Identifier, prepare
 from bench.training.checkpoint import load_checkpoint
 from bench.training.ranks import ALONE
 from bench.tune import find, trials

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.check.audit import Scored, audit_evaluation, audit_training, chosen_batches
-from bench.check.causality import causality, replaced, starts
+from bench.check.behaviour import causality, replaced, starts
 from bench.check.subject import Subject, run_check
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import create_loader

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from bench.config import RunConfig
 from bench.report.plots.run import training_plot
 from bench.report.plots.style import plot_style
-from bench.run.identity import config_dict
+from bench.run.prepare import config_dict
 from bench.study.run_files import read_run
 from tests._records import NO_TEST, SCORED, record_json
 

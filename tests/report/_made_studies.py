@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.config import RunConfig
-from bench.run.identity import config_dict
+from bench.run.prepare import config_dict
 from tests._records import made_data, made_memory, made_speed, made_used, record_json
 from tests.report._made_traces import (
     BATCH,

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.config import FlagTable, RunConfig
 from bench.record import RecordedConfig
-from bench.run.identity import settings_in_record
+from bench.run.prepare import settings_in_record
 from bench.study.labels import Key, flags_that_count
 from bench.study.labels import labels as labels_of
 

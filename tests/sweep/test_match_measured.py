@@ -10,7 +10,7 @@ import torch
 from bench.config import RunConfig, TrainingConfig
 from bench.device import cpu_threads
 from bench.measure.memory import CannotPredict
-from bench.measure.steps import Training, step_time_ratio
+from bench.measure.timing import Training, step_time_ratio
 from bench.sweep import plan
 from bench.sweep.__main__ import main
 from bench.sweep.executors.local import slots_for
@@ -138,7 +138,7 @@ def test_time_is_the_median_ratio_of_steps_in_turn(monkeypatch):
     def step(model, *_):
         now[0] += model.config.ffn_dim
 
-    monkeypatch.setattr("bench.measure.steps.training_step", step)
+    monkeypatch.setattr("bench.measure.timing.training_step", step)
     monkeypatch.setattr("bench.measure.timing.perf_counter", lambda: now[0])
     ours, theirs = (Training(config_of("GNN", ffn_dim=width), run_config(), CPU) for width in (30, 20))
     assert step_time_ratio(ours, theirs) == 1.5

@@ -12,8 +12,7 @@ from bench.cli import parse
 from bench.config import RunConfig, seconds_of
 from bench.record import RunFolder
 from bench.run.__main__ import main as run_main
-from bench.run.identity import Identifier
-from bench.run.prepare import prepare
+from bench.run.prepare import Identifier, prepare
 from bench.study.runs import load_study
 from bench.sweep.__main__ import main
 from bench.sweep.plan import Match, Plan, make_plan, matched, reference_for

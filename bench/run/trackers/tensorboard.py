@@ -1,7 +1,4 @@
-"""A run in TensorBoard while it trains (``--track tensorboard``): what fails there is a note, no more.
-
-Nothing here is ever read again: records, tables and plots come from the run's own files.
-"""
+"""A run in TensorBoard while it trains (``--track tensorboard``)."""
 
 from __future__ import annotations
 
@@ -26,11 +23,11 @@ WEIGHTS, MIXING = "hyperedge_weights", "mixing"
 
 
 class Tracker:
-    """Writes a run's numbers into ``tensorboard`` in its folder as they come; nothing where not asked to.
+    """Writes a run's numbers into the folder ``tensorboard`` of the run.
 
     By step ``train/loss``, ``train/learning_rate`` and ``train/gradient_norm``; by evaluation
-    ``validation/loss`` (nats a token), ``validation/perplexity``, ``hyperedge_weights/layer_0/{0,2}`` and
-    ``mixing/layer_0/E0``; as text ``config`` and ``result``. A disk that refuses ends this with a note.
+    ``validation/loss`` (nats per token), ``validation/perplexity``, ``hyperedge_weights/layer_0/{0,2}`` and
+    ``mixing/layer_0/E0``; as text ``config`` and ``result``. A disk error ends the tracking with a note.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -41,12 +38,10 @@ class Tracker:
         self._members: dict[str, list[str]] = {}
 
     def begin(self, model: GNNMoEModel, trace: CommunicationTrace, done_steps: int) -> None:
-        """Go on after ``done_steps`` steps, and write what is known by then and not there yet.
+        """Continue after ``done_steps`` steps; first write what is known by then and missing.
 
-        Of an earlier attempt in the same folder, the events after these steps no longer count.
+        Events of an earlier attempt in the same folder that come after these steps no longer count.
         """
-        if self._prepared.config.places.track is None:
-            return
         for number, layer in enumerate(model.layers):
             assert isinstance(layer, GNNMoELayer)
             self._members[f"layer_{number}"] = layer.coupler.member_names().get(WEIGHTS, [])
@@ -66,16 +61,16 @@ class Tracker:
         self._do(lambda writer: self._add_sample(writer, trace.arrays(), -1))
 
     def flush(self) -> None:
-        """Have everything on the disk: what goes on from a checkpoint saved after this lacks nothing."""
+        """Write everything to the disk, so that a run from the next checkpoint lacks no event."""
         self._do(lambda writer: writer.flush())
 
     def close(self) -> None:
-        """Write what is left; from here on nothing goes on in the background."""
+        """Write what is left and stop the writer's thread."""
         self._do(lambda writer: writer.close())
         self._writer = None
 
     def finish(self, record: Record) -> None:
-        """Add the ``result`` as text, but for a run that can be continued."""
+        """Add the ``result`` as text, except for an interrupted run, which can continue."""
         if not self._begun or record.status == "interrupted":
             return
         steps = record.used.steps if is_measured(record.used) else 0
@@ -135,7 +130,7 @@ def _add_row(writer: SummaryWriter, row: dict[str, Any]) -> None:
 
 
 def _table(record: Record) -> str:
-    """Return the end of a run as a table in Markdown; what was not measured is left out."""
+    """Return the results of a run as a Markdown table, without what was not measured."""
     found: dict[str, float] = {}
     for split in ("validation", "test"):
         if scored := record.split(split):
@@ -155,12 +150,12 @@ def _table(record: Record) -> str:
 
 
 def _code(value: dict[str, Any]) -> str:
-    """Return JSON as a block of code, in which Markdown reads nothing."""
+    """Return JSON as a Markdown code block."""
     return "\n".join(f"    {line}" for line in json.dumps(value, indent=2, ensure_ascii=False).splitlines())
 
 
 class _Quiet:
-    """Lets a writer's thread die without a traceback: the next call into the writer raises the same."""
+    """Hides the traceback of a writer's thread: the next call of the writer raises the same error."""
 
     def __init__(self, before: Callable[[threading.ExceptHookArgs], Any]) -> None:
         self.before = before

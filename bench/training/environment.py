@@ -1,8 +1,8 @@
 """The environment of a run: device, packages, commit, and which code made its numbers.
 
-Two hashes over syntax trees, without comments and docstrings, say which code it was. One hash covers the coupler's own source, the other the project's code that can change a number. A record
-keeps both. If they differ from the hashes of today's code, the run is stale, and ``bench.run`` and
-``bench.sweep`` run it again.
+Two hashes over syntax trees, without comments and docstrings, say which code it was. One hash covers the
+coupler's own source, the other the project's code that can change a number. A record keeps both. If they
+differ from the hashes of today's code, the run is stale, and ``bench.run`` and ``bench.sweep`` run it again.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from bench.check.subject import (
     run_check,
     seed_global_generator,
 )
-from bench.data.corpus import EvalWindows
+from bench.data.blocks import EvalWindows
 from bench.data.loader import BlockLoader
 from bench.device import is_out_of_memory
 from gnnmoe.head import IGNORED

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.data.corpus import TrainBlocks
+from bench.data.blocks import TrainBlocks
 from bench.data.tokenizer import Vocabulary
 from gnnmoe.config import Refused, unknown_name
 from gnnmoe.seeds import stream_seed

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from bench.config import BatchSchedule
-from bench.data.corpus import Corpus, EvalWindows, TrainBlocks, load_corpus, require_at_least
+from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
+from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
 from gnnmoe.config import Refused, unknown_name
 from gnnmoe.head import IGNORED

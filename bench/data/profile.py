@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.data.corpus import Corpus, batch_bytes
+from bench.data.blocks import batch_bytes
+from bench.data.corpus import Corpus
 from bench.data.loader import BlockLoader, create_loader, set_epoch, validate_first_batch
 from gnnmoe.head import IGNORED
 

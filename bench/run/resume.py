@@ -21,7 +21,7 @@ from torch import Tensor
 import gnnmoe
 from bench.check.leak_check import CHECKS, run_leak_check
 from bench.check.subject import Check, CheckReport
-from bench.data.corpus import EvalWindows
+from bench.data.blocks import EvalWindows
 from bench.measure.ledger import COUNTED, EpochAccount
 from bench.record import (
     CODE_WORDS,

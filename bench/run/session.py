@@ -23,7 +23,7 @@ from bench.check.audit import Scored, audit_evaluation, audit_training
 from bench.check.isolation import check_trained_isolation, rows_to_judge
 from bench.check.subject import Check, CheckFailed, CheckReport, run_check
 from bench.cli import Interruption
-from bench.data.corpus import EvalWindows
+from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
 from bench.files import utc_now

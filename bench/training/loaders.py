@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, ExecutionConfig, RunConfig, TrainingConfig
+from bench.data.blocks import TrainBlocks
 from bench.data.cache import cache_folder, cached, key_of
-from bench.data.corpus import Corpus, TrainBlocks, load_corpus
+from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum, ScoreBlocks, make_curriculum, model_scores
 from bench.data.loader import BlockLoader, Extent, create_loader, validate_first_batch
 from bench.data.sources import known_as

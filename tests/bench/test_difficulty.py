@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import bench.training.loaders
-from bench.data.corpus import TrainBlocks, load_corpus
+from bench.data.blocks import TrainBlocks
+from bench.data.corpus import load_corpus
 from bench.run.__main__ import main
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
 from bench.training.loaders import difficulty_scores

@@ -264,7 +264,7 @@ def test_the_table_shows_asked_got_and_a_tick(tiny, capsys):
 def test_c7_labels_that_are_not_shifted_inputs_are_wrong_input_and_nothing_is_written(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    from bench.data.corpus import TrainBlocks
+    from bench.data.blocks import TrainBlocks
 
     whole = TrainBlocks.__getitems__
 

@@ -139,7 +139,7 @@ def test_a_coupler_of_the_package_counts_with_what_it_is_made_of_and_no_other(mo
     read.clear()
     project_sha256.__wrapped__()
     names = {path.relative_to(REPOSITORY).as_posix() for path in read}
-    of_all = {f"gnnmoe/{name}.py" for name in ("model", "mixing", "couplers/base", "couplers/registry")}
+    of_all = {f"gnnmoe/{name}.py" for name in ("model", "couplers/base", "couplers/registry")}
     assert of_all | {"bench/training/step.py", "bench/data/cache.py", "bench/run/session.py"} <= names
     assert not {name for name in names if "plot" in name or "couplers/mean" in name or "sweeps" in name}
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from bench.data.corpus import IGNORED, EvalWindows, TrainBlocks
+from bench.data.blocks import IGNORED, EvalWindows, TrainBlocks
 
 pytestmark = pytest.mark.core("loader")
 

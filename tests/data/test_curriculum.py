@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.data.corpus import Corpus, TrainBlocks, load_corpus
+from bench.data.blocks import TrainBlocks
+from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import (
     Curriculum,
     DifficultyModelMissing,

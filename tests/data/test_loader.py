@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader as GraphLoader
 
-from bench.data.corpus import EvalWindows, TrainBlocks
+from bench.data.blocks import EvalWindows, TrainBlocks
 from bench.data.curriculum import Curriculum
 from bench.data.loader import (
     create_loader,

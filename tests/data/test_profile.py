@@ -7,7 +7,8 @@ import torch
 
 from bench.data import profile as profile_module
 from bench.data.__main__ import main
-from bench.data.corpus import EvalWindows, TrainBlocks, batch_bytes, load_corpus
+from bench.data.blocks import EvalWindows, TrainBlocks, batch_bytes
+from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
 from bench.data.profile import LoaderCheck, profile_loader
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.config import BatchSchedule
 from bench.data import loader as loader_module
-from bench.data.corpus import IGNORED, EvalWindows
+from bench.data.blocks import IGNORED, EvalWindows
 from bench.data.curriculum import Curriculum
 from bench.data.loader import (
     EpochBatchSampler,

@@ -99,7 +99,7 @@ def test_costs_are_those_of_the_model(places):
         assert configuration.flops_per_token == 3 * cost.flops / 16
         assert configuration.flops_per_token is not None
         for run in configuration.runs:
-            assert run.known["config"].num_experts == int(experts)
+            assert run.known["config"].model["num_experts"] == int(experts)
             assert run.known["config"].training["seed"] == run.known["seed"]
             assert run.cost == configuration.flops_per_token * 6 * 4 * 16
             assert run.steps == 6

@@ -1,13 +1,15 @@
 # make run    set up what is missing, then run the main job: make run ARGS="--coupler GNN"
-# make test   set up what is missing, then run the tests:    make test ARGS="tests/gnnmoe -k HGNN"
+# make test   set up what is missing, then test every capability once: make test ARGS="tests/gnnmoe -k HGNN"
+# make test-all  all tests, also the exhaustive and the slow ones, as CI runs them
 # make lint   format, style and types, as CI checks them
 
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell $(name) -c 'print("$(name)")' 2>/dev/null)))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: run test lint setup
+.PHONY: run test test-all lint setup
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -16,7 +18,10 @@ run: $(READY)
 	$(BIN)/python -m bench.run --coupler HGNN $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	$(PYTEST) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

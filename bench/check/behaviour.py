@@ -1,4 +1,4 @@
-"""What a coupler computes: the same in any batch, over time, as its reference, and with finite gradients.
+"""What a coupler computes: alike in any batch and over time, as its reference, with finite gradients, causal.
 
 Shapes: B batch, L length, E experts, D width.
 """
@@ -214,6 +214,8 @@ def bf16(subject: Subject) -> str:
 
 
 LENGTH, LAYERS, VOCABULARY = 16, 2, 64
+# --- causality ------------------------------------------------------------------------------------
+
 ROWS = 3  # of the batch at the run's own length
 
 

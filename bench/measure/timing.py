@@ -199,6 +199,8 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * count / times.median
 
 
+# --- training steps and what they cost ------------------------------------------------------------
+
 TRAINING = 3
 """FLOPs of forward and backward over those of the forward: each product has two in the backward."""
 WARMUP_STEPS = 2  # the first step makes the optimizer's state, the second finds the caches filled

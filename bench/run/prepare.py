@@ -1,4 +1,8 @@
-"""Everything before the first number of a run. User errors are refused here, before anything is written."""
+"""Everything before the first number of a run: user errors are refused, data are loaded, the run gets its id.
+
+Nothing is written here. The identity of a run is everything that can change one of its numbers; the run_id is
+its hash.
+"""
 
 from __future__ import annotations
 
@@ -144,6 +148,8 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
         known_by.configuration, known_by.code, {"prepare": time.perf_counter() - start}, ranks,
     )  # fmt: skip
 
+
+# --- identity -------------------------------------------------------------------------------------
 
 SCHEMA = "1"
 """The version of the identity. A change of it changes every run_id."""

@@ -1,7 +1,8 @@
-"""What to do with an earlier run of the same run_id: show it, continue it, or set it aside and start again.
+"""What a run takes from earlier runs.
 
-A checkpoint is compared with a new model, optimizer and plan. It is accepted or refused as a whole, before
-anything is written.
+An earlier run of the same run_id is shown, continued, or set aside. A checkpoint is compared with a new
+model, optimizer and plan, and it is accepted or refused as a whole, before anything is written. In a sweep,
+a run can reuse the leak check of another seed of its configuration.
 """
 
 from __future__ import annotations
@@ -262,6 +263,8 @@ def _comparable(config: RecordedConfig) -> dict[str, Any]:
     return config.model_dump(exclude={"places"})
 
 
+# --- what a checkpoint must hold ------------------------------------------------------------------
+
 NUMBER, MAYBE_INT = int | float, int | None
 PARTS = [{"command": str, "start": str, "end": str | None, "seconds": {str: NUMBER},
           "resumed_at_step": MAYBE_INT}]  # fmt: skip
@@ -477,6 +480,8 @@ def _refuse_history(text: str, steps: int, sampled: list[int]) -> None:
     if [step for kind, step in rows if kind == "validation"] != sampled[1:]:
         raise Refused("history has not one row for each evaluation in trace.steps")
 
+
+# --- the leak check of another seed ---------------------------------------------------------------
 
 SEEDS_LOOKED_AT = 100  # seeds 0 to 99; runs with other seeds are always checked
 OF_COMMITS = ("git_commit", "git_changes_sha256")  # the code hashes already say which code ran

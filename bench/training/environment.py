@@ -31,6 +31,8 @@ from bench.record import Environment
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.registry import coupler_class, coupler_names, executed_source, resolved_options
 
+# --- the hashes of the code -----------------------------------------------------------------------
+
 CHANGES_NUMBERS = (
     "gnnmoe", "bench/data", "bench/measure", "bench/training", "bench/tune",
     "bench/check/audit.py", "bench/check/behaviour.py", "bench/check/communication.py",
@@ -161,6 +163,8 @@ def _installed() -> tuple[Path, ...]:
     """Return the folders of installed packages and of Python's own library."""
     return tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
+
+# --- device, packages, commit ---------------------------------------------------------------------
 
 PACKAGES = ("torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
 

@@ -63,6 +63,8 @@ def evaluate(
     return own if ranks.alone else merged(ranks.gather(own))
 
 
+# --- the couplers' weights ------------------------------------------------------------------------
+
 MIXING_TOKENS = 128  # what depends on content is averaged over so many validation tokens
 
 

@@ -257,6 +257,9 @@ def set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) 
         torch.cuda.set_rng_state(state[1], device)
 
 
+# --- the plan of the epochs -----------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """What one epoch contains, over all ranks."""

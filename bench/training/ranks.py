@@ -245,6 +245,8 @@ def _leaves_parameters_out(model: GNNMoEModel) -> bool:
     return any(gradient is None for gradient in gradients)
 
 
+# --- how the ranks end ----------------------------------------------------------------------------
+
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 PATIENCE_SECONDS = {"signal": 15.0, "lost": 3.0}
 """How long to wait for the other ranks.

@@ -152,7 +152,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-TF32_CAPABILITY = (8, 0)  # of an NVIDIA GPU, from which on it has TF32
+# --- how a model is computed ----------------------------------------------------------------------
+
+TF32_CAPABILITY = (8, 0)  # NVIDIA GPUs have TF32 from this capability on
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.base import linear_flops, mean_over_experts, rowwise
+from gnnmoe.couplers.base import linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.couplers.stacked import Round, StackedCoupler
+from gnnmoe.mixing import mean_over_experts, rowwise
 
 
 class ExpertAttention(Round):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.base import mean_over_experts, mix_by_token, scores
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.couplers.stacked import Round, StackedCoupler
+from gnnmoe.mixing import mean_over_experts, mix_by_token, scores
 
 
 class ExpertGraphConv(Round):

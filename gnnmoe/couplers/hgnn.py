@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
-from gnnmoe.couplers.base import Coupler, linear_flops, mean_over_experts
+from gnnmoe.couplers.base import Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.hypergraph.backends import BACKENDS, require_backend
 from gnnmoe.hypergraph.propagation import FORMULAS, hyperedge_index, linear_readout, linear_readout_flops
@@ -28,6 +28,7 @@ from gnnmoe.layers.base import HypergraphLayer
 from gnnmoe.layers.edhnn import EDHNN
 from gnnmoe.layers.hnhn import HNHN
 from gnnmoe.layers.static import StaticConvolution
+from gnnmoe.mixing import mean_over_experts
 
 CONV_TYPES: dict[str, Callable[..., HypergraphLayer]] = {
     **{formula: partial(StaticConvolution, formula=formula) for formula in FORMULAS},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gnnmoe.couplers.base import Coupler, linear_flops, mean_over_experts
+from gnnmoe.couplers.base import Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
+from gnnmoe.mixing import mean_over_experts
 
 
 @register_coupler("mean")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.base import Coupler, linear_flops, mean_over_experts
+from gnnmoe.couplers.base import Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
+from gnnmoe.mixing import mean_over_experts
 
 
 @register_coupler("mean_linear")

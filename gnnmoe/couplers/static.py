@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.base import Coupler, linear_flops, mix, mix_by_token
+from gnnmoe.couplers.base import Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
+from gnnmoe.mixing import mix, mix_by_token
 
 
 @register_coupler("static")

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.config import Refused
-from gnnmoe.couplers.base import mix, rowwise
 from gnnmoe.hypergraph.propagation import propagation_factors
+from gnnmoe.mixing import mix, rowwise
 
 
 class StaticLayer(Protocol):

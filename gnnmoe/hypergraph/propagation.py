@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gnnmoe.couplers.base import mix
 from gnnmoe.hypergraph.strategies import Members
+from gnnmoe.mixing import mix
 
 FORMULAS = ("HypergraphConv", "PyGHypergraphConv", "HGNNConv")
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gnnmoe.couplers.base import mix
 from gnnmoe.hypergraph.strategies import Members
 from gnnmoe.layers.base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
+from gnnmoe.mixing import mix
 
 FEATURES = 7
 """Feature vectors of an expert and of a hyperedge in memory at once: inside two MLPs, with gradients."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.couplers.base import mix_by_token, rowwise, scores
 from gnnmoe.hypergraph.propagation import safe_reciprocal
 from gnnmoe.hypergraph.strategies import Members
 from gnnmoe.layers.base import HypergraphLayer, naive_mean
+from gnnmoe.mixing import mix_by_token, rowwise, scores
 
 NEGATIVE_SLOPE = 0.2
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gnnmoe.couplers.base import mean_over_experts, mix
 from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix, safe_reciprocal
 from gnnmoe.hypergraph.strategies import Members
+from gnnmoe.mixing import mean_over_experts, mix
 
 MOST_COMPILED_PIECES = 4
 """A compiler writes out every piece, which takes its time for each."""

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnnmoe.couplers.base import fuses, mean_over_experts, mix, rowwise
 from gnnmoe.hypergraph.strategies import Members
 from gnnmoe.layers.base import HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
+from gnnmoe.mixing import fuses, mean_over_experts, mix, rowwise
 
 FEATURES = 3
 """Feature vectors of a hyperedge in memory at once: before and after GELU, and the gradients of both."""

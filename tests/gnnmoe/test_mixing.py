@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from gnnmoe.couplers.base import FEW, mean_over_experts, mix, mix_by_token, rowwise, scores
+from gnnmoe.mixing import FEW, mean_over_experts, mix, mix_by_token, rowwise, scores
 from tests.gnnmoe._memory import Allocations
 from tests.gnnmoe._support import assert_near, assert_same_function, gradients, normal
 

@@ -44,7 +44,7 @@ LIST = REPOSITORY / "tools/mutants.json"
 SEED, NUMBER = 20, 300
 TESTS_SECONDS, CPU_SECONDS, WALL_SECONDS, MOST_BYTES = 20, 120, 900, 16 << 30
 MUTATED = [
-    "gnnmoe/**/*.py", "bench/training/*.py", "bench/record.py", "bench/run/identity.py", "bench/marked.py",
+    "gnnmoe/**/*.py", "bench/training/*.py", "bench/record.py", "bench/run/prepare.py", "bench/tune/*.py",
     "bench/measure/ledger.py", "bench/measure/rates.py", "bench/report/statistics.py",
     "bench/report/comparison.py", "bench/report/quantities.py",
 ]  # fmt: skip

@@ -188,7 +188,7 @@ class Readout:
 
 
 def _is_shared(module: object, embed_dim: int) -> bool:
-    """Return whether ``module`` has the structure that ``gnnmoe.couplers.combiner`` builds."""
+    """Return whether ``module`` has the structure that ``gnnmoe.couplers.base.combiner`` builds."""
     return isinstance(module, nn.Sequential) and str(module) == str(combiner(embed_dim))
 
 

@@ -293,17 +293,8 @@ def request_for(
     budget, limit = limit_of(memory, device, ranks)
     if not ranks.alone:  # a trial sums no gradients with other ranks
         limit -= exchange_bytes(model)
-    optimizer = {name: getattr(training, name) for name in OF_THE_OPTIMIZER}
-    setup = TrialSetup(
-        model=model,
-        training=replace(TrainingConfig(), **optimizer),
-        batch_size=max(training.batch_sizes) // world,
-        limit_bytes=limit,
-        device=str(device),
-        execution=config.execution,
-    )
     return Request(
-        setup=setup,
+        setup=_setup(config, model, device, max(training.batch_sizes) // world, limit),
         budget_bytes=budget,
         target=memory.memory_target,
         mode=mode,
@@ -313,6 +304,15 @@ def request_for(
         max_trials=memory.tune_max_trials,
         max_seconds=memory.tune_max_seconds,
     )
+
+
+def _setup(
+    config: RunConfig, model: GNNMoEConfig, device: torch.device, batch_size: int, limit_bytes: int
+) -> TrialSetup:
+    """Return what the trials share: of the training's settings, only those of the optimizer count."""
+    optimizer = {name: getattr(config.training, name) for name in OF_THE_OPTIMIZER}
+    training = replace(TrainingConfig(), **optimizer)
+    return TrialSetup(model, training, batch_size, limit_bytes, str(device), config.execution)
 
 
 def largest_allowed(maximum: int | None, epoch_samples: int, min_steps: int, world_size: int = 1) -> int:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -102,9 +102,15 @@ def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> N
         return
     source = executed_source(module)
     source = path.read_bytes() if source is None else source
-    found[label] = syntax_sha256(source)
-    for name in _imports(ast.parse(source), module, path):
+    found[label], imported = _contents(source, module, path)
+    for name in imported:
         _collect(name, module, name, found)
+
+
+@lru_cache(maxsize=512)
+def _contents(source: bytes, module: str, path: Path) -> tuple[str, tuple[str, ...]]:
+    """Return the hash of a module's source, and the modules that it imports."""
+    return syntax_sha256(source), tuple(dict.fromkeys(_imports(ast.parse(source), module, path)))
 
 
 def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:

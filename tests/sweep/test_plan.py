@@ -207,28 +207,45 @@ def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "give a sweep file or --sweep"),
-        (["nowhere.toml"], "nowhere.toml cannot be read"),
-        (["--sweep", "coupler=HGN"], "run HGN (seed 0): unknown coupler 'HGN'"),
-        (["--sweep", "coupler=mean", "--seeds", "0"], "seeds is 0"),
-        (["--sweep", "coupler=mean", "--time-budget", "soon"], "--time-budget is 'soon'"),
-        (["--sweep", "coupler=mean", "--match", "size HGNN"], "unknown quantity to match 'size'"),
-        (["--sweep", "copler=mean"], "unknown key 'copler'"),
-    ],
-)
-def test_wrong_input_is_one_line_and_status_2(flags, message, places, tmp_path, capsys):
+REFUSED = [
+    ([], "give a sweep file or --sweep"),
+    (["nowhere.toml"], "nowhere.toml cannot be read"),
+    (["--sweep", "coupler=HGN"], "run HGN (seed 0): unknown coupler 'HGN'"),
+    (["--sweep", "coupler=mean", "--seeds", "0"], "seeds is 0"),
+    (["--sweep", "coupler=mean", "--time-budget", "soon"], "--time-budget is 'soon'"),
+    (["--sweep", "coupler=mean", "--match", "size HGNN"], "unknown quantity to match 'size'"),
+    (["--sweep", "copler=mean"], "unknown key 'copler'"),
+    # executors: whoever forgets --executor slurm would train on the login node
+    (["--executor", "slum"], "unknown executor 'slum'; allowed: local, ray, slurm. Did you mean 'slurm'?"),
+    (["--address", "auto"], "ray_address is for --executor ray, and this is local; drop it."),
+    (["--slurm-time", "1h"], "slurm_time is for --executor slurm, and this is local; drop it."),
+    (["--cpus-per-run", "1"], "cpus_per_run is for a cluster"),
+    (["--executor", "ray", "--device", "mps"], "must be cpu or cuda"),
+    (
+        ["--executor", "ray", "--cpus-per-run", "0"],
+        "--cpus-per-run is 0; it must be a whole number of at least 1",
+    ),
+    (["--executor", "slurm", "--devices-per-run", "2", "--cpus-per-run", "3"], "evenly by 2 devices"),
+    (["--devices-per-run", "0"], "--devices-per-run is 0"),
+    (["--executor", "slurm", "--plan"], "--plan asks one device of this machine, and runs are on slurm"),
+    (["--devices-per-run", "2", "--match", "time mean"], "--match time asks one device of this machine"),
+    (["--devices-per-run", "3"], "a batch of 16 cannot be shared evenly by 3 ranks"),
+]
+
+
+def test_wrong_input_is_one_line_and_status_2(places, tmp_path, capsys):
     own = ["--data-dir", places["data_dir"], "--results-dir", places["results_dir"]]
-    with pytest.raises(SystemExit) as stopped:
-        main([*flags, *own])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "results").exists()
+    for flags, message in REFUSED:
+        given = {word.partition("=")[0] for word in flags}
+        sweep = [] if not flags or {"nowhere.toml", "--sweep"} & given else ["--sweep", "coupler=mean"]
+        with pytest.raises(SystemExit) as stopped:
+            main([*sweep, *flags, *own])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "results").exists()
 
 
 def test_hypotheses_that_no_run_answers_are_refused_before_any_run(places, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Executors by name, and what executors of clusters share; without a cluster. One more executor is one more file."""
+"""Executors: one more is one more file, and what executors of clusters share; without a cluster."""
 
 from __future__ import annotations
 

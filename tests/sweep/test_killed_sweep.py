@@ -1,4 +1,4 @@
-"""Sweeps of real runs: a finished one, a refused one, and one that is killed again and again."""
+"""Sweeps of real runs: one finishes, one is refused, and others are killed and then completed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from rich.console import Console
 
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.run.__main__ import main
+from bench.run.__main__ import main as run_main
 from bench.run.prepare import prepare
+from bench.sweep.__main__ import main as sweep_main
 from bench.sweep.executors.local import LocalExecutor, slots_for
+from bench.sweep.outcome import SweepResult
 from bench.sweep.plan import PlannedRun
 from bench.sweep.specification import SweepConfig
 from bench.sweep.work import execute
@@ -64,20 +67,21 @@ def start_sweep(tmp_path: Path, runs: list[PlannedRun], data_dir: Path) -> subpr
         return subprocess.Popen([sys.executable, "-c", SWEEP, str(plan)], env=variables, stdout=output)
 
 
+def sweep_here(tmp_path: Path, runs: list[PlannedRun], data_dir: Path) -> SweepResult:
+    config = SweepConfig(results_dir=runs[0].folder.parents[1], study="s")
+    with (tmp_path / "output").open("w") as output:
+        return execute(
+            runs, LocalExecutor(slots_for("cpu", 2)), config,
+            places=["--data-dir", str(data_dir)], console=Console(file=output, width=80),
+        )  # fmt: skip
+
+
 def test_a_real_run_and_one_that_is_refused(tmp_path, small_data_dir, monkeypatch):
     """The child has one thread whatever the sweep has; a refusal is told in its own words."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     (run,) = planned(tmp_path / "results", small_data_dir, "--coupler mean --max-steps 4")
     wrong = PlannedRun("b" * 12, "wrong", ("--coupler", "HGNNN"), tmp_path / "results" / "s" / ("b" * 12))
-    with (tmp_path / "output").open("w") as output:
-        config = SweepConfig(results_dir=tmp_path / "results", study="s")
-        result = execute(
-            [wrong, run],
-            LocalExecutor(slots_for("cpu", 2)),
-            config,
-            places=["--data-dir", str(small_data_dir)],
-            console=Console(file=output, width=80),
-        )
+    result = sweep_here(tmp_path, [wrong, run], small_data_dir)
     assert result.counts == {"ok": 1, "refused": 1}
     assert "HGNN" in (result.outcomes[wrong.run_id].error or "")
     assert not wrong.folder.exists()
@@ -96,7 +100,7 @@ def test_killed_at_random_points_and_completed_equals_an_undisturbed_sweep(tmp_p
     undisturbed = planned(tmp_path / "undisturbed", small_data_dir, *configurations)
     for run in undisturbed:
         places = ["--data-dir", str(small_data_dir), "--results-dir", str(tmp_path / "undisturbed")]
-        assert main([*run.arguments, *places, "--study", "s", "--quiet"]) == 0
+        assert run_main([*run.arguments, *places, "--study", "s", "--quiet"]) == 0
     runs = planned(tmp_path / "killed", small_data_dir, *configurations)
     seed = random.randrange(2**32)
     chance = random.Random(seed)
@@ -109,7 +113,7 @@ def test_killed_at_random_points_and_completed_equals_an_undisturbed_sweep(tmp_p
             wait_until(lambda steps=steps: steps_begun(runs) >= steps, 60)
         sweep.send_signal(signal.SIGKILL)
         assert sweep.wait(20) == -signal.SIGKILL
-    assert start_sweep(tmp_path, runs, small_data_dir).wait(120) == 0
+    assert sweep_here(tmp_path, runs, small_data_dir).exit_status == 0
     wait_until(lambda: not processes_with(str(tmp_path / "killed")))
     records = [json.loads((run.folder / "record.json").read_text()) for run in runs]
     assert any(record["time"]["resumed_at_step"] for record in records)
@@ -139,3 +143,53 @@ def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
     for name in ("nll.npz", "communication.npz"):
         found, wanted = np.load(folder / name), np.load(expected / name)
         assert all(np.array_equal(found[key], wanted[key]) for key in wanted)
+
+
+TWO_RANKS = (
+    "--sweep coupler=mean,gate embed_dim=8 num_layers=1 max_seq_length=16 batch_size=4 max_steps=60 "
+    "eval_every=60 num_eval_samples=4 speed_steps=2 speed_warmup_steps=1 --devices-per-run 2 --slots 1"
+).split()
+KILLED = {"RANK=1": "rank 1 died", "torch.distributed.run": "killed by signal 9"}
+
+
+@pytest.mark.slow
+def test_what_is_killed_of_two_ranks_crashes_its_run_and_the_next_call_completes_it(
+    tmp_path, small_data_dir, monkeypatch
+):
+    """A rank of the first run is killed, then torchrun itself of the second: the sweep goes on between."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    sweep = [*TWO_RANKS, "--results-dir", str(tmp_path), "--data-dir", str(small_data_dir)]
+
+    def kill() -> None:
+        for begun, name in enumerate(KILLED):
+            wait_until(lambda begun=begun: len(histories_in(tmp_path)) > begun, 120)
+            source = "environ" if name == "RANK=1" else "cmdline"
+            found = [process for process in processes_with(str(tmp_path))
+                     if name in Path(f"/proc/{process}/{source}").read_text().split("\0")]  # fmt: skip
+            os.kill(found[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert sweep_main(sweep) == 1
+    killer.join()
+    records = sorted(records_in(tmp_path), key=lambda record: record["time"]["start"])
+    for record, error in zip(records, KILLED.values(), strict=True):
+        assert record["status"] == "crashed"
+        assert record["error"].startswith(error)
+        assert record["time"]["end"] is not None
+    assert records[0]["used"]["steps"] > 0
+    assert not processes_with(str(tmp_path)), "nothing is left over"
+    assert sweep_main([*sweep, "--retry", "failed"]) == 0
+    for record in records_in(tmp_path):
+        assert (record["status"], record["used"]["world_size"], record["used"]["steps"]) == ("ok", 2, 60)
+
+
+def histories_in(results: Path) -> list[Path]:
+    """Return the histories that have begun."""
+    return [path for path in results.glob("*/*/history.jsonl") if path.read_text()]
+
+
+def records_in(results: Path) -> list[dict]:
+    """Return the records of the runs, not of those that were set aside."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in results.glob("*/*/record.json")}
+    return [record for name, record in found.items() if record["run_id"] == name]

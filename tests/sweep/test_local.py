@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,6 @@ import pytest
 from bench.sweep.executors.base import Task
 from bench.sweep.executors.local import LocalExecutor, slots_for
 from tests.sweep._fake import Study
-
-REPOSITORY = Path(__file__).parents[2]
-SWEEP = """
-import sys
-from pathlib import Path
-from tests.sweep._fake import Study
-study = Study(Path(sys.argv[1]))
-sys.exit(study.sweep(study.runs("endless", "endless", "ok"), 2).exit_status)
-"""
 
 
 def wait_until(condition, seconds: float = 20.0) -> None:
@@ -140,14 +131,15 @@ def test_one_that_does_not_heed_is_killed_after_its_grace(tmp_path):
 def test_no_child_outlives_its_sweep(tmp_path):
     """kill -9 of the sweep: its children save their state, and the next call goes on."""
     study = Study(tmp_path)
-    sweep = subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.DEVNULL
-    )
+    runs = study.runs("endless", "endless", "ok")
+    sweep = get_context("fork").Process(target=study.sweep, args=(runs, 2))
+    sweep.start()
     records = [study.folder / name / "record.json" for name in ("run0", "run1")]
     wait_until(lambda: all(path.exists() for path in records))
     assert len(processes_with(str(study.folder))) >= 2
     sweep.kill()
-    assert sweep.wait(20) == -signal.SIGKILL
+    sweep.join(20)
+    assert sweep.exitcode == -signal.SIGKILL
     wait_until(lambda: not processes_with(str(study.folder)))
     assert [study.record(name)["error"] for name in ("run0", "run1")] == ["stopped from outside"] * 2
     study.calls()

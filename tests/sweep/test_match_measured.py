@@ -115,12 +115,13 @@ def test_the_reference_itself_is_not_weighed():
 
 @pytest.mark.parametrize("coupler", ["GNN", pytest.param("dense", marks=pytest.mark.slow)])
 def test_memory_is_matched_by_the_predicted_peak(coupler):
-    config = config_of(coupler, coupler_options={"match": "none"} if coupler == "dense" else {})
+    options = {"match": "none"} if coupler == "dense" else {}
+    config = config_of(coupler, num_experts=2, coupler_options=options)
     costs = TrainingCosts(run_config(), CPU)
     found = kept_match(config, Match.parse("memory HGNN"), costs)
     assert found.ffn_dim is not None
     wide = replace(config, ffn_dim=found.ffn_dim)
-    peaks = [Training(one, run_config(), CPU).peak_bytes() for one in (wide, config_of("HGNN"))]
+    peaks = [Training(one, run_config(), CPU).peak_bytes() for one in (wide, config_of("HGNN", num_experts=2))]
     assert found.off_by == peaks[0] / peaks[1] - 1
     assert abs(found.off_by) < 0.02
 

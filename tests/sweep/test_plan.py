@@ -216,7 +216,7 @@ REFUSED = [
     (["--sweep", "coupler=mean", "--match", "size HGNN"], "unknown quantity to match 'size'"),
     (["--sweep", "copler=mean"], "unknown key 'copler'"),
     # executors: whoever forgets --executor slurm would train on the login node
-    (["--executor", "slum"], "unknown executor 'slum'; allowed: local, ray, slurm. Did you mean 'slurm'?"),
+    (["--executor", "slum"], "'slum'; allowed: local, ray, slurm. Did you mean 'slurm'?"),
     (["--address", "auto"], "ray_address is for --executor ray, and this is local; drop it."),
     (["--slurm-time", "1h"], "slurm_time is for --executor slurm, and this is local; drop it."),
     (["--cpus-per-run", "1"], "cpus_per_run is for a cluster"),

@@ -279,4 +279,4 @@ def test_ten_thousand_runs_are_soon_written_down():
     entries = {"grid": grid, "where": "num_experts > 0 and coupler == 'HGNN'", "seeds": 10}
     start = time.process_time()
     assert len(sweep_of(entries, "many").runs) == 10_000
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5  # 0.3 s

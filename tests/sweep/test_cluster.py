@@ -188,38 +188,32 @@ def test_a_folder_that_is_not_there_is_an_error_and_not_an_end(tmp_path):
         do(work_in(tmp_path / "nowhere", "pass"), (), 60.0)
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "expected"),
-    [
+def test_work_that_begins_again_goes_on(tmp_path):
+    """A requeued job has its first command; what it wrote in the meantime decides."""
+    for flags, status, expected in (
         ([], None, ["run"]),
         (["--force"], None, ["run", "--force"]),
         (["--resume"], "interrupted", ["run", "--resume"]),
         (["--force"], "interrupted", ["run", "--resume"]),
         ([], "interrupted", ["run", "--resume"]),
         (["--force"], "ok", ["run"]),
-    ],
-)
-def test_work_that_begins_again_goes_on(tmp_path, flags, status, expected):
-    """A requeued job has its first command; what it wrote in the meantime decides."""
-    (tmp_path / "record.json").write_text('{"status": "crashed"}')
-    work = work_in(tmp_path, command=("run", *flags))
-    if status is not None:
-        work.record.write_text(json.dumps({"status": status, "more": 1}))
-    assert work.command_now() == expected
+    ):
+        (tmp_path / "record.json").write_text('{"status": "crashed"}')
+        work = work_in(tmp_path, command=("run", *flags))
+        if status is not None:
+            work.record.write_text(json.dumps({"status": status, "more": 1}))
+        assert work.command_now() == expected, (flags, status)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
+def test_what_a_run_elsewhere_asks_for():
+    for arguments, expected in (
         (("cpu", 1, None), (1, 0, 1)),
         (("cpu", 2, 8), (8, 0, 2)),
         (("cuda", 1, None), (4, 1, 1)),
         (("cuda", 2, None), (8, 2, 2)),
-    ],
-)
-def test_what_a_run_elsewhere_asks_for(arguments, expected):
-    resources = resources_for(*arguments)
-    assert (resources.cpus, resources.gpus, resources.processes) == expected
+    ):
+        resources = resources_for(*arguments)
+        assert (resources.cpus, resources.gpus, resources.processes) == expected
 
 
 def test_runs_on_gpus_elsewhere_are_planned_on_a_machine_without(tmp_path, small_data_dir, capsys):

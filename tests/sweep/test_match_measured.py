@@ -121,7 +121,9 @@ def test_memory_is_matched_by_the_predicted_peak(coupler):
     found = kept_match(config, Match.parse("memory HGNN"), costs)
     assert found.ffn_dim is not None
     wide = replace(config, ffn_dim=found.ffn_dim)
-    peaks = [Training(one, run_config(), CPU).peak_bytes() for one in (wide, config_of("HGNN", num_experts=2))]
+    peaks = [
+        Training(one, run_config(), CPU).peak_bytes() for one in (wide, config_of("HGNN", num_experts=2))
+    ]
     assert found.off_by == peaks[0] / peaks[1] - 1
     assert abs(found.off_by) < 0.02
 

@@ -1,19 +1,31 @@
-"""What one of several gloo processes does for ``test_ranks.py``; everything it finds goes into a file.
+"""What each of two gloo processes does for ``test_ranks.py``, under one torchrun; the results go into a file.
 
-Also imported by the test, which does the same things alone and compares.
+Each process first makes whole runs, then calls single parts. The test imports the parts too: it calls them in
+one process and compares.
 """
 
 from __future__ import annotations
 
+import gc
+import io
+import json
+import os
+import shutil
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.rendezvous import rendezvous as real_rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.config import MeasureConfig, TrainingConfig
@@ -22,6 +34,9 @@ from bench.data.loader import create_loader
 from bench.measure import speed_pass
 from bench.measure.ledger import Ledger
 from bench.measure.timing import StepTimes, TrainingSteps, time_steps
+from bench.run.__main__ import main as run_main
+from bench.training import loop
+from bench.training import ranks as ranks_module
 from bench.training.evaluation import evaluate
 from bench.training.loop import Trainer
 from bench.training.ranks import Ranks
@@ -32,6 +47,13 @@ from gnnmoe.head import IGNORED
 
 CPU, ROWS, LENGTH, VOCABULARY = torch.device("cpu"), 8, 8, 40
 WINDOWS = (1, 7)  # to evaluate: fewer than ranks, and an odd number
+FLAGS = (
+    "--embed-dim 8 --num-heads 2 --num-layers 1 --max-seq-length 16 --batch-size 4 --warmup-steps 1"
+    " --speed-warmup-steps 1 --speed-steps 2 --num-eval-samples 7 --no-plots"
+).split()
+SHORT = [*FLAGS, *"--max-steps 6 --eval-every 3 --micro-batch-size 1 --evaluate-test".split()]
+DROPOUT = [*FLAGS, *"--max-steps 12 --eval-every 6 --dropout-rate 0.1 --quiet".split()]
+STOPPED_AFTER, FAILED_AFTER = 3, 3
 
 
 def model(
@@ -202,11 +224,87 @@ def agreements(ranks: Ranks, log: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def own_keys(attempt: int) -> None:
+    """Give each attempt its own keys in torchrun's store, which keeps those of the attempts before."""
+
+    def rendezvous(*arguments: Any, **options: Any) -> Any:
+        for store, *rest in real_rendezvous(*arguments, **options):
+            yield PrefixStore(str(attempt), store), *rest
+
+    ranks_module.rendezvous = rendezvous
+
+
+def run(flags: list[str], data: Path, results: Path, attempt: int) -> dict[str, Any]:
+    """Make a whole run; return its exit status, what it printed and its record, which only rank 0 reads."""
+    own_keys(attempt)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            status: Any = run_main([*flags, "--data-dir", str(data), "--results-dir", str(results)])
+        except SystemExit as end:
+            status = end.code
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+    found = list(results.glob("*/*/record.json")) if os.environ["RANK"] == "0" else []
+    record = json.loads(found[0].read_text()) if found else None
+    return {"status": status, "stdout": stdout.getvalue(), "stderr": stderr.getvalue(), "record": record}
+
+
+def on_rank_1(after: int, action: Callable[[], object]) -> pytest.MonkeyPatch:
+    """Do ``action`` on rank 1 before its step number ``after`` + 1."""
+    real, steps = loop.training_step, []
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        steps.append(1)
+        if len(steps) == after + 1 and os.environ["RANK"] == "1":
+            action()
+        return real(*arguments, **options)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(loop, "training_step", step)
+    return patch
+
+
+def stop() -> None:
+    """Send the signal that stops a run."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_out_of_memory() -> None:
+    """Fail as a GPU that is full does."""
+    raise torch.OutOfMemoryError("memory ran out, for the test's sake")
+
+
+def runs(out: Path, data: Path) -> dict[str, dict[str, Any]]:
+    """Make every whole run, each into its own folder of results."""
+    found = {
+        "two": run(SHORT, data, out / "two", 0),
+        "undisturbed": run(DROPOUT, data, out / "undisturbed", 1),
+    }
+    patch = on_rank_1(STOPPED_AFTER, stop)
+    found["stopped"] = run(DROPOUT, data, out / "stopped", 2)
+    patch.undo()
+    if os.environ["RANK"] == "0":
+        shutil.copytree(out / "stopped", out / "left as stopped")
+    found["continued"] = run([*DROPOUT, "--resume"], data, out / "stopped", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.cli.OTHERS_WAIT_SECONDS", 0.0)
+        found["refused"] = run([*FLAGS, "--batch-size", "5"], data, out / "refused", 4)
+    patch = on_rank_1(FAILED_AFTER, run_out_of_memory)
+    found["failed"] = run(DROPOUT, data, out / "failed", 5)
+    patch.undo()
+    return found
+
+
 def main(out: Path, data: Path) -> None:
-    """Do everything as the rank that the environment names."""
+    """Do everything as the rank that torchrun names."""
+    whole = runs(out, data)
+    own_keys(6)
     ranks = Ranks.join("cpu", 60.0)
     corpus = load_corpus(data_dir=data)
     found = {
+        "runs": whole,
         "gradients": [gradients(ranks, micro) for micro in (None, 2, 1)], "idle": idle_parameter(ranks),
         "sums": sums_of_gradients(ranks), "train": train(ranks, corpus, 0.0),
         "dropout": train(ranks, corpus, 0.5), "evaluations": evaluations(ranks, corpus),

@@ -53,8 +53,6 @@ if behaviour == "ok":
     print("a line of output"); begin(); write("ok")
 elif behaviour in ("diverged", "check_failed", "oom", "crashed"):
     begin(); write(behaviour, "as it was told"); sys.exit(1)
-elif behaviour == "slow":
-    resting(0.6); write("ok")
 elif behaviour == "endless":
     resting(60)
 elif behaviour == "deaf":

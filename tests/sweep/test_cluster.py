@@ -1,4 +1,4 @@
-"""Executors by name, and what those of clusters share; without a cluster."""
+"""Executors: one more is one more file, and what executors of clusters share; without a cluster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,23 @@ from pathlib import Path
 
 import pytest
 
+import bench.sweep.executors
+from bench.cli import parse
 from bench.sweep.__main__ import main
 from bench.sweep.executors import base
-from bench.sweep.executors.base import ClusterExecutor, Resources, Task, Wanted, lost, resources_for
+from bench.sweep.executors.base import (
+    ClusterExecutor,
+    Resources,
+    Task,
+    Wanted,
+    executors,
+    lost,
+    make_executor,
+    resources_for,
+    with_options,
+)
 from bench.sweep.executors.child import ChildEnd, RemoteTask, do, stamp
+from bench.sweep.specification import SweepConfig
 from tests.sweep._fake import Study
 
 
@@ -175,64 +188,32 @@ def test_a_folder_that_is_not_there_is_an_error_and_not_an_end(tmp_path):
         do(work_in(tmp_path / "nowhere", "pass"), (), 60.0)
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "expected"),
-    [
+def test_work_that_begins_again_goes_on(tmp_path):
+    """A requeued job has its first command; what it wrote in the meantime decides."""
+    for flags, status, expected in (
         ([], None, ["run"]),
         (["--force"], None, ["run", "--force"]),
         (["--resume"], "interrupted", ["run", "--resume"]),
         (["--force"], "interrupted", ["run", "--resume"]),
         ([], "interrupted", ["run", "--resume"]),
         (["--force"], "ok", ["run"]),
-    ],
-)
-def test_work_that_begins_again_goes_on(tmp_path, flags, status, expected):
-    """A requeued job has its first command; what it wrote in the meantime decides."""
-    (tmp_path / "record.json").write_text('{"status": "crashed"}')
-    work = work_in(tmp_path, command=("run", *flags))
-    if status is not None:
-        work.record.write_text(json.dumps({"status": status, "more": 1}))
-    assert work.command_now() == expected
+    ):
+        (tmp_path / "record.json").write_text('{"status": "crashed"}')
+        work = work_in(tmp_path, command=("run", *flags))
+        if status is not None:
+            work.record.write_text(json.dumps({"status": status, "more": 1}))
+        assert work.command_now() == expected, (flags, status)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
+def test_what_a_run_elsewhere_asks_for():
+    for arguments, expected in (
         (("cpu", 1, None), (1, 0, 1)),
         (("cpu", 2, 8), (8, 0, 2)),
         (("cuda", 1, None), (4, 1, 1)),
         (("cuda", 2, None), (8, 2, 2)),
-    ],
-)
-def test_what_a_run_elsewhere_asks_for(arguments, expected):
-    resources = resources_for(*arguments)
-    assert (resources.cpus, resources.gpus, resources.processes) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--executor", "rey"], "unknown executor 'rey'; allowed: local, ray, slurm. Did you mean 'ray'?"),
-        (["--cpus-per-run", "1"], "cpus_per_run is for a cluster"),
-        (["--executor", "ray", "--device", "mps"], "must be cpu or cuda"),
-        (
-            ["--executor", "ray", "--cpus-per-run", "0"],
-            "--cpus-per-run is 0; it must be a whole number of at least 1",
-        ),
-        (["--executor", "slurm", "--devices-per-run", "2", "--cpus-per-run", "3"], "evenly by 2 devices"),
-        (["--devices-per-run", "0"], "--devices-per-run is 0"),
-        (["--executor", "slurm", "--plan"], "--plan asks one device of this machine, and runs are on slurm"),
-        (["--devices-per-run", "2", "--match", "time mean"], "--match time asks one device of this machine"),
-        (["--devices-per-run", "3"], "a batch of 16 cannot be shared evenly by 3 ranks"),
-    ],
-)
-def test_wrong_flags_are_refused(flags, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--sweep", "coupler=mean", "--data-source", "embedded", *flags])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    ):
+        resources = resources_for(*arguments)
+        assert (resources.cpus, resources.gpus, resources.processes) == expected
 
 
 def test_runs_on_gpus_elsewhere_are_planned_on_a_machine_without(tmp_path, small_data_dir, capsys):
@@ -247,3 +228,80 @@ def test_the_clusters_packages_are_not_needed_to_sweep_here():
     absent = "{'ray', 'submitit', 'torch'}"
     script = f"import sys, bench.sweep.__main__; sys.exit(bool({absent} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+# --- one more executor ---
+
+ONE_FILE = '''
+"""A toy: runs one task after another, while it starts them."""
+
+import subprocess
+from bench.config import flags
+from bench.sweep.executors.base import Executor
+from gnnmoe.config import Refused
+
+
+@flags
+class Options:
+    toy_greeting: str = "hello"
+    """What it says."""
+
+
+def make(options, wanted):
+    if options.toy_greeting == "go away":
+        raise Refused("the toy is offended.")
+    return ToyExecutor(options.toy_greeting)
+
+
+class ToyExecutor(Executor):
+    slots = 1
+
+    def __init__(self, greeting):
+        self.greeting, self.done = greeting, {}
+
+    def start(self, task):
+        with task.log.open("a") as log:
+            print(self.greeting, file=log, flush=True)
+            self.done[task.run_id] = subprocess.call(task.command, stdout=log, stderr=log)
+
+    def ended(self):
+        done, self.done = self.done, {}
+        return done
+
+    def stop(self, run_id, *, at_once=False): ...
+'''
+
+
+@pytest.fixture
+def one_more(tmp_path, monkeypatch):
+    """Lay the file beside the others, as far as Python can tell."""
+    folder = tmp_path / "executors"
+    folder.mkdir()
+    (folder / "toy.py").write_text(ONE_FILE)
+    package = bench.sweep.executors
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+    executors.cache_clear()
+    yield
+    executors.cache_clear()
+
+
+@pytest.mark.usefixtures("one_more")
+def test_one_more_executor_is_one_more_file(tmp_path, capsys):
+    """Its name, its flags, their help and its errors are there, and it runs a sweep."""
+    assert list(executors()) == ["local", "ray", "slurm", "toy"]
+    study = Study(tmp_path)
+    config = parse(with_options(SweepConfig), ["--executor", "toy", "--toy-greeting", "good morning"])
+    toy = make_executor(config.executor, config, Wanted(device="cpu", logs=study.folder / ".logs"))
+    assert study.sweep(study.runs("ok", "dies", "refused"), executor=toy).counts == {
+        "ok": 1, "crashed": 1, "refused": 1
+    }  # fmt: skip
+    assert "good morning\n" in (study.folder / ".logs" / "run0.log").read_text()
+    places = ["--data-source", "embedded", "--results-dir", str(tmp_path / "none")]
+    for flags, said in (
+        (["--toy-greeting", "go away"], "error: the toy is offended.\n"),
+        (["--toy-greting", "hello"], "--toy-greeting"),
+        (["--help"], "What it says."),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--sweep", "coupler=mean", *places, "--executor", "toy", *flags])
+        assert said in "".join(capsys.readouterr())

@@ -17,9 +17,8 @@ def holds(text: str, **flags: Any) -> bool:
     return Condition(text).holds({**complete({}), **FLAGS, **flags})
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
+def test_what_holds():
+    for text, expected in (
         ("2 < num_experts <= 4", True),
         ("coupler == 'HGNN' and coupler_type in ['GNN', 'HGNN']", True),
         ("coupler not in ['GNN', 'HGNN'] or num_experts in [2, 8]", False),
@@ -31,10 +30,8 @@ def holds(text: str, **flags: Any) -> bool:
         ("adam_betas == [0.9, 0.999] or adam_betas != [0.9, 0.999]", True),
         ("(num_experts + 2) * 3 - 8 / 2 == 14 and -num_experts % 3 == 2", True),
         ("\n  num_experts == 4  # and every embed_dim\n  and plots\n", True),
-    ],
-)
-def test_what_holds(text, expected):
-    assert holds(text) is expected
+    ):
+        assert holds(text) is expected, text
 
 
 def test_one_condition_serves_many_runs():
@@ -59,18 +56,14 @@ def test_one_condition_serves_many_runs():
             "\"__import__('os').system('true')\" cannot stand there",
         ),
         ("coupler.upper == 'HGNN'", "'coupler.upper' cannot stand there"),
-        ("coupler[0] == 'H'", "'coupler[0]' cannot stand there"),
-        ("[x for x in [1]] == [1]", "cannot stand there"),
         ("num_experts in (2, 4)", "'(2, 4)' cannot stand there"),
         ("2 ** 9 ** 9 > 1", "'2 ** 9 ** 9' cannot stand there"),
         ("epochs is None", "'epochs is None' cannot stand there"),
-        ("2j == 2j", "'2j' cannot stand there"),
         ("num_experts", "its result is 4 (a number), and must be true or false; compare it with a value"),
         ("not coupler", "'HGNN' (text) stands after not, where true or false must stand"),
         ("num_experts == '4'", "4 (a number) and '4' (text) cannot be compared"),
         ("coupler in ['GNN', 3]", "'HGNN' (text) and 3 (a number) cannot be compared"),
         ("'HG' in coupler", "'HGNN' (text) stands after in, where a list must stand"),
-        ("coupler < 'I'", "'HGNN' (text) stands where a number must stand"),
         ("epochs > 3", "None stands where a number must stand; ask for != None first"),
         ("num_experts % 0 == 1", "integer modulo by zero"),
         ("(" * 900 + "plots" + ")" * 900, "it cannot be read (too many nested parentheses)"),

@@ -76,14 +76,11 @@ def test_all_processes_of_one_that_is_ended_end(study, tmp_path):
     assert as_one_process(ended["run0"], output)[0] == -15
 
 
-@pytest.mark.parametrize("folder", ["", ".venv/lib/python3.11/site-packages/", "/usr/lib/"])
-def test_its_own_log_is_not_the_runs(folder):
+def test_only_torchruns_own_log_is_removed():
     """It names its files from the folder that it was started in."""
-    own = f"W1126 16:36:40.365000 29874 {folder}torch/distributed/elastic/multiprocessing/api.py:1] Sending"
-    assert as_one_process(2, ["error: this cannot be run.", own]) == (2, ["error: this cannot be run."])
-
-
-def test_what_torchrun_did_not_start_is_as_it_was():
+    for folder in ("", ".venv/lib/python3.11/site-packages/", "/usr/lib/"):
+        own = f"W1126 16:36:40.365 29874 {folder}torch/distributed/elastic/multiprocessing/api.py:1] Sending"
+        assert as_one_process(2, ["error: this cannot be run.", own]) == (2, ["error: this cannot be run."])
     lines = ["Traceback (most recent call last):", "  File 'a.py'", "KeyError: 'x'"]
     assert as_one_process(1, lines) == (1, lines)
     assert as_one_process(-9, []) == (-9, [])

@@ -20,32 +20,37 @@ def study(tmp_path) -> Study:
     return Study(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("behaviour", "status", "error", "exit_status"),
-    [
-        ("ok", "ok", None, 0),
-        ("diverged", "diverged", "as it was told", 1),
-        ("check_failed", "check_failed", "as it was told", 1),
-        ("oom", "oom", "as it was told", 1),
-        ("crashed", "crashed", "as it was told", 1),
-        ("dies", "crashed", "killed by signal 9 (SIGKILL), perhaps for memory", 1),
-        ("dies before its record", "crashed", "killed by signal 9 (SIGKILL), perhaps for memory", 1),
-        ("runs out of memory", "oom", "torch.OutOfMemoryError: CUDA out of memory.", 1),
-        ("raises", "crashed", "KeyError: 'x'", 1),
-        ("leaves nothing", "crashed", "ended with exit status 0, but left no finished record under", 1),
-        ("is ended by others", "interrupted", None, 1),
-    ],
-)
-def test_every_end_becomes_a_status(study, behaviour, status, error, exit_status):
-    result = study.sweep(study.runs(behaviour))
-    assert result.exit_status == exit_status
-    assert result.outcomes["run0"].status == status == study.record()["status"]
-    assert set(Record.model_fields) == set(study.record())
-    if error is None:
-        assert study.record()["error"] is None
-    else:
-        assert study.record()["error"].startswith(error)
-        assert (result.outcomes["run0"].error or "").startswith(error)
+KILLED = "killed by signal 9 (SIGKILL), perhaps for memory"
+ENDS = {
+    "ok": ("ok", None),
+    "diverged": ("diverged", "as it was told"),
+    "check_failed": ("check_failed", "as it was told"),
+    "oom": ("oom", "as it was told"),
+    "crashed": ("crashed", "as it was told"),
+    "dies": ("crashed", KILLED),
+    "dies before its record": ("crashed", KILLED),
+    "runs out of memory": ("oom", "torch.OutOfMemoryError: CUDA out of memory."),
+    "raises": ("crashed", "KeyError: 'x'"),
+    "leaves nothing": ("crashed", "ended with exit status 0, but left no finished record under"),
+    "is ended by others": ("interrupted", None),
+}
+
+
+def test_every_end_becomes_a_status(study):
+    runs = study.runs(*ENDS)
+    result = study.sweep(runs, slots=4)
+    assert result.exit_status == 1
+    for run in runs:
+        status, error = ENDS[run.label]
+        text, outcome = (run.folder / "record.json").read_text(), result.outcomes[run.run_id]
+        record = json.loads(text, parse_constant=lambda name: pytest.fail(name))  # no NaN
+        assert outcome.status == status == record["status"], run.label
+        assert set(Record.model_fields) == set(record)
+        if error is None:
+            assert record["error"] is None
+        else:
+            assert record["error"].startswith(error)
+            assert (outcome.error or "").startswith(error)
 
 
 def test_the_tail_of_the_log_is_in_the_record_and_the_whole_of_it_beside(study):
@@ -151,27 +156,28 @@ def test_the_lock_of_a_process_that_was_killed_after_its_run_is_removed(study):
         assert held.exists()
 
 
+FAILURES = ("crashed", "diverged", "timeout", "check_failed")
+
+
 @pytest.mark.parametrize(
-    ("status", "retry", "flags"),
+    ("retry", "flags"),
     [
-        ("ok", None, None),
-        ("ok", "all", None),
-        ("interrupted", None, "--resume"),
-        ("crashed", None, None),
-        ("oom", "failed", None),
-        ("check_failed", "oom", None),
-        *[(status, "failed", "--force") for status in ("crashed", "diverged", "timeout", "check_failed")],
-        ("oom", "oom", "--force"),
-        ("oom", "all", "--force"),
-        ("crashed", "all", "--force"),
+        (None, {"ok": None, "interrupted": "--resume", "crashed": None}),
+        ("failed", {"oom": None, **dict.fromkeys(FAILURES, "--force")}),
+        ("oom", {"oom": "--force", "check_failed": None}),
+        ("all", {"ok": None, "oom": "--force", "crashed": "--force"}),
     ],
 )
-def test_which_runs_are_run_again(study, status, retry, flags):
-    study.put(status)
-    result = study.sweep(study.runs("ok"), retry=retry)
-    assert study.calls() == ([] if flags is None else [f"run0 {flags}"])
-    assert result.outcomes["run0"].status == (status if flags is None else "ok")
-    assert result.exit_status == (0 if result.outcomes["run0"].status == "ok" else 1)
+def test_which_runs_are_run_again(study, retry, flags):
+    """``flags`` says for each status of a record with which flag its run starts again; None: it does not."""
+    runs = study.runs(*["ok"] * len(flags))
+    for run, status in zip(runs, flags, strict=True):
+        study.put(status, run.run_id)
+    result = study.sweep(runs, retry=retry)
+    again = {run.run_id: flag for run, flag in zip(runs, flags.values(), strict=True) if flag is not None}
+    assert sorted(study.calls()) == [f"{run_id} {flag}" for run_id, flag in again.items()]
+    for run, status in zip(runs, flags, strict=True):
+        assert result.outcomes[run.run_id].status == ("ok" if run.run_id in again else status)
 
 
 def test_force_runs_everything_again(study):
@@ -233,10 +239,3 @@ def test_a_child_says_that_its_run_is_busy(tmp_path):
                f"with RunFolder(Path({str(tmp_path)!r}), 'study', 'run0').locked(): pass"  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert BUSY in done.stderr
-
-
-def test_records_are_json_without_nan(study):
-    study.sweep(study.runs("raises", "dies before its record"))
-    for run_id in ("run0", "run1"):
-        text = (study.folder / run_id / "record.json").read_text()
-        json.loads(text, parse_constant=lambda name: pytest.fail(name))

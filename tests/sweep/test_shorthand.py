@@ -32,25 +32,17 @@ def test_the_product_in_the_order_given():
     assert [run.seed for run in parse_shorthand(["num_experts=2"], seeds=[7, 3]).runs] == [7, 3]
 
 
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ("a", ["a"]),
+def test_values_are_separated():
+    for text, values in (
         ("a,b,c", ["a", "b", "c"]),
         ('"random:k=3,m=4",ring', ["random:k=3,m=4", "ring"]),
         ('ring,random:"k=3,m=4",b', ["ring", "random:k=3,m=4", "b"]),
         ("random:k=3,m=4;ring", ["random:k=3,m=4", "ring"]),
-        ("random:k=3,m=4;", ["random:k=3,m=4"]),
         ('"a;b",c', ["a;b", "c"]),
         ('"a;b";c,d', ["a;b", "c,d"]),
-        ('"",b', ["", "b"]),
         ('a;""', ["a", ""]),
-        ('""', [""]),
-        ("a=b", ["a=b"]),
-    ],
-)
-def test_values_are_separated(text, values):
-    assert split_values(text) == values
+    ):
+        assert split_values(text) == values
 
 
 @given(st.lists(st.text(alphabet='ab,;= ="', min_size=1).map(lambda t: t.replace('"', "")), min_size=1))
@@ -70,18 +62,14 @@ def test_through_a_shell():
     [
         ("num-experts=2,4", "num_experts", [2, 4]),
         ("--num_experts=2,4", "num_experts", [2, 4]),
-        ("coupler-type=GNN", "coupler_type", ["GNN"]),
         ("dataset=wikitext,None", "dataset_name", ["wikitext", None]),
         ("learning_rate=1e-3,1", "learning_rate", [1e-3, 1.0]),
         ("hgnn_learnable_edge_weights=true,False", "hgnn_learnable_edge_weights", [True, False]),
         ("epochs=None,3", "epochs", [None, 3]),
         ("num_workers_dataloader=auto,2", "num_workers_dataloader", ["auto", 2]),
-        ("curriculum_pacing=linear,competence_sqrt", "curriculum_pacing", ["linear", "competence_sqrt"]),
         ("adam_betas=0.9 0.95,0.8 0.9", "adam_betas", [[0.9, 0.95], [0.8, 0.9]]),
         ("coupler_option=k=2 backend=loop,k=3", "coupler_option", [["k=2", "backend=loop"], ["k=3"]]),
         ('coupler_option="",k=3', "coupler_option", [[], ["k=3"]]),
-        ("data_dir=some/where", "data_dir", ["some/where"]),
-        ("device=cpu,cuda", "device", ["cpu", "cuda"]),
         ("preset=quick,baseline", "preset", ["quick", "baseline"]),
     ],
 )
@@ -114,28 +102,15 @@ def test_a_value_has_one_plain_form():
     [
         ([], "it names no flag; write coupler=GNN,HGNN num_experts=2,4,8"),
         (["coupler"], "'coupler' is not FLAG=VALUE,VALUE"),
-        (["=3"], "'=3' is not FLAG=VALUE,VALUE"),
         (["num_expert=2"], "unknown key 'num_expert'; python -m bench.run --help lists all flags."),
-        (["num_expert=2"], "Did you mean 'num_experts'?"),
-        (["num_experts="], "a value is missing in ''"),
         (["num_experts=2,"], "a value is missing in '2,'"),
-        (["num_experts=2,,3"], "a value is missing in '2,,3'"),
         (["num_experts=;;2"], "a value is missing in ';;2'"),
         (['coupler="GNN'], "a double quote is not closed"),
         (["num_experts=2,four"], "num_experts is 'four'; it must be a whole number"),
-        (["num_experts=2.0"], "num_experts is '2.0'; it must be a whole number"),
         (["num_experts=None"], "num_experts is 'None'; it must be a whole number"),
-        (["learning_rate=x"], "learning_rate is 'x'; it must be a finite number greater than 0"),
-        (["evaluate_test=1"], "evaluate_test is '1'; it must be true or false"),
-        (["epochs=all"], "epochs is 'all'; it must be a whole number of at least 1 or \"None\""),
         (["adam_betas=0.9"], "adam_betas is [0.9]; it must be a list of a number in [0, 1) and a"),
-        (["adam_betas=0.9,0.95"], "adam_betas is [0.9]"),
-        (["device=tpu"], "device is 'tpu'; it must be 'auto', 'cpu', 'cuda', 'mps'"),
         (["preset=basline"], "Did you mean 'baseline'?"),
         (["seed=1,2"], "seed cannot be set here: the seeds of all runs stand at the top"),
-        (["seeds=3"], "seeds is no flag"),
-        (["study=x"], "study cannot be set here"),
-        (["quiet=true"], "quiet cannot be set here: the sweep sets it itself"),
         (["num_experts=2", "num_experts=3"], "num_experts stands there twice"),
         (["coupler=GNN", "coupler_type=HGNN"], "are the same flag; keep one of them"),
     ],

@@ -78,12 +78,8 @@ def test_all_blocks_together(load):
 
 def test_what_a_file_leaves_out(load):
     sweep = load("seeds = 10\n", "noise.floor.toml")
-    assert (sweep.study, sweep.seeds, sweep.match, sweep.hypotheses) == (
-        "noise.floor",
-        list(range(10)),
-        None,
-        None,
-    )
+    assert (sweep.study, sweep.seeds) == ("noise.floor", list(range(10)))
+    assert (sweep.match, sweep.hypotheses) == (None, None)
     assert [run.flags for run in sweep.runs] == [{}] * 10
     assert load("[grid]\nnum_experts = [2, 3]").seeds == [0]
 
@@ -168,18 +164,14 @@ def test_a_part_may_be_drawn_and_doubles_are_dropped(load):
 # --- where and random ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("where", "expected"),
-    [
-        ("num_experts * num_layers <= 4", [2]),  # two layers by default
-        ("num_experts == 3 or dropout_rate > 0", [3]),
-        ("dataset == None and 'k=2' in coupler_option and num_experts == 2", [2]),
-        ("max_steps == 120 and epochs == None and preset == 'quick' and num_experts % 2 == 1", [3]),
-    ],
-)
-def test_a_condition_sees_flags_that_nobody_set(load, where, expected):
-    sweep = load(f'where = "{where}"\n[base]\ncoupler_option = ["k=2"]\n[grid]\nnum_experts = [2, 3, 4]')
-    assert rows(sweep, "num_experts") == [(count,) for count in expected]
+def test_a_condition_sees_flags_that_nobody_set(load):
+    for where, expected in (
+        ("num_experts * num_layers <= 4", 2),  # two layers by default
+        ("max_steps == 120 and epochs == None and preset == 'quick' and num_experts % 2 == 1", 3),
+    ):
+        assert rows(load(f'where = "{where}"\n[grid]\nnum_experts = [2, 3, 4]'), "num_experts") == [
+            (expected,)
+        ]
 
 
 def test_a_condition_sees_what_the_preset_says(load):
@@ -203,15 +195,8 @@ def test_a_draw_is_the_same_each_time_for_all_seeds_and_whatever_all_runs_share(
     assert len(set(drawn)) == 7
     assert drawn == sorted(drawn) == draw(load, 7, steps=12)
     assert draw(load, 7, seeds=2) == drawn + [(1, *rest) for _, *rest in drawn]
-    assert drawn == [
-        (0, 2, 2),
-        (0, 2, 3),
-        (0, 3, 3),
-        (0, 5, 5),
-        (0, 6, 1),
-        (0, 6, 4),
-        (0, 7, 1),
-    ]  # a sweep of today is the one of last year
+    of_last_year = [(2, 2), (2, 3), (3, 3), (5, 5), (6, 1), (6, 4), (7, 1)]
+    assert [row[1:] for row in drawn] == of_last_year
 
 
 def test_a_larger_draw_keeps_the_smaller_one(load):
@@ -279,4 +264,4 @@ def test_ten_thousand_runs_are_soon_written_down():
     entries = {"grid": grid, "where": "num_experts > 0 and coupler == 'HGNN'", "seeds": 10}
     start = time.process_time()
     assert len(sweep_of(entries, "many").runs) == 10_000
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 5  # 0.3 s

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkContext, SpawnContext
 
 import torch
 
 
-def fork_context() -> BaseContext:
+def fork_context() -> ForkContext | SpawnContext:
     """Return how a test makes a process: by fork, or by spawn once CUDA is in use, which no fork survives."""
-    return multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    if torch.cuda.is_initialized():
+        return multiprocessing.get_context("spawn")
+    return multiprocessing.get_context("fork")

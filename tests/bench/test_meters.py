@@ -93,6 +93,7 @@ def test_d4_a_large_batch_lies_on_the_line_through_two_smaller_ones(coupler, row
     assert predict_peak(config, rows, 24, TRAINING, micro_batch_size=micro) == pytest.approx(exact, rel=0.01)
 
 
+@pytest.mark.slow
 def test_d4_pieces_take_less_and_a_larger_batch_takes_more():
     whole, pieces, larger = (
         predict_peak(small(), rows, 24, TRAINING, micro_batch_size=micro)

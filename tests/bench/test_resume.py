@@ -114,7 +114,7 @@ def full_disk(*_) -> None:
 
 
 @pytest.mark.core("resume")
-@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.slow), 4, 9])
+@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 4)), 9])
 def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step, capsys):
     """As a kill would: nothing is saved at that moment, so it goes on from the last checkpoint."""
     with monkeypatch.context() as patch:
@@ -135,6 +135,7 @@ def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step
     assert later[-1].endswith("status ok")
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_at_the_end_of_its_step_with_a_checkpoint(run, undisturbed, monkeypatch):
     """SIGINT; the next test sends SIGTERM."""
     with monkeypatch.context() as patch:

@@ -420,22 +420,27 @@ def test_d8_a_resumed_training_goes_on_with_the_controller_s_state(corpus):
 
 
 def test_a_controlled_run_records_and_says_every_decision(tiny, tmp_path, capsys):
-    """Each is a row of history, in the record under used, and on screen once."""
-    flags = ["--control-memory", "--memory-budget", "190KiB", "--max-steps", "8"]
-    assert main([*tiny, *flags]) == 0
+    """Each is a row of history, in the record under used, and on screen once; a shorter length counts (D3).
+
+    Three steps end at one row at once; the second epoch begins with sequences of half the length.
+    """
+    flags = ["--control-memory", "--memory-budget", "120KiB", "--max-steps", "5", "--eval-every", "5"]
+    assert main([*tiny, *flags, "--max-batches-per-epoch", "3"]) == 0
     folder = next((tmp_path / "results" / "default").glob("*"))
     record = json.loads((folder / "record.json").read_text())
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     rows, made = [row for row in history if row["kind"] == "shape"], record["used"]["control"]
-    assert made
     assert [{k: v for k, v in row.items() if k != "kind"} for row in rows] == made
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("note: step 1, peak") == 1
-    assert made[0]["peak_bytes"] > int(190 * 1024 * 0.85)
-    last = made[-1]
-    assert record["used"]["micro_batch_size"] * record["used"]["accumulation"] == 4
-    assert f"{last['to_rows']}x16" in record["used"]["micro_batch_shapes"]
-    assert record["used"]["lengths"] == [16]
+    assert made[0]["peak_bytes"] > int(120 * 1024 * 0.85)
+    assert [(one["step"], one["to_rows"], one["to_length"], one["pending"]) for one in made[:3]] == [
+        (1, 2, 16, False), (2, 1, 16, False), (3, 1, 8, True),
+    ]  # fmt: skip
+    used = record["used"]
+    assert used["lengths"] == [8, 16]
+    assert used["micro_batch_shapes"].keys() >= {"4x16", "2x16", "1x16", "1x8"}
+    assert used["micro_batch_size"] * used["accumulation"] * 8 == 4 * 16, "the tokens of a batch"
     assert record["memory"]["peak_allocated_bytes"] < made[0]["peak_bytes"]
 
 
@@ -450,20 +455,11 @@ def test_a_decision_after_the_last_step_is_not_reported_as_used(tiny, tmp_path):
     assert (used["micro_batch_size"], used["accumulation"]) == (4, 1)
 
 
-def test_a_cut_length_counts_in_the_pieces_of_an_update(tiny, tmp_path):
-    """D3: rows × pieces of the last update hold the tokens of its batch, whatever the length."""
-    flags = ["--control-memory", "--memory-budget", "120KiB", "--max-steps", "8", "--eval-every", "8"]
-    assert main([*tiny, *flags, "--max-batches-per-epoch", "3"]) == 0
-    used = json.loads(next((tmp_path / "results" / "default").glob("*/record.json")).read_text())["used"]
-    assert used["lengths"] == [8, 16]
-    assert used["micro_batch_size"] * used["accumulation"] * 8 == 4 * 16
-
-
-@pytest.mark.parametrize("flags", ["", "--tune-batch-size"])
+@pytest.mark.parametrize("flags", ["", pytest.param("--tune-batch-size", marks=pytest.mark.slow)])
 def test_d8_the_user_s_maximum_bounds_the_controller(tiny, tmp_path, flags):
     """D8: however much room there is, also after a search for the size to begin with."""
-    bounded = ["--control-memory", "--tune-max-batch-size", "2", "--max-steps", "6", *flags.split()]
+    bounded = ["--control-memory", "--tune-max-batch-size", "2", "--max-steps", "5", *flags.split()]
     assert main([*tiny, *bounded]) == 0
     used = json.loads(next((tmp_path / "results" / "default").glob("*/record.json")).read_text())["used"]
-    assert used["micro_batch_shapes"] == {"2x16": 12}
+    assert used["micro_batch_shapes"] == {"2x16": 10}
     assert used["control"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -123,6 +124,9 @@ def test_a_finished_run_is_shown_without_scoring_again(finished, tiny, scored, c
     flags = flags_with(finished, tiny)
     assert main(flags) == 0
     assert f"blocks by {finished} …\n" in capsys.readouterr().err
+    (record,) = Path(tiny[tiny.index("--results-dir") + 1]).glob("*/*/record.json")
+    source = json.loads(record.read_text())["data"]["training_blocks"]["curriculum"]["order_source"]
+    assert source == "model"
     assert main(flags) == 0
     printed = capsys.readouterr()
     assert "is finished" in printed.out
@@ -212,4 +216,10 @@ def test_a_scorer_of_shorter_sequences_is_refused(finished, tiny, capsys):
         "have 24 tokens",
         "--max-seq-length 16 or",
     )
-    assert main(flags_with(finished, tiny, "--max-seq-length", "8")) == 0
+    assert main(flags_with(finished, tiny, "--max-seq-length", "8", "--max-batches-per-epoch", "2")) == 0
+
+
+def test_a_scorer_of_another_text_is_refused(finished, tiny, capsys):
+    with pytest.raises(SystemExit):
+        main(flags_with(finished, tiny, "--tokenizer", "bpe:300"))
+    assert "was trained on another text or with another tokenizer" in capsys.readouterr().err

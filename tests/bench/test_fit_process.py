@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from bench.config import TrainingConfig
+from bench.cli import parse
+from bench.config import RunConfig, TrainingConfig
 from bench.device import is_out_of_memory
 from bench.run.__main__ import main
-from bench.tune import trials
+from bench.run.prepare import prepare
+from bench.training.ranks import Ranks
+from bench.tune import find, trials
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
-from bench.tune.trials import ParametersNotApplied, Request, Trials, TrialSetup, search_here, search_in_child
+from bench.tune.trials import ParametersNotApplied, Request, Trials, TrialSetup, search_in_child
 from gnnmoe import GNNMoEConfig
+from tests.bench._forked import fork_context
 from tests.bench.test_run import only_run, results_of
 
-REPOSITORY = Path(__file__).parents[2]
 SMALL = GNNMoEConfig(embed_dim=8, num_heads=2, num_layers=1, max_seq_length=16, vocab_size=43)
 FIT = ["--fit-shape", "--memory-budget", "140KiB", "--shape-length-step", "4"]
 TINIEST = Shape(1, 8)
@@ -30,20 +32,10 @@ SETUP = TrialSetup(SMALL, TrainingConfig(), 4, 130_000, "cpu")
 REQUEST = Request(SETUP, 130_000, 1.0, "shape", (8, 16), (1, 2), 1, 8, 100.0)
 
 
-def test_b6_a_child_s_fit_is_the_same():
-    told: list[Trial] = []
-    child, here = search_in_child(REQUEST, told.append), search_here(REQUEST, lambda _: None)
-    assert tuple(told) == child.trials
-    assert (child.shape, child.stopped) == (here.shape, here.stopped)
-    peaks = [(trial.shape, trial.measured_peak_bytes) for trial in here.trials]
-    assert [(trial.shape, trial.measured_peak_bytes) for trial in child.trials] == peaks
-
-
-def test_b6_a_child_s_fit_is_ended_at_its_deadline():
-    begun = time.monotonic()
-    with pytest.raises(SearchFailed, match=r"no trial ended within 0.2 s \(--tune-max-seconds\)"):
-        search_in_child(replace(REQUEST, max_seconds=0.2), print)
-    assert time.monotonic() - begun < 30
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Let the search's process begin at once; that a spawned process searches is shown in test_tune."""
+    monkeypatch.setattr(trials, "multiprocessing", SimpleNamespace(get_context=lambda _: fork_context()))
 
 
 def dies(request, send) -> Found:
@@ -73,12 +65,12 @@ def never_ends(request, send) -> Found:
         (applies_nothing, ParametersNotApplied, "^parameters not applied$"),
     ],
 )
-def test_a8_what_goes_wrong_in_a_child_is_a_failed_search_or_what_it_is(work, error, said):
+def test_a8_what_goes_wrong_in_a_child_is_a_failed_search_or_what_it_is(forked, work, error, said):
     with pytest.raises(error, match=said):
         search_in_child(REQUEST, print, work)
 
 
-def test_b6_at_the_deadline_the_answer_is_what_ran_before_it(monkeypatch):
+def test_b6_at_the_deadline_the_answer_is_what_ran_before_it(forked, monkeypatch):
     def late(trial: Trial) -> None:
         if not trial.ran:  # the last message: from here on the time is up
             monkeypatch.setattr(trials, "time", SimpleNamespace(time=lambda: float("inf")))
@@ -103,50 +95,49 @@ def test_a8_a_failed_fit_is_loud_and_falls_back_only_where_asked(tiny, tmp_path,
     assert "WARNING: the fit failed" in " ".join(capsys.readouterr().out.split())
 
 
-RANKS = """
-import sys, torch.distributed as dist
-from bench.cli import parse
-from bench.config import RunConfig
-from bench.run.prepare import prepare
-from bench.training.ranks import Ranks
-from bench.tune import find
-from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Trial
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-real, collectives = dist.all_gather_object, []
-dist.all_gather_object = lambda *arguments: (collectives.append(1), real(*arguments))
-request = prepare(parse(RunConfig, sys.argv[3:])).search(print)
-shapes = request.shapes
-
-def found(*places):
-    def search_here(*_):
-        if places[rank] is None:
-            raise NoFeasibleBatch([Trial(shapes[0], "no")], shapes[0])
-        shape = shapes[places[rank]]
-        return Found(shape, "limit", (Trial(shape),))
-    find.search_here = search_here
+def fit_on_rank(rank: int, store: Path, flags: list[str], said: Any) -> None:
+    """Fit three times with made-up searches of the two ranks; send what came of it, and the collectives."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    real, collectives = dist.all_gather_object, []
+    dist.all_gather_object = lambda *arguments: (collectives.append(1), real(*arguments))
+    request = prepare(parse(RunConfig, flags)).search(print)
     find.cached_search = lambda request, make, say, keep: (make(), False)
-    try:
-        record = find.find(request, Ranks(rank, 2, backend="gloo"), lambda _: None)
-    except SearchFailed as error:
-        return "failed", type(error).__name__
-    return record["status"], record["length"], record["micro_batch_size"]
+    answers: list[Any] = []
+    for places in ((2, 1), (3, 4), (None, 2)):
+        find.search_here = lambda *_, place=places[rank]: found_at(request.shapes, place)
+        try:
+            record = find.find(request, Ranks(rank, 2, backend="gloo"), lambda _: None)
+        except SearchFailed as error:
+            answers.append(type(error).__name__)
+        else:
+            answers.append((record["status"], record["length"], record["micro_batch_size"]))
+    said.put((rank, answers, len(collectives)))
 
-print(*found(2, 1), *found(3, 4), *found(None, 2), len(collectives))
-"""
+
+def found_at(shapes: list[Shape], place: int | None) -> Found:
+    if place is None:
+        raise NoFeasibleBatch([Trial(shapes[0], "no")], shapes[0])
+    return Found(shapes[place], "limit", (Trial(shapes[place]),))
 
 
 def test_b12_two_ranks_fit_the_smaller_shape_and_none_waits_for_one_on_which_nothing_fits(tiny, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", RANKS]
-    rest, pipes = [str(tmp_path / "store"), *tiny, *FIT], dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    context = fork_context()
+    said = context.Queue()
     ranks = [
-        subprocess.Popen([*command, str(rank), *rest], env=environment, text=True, **pipes) for rank in (0, 1)
+        context.Process(target=fit_on_rank, args=(rank, tmp_path / "store", [*tiny, *FIT], said), daemon=True)
+        for rank in (0, 1)
     ]
-    for rank, ours in zip(ranks, ("NoFeasibleBatch", "SearchFailed"), strict=True):
-        out, err = rank.communicate(timeout=100)
-        assert rank.returncode == 0, err[-2000:]
-        assert " ".join(out.split()) == f"ok 8 1 ok 16 1 failed {ours} 3", "one collective a search"
+    for rank in ranks:
+        rank.start()
+    try:
+        answers = sorted(said.get(timeout=100) for _ in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    for (_, found, collectives), failed in zip(answers, ("NoFeasibleBatch", "SearchFailed"), strict=True):
+        assert found == [("ok", 8, 1), ("ok", 16, 1), failed]
+        assert collectives == 3, "one collective per search"
 
 
 def test_a_prediction_is_worked_out_once(monkeypatch):

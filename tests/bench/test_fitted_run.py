@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 import bench.run.resume
 from bench.check.isolation import rows_to_judge
 from bench.data.corpus import load_corpus
+from bench.record import Record
 from bench.run.__main__ import main
+from bench.study.runs import Basis
 from bench.training.checkpoint import load_checkpoint
 from bench.training.loaders import checkpoint_scorer
 from tests.bench.conftest import TINY
@@ -31,18 +35,18 @@ LENGTH = 8  # what fits of 16, one row at once of a batch of 4
 
 
 @pytest.fixture(scope="module")
-def fitted(small_data_dir, tmp_path_factory) -> tuple[Path, list[int]]:
-    """The folder of a finished run, and the lengths at which the leak check looked."""
-    results, judged = tmp_path_factory.mktemp("fitted"), []
+def fitted(small_data_dir, tmp_path_factory) -> tuple[Path, list[int], str]:
+    """The folder of a finished run, the lengths at which the leak check looked, and what was printed."""
+    results, judged, printed = tmp_path_factory.mktemp("fitted"), [], io.StringIO()
 
     def run_leak_check(config, real=bench.run.resume.run_leak_check, **named):
         judged.append(config.max_seq_length)
         return real(config, **named)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(bench.run.resume, "run_leak_check", run_leak_check)
         assert main([*TINY, *FIT, "--data-dir", str(small_data_dir), "--results-dir", str(results)]) == 0
-    return only_folder(results), judged
+    return only_folder(results), judged, printed.getvalue()
 
 
 def record_of(folder: Path) -> dict:
@@ -50,11 +54,32 @@ def record_of(folder: Path) -> dict:
 
 
 def test_the_leak_check_judges_the_model_that_trains_and_two_rows_at_least(fitted):
-    folder, judged = fitted
+    folder, judged, _ = fitted
     record = record_of(folder)
     assert (record["tuned"]["length"], record["tuned"]["micro_batch_size"]) == (LENGTH, 1)
     assert judged == [LENGTH]
     assert f"(B, L) = (2, {LENGTH})" in record["check"]["checks"]["trained_isolation"]["detail"]
+
+
+def test_d4_the_fitted_shape_is_what_the_run_uses(fitted):
+    """D4, D1: requested, tuned and used side by side; D6: the speed pass has the fitted shape too."""
+    record = record_of(fitted[0])
+    asked, tuned, used = record["requested"], record["tuned"], record["used"]
+    assert (asked["max_seq_length"], asked["batch_size"], asked["memory_budget"]) == (16, 4, "140KiB")
+    assert tuned["stopped"] == "limit"
+    assert tuned["measured_peak_bytes"] <= int(140 * 1024 * 0.85) == tuned["limit_bytes"]
+    assert tuned["predicted_peak_bytes"] == pytest.approx(tuned["measured_peak_bytes"], rel=0.1)
+    assert used["lengths"] == [LENGTH]
+    assert used["micro_batch_shapes"] == {f"1x{LENGTH}": 9 * 4}
+    assert used["batch_shapes"] == {f"4x{LENGTH}": 9}, "the batch of an update stays"
+    assert record["quality"]["validation"]["length"] == LENGTH
+    assert record["speed"]["step_tokens"] == [4 * LENGTH] * 2
+    assert record["memory"]["peak_allocated_bytes"] <= tuned["limit_bytes"] * 1.1
+    assert f"length {LENGTH}, micro-batch 1 of at most 4" in fitted[2]
+    other = Record.model_validate({**record, "used": {**used, "lengths": [LENGTH, 16]}})
+    own = Record.model_validate(record)
+    assert not Basis.of(own, False).fits(Basis.of(other, False)), "another length is not compared"
+    assert Basis.of(own, True).fits(Basis.of(other, True))
 
 
 @pytest.mark.parametrize(

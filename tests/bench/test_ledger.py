@@ -235,24 +235,6 @@ def test_a9_a_missing_difficulty_model_falls_back_loudly_or_is_refused(tiny, tmp
     assert curriculum["order_source"] == "random_fallback"
 
 
-def test_a_finished_run_scores_the_blocks_of_a_curriculum(tiny, tmp_path, capsys, small_data_dir):
-    """model:CHECKPOINT is the mean loss that the run's best state gives each block."""
-    assert main(["--coupler", "mean", *tiny]) == 0
-    (checkpoint,) = (tmp_path / "results").glob("*/*/checkpoint.pt")
-    flags = without_steps(tiny)
-    flags += f"--coupler mean --epochs 2 --curriculum model:{checkpoint} --batch-size 2".split()
-    assert main(flags) == 0
-    sources = {
-        json.loads(path.read_text())["data"]["training_blocks"]["curriculum"]["order_source"]
-        for path in (tmp_path / "results").glob("*/*/record.json")
-        if path.parent != checkpoint.parent
-    }
-    assert sources == {"model"}
-    with pytest.raises(SystemExit):
-        main([*flags, "--tokenizer", "bpe:300"])
-    assert "was trained on another text or with another tokenizer" in capsys.readouterr().err
-
-
 def test_the_table_shows_asked_got_and_a_tick(tiny, capsys):
     assert main(["--coupler", "mean", *tiny]) == 0
     lines = capsys.readouterr().out.splitlines()

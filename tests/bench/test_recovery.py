@@ -1,7 +1,8 @@
-"""Running out of memory: what counts as it (B9), and that all memory comes back (B10)."""
+"""Running out of memory: what counts as it (B9), that all memory comes back (B10), and a true case (D7)."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -158,15 +159,39 @@ def test_recovery_empties_the_cache_of_the_device(monkeypatch):
 
 
 CHILD = """
-import resource, sys, torch
+import json, resource, sys, torch
 from bench.config import TrainingConfig
-from bench.device import keep_freed_memory
-from bench.device import attempt
+from bench.device import attempt, keep_freed_memory
 from bench.training.step import make_optimizer, training_step
+from bench.tune.control import ControlledSteps
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
-ROOM = 96 * 2**20
 torch.set_num_threads(1)
+
+def leave(room):
+    lines = open("/proc/self/status")
+    used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + room, resource.RLIM_INFINITY))
+
+# D7: a batch of 64 rows takes more than 40 MiB, two rows take less.
+torch.backends.mkldnn.set_flags(False)  # its "could not create a primitive" may mean many things
+model = GNNMoEModel(GNNMoEConfig(embed_dim=64, num_layers=1, max_seq_length=64, vocab_size=200), seed=0)
+optimizer = make_optimizer(model, TrainingConfig())
+ids = torch.arange(64 * 64).view(64, 64) % 200
+batch = {"input_ids": ids, "targets": ids}
+training_step(model, {k: v[:2] for k, v in batch.items()}, optimizer, 1.0)  # loads what loads lazily
+leave(40 * 2**20)
+steps = ControlledSteps(model, 64, torch.device("cpu"))
+for number in (1, 2, 3):
+    def step(batch, micro, shapes):
+        return training_step(model, batch, optimizer, 1.0, micro, shapes)
+    *_, shapes = steps.run(step, batch, number, optimizer)
+print(json.dumps([steps.to_record(), [list(shape) for shape in shapes]]), flush=True)
+torch.backends.mkldnn.set_flags(True)
+resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+# B10
+ROOM = 96 * 2**20
 CONFIG = GNNMoEConfig(embed_dim=16, num_layers=1, max_seq_length=64, vocab_size=100)
 
 def nearly_everything():
@@ -179,8 +204,7 @@ def step(rows):
     return float(training_step(model, dict(input_ids=ids, targets=ids), optimizer, 1.0)[0])
 
 assert attempt(lambda: step(4)).failure is None
-used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData:"))
-resource.setrlimit(resource.RLIMIT_DATA, (used + ROOM, used + ROOM))
+leave(ROOM)
 
 for trial in range(3):  # the next trial can use what the one before had
     if trial == 1:
@@ -203,17 +227,34 @@ print("recovered")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")
-def test_b10_a_true_out_of_memory_gives_its_memory_back():
-    """B10: a child under RLIMIT_DATA runs out of memory in a training step, three times over.
+@pytest.fixture(scope="module")
+def child() -> subprocess.CompletedProcess[str]:
+    """A process under RLIMIT_DATA, where the allocator of the CPU really says no."""
+    if sys.platform != "linux":
+        pytest.skip("RLIMIT_DATA counts mappings on Linux only")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_d7_a_true_out_of_memory_in_training_is_recovered_from(child):
+    assert child.stdout, child.stderr[-2000:]
+    recoveries, shapes = json.loads(child.stdout.splitlines()[0])
+    assert recoveries, "64 rows at once did not run out of memory"
+    assert {recovery["step"] for recovery in recoveries} == {1}, "once is enough: later steps fit"
+    assert "can't allocate memory" in recoveries[0]["error"]
+    micro = recoveries[-1]["micro_batch_size"]
+    assert micro in (8, 16, 32)
+    assert shapes == [[micro, 64]] * (64 // micro)
+
+
+def test_b10_a_true_out_of_memory_gives_its_memory_back(child):
+    """B10: the child under RLIMIT_DATA runs out of memory in a training step, three times over.
 
     After each, nearly all the room can be had.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.stdout == "recovered\n", done.stderr[-2000:]
+    assert child.stdout.splitlines()[1:] == ["recovered"], child.stderr[-2000:]
 
 
 @pytest.mark.gpu

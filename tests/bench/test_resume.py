@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,9 +16,12 @@ import torch
 import bench.training.loop
 from bench.run.__main__ import main
 from bench.training.checkpoint import differing_fields, load_checkpoint, save_checkpoint
+from tests.bench._forked import fork_context
+from tests.bench.conftest import TINY
 
 FLAGS = ["--max-steps", "9", "--eval-every", "3", "--dropout-rate", "0.1"]
-REPOSITORY = Path(__file__).parents[2]
+SCHEDULE = [*FLAGS, "--epochs", "3", "--max-batches-per-epoch", "3", "--min-steps-per-epoch", "1"]
+SCHEDULE += ["--batch-schedule", "0:4,1:8,2:12", "--curriculum", "rarity"]
 
 
 def results_of(flags: list[str]) -> Path:
@@ -42,11 +44,22 @@ def run(tiny) -> list[str]:
     return [*tiny, *FLAGS]
 
 
-@pytest.fixture
-def undisturbed(run) -> Path:
-    flags = elsewhere(run, "undisturbed")
-    assert main([*flags, "--quiet"]) == 0
-    return only_folder(results_of(flags))
+def whole_run(flags: list[str], data: Path, results: Path) -> Path:
+    """Train without an interruption; return the folder, which many tests read and none changes."""
+    places = ["--data-dir", str(data), "--results-dir", str(results)]
+    assert main([*TINY, *flags, *places, "--quiet"]) == 0
+    return only_folder(results)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_data_dir, tmp_path_factory) -> Path:
+    return whole_run(FLAGS, small_data_dir, tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def scheduled(small_data_dir, tmp_path_factory) -> Path:
+    """An undisturbed run with a schedule of batch sizes and a curriculum."""
+    return whole_run(SCHEDULE, small_data_dir, tmp_path_factory.mktemp("scheduled"))
 
 
 def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
@@ -59,6 +72,8 @@ def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
     ours, theirs = (load_checkpoint(path / "checkpoint.pt")["model"] for path in (folder, expected))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, expected))
+    for record in (ours, theirs):
+        del record["environment"]["git_changes_sha256"]  # of a file that someone edits meanwhile
     for key in set(theirs) - {"time", "speed", "memory", "check", "command", "config"}:
         assert ours[key] == theirs[key], key
     assert ours["memory"]["peak_allocated_bytes"] == theirs["memory"]["peak_allocated_bytes"]
@@ -99,7 +114,7 @@ def full_disk(*_) -> None:
 
 
 @pytest.mark.core("resume")
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 4)), 9])
 def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step, capsys):
     """As a kill would: nothing is saved at that moment, so it goes on from the last checkpoint."""
     with monkeypatch.context() as patch:
@@ -120,10 +135,11 @@ def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step
     assert later[-1].endswith("status ok")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_at_the_end_of_its_step_with_a_checkpoint(run, undisturbed, monkeypatch, number):
+@pytest.mark.slow
+def test_ctrl_c_stops_at_the_end_of_its_step_with_a_checkpoint(run, undisturbed, monkeypatch):
+    """SIGINT; the next test sends SIGTERM."""
     with monkeypatch.context() as patch:
-        act_at_step(patch, 5, lambda: os.kill(os.getpid(), number))
+        act_at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
         assert main(run) == 130
     folder = only_folder(results_of(run))
     assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"] == 5
@@ -166,20 +182,19 @@ def test_killed_at_any_moment_and_continued(run, undisturbed):
 
 
 def kill_when_history_has(rows: int, flags: list[str]) -> None:
-    """Start the run in a child and kill it as soon as there are a record and so many rows."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "bench.run", *flags]
-    child = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
+    """Start the run in a process and kill it as soon as there are a record and so many rows."""
+    child = fork_context().Process(target=main, args=(flags,), daemon=True)
+    child.start()
     try:
-        while child.poll() is None:
+        while child.is_alive():
             for record in results_of(flags).glob("*/*/record.json"):
                 if len((record.parent / "history.jsonl").read_text().splitlines()) >= rows:
                     child.kill()
             time.sleep(0.002)
     finally:
         child.kill()
-        child.wait()
-    assert child.returncode == -signal.SIGKILL, "the run ended before it was killed"
+        child.join()
+    assert child.exitcode == -signal.SIGKILL, "the run ended before it was killed"
 
 
 def refusal(capsys, flags: list[str]) -> str:
@@ -190,12 +205,21 @@ def refusal(capsys, flags: list[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-@pytest.fixture
-def interrupted(run, monkeypatch) -> Path:
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped(small_data_dir, tmp_path_factory) -> Path:
+    """The folder of a run that was stopped inside step 5, with a checkpoint after step 3."""
+    results = tmp_path_factory.mktemp("stopped")
+    places = ["--data-dir", str(small_data_dir), "--results-dir", str(results)]
+    with pytest.MonkeyPatch.context() as patch:
         act_at_step(patch, 5, interrupt)
-        assert main(run) == 130
-    return only_folder(results_of(run))
+        assert main([*TINY, *FLAGS, *places]) == 130
+    return only_folder(results)
+
+
+@pytest.fixture
+def interrupted(run, stopped) -> Path:
+    """A copy of that run, of this test's own."""
+    return only_folder(shutil.copytree(stopped.parents[1], results_of(run)))
 
 
 def test_an_interrupted_run_asks_what_to_do(run, interrupted, capsys):
@@ -219,11 +243,10 @@ def test_resuming_another_config_names_the_fields_that_differ(run, interrupted, 
     assert message.count(" there, ") == 1
 
 
-def test_nothing_to_resume_and_a_finished_run(run, capsys):
+def test_nothing_to_resume_and_a_finished_run(run, undisturbed, capsys):
     assert "drop --resume to start" in refusal(capsys, [*run, "--resume"])
     assert not results_of(run).exists(), "nothing is written"
-    assert main(run) == 0
-    capsys.readouterr()
+    shutil.copytree(undisturbed.parents[1], results_of(run))
     assert main([*run, "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
 
@@ -286,13 +309,10 @@ def test_the_fields_that_differ():
 
 
 @pytest.mark.core("resume")
-@pytest.mark.parametrize("step", [2, 5, 9, "evaluating"])
-def test_schedule_and_curriculum_go_on_where_they_were(tiny, monkeypatch, step):
+@pytest.mark.parametrize("step", [5, pytest.param(9, marks=pytest.mark.slow), "evaluating"])
+def test_schedule_and_curriculum_go_on_where_they_were(tiny, scheduled, monkeypatch, step):
     """Batch sizes, blocks, ledger and what is measured afterwards are those of the last epoch."""
-    flags = [*tiny, *FLAGS, "--epochs", "3", "--max-batches-per-epoch", "3", "--min-steps-per-epoch", "1"]
-    flags += ["--batch-schedule", "0:4,1:8,2:12", "--curriculum", "rarity"]
-    whole = elsewhere(flags, "whole")
-    assert main([*whole, "--quiet"]) == 0
+    flags = [*tiny, *SCHEDULE]
     with monkeypatch.context() as patch:
         if step == "evaluating":
             patch.setattr("bench.run.session.check_trained_isolation", lambda *_, **__: interrupt())
@@ -300,8 +320,8 @@ def test_schedule_and_curriculum_go_on_where_they_were(tiny, monkeypatch, step):
             act_at_step(patch, step, interrupt)
         assert main(flags) == 130
     assert main([*flags, "--resume"]) == 0
-    folder, expected = only_folder(results_of(flags)), only_folder(results_of(whole))
-    assert_equal_but_for_times(folder, expected)
-    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, expected))
+    folder = only_folder(results_of(flags))
+    assert_equal_but_for_times(folder, scheduled)
+    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, scheduled))
     assert theirs["used"]["batch_shapes"] == {"4x16": 3, "8x16": 3, "12x16": 3}
     assert ours["speed"]["step_tokens"] == theirs["speed"]["step_tokens"] == [192, 192]

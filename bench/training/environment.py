@@ -16,8 +16,8 @@ import platform
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,14 +101,16 @@ def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> N
     source = executed_source(module)
     source = path.read_bytes() if source is None else source
     found[label] = syntax_sha256(source)
-    for name in _imports(ast.parse(source), module, path):
+    for name in _imports(source, module, path):
         _collect(name, module, name, found)
 
 
-def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:
-    """Yield the names of all modules that a tree imports, and of their packages."""
+@lru_cache(maxsize=1024)
+def _imports(source: bytes, module: str, path: Path) -> tuple[str, ...]:
+    """Return the names of all modules that a source imports, and of their packages."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree):
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -119,7 +121,8 @@ def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         for name in names:
             parts = name.split(".")
-            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            found += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return tuple(found)
 
 
 @cache

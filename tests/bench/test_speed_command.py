@@ -182,13 +182,21 @@ def measured(jobs, tmp_path) -> SpeedRecord:
     return record
 
 
+def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the curves, the comparison of all couplers and the meter, which other tests look at."""
+    for name in ("curve_jobs", "_parity"):
+        monkeypatch.setattr(f"bench.speed.suites.{name}", lambda *_: [])
+    for module in ("forms", "steps"):
+        monkeypatch.setattr(f"bench.speed.{module}.peak_bytes", lambda *_: 10**6)
+
+
 class TestSuites:
-    @pytest.mark.parametrize("curves", [pytest.param(True, marks=pytest.mark.slow), False])
+    @pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_the_cpu_suite_measures_every_target_of_its_own(
-        self, curves, small_data_dir, tmp_path, no_compiler, monkeypatch
+        self, whole, small_data_dir, tmp_path, no_compiler, monkeypatch
     ):
-        if not curves:
-            monkeypatch.setattr("bench.speed.suites.curve_jobs", lambda *_: [])
+        if not whole:
+            in_short(monkeypatch)
         model = ModelConfig(embed_dim=8, num_layers=1, max_seq_length=16)
         scale = CpuScale(batch=2, length=4, width=8, saved_experts=4, saved_batch=1, model=model,
                          step_batch=4, vocabulary=64, steps=8, rounds=2, curve_experts=(2, 4),
@@ -207,8 +215,7 @@ class TestSuites:
     def test_the_gpu_suite_measures_every_target_of_its_own(self, whole, tmp_path, no_compiler, monkeypatch):
         """On the CPU and in small, without a compiler; what a GPU alone can do is refused as a row."""
         if not whole:
-            monkeypatch.setattr("bench.speed.suites.curve_jobs", lambda *_: [])
-            monkeypatch.setattr("bench.speed.suites._parity", lambda *_: [])
+            in_short(monkeypatch)
         baseline = replace(SMALL, num_experts=4)
         scale = GpuScale(baseline=baseline, large=replace(baseline, num_experts=5), batch=2, large_batch=2,
                          many_batch=4, alone_batch=4, loop_batch=1, many_experts=6, rounds=2,

@@ -61,7 +61,12 @@ def check(found: dict[str, str]) -> None:
         assert text == (GOLDEN / name).read_bytes().decode(), f"{name} is no longer what it was"
 
 
-@pytest.mark.parametrize("study", STUDIES)
+LARGE = ("baseline", "reference-cpu")
+
+
+@pytest.mark.parametrize(
+    "study", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in STUDIES]
+)
 def test_the_report_of_a_committed_study(study, tmp_path):
     check(texts_of_study(study, tmp_path))
 

@@ -13,7 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import file_digest, sha256
 from io import BytesIO
 from pathlib import Path
@@ -65,6 +65,7 @@ def code_of(folder: Path, *names: str) -> str:
     return sha256("\n".join(hashes).encode()).hexdigest()
 
 
+@lru_cache(maxsize=1024)
 def syntax_sha256(source: bytes) -> str:
     """Return the hash of a module's syntax tree, without comments, docstrings and layout.
 

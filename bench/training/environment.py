@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +30,6 @@ from bench.data.cache import syntax_sha256
 from bench.record import Environment
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.registry import coupler_class, coupler_names, executed_source, resolved_options
-
-# --- the hashes of the code -----------------------------------------------------------------------
 
 CHANGES_NUMBERS = (
     "gnnmoe", "bench/data", "bench/measure", "bench/training", "bench/tune",
@@ -102,21 +100,17 @@ def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> N
         return
     source = executed_source(module)
     source = path.read_bytes() if source is None else source
-    found[label], imported = _contents(source, module, path)
-    for name in imported:
+    found[label] = syntax_sha256(source)
+    for name in _imports(source, module, path):
         _collect(name, module, name, found)
 
 
-@lru_cache(maxsize=512)
-def _contents(source: bytes, module: str, path: Path) -> tuple[str, tuple[str, ...]]:
-    """Return the hash of a module's source, and the modules that it imports."""
-    return syntax_sha256(source), tuple(dict.fromkeys(_imports(ast.parse(source), module, path)))
-
-
-def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:
-    """Yield the names of all modules that a tree imports, and of their packages."""
+@lru_cache(maxsize=1024)
+def _imports(source: bytes, module: str, path: Path) -> tuple[str, ...]:
+    """Return the names of all modules that a source imports, and of their packages."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(tree):
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -127,7 +121,8 @@ def _imports(tree: ast.AST, module: str, path: Path) -> Iterator[str]:
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         for name in names:
             parts = name.split(".")
-            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+            found += [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return tuple(found)
 
 
 @cache
@@ -169,8 +164,6 @@ def _installed() -> tuple[Path, ...]:
     """Return the folders of installed packages and of Python's own library."""
     return tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
-
-# --- device, packages, commit ---------------------------------------------------------------------
 
 PACKAGES = ("torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
 

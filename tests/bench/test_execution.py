@@ -130,7 +130,8 @@ def test_an_optimizer_of_another_form_does_not_fit():
         batched.load_state_dict(loop.state_dict())
 
 
-@pytest.mark.parametrize("flags", [{"experts": "batched"}, {"precision": "bf16"},
+@pytest.mark.parametrize("flags", [pytest.param({"experts": "batched"}, marks=pytest.mark.slow),
+                                   pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
                                    {"experts": "batched", "precision": "bf16"}])  # fmt: skip
 def test_memory_is_predicted_in_the_form_and_precision_that_run(flags):
     model = execution(**flags).build(config(), 0).train()
@@ -163,7 +164,9 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("coupler", coupler_names())
+@pytest.mark.parametrize("coupler", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("HGNN", "topk"))) for name in coupler_names()
+])  # fmt: skip
 def test_a_compiled_step_has_no_graph_break_and_is_compiled_once(coupler, fresh_dynamo):
     """``fullgraph`` refuses a break; the second batch, an evaluation between, and no further graph."""
     model = (
@@ -182,7 +185,9 @@ def test_a_compiled_step_has_no_graph_break_and_is_compiled_once(coupler, fresh_
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("experts", "micro_batch_size"), [("loop", None), ("batched", 2)])
+@pytest.mark.parametrize(
+    ("experts", "micro_batch_size"), [pytest.param("loop", None, marks=pytest.mark.slow), ("batched", 2)]
+)
 def test_a_compiled_step_is_the_step(experts, micro_batch_size, fresh_dynamo):
     """Through the compiler's autograd, with the head's chunks recomputed in the backward."""
     plain = execution(experts=experts).build(config(num_experts=2, gnn_layers=1), 0).train()

@@ -69,7 +69,15 @@ def golden() -> dict[str, list[float]]:
     return json.loads(GOLDEN.read_text())
 
 
-@pytest.mark.parametrize("name", cases())
+def quick(name: str) -> bool:
+    """Say whether a case is the one of its coupler or layer, or one of a strategy with the plain layer."""
+    _, *form = name.split(" ")
+    return not form or form[0] == "HypergraphConv" or form[1] == "all_pairs"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (not quick(name))) for name in cases()]
+)
 def test_five_steps_give_the_golden_losses(name, golden):
     check(name, losses(**cases()[name]), golden)
 

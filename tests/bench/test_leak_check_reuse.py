@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,41 +13,71 @@ import pytest
 import torch
 
 from bench.check.leak_check import CHECKS
+from bench.cli import parse
+from bench.config import RunConfig
 from bench.record import not_measured
 from bench.run import resume as leak_check
 from bench.run.__main__ import main
+from bench.run.prepare import prepare
+from bench.training.environment import describe_environment
+from tests.bench.conftest import TINY
 
 REUSE = "--reuse-check"
 
 
+@pytest.fixture(scope="module")
+def _run_of_seed_0(small_data_dir, tmp_path_factory) -> list[str]:
+    results = tmp_path_factory.mktemp("checked") / "results"
+    flags = [*TINY, "--device", "cpu", "--data-dir", str(small_data_dir), "--results-dir", str(results)]
+    assert main([*flags, "--seed", "0", REUSE]) == 0
+    return flags
+
+
 @pytest.fixture
-def run(tiny, monkeypatch, capsys):
-    """Run once with these flags; returns its record and how often the leak check ran."""
-    calls = []
-    plain = leak_check.run_leak_check
-    monkeypatch.setattr(leak_check, "run_leak_check", lambda *a, **k: calls.append(1) or plain(*a, **k))
-    results = Path(tiny[tiny.index("--results-dir") + 1])
-
-    def go(*flags: str, status: int = 0):
-        calls.clear()
-        before = set(results.glob("*/*/record.json"))
-        assert main([*tiny, *flags]) == status
-        [path] = set(results.glob("*/*/record.json")) - before
-        return json.loads(path.read_text()), len(calls)
-
-    return go
+def results(tmp_path) -> Path:
+    return tmp_path / "results"
 
 
-def test_another_seed_takes_the_verdict_and_says_whose_it_is(run, tmp_path, capsys):
-    first, checked = run("--seed", "0", REUSE)
-    assert checked == 1
+@pytest.fixture
+def flags(_run_of_seed_0, results) -> list[str]:
+    """Flags of a run whose results folder holds a run of seed 0, which made its leak check."""
+    shutil.copytree(_run_of_seed_0[-1], results)
+    return [*_run_of_seed_0[:-1], str(results)]
+
+
+@pytest.fixture
+def checks(flags, monkeypatch) -> Callable[..., bool]:
+    """Say whether a run with these flags makes the leak check itself; nothing is trained."""
+
+    def checks(*more: str, here: dict[str, Any] | None = None) -> bool:
+        made: list[bool] = []
+        monkeypatch.setattr(leak_check, "run_leak_check", lambda *_, **__: made.append(True))
+        prepared = prepare(parse(RunConfig, [*flags, *more], presets=True))
+        prepared.folder.path.mkdir(parents=True, exist_ok=True)  # of its log
+        environment = describe_environment(
+            prepared.device, prepared.code, prepared.ranks.world_size, prepared.ranks.backend
+        )
+        leak_check.leak_check_of(prepared, environment.model_copy(update=here or {}))
+        return bool(made)
+
+    return checks
+
+
+def only_record(results: Path) -> Path:
+    (path,) = results.glob("*/*/record.json")
+    return path
+
+
+def test_another_seed_takes_the_verdict_and_says_whose_it_is(flags, checks, results, capsys):
+    path = only_record(results)
+    first = json.loads(path.read_text())
     assert not any(check["reused_from"] for check in first["check"]["checks"].values())
-    capsys.readouterr()
-    second, checked = run("--seed", "1", REUSE)
-    assert checked == 0
+    assert main([*flags, "--seed", "1", REUSE]) == 0
     assert f"the checks before training are those of run {first['run_id']}" in " ".join(
         capsys.readouterr().out.split()
     )
+    (other,) = set(results.glob("*/*/record.json")) - {path}
+    second = json.loads(other.read_text())
     assert second["check"]["passed"]
     for name in CHECKS:
         ours, theirs = (record["check"]["checks"][name] for record in (second, first))
@@ -54,76 +85,58 @@ def test_another_seed_takes_the_verdict_and_says_whose_it_is(run, tmp_path, caps
     own = second["check"]["checks"]["trained_isolation"]
     assert own["reused_from"] is None
     assert own["seconds"] > 0
-    (folder,) = tmp_path.glob(f"results/*/{first['run_id']}")
-    shutil.rmtree(folder)  # what is left is a verdict that was taken itself
-    assert run("--seed", "2", REUSE)[1] == 1
+    # what is left for these two is a verdict that was itself reused
+    assert checks("--seed", "0", REUSE, "--force")
+    shutil.rmtree(path.parent)
+    assert checks("--seed", "2", REUSE)
 
 
-def test_a_run_by_itself_always_checks(run):
-    run("--seed", "0")
-    assert run("--seed", "1")[1] == 1
+def test_a_run_by_itself_and_a_run_of_more_than_another_seed_are_checked(checks):
+    assert not checks("--seed", "1", REUSE)
+    assert checks("--seed", "1")
+    assert checks("--seed", "1", REUSE, "--num-experts", "3")
+    assert checks("--seed", "1", REUSE, "--study", "other")
 
 
-def test_what_differs_in_more_than_its_seed_is_checked(run):
-    run("--seed", "0", REUSE)
-    assert run("--seed", "1", REUSE, "--num-experts", "3")[1] == 1
-    assert run("--seed", "1", REUSE, "--study", "other")[1] == 1
+@pytest.mark.parametrize(
+    ("here", "checked"),
+    [
+        ({"project_sha256": "0" * 64}, True), ({"device_name": "another"}, True), ({"threads": 99}, True),
+        ({"git_commit": "0" * 40}, False),
+    ],
+)  # fmt: skip
+def test_another_code_or_device_is_checked_and_another_commit_is_not(checks, here, checked):
+    assert checks("--seed", "1", REUSE, here=here) is checked
 
 
-def test_another_code_or_device_is_checked_and_another_commit_is_not(run, monkeypatch):
-    run("--seed", "0", REUSE)
-    plain = leak_check._same
-    cases = (({"project_sha256": "0" * 64}, 1), ({"device_name": "another"}, 1),
-                            ({"threads": 99}, 1), ({"git_commit": "0" * 40}, 0))  # fmt: skip
-    for seed, (changes, checks) in enumerate(cases, 1):
-        monkeypatch.setattr(
-            leak_check,
-            "_same",
-            lambda there, here, new=changes: plain(there, here.model_copy(update=new)),
-        )
-        assert run("--seed", str(seed), REUSE)[1] == checks, changes
-
-
-def test_a_coupler_from_elsewhere_is_always_checked(run, tmp_path):
-    """Its file may import others. One that adds nothing up over tokens is refused once it does."""
+def test_a_coupler_from_elsewhere_is_always_checked(flags, checks, tmp_path):
+    """Its file may import others."""
     file = tmp_path / "own_coupler.py"
-    source = (Path(__file__).parents[2] / "examples" / "twenty_line_coupler.py").read_text()
-    file.write_text(source)
+    file.write_text((Path(__file__).parents[2] / "examples" / "twenty_line_coupler.py").read_text())
     coupler = ("--coupler", f"{file}:NormCoupler")
-    run(*coupler, "--seed", "0", REUSE)
-    assert run(*coupler, "--seed", "1", REUSE)[1] == 1
-    honest = "return self.combiner((weights * expert_outputs).sum(2))"
-    assert honest in source
-    file.write_text(source.replace(honest, honest[:-1] + " + expert_outputs.mean(1, keepdim=True).sum(2))"))
-    record, checked = run(*coupler, "--seed", "2", REUSE, status=1)
-    assert (checked, record["status"]) == (1, "check_failed")
+    assert main([*flags, *coupler, "--seed", "0", REUSE]) == 0
+    assert checks(*coupler, "--seed", "1", REUSE)
 
 
-def test_a_verdict_that_did_not_pass_is_never_taken(run):
-    leak = ("--coupler", "examples.leaking_coupler:LeakingCoupler", "--num-experts", "4")
-    run(*leak, "--seed", "0", REUSE, status=1)
-    assert run(*leak, "--seed", "1", REUSE, status=1)[1] == 1
+def one_failed(record: dict[str, Any]) -> dict[str, Any]:
+    record["check"]["checks"]["token_isolation"]["passed"] = False
+    return record
 
 
-def test_a_verdict_is_taken_from_a_run_that_checked_for_itself(run, tmp_path):
-    """Else a run that is forced would take its own, by way of another seed's."""
-    first, _ = run("--seed", "0", REUSE)
-    second, checked = run("--seed", "1", REUSE)
-    assert checked == 0
-    assert {c.get("reused_from") for n, c in second["check"]["checks"].items() if n in CHECKS} == {
-        first["run_id"]
-    }
-    assert run("--seed", "0", REUSE, "--force")[1] == 1
-    (path,) = tmp_path.glob(f"results/*/{first['run_id']}/record.json")
-    checks = json.loads(path.read_text())["check"]["checks"].values()
-    assert not any(check["reused_from"] for check in checks)
-
-
-def test_a_damaged_record_is_passed_over(run, tmp_path):
-    first, _ = run("--seed", "0", REUSE)
-    (path,) = (tmp_path / "results").glob(f"*/{first['run_id']}/record.json")
-    path.write_text("{")
-    assert run("--seed", "1", REUSE)[1] == 1
+@pytest.mark.parametrize(
+    "change",
+    [
+        one_failed,
+        lambda record: record | {"check": {"passed": True}},
+        lambda record: record | {"check": {"passed": True, "checks": dict.fromkeys(CHECKS)}},
+        lambda _: [],
+    ],
+    ids=["failed", "no checks", "empty checks", "no record"],
+)
+def test_a_verdict_that_is_damaged_or_did_not_pass_is_never_taken(checks, results, change):
+    path = only_record(results)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert checks("--seed", "1", REUSE)
 
 
 def test_a_sweep_asks_for_it(monkeypatch, tmp_path, small_data_dir):
@@ -158,11 +171,3 @@ def test_a_fitted_length_and_a_run_of_several_ranks_are_checked(monkeypatch, fit
     prepared: Any = SimpleNamespace(config=config, ranks=SimpleNamespace(alone=alone), model_config=None,
                                     device=torch.device("cpu"))  # fmt: skip
     assert leak_check.leak_check_of(prepared, not_measured("made")) == "its own"
-
-
-@pytest.mark.parametrize("check", [{"passed": True}, {"passed": True, "checks": dict.fromkeys(CHECKS)}])
-def test_a_record_whose_verdict_is_damaged_is_passed_over(run, tmp_path, check):
-    first, _ = run("--seed", "0", REUSE)
-    (path,) = (tmp_path / "results").glob(f"*/{first['run_id']}/record.json")
-    path.write_text(json.dumps(first | {"check": check}))
-    assert run("--seed", "1", REUSE)[1] == 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,13 @@ from bench.record import Record, RunFolder, record_of
 from bench.report import quantities
 from bench.run.__main__ import main
 from gnnmoe.couplers.registry import coupler_names
+from tests.bench.conftest import TINY
 
-COUPLERS = [pytest.param(name, marks=pytest.mark.core(f"coupler:{name}")) for name in coupler_names()]
+QUICK = ("HGNN", "dense", "topk")  # weights of hyperedges, other blocks, and losses of the coupler's own
+COUPLERS = [
+    pytest.param(name, marks=[pytest.mark.core(f"coupler:{name}"), *[pytest.mark.slow] * (name not in QUICK)])
+    for name in coupler_names()
+]
 
 
 def only_run(results: Path) -> tuple[Path, dict]:
@@ -27,7 +35,31 @@ def only_run(results: Path) -> tuple[Path, dict]:
 
 
 def results_of(flags: list[str]) -> Path:
-    return Path(flags[flags.index("--results-dir") + 1])
+    return Path(flags[len(flags) - flags[::-1].index("--results-dir")])
+
+
+@pytest.fixture(scope="module")
+def plain(small_data_dir, tmp_path_factory) -> tuple[list[str], str]:
+    """One run that many tests read: its flags, and what it printed in 80 columns."""
+    results, printed = tmp_path_factory.mktemp("plain") / "results", io.StringIO()
+    flags = [*TINY, "--device", "cpu", "--data-dir", str(small_data_dir), "--results-dir", str(results)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", "80")
+        assert main(flags) == 0
+    return flags, printed.getvalue()
+
+
+@pytest.fixture
+def written(plain) -> tuple[Path, dict]:
+    """The folder and the record of the plain run, to be read."""
+    return only_run(results_of(plain[0]))
+
+
+@pytest.fixture
+def finished(plain, tmp_path) -> list[str]:
+    """The flags of the plain run, whose results are a copy for one test."""
+    shutil.copytree(results_of(plain[0]), tmp_path / "results")
+    return [*plain[0], "--results-dir", str(tmp_path / "results")]
 
 
 @pytest.mark.core("record")
@@ -49,7 +81,7 @@ def test_a_run_leaves_a_whole_record(tiny, coupler, capsys):
 
 
 def test_plots_are_drawn_at_the_end_and_a_failure_of_theirs_is_a_note(tiny, monkeypatch, capsys):
-    assert main([*tiny, "--plots"]) == 0
+    assert main([*tiny, "--plots", "--max-steps", "2"]) == 0
     folder, _ = only_run(results_of(tiny))
     assert {"training.svg", "training.png", "training.csv"} <= {p.name for p in (folder / "plots").iterdir()}
 
@@ -57,14 +89,13 @@ def test_plots_are_drawn_at_the_end_and_a_failure_of_theirs_is_a_note(tiny, monk
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("bench.report.plots.run.plot_run", broken)
-    assert main([*tiny, "--plots", "--force"]) == 0
+    assert main([*tiny, "--plots", "--max-steps", "2", "--force"]) == 0
     assert "note: the plots could not be drawn: RuntimeError: no fonts" in capsys.readouterr().err
 
 
-def test_what_is_reported_is_what_was_used(tiny):
+def test_what_is_reported_is_what_was_used(written):
     """A3 and D1 in small: shapes, steps and tokens are counted from the tensors."""
-    assert main(tiny) == 0
-    _, record = only_run(results_of(tiny))
+    _, record = written
     assert record["requested"] == {"batch_size": 4, "max_seq_length": 16, "micro_batch_size": None,
                                    "memory_budget": None, "memory_target": None}  # fmt: skip
     used = record["used"]
@@ -86,9 +117,8 @@ def test_what_is_reported_is_what_was_used(tiny):
     assert "--evaluate-test" in record["quality"]["test"]["reason"]
 
 
-def test_the_sums_of_the_record_are_those_of_the_stored_losses(tiny):
-    assert main(tiny) == 0
-    folder, record = only_run(results_of(tiny))
+def test_the_sums_of_the_record_are_those_of_the_stored_losses(written):
+    folder, record = written
     stored = np.load(folder / "nll.npz")
     total = stored["validation_nll"].astype(np.float64).sum()
     assert record["quality"]["validation"]["nll_sum"] == pytest.approx(total, rel=1e-6)
@@ -96,9 +126,8 @@ def test_the_sums_of_the_record_are_those_of_the_stored_losses(tiny):
     assert quantities.perplexity(record_of(record)) == pytest.approx(math.exp(total / 128), rel=1e-6)
 
 
-def test_history_and_communication_over_steps(tiny):
-    assert main(tiny) == 0
-    folder, record = only_run(results_of(tiny))
+def test_history_and_communication_over_steps(written):
+    folder, record = written
     rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if row["kind"] == "validation"] == [2, 4]
@@ -118,23 +147,20 @@ def test_history_and_communication_over_steps(tiny):
     assert sum(summary["mixing"].values()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_the_same_run_twice_gives_the_same_numbers(tiny):
-    assert main(tiny) == 0
-    folder, first = only_run(results_of(tiny))
+def test_the_same_run_twice_gives_the_same_numbers(finished):
+    folder, first = only_run(results_of(finished))
     losses = (folder / "nll.npz").read_bytes()
-    assert main([*tiny, "--force"]) == 0
+    assert main([*finished, "--force"]) == 0
     second = json.loads((folder / "record.json").read_text())
     assert second["quality"] == first["quality"]
     assert (folder / "nll.npz").read_bytes() == losses
     assert (folder.with_name(folder.name + ".1") / "record.json").exists()
 
 
-def test_a_finished_run_shows_its_record(tiny, capsys):
-    assert main(tiny) == 0
-    folder, _ = only_run(results_of(tiny))
+def test_a_finished_run_shows_its_record(finished, capsys):
+    folder, _ = only_run(results_of(finished))
     before = (folder / "record.json").stat().st_mtime_ns
-    capsys.readouterr()
-    assert main([*tiny, "--run-name", "another name", "--quiet"]) == 0
+    assert main([*finished, "--run-name", "another name", "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert "is finished" in printed
     assert "perplexity" in printed
@@ -151,10 +177,12 @@ def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch)
             seen.append([p.clone() for name, p in self.model.named_parameters() if "coupler" not in name])
         seen[-1].append(batch["input_ids"])
         real(self, batch)
+        if self.done.steps == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(bench.run.session.Trainer, "_step", watched)
     for flags in (["--coupler", "HGNN"], ["--coupler", "GNN"], ["--coupler", "mean"], ["--seed", "1"]):
-        assert main([*tiny, *flags]) == 0
+        assert main([*tiny, *flags]) == 130
     first, *others, other_seed = seen
     for tensors in others:
         assert all(torch.equal(a, b) for a, b in zip(first, tensors, strict=True))
@@ -185,7 +213,6 @@ def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("error", "status", "exit_status"),
     [
-        (torch.OutOfMemoryError("no memory"), "oom", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom", 1),
         (ValueError("shape mismatch"), "crashed", 1),
         (KeyboardInterrupt(), "interrupted", 130),
@@ -229,11 +256,10 @@ def test_the_batch_of_the_trained_check_is_the_run_s_own(tiny):
     assert "(B, L) = (12, 16)" in record["check"]["checks"]["trained_isolation"]["detail"]
 
 
-def test_a_larger_vocabulary_pads_the_embedding_and_moves_no_number(tiny):
-    assert main(tiny) == 0
-    _, plain = only_run(results_of(tiny))
-    assert main([*tiny, "--vocab-size", "500", "--force"]) == 0
-    records = [json.loads(path.read_text()) for path in results_of(tiny).glob("*/*/record.json")]
+def test_a_larger_vocabulary_pads_the_embedding_and_moves_no_number(finished):
+    _, plain = only_run(results_of(finished))
+    assert main([*finished, "--vocab-size", "500", "--force"]) == 0
+    records = [json.loads(path.read_text()) for path in results_of(finished).glob("*/*/record.json")]
     (padded,) = [record for record in records if record["run_id"] != plain["run_id"]]
     assert padded["status"] == "ok"
     assert padded["parameters"]["total"] > plain["parameters"]["total"]
@@ -241,11 +267,10 @@ def test_a_larger_vocabulary_pads_the_embedding_and_moves_no_number(tiny):
     assert ratio == pytest.approx(1.0, abs=0.02)  # no probability is lost to words that are not there
 
 
-def test_a_damaged_record_is_kept_and_run_again(tiny, capsys):
-    assert main(tiny) == 0
-    folder, _ = only_run(results_of(tiny))
+def test_a_damaged_record_is_kept_and_run_again(finished, capsys):
+    folder, _ = only_run(results_of(finished))
     (folder / "record.json").write_text('{"status": ')
-    assert main(tiny) == 0
+    assert main(finished) == 0
     assert "an earlier record (damaged) is kept" in capsys.readouterr().out
     assert json.loads((folder / "record.json").read_text())["status"] == "ok"
     assert (folder.with_name(folder.name + ".1") / "nll.npz").exists()
@@ -274,12 +299,12 @@ def test_a_full_disk_ends_the_run_with_a_message(tiny, monkeypatch, capsys):
     assert not list(folder.glob(".*"))
 
 
-def test_a_single_expert_trains_and_says_once_that_it_is_the_mean(tiny, run_command):
+def test_a_single_expert_trains_and_says_once_that_it_is_the_mean(tiny, capsys):
     """Bad input: num_experts 1 is fine; no hyperedges, mean readout, said once."""
-    done = run_command("bench.run", *tiny, "--num-experts", "1")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("has no hyperedges") == 1
-    assert "note: HGNN: all_pairs has no hyperedges at num_experts 1" in done.stderr
+    assert main([*tiny, "--num-experts", "1"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("has no hyperedges") == 1
+    assert "note: HGNN: all_pairs has no hyperedges at num_experts 1" in said
 
 
 def test_the_embedded_text_is_announced_loudly(tiny, capsys):
@@ -296,10 +321,9 @@ def test_the_embedded_text_is_announced_loudly(tiny, capsys):
     assert f"{unknown} of the tokens" in " ".join(printed.split())
 
 
-def test_the_table_fits_80_columns_and_says_what_counts(tiny, run_command):
-    done = run_command("bench.run", *tiny)
-    assert done.returncode == 0, done.stderr
-    table = done.stdout[done.stdout.index("HGNN ·") :].splitlines()
+def test_the_table_fits_80_columns_and_says_what_counts(plain):
+    printed = plain[1]
+    table = printed[printed.index("HGNN ·") :].splitlines()
     assert max(map(len, table[:-1])) <= 80
     text = " ".join(" ".join(table).split())
     for part in (
@@ -315,6 +339,7 @@ def test_the_table_fits_80_columns_and_says_what_counts(tiny, run_command):
         assert part in text
 
 
+@pytest.mark.slow
 def test_on_real_wikitext_a_few_steps_beat_the_start(tmp_path, wikitext_dir, monkeypatch):
     monkeypatch.setenv("GNNMOE_DATA_DIR", str(wikitext_dir))
     flags = "--embed-dim 8 --num-layers 1 --max-seq-length 32 --batch-size 8 --max-steps 12 --eval-every 6"

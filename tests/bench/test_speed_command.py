@@ -124,7 +124,7 @@ class TestMemory:
 
 class TestSteps:
     def test_the_head_in_chunks_computes_the_same_in_less_memory(self, machine):
-        wide = replace(SMALL, vocab_size=20_000, max_seq_length=64)
+        wide = replace(SMALL, vocab_size=20_000, max_seq_length=32)
         variants = [
             Variant("chunked", executed("loop", "fp32")),
             Variant("plain", executed("loop", "fp32"), True),
@@ -176,12 +176,27 @@ class TestSteps:
 def measured(jobs, tmp_path) -> SpeedRecord:
     record = SpeedRecord(tmp_path, "made", {"what": "made", "command": "x", "environment": {}})
     record.begin()
-    run_jobs(jobs, Machine(CPU), record, budget=None, on_job=lambda _: None, on_row=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.speed.suites._forget", lambda: None)  # it takes longer than these jobs
+        run_jobs(jobs, Machine(CPU), record, budget=None, on_job=lambda _: None, on_row=lambda _: None)
     return record
 
 
+def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the curves, the comparison of all couplers and the meter, which other tests look at."""
+    for name in ("curve_jobs", "_parity"):
+        monkeypatch.setattr(f"bench.speed.suites.{name}", lambda *_: [])
+    for module in ("forms", "steps"):
+        monkeypatch.setattr(f"bench.speed.{module}.peak_bytes", lambda *_: 10**6)
+
+
 class TestSuites:
-    def test_the_cpu_suite_measures_every_target_of_its_own(self, small_data_dir, tmp_path, no_compiler):
+    @pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
+    def test_the_cpu_suite_measures_every_target_of_its_own(
+        self, whole, small_data_dir, tmp_path, no_compiler, monkeypatch
+    ):
+        if not whole:
+            in_short(monkeypatch)
         model = ModelConfig(embed_dim=8, num_layers=1, max_seq_length=16)
         scale = CpuScale(batch=2, length=4, width=8, saved_experts=4, saved_batch=1, model=model,
                          step_batch=4, vocabulary=64, steps=8, rounds=2, curve_experts=(2, 4),
@@ -196,8 +211,11 @@ class TestSuites:
         assert all(part < whole for part, whole in zip(fetch.seconds, harness.seconds, strict=True))
         assert [row.form for row in record.rows if row.case == "compile"] == ["eager", "compiled"]
 
-    def test_the_gpu_suite_measures_every_target_of_its_own(self, tmp_path, no_compiler, monkeypatch):
+    @pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
+    def test_the_gpu_suite_measures_every_target_of_its_own(self, whole, tmp_path, no_compiler, monkeypatch):
         """On the CPU and in small, without a compiler; what a GPU alone can do is refused as a row."""
+        if not whole:
+            in_short(monkeypatch)
         baseline = replace(SMALL, num_experts=4)
         scale = GpuScale(baseline=baseline, large=replace(baseline, num_experts=5), batch=2, large_batch=2,
                          many_batch=4, alone_batch=4, loop_batch=1, many_experts=6, rounds=2,

@@ -311,7 +311,7 @@ def test_a_speed_pass_that_runs_out_of_memory_costs_the_run_nothing_else(tiny, t
     assert "speed and memory are not measured" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["marginal_cost", "profile_steps"])
+@pytest.mark.parametrize("name", [pytest.param("marginal_cost", marks=pytest.mark.slow), "profile_steps"])
 def test_what_is_measured_besides_may_run_out_of_memory_alone(name, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -115,7 +115,9 @@ def test_it_changes_no_number_and_no_name(tracked, small_data_dir, tmp_path):
     assert not (plain / "tensorboard").exists(), "the run was finished"
 
 
-@pytest.mark.parametrize("first", [[], TRACK], ids=["untracked", "tracked"])
+@pytest.mark.parametrize(
+    "first", [pytest.param([], marks=pytest.mark.slow), TRACK], ids=["untracked", "tracked"]
+)
 def test_a_resumed_run_has_every_step_once(first, small_data_dir, tmp_path, monkeypatch):
     """Interrupted inside step 6, after the checkpoint of step 3: steps 4 and 5 come again."""
     real, steps = bench.training.loop.training_step, []
@@ -154,7 +156,7 @@ def test_force_keeps_the_earlier_events(tracked, small_data_dir):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("when", ["opening", "writing"])
+@pytest.mark.parametrize("when", [pytest.param("opening", marks=pytest.mark.slow), "writing"])
 def test_a_disk_that_refuses_is_one_note(when, small_data_dir, tmp_path, monkeypatch, capfd):
     from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 

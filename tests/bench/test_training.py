@@ -197,7 +197,10 @@ def test_dropout_follows_the_seed(corpus):
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize("conv_type", CONV_TYPES)
+@pytest.mark.parametrize("conv_type", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("AllSetTransformer", "EDHNN")))
+    for name in CONV_TYPES
+])  # fmt: skip
 def test_a_trace_holds_weights_adjacency_and_mixing_of_every_hypergraph_layer(conv_type):
     made = GNNMoEModel(
         GNNMoEConfig(hgnn_conv_type=conv_type, embed_dim=8, max_seq_length=6, vocab_size=50), 0

@@ -98,7 +98,10 @@ def test_a_leak_in_evaluation_is_caught_and_its_token_named(case, name):
     assert 0 < about["windows"] <= about["all_windows"]
 
 
-@pytest.mark.parametrize("name", names(cheating_couplers.IN_TRAINING))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "Compiled" else name
+             for name in names(cheating_couplers.IN_TRAINING)],
+)  # fmt: skip
 def test_a_leak_in_training_alone_is_caught_there(case, name):
     cheat = case(f"{HERE / 'cheating_couplers.py'}:{name}")
     assert cheat.evaluation()[0].passed
@@ -111,9 +114,18 @@ def test_a_leak_in_training_alone_is_caught_there(case, name):
     assert "it sees its future; so the model has trained with a leak" in check.detail
 
 
-@pytest.mark.parametrize("name", ["mean", "topk", "HGNN", *names(unusual_couplers.ALL)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", names(unusual_couplers.ALL))
+def test_an_unusual_honest_coupler_passes_both(case, name, precision):
+    check_honest(case, name, precision)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("mean", "fp32"), ("topk", "bf16"), ("HGNN", "bf16")])
 def test_an_honest_coupler_passes_both(case, name, precision):
+    check_honest(case, name, precision)
+
+
+def check_honest(case, name, precision):
     outside = name in names(unusual_couplers.ALL)
     honest = case(f"{HERE / 'unusual_couplers.py'}:{name}" if outside else name, precision=precision)
     for rows in (None, 3, 2, 1):

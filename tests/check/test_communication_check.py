@@ -9,7 +9,6 @@ from bench.check.communication import communication
 from bench.check.leak_check import CHECKS, run_leak_check
 from bench.check.subject import Subject
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.hgnn import CONV_TYPES
 from gnnmoe.couplers.registry import coupler_names
 
 HERE = "tests.check.telling_couplers:"
@@ -86,15 +85,14 @@ def test_out_of_memory_is_no_failure_of_the_coupler(monkeypatch):
         communication(subject("mean"))
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 5])
 @pytest.mark.parametrize("coupler", coupler_names())
 @pytest.mark.filterwarnings("ignore:(HGNN|topk)")
-def test_couplers_of_the_project_pass(coupler, num_experts):
-    assert "mixing" in communication(subject(coupler, num_experts))
+def test_couplers_of_the_project_pass_with_few_experts(coupler):
+    """With four they do in test_leak_check.py."""
+    for num_experts in (1, 2):
+        assert "mixing" in communication(subject(coupler, num_experts))
 
 
-@pytest.mark.parametrize("conv_type", CONV_TYPES)
-@pytest.mark.parametrize("strategy", ["all_triplets", "ring:k=3", "all"])
-def test_hypergraph_layers_pass(conv_type, strategy):
-    fields = {"hgnn_conv_type": conv_type, "static_hyperedge_strategy": strategy}
+def test_a_hypergraph_layer_passes_with_arguments_of_its_strategy():
+    fields = {"hgnn_conv_type": "HypergraphAttention", "static_hyperedge_strategy": "ring:k=3"}
     assert "hyperedge_weights" in communication(subject("HGNN", 5, **fields))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import torch
 
 from examples import perplexity_of_a_leak as example
@@ -22,6 +23,7 @@ def test_its_shift_by_e_is_pygs_batch_and_by_m_is_each_token_alone():
     assert not torch.allclose(theirs(x), theirs.reference(x), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_leak_lowers_the_perplexity_and_nothing_else_does(capsys):
     assert example.main(steps=60) == 0
     leaking, without, honest = map(float, re.findall(r"perplexity +([\d.]+) ", capsys.readouterr().out))

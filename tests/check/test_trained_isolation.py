@@ -25,8 +25,11 @@ def tokens(batch: int = BATCH) -> Tensor:
     return torch.randint(50, (batch, LENGTH), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize("coupler", ["mean", "GNN", "HGNN", "tests.check.couplers:HiddenLeak"])
+@pytest.mark.parametrize(
+    ("coupler", "precision"),
+    [("mean", None), ("GNN", torch.bfloat16), ("HGNN", None), ("HGNN", torch.bfloat16),
+     ("tests.check.couplers:HiddenLeak", None)],
+)  # fmt: skip
 def test_honest_weights_pass(coupler, precision):
     check = check_trained_isolation(model_with(coupler), tokens(), autocast_dtype=precision)
     assert check.passed, check.detail

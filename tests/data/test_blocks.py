@@ -67,7 +67,7 @@ def test_windows_by_hand(make_split):
     assert windows[1]["targets"].tolist() == [IGNORED, IGNORED, 5, 6]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), length=st.integers(1, 12), extra=st.integers(0, 60), batch=st.integers(1, 9))
 def test_each_target_is_scored_once_in_order(make_split, data, length, extra, batch):
     """C5, C12: for any count, length, stride and batch, with the full context that the stride leaves."""

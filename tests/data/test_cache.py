@@ -240,6 +240,7 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / ".cache" / "gnnmoe"
 
 
+@pytest.mark.slow
 def test_wikitext_times(wikitext_dir, tmp_path):
     """Speed: from scratch under 10 s, from the cache under 1 s."""
     seconds = []

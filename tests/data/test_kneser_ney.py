@@ -59,7 +59,7 @@ def test_by_hand():
     np.testing.assert_allclose(unseen, [1 / 3, 0.1875, 0.375], rtol=1e-12)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(small_streams())
 def test_each_token_against_the_formulas(streams):
     vocab_size, train, stream = streams
@@ -70,7 +70,7 @@ def test_each_token_against_the_formulas(streams):
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(small_streams())
 def test_every_context_sums_to_one(streams):
     vocab_size, train, _ = streams
@@ -112,6 +112,7 @@ def test_bad_ngrams_are_refused():
         model.probability(np.zeros((1, 4), dtype=np.int64))
 
 
+@pytest.mark.slow
 def test_real_contexts_sum_to_one(wikitext):
     vocab_size, stream = wikitext.vocabulary.size, wikitext.splits["test"].stream
     model = KneserNey(wikitext.splits["train"].stream, vocab_size)

@@ -33,7 +33,7 @@ def make_samplers(n: int, batch: int, world: int, **options) -> list[EpochBatchS
     return [EpochBatchSampler(n, batch, shard=Shard(rank, world), **chosen) for rank in range(world)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 120), batch=st.integers(1, 20), world=st.integers(1, 5), drop=st.booleans())
 def test_training_shards(n, batch, world, drop):
     """C4, A1: disjoint, equally long, together a permutation less the remainder, which is reported."""
@@ -60,7 +60,7 @@ def test_ranks_share_the_batches_of_one(make_corpus):
         assert set(whole) == {*one, *two}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), length=st.integers(1, 9), extra=st.integers(0, 60), batch=st.integers(1, 7))
 def test_evaluation_shards(make_corpus, data, length, extra, batch):
     """C5: every token is scored once at any world size, batch and stride; the sum is the same."""
@@ -132,7 +132,7 @@ def test_progressive_batch_size(make_corpus):
     assert len(next(iter(loader))["input_ids"]) == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     taken=st.integers(0, 7), before=st.integers(1, 6), after=st.integers(1, 9), epoch=st.integers(0, 2),
     drop=st.booleans(), curriculum=st.none() | st.just(Curriculum(np.arange(50.0), "linear", 2, start=0.9)),
@@ -229,7 +229,7 @@ def test_the_smallest_epoch_is_one_that_is_reached(schedule, extent, epoch):
     assert sampler.smallest_epoch(extent) == epoch
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     changes=st.dictionaries(st.integers(1, 6), st.integers(1, 40)),
     first=st.integers(1, 40),

@@ -205,6 +205,7 @@ def test_without_the_package_it_says_how_to_install(tiny_dir, monkeypatch):
     assert load_corpus(data_dir=tiny_dir).tokenizer == "word"
 
 
+@pytest.mark.slow
 def test_wikitext_under_bpe_compares_with_the_word_level(wikitext, wikitext_dir):
     """WikiText-2 protocol: N_word and bytes of a subword model are the word level's; so is the verdict."""
     corpus = load_corpus(data_dir=wikitext_dir, tokenizer="bpe:1000")

@@ -185,8 +185,7 @@ def test_mean_linear_starts_as_the_hypergraph_stack_does():
         assert layer.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 512), rel=1e-3)
 
 
-@pytest.mark.parametrize("gnn_layers", [1, 3])
-@pytest.mark.parametrize("num_experts", [1, 3, 8])
+@pytest.mark.parametrize(("num_experts", "gnn_layers"), [(1, 3), (3, 1), (8, 3)])
 @pytest.mark.parametrize(
     "name",
     [pytest.param("mean", marks=pytest.mark.core("coupler:mean")),

@@ -58,6 +58,7 @@ def buffers(monkeypatch, **fields) -> list[list[float]]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_hnhn_makes_no_buffer_larger_than_what_the_experts_write(monkeypatch):
     """Nothing of (N, M, D) with M 6, nor in parts: what is made, and not reused, is 4.5 such tensors."""
     found = buffers(monkeypatch, hgnn_conv_type="HNHN")

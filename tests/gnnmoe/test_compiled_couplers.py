@@ -14,14 +14,18 @@ FORMS = [
     {"coupler_type": "attention", "gnn_layers": 1},
     {"gnn_layers": 2},
     {"coupler_options": {"activation": "none"}},
-    {"hgnn_conv_type": "HNHN"},
     {"hgnn_conv_type": "HNHN", "gnn_layers": 1, "num_experts": 5},  # ten pairs: in pieces
     {"hgnn_conv_type": "HypergraphAttention", "gnn_layers": 1},
     {"hgnn_conv_type": "EDHNN", "gnn_layers": 1},
 ]
+QUICK = {"hgnn_conv_type": "HNHN", "gnn_layers": 1, "num_experts": 3}
 
 
-@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: " ".join(map(str, fields.values())))
+def of_forms(forms):
+    return pytest.mark.parametrize("fields", forms, ids=lambda fields: " ".join(map(str, fields.values())))
+
+
+@of_forms([QUICK, *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS)])
 def test_one_graph_gives_the_same_output_and_gradients(fields):
     """Of an expert-major input, as the experts write it."""
     coupler = make_coupler(**fields)
@@ -36,10 +40,11 @@ def test_one_graph_gives_the_same_output_and_gradients(fields):
         assert_near(one, other)
 
 
-@pytest.mark.parametrize("fields", FORMS[2:9:2], ids=lambda fields: " ".join(map(str, fields.values())))
+@pytest.mark.slow
+@of_forms([QUICK, *FORMS[2:8:2]])
 def test_one_graph_in_bf16(fields):
     coupler = make_coupler(**fields)
-    x = normal(4, 2, 3, 6).permute(1, 2, 0, 3)
+    x = normal(coupler.config.num_experts, 2, 3, 6).permute(1, 2, 0, 3)
     low, expected = x.bfloat16().requires_grad_(True), coupler(x)
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,7 @@
 """The contract (DESIGN, "Coupler"), over every coupler that discovery finds.
 
-A new coupler file is tested here by being there.
+A new coupler file is tested here by being there. That no token reaches another, that a coupler keeps no
+state, and that a batch is its sequences are the leak check's: tests/check/test_leak_check.py runs it.
 """
 
 import copy
@@ -9,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gnnmoe.couplers.base import Coupler
-from gnnmoe.couplers.registry import coupler_class
+from gnnmoe.couplers.base import Coupler, check_contract
+from gnnmoe.couplers.registry import coupler_class, coupler_names
 from tests.gnnmoe._support import (
     NO_HYPEREDGES,
     assert_near,
@@ -37,12 +38,12 @@ def has_none(coupler: Coupler) -> bool:
     return none
 
 
-@pytest.mark.parametrize("E", [1, 2, 3, 4, 5, 8])
 @every_coupler
-def test_forward_is_the_reference_with_all_gradients(fields, E):
-    coupler = make_coupler(num_experts=E, **fields)
-    parameters = dict(coupler.named_parameters())
-    assert_same_function(coupler, coupler.reference, inputs(E), parameters)
+def test_forward_is_the_reference_with_all_gradients(fields):
+    for E in (1, 2, 3, 5, 8):
+        coupler = make_coupler(num_experts=E, **fields)
+        parameters = dict(coupler.named_parameters())
+        assert_same_function(coupler, coupler.reference, inputs(E), parameters)
 
 
 @every_coupler
@@ -74,53 +75,16 @@ def test_any_stride_gives_the_same(fields):
 
 
 @every_coupler
-def test_no_state_between_calls(fields):
-    for mode in (True, False):
-        coupler = make_coupler(**fields).train(mode)
-        state = {name: value.clone() for name, value in coupler.state_dict().items()}
-        before = coupler(*inputs())
-        other = coupler(*inputs(seed=7))
-        assert not torch.equal(before, other)
-        assert torch.equal(before, coupler(*inputs()))
-        assert all(torch.equal(value, coupler.state_dict()[name]) for name, value in state.items())
-
-
-@every_coupler
-def test_tokens_do_not_mix(fields):
-    """Fact 1: neither values nor gradients of one token reach another."""
-    coupler = make_coupler(**fields)
-    x, layer_input = inputs()
-    x.requires_grad_(True)
-    output = coupler(x, layer_input)
-    (gradient,) = torch.autograd.grad(output[1, 1].square().sum(), x)
-    assert gradient[1, 1].abs().max() > 0
-    gradient = gradient.clone()  # one row may stand for all experts
-    gradient[1, 1] = 0
-    assert torch.count_nonzero(gradient) == 0
-    changed = x.detach().clone()
-    changed[0, 2] += 3.0
-    same = (coupler(changed, layer_input) == output).all(-1)
-    assert same.tolist() == [[True, True, False], [True, True, True]]
-
-
-@every_coupler
-def test_the_same_seed_builds_the_same_coupler(fields):
-    one, two = (make_coupler(seed=3, **fields) for _ in range(2))
-    other = make_coupler(seed=4, **fields)
+def test_the_same_seed_builds_the_same_coupler_and_a_state_dict_holds_all_that_matters(fields):
+    one, two, other = (make_coupler(seed=seed, **fields) for seed in (3, 3, 4))
     assert torch.equal(one(*inputs()), two(*inputs()))
     assert torch.equal(one(*inputs()), other(*inputs())) == has_none(one)
+    other.load_state_dict(one.state_dict(), strict=True)
+    assert torch.equal(one(*inputs()), other(*inputs()))
 
 
 @every_coupler
-def test_state_dict_holds_all_that_matters(fields):
-    source, target = make_coupler(seed=0, **fields), make_coupler(seed=1, **fields)
-    assert torch.equal(source(*inputs()), target(*inputs())) == has_none(source)
-    target.load_state_dict(source.state_dict(), strict=True)
-    assert torch.equal(source(*inputs()), target(*inputs()))
-
-
-@every_coupler
-def test_deepcopy_is_equal_and_independent(fields):
+def test_a_deepcopy_is_equal_and_independent(fields):
     coupler = make_coupler(**fields)
     before = coupler(*inputs())
     copied = copy.deepcopy(coupler)
@@ -128,6 +92,26 @@ def test_deepcopy_is_equal_and_independent(fields):
     perturbed(copied)
     assert torch.equal(copied(*inputs()), before) == has_none(coupler)
     assert torch.equal(coupler(*inputs()), before)
+
+
+@every_coupler
+def test_several_inputs_and_several_seeds_go_as_one_batch(fields):
+    """Under ``torch.func.vmap``: stacked inputs and parameters give the output and gradients of each seed."""
+    couplers = [make_coupler(seed, **fields) for seed in (0, 1)]
+    calls = [inputs(seed=seed) for seed in (1, 2)]
+    stacked, _ = torch.func.stack_module_state(couplers)
+    values = [torch.stack(values) for values in zip(*calls, strict=True)]
+
+    def call(parameters, *values):
+        output = torch.func.functional_call(couplers[0], parameters, values)
+        return output.square().sum(), output
+
+    together, found = torch.func.vmap(torch.func.grad(call, has_aux=True))(stacked, *values)
+    for seed, (coupler, own) in enumerate(zip(couplers, calls, strict=True)):
+        alone, output = torch.func.grad(call, has_aux=True)(dict(coupler.named_parameters()), *own)
+        assert_near(found[seed], output)
+        for name, gradient in alone.items():
+            assert_near(together[name][seed], gradient, what=name)
 
 
 @every_coupler
@@ -139,15 +123,6 @@ def test_float32_and_bf16_follow_float64(fields):
         with torch.autocast("cpu", torch.bfloat16):
             low = coupler(*inputs(dtype=dtype))
         assert_near(low, expected, torch.bfloat16)
-
-
-@every_coupler
-def test_works_under_vmap(fields):
-    coupler = make_coupler(**fields)
-    calls = [inputs(seed=seed) for seed in (1, 2, 3)]
-    stacked = [torch.stack(values) for values in zip(*calls, strict=True)]
-    expected = torch.stack([coupler(*call) for call in calls])
-    assert_near(torch.func.vmap(coupler)(*stacked), expected)
 
 
 @every_coupler
@@ -167,7 +142,7 @@ def test_communication_is_small_detached_and_static_where_it_says_so(fields):
     coupler = make_coupler(num_experts=5, **fields)
     static = coupler.communication()
     full = coupler.communication(*inputs(5))
-    longer = coupler.communication(normal(4, 6, 5, D), normal(4, 6, D))
+    longer = coupler.communication(normal(1, 4, 5, D), normal(1, 4, D))
     assert "mixing" not in static
     assert "mixing" in full
     for name, value in static.items():
@@ -215,11 +190,10 @@ def test_inert_parameters_are_named_and_have_no_gradient(fields):
             assert (gradient.abs().max() > 1e-9) == (name not in inert), (E, name)
 
 
-@every_coupler
-def test_docstring_has_formula_shapes_and_source(fields):
-    documented = coupler_class(fields.get("coupler_type", "HGNN")).__doc__ or ""
-    for part in (".. math::", "Shapes:", "Source:", "(B, L, E, D)"):
-        assert part in documented
+@pytest.mark.parametrize("name", coupler_names())
+def test_every_class_keeps_the_contract_and_says_its_shapes(name):
+    check_contract(coupler_class(name))
+    assert "(B, L, E, D)" in (coupler_class(name).__doc__ or "")
 
 
 def test_mean_is_the_mean():

@@ -1,5 +1,6 @@
 """Facts 2 and 3 of the spec: what the two formulas compute, against PyG and dense matrices."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from gnnmoe import PyGHypergraphConvWrapper
 from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix
 from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gnnmoe._support import (
+    DEFAULT_STRATEGIES,
     FORMULAS,
     assert_near,
     assert_same_function,
     dense_oracle,
     every_formula,
-    every_strategy,
     normal,
 )
 
@@ -148,7 +149,7 @@ def test_isolated_experts_have_a_row_of_zeros_and_finite_gradients(formula):
 
 
 @every_formula
-@pytest.mark.parametrize(("E", "k"), [(2, 2), (3, 2), (4, 2), (6, 2), (3, 3), (4, 3), (6, 3)])
+@pytest.mark.parametrize(("E", "k"), [(2, 2), (4, 2), (3, 3), (6, 3)])
 def test_fact_3_complete_k_uniform_propagation(E, k, formula):
     """P = λ I + (1 − λ) 1 1ᵀ / E with λ = (E − k) / (k (E − 1))."""
     members = static_hyperedges(E, {2: "all_pairs", 3: "all_triplets"}[k])
@@ -158,8 +159,9 @@ def test_fact_3_complete_k_uniform_propagation(E, k, formula):
     assert_near(P, rate * torch.eye(E).double() + (1 - rate) * torch.ones(E, E).double() / E)
 
 
-@every_strategy
-@every_formula
+@pytest.mark.parametrize(
+    ("strategy", "formula"), list(zip(DEFAULT_STRATEGIES, itertools.cycle(FORMULAS), strict=False))
+)
 def test_gradcheck_of_the_propagation_matrix(strategy, formula):
     members = static_hyperedges(4, strategy)
     H = incidence(hyperedge_index(members), 4, len(members))
@@ -179,7 +181,7 @@ def weighted_hypergraphs(draw):
     return H, torch.tensor(weights, dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(weighted_hypergraphs(), st.floats(1e-3, 1e3))
 def test_fact_2_properties_of_both_formulas(graph, factor):
     """Documented: rows sum to 1, no scale. PyG's: inverse in the scale. Both: the dense oracle."""

@@ -28,10 +28,10 @@ from tests.gnnmoe._support import (
     normal,
 )
 
-HYPERGRAPHS = {  # M below, at and above E for E from 0 to 8; then graphs with isolated experts
+HYPERGRAPHS = {  # nothing, M below, at and above E; then graphs with isolated experts
     **{
         f"{strategy} E={E}": (E, static_hyperedges(E, strategy))
-        for strategy, E in itertools.product(("all_triplets", "ring", "all"), range(9))
+        for strategy, E in (("all", 0), ("ring", 1), ("all", 2), ("ring", 4), ("all_triplets", 5), ("all", 8))
     },
     "isolated last": (4, [(0, 1), (1, 2)]),
     "as many experts as hyperedges, one isolated": (3, [(0, 1), (0, 1), (0,)]),
@@ -49,7 +49,7 @@ def naive(layer, x: Tensor, weights: Tensor, start: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", HYPERGRAPHS)
 @every_conv_type
 def test_forward_is_the_formula_with_all_gradients_on_any_hypergraph(conv_type, name):
-    """E from 0 to 8, M < E, M = E, M > E, isolated experts; no NaN where a set is empty."""
+    """No NaN where a set is empty."""
     E, members = HYPERGRAPHS[name]
     layer = make_layer(members, E, conv_type, D=4)
     inputs = [normal(2, E, 4), normal(len(members), seed=3).exp(), normal(2, E, 4, seed=4)]
@@ -71,7 +71,7 @@ def test_gradcheck(conv_type):
     assert torch.autograd.gradcheck(lambda *v: hear(layer, *v), [v.requires_grad_(True) for v in values])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.permutations(range(5)), st.integers(0, 2**16))
 @every_conv_type
 def test_permuted_experts_together_with_their_hypergraph_permute_the_output(conv_type, order, seed):
@@ -96,9 +96,9 @@ def test_a_common_factor_of_all_weights_changes_nothing_but_in_pygs_formula(conv
     assert (hear(layer, x, w.flip(0), x) - before).abs().max() > 1e-3  # but their ratios matter
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_conv_type
-def test_weights_towards_zero_stay_finite(conv_type, dtype):
+def test_weights_towards_zero_stay_finite(conv_type):
+    dtype = torch.float32
     layer = make_layer(MIXED, 4, conv_type, D=4).to(dtype)
     x = normal(2, 4, 4, dtype=dtype)
     for pushed in (1, 2, 4):
@@ -227,28 +227,13 @@ def test_parity_suite_hypergraph_attention_is_pygs_with_attention(index):
     assert_same_function(lambda x: hear(layer, x[None], ones)[0], pyg, [normal(4, 4)])
 
 
-@every_conv_type
-def test_several_seeds_train_as_one_batch(conv_type):
-    """Stacked parameters under ``torch.func.vmap`` give each seed's own output and gradients."""
-    couplers = [make_coupler(seed, hgnn_conv_type=conv_type) for seed in range(3)]
-    stacked, _ = torch.func.stack_module_state(couplers)
-    x = normal(3, 2, 3, 4, 6)
-
-    def call(parameters, x):
-        return torch.func.functional_call(couplers[0], parameters, (x,)).square().sum()
-
-    together = torch.func.vmap(torch.func.grad(call))(stacked, x)
-    for seed, coupler in enumerate(couplers):
-        alone = torch.func.grad(call)(dict(coupler.named_parameters()), x[seed])
-        for name, gradient in alone.items():
-            assert_near(together[name][seed], gradient, what=name)
-
-
 @pytest.mark.filterwarnings(NO_HYPEREDGES)
 @every_conv_type
 def test_inert_parameters_are_right_on_every_strategy(conv_type):
     """What is declared has no gradient, and everything else has one."""
-    for strategy, E in itertools.product([*DEFAULT_STRATEGIES, "k_subsets:4", "random:k=2,m=1"], (2, 3, 4)):
+    strategies = [*DEFAULT_STRATEGIES, "k_subsets:4", "random:k=2,m=1"]
+    pairs = zip(itertools.cycle((4, 2, 3)), strategies, strict=False)
+    for E, strategy in [*pairs, (3, "all_pairs"), (3, "all"), (2, "ring"), (4, "ring")]:
         coupler = make_coupler(num_experts=E, hgnn_conv_type=conv_type, static_hyperedge_strategy=strategy)
         inert, parameters = coupler.inert_parameters(), dict(coupler.named_parameters())
         found = gradients(coupler(normal(2, 3, E, 6)), parameters.values())

@@ -80,7 +80,7 @@ def test_expert_load_counts_the_assignments():
 
 
 @topk_core
-@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_balanced_router_has_load_balance_alpha(k):
     coupler = identity_router(bare("topk", k=k, load_balance_alpha=0.07))
     turns = [[float((e - t) % E) for e in range(E)] for t in range(E)]  # each expert in each place once
@@ -209,7 +209,7 @@ def test_bad_options_are_refused(options, message):
         bare("topk", **options)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, 2])
 @topk_core
 def test_topk_works_under_vmap_with_its_losses(k):
     coupler = make_coupler(coupler_type="topk", coupler_options={"k": k})

@@ -100,7 +100,7 @@ def test_a_shared_order_is_found_and_noise_is_not():
     assert abs(noise.tau) < 0.1
 
 
-@pytest.mark.parametrize("members", [4, 20, 70])
+@pytest.mark.parametrize("members", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 70))])
 def test_p_is_uniform_where_there_is_nothing(members, monkeypatch):
     """About one in ten is below 0.1, by τ as by ranks."""
     monkeypatch.setattr(statistics, "PERMUTATIONS", 199)

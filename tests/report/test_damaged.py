@@ -64,24 +64,25 @@ def study(tmp_path) -> Path:
     return made_study(tmp_path / "made", {"mean": 0.0, "HGNN all_pairs": 0.02}, seeds=2, history=2)
 
 
-@pytest.mark.parametrize(("key", "value", "says"), DAMAGE)
-def test_a_damaged_record_is_unreadable_and_says_where(study, key, value, says):
+def test_a_damaged_record_is_unreadable_and_says_where(study):
     run = runs_of(study, "HGNN")[0]
-    change(run, **{key: value})
-    with pytest.raises(ValueError, match=f"{run / 'record.json'} is damaged: {says}"):
-        read_record(run)
-    found = load_study(study)
-    assert [folder for folder, _ in found.unreadable] == [run]
-    assert len(make_report(found).study.runs) == 3
+    sound = (run / "record.json").read_bytes()
+    for key, value, says in DAMAGE:
+        (run / "record.json").write_bytes(sound)
+        change(run, **{key: value})
+        with pytest.raises(ValueError, match=f"{run / 'record.json'} is damaged: {says}"):
+            read_record(run)
+        assert [folder for folder, _ in load_study(study).unreadable] == [run], key
+    assert len(make_report(load_study(study)).study.runs) == 3
 
 
-@pytest.mark.parametrize("text", ["3", "null", "[]", '"text"', "{}", "[" * 100_000, "\udcff"])
-def test_what_is_no_record_is_unreadable(study, text):
+def test_what_is_no_record_is_unreadable(study):
     run = runs_of(study, "HGNN")[0]
-    (run / "record.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    [(folder, why)] = load_study(study).unreadable
-    assert folder == run
-    assert str(run / "record.json") in why
+    for text in ("3", "null", "[]", '"text"', "{}", "[" * 100_000, "\udcff"):
+        (run / "record.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        [(folder, why)] = load_study(study).unreadable
+        assert folder == run, text[:9]
+        assert str(run / "record.json") in why
 
 
 def test_ls_lists_all_other_studies_beside_a_damaged_one(tmp_path, study, capsys):
@@ -112,8 +113,11 @@ def test_lines_of_a_history_that_are_no_rows_are_passed_over(study):
     assert read_run(run).validation == before.validation
 
 
-@pytest.mark.parametrize("name", ["nll.npz", "communication.npz"])
-@pytest.mark.parametrize("data", [b"", b"junk", b"PK\x03\x04 cut short", b"\x80\x04K\x03."])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("nll.npz", b""), ("nll.npz", b"PK\x03\x04 cut short"), ("communication.npz", b"\x80\x04K\x03."),
+     ("communication.npz", b"junk")],
+)  # fmt: skip
 def test_arrays_that_cannot_be_read_are_left_out_and_told(study, name, data):
     run = runs_of(study, "HGNN")[0]
     (run / name).write_bytes(data)
@@ -127,7 +131,8 @@ def test_arrays_that_cannot_be_read_are_left_out_and_told(study, name, data):
     own = next(other for other in found.runs if other.folder == run)
     assert own.articles is None if name == "nll.npz" else own.data.trace == {}
     report = make_report(found)
-    assert make_plots(report)
+    if data == b"junk":
+        assert make_plots(report)
     assert name in render_page(report, {})
 
 

@@ -135,37 +135,39 @@ def refusal(source: Path, name: str) -> str:
     return f"{source} names the file {said}, which is not in {source.parent}. Nothing was changed."
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_report_deletes_and_reads_nothing_outside_its_folder(study, tmp_path, capsys, name):
+def test_a_report_deletes_and_reads_nothing_outside_its_folder(study, tmp_path, capsys):
     report, victim = study / "report", tmp_path / "victim.txt"
     assert command(capsys, study, "--no-plots")[0] == 0
     victim.write_text("dear")
     (study / "victim.txt").write_text("dear")
     (report / "away").symlink_to(tmp_path)
-    name = name.format(absolute=victim, run=runs_of(study, "mean")[0].name)
-    options = json.loads((report / "options.json").read_text())
-    options["files"] |= {name: "0" * 64}
-    (report / "options.json").write_text(json.dumps(options))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for arguments in (("--no-plots",), ("--verify",)):
-        assert refusal(report / "options.json", name) in refused(capsys, study, *arguments)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    written = (report / "options.json").read_text()
+    for name in NAMES:
+        name = name.format(absolute=victim, run=runs_of(study, "mean")[0].name)
+        options = json.loads(written)
+        options["files"] |= {name: "0" * 64}
+        (report / "options.json").write_text(json.dumps(options))
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        for arguments in (("--no-plots",), ("--verify",)):
+            assert refusal(report / "options.json", name) in refused(capsys, study, *arguments)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_was_published_is_read_in_its_folder_only(study, tmp_path, capsys, name):
+def test_what_was_published_is_read_in_its_folder_only(study, tmp_path, capsys):
     out = tmp_path / "out"
     publish_study(study, out)
     (out / "away").symlink_to(tmp_path)
     path = out / "published.json"
-    name = name.format(absolute=tmp_path / "x", run=runs_of(study, "mean")[0].name)
-    said = json.loads(path.read_text())
-    said["files"][name] = "0" * 64
-    path.write_text(json.dumps(said))
-    message = refusal(path, name)
-    assert message in refused(capsys, out, "--verify")
-    assert message in refused(capsys, study, "--publish", out)
-    assert path.is_file()
+    written = path.read_text()
+    for name in NAMES:
+        name = name.format(absolute=tmp_path / "x", run=runs_of(study, "mean")[0].name)
+        said = json.loads(written)
+        said["files"][name] = "0" * 64
+        path.write_text(json.dumps(said))
+        message = refusal(path, name)
+        assert message in refused(capsys, out, "--verify")
+        assert message in refused(capsys, study, "--publish", out)
+        assert path.is_file()
 
 
 def test_a_link_in_the_folder_of_a_report_leads_nowhere_else(study, tmp_path, capsys):
@@ -216,38 +218,45 @@ def test_a_folder_and_a_link_in_the_place_of_an_old_file_stay(study, tmp_path, c
 OPTIONS = {"reference": None, "allow_unequal": False, "stated": None, "hypotheses": [], "files": {}}
 
 
-@pytest.mark.parametrize("text", [
+BAD_OPTIONS = [
     "null", "[]", '"x"', "3", "{}", "{", "[" * 100_000, '{"files": []}', '{"files": {}}',
     *(json.dumps({**OPTIONS, key: 3}) for key in OPTIONS), json.dumps({**OPTIONS, "files": {"a": 1}}),
     *(json.dumps({**OPTIONS, "hypotheses": [found]}) for found in (
         3, {}, {"statement": "s", "better": 3, "than": {"coupler": "GNN"}},
         {"statement": "s", "better": {"nothing": 3}, "than": {"coupler": "GNN"}})),
-])  # fmt: skip
-def test_options_of_a_wrong_type_are_one_message(study, capsys, text):
-    report = study / "report"
-    report.mkdir()
-    (report / "options.json").write_text(text)
-    for arguments in (("--no-plots",), ("--verify",)):
-        assert str(report / "options.json") in refused(capsys, study, *arguments)
-    assert (report / "options.json").read_text() == text
-
-
-@pytest.mark.parametrize("text", [
+]  # fmt: skip
+BAD_HYPOTHESES = [
     "null", "[]", "{", "[" * 100_000, '{"stated": 3, "hypotheses": []}', '{"stated": "x", "hypotheses": 3}',
     '{"stated": "x", "hypotheses": [{"statement": "s", "better": [], "than": {}}]}',
-])  # fmt: skip
-def test_kept_hypotheses_of_a_wrong_type_are_one_message(study, capsys, text):
-    (study / "hypotheses.json").write_text(text)
-    assert f"{study / 'hypotheses.json'} cannot be read" in refused(capsys, study, "--no-plots")
-    assert not (study / "report").exists()
+]  # fmt: skip
+BAD_LISTS = ["null", "[]", "{", '{"files": {}}', '{"files": [], "set_aside": []}',
+             '{"files": {"a": 1}, "set_aside": []}',
+             '{"files": {}, "set_aside": [{"start": 3}]}']  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "{", '{"files": {}}', '{"files": [], "set_aside": []}',
-                                  '{"files": {"a": 1}, "set_aside": []}',
-                                  '{"files": {}, "set_aside": [{"start": 3}]}'])  # fmt: skip
-def test_a_wrong_list_of_published_files_is_one_message(study, capsys, text):
-    (study / "published.json").write_text(text)
-    assert str(study / "published.json") in refused(capsys, study, "--verify")
+def test_options_of_a_wrong_type_are_one_message(study, capsys):
+    report = study / "report"
+    report.mkdir()
+    for text in BAD_OPTIONS:
+        (report / "options.json").write_text(text)
+        for arguments in (("--no-plots",), ("--verify",)):
+            assert str(report / "options.json") in refused(capsys, study, *arguments), text[:99]
+        assert (report / "options.json").read_text() == text
+
+
+def test_kept_hypotheses_of_a_wrong_type_are_one_message(study, capsys):
+    for text in BAD_HYPOTHESES:
+        (study / "hypotheses.json").write_text(text)
+        assert f"{study / 'hypotheses.json'} cannot be read" in refused(capsys, study, "--no-plots"), text[
+            :99
+        ]
+        assert not (study / "report").exists()
+
+
+def test_a_wrong_list_of_published_files_is_one_message(study, capsys):
+    for text in BAD_LISTS:
+        (study / "published.json").write_text(text)
+        assert str(study / "published.json") in refused(capsys, study, "--verify"), text
 
 
 @pytest.mark.parametrize("name", ["log.txt", "record.json", "hypotheses.json", ""])

@@ -7,10 +7,7 @@ import csv
 import io
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +18,6 @@ from bench.study.runs import Run, Study, grouped, load_study
 from tests.report._made_studies import made_study
 from tests.report._parsed_page import Page, figures_of_page
 
-REPOSITORY = Path(__file__).parents[2]
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><path d="M0 0h8v8z"/></svg>'
 HYPOTHESES = [
     Hypothesis("HGNN is <b>better</b> than mean", {"coupler_type": "HGNN"}, {"coupler_type": "mean"}),
@@ -191,16 +187,6 @@ def test_a_second_group_has_its_own_section_and_plots(tmp_path, files):
     assert "Comparison 2 of 2" in page.by_id("comparison_2").words
 
 
-def test_the_same_records_give_the_same_bytes(study, report, html, tmp_path):
-    script = ("import sys; from pathlib import Path; from bench.report.page import render_page; "
-              "from bench.report.contents import make_report; from bench.study.runs import load_study; "
-              "Path(sys.argv[2]).write_bytes(render_page(make_report(load_study(Path(sys.argv[1]))), {})"
-              ".encode())")  # fmt: skip
-    command = [sys.executable, "-c", script, str(study.path), str(tmp_path / "other.html")]
-    subprocess.run(command, cwd=REPOSITORY, env={"PYTHONHASHSEED": "7"}, check=True, timeout=60)
-    assert (tmp_path / "other.html").read_bytes() == render_page(make_report(study), {}).encode()
-
-
 def test_the_warning_cannot_be_missed(tmp_path, page):
     embedded = made_study(tmp_path / "small", {"mean": 0.0}, seeds=1, embedded=True, arrays=False)
     warned = Page(render_page(make_report(load_study(embedded)), {}))
@@ -213,7 +199,7 @@ def test_the_warning_cannot_be_missed(tmp_path, page):
     assert not [element for element in page.elements if element.attributes.get("class") == "alarm"]
 
 
-@pytest.mark.parametrize("status", ["oom", "check_failed", "crashed"])
+@pytest.mark.parametrize("status", ["oom", "check_failed"])
 def test_studies_in_which_nothing_counts(tmp_path, status):
     study = load_study(made_study(tmp_path / "none", {"mean": 0.0, "GNN": 0.1}, seeds=1,
                                   failed={"mean": status, "GNN": status}))  # fmt: skip
@@ -226,6 +212,7 @@ def test_what_json_has_not():
     assert [plain(value) for value in (math.inf, -math.inf, math.nan, None)] == ["inf", "-inf", None, None]
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_make_a_page_of_a_few_megabytes(tmp_path):
     few = load_study(made_study(tmp_path / "few", {"mean": 0.0, "gate": 0.01, "GNN": 0.02}, seeds=4)).runs
     runs = [Run(run.folder, run.record.model_copy(

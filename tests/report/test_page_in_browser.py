@@ -26,10 +26,13 @@ from tests.report._parsed_page import figures_of_page
 
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 MISSING = [name for name, path in PROGRAMS.items() if path is None]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING) and "chromium" not in os.environ.get("REQUIRE_OPTIONAL", "").split(","),
-    reason=f"not installed: {', '.join(MISSING)} (Debian: chromium, chromium-driver)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(MISSING) and "chromium" not in os.environ.get("REQUIRE_OPTIONAL", "").split(","),
+        reason=f"not installed: {', '.join(MISSING)} (Debian: chromium, chromium-driver)",
+    ),
+]
 PLOTS = ("perplexity", "pareto", "hyperedge_weights_1")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,15 @@ HOST = "elsewhere"
 
 
 @pytest.fixture
-def study(tmp_path) -> Path:
-    """A study with what a published one must not have."""
+def study(original, tmp_path) -> Path:
+    shutil.copytree(original, tmp_path / "there" / "made")
+    return tmp_path / "there" / "made"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A study with what a published one must not have, made once and copied for each test."""
+    tmp_path = tmp_path_factory.mktemp("original")
     couplers = {"mean": 0.0, "GNN": 0.03, "HGNN all_pairs": -0.03}
     path = made_study(tmp_path / "there" / "made", couplers, seeds=8, noise=0.003, history=3,
                       failed={("GNN", 7): "crashed"})  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,17 +24,36 @@ from bench.report.files import write_report
 from bench.report.terminal import print_report
 from bench.study.hypotheses import Hypothesis, state, stated
 from bench.study.runs import load_study
+from tests.report._made_runs import without_history
 from tests.report._made_studies import made_study
 from tests.study.test_study import change
 
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A study, made once and copied for each test."""
+    folder = tmp_path_factory.mktemp("original")
+    return made_study(folder / "small", {"mean": 0.0, "GNN": 0.03, "HGNN all_pairs": -0.03}, seeds=8,
+                      noise=0.003, history=3, failed={("GNN", 7): "oom"})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(original, tmp_path_factory) -> tuple[Path, int, str]:
+    """A folder of results with a study whose report has plots; exit status and output of the command."""
+    results, out = tmp_path_factory.mktemp("drawn"), io.StringIO()
+    shutil.copytree(original, results / "small")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setenv("COLUMNS", "80")
+        status = main(["small", "--results-dir", str(results)])
+    return results, status, out.getvalue().replace("\u00a0", " ")
+
+
 @pytest.fixture
-def results(tmp_path, monkeypatch):
+def results(original, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    made_study(tmp_path / "small", {"mean": 0.0, "GNN": 0.03, "HGNN all_pairs": -0.03}, seeds=8, noise=0.003,
-               history=3, failed={("GNN", 7): "oom"})  # fmt: skip
+    shutil.copytree(original, tmp_path / "small")
     return tmp_path
 
 
@@ -51,9 +72,9 @@ def report(results, capsys):
     return run
 
 
-def test_a_report_prints_verdicts_and_writes_page_tables_and_plots(report, results):
-    status, out, err = report("small")
-    assert (status, err) == (0, "")
+def test_a_report_prints_verdicts_and_writes_page_tables_and_plots(drawn):
+    results, status, out = drawn
+    assert status == 0
     assert "24 runs (23 ok, 1 oom), 3 configurations, 8 seeds" in out
     assert "GNN: worse than mean" in out
     assert "HGNN is better than every other configuration beyond the noise." in out
@@ -253,17 +274,21 @@ def test_what_others_put_beside_a_report_stays(report, results):
     assert (folder / "tables" / "runs.md").read_text() != "changed"
 
 
-def test_what_an_earlier_report_left_over_goes_and_a_changed_drawing_is_seen(report, results):
-    made_study(results / "tiny", {"HGNN all_pairs": -0.03}, seeds=1, history=2)
-    assert report("tiny")[0] == 0
-    folder = results / "tiny" / "report"
-    assert report("tiny", "--verify")[0] == 0
-    (folder / "plots" / "perplexity.png").write_bytes(b"another picture")
-    status, out, _ = report("tiny", "--verify")
-    assert (status, "plots/perplexity.png is not what the report wrote" in out) == (1, True)
-    assert report("tiny", "--no-plots")[0] == 0
-    assert not list((folder / "plots").iterdir())
-    assert report("tiny", "--verify")[0] == 0
+def test_what_an_earlier_report_left_over_goes_and_a_changed_drawing_is_seen(drawn, tmp_path, capsys):
+    """In the place where it was made, which the page names; it is put back for the tests that come after."""
+    study, folder = drawn[0] / "small", drawn[0] / "small" / "report"
+    shutil.copytree(folder, tmp_path / "kept")
+    try:
+        assert main([str(study), "--verify"]) == 0
+        (folder / "plots" / "perplexity.png").write_bytes(b"another picture")
+        assert main([str(study), "--verify"]) == 1
+        assert "plots/perplexity.png is not what the report wrote" in capsys.readouterr().out
+        assert main([str(study), "--no-plots"]) == 0
+        assert not list((folder / "plots").iterdir())
+        assert main([str(study), "--verify"]) == 0
+    finally:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "kept", folder)
 
 
 def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_what_lies_beside_it(
@@ -296,12 +321,11 @@ def test_a_link_to_a_folder_stays_a_link(report, results, tmp_path):
     assert (target / "report.html").is_file()
 
 
-def test_the_same_records_give_the_same_report_byte_for_byte(report, results):
-    made_study(results / "tiny", {"HGNN all_pairs": -0.03}, seeds=2, history=2)
-    folder = results / "tiny" / "report"
-    assert report("tiny")[0] == 0
+@pytest.mark.slow
+def test_the_same_records_give_the_same_report_byte_for_byte(drawn):
+    folder = drawn[0] / "small" / "report"
     first = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert report("tiny")[0] == 0
+    assert main(["small", "--results-dir", str(drawn[0])]) == 0
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == first
 
 
@@ -366,13 +390,33 @@ def test_an_empty_results_folder_is_said(tmp_path, capsys):
     assert "holds no study" in capsys.readouterr().err
 
 
-def test_no_torch_is_imported(results):
-    """Analysis reads records: neither the report nor its page needs torch."""
-    arguments = ["small", "--no-plots", "--results-dir", str(results)]
-    script = "import sys; from bench.report.__main__ import main; "
-    script += f"main({arguments}); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, timeout=120)
+def test_neither_torch_nor_pyplot_is_imported_and_no_order_of_a_set_shows(results, tmp_path):
+    """Analysis reads records: neither the report and its page nor any plot needs torch.
+
+    Another process, with another seed of its hashes, writes the same page.
+    """
+    made_study(results / "bare", {"mean": 0.0, "HGNN all_pairs": 0.1}, seeds=1, arrays=False)
+    run = without_history(tmp_path / "run", "GNN")
+    pages = [tmp_path / name for name in ("one", "other")]
+    script = (
+        "import sys; from pathlib import Path; from bench.report.__main__ import main;"
+        "from bench.report.comparison import compare; from bench.report.plots.run import plot_run;"
+        "from bench.report.plots.study import study_plots; from bench.study.runs import load_study;"
+        "main(sys.argv[1:]);"
+        f"assert study_plots('bare', compare(load_study(Path({str(results / 'bare')!r})).groups[0]));"
+        f"assert plot_run(Path({str(run)!r}));"
+        "sys.exit(len({'torch', 'matplotlib.pyplot'} & set(sys.modules)))"
+    )
+    places = ["small", "--no-plots", "--results-dir", str(results), "--out"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *places, str(pages[0])], cwd=REPOSITORY, capture_output=True,
+        timeout=120, env={**os.environ, "PYTHONHASHSEED": "7"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert main([*places, str(pages[1])]) == 0
+    for name in ("report.html", "summary.md"):
+        assert (pages[0] / name).read_bytes() == (pages[1] / name).read_bytes()
+    assert (run / "plots" / "adjacency.svg").is_file()
 
 
 def test_hypotheses_that_a_sweep_stated_are_answered_with_the_time(report, results):
@@ -415,7 +459,10 @@ def test_the_readme_shows_what_the_command_prints_of_the_committed_records(tmp_p
         place = text.index(part, place) + len(part)
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(number, marks=pytest.mark.slow) if number % 4 == 0 else number for number in range(8)],
+)
 def test_whatever_is_missing_or_failed_a_report_is_made(number, tmp_path):
     """Any runs, seeds and quantities are missing: the report is written, and failed runs are in its rows."""
     random = Random(number)

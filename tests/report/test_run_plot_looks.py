@@ -65,7 +65,7 @@ def test_any_run_name_and_coupler_name_can_be_drawn(tmp_path):
         assert min(text.get_window_extent().y0 for text in figure.texts) >= 100 - 1, "runs into the panels"
 
 
-@pytest.mark.parametrize("coupler", ["HGNN", "GNN"])
+@pytest.mark.parametrize("coupler", ["HGNN", pytest.param("GNN", marks=pytest.mark.slow)])
 def test_no_text_lies_on_another(tmp_path, coupler, monkeypatch):
     """28 hyperedges whose weights end within a thousandth of each other; every cell of the heat maps."""
     run = made_run(tmp_path / "run", coupler, run_name="a name " * 40, status="check_failed")

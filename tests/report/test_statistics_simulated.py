@@ -9,6 +9,11 @@ import pytest
 
 from bench.report.statistics import bca_interval, compare_family, t_interval
 
+
+def slow(*cases) -> list:
+    return [pytest.param(*values, marks=pytest.mark.slow) for values in cases]
+
+
 DEVIATION = 0.01  # of a paired difference, in nats: as in the pilot
 
 
@@ -30,14 +35,14 @@ def three_errors(rate: float, trials: int) -> float:
     return 3 * math.sqrt(rate * (1 - rate) / trials)
 
 
-@pytest.mark.parametrize(("seeds", "comparisons"), [(6, 1), (8, 5), (10, 5)])
+@pytest.mark.parametrize(("seeds", "comparisons"), [(6, 1), *slow((8, 5), (10, 5))])
 def test_a_study_without_differences_finds_one_in_twenty_at_most(seeds, comparisons):
     studies = 300
     found = np.isin(kinds(studies, seeds, comparisons, 0.0), ["better", "worse"]).any(axis=1).mean()
     assert 0 < found <= 0.05 + three_errors(0.05, studies)
 
 
-@pytest.mark.parametrize(("seeds", "low", "high"), [(5, 0, 0), (8, 0.95, 1), (10, 0.98, 1)])
+@pytest.mark.parametrize(("seeds", "low", "high"), [(5, 0, 0), *slow((8, 0.95, 1), (10, 0.98, 1))])
 def test_a_difference_three_times_the_noise_is_found_once_the_seeds_allow_it(seeds, low, high):
     """Five seeds have a p of 2/32 at least: five comparisons would need 8."""
     first = kinds(200, seeds, 5, -0.03)[:, 0]
@@ -45,7 +50,7 @@ def test_a_difference_three_times_the_noise_is_found_once_the_seeds_allow_it(see
     assert not (first == "worse").any()
 
 
-@pytest.mark.parametrize("deviation", [0.01, 0.004])
+@pytest.mark.parametrize("deviation", [0.01, *slow((0.004,))])
 def test_a_difference_of_the_minimum_effect_is_rarely_called_equivalent(deviation):
     studies = 600
     wrong = (kinds(studies, 8, 1, 0.01, deviation) == "equivalent").mean()
@@ -54,7 +59,7 @@ def test_a_difference_of_the_minimum_effect_is_rarely_called_equivalent(deviatio
     assert (same == "equivalent").mean() > 0.9  # and no difference at all mostly is
 
 
-@pytest.mark.parametrize("seeds", [5, 10])
+@pytest.mark.parametrize("seeds", [5, *slow((10,))])
 def test_how_often_an_interval_holds_the_mean(seeds):
     samples = np.random.default_rng(seeds).normal(size=(2000, seeds))
 

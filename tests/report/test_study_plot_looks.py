@@ -5,12 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -38,7 +35,6 @@ from bench.report.plots.style import plot_style as style
 from bench.study.runs import load_study
 from tests.report._made_studies import made_study
 
-REPOSITORY = Path(__file__).parents[2]
 PATH = "examples/" + "a_long_folder_name/" * 5 + "coupler_{}.py:Coupler"
 HOSTILE = {
     "a": PATH.format("one"), "b": PATH.format("two"), "c": "<script>alert('x')</script> & $\\frac{1}{2}$",
@@ -88,6 +84,7 @@ def test_hostile_names_and_failed_runs_stay_readable(tmp_path, monkeypatch):
     assert set(plots["coupler_cost"].files()) == {f"coupler_cost.{end}" for end in ("svg", "png", "csv")}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_sixty_configurations_stay_readable(tmp_path, monkeypatch):
     effects = {"mean": 0.0, **{f"coupler_{number}": 0.003 * (number - 30) for number in range(62)}}
@@ -121,6 +118,7 @@ def test_a_hundred_rows_are_cut_in_the_picture_and_not_in_the_table(tmp_path):
     assert len(plots["coupler_cost"].rows) == 100
 
 
+@pytest.mark.slow
 def test_many_lines_that_ran_out_of_memory_are_counted(tmp_path):
     effects = {"mean": 0.0, **{f"coupler_{number}": 0.01 * number for number in range(14)}}
     failed = {(key, 8, 0): "oom" for key in effects}
@@ -161,6 +159,7 @@ def test_short_names_are_never_the_same():
     assert all(len(name) <= 48 for name in names.values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_one_run_has_no_interval_and_no_band(tmp_path, monkeypatch):
     plots = plots_of(made_study(tmp_path / "study", {"HGNN": 0.0}, seeds=1))
@@ -269,15 +268,3 @@ def test_the_same_study_gives_the_same_bytes(tmp_path, monkeypatch):
     assert ET.fromstring(first["pareto.svg"]).tag.endswith("svg")
     assert np.ptp(imread(io.BytesIO(first["pareto.png"]))[..., :3]) > 0.5
     assert b"<dc:date>" not in first["pareto.svg"]
-
-
-def test_no_torch_and_no_pyplot(tmp_path):
-    folder = made_study(tmp_path / "study", {"mean": 0.0, "GNN": 0.1}, seeds=2, arrays=False)
-    script = (
-        "import sys, pathlib; from bench.study.runs import load_study;"
-        "from bench.report.comparison import compare; from bench.report.plots.study import study_plots;"
-        "assert study_plots('made', compare(load_study(pathlib.Path(sys.argv[1])).groups[0]));"
-        "sys.exit(len({'torch', 'matplotlib.pyplot'} & set(sys.modules)))"
-    )
-    command: list[Any] = [sys.executable, "-c", script, str(folder)]
-    assert subprocess.run(command, cwd=REPOSITORY, timeout=60).returncode == 0

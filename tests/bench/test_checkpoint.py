@@ -92,6 +92,7 @@ def test_a_checkpoint_is_an_archive_of_torch_that_ends_with_the_hash_of_all_befo
         assert loaded == {"schema": 3, "text": "é", "n": None}
 
 
+@pytest.mark.slow
 @pytest.mark.core("resume")
 def test_a_flipped_bit_anywhere_is_refused(stopped, tmp_path):
     """Kind: silent damage of a disk. 30 places at random, and all bits of the ends."""

@@ -119,6 +119,7 @@ def flags_with(checkpoint: Path, tiny: list[str], *more: str) -> list[str]:
     return [*flags, "--curriculum", f"model:{checkpoint}", *more]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_shown_without_scoring_again(finished, tiny, scored, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("GNNMOE_CACHE_DIR", str(tmp_path / "cache"))
     flags = flags_with(finished, tiny)

@@ -220,6 +220,7 @@ def test_a10_a_run_with_a_curriculum_records_its_pace_and_counts_every_epoch(tin
     assert record["used"]["steps"] == sum(size // 2 for size in got)
 
 
+@pytest.mark.slow
 def test_a9_a_missing_difficulty_model_falls_back_loudly_or_is_refused(tiny, tmp_path, capsys):
     flags = without_steps(tiny)
     flags += "--coupler mean --epochs 2 --curriculum model:nowhere.pt --batch-size 2".split()

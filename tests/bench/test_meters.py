@@ -102,6 +102,7 @@ def test_d4_pieces_take_less_and_a_larger_batch_takes_more():
     assert pieces < whole < larger
 
 
+@pytest.mark.slow
 def test_a_prediction_takes_no_memory_and_draws_no_random_number():
     """A step that the machine could never run is predicted in seconds, and leaves no trace."""
     config = small(embed_dim=2048, max_seq_length=512, dropout_rate=0.1)

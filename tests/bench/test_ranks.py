@@ -85,6 +85,7 @@ def corpus(small_data_dir):
 # --- whole runs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.core("ranks")
 def test_a_run_on_two_ranks_is_as_one_process(both, out, tmp_path, small_data_dir):
     """Losses, evaluations (an odd number of windows) and counts agree, in micro-batches of one row."""
@@ -116,6 +117,7 @@ def test_a_run_on_two_ranks_is_as_one_process(both, out, tmp_path, small_data_di
     assert set(load_checkpoint(two / "checkpoint.pt")["model"]) == set(weights)
 
 
+@pytest.mark.slow
 def test_only_the_first_rank_prints_and_writes(both, out):
     first, second = (found["runs"]["two"]["stdout"] for found in both)
     assert first.count("\nvalidation ") == first.count("building the model") == 1
@@ -126,6 +128,7 @@ def test_only_the_first_rank_prints_and_writes(both, out):
     assert (folder / "log.txt").read_text().count("building the model") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.core("ranks")
 def test_a_run_stopped_and_continued_is_as_undisturbed(both, out):
     """A signal that reaches one rank stops both; with dropout, the continued run is the same bit for bit."""
@@ -146,6 +149,7 @@ def test_a_run_stopped_and_continued_is_as_undisturbed(both, out):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_cannot_continue_the_run(both, out, small_data_dir, capsys):
     results = out / "left as stopped"
     alone = [*DROPOUT, "--data-dir", str(small_data_dir), "--results-dir", str(results)]
@@ -159,6 +163,7 @@ def test_another_number_of_ranks_cannot_continue_the_run(both, out, small_data_d
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_rank_is_the_runs_own(both, out):
     """Memory runs out on rank 1 only: the record that rank 0 writes says so, and on which rank."""
     assert [found["runs"]["failed"]["status"] for found in both] == [1, 1]
@@ -168,6 +173,7 @@ def test_a_failure_of_one_rank_is_the_runs_own(both, out):
     assert "_two_ranks.py" in (folder_of(out / "failed") / "log.txt").read_text()  # where it happened
 
 
+@pytest.mark.slow
 def test_wrong_input_is_refused_once_and_nothing_is_written(both, out):
     first, second = (found["runs"]["refused"] for found in both)
     assert (first["status"], first["stdout"]) == (2, "")
@@ -200,6 +206,7 @@ def test_a_signal_to_torchrun_stops_every_rank(tmp_path, small_data_dir):
 # --- parts of a run --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.core("ranks")
 def test_loss_and_gradient_are_those_of_the_whole_batch(both):
     """A mean of the ranks' means would be far off: one of them has 32 targets and the other one."""
@@ -213,10 +220,12 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(both):
                 torch.testing.assert_close(ours, theirs, **EXACT)
 
 
+@pytest.mark.slow
 def test_only_the_last_piece_of_a_batch_waits_for_the_other_ranks(both):
     assert [found["sums"] for found in both] == [[1, 1, 1]] * 2
 
 
+@pytest.mark.slow
 def test_a_parameter_that_no_loss_depends_on_is_left_alone(both):
     losses, parameters = idle_parameter(ALONE)
     for found in both:
@@ -227,6 +236,7 @@ def test_a_parameter_that_no_loss_depends_on_is_left_alone(both):
     assert torch.equal(parameters["idle"], torch.ones(2, 2, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.core("ranks")
 def test_a_training_is_that_of_one_process(both, corpus):
     """Losses, norms, evaluations, counts and parameters; over two epochs, whose order the ranks share."""
@@ -242,6 +252,7 @@ def test_a_training_is_that_of_one_process(both, corpus):
             torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_each_rank_has_its_own_dropout_and_all_the_same_parameters(both, corpus):
     seeds = [found["dropout"]["seed"] for found in both]
     assert seeds == [stream_seed(0, "dropout"), stream_seed(0, "dropout.1")]
@@ -252,6 +263,7 @@ def test_each_rank_has_its_own_dropout_and_all_the_same_parameters(both, corpus)
     assert first["rows"] != both[0]["train"]["rows"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_random_state_of_every_rank(both):
     first, second = (found["dropout"]["random"] for found in both)
     assert len(first) == len(second) == 2
@@ -259,6 +271,7 @@ def test_a_checkpoint_has_the_random_state_of_every_rank(both):
     assert not torch.equal(*first)
 
 
+@pytest.mark.slow
 @pytest.mark.core("ranks")
 @pytest.mark.parametrize("place", range(len(WINDOWS)))
 def test_an_evaluation_scores_every_target_once_in_the_order_of_the_text(both, corpus, place):
@@ -272,6 +285,7 @@ def test_an_evaluation_scores_every_target_once_in_the_order_of_the_text(both, c
     assert both[0]["evaluations"][place]["sum"] == both[1]["evaluations"][place]["sum"]
 
 
+@pytest.mark.slow
 def test_speed_is_all_tokens_over_the_slowest_ranks_time(both):
     for found in both:
         speed = found["measured"]["speed"]
@@ -279,17 +293,20 @@ def test_speed_is_all_tokens_over_the_slowest_ranks_time(both):
         assert speed["step_tokens"] == [64] * 3
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_rank_that_takes_most(both):
     first, second = (found["measured"]["memory"] for found in both)
     assert first == second
     assert first["rank"] == 0  # it runs four rows at once, the other one row
 
 
+@pytest.mark.slow
 def test_ranks_warm_up_equally_long(both):
     """One is steady long before the other, which would go on alone."""
     assert both[0]["measured"]["warmup_steps"] == both[1]["measured"]["warmup_steps"] == 50
 
 
+@pytest.mark.slow
 def test_what_ranks_agree_on(both, out):
     for rank, found in enumerate(both):
         assert found["agreements"] == {

@@ -238,6 +238,7 @@ def child() -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_d7_a_true_out_of_memory_in_training_is_recovered_from(child):
     assert child.stdout, child.stderr[-2000:]
     recoveries, shapes = json.loads(child.stdout.splitlines()[0])

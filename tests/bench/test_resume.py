@@ -147,6 +147,7 @@ def test_ctrl_c_stops_at_the_end_of_its_step_with_a_checkpoint(run, undisturbed,
     assert_equal_but_for_times(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypatch):
     for step in (2, 5):
         with monkeypatch.context() as patch:

@@ -188,6 +188,7 @@ def fitted() -> Found:
     return search_here(request(700_000), lambda _: None)
 
 
+@pytest.mark.slow
 def test_d4_on_tracked_tensors_prediction_and_measurement_agree(fitted):
     """D4: real steps on the CPU; the shape after the one found is above the limit."""
     ran = [tried for tried in fitted.trials if tried.measured_peak_bytes is not None]

@@ -287,6 +287,7 @@ def test_a_checkpoint_of_other_code_is_refused_or_continued_in_words(tiny, monke
     assert last["environment"]["project_sha256"] == first["environment"]["project_sha256"]  # it stays stale
 
 
+@pytest.mark.slow
 def test_two_files_with_one_class_are_refused_in_one_study(tiny, mine, capsys):
     other = mine.with_name("other.py")
     other.write_text(COUPLER)

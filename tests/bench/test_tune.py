@@ -122,6 +122,7 @@ def arrays(folder: Path) -> dict[str, np.ndarray]:
             for name, value in np.load(folder / file).items()}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned, words, monkeypatch, capsys):
     """B7: after a failing and a passing trial; A7, E3: asked, tuned and used stand side by side.
 
@@ -399,6 +400,7 @@ def shape(size: int) -> Shape:
     return Shape(size, 16)
 
 
+@pytest.mark.slow
 def test_b6_a_trial_has_so_many_micro_steps_whatever_the_accumulation():
     for batch_size in (4, 40_000):
         trial = Trials(setup(batch_size))(shape(4))

@@ -221,6 +221,7 @@ def _causality(coupler: str):
     return run_check("causality", lambda: causality(Subject(config, 0, CPU)))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(case):
     one = case(f"{HERE / 'unusual_couplers.py'}:Counts")
     one.model.train()

@@ -23,6 +23,7 @@ def shown() -> dict[int, str]:
     return dict(enumerate(parts, start=1))
 
 
+@pytest.mark.slow
 def test_fact_1_merges_where_there_are_more_hyperedges_than_experts(shown):
     lines = [line for line in shown[1].splitlines()[1:] if line.strip()]
     leaks = {tuple(map(int, re.findall(r"\d+", line)[:2])): "sees" in line and "no token" not in line

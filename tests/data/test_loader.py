@@ -322,6 +322,7 @@ def test_counts_of_earlier_experiments(make_corpus, num_samples, batches):
     assert len(loader) == batches
 
 
+@pytest.mark.slow
 def test_wikitext_batches(wikitext):
     """A2: 510 batches at 32, 509 with drop_last; 54 evaluation batches, the last with the 46 tokens."""
     options: dict[str, Any] = {"max_seq_length": 128}

@@ -48,6 +48,7 @@ def test_names_of_config_fields_and_methods():
     assert isinstance(layer.coupler.get_expert_communication_matrices(), list)
 
 
+@pytest.mark.slow
 def test_torch_is_imported_for_a_model_only_and_pyg_for_its_own_backends_only():
     code = (
         "import sys, gnnmoe; from gnnmoe import GNNMoEConfig; GNNMoEConfig(); dir(gnnmoe);"

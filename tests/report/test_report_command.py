@@ -274,6 +274,7 @@ def test_what_others_put_beside_a_report_stays(report, results):
     assert (folder / "tables" / "runs.md").read_text() != "changed"
 
 
+@pytest.mark.slow
 def test_what_an_earlier_report_left_over_goes_and_a_changed_drawing_is_seen(drawn, tmp_path, capsys):
     """In the place where it was made, which the page names; it is put back for the tests that come after."""
     study, folder = drawn[0] / "small", drawn[0] / "small" / "report"
@@ -390,6 +391,7 @@ def test_an_empty_results_folder_is_said(tmp_path, capsys):
     assert "holds no study" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_pyplot_is_imported_and_no_order_of_a_set_shows(results, tmp_path):
     """Analysis reads records: neither the report and its page nor any plot needs torch.
 

@@ -150,6 +150,7 @@ def test_a_history_cut_short_or_written_twice_is_read(tmp_path):
     assert train[1]["loss"] == 1.25
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(drawn, monkeypatch):
     run, written = drawn["HGNN"]
     first = {path.name: path.read_bytes() for path in written}

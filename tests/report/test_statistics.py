@@ -231,6 +231,7 @@ def test_a_made_study_from_losses_to_words(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_statistics_need_neither_torch_nor_pandas():
     script = "import sys, bench.report.statistics; sys.exit(bool({'torch', 'pandas'} & set(sys.modules)))"
     root = Path(__file__).parents[2]

@@ -50,6 +50,7 @@ def test_a_difference_three_times_the_noise_is_found_once_the_seeds_allow_it(see
     assert not (first == "worse").any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deviation", [0.01, *slow((0.004,))])
 def test_a_difference_of_the_minimum_effect_is_rarely_called_equivalent(deviation):
     studies = 600

@@ -105,6 +105,7 @@ def test_sixty_configurations_stay_readable(tmp_path, monkeypatch):
     assert len(grey.get_segments()) == 47, "the others are one artist"
 
 
+@pytest.mark.slow
 def test_a_hundred_rows_are_cut_in_the_picture_and_not_in_the_table(tmp_path):
     effects = {"mean": 5.0, **{f"coupler_{number:03}": 0.01 * number for number in range(100)}}
     folder = made_study(tmp_path / "study", effects, seeds=1, noise=0, history=0, arrays=False)
@@ -199,6 +200,7 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     assert "no evaluation was recorded" in texts_of(half["training"].figure)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_numbers_beyond_all_scales_are_drawn_and_said(tmp_path, monkeypatch):
     effects = {"mean": 0.0, "a": -0.03, "b": 0.02, "c": 790.0}
@@ -260,6 +262,7 @@ def test_ranges_show_most_and_cut_what_lies_far_off():
     assert low < 5 < high < 6
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_bytes(tmp_path, monkeypatch):
     folder = made_study(tmp_path / "study", {"mean": 0.0, "GNN": 0.1}, seeds=2, arrays=False)
     first = plots_of(folder)["pareto"].files()

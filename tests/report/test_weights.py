@@ -285,6 +285,7 @@ def test_of_many_configurations_the_best_are_drawn_and_the_figures_say_so(tmp_pa
     assert len({row["configuration"] for row in table(plots["mixing"])}) == 3, "the table has all"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_a_hundred_hyperedges_and_any_name_can_be_drawn(tmp_path, monkeypatch):
     name = "/a path/<b>$\\frac$ 漢 " + "very_long_" * 20 + "file.py:Class"

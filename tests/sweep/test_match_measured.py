@@ -218,6 +218,7 @@ def test_a_match_by_time_that_cannot_be_kept_is_refused(monkeypatch, tmp_path):
 # --- the plan --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_at_the_runs_own_size_and_the_peak_predicted_at_it():
     training = Training(config_of("GNN"), run_config(), CPU)
     steps = training.steps()

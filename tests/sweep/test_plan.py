@@ -59,7 +59,7 @@ def test_the_plan_and_the_report_name_each_configuration_alike(places):
     for run in plan.runs:
         assert run_main([*run.arguments, *flags, "--no-plots"]) == 0
     (group,) = load_study(Path(places["results_dir"]) / "study").groups
-    assert [found.label for found in group.configurations] == labels
+    assert {found.label for found in group.configurations} == set(labels)
 
 
 def test_seeds_are_outermost_and_configurations_hold_their_runs(places):

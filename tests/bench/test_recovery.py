@@ -250,6 +250,7 @@ def test_d7_a_true_out_of_memory_in_training_is_recovered_from(child):
     assert shapes == [[micro, 64]] * (64 // micro)
 
 
+@pytest.mark.slow
 def test_b10_a_true_out_of_memory_gives_its_memory_back(child):
     """B10: the child under RLIMIT_DATA runs out of memory in a training step, three times over.
 

@@ -163,6 +163,7 @@ def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned,
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_b1_the_search_ends_before_the_training_begins_at_step_0(tuned, monkeypatch, quick_trials):
     events = []
     search, run = trials.search, bench.training.loop.Trainer.run

@@ -94,5 +94,5 @@ def test_couplers_of_the_project_pass_with_few_experts(coupler):
 
 
 def test_a_hypergraph_layer_passes_with_arguments_of_its_strategy():
-    fields = {"hgnn_conv_type": "HypergraphAttention", "static_hyperedge_strategy": "ring:k=3"}
-    assert "hyperedge_weights" in communication(subject("HGNN", 5, **fields))
+    ring = subject("HGNN", 5, hgnn_conv_type="HypergraphAttention", static_hyperedge_strategy="ring:k=3")
+    assert "hyperedge_weights" in communication(ring)

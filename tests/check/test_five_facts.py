@@ -31,6 +31,7 @@ def test_fact_1_merges_where_there_are_more_hyperedges_than_experts(shown):
     assert leaks == {(3, 3): False, (4, 6): True, (4, 4): False, (5, 10): True}
 
 
+@pytest.mark.slow
 def test_fact_2_doubled_weights_halve_pygs_output_only(shown):
     numbers = [float(n) for n in re.findall(r"\d+\.\d+", shown[2])]
     pyg, documented, pyg_twice, documented_twice = numbers

@@ -96,7 +96,7 @@ class Difference:
 
     @property
     def articles(self) -> Interval | None:
-        """The 95 % interval of the difference in nats over the scored articles: evaluation noise alone."""
+        """The 95% interval of the difference in nats over the scored articles: evaluation noise alone."""
         pairs = [
             (self.candidate.counted[seed].articles, self.reference.counted[seed].articles)
             for seed in self.by_seed
@@ -141,7 +141,7 @@ class CostOverMean:
         return None if mean is None else exp_or_infinity(mean)
 
     def step_time_interval(self) -> Interval | None:
-        """Return the 95 % t interval of the ratio (of its logarithm); None for fewer than two seeds."""
+        """Return the 95% t interval of the ratio (of its logarithm); None for fewer than two seeds."""
         return quantities.perplexities(self.log_step_time_ratio.interval)
 
 
@@ -355,7 +355,7 @@ class Answered:
         return "inconclusive" if self.answer is None else self.answer.kind
 
     def ratio(self) -> tuple[float, Interval | None] | None:
-        """Return the ratio of the quantity, better over than, with its 95 % interval."""
+        """Return the ratio of the quantity, better over than, with its 95% interval."""
         if self.answer is None:
             return None
         sign, paired, margin = _sign(self.hypothesis), self.answer.paired, _margin(self.hypothesis)
@@ -371,7 +371,7 @@ class Answered:
         if found is None or self.answer is None:
             return f"inconclusive: {self.unclear or self._why_not()}."
         ratio, ends = found
-        about = f" (95 % interval {percent(ends[0], 2)} to {percent(ends[1], 2)})" if ends else ""
+        about = f" (95% interval {percent(ends[0], 2)} to {percent(ends[1], 2)})" if ends else ""
         quantity = WORDS[self.hypothesis.quantity]
         sides = " against ".join(_side(labels) for labels in (self.better, self.than))
         seeds, p = counted(self.answer.paired.n, "paired seed"), p_value(self.answer.p_adjusted)

@@ -57,7 +57,7 @@ from bench.study.runs import Configuration, Study, doubled_words, load_study, st
 from gnnmoe.config import Refused, unknown_name
 
 COLUMNS = (
-    "configuration|n|perplexity [95 %]|unknown words|nats to {}|p|verdict|time a step over mean|peak memory"
+    "configuration|n|perplexity [95%]|unknown words|nats to {}|p|verdict|time per step over mean|peak memory"
     "|parameters"
 ).split("|")
 """The columns of the table that ``--page`` writes."""
@@ -248,7 +248,7 @@ def _sentence(row: ComparisonRow, comparison: Comparison) -> str:
     paired, name = against.paired, comparison.reference.label
     ratio = percent(exp_or_infinity(paired.mean), 2)
     interval = perplexities(paired.interval)
-    about = f", 95 % interval {percent(interval[0], 2)} to {percent(interval[1], 2)}" if interval else ""
+    about = f", 95% interval {percent(interval[0], 2)} to {percent(interval[1], 2)}" if interval else ""
     head = {
         "better": f"better than {name}",
         "worse": f"worse than {name}",
@@ -276,13 +276,13 @@ def _cost(cost: CostOverMean | None) -> str:
     time, ends = cost.step_time_ratio(), cost.step_time_interval()
     if time is not None:
         about = f" ({percent(ends[0], 0)} to {percent(ends[1], 0)})" if ends else ""
-        parts.append(f"{percent(time, 0)} time a step{about}")
+        parts.append(f"{percent(time, 0)} time per step{about}")
     if cost.memory_bytes is not None:
         parts.append(f"{mebibytes(cost.memory_bytes, sign=True)} of memory")
     if cost.parameters is not None:
         parts.append(f"{signed(cost.parameters, 0)} parameters")
     if cost.flops_per_token is not None:
-        parts.append(f"{signed(cost.flops_per_token / 1e6, 2)} MFLOPs a token")
+        parts.append(f"{signed(cost.flops_per_token / 1e6, 2)} MFLOPs per token")
     return f" Over {cost.over}: {', '.join(parts)}." if parts else ""
 
 

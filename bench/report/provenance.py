@@ -171,8 +171,8 @@ def _facts(run: Run) -> Facts:
     found = [
         ("name", record.run_name),
         ("started", started),
-        ("loss on validation", loss and f"{loss:.6f} nats a token"),
-        ("loss on test", test and f"{test:.6f} nats a token"),
+        ("loss on validation", loss and f"{loss:.6f} nats per token"),
+        ("loss on test", test and f"{test:.6f} nats per token"),
         ("steps", number(used.steps, 0) if is_measured(used) else None),
         ("hash of the configuration", run.key[0]),
         ("hash of the coupler's code", run.key[1]),

@@ -289,7 +289,7 @@ PARAMETERS = Quantity(
 )
 TRAINING_FLOPS = Quantity(
     "training_flops_per_token",
-    "FLOPs a token",
+    "FLOPs per token",
     training_flops_per_token,
     millions,
     "lower",

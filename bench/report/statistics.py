@@ -163,7 +163,7 @@ MAX_SEEDS = 9_999
 
 @dataclass(frozen=True)
 class Summary:
-    """One quantity by seed: mean, standard deviation and 95 % t interval."""
+    """One quantity by seed: mean, standard deviation and 95% t interval."""
 
     values: dict[int, float]
 
@@ -184,7 +184,7 @@ class Summary:
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % t interval of the mean; None for fewer than two seeds."""
+        """The 95% t interval of the mean; None for fewer than two seeds."""
         return t_interval(list(self.values.values()))
 
 
@@ -197,9 +197,9 @@ class Paired:
     standard_deviation: float | None
     """With n − 1 in the denominator. It and both intervals are None for one pair."""
     interval: Interval | None
-    """Student's, 95 %."""
+    """Student's, 95%."""
     interval_90: Interval | None
-    """Student's, 90 %. Inside ±δ where two one-sided tests at 5 % reject a difference of δ or more."""
+    """Student's, 90%. Inside ±δ where two one-sided tests at 5 % reject a difference of δ or more."""
     p: float
     """Sign-flip, two-sided, not adjusted."""
 
@@ -246,8 +246,8 @@ class Verdict:
 def judge(paired: Paired, p_adjusted: float, comparisons: int) -> Verdict:
     """Return the verdict on candidate − reference of a loss in nats, one of ``comparisons`` in a family.
 
-    1. Better or worse: the adjusted p ≤ 0.05 and the 95 % interval does not contain 0.
-    2. Equivalent: the 90 % interval lies inside ±0.01 nats. These are two one-sided tests (Schuirmann 1987),
+    1. Better or worse: the adjusted p ≤ 0.05 and the 95% interval does not contain 0.
+    2. Equivalent: the 90% interval lies inside ±0.01 nats. These are two one-sided tests (Schuirmann 1987),
        each at 5 %, not adjusted over the family.
     3. Not resolved: all else.
     """
@@ -322,7 +322,7 @@ def answer_claims(shifted: Sequence[np.ndarray]) -> list[Answer]:
 
     ``shifted`` holds for each (n,) d + margin in nats, with d = a − b of a loss and margin ≥ 0; for "at least
     1 % better" the margin is −ln 0.99. Supported: significantly below 0. Refuted: significantly above 0.
-    Significant: adjusted p ≤ 0.05 (two-sided, Holm over the claims), and a 95 % interval without 0.
+    Significant: adjusted p ≤ 0.05 (two-sided, Holm over the claims), and a 95% interval without 0.
 
     Raises:
         ValueError: as ``compare_family``.

@@ -214,7 +214,7 @@ def _marginal(record: Record) -> str:
         f"{median} of a step (p10 {low}, p90 {high})",
         f"{signed(1e3 * difference_of_medians(ours, theirs), 1)} ms",
         *([mebibytes(memory, sign=True)] if is_measured(memory) else []),
-        f"{signed(found.training_flops_per_token / 1e6, 2)} MFLOPs a token",
+        f"{signed(found.training_flops_per_token / 1e6, 2)} MFLOPs per token",
     ]
     steady = "" if found.steady else ", not steady"
     return f"{', '.join(parts)} over {found.reference} ({len(ours)} rounds in turn{steady})"

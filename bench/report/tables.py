@@ -52,7 +52,7 @@ FULL_TEST_TOKENS = 245_569
 OLD_CODE = "†"
 UNKNOWN_NOTE = "Unknown words: the share of the scored tokens that are <unk> in place of another word."
 ARTICLES_NOTE = (
-    "articles_low_nats to articles_high_nats, in the csv, is the 95 % interval of a difference over the "
+    "articles_low_nats to articles_high_nats, in the csv, is the 95% interval of a difference over the "
     "articles scored: the noise of the evaluation, without that of the seeds."
 )
 
@@ -235,7 +235,7 @@ def any_unknown(comparison: Comparison) -> bool:
 def _notes(comparison: Comparison) -> list[str]:
     notes = [
         *text_warnings([comparison.group]),
-        "Perplexity is exp of the mean loss over seeds, with its 95 % t interval; differences are paired by "
+        "Perplexity is exp of the mean loss over seeds, with its 95% t interval; differences are paired by "
         "seed, p is of an exact sign-flip test after Holm over "
         f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
         f"coupler, {_timed(comparison)}.",

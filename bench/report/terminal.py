@@ -84,7 +84,7 @@ def _table(comparison: Comparison) -> PlainTable:
     table = PlainTable()
     table.add_column("configuration", overflow="fold", ratio=1)
     table.add_column("n", justify="right", no_wrap=True)
-    table.add_column("perplexity [95 %]", justify="right", no_wrap=True)
+    table.add_column("perplexity [95%]", justify="right", no_wrap=True)
     unknown = any_unknown(comparison)
     if unknown:
         table.add_column("unknown words", justify="right", width=7)

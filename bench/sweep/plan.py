@@ -491,7 +491,7 @@ def show_plan(plan: Plan, match: Match | None, console: Console, keep_stale: boo
     """Print the plan in at most 80 columns; stale runs are to be done again, unless ``keep_stale``."""
     seeds = f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"
     title = f"{plan.study}: {len(plan.configurations)} configurations × {seeds}"
-    table = _table(title, ["parameters", "FLOPs a token", *(["off by"] if match else []), "done", "left"])
+    table = _table(title, ["parameters", "FLOPs per token", *(["off by"] if match else []), "done", "left"])
     for configuration in plan.configurations[:MOST_ROWS]:
         table.add_row(*_row(configuration, match, keep_stale))
     console.print(table)

@@ -154,7 +154,7 @@ def test_flops_are_three_times_two_a_weight_of_every_product():
 
 
 def test_flops_count_attention():
-    """Scores and mixing: 12·L·D FLOPs a token, expert and layer, forward and backward."""
+    """Scores and mixing: 12·L·D FLOPs per token, expert and layer, forward and backward."""
     found = []
     for length in (32, 64):
         config = GNNMoEConfig(

@@ -363,7 +363,7 @@ def test_the_plot_of_steps_shows_throughput_and_peak_by_experts():
     assert plot is not None
     throughput, memory = plot.figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in throughput.lines}  # pyright: ignore
-    assert lines == {name: [[2, 800], [4, 400], [8, 200]] for name in ("mean", "GNN")}  # 16 tokens a step
+    assert lines == {name: [[2, 800], [4, 400], [8, 200]] for name in ("mean", "GNN")}  # 16 tokens per step
     peaks = {line.get_label(): line.get_xydata().tolist() for line in memory.lines}  # pyright: ignore
     assert peaks == {"mean": [[2, 2], [4, 4], [8, 8]], "GNN": []}
     assert steps_plot(rows[:2], "CPU") is None

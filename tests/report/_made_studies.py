@@ -36,7 +36,7 @@ COUPLERS = {"mean": 0.0, "gate": -0.002, "topk": 0.002, "GNN": 0.02, "HGNN all_p
             "HGNN all_triplets": -0.01}  # fmt: skip
 COSTS = {"mean": 0.0, "gate": 0.02, "topk": 0.03, "GNN": 0.4, "HGNN": 0.15}
 """Share of the step of the mean coupler's model that a coupler adds; 0.1 for any other."""
-UNIGRAM, TRIGRAM = 6.8436, 5.4021  # nats a token
+UNIGRAM, TRIGRAM = 6.8436, 5.4021  # nats per token
 LATER = ("quality", "speed", "memory", "communication")
 
 

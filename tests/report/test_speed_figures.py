@@ -129,7 +129,7 @@ def test_they_need_no_run_with_the_mean_coupler(tmp_path):
     assert added is not None
     assert added.milliseconds.mean == pytest.approx(110.0)
     assert added.floor is None
-    assert any("Over the mean coupler, in turn: +50 % time a step" in text
+    assert any("Over the mean coupler, in turn: +50 % time per step" in text
                for text in verdict_sentences(comparison))  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def test_the_summary_shows_percentiles_waiting_mfu_parts_and_the_couplers_cost()
     utilisation = quantities.utilisation(record)
     assert utilisation is not None
     assert f"MFU {100 * utilisation:.1f} %" in text
-    assert "+50.0 % of a step (p10 +26.0 %, p90 +50.0 %), +110.0 ms, +3.0 MiB, +0.25 MFLOPs a token" in text
+    assert "+50.0 % of a step (p10 +26.0 %, p90 +50.0 %), +110.0 ms, +3.0 MiB, +0.25 MFLOPs per token" in text
     assert "over mean (3 rounds in turn)" in text
     assert "model 1.0, gradients 0.5, optimizer 2.0, activations 5.0" in text
     record.memory.remark, record.memory.peak_reserved_bytes = "of another step", 7 * 2**20

@@ -74,7 +74,7 @@ def test_one_pair_has_a_mean_and_nothing_else():
     [
         (-0.03 + 0.005 * ZIGZAG, "better"),
         (0.03 + 0.005 * ZIGZAG, "worse"),
-        # significant goes before equivalent: its 90 % interval is inside ±0.01 as well
+        # significant goes before equivalent: its 90% interval is inside ±0.01 as well
         (-0.003 + 0.001 * ZIGZAG, "better (below the minimum effect)"),
         (0.003 + 0.001 * ZIGZAG, "worse (below the minimum effect)"),
         (0.001 + 0.005 * ZIGZAG, "equivalent"),

@@ -64,7 +64,7 @@ PARETO_COLUMNS = (
     "on_parameters_front out_of_memory status"
 ).split()
 PARETO_NOTE = (
-    "Each point is the mean over seeds, its bars the 95 % t intervals of both (none for one seed). Grey "
+    "Each point is the mean over seeds, its bars the 95% t intervals of both (none for one seed). Grey "
     "steps and rings: the Pareto front of the means, whose order within the bars is not certain."
 )
 
@@ -250,11 +250,11 @@ ADDED_COLUMNS = (
 ).split()
 ADDED_NOTE = (
     "Measured: median training step less that of the same model with the mean coupler, paired by seed, with "
-    "the 95 % t interval (none for one seed); of separate runs, unless the configuration is marked as timed "
-    "in turn. Floor: added training FLOPs a token × tokens a step ÷ the FLOP rate that the mean coupler's "
-    "model itself reached in training."
+    "the 95% t interval (none for one seed); of separate runs, unless the configuration is marked as timed "
+    "in turn. Floor: added training FLOPs per token × tokens per step ÷ the FLOP rate that the mean "
+    "coupler's model itself reached in training."
 )
-MEASURED = "measured: step less the mean coupler's, 95 % t interval over seeds"
+MEASURED = "measured: step less the mean coupler's, 95% t interval over seeds"
 FLOOR = "floor: if the coupler's FLOPs ran at the mean-coupler model's own rate"
 
 
@@ -367,7 +367,7 @@ EXPERTS_COLUMNS += ["out_of_memory", "status"]
 MARK_ROOM, MOST_MARKS = 0.06, 10
 """The share of the axis' height for each mark of a line that ran out of memory, and the most marks."""
 EXPERTS_NOTE = (
-    "Means over the seeds that count, bars: 95 % t intervals (none for one seed). Both axes are logarithmic: "
+    "Means over the seeds that count, bars: 95% t intervals (none for one seed). Both axes are logarithmic: "
     "a straight line is a power of the number of experts."
 )
 

@@ -185,13 +185,13 @@ def _line(
 def _draw_loss(axes: Axes, train: list[Row], smoothed: list[float], span: int) -> None:
     _line(axes, train, [row["loss"] for row in train], "each batch", SKY, 0.9)
     _line(axes, train, smoothed, f"exponential average, span {span} steps", BLUE, 2)
-    _panel(axes, "Training loss", "loss (nats a token)")
+    _panel(axes, "Training loss", "loss (nats per token)")
     _legend(axes)
 
 
 def _draw_evaluation(axes: Axes, run: RunData) -> None:
     """Draw the loss, with a second, logarithmic axis for the perplexity = exp(loss)."""
-    _panel(axes, "Perplexity on validation", "loss (nats a token)")
+    _panel(axes, "Perplexity on validation", "loss (nats per token)")
     if not run.validation:
         axes.text(0.5, 0.5, "no evaluation was reached", transform=axes.transAxes, ha="center")
         axes.set_yticks([])

@@ -84,8 +84,8 @@ LOSS_CURVES_COLUMNS = (
     "difference_from_reference_nats difference_from_reference_standard_deviation_nats"
 ).split()
 TITLES = {
-    "training": ("Training loss, smoothed", "loss (nats a token)"),
-    "validation": ("Validation loss", "loss (nats a token)"),
+    "training": ("Training loss, smoothed", "loss (nats per token)"),
+    "validation": ("Validation loss", "loss (nats per token)"),
     "difference": ("Difference from the reference, by seed", "validation loss less the reference's (nats)"),
 }
 LOSS_CURVES_NOTE = (
@@ -191,7 +191,7 @@ def training_plot(frame: Frame) -> Plot | None:
     legend = frame.legend()
     figure = frame.figure("Training", 5.6 + legend.height, TRAINING_NOTE, frame.about_looks())
     (loss, evaluation), (rate, norm) = figure.subplots(2, 2)
-    _draw(loss, frame, losses, "Training loss, smoothed", "loss (nats a token)")
+    _draw(loss, frame, losses, "Training loss, smoothed", "loss (nats per token)")
     _draw_perplexity(evaluation, frame, validation)
     _draw(rate, frame, rates, "Learning rate", "learning rate", gap=math.inf)
     rate.set_ylim(bottom=0)
@@ -225,7 +225,7 @@ def _draw_perplexity(axes: Axes, frame: Frame, curves: dict[str, Curve]) -> None
     _draw(axes, frame, curves, title, "perplexity = exp(loss)")
     low, high = axes.get_ylim()
     if high > MAX_NATS:
-        axes.set_ylabel("loss (nats a token)")
+        axes.set_ylabel("loss (nats per token)")
         return
     ticks = round_ticks(math.exp(low), math.exp(high))
     axes.set_yticks([math.log(tick) for tick in ticks], [plain(tick) for tick in ticks])
@@ -269,8 +269,8 @@ PERPLEXITY_COLUMNS = (
     "difference_low_95_nats difference_high_95_nats seeds_paired p_holm verdict status"
 ).split()
 PERPLEXITY_NOTE = (
-    "Left: exp of the mean loss over seeds, its 95 % t interval (none for one seed), and each seed as a "
-    "faint dot. Right: difference of loss paired by seed, 95 % t interval; the verdict is by a sign-flip "
+    "Left: exp of the mean loss over seeds, its 95% t interval (none for one seed), and each seed as a "
+    "faint dot. Right: difference of loss paired by seed, 95% t interval; the verdict is by a sign-flip "
     "test after Holm."
 )
 
@@ -383,7 +383,7 @@ def _draw_differences(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> No
     axes.set_title("Difference from the reference", loc="left", fontweight="bold", pad=28)
     band = f"grey band: ±{MINIMUM_EFFECT_NATS:g} nats, the minimum effect"
     write_above(axes, band, 0, 3, "axes fraction")
-    axes.set_xlabel("nats a token (below 0: better)")
+    axes.set_xlabel("nats per token (below 0: better)")
 
 
 def _verdict(frame: Frame, row: ComparisonRow) -> str:

@@ -138,7 +138,7 @@ def _table(record: Record) -> str:
     if (scored := record.split()) and scored.unknown_words:
         found["validation unknown words (share)"] = scored.unknown_words / scored.tokens
     if is_measured(record.speed):
-        found["tokens a second"] = record.speed.tokens_per_second
+        found["tokens per second"] = record.speed.tokens_per_second
         found["median step (s)"] = record.speed.median_step_seconds
     if is_measured(record.memory) and is_measured(record.memory.peak_allocated_bytes):
         found["peak memory (bytes)"] = record.memory.peak_allocated_bytes

@@ -93,8 +93,8 @@ class Entry:
 def list_couplers(config: GNNMoEConfig) -> tuple[list[Entry], dict[str, str]]:
     """Return the couplers that can be built at the sizes of ``config``, and why the others cannot, by name.
 
-    The list has HGNN with each layer and each strategy. The last entry is the coupler of ``config`` with its
-    options, if it has any; without options the coupler is already in the list.
+    The list has HGNN with each layer and each strategy. The coupler of ``config`` comes last if it
+    has options or comes from outside the package; otherwise it is already in the list.
 
     Raises:
         Refused: there is no such coupler, or its options are wrong.

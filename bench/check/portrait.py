@@ -193,7 +193,7 @@ def _kind(mixing: Mixing) -> str:
 
 
 def _static_verdict(mixing: Mixing, many: ManyTokens) -> str:
-    """Return the verdict: equal to a fixed mixture, or equal only on these tokens if the readout is not affine."""
+    """Return the verdict for static weights; a readout that is not affine is judged on these tokens only."""
     deviations = [*_deviations(mixing), mixing.token_dependence, many.beyond_map]
     deviations += [mixing.unequal] if mixing.unequal <= TOLERANCE else []
     deviations += [many.bends] if many.bends <= TOLERANCE else []

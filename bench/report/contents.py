@@ -253,7 +253,7 @@ def _sentence(row: ComparisonRow, comparison: Comparison) -> str:
         "better": f"better than {name}",
         "worse": f"worse than {name}",
         "equivalent": f"equivalent to {name} (within ±0.01 nats)",
-    }.get(against.verdict.kind, f"not told apart from {name}")
+    }.get(against.verdict.kind, f"no significant difference from {name}")
     if against.verdict.below_minimum:
         head += ", by less than the minimum effect of 0.01 nats"
     text = (

@@ -159,7 +159,7 @@ def test_too_few_seeds_are_said(tmp_path):
     assert sentences[-1].startswith(
         "With 3 seeds no difference can be told from noise here: 6 are needed for 1 comparison"
     )
-    assert "GNN: not told apart from mean" in sentences[0]
+    assert "GNN: no significant difference from mean" in sentences[0]
 
 
 def test_one_run_and_a_study_of_failures(tmp_path):

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypedDict, TypeVar
@@ -205,6 +205,20 @@ def show_warnings_plainly() -> None:
     warnings.showwarning = show
 
 
+@contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Handle signals by ``handler`` in the block; in another thread than the main thread, do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class Interruption:
     """Turns SIGINT and SIGTERM into a request while a block defers them, else into KeyboardInterrupt.
 
@@ -223,15 +237,8 @@ class Interruption:
     @contextmanager
     def installed(self) -> Iterator[Interruption]:
         """Handle both signals in the block; in another thread than the main thread, do nothing."""
-        if threading.current_thread() is not threading.main_thread():
+        with handling((signal.SIGINT, signal.SIGTERM), self._handle):
             yield self
-            return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

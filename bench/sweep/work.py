@@ -10,7 +10,6 @@ import os
 import platform
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from bench.cli import handling
 from bench.config import seconds_of
 from bench.files import Busy, cannot_write, lock
 from bench.record import Environment, stale_notes
@@ -370,18 +370,11 @@ def _processor() -> str:
 def signals_noted() -> Iterator[list[int]]:
     """Yield the list of SIGINT, SIGTERM and SIGHUP that came; outside the main thread none is noted."""
     came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: the sweep outlives its terminal
         numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
-    try:
+    with handling(numbers, lambda number, _: came.append(number)):
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

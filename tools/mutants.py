@@ -486,7 +486,7 @@ def commit_of(folder: Path) -> str:
 def write(content: dict[str, Any], found: Sequence[dict[str, Any]]) -> None:
     """Write tools/mutants.json, one mutant a line."""
     lines = ",\n".join(json.dumps(one) for one in found)
-    head = json.dumps(content, indent=2).rstrip("\n}")
+    head = json.dumps(content, indent=2).removesuffix("\n}")
     LIST.write_text(f'{head},\n  "mutants": [\n{lines}\n]\n}}\n')
 
 

@@ -58,27 +58,11 @@ def test_the_originals_linear_unweighted_stack_is_named_mean_and_linear(strategy
         assert weights == pytest.approx((0.25,) * 4)
 
 
-@pytest.mark.parametrize("strategy", ["all_pairs", "all_triplets"])
-def test_the_default_hypergraph_coupler_is_not_linear(strategy):
-    drawn = portrait("HGNN", static_hyperedge_strategy=strategy)
-    assert re.fullmatch(r"is not linear in the experts \(by (0\.\d|1)\)", drawn.verdict)
-    assert drawn.sentence.endswith(", so neither a mean nor a Linear replaces it")
-    assert drawn.mixing.token_dependence > 0.01
-    assert 1.01 < drawn.mixing.effective_rank < 4
-
-
 @pytest.mark.parametrize(("strategy", "alone"), [("all", True), ("all_pairs", False)])
 def test_one_hyperedge_of_all_experts_sees_their_mean_alone(strategy, alone):
     drawn = portrait("HGNN", static_hyperedge_strategy=strategy, gnn_layers=2)
     assert ("but sees only their mean" in drawn.verdict) == alone
     assert ("neither a mean nor a Linear" in drawn.sentence) != alone
-
-
-@pytest.mark.parametrize("switched_off", [{"activation": "none"}, {"residual": False}])
-def test_only_without_activation_and_weights_is_it_the_mean(switched_off):
-    fields = {"coupler_options": switched_off, "hgnn_learnable_edge_weights": False}
-    linear = "activation" in switched_off
-    assert ("equals mean + Linear" in portrait("HGNN", **fields).verdict) == linear
 
 
 @pytest.mark.parametrize("formula", ["HypergraphConv", "PyGHypergraphConv"])
@@ -92,11 +76,6 @@ def test_the_weighted_linear_stack_has_the_weights_of_its_propagation_matrix(for
     expected = torch.linalg.matrix_power(P, 3).sum(0)
     assert mixing.one_map.weights[0] == pytest.approx((expected / expected.sum()).tolist(), rel=1e-10)
     assert re.match(r"equals a static weighted mean \+ Linear to 1e-1[456]$", draw_portrait(fields).verdict)
-
-
-def test_a_weighted_linear_stack_with_residuals_has_different_maps():
-    verdict = portrait("HGNN", coupler_options={"activation": "none"}).verdict
-    assert verdict.startswith("is linear and static, but treats experts by different maps (effective rank 1.")
 
 
 @pytest.mark.parametrize("num_experts", [1, 2])
@@ -145,10 +124,6 @@ def test_verdicts(coupler, expected):
     assert without_size(portrait(coupler).verdict) == without_size(expected)
 
 
-def test_one_expert_is_its_own_mean():
-    assert portrait(HERE + "Gate", num_experts=1).verdict.startswith("equals the mean over experts to 1e-1")
-
-
 @pytest.mark.parametrize(("coupler", "size"), [("TinyNonlinearity", 1.0), ("LateKink", 1000.0)])
 def test_nonlinearity_is_measured_at_every_scale(coupler, size):
     found = portrait(HERE + coupler).mixing.nonlinearity
@@ -157,14 +132,6 @@ def test_nonlinearity_is_measured_at_every_scale(coupler, size):
         assert 1e-4 < found[1.0] < 2e-3
     else:
         assert found[1.0] < 1e-14
-
-
-def test_the_numbers_of_two_orthogonal_maps():
-    mixing = portrait(HERE + "OrthogonalMaps", num_experts=2).mixing
-    assert mixing.effective_rank == pytest.approx(2, abs=1e-12)
-    assert mixing.token_dependence == 0
-    assert mixing.unequal == pytest.approx(0.5)
-    assert mixing.one_map.not_proportional > 0.1
 
 
 def test_effective_rank_is_the_exponential_of_the_entropy_of_singular_values():
@@ -215,11 +182,6 @@ def test_what_does_not_end_in_the_shared_combiner_is_judged_by_its_output(couple
     drawn = portrait(HERE + coupler)
     linear = coupler == "NoCombiner"
     assert drawn.sentence.startswith(f"its output ({reason}) {'equals the mean' if linear else 'is not lin'}")
-
-
-@pytest.mark.parametrize(("coupler", "reads"), [("Static", False), ("Gate", True), ("PlusLargeInput", True)])
-def test_whether_it_reads_the_layer_input(coupler, reads):
-    assert portrait(HERE + coupler).mixing.reads_layer_input == reads
 
 
 @pytest.mark.parametrize("coupler", ["HiddenLeak", "PastMixing", "AcrossBatch", "InputLeak"])

@@ -80,7 +80,7 @@ def names(classes) -> list[str]:
     return [cls.__name__ for cls in classes]
 
 
-@pytest.mark.parametrize("name", names(cheating_couplers.IN_EVALUATION))
+@pytest.mark.parametrize("name", cheating_couplers.IN_EVALUATION)
 def test_a_leak_in_evaluation_is_caught_and_its_token_named(case, name):
     precision = "bf16" if name == "UnderAutocast" else "fp32"
     cheat = case(f"{HERE / 'cheating_couplers.py'}:{name}", precision=precision)
@@ -100,7 +100,7 @@ def test_a_leak_in_evaluation_is_caught_and_its_token_named(case, name):
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "Compiled" else name
-             for name in names(cheating_couplers.IN_TRAINING)],
+             for name in cheating_couplers.IN_TRAINING],
 )  # fmt: skip
 def test_a_leak_in_training_alone_is_caught_there(case, name):
     cheat = case(f"{HERE / 'cheating_couplers.py'}:{name}")

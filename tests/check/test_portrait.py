@@ -11,9 +11,11 @@ from bench.check.mixing import (
     NOT_USED,
     NoMixing,
     Readout,
+    deviation,
     draw,
     effective_rank,
     jacobians,
+    largest_entries,
     measure_mixing,
 )
 from bench.check.portrait import MEAN_ALONE, Portrait, draw_portrait
@@ -109,6 +111,16 @@ VERDICTS = [
                               "(effective rank 2.00; off one map by 1)"),
     (HERE + "WithoutOne", "equals a static weighted mean of the experts to 1e-16; it ignores expert 1"),
     (HERE + "Deaf", "does not depend on the experts at all"),
+    (HERE + "SquaredWhereLarge", "is not linear in the experts (by 1)"),
+    (HERE + "OneExpertWhereLarge", "is a weighted mean whose weights depend on the token (to 1e-16)"),
+    (HERE + "OneExpertInAWindow", "is the mean over experts + a term that depends on the token at most "
+                                  "tokens, but not at all (off by 1 at another)"),
+    (HERE + "OneSmallTanh", "is not linear in the experts (by 0.4)" + MEAN_ALONE),
+    (HERE + "OneSmallExpert", "is linear and static, but treats experts by different maps "
+                              "(effective rank 1.00; off one map by 0.8)"),
+    (HERE + "OneSmallGate", "is linear in the experts, by maps that depend on the token "
+                            "(effective rank 1.00)"),
+    (HERE + "OneSmallPosition", "equals mean + Linear + a term that depends on the token to 1e-16"),
     ("tests.check.couplers:OtherGradient", "is linear in the experts, but its gradients are not those of its "
                                           "values (off by 0.5)"),
 ]  # fmt: skip
@@ -197,3 +209,18 @@ def test_global_random_state_is_left_alone_and_the_seed_decides():
     assert torch.equal(torch.get_rng_state(), before)
     assert draw_portrait(config("HGNN"), seed=1) == first
     assert draw_portrait(config("HGNN"), seed=2) != first
+
+
+def test_no_coordinate_hides_behind_a_larger_one_and_rounding_is_not_blown_up():
+    size = torch.tensor([[1e12, 1.0], [-1e12, 0.5]], dtype=torch.float64)
+    assert deviation(torch.tensor([[0.0, 0.25], [0.0, 0.0]]).double(), size) == 0.25
+    assert deviation(torch.tensor([[0.0, 1e-3]]).double(), size) == pytest.approx(1e-15)
+    assert deviation(torch.tensor([[0.0, 0.1]]).double(), size, beside=1e3 * size) == pytest.approx(1e-16)
+    assert deviation(torch.zeros(1, 2), torch.zeros(1, 2)) == 0
+
+
+def test_jacobians_are_measured_by_the_largest_entry_of_each_output_coordinate():
+    J = torch.zeros(2, 3, 3, 3, dtype=torch.float64)
+    J[1, 2, 0, 1], J[0, 1, 1, 0], J[0, 0, 2, 2] = -4e12, 2.0, 1e-3
+    assert largest_entries(J).flatten().tolist() == [4e12, 2.0, 4e12]
+    assert largest_entries(torch.zeros_like(J)).flatten().tolist() == [1.0] * 3

@@ -233,23 +233,14 @@ def test_durations():
         assert seconds_of("time_budget", text) == seconds
 
 
-def test_at_one_seed_all_couplers_see_the_same_batches_and_start_alike(places):
-    """Paired by construction: trunk, experts and batches, bit for bit; another seed has others."""
-    from gnnmoe import GNNMoEModel
+def test_at_one_seed_all_couplers_see_the_same_batches(places):
+    """Paired by construction; that the weights start alike, tests/gnnmoe/test_model_start.py holds."""
 
     def made(coupler: str, seed: int):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**BASE, **places}.items()]
         prepared = prepare(parse(RunConfig, [*flags, "--coupler", coupler, "--seed", str(seed)]))
-        state = GNNMoEModel(prepared.model_config, seed=seed).state_dict()
-        shared = {name: value for name, value in state.items() if ".coupler." not in name}
-        return [batch["input_ids"] for batch in prepared.loaders["train"]], shared
+        return torch.cat([batch["input_ids"] for batch in prepared.loaders["train"]])
 
-    batches, start = made("mean", 3)
-    for coupler in ("HGNN", "GNN", "topk", "attention"):
-        other, state = made(coupler, 3)
-        assert all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
-        assert state.keys() == start.keys()
-        assert all(torch.equal(value, start[name]) for name, value in state.items())
-    other, state = made("mean", 4)
-    assert not all(torch.equal(a, b) for a, b in zip(batches, other, strict=True))
-    assert not torch.equal(state["token_embedding.weight"], start["token_embedding.weight"])
+    batches = made("mean", 3)
+    assert all(torch.equal(made(coupler, 3), batches) for coupler in ("HGNN", "topk"))
+    assert not torch.equal(made("mean", 4), batches)

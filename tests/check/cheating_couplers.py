@@ -54,64 +54,32 @@ class CrossLayer(Coupler):
         return self.combiner(mean_BLD + self.read(mean_BLD))
 
 
-def cheat(doc: str):
-    def documented(cls):
-        cls.__doc__ = f"{doc}\n\n.. math:: y = f(m + V m')\n\nShapes: those of the mean. Source: this test."
-        cls.counter, cls.kept = itertools.count(), {}
-        return cls
-
-    return documented
+def long(x: Tensor) -> bool:
+    return x.shape[1] > 16
 
 
-@cheat("Leaks in evaluation only, so that the map is never trained on it.")
-class InEvaluation(CrossLayer):
-    def active(self, x):
-        return x.shape[1] > 16 and not self.training
+def evaluating(self: CrossLayer, x: Tensor) -> bool:
+    return long(x) and not self.training
 
 
-@cheat("Leaks where eight sequences or more are in the batch.")
-class InLargeBatches(CrossLayer):
-    def active(self, x):
-        return len(x) >= 8 and x.shape[1] > 16 and not self.training
+def at_few_tokens(self: CrossLayer, other_BLD: Tensor) -> Tensor:
+    few = other_BLD[..., :1] > 1.2 * other_BLD.std(-1, keepdim=True)
+    return torch.where(few, next_token(other_BLD), other_BLD)
 
 
-@cheat("Leaks in float32, and not in the float64 of most checks.")
-class InFloat32(CrossLayer):
-    def active(self, x):
-        return x.dtype == torch.float32 and x.shape[1] > 16 and not self.training
+def over_the_end(self: CrossLayer, other_BLD: Tensor) -> Tensor:
+    """The first token of the next sequence at the last position, as an index that runs over gives."""
+    after = torch.cat([other_BLD[1:, 0], other_BLD[:1, 0]])
+    return torch.cat([other_BLD[:, :-1], after[:, None]], dim=1)
 
 
-@cheat("Leaks under bf16 autocast only.")
-class UnderAutocast(CrossLayer):
-    def active(self, x):
-        return torch.is_autocast_enabled(x.device.type) and x.shape[1] > 16
+def eight_ahead(self: CrossLayer, other_BLD: Tensor) -> Tensor:
+    return torch.cat([other_BLD[:, 8:], torch.zeros_like(other_BLD[:, :8])], dim=1)
 
 
-@cheat("Leaks at the few tokens whose first feature is large.")
-class AtFewTokens(CrossLayer):
-    def active(self, x):
-        return x.shape[1] > 16 and not self.training
-
-    def seen(self, other_BLD):
-        few = other_BLD[..., :1] > 1.2 * other_BLD.std(-1, keepdim=True)
-        return torch.where(few, next_token(other_BLD), other_BLD)
-
-
-@cheat("Reads the same position of the next sequence of the batch.")
-class FromTheNextSequence(CrossLayer):
-    def seen(self, other_BLD):
-        return other_BLD.roll(-1, 0)
-
-
-@cheat("Reads the first token of the next sequence at the last position, as an index that runs over does.")
-class OverTheEnd(CrossLayer):
-    def seen(self, other_BLD):
-        after = torch.cat([other_BLD[1:, 0], other_BLD[:1, 0]])
-        return torch.cat([other_BLD[:, :-1], after[:, None]], dim=1)
-
-
-@cheat("Leaks once it has trained for three steps.")
 class AfterTraining(CrossLayer):
+    """Leaks once it has trained for three steps."""
+
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -123,17 +91,9 @@ class AfterTraining(CrossLayer):
         return x.shape[1] > 16 and not self.training and bool(self.steps >= 3)
 
 
-@cheat("Leaks eight tokens ahead, and only there.")
-class FarAhead(CrossLayer):
-    def active(self, x):
-        return x.shape[1] > 16 and not self.training
-
-    def seen(self, other_BLD):
-        return torch.cat([other_BLD[:, 8:], torch.zeros_like(other_BLD[:, :8])], dim=1)
-
-
-@cheat("The first layer notes in evaluation what followed what, and the second reads what followed before.")
 class Remembers(CrossLayer):
+    """The first layer notes in evaluation what followed what; the second reads what followed before."""
+
     def forward(self, expert_outputs, layer_input=None):
         mean_BLD = expert_outputs.mean(2)
         source_BLD = mean_BLD
@@ -151,18 +111,23 @@ class Remembers(CrossLayer):
         return self.combiner(mean_BLD + self.read(source_BLD))
 
 
-@cheat("Leaks in training only, where gradients are taken.")
-class InTraining(CrossLayer):
-    def active(self, x):
-        return x.shape[1] > 16 and self.training and torch.is_grad_enabled()
-
-
-@cheat("Leaks in compiled code only.")
-class Compiled(CrossLayer):
-    def active(self, x):
-        return x.shape[1] > 16 and torch.compiler.is_compiling()
-
-
-IN_EVALUATION = (CrossLayer, InEvaluation, InLargeBatches, InFloat32, UnderAutocast, AtFewTokens,
-                 FromTheNextSequence, OverTheEnd, AfterTraining, FarAhead, Remembers)  # fmt: skip
-IN_TRAINING = (InTraining, Compiled)
+CHEATS: dict[str, dict[str, Any]] = {  # class → when it leaks, and what it sees
+    "InEvaluation": {"active": evaluating},
+    "InLargeBatches": {"active": lambda self, x: len(x) >= 8 and evaluating(self, x)},
+    "InFloat32": {"active": lambda self, x: x.dtype == torch.float32 and evaluating(self, x)},
+    "UnderAutocast": {"active": lambda self, x: torch.is_autocast_enabled(x.device.type) and long(x)},
+    "AtFewTokens": {"active": evaluating, "seen": at_few_tokens},
+    "FromTheNextSequence": {"seen": lambda self, other_BLD: other_BLD.roll(-1, 0)},
+    "OverTheEnd": {"seen": over_the_end},
+    "FarAhead": {"active": evaluating, "seen": eight_ahead},
+    "InTraining": {"active": lambda self, x: long(x) and self.training and torch.is_grad_enabled()},
+    "Compiled": {"active": lambda self, x: long(x) and torch.compiler.is_compiling()},
+    "AfterTraining": {},
+    "Remembers": {},
+}
+for _name, _own in CHEATS.items():
+    _base = globals().get(_name, CrossLayer)
+    _own = {"counter": itertools.count(), "kept": {}, **_own}
+    globals()[_name] = type(_name, (_base,), {"__module__": __name__, "__doc__": CrossLayer.__doc__, **_own})
+IN_TRAINING = ("InTraining", "Compiled")
+IN_EVALUATION = ("CrossLayer", *(name for name in CHEATS if name not in IN_TRAINING))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.check.couplers import Wrong
 
@@ -24,64 +26,69 @@ def weighted(x, weights):
     return torch.einsum("bled,e->bld", x, torch.tensor(weights, dtype=x.dtype))
 
 
-class Static(Honest):
-    """Weights that sum to 1."""
-
-    def mix(self, x, layer_input):
-        return weighted(x, WEIGHTS)
+def position(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], dtype=x.dtype)[:, None]
 
 
-class StaticLinear(Static):
-    """The same, then a Linear."""
+def bent_late(x: Tensor) -> Tensor:
+    """What is zero as long as the inputs are small."""
+    return (x - 50).relu()
+
+
+def where(condition: Tensor, x: Tensor) -> Tensor:
+    """The mean, but the second expert alone at some tokens."""
+    return torch.where(condition, x[:, :, 1], x.mean(2))
+
+
+def orthogonal_maps(x: Tensor) -> Tensor:
+    """Even experts pass as they are, odd ones turned by 90 degrees: trace(Rᵀ I) = 0."""
+    odd = x[:, :, 1::2].sum(2)
+    return x[:, :, ::2].sum(2) + torch.stack([-odd[..., 1::2], odd[..., ::2]], dim=-1).flatten(2)
+
+
+def one_small(first: Tensor, x: Tensor) -> Tensor:
+    """The mean; ``first``, the first coordinate of the output, is small beside the others."""
+    return torch.cat([first, 1e12 * x.mean(2)[..., 1:]], -1)
+
+
+MIXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of the expert outputs and the layer input
+    "Static": lambda x, u: weighted(x, WEIGHTS),
+    "BothSigns": lambda x, u: weighted(x, (1.5, -0.5, 0.5, -0.5)),
+    "Sum": lambda x, u: x.sum(2),
+    "PlusConstant": lambda x, u: x.mean(2) + 0.5,
+    "PlusInput": lambda x, u: x.mean(2) + u,
+    "PlusLargeInput": lambda x, u: x.mean(2) + bent_late(u),
+    "PlusPosition": lambda x, u: x.mean(2) + position(x),
+    "TokenMaps": lambda x, u: x.mean(2) * u,
+    "TinyNonlinearity": lambda x, u: x.mean(2) + 1e-3 * x.mean(2).tanh(),
+    "LateKink": lambda x, u: x.mean(2) + bent_late(x.mean(2)),
+    "LateKinkOfOne": lambda x, u: x.mean(2) + bent_late(x[:, :, 0]),
+    "OrthogonalMaps": lambda x, u: orthogonal_maps(x),
+    "WithoutOne": lambda x, u: (x.sum(2) - x[:, :, 1]) / (x.shape[2] - 1) + 0 * x[:, :, 1],
+    "Deaf": lambda x, u: u,
+    # those that are the mean for most tokens, or in most coordinates: the rest must not hide behind those
+    "SquaredWhereLarge": lambda x, u: torch.where(u[..., :1] > 3, (x**2).mean(2), x.mean(2)),
+    "OneExpertWhereLarge": lambda x, u: where(u[..., :1] > 2.5, x),
+    "OneExpertInAWindow": lambda x, u: where((u[..., :1] > 2) & (u[..., :1] < 2.2), x),
+    "OneSmallTanh": lambda x, u: one_small(x.mean(2)[..., :1].tanh(), x),
+    "OneSmallExpert": lambda x, u: one_small(x[:, :, 2, :1], x),
+    "OneSmallGate": lambda x, u: one_small(x.mean(2)[..., :1] * u[..., :1].sigmoid(), x),
+    "OneSmallPosition": lambda x, u: one_small(x.mean(2)[..., :1] + position(x), x),
+}
+for _name, _mix in MIXES.items():
+    _own = {"mix": lambda self, x, u, mix=_mix: mix(x, u)}
+    globals()[_name] = type(_name, (Honest,), {"__module__": __name__, "__doc__": _name, **_own})
+
+
+class StaticLinear(Honest):
+    """Static weights, then a Linear."""
 
     def __init__(self, config):
         super().__init__(config)
         self.linear = nn.Linear(config.embed_dim, config.embed_dim)
 
     def mix(self, x, layer_input):
-        return self.linear(super().mix(x, layer_input))
-
-
-class BothSigns(Honest):
-    """Weights of both signs, which sum to 1."""
-
-    def mix(self, x, layer_input):
-        return weighted(x, (1.5, -0.5, 0.5, -0.5))
-
-
-class Sum(Honest):
-    """The sum over experts."""
-
-    def mix(self, x, layer_input):
-        return x.sum(2)
-
-
-class PlusConstant(Honest):
-    """The mean and a bias."""
-
-    def mix(self, x, layer_input):
-        return x.mean(2) + 0.5
-
-
-class PlusInput(Honest):
-    """The mean and the layer input."""
-
-    def mix(self, x, layer_input):
-        return x.mean(2) + layer_input
-
-
-class PlusLargeInput(Honest):
-    """The mean, and the layer input where it is large."""
-
-    def mix(self, x, layer_input):
-        return x.mean(2) + (layer_input - 50).relu()
-
-
-class PlusPosition(Honest):
-    """The mean and the token's position."""
-
-    def mix(self, x, layer_input):
-        return x.mean(2) + torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+        return self.linear(weighted(x, WEIGHTS))
 
 
 class Gate(Honest):
@@ -119,59 +126,6 @@ class Switch(Gate):
     def mix(self, x, layer_input):
         share = self.gate(layer_input).softmax(-1)
         return ((share * (share == share.amax(-1, keepdim=True))).unsqueeze(-1) * x).sum(2)
-
-
-class TokenMaps(Honest):
-    """The mean, each feature times the layer input's."""
-
-    def mix(self, x, layer_input):
-        return x.mean(2) * layer_input
-
-
-class TinyNonlinearity(Honest):
-    """The mean, bent by a thousandth."""
-
-    def mix(self, x, layer_input):
-        mean = x.mean(2)
-        return mean + 1e-3 * mean.tanh()
-
-
-class LateKink(Honest):
-    """Linear as long as the inputs are small."""
-
-    def mix(self, x, layer_input):
-        mean = x.mean(2)
-        return mean + (mean - 50).relu()
-
-
-class LateKinkOfOne(Honest):
-    """The same of the first expert alone."""
-
-    def mix(self, x, layer_input):
-        return x.mean(2) + (x[:, :, 0] - 50).relu()
-
-
-class OrthogonalMaps(Honest):
-    """Even experts pass as they are, odd ones turned by 90 degrees: trace(Rᵀ I) = 0."""
-
-    def mix(self, x, layer_input):
-        odd = x[:, :, 1::2].sum(2)
-        turned = torch.stack([-odd[..., 1::2], odd[..., ::2]], dim=-1).flatten(2)
-        return x[:, :, ::2].sum(2) + turned
-
-
-class WithoutOne(Honest):
-    """The mean of all experts but number 1."""
-
-    def mix(self, x, layer_input):
-        return (x.sum(2) - x[:, :, 1]) / (x.shape[2] - 1) + 0 * x[:, :, 1]
-
-
-class Deaf(Honest):
-    """Hears the layer input only."""
-
-    def mix(self, x, layer_input):
-        return layer_input
 
 
 class NoCombiner(Honest):

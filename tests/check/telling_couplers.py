@@ -1,4 +1,4 @@
-"""Couplers that mix as they should and say one wrong thing of themselves."""
+"""Couplers that mix as they should and say one wrong thing of themselves; each with what is said of it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ class Telling(Made):
     """The mean; what it says beside ``mixing`` is ``static``, and ``extra`` where there are inputs."""
 
     static: ClassVar[Any] = {}
-    extra: ClassVar[Any] = {}
+
+    def extra(self, x) -> dict[str, Any]:
+        return {}
 
     def communication(self, expert_outputs=None, layer_input=None):
         parts = super().communication(expert_outputs, layer_input) | self.static
-        return parts if expert_outputs is None else parts | self.extra
+        return parts if expert_outputs is None else parts | self.extra(expert_outputs)
 
 
 class Honest(Telling):
     """Has one of each; the names of what is not there do no harm, and a scalar has no positions."""
 
     static: ClassVar[Any] = {"pairs": torch.ones(2), "scale": torch.ones(())}
-    extra: ClassVar[Any] = {"rows": torch.ones(4, 7)}
+
+    def extra(self, x):
+        return {"rows": torch.ones(4, 7)}
 
     def member_names(self):
         return {"pairs": ["{0,1}", "{2,3}"], "absent": []}
@@ -39,186 +43,68 @@ class Honest(Telling):
         return 2 * tokens
 
 
-class ListOfParts(Made):
-    """Forgets the names."""
-
-    def communication(self, expert_outputs=None, layer_input=None):
-        return [torch.ones(4)]
-
-
-class ArrayPart(Telling):
-    """Gives an array."""
-
-    static: ClassVar[Any] = {"weights": torch.ones(4).numpy()}
-
-
-class NotANumber(Telling):
-    """Divides by zero."""
-
-    static: ClassVar[Any] = {"weights": torch.full((4,), torch.nan)}
-
-
-class Attached(Made):
-    """Does not detach."""
-
-    def communication(self, expert_outputs=None, layer_input=None):
-        parts = super().communication(expert_outputs, layer_input)
-        return parts | {"bias": self.combiner[0].bias.sum()}  # pyright: ignore
-
-
-class EveryToken(Made):
-    """Gives a row for each token."""
-
-    def communication(self, expert_outputs=None, layer_input=None):
-        parts = super().communication(expert_outputs, layer_input)
-        return (
-            parts if expert_outputs is None else parts | {"norms": expert_outputs.detach().norm(dim=(0, 3)).T}
-        )
-
-
-class EverySequence(Made):
-    """Gives a column for each sequence."""
-
-    def communication(self, expert_outputs=None, layer_input=None):
-        parts = super().communication(expert_outputs, layer_input)
-        return (
-            parts if expert_outputs is None else parts | {"norms": expert_outputs.detach().norm(dim=(1, 3)).T}
-        )
-
-
-class Silent(Made):
-    """Has no mixing."""
-
-    def communication(self, expert_outputs=None, layer_input=None):
-        return {}
-
-
-class ShortMixing(Telling):
-    """Leaves an expert out."""
-
-    extra: ClassVar[Any] = {"mixing": torch.ones(3)}
-
-
-class Forgetful(Made):
-    """Loses its static part where there are inputs."""
-
-    def communication(self, expert_outputs=None, layer_input=None):
-        parts = super().communication(expert_outputs, layer_input)
-        return parts | ({"weights": torch.ones(4)} if expert_outputs is None else {})
-
-
-class Moving(Telling):
-    """Its static part depends on the tokens."""
-
-    static: ClassVar[Any] = {"weights": torch.ones(4)}
-    extra: ClassVar[Any] = {"weights": torch.zeros(4)}
-
-
-class Unnamed(Telling):
-    """Six values for four experts, of which nobody knows what they are."""
-
-    static: ClassVar[Any] = {"pairs": torch.ones(6)}
-
-
-class Misnamed(Telling):
-    """One name too few."""
-
-    static: ClassVar[Any] = {"pairs": torch.ones(3)}
-
-    def member_names(self):
-        return {"pairs": ["{0,1}", "{2,3}"]}
-
-
-class OneNameTwice(Telling):
-    """Two values of one name, of which a record would keep one."""
-
-    static: ClassVar[Any] = {"pairs": torch.ones(2)}
-
-    def member_names(self):
-        return {"pairs": ["{0,1}", "{0,1}"]}
-
-
-class NumbersForNames(Telling):
-    """Names that are no texts."""
-
-    static: ClassVar[Any] = {"pairs": torch.ones(2)}
-
-    def member_names(self) -> Any:
-        return {"pairs": [0, 1]}
-
-
-class NamesAlone(Made):
-    """Names without saying of what."""
-
-    def member_names(self) -> Any:
-        return ["{0,1}"]
-
-
-class InertNobody(Made):
-    """Declares what it does not have."""
-
-    def inert_parameters(self):
-        return {"combiner.9.bias": "it was there once"}
-
-
-class InertForNoReason(Made):
-    """Does not say why."""
-
-    def inert_parameters(self) -> Any:
-        return {"combiner.0.bias": None}
-
-
-class InertList(Made):
-    """Gives names without reasons."""
-
-    def inert_parameters(self) -> Any:
-        return ["combiner.0.bias"]
-
-
-class LossOfEachToken(Made):
-    """Forgets the mean."""
-
-    def auxiliary_losses(self, expert_outputs, layer_input=None):
-        return {"size": expert_outputs.square().mean((2, 3))}
-
-
-class InfiniteLoss(Made):
-    """Too much."""
-
-    def auxiliary_losses(self, expert_outputs, layer_input=None):
-        return {"size": expert_outputs.sum() * torch.inf}
-
-
-class FloatLoss(Made):
-    """Gives a number in place of a tensor."""
-
-    def auxiliary_losses(self, expert_outputs, layer_input=None) -> Any:
-        return {"size": 0.5}
-
-
-class FloatFlops(Made):
-    """Halves its FLOPs."""
-
-    def flops(self, tokens) -> Any:
-        return tokens / 2
-
-
-class NegativeFlops(Made):
-    """Earns FLOPs."""
-
-    def flops(self, tokens):
-        return -tokens
-
-
-class HalfAShape(Made):
-    """Has no width."""
-
-    def expert_shape(self) -> Any:
-        return 4
-
-
-class RaisingNames(Made):
-    """Fails where nobody looked before."""
-
-    def member_names(self):
-        raise KeyError("no names")
+def says(value: Any):
+    """A communication() that always gives ``value``."""
+    return lambda self, expert_outputs=None, layer_input=None: value
+
+
+def forgets(self, expert_outputs=None, layer_input=None):
+    if expert_outputs is None:
+        return {"weights": torch.ones(4)}
+    return Telling.communication(self, expert_outputs, layer_input)
+
+
+def losses(make):
+    return lambda self, expert_outputs, layer_input=None: {"size": make(expert_outputs)}
+
+
+PAIRS = {"pairs": torch.ones(2)}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {  # class → its attributes, and what is said of it
+    "ListOfParts": ({"communication": says([torch.ones(4)])},
+                    "communication() gives a list; it must be a dict of tensors by name"),
+    "ArrayPart": ({"static": {"weights": torch.ones(4).numpy()}},
+                  "communication() gives 'weights': a ndarray; it must be a name and a tensor"),
+    "NotANumber": ({"static": {"weights": torch.full((4,), torch.nan)}}, "communication(): weights is not"),
+    "Attached": ({"static": property(lambda self: {"bias": self.combiner[0].bias.sum()})},
+                 "communication(): bias is not detached; give bias.detach()"),
+    "EveryToken": ({"extra": lambda self, x: {"norms": x.detach().norm(dim=(0, 3)).T}},
+                   "the shape of norms changes with the tokens; give a mean over them"),
+    "EverySequence": ({"extra": lambda self, x: {"norms": x.detach().norm(dim=(1, 3)).T}},
+                      "the shape of norms changes with the tokens"),
+    "Silent": ({"communication": says({})},
+               "communication(x, u) has no mixing; start from super().communication(x, u)"),
+    "ShortMixing": ({"extra": lambda self, x: {"mixing": torch.ones(3)}},
+                    "mixing has shape (3,); it must be one share an expert, (4,)"),
+    "Forgetful": ({"communication": forgets},
+                  "communication(x, u) has no weights, which communication() has"),
+    "Moving": ({"static": {"weights": torch.ones(4)}, "extra": lambda self, x: {"weights": torch.zeros(4)}},
+               "communication: weights is not the same with inputs as without"),
+    "Unnamed": ({"static": {"pairs": torch.ones(6)}},
+                "pairs has 6 entries for 4 experts; name them in member_names()"),
+    "OneNameTwice": ({"static": PAIRS, "member_names": lambda self: {"pairs": ["{0,1}", "{0,1}"]}},
+                     "member_names(): pairs has 1 different names for 2 entries"),
+    "NumbersForNames": ({"static": PAIRS, "member_names": lambda self: {"pairs": [0, 1]}},
+                        "member_names(): pairs is [0, 1]; it must be a list of texts"),
+    "NamesAlone": ({"member_names": lambda self: ["{0,1}"]},
+                   "member_names() gives a list; it must be a dict of lists of names"),
+    "RaisingNames": ({"member_names": lambda self: {}["no names"]},
+                     "member_names() raised KeyError: 'no names'"),
+    "InertNobody": ({"inert_parameters": lambda self: {"combiner.9.bias": "it was there once"}},
+                    "inert_parameters() names 'combiner.9.bias', which is no parameter; known: combiner.0."),
+    "InertForNoReason": ({"inert_parameters": lambda self: {"combiner.0.bias": None}},
+                         "inert_parameters() gives None for combiner.0.bias; it must be the reason"),
+    "InertList": ({"inert_parameters": lambda self: ["combiner.0.bias"]},
+                  "inert_parameters() gives a list; it must be a dict of reasons"),
+    "LossOfEachToken": ({"auxiliary_losses": losses(lambda x: x.square().mean((2, 3)))},
+                        "auxiliary_losses(x, u): size has shape (2, 2); it must be a scalar"),
+    "InfiniteLoss": ({"auxiliary_losses": losses(lambda x: x.sum() * torch.inf)},
+                     "auxiliary_losses(x, u): size is not finite"),
+    "FloatLoss": ({"auxiliary_losses": losses(lambda x: 0.5)},
+                  "auxiliary_losses(x, u) gives 'size': a float; it must be a name and a tensor"),
+    "FloatFlops": ({"flops": lambda self, tokens: tokens / 2}, "flops(12) gives 6.0; it must be a whole"),
+    "NegativeFlops": ({"flops": lambda self, tokens: -tokens}, "flops(12) gives -12; it must be a whole"),
+    "HalfAShape": ({"expert_shape": lambda self: 4},
+                   "expert_shape() gives 4; it must be two positive integers"),
+}  # fmt: skip
+for _name, (_own, _) in WRONG.items():
+    globals()[_name] = type(_name, (Telling,), {"__module__": __name__, "__doc__": _name, **_own})

@@ -80,7 +80,7 @@ def names(classes) -> list[str]:
     return [cls.__name__ for cls in classes]
 
 
-@pytest.mark.parametrize("name", names(cheating_couplers.IN_EVALUATION))
+@pytest.mark.parametrize("name", cheating_couplers.IN_EVALUATION)
 def test_a_leak_in_evaluation_is_caught_and_its_token_named(case, name):
     precision = "bf16" if name == "UnderAutocast" else "fp32"
     cheat = case(f"{HERE / 'cheating_couplers.py'}:{name}", precision=precision)
@@ -100,7 +100,7 @@ def test_a_leak_in_evaluation_is_caught_and_its_token_named(case, name):
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "Compiled" else name
-             for name in names(cheating_couplers.IN_TRAINING)],
+             for name in cheating_couplers.IN_TRAINING],
 )  # fmt: skip
 def test_a_leak_in_training_alone_is_caught_there(case, name):
     cheat = case(f"{HERE / 'cheating_couplers.py'}:{name}")
@@ -128,7 +128,7 @@ def test_an_honest_coupler_passes_both(case, name, precision):
 def check_honest(case, name, precision):
     outside = name in names(unusual_couplers.ALL)
     honest = case(f"{HERE / 'unusual_couplers.py'}:{name}" if outside else name, precision=precision)
-    for rows in (None, 3, 2, 1):
+    for rows in (None, 3, 1):
         check, about = honest.evaluation(rows)
         assert check.passed, check.detail
         assert about["tolerance_nats"] == 0.0
@@ -137,7 +137,7 @@ def check_honest(case, name, precision):
     assert check.passed, check.detail
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, None])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_the_micro_batch_of_the_run_is_tried(case, rows):
     cheat = case(f"{HERE / 'cheating_couplers.py'}:InEvaluation")
     assert not cheat.evaluation(rows)[0].passed
@@ -196,14 +196,6 @@ def test_losses_that_another_call_does_not_give_again_are_refused(case):
     check, _ = one.evaluation(fresh=False)
     assert not check.passed
     assert "the reported loss is" in check.detail
-
-
-def test_reported_losses_of_another_model_are_refused(case):
-    one = case("mean")
-    nll = evaluate(one.model, one.loader, CPU).nll
-    nll[::2] -= 0.01
-    check, _ = audit_evaluation(one.model, [Scored("validation", one.loader, nll, 1.0)], rows=None, seed=0)
-    assert not check.passed
 
 
 @pytest.mark.parametrize("name", ["CrossLayer", "InFloat32", "FromTheNextSequence", "FarAhead", "InTraining"])
@@ -282,10 +274,7 @@ def test_one_batch_in_ten_is_drawn_from_all_over_the_text(sizes, number):
         stretch = len(sizes) / number
         assert all(abs(place - (part + 0.5) * stretch) <= stretch for part, place in enumerate(found))
     assert chosen_batches(sizes, True, np.random.default_rng(0)) == list(range(len(sizes)))
-
-
-def test_a_last_batch_of_another_size_is_looked_at():
-    assert chosen_batches([8] * 29 + [3], False, np.random.default_rng(0))[-1] == 29
+    assert chosen_batches([8] * 29 + [3], False, np.random.default_rng(0))[-1] == 29  # of another size
 
 
 @pytest.fixture(scope="module")

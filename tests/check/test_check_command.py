@@ -37,17 +37,6 @@ def test_leaking_coupler_fails(capsys, monkeypatch):
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_running_out_of_memory_is_one_message(capsys, monkeypatch):
-    def greedy(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
-
-    monkeypatch.setattr("bench.check.leak_check.run_leak_check", greedy)
-    with pytest.raises(SystemExit) as stopped:
-        main([*SMALL, "--coupler", "mean"])
-    assert stopped.value.code == 2
-    assert "memory ran out, so nothing is known of the coupler" in capsys.readouterr().err
-
-
 def test_a_coupler_that_cannot_be_built_is_reported_not_raised(capsys):
     assert main([*SMALL, "--coupler", "tests.check.couplers:Unbuildable"]) == 1
     shown = capsys.readouterr().out
@@ -165,3 +154,14 @@ def test_wrong_input_is_one_message(arguments, text, capsys):
     assert shown.err.startswith("error: ")
     assert text in shown.err
     assert not shown.out
+
+
+def test_running_out_of_memory_is_one_message(capsys, monkeypatch):
+    def greedy(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+
+    monkeypatch.setattr("bench.check.leak_check.run_leak_check", greedy)
+    with pytest.raises(SystemExit) as stopped:
+        main([*SMALL, "--coupler", "mean"])
+    assert stopped.value.code == 2
+    assert "memory ran out, so nothing is known of the coupler" in capsys.readouterr().err

@@ -9,36 +9,9 @@ from bench.check.communication import communication
 from bench.check.leak_check import CHECKS, run_leak_check
 from bench.check.subject import Subject
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.registry import coupler_names
+from tests.check.telling_couplers import WRONG
 
 HERE = "tests.check.telling_couplers:"
-WRONG = [
-    ("ListOfParts", "communication() gives a list; it must be a dict of tensors by name"),
-    ("ArrayPart", "communication() gives 'weights': a ndarray; it must be a name and a tensor"),
-    ("NotANumber", "communication(): weights is not finite"),
-    ("Attached", "communication(): bias is not detached; give bias.detach()"),
-    ("EveryToken", "the shape of norms changes with the tokens; give a mean over them"),
-    ("EverySequence", "the shape of norms changes with the tokens"),
-    ("Silent", "communication(x, u) has no mixing; start from super().communication(x, u)"),
-    ("ShortMixing", "mixing has shape (3,); it must be one share an expert, (4,)"),
-    ("Forgetful", "communication(x, u) has no weights, which communication() has"),
-    ("Moving", "communication: weights is not the same with inputs as without"),
-    ("Unnamed", "pairs has 6 entries for 4 experts; name them in member_names()"),
-    ("Misnamed", "member_names(): pairs has 2 different names for 3 entries"),
-    ("OneNameTwice", "member_names(): pairs has 1 different names for 2 entries"),
-    ("NumbersForNames", "member_names(): pairs is [0, 1]; it must be a list of texts"),
-    ("NamesAlone", "member_names() gives a list; it must be a dict of lists of names"),
-    ("InertNobody", "inert_parameters() names 'combiner.9.bias', which is no parameter; known: combiner.0."),
-    ("InertForNoReason", "inert_parameters() gives None for combiner.0.bias; it must be the reason"),
-    ("InertList", "inert_parameters() gives a list; it must be a dict of reasons"),
-    ("LossOfEachToken", "auxiliary_losses(x, u): size has shape (2, 2); it must be a scalar"),
-    ("InfiniteLoss", "auxiliary_losses(x, u): size is not finite"),
-    ("FloatLoss", "auxiliary_losses(x, u) gives 'size': a float; it must be a name and a tensor"),
-    ("FloatFlops", "flops(12) gives 6.0; it must be a whole number, or None"),
-    ("NegativeFlops", "flops(12) gives -12; it must be a whole number, or None"),
-    ("HalfAShape", "expert_shape() gives 4; it must be two positive integers"),
-    ("RaisingNames", "member_names() raised KeyError: 'no names'"),
-]
 
 
 def subject(coupler: str, num_experts: int = 4, length: int = 12, **fields) -> Subject:
@@ -46,7 +19,7 @@ def subject(coupler: str, num_experts: int = 4, length: int = 12, **fields) -> S
     return Subject(GNNMoEConfig(coupler_type=coupler, **{**small, **fields}), 0, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("coupler", "text"), WRONG)
+@pytest.mark.parametrize(("coupler", "text"), [(name, said) for name, (_, said) in WRONG.items()])
 def test_each_clause_is_named(coupler, text):
     with pytest.raises(Exception, match=re.escape(text)) as caught:
         communication(subject(HERE + coupler))
@@ -83,16 +56,3 @@ def test_out_of_memory_is_no_failure_of_the_coupler(monkeypatch):
     monkeypatch.setattr("gnnmoe.couplers.mean.MeanCoupler.member_names", full)
     with pytest.raises(torch.OutOfMemoryError):
         communication(subject("mean"))
-
-
-@pytest.mark.parametrize("coupler", coupler_names())
-@pytest.mark.filterwarnings("ignore:(HGNN|topk)")
-def test_couplers_of_the_project_pass_with_few_experts(coupler):
-    """With four they do in test_leak_check.py."""
-    for num_experts in (1, 2):
-        assert "mixing" in communication(subject(coupler, num_experts))
-
-
-def test_a_hypergraph_layer_passes_with_arguments_of_its_strategy():
-    ring = subject("HGNN", 5, hgnn_conv_type="HypergraphAttention", static_hyperedge_strategy="ring:k=3")
-    assert "hyperedge_weights" in communication(ring)

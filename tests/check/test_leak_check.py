@@ -25,20 +25,10 @@ def failures(report: CheckReport) -> dict[str, str]:
 @every_coupler
 def test_every_coupler_of_the_project_passes(fields):
     fields = dict(fields)
-    report = checked(fields.pop("coupler_type", "HGNN"), embed_dim=8, max_seq_length=6, **fields)
+    report = checked(fields.pop("coupler_type", "HGNN"), embed_dim=8, max_seq_length=4, **fields)
     assert not failures(report)
     assert report.passed
     assert [check.name for check in report.checks] == list(CHECKS)
-
-
-def test_passes_at_the_quick_shape():
-    assert not failures(checked("mean", embed_dim=64, max_seq_length=128))
-
-
-@pytest.mark.parametrize(("coupler", "num_experts"), [("mean", 1), ("GNN", 2), ("HGNN", 1), ("HGNN", 2)])
-@pytest.mark.filterwarnings("ignore:HGNN")
-def test_few_experts(coupler, num_experts):
-    assert not failures(checked(coupler, num_experts=num_experts))
 
 
 @pytest.mark.parametrize("options", [{"backend": "pyg"}, {"activation": "none", "residual": False}])
@@ -46,10 +36,6 @@ def test_options_and_formulas_of_the_coupler_are_the_ones_checked(options):
     assert not failures(checked("HGNN", hgnn_conv_type="PyGHypergraphConv", coupler_options=options))
     (detail,) = set(failures(checked("HGNN", coupler_options={"backend": "no such"})).values())
     assert detail.startswith("it raised Refused: unknown backend")
-
-
-def test_many_experts():
-    assert not failures(checked("HGNN", num_experts=10, embed_dim=8))
 
 
 @pytest.mark.parametrize("length", [1, 3, 17])
@@ -68,11 +54,6 @@ def test_leak_of_wrong_batching_is_caught():
     assert "(its future)" in found["token_isolation"]
     assert "when tokens from" in found["causality"]
     assert {"batch_isolation", "reference"} <= set(found)
-
-
-@pytest.mark.parametrize("num_experts", [1, 3])
-def test_wrong_batching_does_not_leak_with_few_hyperedges(num_experts):
-    assert not failures(checked("examples.leaking_coupler:LeakingCoupler", num_experts=num_experts))
 
 
 WRONG = [
@@ -110,10 +91,6 @@ def test_only_the_wrong_thing_is_named(coupler):
     assert len(failures(checked(HERE + coupler))) == 1
 
 
-def test_past_mixing_is_causal():
-    assert "causality" not in failures(checked(HERE + "PastMixing"))
-
-
 def test_raising_coupler_fails_everything_and_crashes_nothing():
     assert set(failures(checked(HERE + "Raising"))) == set(CHECKS)
 
@@ -124,11 +101,6 @@ def test_declared_parameters():
     assert "unread is inert: kept for old checkpoints" in detail
     (detail,) = [check.detail for check in alive if check.name == "gradients" and check.passed]
     assert "declared inert, yet it is not: combiner.0.weight" in detail
-
-
-def test_a_single_hyperedge_is_declared():
-    (detail,) = [c.detail for c in checked("HGNN", num_experts=2).checks if c.name == "gradients"]
-    assert "hyperedge_weights is inert" in detail
 
 
 def test_global_random_state_is_left_alone():

@@ -36,13 +36,6 @@ def test_flops_formula_is_compared_with_the_counter(coupler, counted, mismatch):
     assert cost.flops_per_token == (1 if mismatch else 2 * 8 * 8)
 
 
-@pytest.mark.slow
-def test_flops_of_another_backend_are_those_of_the_default():
-    loop = portrait("HGNN", num_experts=3, coupler_options={"backend": "loop"}).cost
-    assert loop == portrait("HGNN", num_experts=3).cost
-    assert not loop.flops_mismatch
-
-
 @pytest.mark.parametrize(
     ("coupler", "dead"),
     [

@@ -49,16 +49,6 @@ class NoisyInTraining(Unusual):
         return (scores.softmax(-1)[..., None] * x).sum(2)
 
 
-@unusual("Drops features of its own.")
-class DropsOut(Unusual):
-    def __init__(self, config):
-        super().__init__(config)
-        self.drop = nn.Dropout(0.2)
-
-    def mix(self, x, layer_input):
-        return self.drop(x).mean(2)
-
-
 @unusual("Sorts the experts of each token by their first feature.")
 class Sorts(Unusual):
     def mix(self, x, layer_input):
@@ -67,30 +57,10 @@ class Sorts(Unusual):
         return (x.gather(2, order[..., None].expand_as(x)) * weights[:, None]).sum(2)
 
 
-@unusual("Takes the two experts of the largest norm by index, and writes them back by scatter.")
-class TakesTwo(Unusual):
-    def mix(self, x, layer_input):
-        top = x.square().sum(-1).topk(2, dim=2).indices
-        mask = torch.zeros(x.shape[:3], dtype=x.dtype, device=x.device).scatter(2, top, 0.5)
-        return (mask[..., None] * x).sum(2)
-
-
 @unusual("Computes in float64.")
 class InDoublePrecision(Unusual):
     def mix(self, x, layer_input):
         return x.double().softmax(2).mul(x.double()).sum(2)
-
-
-@unusual("Goes through the spectrum over the experts.")
-class Spectral(Unusual):
-    def __init__(self, config):
-        super().__init__(config)
-        self.tune = nn.Parameter(torch.ones(config.num_experts // 2 + 1))
-
-    def mix(self, x, layer_input):
-        x = x if x.dtype == torch.float64 else x.float()
-        spectrum = torch.fft.rfft(x, dim=2) * self.tune.to(x.dtype)[:, None]
-        return torch.fft.irfft(spectrum, n=x.shape[2], dim=2)[:, :, 0]
 
 
 @unusual("Solves a small system for each token.")
@@ -138,15 +108,6 @@ class RandomFeatures(Unusual):
         return x.mean(2) @ self.features.to(x.dtype)
 
 
-@unusual("Loops over the experts, and over the tokens in pieces of seven.")
-class InPieces(Unusual):
-    def mix(self, x, layer_input):
-        total = torch.zeros_like(x[:, :, 0])
-        for expert in x.unbind(2):
-            total = total + torch.cat([piece.tanh() for piece in expert.split(7, dim=1)], dim=1)
-        return total / x.shape[2]
-
-
 @unusual("Writes in place into its own copy, seen through other strides.")
 class InPlace(Unusual):
     def mix(self, x, layer_input):
@@ -155,5 +116,4 @@ class InPlace(Unusual):
         return own.transpose(2, 3).sum(2)
 
 
-ALL = (NoisyInTraining, DropsOut, Sorts, TakesTwo, InDoublePrecision, Spectral, Solves, KeepsATable, Counts,
-       RandomFeatures, InPieces, InPlace)  # fmt: skip
+ALL = (NoisyInTraining, Sorts, InDoublePrecision, Solves, KeepsATable, Counts, RandomFeatures, InPlace)

@@ -25,13 +25,6 @@ def test_training_blocks_by_hand(make_split):
         assert tensor.untyped_storage().nbytes() == 2 * 4 * 8
 
 
-def test_selected_blocks(make_split):
-    blocks = TrainBlocks.subset(make_split(40), 4, 2, seed=0)
-    first = 4 * int(blocks.indices[0])
-    assert len(blocks) == 2
-    assert blocks[0]["input_ids"].tolist() == list(range(first, first + 4))
-
-
 def test_subsets_are_nested_and_belong_to_the_seed(make_split):
     """E1: subsets are nested (10k ⊂ 20k) and fixed by the seed."""
     split = make_split(400)

@@ -81,18 +81,10 @@ def test_the_same_bytes_elsewhere_are_a_hit(tiny_dir, tmp_path, monkeypatch):
     )
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-200])
-
-
 def _flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"train.stream.npy") + 200] ^= 1  # within the array: only the checksum knows
     path.write_bytes(raw)
-
-
-def _other_format(path: Path) -> None:
-    np.savez(path, about=np.frombuffer(b'{"format": 0, "key": ""}', dtype=np.uint8))
 
 
 def _another_corpus(path: Path) -> None:
@@ -114,24 +106,7 @@ def _swapped_ids(path: Path) -> None:
         file.write(raw[-cache._SEAL_BYTES :])
 
 
-def _pickle(path: Path) -> None:
-    with path.open("wb") as file:
-        np.save(file, np.array([{"a": 1}], dtype=object))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _truncate,
-        _flip,
-        _other_format,
-        _another_corpus,
-        _swapped_ids,
-        _pickle,
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"garbage" * 99),
-    ],
-)
+@pytest.mark.parametrize("damage", [_flip, _another_corpus, _swapped_ids, lambda path: path.write_bytes(b"")])
 def test_a_broken_entry_is_rebuilt_and_said_once(tiny_dir, tmp_path, damage):
     """Bad input: a broken cache (rebuilt, said once)."""
     folder = tmp_path / "c"

@@ -25,15 +25,6 @@ def test_no_paragraph_is_in_two_splits_or_twice():
     assert not any("***" in line or "===" in line for line in paragraphs)
 
 
-def test_topics_are_the_documents():
-    for lines, starts in embedded_texts().values():
-        assert starts[0] == 0
-        assert starts == sorted(set(starts))
-        assert starts[-1] < len(lines)
-    train = load_corpus(source="embedded").splits["train"]
-    assert len(train.document_starts) == len(embedded_texts()["train"][1])
-
-
 def test_words_seen_once_are_unknown():
     corpus = load_corpus(source="embedded")
     counts = dict(zip(corpus.vocabulary.words, corpus.vocabulary.counts, strict=True))

@@ -110,13 +110,3 @@ def test_bad_ngrams_are_refused():
         model.token_nll(np.array([0, 2, 1]))
     with pytest.raises(ValueError, match="k in"):
         model.probability(np.zeros((1, 4), dtype=np.int64))
-
-
-@pytest.mark.slow
-def test_real_contexts_sum_to_one(wikitext):
-    vocab_size, stream = wikitext.vocabulary.size, wikitext.splits["test"].stream
-    model = KneserNey(wikitext.splits["train"].stream, vocab_size)
-    for start in (0, 1000, 200_000):
-        context = np.tile(stream[start : start + 2], (vocab_size, 1))
-        p = model.probability(np.column_stack([context, np.arange(vocab_size)]))
-        assert p.sum() == pytest.approx(1.0, rel=1e-10)

@@ -118,16 +118,7 @@ def test_the_command_on_the_embedded_text(capsys, monkeypatch):
 def test_the_command_says_what_is_wrong(capsys, monkeypatch, small_data_dir):
     """C9: exit status 1 and a cross."""
     monkeypatch.setattr(profile_module, "batch_bytes", lambda *_: 7)
-    flags = [
-        "--data-dir",
-        str(small_data_dir),
-        "--max-seq-length",
-        "16",
-        "--batch-size",
-        "4",
-        "--batches",
-        "5",
-    ]
+    flags = ["--data-dir", str(small_data_dir), *"--max-seq-length 16 --batch-size 4 --batches 5".split()]
     assert main(["profile", *flags]) == 1
     assert "✗" in capsys.readouterr().out
 

@@ -80,8 +80,6 @@ def another_split(path):
         other_losses,
         another_split,
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"garbage" * 99),
-        lambda path: path.write_bytes(path.read_bytes()[:-40]),
     ],
 )
 def test_a_broken_file_is_made_again_with_one_warning(tiny, tmp_path, calls, damage):
@@ -104,31 +102,6 @@ def test_other_ids_of_the_same_text_and_other_code_are_computed_anew(tiny, tmp_p
     monkeypatch.setattr(reference_lines, "code_of", lambda *_: "edited")
     reference_nll(tiny, "test", 5, tmp_path)
     assert len(calls) == 3
-
-
-def test_a_folder_that_cannot_be_written_only_warns(tiny, tmp_path):
-    expected = reference_nll(tiny, "test", 5, tmp_path / "good")
-    (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="cannot be kept") as caught:
-        assert reference_nll(tiny, "test", 5, tmp_path / "file") == expected
-    assert len(caught) == 1
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"GNNMOE_CACHE_DIR": "own", "XDG_CACHE_HOME": "xdg"}, "own"),
-        ({"XDG_CACHE_HOME": "xdg"}, "xdg/gnnmoe"),
-        ({"HOME": "home"}, "home/.cache/gnnmoe"),
-    ],
-)
-def test_default_folder(tiny, tmp_path, monkeypatch, variables, expected):
-    for name in ("GNNMOE_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(tmp_path / value))
-    reference_lines.reference_nll(tiny, "test", 1)
-    assert cached_file(tiny, tmp_path / expected, "test").is_file()
 
 
 def test_bad_questions_are_refused(tiny, tmp_path):

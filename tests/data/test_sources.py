@@ -44,12 +44,8 @@ def test_text_files(tmp_path):
     assert corpus.splits["test"].num_bytes == len("b\n \nb\n")
     assert (corpus.name, corpus.source, corpus.verdict) == ("local text", "folder", "other")
     assert list(corpus.files) == ["train.txt", "validation.txt", "test.txt"]
-
-
-def test_valid_txt_serves_as_validation(tmp_path):
-    named = load_corpus(data_dir=_txt(tmp_path))
     (tmp_path / "validation.txt").rename(tmp_path / "valid.txt")
-    assert load_corpus(data_dir=tmp_path).sha256 == named.sha256
+    assert load_corpus(data_dir=tmp_path).sha256 == corpus.sha256
 
 
 def test_parquet_by_another_column(tmp_path):
@@ -69,75 +65,45 @@ def test_no_such_column_names_those_there_are(tmp_path, column):
         load_corpus(data_dir=tmp_path, text_column=column)
 
 
-def test_damaged_parquet_is_named(tmp_path):
-    _parquet(tmp_path, "text")
-    (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"test-00000-of-00001.parquet is not a parquet file .*fetch"):
-        load_corpus(data_dir=tmp_path)
-
-
-def test_two_forms_in_one_folder_are_refused(tiny_dir):
-    _txt(tiny_dir)
-    with pytest.raises(
-        ValueError, match=r"holds its text as tokens and as txt.*it holds test.txt.*keep one kind"
-    ):
-        load_corpus(data_dir=tiny_dir)
-
-
-def test_forms_do_not_mix(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"wiki.{name}.tokens": b"a\n" for name in ("train", "valid", "test")},
+         "holds its text as tokens and as txt.*it holds test.txt.*keep one kind"),
+        ({"validation.txt": None, "wiki.valid.tokens": b"a\n"},
+         "lacks validation.txt or valid.txt; it holds .*; all three must be of one"),
+        ({"valid.txt": b"e"}, "validation split needs one file, and there are 2: valid.txt, validation.txt"),
+        ({"test.txt": b" \n\t\n"}, "test.txt holds no text; fetch"),
+        ({"test.txt": "b ü\n".encode("utf-16")}, "test.txt is not UTF-8 text .*save it as UTF-8"),
+        ({"test.txt": "folder"}, r"test.txt cannot be read \(Is a directory\); pass --data-dir"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_wrong_text_files_is_refused(tmp_path, changes, message):
     _txt(tmp_path)
-    (tmp_path / "validation.txt").rename(tmp_path / "wiki.valid.tokens")
-    with pytest.raises(
-        ValueError, match=r"lacks validation.txt or valid.txt; it holds .*; all three must be of one"
-    ):
+    for name, content in changes.items():
+        (tmp_path / name).unlink(missing_ok=True)
+        if content == "folder":
+            (tmp_path / name).mkdir()
+        elif content is not None:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         load_corpus(data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (
-            ["train-00000-of-00002"],
-            "the train split needs 2 files, and there are 1: train-00000-of-00002.parquet",
-        ),
-        (
-            ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
-            "needs 2 files, and there are 3",
-        ),
+        (["train-00000-of-00002"], "the train split needs 2 files, and there are 1: train-00000-of-00002.pa"),
+        (["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+         "needs 2 files, and there are 3"),
+        (["train-00000-of-00001"], "train-00000-of-00001.parquet is not a parquet file .*fetch"),
     ],
-)
-def test_a_part_of_the_shards_is_refused(tmp_path, files, message):
+)  # fmt: skip
+def test_a_damaged_shard_or_a_part_of_them_is_refused(tmp_path, files, message):
     _parquet(tmp_path, "text", *files, "validation-00000-of-00001", "test-00000-of-00001")
+    if "not a parquet file" in message:
+        (tmp_path / f"{files[0]}.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=message):
-        load_corpus(data_dir=tmp_path)
-
-
-def test_two_validation_texts_are_refused(tmp_path):
-    _txt(tmp_path, valid="e")
-    with pytest.raises(
-        ValueError, match=r"validation split needs one file, and there are 2: valid.txt, validation.txt"
-    ):
-        load_corpus(data_dir=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no text; fetch"), (" \n\t\n", "holds no text; fetch")]
-)
-def test_empty_text_file(tmp_path, content, message):
-    with pytest.raises(ValueError, match=f"test.txt {message}"):
-        load_corpus(data_dir=_txt(tmp_path, test=content))
-
-
-def test_text_that_is_not_utf8(tmp_path):
-    (_txt(tmp_path) / "test.txt").write_bytes("b ü\n".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"test.txt is not UTF-8 text .*save it as UTF-8"):
-        load_corpus(data_dir=tmp_path)
-
-
-def test_a_file_that_cannot_be_read(tmp_path):
-    (_txt(tmp_path) / "test.txt").unlink()
-    (tmp_path / "test.txt").mkdir()
-    with pytest.raises(ValueError, match=r"test.txt cannot be read \(Is a directory\); pass --data-dir"):
         load_corpus(data_dir=tmp_path)
 
 
@@ -237,16 +203,6 @@ def test_another_set_of_the_hub(monkeypatch):
         match=r"some/set \(plain\), split train, has no text column 'label'; its text columns: 'sentence'",
     ):
         load_corpus(**arguments, text_column="label")
-
-
-def test_wikitext_103_is_a_config_of_wikitext(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        sources, "read_cache", lambda *names: asked.append(names) or dict.fromkeys(SPLITS, " a \n")
-    )
-    corpus = load_corpus(source="hub", dataset_config_name="wikitext-103-v1")
-    assert asked == [("Salesforce/wikitext", "wikitext-103-v1", "text")]
-    assert (corpus.name, corpus.config_name) == ("wikitext", "wikitext-103-v1")
 
 
 @pytest.mark.parametrize("absent", [["validation"], ["validation", "test"]])

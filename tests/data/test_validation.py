@@ -44,11 +44,6 @@ def test_sound_evaluations_pass(worded, split, options):
     assert validate_first_batch(make(worded, split, **options)) is True
 
 
-def test_a_sound_training_batch_passes(worded):
-    """C7: with the vocabulary that was expected."""
-    assert validate_first_batch(make(worded), worded.vocabulary.sha256) is True
-
-
 def _batch(change):
     """Return what makes a loader's blocks hand out changed batches."""
 

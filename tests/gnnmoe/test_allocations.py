@@ -96,20 +96,3 @@ def test_layers_that_need_a_row_for_each_hyperedge_go_over_the_tokens_in_pieces(
     tokens = 512
     watch, parameters = chunked(conv_type, E, strategy, tokens)
     assert 2 * tokens * E * D < watch.peak <= 4 * tokens * E * D + 2 * parameters
-
-
-def test_the_watch_sees_what_lives_at_once_and_what_is_freed():
-    x = normal(10)
-    with Allocations([x]) as watch:
-        y = x + 1
-        y = y * 2  # two at once, then one
-        y.view(2, 5)
-        z = y * 3
-    assert (watch.largest, watch.peak, watch._live) == (10, 20, 20)
-    del y, z
-    assert watch._live == 0
-
-
-def test_what_is_saved_counts_once_and_without_what_was_known():
-    x, w = normal(4, 10).requires_grad_(True), normal(10, 10).requires_grad_(True)
-    assert saved_elements(lambda: (x @ w).sigmoid().square(), [x, w]) == 40  # the sigmoid's own output

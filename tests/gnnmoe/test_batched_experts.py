@@ -132,7 +132,13 @@ def test_queries_keys_and_values_are_views_and_attention_is_called_once(monkeypa
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"num_experts": 1, "coupler_type": "mean"}, {"coupler_type": "dense"}]
+    "fields",
+    [
+        {},
+        {"num_experts": 1, "coupler_type": "mean"},
+        {"coupler_type": "dense"},
+        {"initialization": "original"},
+    ],
 )
 def test_both_forms_start_from_the_same_numbers_under_the_same_names(fields):
     config = small_config(**fields)

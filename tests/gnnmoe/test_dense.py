@@ -14,11 +14,6 @@ from gnnmoe.couplers.registry import coupler_identity
 from tests.gnnmoe._support import NO_HYPEREDGES, assert_near, make_model, small_config, token_ids
 
 pytestmark = pytest.mark.filterwarnings(NO_HYPEREDGES)
-LIKE = ("mean", "GNN", "HGNN", "topk")
-every_size_and_twin = pytest.mark.parametrize(
-    ("experts", "like"),
-    [(experts, LIKE[(k + j) % 4]) for k, experts in enumerate((1, 2, 4, 8)) for j in (0, 1)],
-)
 
 
 def model(**fields) -> GNNMoEModel:
@@ -43,29 +38,16 @@ def test_a_dense_layer_is_one_transformer_block():
     assert_near(found.analyze_expert_communication(ids)["layer_1"]["mixing"], [1.0])
 
 
-@every_size_and_twin
-def test_matched_in_parameters_to_half_a_hidden_unit_a_layer(like, experts):
-    target = model(coupler_type=like, num_experts=experts).parameter_counts()["total"]
-    found = dense(experts, match="params", like=like)
-    assert abs(found.parameter_counts()["total"] - target) <= len(found.layers) * (2 * 16 + 1) / 2
-
-
 @pytest.mark.parametrize("quantity", ["params", "flops"])
-def test_the_twin_has_the_runs_own_layers_and_hypergraph(quantity):
-    fields = {"gnn_layers": 3, "hgnn_conv_type": "HNHN", "static_hyperedge_strategy": "all_triplets"}
-    target = model_cost(small_config(embed_dim=16, num_experts=5, **fields))
-    options = {"match": quantity, "like": "HGNN"}
-    found = small_config(embed_dim=16, num_experts=5, coupler_type="dense", coupler_options=options, **fields)
+@pytest.mark.parametrize(("experts", "like"), [(1, "mean"), (2, "topk"), (5, "HGNN"), (8, "GNN")])
+def test_the_twin_is_as_large_to_half_a_hidden_unit_with_the_runs_own_layers(experts, like, quantity):
+    fields = {"gnn_layers": 3, "hgnn_conv_type": "HNHN", "static_hyperedge_strategy": "all_triplets",
+              "embed_dim": 16, "num_experts": experts}  # fmt: skip
+    target = model_cost(small_config(coupler_type=like, **fields))
+    options = {"match": quantity, "like": like}
+    found = small_config(coupler_type="dense", coupler_options=options, **fields)
     step = {"params": 2 * (2 * 16 + 1), "flops": 2 * 8 * 4 * 16}[quantity]  # two layers, one hidden unit
     assert abs(getattr(model_cost(found), quantity) - getattr(target, quantity)) <= step / 2
-
-
-@every_size_and_twin
-def test_matched_in_flops_to_half_a_hidden_unit_a_layer(like, experts):
-    target = model(coupler_type=like, num_experts=experts)
-    found = dense(experts, match="flops", like=like)
-    counts = [counted(one, 1) for one in (target, found)]
-    assert abs(counts[0] - counts[1]) <= len(found.layers) * 8 * 4 * 16 / 2  # L · 4 D a hidden unit
 
 
 def counted(found: nn.Module, batch: int) -> int:
@@ -83,9 +65,9 @@ def test_unmatched_it_is_one_expert_of_the_usual_width():
 @pytest.mark.parametrize("name", coupler_names())
 def test_the_flop_formula_of_the_model_is_what_torch_counts(name):
     """The analytic formula per module, checked against torch's counter: experts, couplers and head."""
-    found = model(coupler_type=name, num_experts=3, ffn_dim=24)
-    for batch in (1, 3):
-        assert found.flops(batch, 8) == counted(found, batch)
+    for batch, experts, rounds in ((1, 1, 3), (3, 3, 2), (1, 8, 1)):
+        found = model(coupler_type=name, num_experts=experts, gnn_layers=rounds, ffn_dim=24)
+        assert found.flops(batch, 8) == counted(found, batch), (experts, rounds)
 
 
 def test_a_coupler_without_a_formula_leaves_the_count_to_torch(monkeypatch):

@@ -9,7 +9,6 @@ from torch_geometric.data import Batch, Data
 
 from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gnnmoe._support import (
-    DEFAULT_STRATEGIES,
     FORMULAS,
     assert_near,
     assert_same_function,
@@ -53,14 +52,6 @@ def test_backends_agree_in_output_and_all_gradients(E, members, formula, backend
             assert_near(one, other)
 
 
-@every_formula
-@every_backend
-def test_gradcheck_of_the_layer(backend, formula):
-    layer = make_layer([(0, 1), (1, 2), (0, 1, 2), (2,)], 4, formula, backend, D=2)
-    x, w = normal(2, 4, 2).requires_grad_(True), normal(4).exp().requires_grad_(True)
-    assert torch.autograd.gradcheck(partial(hear, layer), (x, w))
-
-
 @pytest.mark.parametrize(("E", "merges"), [(3, False), (4, True), (5, True)])
 @every_formula
 def test_fact_1_hyperedge_ids_are_shifted_by_M_and_not_by_E(formula, E, merges):
@@ -77,36 +68,8 @@ def test_fact_1_hyperedge_ids_are_shifted_by_M_and_not_by_E(formula, E, merges):
         assert ((leaking.view_as(x) - alone).abs().max() > 1e-3) == merges
 
 
-@every_backend
-def test_fact_1_no_backend_lets_tokens_see_each_other(backend):
-    for strategy in DEFAULT_STRATEGIES:
-        members = static_hyperedges(5, strategy)
-        layer = make_layer(members, 5, "HypergraphConv", backend)
-        x = normal(3, 5, 3).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(hear(layer, x, normal(len(members)).exp())[1].square().sum(), x)
-        assert torch.count_nonzero(gradient[[0, 2]]) == 0, strategy
-        assert (gradient[1].abs().amax(-1) > 0).all(), strategy
-
-
 def coupler(backend: str, formula: str = "HypergraphConv", seed: int = 0):
     return make_coupler(seed, hgnn_conv_type=formula, coupler_options={"backend": backend})
-
-
-@other_backends
-@every_formula
-def test_backends_agree_through_the_coupler_and_share_one_state_dict(formula, backend):
-    one, other = coupler(backend, formula), coupler("vectorized", formula)
-    x = normal(2, 3, 4, 6)
-    for _ in range(2):  # before and after the PyG layer has been made
-        assert list(one.state_dict()) == list(other.state_dict())
-        assert [n for n, _ in one.named_parameters()] == [n for n, _ in other.named_parameters()]
-        assert_near(one(x), other(x))
-    for module in (one, other):
-        (module(x) * normal(2, 3, 6)).sum().backward()
-    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert p.grad is not None
-        assert q.grad is not None
-        assert_near(p.grad, q.grad, what=name)
 
 
 @pyg_backends

@@ -1,6 +1,5 @@
 """Facts 2 and 3 of the spec: what the two formulas compute, against PyG and dense matrices."""
 
-import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from gnnmoe import PyGHypergraphConvWrapper
 from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix
 from gnnmoe.hypergraph.strategies import static_hyperedges
 from tests.gnnmoe._support import (
-    DEFAULT_STRATEGIES,
     FORMULAS,
     assert_near,
     assert_same_function,
@@ -35,48 +33,12 @@ def hypergraph(index, weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return index, incidence(index, 4, len(weights)), weights
 
 
-@parity_suite
-@every_formula
-def test_parity_suite_propagation_is_the_dense_oracle(index, weights, formula):
-    """D⁻¹ H W B⁻¹ Hᵀ with explicit diagonal matrices."""
-    _, H, w = hypergraph(index, weights)
-    assert_same_function(
-        lambda w: propagation_matrix(H, w, formula), lambda w: dense_oracle(H, w, formula), [w]
-    )
-
-
 def test_fact_2_hand_computed_rows():
     """One number of each formula by hand: expert 0 of the first hypergraph of the parity suite."""
     _, H, w = hypergraph(*PARITY_SUITE[0])
     # expert 0: hyperedge 0 = {0,1,2} with weight 1, hyperedge 1 = {0,1,3} with weight 1/2; degree 3/2
     assert_near(propagation_matrix(H, w, "HypergraphConv")[0], [1 / 3, 1 / 3, 2 / 9, 1 / 9])
     assert_near(propagation_matrix(H, w, "PyGHypergraphConv")[0], [4 / 9, 4 / 9, 2 / 9, 2 / 9])
-
-
-@parity_suite
-def test_fact_2_doubled_weights_halve_pygs_formula_and_leave_the_documented_one(index, weights):
-    _, H, w = hypergraph(index, weights)
-    documented, pyg = (propagation_matrix(H, w, formula) for formula in PUBLISHED)
-    assert_near(propagation_matrix(H, 2 * w, "HypergraphConv"), documented)
-    assert_near(propagation_matrix(H, 2 * w, "PyGHypergraphConv"), pyg / 2)
-    assert (documented - pyg).abs().max() > 0.05
-
-
-@parity_suite
-def test_fact_2_both_formulas_agree_where_all_weights_are_one(index, weights):
-    _, H, w = hypergraph(index, weights)
-    ones = torch.ones_like(w)
-    documented, pyg = (propagation_matrix(H, ones, formula) for formula in PUBLISHED)
-    assert_near(documented, pyg)
-
-
-@parity_suite
-def test_fact_2_pyg_itself_still_leaves_the_weights_out_of_the_message(index, weights):
-    """Should PyG mend its layer, the name PyGHypergraphConv would have to be explained anew."""
-    index, _, w = hypergraph(index, weights)
-    conv = HypergraphConv(3, 2, bias=False).double()
-    x = normal(4, 3)
-    assert_near(conv(x, index, 2 * w), conv(x, index, w) / 2)
 
 
 def pyg_and_wrapper() -> tuple[Any, Any]:
@@ -159,16 +121,6 @@ def test_fact_3_complete_k_uniform_propagation(E, k, formula):
     assert_near(P, rate * torch.eye(E).double() + (1 - rate) * torch.ones(E, E).double() / E)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "formula"), list(zip(DEFAULT_STRATEGIES, itertools.cycle(FORMULAS), strict=False))
-)
-def test_gradcheck_of_the_propagation_matrix(strategy, formula):
-    members = static_hyperedges(4, strategy)
-    H = incidence(hyperedge_index(members), 4, len(members))
-    w = normal(len(members)).exp().requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda w: propagation_matrix(H, w, formula), w)
-
-
 @st.composite
 def weighted_hypergraphs(draw):
     """Any hypergraph in which every expert appears, with any positive weights."""
@@ -191,17 +143,5 @@ def test_fact_2_properties_of_both_formulas(graph, factor):
     assert (documented >= 0).all()
     assert_near(propagation_matrix(H, factor * w, "HypergraphConv"), documented)
     assert_near(propagation_matrix(H, factor * w, "PyGHypergraphConv"), pyg / factor)
-    assert_near(documented, dense_oracle(H, w, "HypergraphConv"))
-    assert_near(pyg, dense_oracle(H, w, "PyGHypergraphConv"))
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(weighted_hypergraphs(), st.randoms(use_true_random=False))
-def test_permuted_experts_and_hyperedges_permute_the_propagation(graph, random):
-    H, w = graph
-    E, M = H.shape
-    experts, edges = random.sample(range(E), E), random.sample(range(M), M)
     for formula in FORMULAS:
-        P = propagation_matrix(H, w, formula)
-        permuted = propagation_matrix(H[experts][:, edges], w[edges], formula)
-        assert_near(permuted, P[experts][:, experts])
+        assert_near(propagation_matrix(H, w, formula), dense_oracle(H, w, formula))

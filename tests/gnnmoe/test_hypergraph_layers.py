@@ -144,15 +144,6 @@ def mlp(part, x: Tensor) -> Tensor:
 X, W = normal(2, 4, 4), normal(4, seed=3).exp()
 
 
-def test_dense_oracle_of_hgnnconv():
-    """D^-½ H W B⁻¹ Hᵀ D^-½ X Θ + b (Feng 2019, equation 11); P is symmetric."""
-    layer = make_layer(MIXED, 4, "HGNNConv", D=4)
-    P = dense_oracle(layer.incidence_EM, W, "HGNNConv")
-    assert_near(P, P.T)
-    assert_near(hear(layer, X, W, X), P @ X @ layer.weight.T + layer.bias)
-    assert_near(layer.adjacency(W), P)
-
-
 def test_dense_oracle_of_hnhn():
     layer = make_layer(MIXED, 4, "HNHN", D=4)
     to_edges, to_experts = means(MIXED, 4, W)

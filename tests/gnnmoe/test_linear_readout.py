@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gnnmoe.hypergraph.propagation import FORMULAS, linear_readout, linear_readout_flops
-from gnnmoe.hypergraph.strategies import STRATEGIES
 from tests.gnnmoe._support import assert_near, assert_same_function, make_coupler, normal
 
 pytestmark = pytest.mark.core("coupler:HGNN")
@@ -48,47 +47,6 @@ def test_the_coupler_folds_what_it_can_and_is_its_reference(E, gnn_layers, formu
     )  # fmt: skip
     x = normal(2, 3, E, 6)
     assert_same_function(coupler, coupler.reference, [x], dict(coupler.named_parameters()))
-
-
-@every_residual
-def test_isolated_experts_fold_too(monkeypatch, residual):
-    monkeypatch.setitem(STRATEGIES, "lonely", lambda E: [(0, 1), (1,), (0, 1)])
-    options = {"activation": "none", "residual": residual}
-    coupler = make_coupler(static_hyperedge_strategy="lonely", coupler_options=options)
-    assert_same_function(coupler, coupler.reference, [normal(2, 3, 4, 6)], dict(coupler.named_parameters()))
-
-
-def products_of_width(coupler, E: int) -> int:
-    """How many rows of a token go through a map, the combiner's included."""
-    x, D = normal(2, 3, E, 6), 6
-    rows = []
-
-    class Note(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-                one, other = args[-2:]
-                if tuple(other.shape) == (D, D):
-                    rows.append(one.shape[0])
-            return func(*args, **(kwargs or {}))
-
-    with Note():
-        coupler(x)
-    return sum(rows) // 6
-
-
-@pytest.mark.parametrize(
-    ("E", "gnn_layers", "residual", "rows"),
-    [
-        (4, 2, False, 1 + 1 + 1),  # one row through each map; the last is the combiner
-        (4, 2, True, 2 + 1 + 1),  # a row fewer after each layer
-        (2, 4, True, 2 + 2 + 2 + 1 + 1),  # no more rows than there are experts
-        (2, 4, False, 4 + 1),
-    ],
-)
-def test_as_few_rows_as_can_be_are_mapped(E, gnn_layers, residual, rows):
-    options = {"activation": "none", "residual": residual}
-    coupler = make_coupler(num_experts=E, gnn_layers=gnn_layers, coupler_options=options)
-    assert products_of_width(coupler, E) == rows
 
 
 @pytest.mark.parametrize(

@@ -70,12 +70,6 @@ def test_each_setting_is_seen_and_put_back(said):
     assert said in str(refused.value)
 
 
-def test_what_changes_nothing_passes_and_errors_come_out_as_they_are():
-    with unchanged_state("a test"):
-        torch.set_default_dtype(torch.float64)
-        torch.set_default_dtype(torch.float32)
-
-
 def test_what_an_error_leaves_behind_is_put_back_and_the_error_comes_out():
     def fail():
         torch.set_num_threads(torch.get_num_threads() + 1)

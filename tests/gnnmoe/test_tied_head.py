@@ -102,23 +102,6 @@ def test_padded_columns_get_no_probability_and_no_gradient(small_chunks, form):
     assert head.padded_bias()[50:].tolist() == [-1e4] * 14
 
 
-def test_a_vocabulary_that_needs_no_padding():
-    head = TiedHead(64, 64).double()
-    hidden, embedding, targets = normal(9, 6), normal(64, 6, seed=3), token_ids(9)
-    assert_near(head.loss(hidden, embedding, targets), F.cross_entropy(hidden @ embedding.T, targets))
-
-
-def test_model_loss_is_the_same_in_chunks_of_any_size(monkeypatch, form):
-    model, ids = make_model(), token_ids(3, 8)
-    expected = model(ids, labels=ids)["loss"]
-    wanted = torch.autograd.grad(expected, list(model.parameters()))
-    monkeypatch.setattr(gnnmoe.head, "CPU_CHUNK_BYTES", 0)
-    loss = model(ids, labels=ids)["loss"]
-    assert_near(loss, expected)
-    for ours, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
-        assert_near(ours, theirs)
-
-
 def test_set_output_bias_starts_the_model_at_the_unigram():
     model, ids = make_model(), token_ids(3, 8)
     before = model(ids)["logits"] - model.head.bias

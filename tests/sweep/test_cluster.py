@@ -145,16 +145,6 @@ def test_what_never_began_is_left_and_not_interrupted(fake, study):
     assert [name for name, _ in fake.stopped] == ["run0", "run1"]
 
 
-def test_a_cluster_that_takes_nothing_ends_the_sweep(fake, study, monkeypatch):
-    def refuse() -> None:
-        raise OSError("no room")
-
-    monkeypatch.setattr(fake, "submit", refuse)
-    result = study.sweep(study.runs("ok"), executor=fake)
-    assert result.exit_status == 2
-    assert result.message == "runs cannot be started: no room"
-
-
 def test_a_child_says_how_it_ended_and_what_its_record_is(tmp_path):
     work = work_in(tmp_path, "import os, sys; print(os.environ['OF'], flush=True)",
                    "open('record.json', 'w').write('new'); sys.exit(3)")  # fmt: skip
@@ -181,11 +171,6 @@ def test_signals_are_handed_on_once_and_told_of(tmp_path):
     assert do(work, (signal.SIGUSR2,), 60.0) == (130, None, [signal.SIGUSR2] * 2)
     assert work.log.read_text() == "asked\n"
     assert signal.getsignal(signal.SIGUSR2) == before
-
-
-def test_a_folder_that_is_not_there_is_an_error_and_not_an_end(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        do(work_in(tmp_path / "nowhere", "pass"), (), 60.0)
 
 
 def test_work_that_begins_again_goes_on(tmp_path):
@@ -305,3 +290,13 @@ def test_one_more_executor_is_one_more_file(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["--sweep", "coupler=mean", *places, "--executor", "toy", *flags])
         assert said in "".join(capsys.readouterr())
+
+
+def test_a_cluster_that_takes_nothing_ends_the_sweep(fake, study, monkeypatch):
+    def refuse() -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(fake, "submit", refuse)
+    result = study.sweep(study.runs("ok"), executor=fake)
+    assert result.exit_status == 2
+    assert result.message == "runs cannot be started: no room"

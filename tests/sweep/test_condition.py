@@ -34,14 +34,6 @@ def test_what_holds():
         assert holds(text) is expected, text
 
 
-def test_one_condition_serves_many_runs():
-    condition = Condition("num_experts >= 3 or coupler == 'GNN'")
-    flags = complete({})
-    assert [condition.holds({**flags, "num_experts": count}) for count in range(6)] == [False] * 3 + [
-        True
-    ] * 3
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [

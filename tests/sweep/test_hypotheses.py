@@ -55,11 +55,6 @@ def test_no_hypothesis_is_refused():
             read_hypotheses(tables)
 
 
-def test_missing_keys_are_named():
-    with pytest.raises(ValueError, match="better and than missing"):
-        read_hypotheses([{"statement": "x"}])
-
-
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "h.toml"
     with pytest.raises(ValueError, match=r"h\.toml cannot be read"):
@@ -84,3 +79,8 @@ def test_the_sweep_must_be_able_to_answer():
         check_against(both, CONFIGURATIONS)
     default = read_hypotheses([{**GOOD, "than": {"num_experts": 4, "coupler": "GNN"}}])
     check_against(default, CONFIGURATIONS)  # what a preset or a default says counts too
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ValueError, match="better and than missing"):
+        read_hypotheses([{"statement": "x"}])

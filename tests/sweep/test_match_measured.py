@@ -79,15 +79,6 @@ def test_the_width_whose_cost_is_the_references_is_found(shape):
         assert len(weigh.asked) == len(set(weigh.asked)) <= MOST_TRIALS
 
 
-def test_between_two_widths_the_nearer_one_is_taken():
-    """Costs of 40.4 and 44.6 widths: 40 is off by 1 %, 45 by 0.9 %, and no third is tried between."""
-    for exact, width in ((40.4, 40), (44.6, 45)):
-        assert (
-            match_of(config_of("GNN"), Match("memory", "HGNN"), MadeUp(lambda w, e=exact: w / e)).ffn_dim
-            == width
-        )
-
-
 def test_a_model_that_is_too_large_at_any_width_takes_the_smallest():
     found = match_of(config_of("GNN"), Match("memory", "HGNN"), MadeUp(lambda width: 2 + width / 100))
     assert (found.ffn_dim, found.off_by) == (1, pytest.approx(1.01))
@@ -135,6 +126,12 @@ def test_a_coupler_that_cannot_be_predicted_is_refused_with_what_to_do(monkeypat
     monkeypatch.setattr(Training, "peak_bytes", cannot)
     with pytest.raises(ValueError, match="match memory: the peak of coupler x cannot be predicted"):
         TrainingCosts(run_config(), CPU).ratio("memory", config_of("GNN"), config_of("HGNN"))
+    monkeypatch.setattr(Training, "step_seconds", lambda self: 2.0)
+
+    class Configuration:
+        training = Training(config_of("GNN"), run_config(), CPU)
+
+    assert plan.expected(Configuration()) == ("?", 2.0)  # pyright: ignore[reportArgumentType]
 
 
 def test_time_is_the_median_ratio_of_steps_in_turn(monkeypatch):
@@ -218,17 +215,6 @@ def test_a_match_by_time_that_cannot_be_kept_is_refused(monkeypatch, tmp_path):
 # --- the plan --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_step_is_measured_at_the_runs_own_size_and_the_peak_predicted_at_it():
-    training = Training(config_of("GNN"), run_config(), CPU)
-    steps = training.steps()
-    assert steps.batches[0]["input_ids"].shape == (2, 8)
-    assert steps.model.config == config_of("GNN")
-    assert 0 < training.step_seconds() < 5
-    more = Training(config_of("GNN"), RunConfig(training=TrainingConfig(batch_size=8)), CPU)
-    assert more.peak_bytes() > training.peak_bytes()
-
-
 def test_the_plan_shows_memory_and_time_in_80_columns_and_writes_nothing(
     small_data_dir, tmp_path, capsys, monkeypatch
 ):
@@ -259,16 +245,3 @@ def test_the_plan_of_a_compiled_run_says_that_its_peak_is_of_the_uncompiled_step
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line for line in lines if "uncompiled" in line] == [plan.COMPILED_PEAK]
-
-
-def test_a_peak_that_cannot_be_predicted_is_a_question_mark(monkeypatch):
-    def cannot(self):
-        raise CannotPredict("x")
-
-    monkeypatch.setattr(Training, "peak_bytes", cannot)
-    monkeypatch.setattr(Training, "step_seconds", lambda self: 2.0)
-
-    class Configuration:
-        training = Training(config_of("GNN"), run_config(), CPU)
-
-    assert plan.expected(Configuration()) == ("?", 2.0)  # pyright: ignore[reportArgumentType]

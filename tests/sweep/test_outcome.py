@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 import bench.sweep.outcome
-from bench.record import BUSY, Record, RunFolder, Time, TimePart
+from bench.record import Record, RunFolder, Time, TimePart
 from bench.sweep.outcome import look
 from tests._records import PART, made_speed
 from tests.sweep._fake import Study
@@ -87,15 +85,6 @@ def test_a_run_that_dies_before_its_record_gets_one_of_what_is_known(study):
     assert record["environment"]["value"] is None
     assert "last words" in record["error"]
     assert not [path for path in (study.folder / "run1").iterdir() if path.name.startswith(".")]
-
-
-def test_a_refused_run_has_no_record_and_the_sweep_goes_on(study):
-    result = study.sweep(study.runs("refused", "ok"))
-    assert result.outcomes["run0"].status == "refused"
-    assert result.outcomes["run0"].error == "this cannot be run."
-    assert result.outcomes["run1"].status == "ok"
-    assert not (study.folder / "run0").exists()
-    assert result.exit_status == 1
 
 
 def test_an_earlier_failure_is_not_taken_for_this_childs(study):
@@ -180,14 +169,6 @@ def test_which_runs_are_run_again(study, retry, flags):
         assert result.outcomes[run.run_id].status == ("ok" if run.run_id in again else status)
 
 
-def test_force_runs_everything_again(study):
-    study.sweep(study.runs("ok", "ok"))
-    study.calls()
-    study.sweep(study.runs("ok", "ok"), force=True)
-    assert study.calls() == ["run0 --force", "run1 --force"]
-    assert study.record("run0.1")["status"] == "ok"
-
-
 def test_a_damaged_record_is_a_failure_and_a_folder_without_one_is_not(study):
     study.put("ok")
     (study.folder / "run0" / "record.json").write_text('{"status":')
@@ -232,10 +213,18 @@ def test_the_status_that_cannot_be_written_leaves_the_record_as_it_was(study, mo
     assert not (study.folder / "run1").exists(), "whole or not at all"
 
 
-def test_a_child_says_that_its_run_is_busy(tmp_path):
-    folder = RunFolder(tmp_path, "study", "run0")
-    with folder.locked():
-        code = f"from pathlib import Path; from bench.record import RunFolder\n" \
-               f"with RunFolder(Path({str(tmp_path)!r}), 'study', 'run0').locked(): pass"  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert BUSY in done.stderr
+def test_a_refused_run_has_no_record_and_the_sweep_goes_on(study):
+    result = study.sweep(study.runs("refused", "ok"))
+    assert result.outcomes["run0"].status == "refused"
+    assert result.outcomes["run0"].error == "this cannot be run."
+    assert result.outcomes["run1"].status == "ok"
+    assert not (study.folder / "run0").exists()
+    assert result.exit_status == 1
+
+
+def test_force_runs_everything_again(study):
+    study.sweep(study.runs("ok", "ok"))
+    study.calls()
+    study.sweep(study.runs("ok", "ok"), force=True)
+    assert study.calls() == ["run0 --force", "run1 --force"]
+    assert study.record("run0.1")["status"] == "ok"

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from bench.cli import parse
-from bench.config import RunConfig, as_flags, config_of, defaults, run_flags
+from bench.config import defaults, run_flags
 from bench.sweep.specification import parse_shorthand, split_values
 
 
@@ -45,18 +40,6 @@ def test_values_are_separated():
         assert split_values(text) == values
 
 
-@given(st.lists(st.text(alphabet='ab,;= ="', min_size=1).map(lambda t: t.replace('"', "")), min_size=1))
-def test_quoted_values_come_back(values):
-    assert split_values(",".join(f'"{value}"' for value in values)) == values
-
-
-def test_through_a_shell():
-    line = """'static_hyperedge_strategy="random:k=3,m=4",ring' 'coupler=GNN;a.b:C'"""
-    found = flags(*shlex.split(line))
-    assert [row["static_hyperedge_strategy"] for row in found] == ["random:k=3,m=4"] * 2 + ["ring"] * 2
-    assert [row["coupler_type"] for row in found] == ["GNN", "a.b:C"] * 2
-
-
 @pytest.mark.parametrize(
     ("word", "field", "values"),
     [
@@ -83,10 +66,6 @@ def test_every_flag_is_read_back_from_what_it_says():
     for field, value in defaults().items():
         words = [str(item) for item in value] if isinstance(value, list) else str(value)
         assert run_flags()[field].read(words) == value
-
-
-def test_the_defaults_as_flags_are_the_default_config():
-    assert parse(RunConfig, as_flags(defaults()), presets=True) == RunConfig() == config_of(defaults())
 
 
 def test_a_value_has_one_plain_form():

@@ -7,7 +7,6 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ from bench.record import Environment, RunFolder
 from bench.sweep.executors.local import LocalExecutor
 from bench.sweep.outcome import Outcome, SweepResult
 from bench.sweep.work import RETRIES, Forecast, sweep_lock
-from tests._records import ENVIRONMENT, made_speed
+from tests._records import ENVIRONMENT
 from tests.sweep._fake import Study
 
 
@@ -235,22 +234,6 @@ def test_a_child_that_cannot_be_started_stops_the_sweep(study):
     assert "No such file" in (result.message or "")
 
 
-@pytest.mark.slow
-def test_a_finished_sweep_answers_quickly(study):
-    """Reads records only: 2,000 runs take about half a second."""
-    runs = study.runs(*["ok"] * 2000)
-    for run in runs:
-        study.put("ok", run.run_id, speed=made_speed([0.1] * 100, 8))
-    result = study.sweep(runs)
-    assert result.counts == {"ok": 2000}
-    assert result.seconds < 15
-
-
-def test_the_sweep_adds_little_to_a_run(study):
-    """A child that ends at once costs its own start and a poll or two: 0.7 s for five of them."""
-    assert study.sweep(study.runs(*["ok"] * 5)).seconds < 10
-
-
 def test_exit_statuses_and_counts(study):
     runs = study.runs("a", "b")
     ok, crashed, cut = Outcome("ok"), Outcome("crashed"), Outcome("interrupted")
@@ -263,8 +246,3 @@ def test_exit_statuses_and_counts(study):
     assert SweepResult(runs, {}, stopped="unwritable").exit_status == 2
     assert SweepResult(runs, {"run1": ok}).counts == {"ok": 1, "left": 1}
     assert RETRIES["all"] >= RETRIES["oom"]
-
-
-def test_no_file_is_left_behind_but_the_lock_and_the_logs(study):
-    study.sweep(study.runs("ok", "dies before its record"))
-    assert {path.name for path in Path(study.folder).iterdir()} == {".logs", ".sweep.lock", "run0", "run1"}

@@ -144,6 +144,29 @@ def test_a_job_that_vanishes_is_interrupted_and_completed_by_the_next_call(tmp_p
     assert study.calls() == ["run0 --resume"]
 
 
+@pytest.mark.slow
+@needs_slurm
+@needs_submitit
+def test_cancelled_jobs_are_completed_by_the_next_call(tmp_path, real):
+    """One is cancelled while it runs, one while it waits in the queue."""
+    study = Study(tmp_path)
+    sweep = Sweep(study, ("endless", "endless", "endless"), real())
+    records = [study.folder / f"run{number}" / "record.json" for number in (0, 1, 2)]
+    wait_until(lambda: sum(path.exists() for path in records) == 2, 180)
+    jobs = [job_of(study, f"run{number}") for number in (0, 1, 2)]
+    waiting = next(number for number in (0, 1, 2) if not records[number].exists())
+    slurm("scancel", jobs[waiting])
+    slurm("scancel", *[job for job in jobs if job != jobs[waiting]])
+    assert sweep.result().counts == {"interrupted": 3}
+    assert not records[waiting].exists()
+    for number in {0, 1, 2} - {waiting}:
+        assert study.record(f"run{number}")["error"] == "stopped from outside"
+    study.calls()
+    assert study.sweep(study.runs("ok", "ok", "ok"), executor=real()).counts == {"ok": 3}
+    begun = [f"run{number}" if number == waiting else f"run{number} --resume" for number in (0, 1, 2)]
+    assert sorted(study.calls()) == begun
+
+
 @needs_slurm
 @needs_submitit
 def test_requeued_jobs_go_on_from_their_checkpoints_in_the_same_sweep(tmp_path, real):

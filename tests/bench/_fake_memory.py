@@ -32,11 +32,6 @@ class FakeMemory:
     def bytes_of(self, batch_size: int) -> int:
         return self.fixed_bytes + batch_size * self.bytes_per_sample
 
-    @property
-    def largest(self) -> int:
-        """The largest size that runs; 0 where none does."""
-        return max(0, (self.limit_bytes - self.fixed_bytes) // self.bytes_per_sample)
-
     def step(self, batch_size: int) -> int:
         """Do a step and return its size."""
         self.tried.append(batch_size)

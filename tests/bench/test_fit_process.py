@@ -9,12 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from bench.cli import parse
 from bench.config import RunConfig, TrainingConfig
-from bench.device import is_out_of_memory
 from bench.run.__main__ import main
 from bench.run.prepare import prepare
 from bench.training.ranks import Ranks
@@ -23,11 +21,10 @@ from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
 from bench.tune.trials import ParametersNotApplied, Request, Trials, TrialSetup, search_in_child
 from gnnmoe import GNNMoEConfig
 from tests.bench._forked import fork_context
-from tests.bench.test_run import only_run, results_of
+from tests.bench._runs import only_run, results_of
 
 SMALL = GNNMoEConfig(embed_dim=8, num_heads=2, num_layers=1, max_seq_length=16, vocab_size=43)
 FIT = ["--fit-shape", "--memory-budget", "140KiB", "--shape-length-step", "4"]
-TINIEST = Shape(1, 8)
 SETUP = TrialSetup(SMALL, TrainingConfig(), 4, 130_000, "cpu")
 REQUEST = Request(SETUP, 130_000, 1.0, "shape", (8, 16), (1, 2), 1, 8, 100.0)
 
@@ -79,17 +76,16 @@ def test_b6_at_the_deadline_the_answer_is_what_ran_before_it(forked, monkeypatch
     assert (found.shape, found.stopped, len(found.trials)) == (Shape(1, 8), "max_seconds", 2)
 
 
-@pytest.mark.parametrize("error", [SearchFailed("died"), NoFeasibleBatch([Trial(TINIEST, "no")], TINIEST)])
-def test_a8_a_failed_fit_is_loud_and_falls_back_only_where_asked(tiny, tmp_path, monkeypatch, capsys, error):
+def test_a8_a_failed_fit_is_loud_and_falls_back_only_where_asked(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GNNMOE_CACHE_DIR", str(tmp_path / "cache"))
 
     def fails(*_):
-        raise error
+        raise SearchFailed("died")
 
     monkeypatch.setattr("bench.tune.find.search_here", fails)
     assert main([*tiny, *FIT]) == 1
     _, record = only_run(results_of(tiny))
-    assert type(error).__name__ in record["error"]
+    assert record["error"] == "SearchFailed: died"
     assert record["tuned"]["status"] == "failed"
     assert main([*tiny, *FIT, "--tune-fallback", "--study", "fallback"]) == 0
     assert "WARNING: the fit failed" in " ".join(capsys.readouterr().out.split())
@@ -152,25 +148,3 @@ def test_a_prediction_is_worked_out_once(monkeypatch):
     assert tries.predicted(Shape(2, 16)) == 1
     assert tries(Shape(2, 16)).predicted_peak_bytes == 1
     assert asked == [2]
-
-
-def test_b9_a_text_of_onednn_that_may_mean_many_things_is_no_sign_of_memory():
-    """Torch also raises it with memory to spare, where no page may be made executable (see the docstring)."""
-    assert not is_out_of_memory(RuntimeError("could not create a primitive"))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_b6_d4_a_fit_on_the_device_keeps_to_its_budget_in_a_child():
-    """B6, D4 (gpu): the child's allocator gets the budget; the parent's device is untouched."""
-    before, full = torch.cuda.memory_allocated(), 256
-    model = GNNMoEConfig(embed_dim=256, num_layers=4, max_seq_length=full, vocab_size=8192)
-    budget, rows = 2 * 2**30, [2**power for power in range(9)]
-    setup = TrialSetup(model, TrainingConfig(), max(rows), int(budget * 0.85), "cuda")
-    asked = Request(setup, budget, 0.85, "shape", (full // 2, full), tuple(rows), 1, 12, 100.0)
-    found = search_in_child(asked, print)
-    peak = found.trial.measured_peak_bytes
-    assert peak is not None
-    assert peak <= setup.limit_bytes
-    assert found.stopped == "limit"
-    assert torch.cuda.memory_allocated() == before

@@ -33,12 +33,8 @@ def made(device: torch.device, rows: int = 2, **fields):
     def step() -> None:
         training_step(model, batch, optimizer, 1.0)
 
-    return (
-        step,
-        (model, optimizer, [batch]),
-        sum(p.nbytes for p in model.parameters()),
-        sum(b.nbytes for b in model.buffers()),
-    )
+    parameters, buffers = (sum(t.nbytes for t in of()) for of in (model.parameters, model.buffers))
+    return step, (model, optimizer, [batch]), parameters, buffers
 
 
 def test_held_bytes_count_a_storage_once_in_blocks_of_512():
@@ -51,27 +47,13 @@ def test_held_bytes_count_a_storage_once_in_blocks_of_512():
     assert held_bytes((model, optimizer, batch)) == {
         "parameter": 512, "buffer": 1024, "optstate": 0, "other": 512,
     }  # fmt: skip
+    parts = {"parameter": 5, "buffer": 2, "gradient": 3, "optstate": 10, "activation": 20, "temp": 4}
+    assert by_part(parts) == {"model": 7, "gradients": 3, "optimizer": 10, "activations": 24}
     first.weight.grad = torch.zeros_like(first.weight)
     optimizer.step()
     assert held_bytes((optimizer,))["optstate"] == 3 * 512  # two moments and a step counter
     assert held_bytes((model, optimizer, batch), block=1) == {
         "parameter": 512, "buffer": 516, "optstate": 2 * 512 + 4, "other": 8,
-    }  # fmt: skip
-
-
-def test_the_four_parts_add_up_to_the_peak():
-    parts = {
-        "parameter": 5,
-        "buffer": 2,
-        "gradient": 3,
-        "optstate": 10,
-        "activation": 20,
-        "temp": 4,
-        "other": 1,
-    }
-    assert by_part(parts) == {"model": 7, "gradients": 3, "optimizer": 10, "activations": 25}
-    assert by_part({"parameter": 5, "rest": 9}) == {
-        "model": 5, "gradients": 0, "optimizer": 0, "activations": 9,
     }  # fmt: skip
 
 
@@ -125,8 +107,7 @@ def test_pieces_of_a_batch_add_to_the_same_gradients_and_no_hook_stays(monkeypat
     with GradientsAtPeak((layer,), CUDA) as watch:
         for _ in range(3):
             layer(torch.ones(1, 16)).sum().backward()
-    assert watch.at_peak_bytes == 1024
-    assert next(peak) == 5  # three hooks and the end
+    assert (watch.at_peak_bytes, next(peak)) == (1024, 5)  # three hooks and the end
     layer(torch.ones(1, 16)).sum().backward()
     assert next(peak) == 6
 

@@ -132,15 +132,6 @@ def test_d8_it_shrinks_rows_first_then_length():
     assert control.shape == Shape(1, 8)
 
 
-def test_d8_after_running_out_of_memory_that_size_is_not_tried_again():
-    control = controller(Shape(3, 32))
-    decision = control.ran_out(5, 3, 1)
-    assert (decision.reason, control.shape) == ("out of memory", Shape(1, 32))
-    for number in range(50):
-        control.observe(number, 1)
-    assert control.shape == Shape(2, 32)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 1500), min_size=1, max_size=40), st.data())
 def test_d8_a_resumed_controller_decides_as_one_that_was_not_stopped(peaks, data):
@@ -254,20 +245,6 @@ def test_d2_a_change_is_in_force_at_the_next_step_also_with_workers(corpus, work
     totals = made.hooks.ledger.totals()  # pyright: ignore
     assert totals["samples"] == {"asked": 80, "got": 80}
     assert len(made.hooks.decisions) == sum(a != b for a, b in pairwise([*script * 3][:21]))  # pyright: ignore
-
-
-def test_d3_another_length_keeps_tokens_updates_and_the_ledger_exact(corpus):
-    """D3: it comes at the epoch; each update still has the tokens of the configured batch."""
-    control = controller(Shape(1, 16), limit=1000, shapes=ladder([4, 8, 16], [1, 2, 4]))
-    made = trainer(corpus, control, lambda function, batch: (function(), 1001)[1])
-    made.run()
-    ledger = made.hooks.ledger  # pyright: ignore
-    assert ledger.micro_batch_shapes == {"1x16": 10 * 4, "1x8": 10 * 8}
-    assert ledger.batch_shapes == {"4x16": 20}
-    assert {row["tokens"] for row in made.hooks if row["kind"] == "train"} == {64}  # pyright: ignore
-    assert [(d.step, d.to_length, d.pending) for d in control.decisions] == [
-        (1, 8, True), (10, 8, False), (11, 4, True),
-    ]  # fmt: skip
 
 
 def test_d1_shapes_that_are_only_written_down_are_caught(corpus, monkeypatch):

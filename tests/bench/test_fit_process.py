@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from bench.run.prepare import prepare
 from bench.training.ranks import Ranks
 from bench.tune import find, trials
 from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
-from bench.tune.trials import ParametersNotApplied, Request, Trials, TrialSetup, search_in_child
+from bench.tune.trials import ParametersNotApplied, Request, TrialSetup, search_in_child
 from gnnmoe import GNNMoEConfig
 from tests.bench._forked import fork_context
 from tests.bench._runs import only_run, results_of
@@ -47,6 +48,15 @@ def applies_nothing(request, send) -> Found:
     raise ParametersNotApplied("parameters not applied")
 
 
+def finds_nothing(request, send) -> Found:
+    raise NoFeasibleBatch([Trial(Shape(1, 8), "no")], Shape(1, 8))
+
+
+def is_silent(request, send) -> Found:
+    time.sleep(1000)
+    raise AssertionError("it was not ended")
+
+
 def never_ends(request, send) -> Found:
     send(Trial(Shape(1, 8)))
     send(Trial(Shape(1, 16), "no"))
@@ -59,12 +69,14 @@ def never_ends(request, send) -> Found:
     [
         (dies, SearchFailed, "died .exit code 9"),
         (breaks, SearchFailed, "ZeroDivisionError: a fault"),
+        (finds_nothing, NoFeasibleBatch, "no batch fits"),
+        (is_silent, SearchFailed, "no trial ended within"),
         (applies_nothing, ParametersNotApplied, "^parameters not applied$"),
     ],
 )
 def test_a8_what_goes_wrong_in_a_child_is_a_failed_search_or_what_it_is(forked, work, error, said):
     with pytest.raises(error, match=said):
-        search_in_child(REQUEST, print, work)
+        search_in_child(replace(REQUEST, max_seconds=0.2) if work is is_silent else REQUEST, print, work)
 
 
 def test_b6_at_the_deadline_the_answer_is_what_ran_before_it(forked, monkeypatch):
@@ -134,17 +146,3 @@ def test_b12_two_ranks_fit_the_smaller_shape_and_none_waits_for_one_on_which_not
     for (_, found, collectives), failed in zip(answers, ("NoFeasibleBatch", "SearchFailed"), strict=True):
         assert found == [("ok", 8, 1), ("ok", 16, 1), failed]
         assert collectives == 3, "one collective per search"
-
-
-def test_a_prediction_is_worked_out_once(monkeypatch):
-    asked = []
-
-    def predict(*arguments, **named):
-        asked.append(named["micro_batch_size"])
-        return 1
-
-    monkeypatch.setattr(trials, "predict_peak", predict)
-    tries = Trials(REQUEST.setup)
-    assert tries.predicted(Shape(2, 16)) == 1
-    assert tries(Shape(2, 16)).predicted_peak_bytes == 1
-    assert asked == [2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -112,18 +111,6 @@ def test_scoring_a_token_too_few_or_twice_is_an_error():
         ledger.evaluated("validation", 100, 101)
 
 
-def test_the_counts_go_on_after_a_checkpoint():
-    first = served(batch())
-    second = Ledger()
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    second.begin_epoch(PLAN)
-    second.batch(batch())
-    second.update()
-    second.end_epoch()
-    assert second.to_record()["training"]["samples"] == {"asked": 8, "got": 8}
-    assert second.batch_shapes == {"4x3": 2}
-
-
 def trainer(corpus, loader=None, **settings) -> Any:
     config = TrainingConfig(**{"batch_size": 4, "warmup_steps": 1, "eval_every": 1000, **settings})
     model_config = GNNMoEConfig(
@@ -132,18 +119,6 @@ def trainer(corpus, loader=None, **settings) -> Any:
     train = loader or create_loader(corpus, "train", config.batch_size, max_seq_length=16)
     val = create_loader(corpus, "val", 4, max_seq_length=16, num_samples=4)
     return Trainer(GNNMoEModel(model_config, seed=0), train, val, config, CPU, Rows())
-
-
-def test_c8_the_schedule_of_batch_sizes_is_what_the_ledger_sees(corpus):
-    loader = create_loader(corpus, "train", 4, max_seq_length=16, batch_schedule="0:4,1:8,3:16")
-    made = trainer(corpus, loader, max_steps=None, epochs=4)
-    made.run()
-    epochs = made.hooks.ledger.to_record()["epochs"]
-    assert [epoch["batch_size"] for epoch in epochs] == [4, 8, 8, 16]
-    assert [epoch["got"]["samples"] for epoch in epochs] == [128, 128, 128, 128]
-    assert [epoch["got"]["batches"] for epoch in epochs] == [32, 16, 16, 8]
-    rows = [row for row in made.hooks if row["kind"] == "train"]  # pyright: ignore
-    assert [row["epoch"] for row in rows] == [0] * 32 + [1] * 16 + [2] * 16 + [3] * 8
 
 
 def test_the_plan_places_every_step_in_its_epoch_and_adds_up(corpus):

@@ -69,16 +69,6 @@ def test_model_and_optimizer_are_as_large_as_they_are_and_activations_grow_with_
     assert found[1] > 2 * found[0]
 
 
-def test_a_peak_late_in_the_backward_has_most_gradients_and_one_at_its_start_has_none():
-    """Wide feed-forward nets on one row are all weights, 64 rows are all activations."""
-    step, owners, parameters, _ = made(CPU, rows=1, ffn_dim=4000)
-    step()
-    assert meter_for(CPU).measure(step, owners).model_dump()["by_part"]["gradients"] > 0.6 * parameters
-    step, owners, parameters, _ = made(CPU, rows=64)
-    step()
-    assert meter_for(CPU).measure(step, owners).model_dump()["by_part"]["gradients"] < 0.4 * parameters
-
-
 def test_before_the_first_step_there_are_parameters_and_batches_only():
     step, owners, parameters, buffers = made(CPU)
     assert built_bytes(owners, CPU) == parameters + buffers + 2 * 2 * 16 * 8

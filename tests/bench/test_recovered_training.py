@@ -94,18 +94,6 @@ def test_d7_gradients_of_pieces_before_the_failing_one_are_not_counted_twice(cor
     assert same(recovered, expected)
 
 
-def test_d7_later_steps_alone_are_split(corpus):
-    recovered, plain = trainer(corpus), trainer(corpus)
-    run_out(recovered, fits=4, calls=[], at=2)  # two steps and an evaluation are whole
-    recovered.run()
-    plain.run()
-    ours, theirs = rows(recovered, "train"), rows(plain, "train")
-    assert [recovery.step for recovery in recoveries_of(recovered)] == [3]
-    assert ours[:2] == theirs[:2]
-    assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
-    assert recovered.hooks.ledger.micro_batch_shapes == {"8x16": 2, "4x16": 4}  # pyright: ignore
-
-
 def test_d7_retries_are_bounded_and_no_step_is_half_applied(corpus):
     made, calls = trainer(corpus), []
     before = {name: value.clone() for name, value in made.model.state_dict().items()}

@@ -207,15 +207,6 @@ class TestSuites:
         assert all(one.value is not None and math.isfinite(one.value) for one in found)
         assert set(no_compiler) == {None, "default"}
 
-    def test_a_loop_that_is_too_slow_is_timed_on_a_few_tokens_and_says_so(self, machine, monkeypatch):
-        monkeypatch.setattr("bench.speed.suites.MOST_LOOP_SECONDS", 0.0)
-        scale = GpuScale(baseline=replace(SMALL, num_experts=4), batch=8, loop_batch=2, rounds=2)
-        [job] = [job for job in gpu_jobs(scale) if job.name == "token by token"]
-        default, loop = job.rows(machine)
-        assert (default.form, default.batch) == ("vectorized", 8)
-        assert (loop.form, loop.batch, len(loop.seconds)) == ("loop", 8, 1)
-        assert loop.remark == "8 tokens timed, and the time multiplied by 4"
-
 
 class TestCommand:
     def test_it_prints_tables_of_80_columns_and_keeps_a_record(self, tmp_path, capsys, monkeypatch):

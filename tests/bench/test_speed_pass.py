@@ -9,10 +9,9 @@ import json
 import pytest
 import torch
 
-from bench.cli import parse
 from bench.config import ExecutionConfig, MeasureConfig, RunConfig
 from bench.measure import speed_pass
-from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profile_steps
+from bench.measure.speed_pass import TRACE, SpeedPass, on_host
 from bench.measure.timing import TrainingSteps
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
@@ -63,13 +62,6 @@ def test_the_model_stays_as_it_was_and_the_record_has_every_part(tmp_path):
     json.dumps([speed, memory], allow_nan=False)
 
 
-@pytest.mark.parametrize("preset", ["baseline", "full"])
-def test_long_presets_are_steady_and_the_quick_one_is_short(preset):
-    quick, steady = (parse(RunConfig, ["--preset", name], presets=True).measure for name in ("quick", preset))
-    assert (quick.speed_warmup_steps, quick.speed_steps) == (3, 10)
-    assert steady.speed_warmup_steps == "auto"
-
-
 def test_the_model_waits_on_the_host_and_comes_back_whatever_happens(monkeypatch):
     moves: list[str] = []
     model = model_of()
@@ -96,15 +88,6 @@ def test_steps_faster_than_the_products_timed_are_a_note_and_end_nothing(tmp_pat
     speed, _, said = passed(model_of(), tmp_path)
     assert speed["matrix_flops_per_second"] == 1e18
     assert said == []
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(speed_pass, "matrix_rate", lambda *found: asked.append(found) or 1.0)
-    config = RunConfig(execution=ExecutionConfig(precision=precision))
-    assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate() == 1.0
-    assert asked == [(CUDA, dtype)]
 
 
 def test_compiling_is_what_the_warm_up_took_beyond_its_steps(tmp_path):
@@ -184,21 +167,6 @@ def test_a_profile_is_a_trace_and_the_costliest_operations(tmp_path):
     assert any("aten::" in line for line in said)
 
 
-def test_the_costliest_are_by_their_own_time_and_calls_are_of_one_step(tmp_path):
-    """One product of 300 rows in a step beside four additions of 4 numbers."""
-    large, small = torch.ones(300, 300), torch.ones(4)
-
-    def step(_):
-        torch.mm(large, large)
-        for _ in range(4):
-            torch.add(small, small)
-
-    found = profile_steps(step, tmp_path, CPU)
-    assert [(one.name, one.calls) for one in found[:2]] == [("aten::mm", 1), ("aten::add", 4)]
-    assert found[0].share > 0.5
-    assert sum(one.share for one in found) == pytest.approx(1.0)
-
-
 class Row:
     def __init__(self, key, device, own, count=2, annotation=False) -> None:
         self.key, self.count, self.is_user_annotation = key, count, annotation
@@ -216,21 +184,6 @@ def test_on_cuda_operations_count_by_the_kernels_they_launched(monkeypatch):
     found = speed_pass._costliest(rows, on_cuda=True)
     found = [(one.name, one.share, one.calls) for one in found]
     assert found == [("aten::mm", 0.6, 1), ("aten::add", 0.3, 4)]
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_a_profile_has_a_trace_and_a_snapshot_of_the_memory(tmp_path):
-    import pickle
-
-    steps = TrainingSteps(model_of().to(CUDA), [{k: v.to(CUDA) for k, v in batches(1)[0].items()}],
-                          RunConfig().training)  # fmt: skip
-    found = profile_steps(steps.step, tmp_path, CUDA)
-    assert len(found) == 5
-    assert 0.1 < sum(one.share for one in found) <= 1.0 + 1e-6
-    assert (tmp_path / TRACE).stat().st_size > 1000
-    snapshot = pickle.loads((tmp_path / SNAPSHOT).read_bytes())
-    assert any(len(trace) > 10 for trace in snapshot["device_traces"])
 
 
 @pytest.mark.gpu

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 from bench.speed.figures import cost_plot, steps_plot
-from bench.speed.forms import FormInputs, experts_given
 from bench.speed.machine import Machine, in_turn
 from bench.speed.record import (
     FILE,
@@ -207,17 +206,6 @@ def test_a_slow_one_is_timed_in_one_round_beside_the_others(monkeypatch):
 
 
 # --- sizes and couplers ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("coupler", "experts"), [("dense", 1), ("mean", 4)])
-def test_a_coupler_is_timed_on_as_many_experts_as_a_layer_has(coupler, experts):
-    config = GNNMoEConfig(coupler_type=coupler, num_experts=4, embed_dim=8, max_seq_length=8)
-    inputs, before = FormInputs(config, 2, "fp32", CPU), torch.get_rng_state()
-    for expert_outputs, layer_input in inputs.sets:
-        assert expert_outputs.shape == (2, 8, experts, 8)
-        assert layer_input.shape == (2, 8, 8)
-    assert experts_given(config) == experts
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_sizes_name_what_differs():

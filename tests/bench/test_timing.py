@@ -250,10 +250,3 @@ def test_gpu_nothing_waits_between_the_steps():
 
     times = time_steps(step, device=CUDA, warmup=3, steps=30)
     assert queued[-1] - queued[3] < 0.5 * sum(times.seconds)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_bf16_products_are_faster_than_float32_and_a_copy_is_as_fast_as_memory():
-    assert matrix_rate(CUDA, torch.bfloat16) > 2 * matrix_rate(CUDA, torch.float32)
-    assert 1e11 < copy_bandwidth(CUDA) < 2e13

@@ -16,7 +16,6 @@ from bench.training.evaluation import CommunicationTrace, evaluate
 from bench.training.loop import Diverged, Trainer, TrainingPlan
 from bench.training.step import learning_rate, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.couplers.hgnn import CONV_TYPES
 from tests.bench._runs import Rows
 
 CPU = torch.device("cpu")
@@ -160,24 +159,6 @@ def test_dropout_follows_the_seed(corpus):
         made.run()
         losses.append([row["loss"] for row in made.hooks if row["kind"] == "train"])  # pyright: ignore
     assert losses[0] == losses[1] != losses[2]
-
-
-@pytest.mark.parametrize("conv_type", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ("AllSetTransformer", "EDHNN")))
-    for name in CONV_TYPES
-])  # fmt: skip
-def test_a_trace_holds_weights_adjacency_and_mixing_of_every_hypergraph_layer(conv_type):
-    made = GNNMoEModel(
-        GNNMoEConfig(hgnn_conv_type=conv_type, embed_dim=8, max_seq_length=6, vocab_size=50), 0
-    )
-    trace = CommunicationTrace(torch.arange(12).view(2, 6))
-    for step in (0, 1):
-        trace.sample(step, made)
-    arrays = trace.arrays()
-    for layer in ("layer_0", "layer_1"):
-        assert arrays[f"{layer}.hyperedge_weights"].shape == (2, 6)
-        assert arrays[f"{layer}.adjacency"].shape == (2, 4, 4)
-        assert arrays[f"{layer}.mixing"].shape == (2, 4)
 
 
 def test_a_trace_keeps_copies_over_time(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from bench.tune import find, trials
 from bench.tune.__main__ import main as tune
 from bench.tune.__main__ import request_of
 from bench.tune.find import cached_search
-from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
+from bench.tune.search import Found, Shape, Trial
 from bench.tune.trials import (
     MEASURED_STEPS,
     MOST_PIECES,
@@ -192,12 +191,13 @@ def test_b8_a_broken_file_or_another_device_is_searched_again_and_said(tuned, ca
         assert len(caught) == 1
         assert cached_search(request, lambda: pytest.fail("searched"), print) == (made, True)
     kept = []
-    for name in ("A100", "A100", "H100", "A100"):
+    for name in ("P100", "A100", "A100", "H100", "A100"):
         monkeypatch.setattr(find, "device_name", lambda _, name=name: name)
         kept.append(cached_search(request, lambda: made, said.append)[1])
-    assert kept == [False, True, False, True]
-    here = "the batch size was tuned before on {}; searching again on this device"
-    assert said[-1] == here.format("A100")
+    assert kept == [False, False, True, False, True]
+    assert said[0].startswith("the batch size was tuned before on ")
+    assert said[0].endswith("; searching again on this device")
+    assert len(said) == 3
 
 
 @pytest.fixture
@@ -309,13 +309,13 @@ def test_bad_input_is_refused_with_status_2_and_nothing_is_written(tiny, flags, 
     assert not results_of(tiny).exists()
 
 
-@pytest.mark.parametrize("flags", [["--curriculum", "rarity", "--epochs", "2"], []])
-def test_a5_the_smallest_curriculum_epoch_binds(tiny, flags):
-    config = parse(RunConfig, [*tiny, "--tune-batch-size", "--min-steps-per-epoch", "3", *flags])
+def test_a5_the_smallest_curriculum_epoch_binds(tiny):
+    flags = "--tune-batch-size --min-steps-per-epoch 3 --curriculum rarity --epochs 2".split()
+    config = parse(RunConfig, [*tiny, *flags])
     prepared = prepare(config)
     sampler = prepared.loaders["train"].sampler_obj
     smallest = min(sampler.samples_in(epoch) for epoch in range(2))
-    assert (smallest < len(prepared.loaders["train"].dataset_obj)) == bool(flags)
+    assert smallest < len(prepared.loaders["train"].dataset_obj)
     assert request_of(config, None, print).rows[-1] == smallest // 3
     assert prepared.search(print).rows[-1] == 4, "no micro-batch is larger than the batch"
     config = replace(config, memory=replace(config.memory, tune_max_batch_size=2))
@@ -404,50 +404,6 @@ def test_b6_a_child_s_search_is_the_same(start, monkeypatch):
     assert [(t.shape, t.failure, t.measured_peak_bytes) for t in child.trials] == same
 
 
-def test_b6_a_child_is_ended_at_its_deadline():
-    request = Request(setup(), ALL, 1.0, "binsearch", (16,), tuple(range(1, 17)), 16, 10, 0.2)
-    with pytest.raises(SearchFailed, match="no trial ended within"):
-        search_in_child(request, lambda _: None)
-
-
-class Pipe:
-    """The parent's end of a pipe on which these messages come."""
-
-    def __init__(self, *messages):
-        self.messages = list(messages)
-
-    def poll(self, seconds):
-        return bool(self.messages)
-
-    def recv(self):
-        message = self.messages.pop(0)
-        if message is EOFError:
-            raise EOFError
-        return message
-
-
-class Dead:
-    exitcode = -9
-
-    def join(self):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("message", "error", "said"),
-    [
-        (NoFeasibleBatch([Trial(shape(1), "no")], shape(1)), NoFeasibleBatch, "no batch fits"),
-        ("Traceback …\nRuntimeError: shape mismatch", SearchFailed, "shape mismatch"),
-        (EOFError, SearchFailed, "exit code -9"),
-    ],
-)
-def test_b9_what_goes_wrong_in_a_child_is_loud(message, error, said):
-    kept = []
-    with pytest.raises(error, match=said):
-        trials._answer_of(Pipe(Trial(shape(2)), message), Dead(), 0.0, kept.append)  # pyright: ignore
-    assert [trial.shape for trial in kept] == [shape(2)]
-
-
 @pytest.fixture
 def command(tiny, monkeypatch) -> list[str]:
     monkeypatch.setenv("COLUMNS", "80")
@@ -522,33 +478,15 @@ def test_the_command_is_a_switch_itself(command, quick_trials, capsys):
 
 @gpu
 @no_gpu
-def test_gpu_a5_b6_a_search_on_the_device_in_a_child(tuned, tmp_path):
-    """A5, B6: in a child, within two minutes, never above the cap, the parent's device untouched."""
-    before = _held_on_the_device()
-    flags = [*without_search(tuned), "--tune-batch-size", "--device", "cuda"]
-    assert main(flags) == 0
-    _, record = only_run(results_of(tuned))
-    assert record["tuned"]["micro_batch_size"] == 16
-    assert record["tuned"]["seconds"] < 120
-    assert all(t["micro_steps"] <= STEPS * MOST_PIECES for t in record["tuned"]["trials"])
-    assert _held_on_the_device() == before
-
-
-def _held_on_the_device():
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()  # they last as long as the process
-    return torch.cuda.memory_allocated()
-
-
-@gpu
-@no_gpu
 def test_gpu_b10_a_small_budget_on_a_large_card_is_kept_to(tmp_path):
     """The child's allocator gets the budget, so a size that does not fit runs out of memory for real."""
     model = GNNMoEConfig(embed_dim=256, num_layers=4, max_seq_length=128, vocab_size=33278)
     budget = 2 * 2**30
     setup = TrialSetup(model, TrainingConfig(), 4096, int(budget * 0.85), "cuda")
     request = Request(setup, budget, 0.85, "binsearch", (128,), tuple(range(1, 4097)), 4096, 12, 100.0)
+    before = torch.cuda.memory_allocated()
     result = search_in_child(request, lambda _: None)
+    assert torch.cuda.memory_allocated() == before, "the parent's device is untouched"
     assert 1 <= result.shape.rows < 4096
     best = result.trial
     assert best.measured_peak_bytes is not None

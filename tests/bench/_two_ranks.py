@@ -273,7 +273,8 @@ def main(out: Path, data: Path) -> None:
     found = {
         "runs": whole,
         "gradients": [gradients(ranks, micro) for micro in (None, 2, 1)], "idle": idle_parameter(ranks),
-        "sums": sums_of_gradients(ranks), "dropout": train(ranks, corpus), "evaluations": evaluations(ranks, corpus),
+        "sums": sums_of_gradients(ranks), "dropout": train(ranks, corpus),
+        "evaluations": evaluations(ranks, corpus),
         "measured": measured(ranks), "agreements": agreements(ranks, out / "log.txt"),
     }  # fmt: skip
     torch.save(found, out / f"{ranks.rank}.pt")

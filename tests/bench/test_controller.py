@@ -264,32 +264,6 @@ def test_d1_shapes_that_are_only_written_down_are_caught(corpus, monkeypatch):
     assert made.steps.micro_batch_size == 2, "it did keep the number"
 
 
-def test_d7_d8_the_controller_takes_note_of_a_recovery(corpus, monkeypatch):
-    """The step is done again in the smaller pieces, which are the ones that are reported."""
-    real = loop.training_step
-
-    def small(model, batch, optimizer, norm, micro, shapes, ranks):
-        if (micro or BATCH) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(model, batch, optimizer, norm, micro, shapes, ranks)
-
-    monkeypatch.setattr(loop, "training_step", small)
-    control = controller(Shape(4, 16), shapes=ladder([16], [1, 2, 4]))
-    made = trainer(corpus, control)
-    made.run()
-    assert made.hooks.ledger.micro_batch_shapes == {"2x16": 40}  # pyright: ignore
-    assert [(d.step, d.reason, d.to_rows) for d in control.decisions] == [(1, "out of memory", 2)]
-
-
-def test_a_control_that_changes_nothing_changes_no_bit(corpus):
-    plain = trainer(corpus, None)
-    watched = trainer(corpus, controller(Shape(4, 16), shapes=ladder([16], [1, 2, 4])))
-    plain.run()
-    watched.run()
-    for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_d8_a_resumed_training_goes_on_with_the_controller_s_state(corpus):
     """D8: stopped in an epoch, after decisions; the same bits and the same decisions as in one go."""
 

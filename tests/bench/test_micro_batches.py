@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 
-from bench.config import TrainingConfig
 from bench.measure.ledger import BatchAccountingError, Ledger
 from bench.training.evaluation import evaluate
 from bench.training.loop import EpochPlan
-from bench.training.step import add_gradients, make_optimizer, split, training_step
+from bench.training.step import add_gradients, split
 from bench.tune.control import next_smaller
 from bench.tune.find import refuse_uneven_pieces
 from bench.tune.search import divisors
@@ -80,19 +79,6 @@ def test_b13_router_losses_count_by_the_targets_of_their_piece():
     expected = [p.grad.clone() for p in made.parameters() if p.grad is not None]
     for a, b in zip(gradients(made, data, 2)[1], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-def test_b13_a_step_in_pieces_is_the_step_of_the_batch():
-    settings, data = TrainingConfig(), batch(ignored=True)
-    one, other = model(), model()
-    optimizers = [make_optimizer(made, settings) for made in (one, other)]
-    for _ in range(3):
-        whole = training_step(one, data, optimizers[0], 0.05)
-        pieces = training_step(other, data, optimizers[1], 0.05, 2)
-        for a, b in zip(whole, pieces, strict=True):
-            assert float(a) == pytest.approx(float(b), rel=1e-9)
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-8)  # Adam divides by small second moments
 
 
 @pytest.mark.parametrize("size", [None, ROWS + 1])

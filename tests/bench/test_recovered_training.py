@@ -162,6 +162,7 @@ def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card):
     (size,) = record["used"]["batch_sizes"]
     assert record["used"]["micro_batch_shapes"] == {"2x16": 3 * size // 2}
     assert record["used"]["recoveries"][-1]["micro_batch_size"] == 2
+    assert [(one["reason"], one["to_rows"]) for one in record["used"]["control"]] == [("out of memory", 2)]
 
 
 def test_d7_a_resumed_run_goes_on_with_its_smaller_pieces(tiny, small_card, monkeypatch):

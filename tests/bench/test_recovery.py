@@ -126,19 +126,6 @@ def test_b10_nothing_of_a_failed_attempt_stays_alive(function, held):
     assert len(kept) == held
 
 
-def test_b10_recovery_runs_outside_the_except_block(monkeypatch):
-    """B10: there, no error is being handled, and its frames are gone but for cycles."""
-    alive: list[weakref.ref] = []
-    seen: list[tuple[object, list[bool]]] = []
-
-    def recover():
-        seen.append((sys.exc_info()[0], [reference() is None for reference in alive]))
-
-    monkeypatch.setattr(device, "recover", recover)
-    attempt(lambda: filled(alive))
-    assert seen == [(None, [True, False, True])]
-
-
 def test_recovery_empties_the_cache_of_the_device(monkeypatch):
     emptied = []
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
@@ -202,16 +189,8 @@ for trial in range(3):  # the next trial can use what the one before had
     assert "DefaultCPUAllocator: can't allocate memory" in failed.failure, failed
     assert attempt(nearly_everything).failure is None, trial
 assert attempt(lambda: step(4)).failure is None
-
-def fill(hold):
-    while True:
-        hold.append(torch.ones(2**20))
-
-held = []
-assert attempt(lambda: fill(held)).failure and len(held) > 4
+held = nearly_everything()
 assert attempt(nearly_everything).failure  # what is held elsewhere is not freed: the limit is real
-held.clear()
-assert attempt(nearly_everything).failure is None
 print("recovered")
 """
 

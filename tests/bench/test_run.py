@@ -150,16 +150,6 @@ def test_a_damaged_record_is_kept_and_run_again_to_the_same_numbers(finished, ca
     assert (folder.with_name(folder.name + ".1") / "nll.npz").exists()
 
 
-def test_a_finished_run_shows_its_record(finished, capsys):
-    folder, _ = only_run(results_of(finished))
-    before = (folder / "record.json").stat().st_mtime_ns
-    assert main([*finished, "--run-name", "another name", "--quiet"]) == 0
-    printed = capsys.readouterr().out
-    assert "is finished" in printed
-    assert "perplexity" in printed
-    assert (folder / "record.json").stat().st_mtime_ns == before
-
-
 def test_at_one_seed_couplers_share_the_batches_and_the_start(small_data_dir, tmp_path):
     """Seeds: trunk, experts and batches are the same bit for bit, whatever the coupler."""
     seen = []

@@ -105,8 +105,8 @@ class Card:
 
 @pytest.mark.parametrize(
     ("factor", "offset", "out_of_memory"),
-    [(1.0, 0, 10**6), (0.91, 0, 0), (1.09, 0, 10**6), (0.5, 0, 0), (0.5, 0, 10**6), (2.0, 0, 0), (1.0, 400, 0),
-     (None, 0, 10**6), (None, 0, 0)],
+    [(1.0, 0, 10**6), (0.91, 0, 0), (1.09, 0, 10**6), (0.5, 0, 0), (0.5, 0, 10**6), (2.0, 0, 0),
+     (1.0, 400, 0), (None, 0, 10**6), (None, 0, 0)],
 )  # fmt: skip
 def test_d4_the_final_peak_lies_within_one_step_below_the_target(factor, offset, out_of_memory):
     """D4: for every limit, however wrong the prediction, and the answer is the largest that fits."""
@@ -161,23 +161,6 @@ def request(limit: int, device: str = "cpu", config: GNNMoEConfig = CONFIG, rows
     setup = TrialSetup(config, TrainingConfig(), max(rows), limit, device)
     full = config.max_seq_length
     return Request(setup, limit, 1.0, "shape", (full // 2, full), rows, 1, 8, 100.0)
-
-
-@pytest.mark.slow
-def test_d4_on_tracked_tensors_prediction_and_measurement_agree():
-    """D4: real steps on the CPU; the shape after the one found is above the limit."""
-    fitted = search_here(request(700_000), lambda _: None)
-    ran = [tried for tried in fitted.trials if tried.measured_peak_bytes is not None]
-    assert ran
-    for tried in ran:
-        assert tried.expected_peak_bytes == pytest.approx(tried.measured_peak_bytes, rel=0.1)
-    peak = fitted.trial.measured_peak_bytes
-    assert peak is not None
-    assert peak <= 700_000
-    above = [t for t in fitted.trials if t.shape.tokens > fitted.shape.tokens]
-    assert fitted.stopped == "limit"
-    assert above
-    assert all((t.measured_peak_bytes or t.predicted_peak_bytes or 0) > 700_000 for t in above)
 
 
 def test_d5_doubling_the_batch_raises_the_measured_activations(monkeypatch):

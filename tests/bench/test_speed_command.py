@@ -168,12 +168,10 @@ def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestSuites:
-    @pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_the_cpu_suite_measures_every_target_of_its_own(
-        self, whole, small_data_dir, tmp_path, no_compiler, monkeypatch
+        self, small_data_dir, tmp_path, no_compiler, monkeypatch
     ):
-        if not whole:
-            in_short(monkeypatch)
+        in_short(monkeypatch)
         model = ModelConfig(embed_dim=8, num_layers=1, max_seq_length=16)
         scale = CpuScale(batch=2, length=4, width=8, saved_experts=4, saved_batch=1, model=model,
                          step_batch=4, vocabulary=64, steps=8, rounds=2, curve_experts=(2, 4),

@@ -1,14 +1,18 @@
-"""The batch-size search of a run and ``bench.tune`` (A5, A7, A8, B1, B6 to B9, B12, B13, E3)."""
+"""The search of a run and ``bench.tune``, also in a child (A5, A7, A8, B1, B6 to B9, B12, B13, E3)."""
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bench.cli import parse
 from bench.config import RunConfig, TrainingConfig
@@ -17,16 +21,17 @@ from bench.measure.memory import CannotPredict, predict_peak
 from bench.run.__main__ import main
 from bench.run.prepare import prepare
 from bench.training.checkpoint import load_checkpoint
-from bench.training.ranks import ALONE
+from bench.training.ranks import ALONE, Ranks
 from bench.tune import find, trials
 from bench.tune.__main__ import main as tune
 from bench.tune.__main__ import request_of
 from bench.tune.find import cached_search
-from bench.tune.search import Found, Shape, Trial
+from bench.tune.search import Found, NoFeasibleBatch, SearchFailed, Shape, Trial
 from bench.tune.trials import (
     MEASURED_STEPS,
     MOST_PIECES,
     WARM_UP_STEPS,
+    ParametersNotApplied,
     Request,
     Trials,
     TrialSetup,
@@ -41,7 +46,9 @@ from tests.bench._runs import act_at_step, interrupt, only_run, refusal, results
 
 pytestmark = pytest.mark.core("tune")
 REPOSITORY = Path(__file__).parents[2]
-SMALL = GNNMoEConfig(embed_dim=8, num_heads=2, num_layers=1, max_seq_length=16, vocab_size=43)
+SMALL = GNNMoEConfig(coupler_type="mean", num_experts=2, embed_dim=8, num_layers=1, max_seq_length=16,
+                     vocab_size=43)  # fmt: skip
+MEAN = ["--coupler", "mean", "--num-experts", "2"]
 ALL = 10**12
 STEPS = WARM_UP_STEPS + MEASURED_STEPS  # of a trial
 gpu = pytest.mark.gpu
@@ -90,7 +97,7 @@ def cache_dir(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def tuned(tiny, words) -> list[str]:
     """A run with a batch of 16 of which 8 rows at once fit: the trial of 16 fails, that of 8 runs."""
-    flags = [*tiny, "--batch-size", "16", "--min-steps-per-epoch", "2", "--dropout-rate", "0.1"]
+    flags = [*tiny, *MEAN, "--batch-size", "16", "--min-steps-per-epoch", "2", "--dropout-rate", "0.1"]
     limit = (peak_of(8, 16, words, 0.1) + peak_of(16, 16, words, 0.1)) // 2
     return [*flags, "--tune-batch-size", "--memory-target", "1.0", "--memory-budget", f"{limit}B"]
 
@@ -167,7 +174,7 @@ def test_b8_the_answer_is_kept_and_any_change_searches_again(tuned, monkeypatch,
     assert trials_of() == 0
     for flags in (["--seed", "1"], ["--max-steps", "7"], ["--study", "other"]):
         assert trials_of(*flags) == 0, f"{flags} changes nothing that a batch takes"
-    for flags in (["--max-seq-length", "8"], ["--coupler", "mean"], ["--memory-budget", "2GiB"],
+    for flags in (["--max-seq-length", "8"], ["--coupler", "gate"], ["--memory-budget", "2GiB"],
                   ["--weight-decay", "0.2"], ["--tune-mode", "power"], ["--batch-size", "8"]):  # fmt: skip
         assert trials_of(*flags) > 0, flags
     here = find.place_of(prepare(parse(RunConfig, tuned)).search(print))
@@ -408,7 +415,7 @@ def test_b6_a_child_s_search_is_the_same(start, monkeypatch):
 def command(tiny, monkeypatch) -> list[str]:
     monkeypatch.setenv("COLUMNS", "80")
     places = tiny.index("--data-dir")
-    return [*TINY_TUNE, *tiny[places:]]
+    return [*TINY_TUNE, *MEAN, *tiny[places:]]
 
 
 TINY_TUNE = (
@@ -474,6 +481,115 @@ def test_the_command_is_a_switch_itself(command, quick_trials, capsys):
     assert quick_trials == [3, 6, 12]
     assert tune([*command, "--tune-init", "16", "--tune-max-trials", "1"]) == 0
     assert "a batch of 16 runs whole." in " ".join(capsys.readouterr().out.split())
+
+
+FIT_FLAGS = ["--fit-shape", "--memory-budget", "140KiB", "--shape-length-step", "4"]
+REQUEST = Request(setup(4, 130_000), 130_000, 1.0, "shape", (8, 16), (1, 2), 1, 8, 100.0)
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Let the search's process begin at once; that a spawned process searches is shown in test_tune."""
+    monkeypatch.setattr(trials, "multiprocessing", SimpleNamespace(get_context=lambda _: fork_context()))
+
+
+def dies(request, send) -> Found:
+    os._exit(9)
+
+
+def breaks(request, send) -> Found:
+    raise ZeroDivisionError("a fault")
+
+
+def applies_nothing(request, send) -> Found:
+    raise ParametersNotApplied("parameters not applied")
+
+
+def finds_nothing(request, send) -> Found:
+    raise NoFeasibleBatch([Trial(Shape(1, 8), "no")], Shape(1, 8))
+
+
+def is_silent(request, send) -> Found:
+    time.sleep(1000)
+    raise AssertionError("it was not ended")
+
+
+def never_ends(request, send) -> Found:
+    send(Trial(Shape(1, 8)))
+    send(Trial(Shape(1, 16), "no"))
+    time.sleep(1000)
+    raise AssertionError("it was not ended")
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "said"),
+    [
+        (dies, SearchFailed, "died .exit code 9"),
+        (breaks, SearchFailed, "ZeroDivisionError: a fault"),
+        (finds_nothing, NoFeasibleBatch, "no batch fits"),
+        (is_silent, SearchFailed, "no trial ended within"),
+        (applies_nothing, ParametersNotApplied, "^parameters not applied$"),
+    ],
+)
+def test_a8_what_goes_wrong_in_a_child_is_a_failed_search_or_what_it_is(forked, work, error, said):
+    with pytest.raises(error, match=said):
+        search_in_child(replace(REQUEST, max_seconds=0.2) if work is is_silent else REQUEST, print, work)
+
+
+def test_b6_at_the_deadline_the_answer_is_what_ran_before_it(forked, monkeypatch):
+    def late(trial: Trial) -> None:
+        if not trial.ran:  # the last message: from here on the time is up
+            monkeypatch.setattr(trials, "time", SimpleNamespace(time=lambda: float("inf")))
+
+    found = search_in_child(REQUEST, late, never_ends)
+    assert (found.shape, found.stopped, len(found.trials)) == (Shape(1, 8), "max_seconds", 2)
+
+
+def fit_on_rank(rank: int, store: Path, flags: list[str], said: Any) -> None:
+    """Fit three times with made-up searches of the two ranks; send what came of it, and the collectives."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    real, collectives = dist.all_gather_object, []
+    dist.all_gather_object = lambda *arguments: (collectives.append(1), real(*arguments))
+    request = prepare(parse(RunConfig, flags)).search(print)
+    find.cached_search = lambda request, make, say, keep: (make(), False)
+    answers: list[Any] = []
+    for places in ((2, 1), (3, 4), (None, 2)):
+        find.search_here = lambda *_, place=places[rank]: found_at(request.shapes, place)
+        try:
+            record = find.find(request, Ranks(rank, 2, backend="gloo"), lambda _: None)
+        except SearchFailed as error:
+            answers.append(type(error).__name__)
+        else:
+            answers.append((record["status"], record["length"], record["micro_batch_size"]))
+    said.put((rank, answers, len(collectives)))
+
+
+def found_at(shapes: list[Shape], place: int | None) -> Found:
+    if place is None:
+        raise NoFeasibleBatch([Trial(shapes[0], "no")], shapes[0])
+    return Found(shapes[place], "limit", (Trial(shapes[place]),))
+
+
+def test_b12_two_ranks_fit_the_smaller_shape_and_none_waits_for_one_on_which_nothing_fits(tiny, tmp_path):
+    context = fork_context()
+    said = context.Queue()
+    ranks = [
+        context.Process(
+            target=fit_on_rank, args=(rank, tmp_path / "store", [*tiny, *FIT_FLAGS], said), daemon=True
+        )
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        answers = sorted(said.get(timeout=100) for _ in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    for (_, found, collectives), failed in zip(answers, ("NoFeasibleBatch", "SearchFailed"), strict=True):
+        assert found == [("ok", 8, 1), ("ok", 16, 1), failed]
+        assert collectives == 3, "one collective per search"
 
 
 @gpu

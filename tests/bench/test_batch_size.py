@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 from dataclasses import asdict
+from itertools import product
 
 import pytest
 import torch
@@ -77,46 +78,27 @@ def test_b2_power_tries_doubles_or_halves_never_above_the_cap(limit, start, cap,
     assert (result.shape.rows, result.stopped) == answer
 
 
-def test_b3_b4_binsearch_finds_exactly_the_largest_that_fits_at_every_limit_cap_and_init():
-    for cap in range(1, 16):
-        for limit in range(1, 18):
-            for init in range(1, 18):
-                device = Device(limit)
-                result = found(device, mode="binsearch", start=init, cap=cap)
-                assert result.shape.rows == min(limit, cap), (cap, limit, init)
-                assert device.tried[0] == min(init, cap), "the first trial is init_val"
-                assert len(device.tried) == len(set(device.tried)), "no size is tried twice"
-                assert result.stopped == ("cap" if limit >= cap else "limit")
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_b13_among_the_divisors_of_a_batch_only_they_are_tried(mode):
-    for batch in (1, 7, 16, 48):
-        sizes = divisors(batch)
-        for limit in range(1, 50):
-            for init in sizes:
-                device = Device(limit)
-                result = found(device, mode=mode, start=init, cap=batch, among=sizes)
-                assert set(device.tried) <= set(sizes)
-                assert result.shape.rows in device.tried
-                if mode == "binsearch":
-                    assert result.shape.rows == max(size for size in sizes if size <= limit)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_b5_the_answer_ran_and_failures_count_whatever_max_trials(mode):
-    for max_trials in range(1, 9):
-        for limit in range(1, 40):
-            for init in (1, 2, 7, 33):
-                device = Device(limit)
-                try:
-                    result = found(device, mode=mode, start=init, cap=64, max_trials=max_trials)
-                except NoFeasibleBatch:
-                    assert all(size > limit for size in device.tried)
-                else:
-                    assert result.shape.rows in [trial.shape.rows for trial in result.trials if trial.ran]
-                    assert result.shape.rows == max(size for size in device.tried if size <= limit)
-                assert 1 <= len(device.tried) <= max_trials
+@pytest.mark.parametrize("sizes", [range(1, 16), range(1, 65), divisors(48), divisors(7)], ids=len)
+def test_b3_b4_b5_b13_at_every_limit_init_and_number_of_trials(mode, sizes):
+    """The answer is the largest that ran; with enough trials a bisection finds the largest that fits."""
+    for limit, init, max_trials in product(range(1, sizes[-1] + 3), (1, 2, 7, 16, 48), (1, 2, 4, ENOUGH)):
+        if init not in sizes:
+            continue
+        device = Device(limit)
+        try:
+            result = found(device, sizes[-1], sizes, mode=mode, start=init, max_trials=max_trials)
+        except NoFeasibleBatch:
+            assert all(size > limit for size in device.tried)
+        else:
+            assert result.shape.rows in [trial.shape.rows for trial in result.trials if trial.ran]
+            assert result.shape.rows == max(size for size in device.tried if size <= limit)
+            if (mode, max_trials) == ("binsearch", ENOUGH):
+                assert result.shape.rows == max(size for size in sizes if size <= limit), (limit, init)
+                assert result.stopped == ("cap" if limit >= sizes[-1] else "limit")
+        assert device.tried[0] == init, "the first trial is init_val"
+        assert len(device.tried) == len(set(device.tried)) <= max_trials, "no size is tried twice"
+        assert set(device.tried) <= set(sizes)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -164,20 +146,15 @@ def test_a7_the_safety_factor_is_applied_once():
     assert search(trial, rungs(1000), max_trials=ENOUGH).shape.rows == 85, "not 72, which is 0.85 twice"
 
 
-CURVES = {
-    "rising": ({1: 10, 2: 20, 4: 40, 8: 80}, 8),
-    "flat": ({1: 100, 2: 100, 4: 100}, 1),
-    "falling": ({1: 100, 2: 90, 4: 50}, 1),
-    "saturating": ({1: 50, 2: 80, 4: 96, 8: 99, 16: 100}, 4),
-    "noisy": ({1: 50, 2: 97, 4: 94, 8: 100, 16: 96}, 2),
-    "just below": ({1: 94.9, 2: 100}, 2),
-    "just at": ({1: 95.0, 2: 100}, 1),
-}
-
-
-@pytest.mark.parametrize("name", CURVES)
-def test_b11_the_knee_is_the_smallest_size_within_five_percent_of_the_best(name):
-    curve, expected = CURVES[name]
+@pytest.mark.parametrize(
+    ("curve", "expected"),
+    [
+        ({1: 10, 2: 20, 4: 40, 8: 80}, 8), ({1: 100, 2: 100, 4: 100}, 1), ({1: 100, 2: 90, 4: 50}, 1),
+        ({1: 50, 2: 80, 4: 96, 8: 99, 16: 100}, 4), ({1: 50, 2: 97, 4: 94, 8: 100, 16: 96}, 2),
+        ({1: 94.9, 2: 100}, 2), ({1: 95.0, 2: 100}, 1),
+    ],
+)  # fmt: skip
+def test_b11_the_knee_is_the_smallest_size_within_five_percent_of_the_best(curve, expected):
     failed = of(64, "too much", tokens_per_second=1000.0)
     trials = [failed, *(of(size, tokens_per_second=speed) for size, speed in curve.items())]
     random.Random(0).shuffle(trials)

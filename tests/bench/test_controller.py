@@ -91,45 +91,40 @@ def test_d8_on_a_device_it_ends_below_the_limit_and_near_it_and_stays(fixed):
                 assert above > GROW_SHARE * limit, "there was room for more"
 
 
+def after(control: Controller, *peaks: int, begin: int | None = None) -> Shape:
+    """Return the shape after steps of these peaks; ``begin`` is the step at which an epoch begins first."""
+    if begin is not None:
+        control.begin_epoch(begin)
+    for number, peak in enumerate(peaks):
+        control.observe(number, peak)
+    return control.shape
+
+
 def test_d8_it_grows_length_first_and_waits_for_the_epoch_then_rows():
     control = controller(fixed=100)
-    for number in range(PATIENCE):
-        assert control.shape == Shape(1, 8)
-        decision = control.observe(number, 150)
-    assert decision is not None
-    assert decision.pending
-    assert (decision.to_rows, decision.to_length, decision.reason) == (1, 16, "room for more")
-    for number in range(PATIENCE, 12):
-        assert control.observe(number, 150) is None, "said once"
-    assert control.shape == Shape(1, 8)
-    control.begin_epoch(12)
-    assert control.shape == Shape(1, 16)
-    for number in range(PATIENCE):
-        control.observe(number, 150)
-    control.begin_epoch(20)
-    for number in range(2 * PATIENCE):
-        control.observe(number, 150)
-    assert control.shape == Shape(3, 32), "rows at full length, within the epoch"
+    assert after(control, *[150] * (2 * PATIENCE)) == Shape(1, 8)
+    (decision,) = control.decisions
+    assert (decision.to_rows, decision.to_length, decision.reason) == (1, 16, "room for more"), "said once"
+    assert (decision.step, decision.pending) == (PATIENCE - 1, True)
+    assert after(control, *[150] * PATIENCE, begin=12) == Shape(1, 16)
+    assert after(control, *[150] * (2 * PATIENCE), begin=20) == Shape(3, 32), "rows at once, at full length"
+    control = controller(Shape(1, 32))
+    assert after(control, *[400] * (PATIENCE - 1), 600, *[400] * (PATIENCE - 1)) == Shape(1, 32)
+    assert after(control, 400) == Shape(2, 32), "room must last"
 
 
 def test_d8_it_shrinks_rows_first_then_length():
     control = controller(Shape(3, 32))
-    sizes = []
-    for number in range(6):
-        control.observe(number, 1001)
-        sizes.append(control.shape)
-    assert sizes == [Shape(2, 32), *[Shape(1, 32)] * 5]
+    assert [after(control, 1001) for _ in range(6)] == [Shape(2, 32), *[Shape(1, 32)] * 5]
     assert [decision.pending for decision in control.decisions] == [False, False, True]
-    control.begin_epoch(6)
-    assert control.shape == Shape(1, 16)
-    control.observe(7, 1001)
-    control.begin_epoch(8)
-    assert control.shape == Shape(1, 8)
-    decision = control.observe(9, 1001)
-    assert decision is not None
-    assert "nothing is smaller" in decision.reason
-    assert control.observe(10, 1001) is None, "said once"
-    assert control.shape == Shape(1, 8)
+    assert after(control, 1001, begin=6) == Shape(1, 16)
+    assert after(control, 1001, 1001, begin=8) == Shape(1, 8)
+    assert "nothing is smaller" in control.decisions[-1].reason
+    assert len(control.decisions) == 7, "said once"
+    control = controller()
+    assert after(control, *[100] * PATIENCE, 1001) == after(control, begin=9) == SHAPES[0], (
+        "growth is dropped"
+    )
 
 
 @settings(max_examples=60, deadline=None)

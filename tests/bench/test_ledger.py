@@ -52,37 +52,21 @@ def test_a3_an_epoch_as_planned_is_recorded_with_what_was_asked_and_got():
     assert ledger.batch_shapes == {"4x3": 2}
 
 
-def test_a3_a_lost_batch_is_an_error_that_names_tuned_size_expected_and_yielded():
-    ledger = served(batch(), tuned=2)
-    with pytest.raises(BatchAccountingError) as failure:
-        ledger.end_epoch()
-    for part in ("epoch 0", "batch size 4 (micro-batch tuned to 2)", "2 batches expected, 1 came"):
-        assert part in str(failure.value)
-    with pytest.raises(BatchAccountingError, match="2 batches expected, 1 came"):
-        served(batch()).begin_epoch(EpochPlan(1, 4, 2, 8, 24))
-
-
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "tuned", "said"),
     [
-        ([batch(), batch(), batch()], "2 batches expected, 3 came"),
-        ([batch(5)], "a batch of 5x3: batch size 4 .not tuned."),
-        ([batch(4, 4), batch(4, 4)], "24 tokens expected, 32 came"),
+        ([batch()], 2, "epoch 0.*batch size 4 .micro-batch tuned to 2.*2 batches expected, 1 came"),
+        ([batch()] * 3, None, "2 batches expected, 3 came"),
+        ([batch(5)], None, "a batch of 5x3: batch size 4 .not tuned."),
+        ([batch(4, 4)] * 2, None, "24 tokens expected, 32 came"),
+        ([batch(ignored=2), batch()], None, "24 tokens expected, 22 came"),  # padding is no token
     ],
 )
-def test_a3_more_than_planned_is_refused_at_once(wrong, said):
+def test_a3_other_than_planned_is_an_error_with_what_was_expected_and_what_came(wrong, tuned, said):
     with pytest.raises(BatchAccountingError, match=said):
-        served(*wrong)
-
-
-def test_a3_padding_is_no_token():
-    ledger = served(batch(ignored=2), batch())
-    assert ledger.totals()["tokens"] == {"asked": 24, "got": 22}
-    with pytest.raises(BatchAccountingError, match="24 tokens expected, 22 came"):
-        ledger.end_epoch()
-
-
-def test_a3_a_step_that_was_skipped_is_missed():
+        served(*wrong, tuned=tuned).end_epoch()
+    with pytest.raises(BatchAccountingError, match="2 batches expected, 1 came"):
+        served(batch()).begin_epoch(EpochPlan(1, 4, 2, 8, 24))
     ledger = served(batch())
     ledger.batch(batch())
     with pytest.raises(BatchAccountingError, match="2 updates expected, 1 came"):

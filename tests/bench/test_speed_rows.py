@@ -93,13 +93,20 @@ def run(jobs, record, budget=None):
         run_jobs(jobs, Machine(CPU), record, budget=budget, on_job=lambda _: None, on_row=lambda _: None)
 
 
-def test_a_job_that_raises_is_a_row_and_the_next_goes_on(tmp_path):
+def test_a_job_that_raises_is_a_row_the_next_goes_on_and_a_kill_loses_no_row(tmp_path):
     def broken(_):
         raise RuntimeError("CUDA error: an illegal instruction\nand a long tail")
 
+    def killed(_):
+        raise SystemExit
+
     record = record_of(tmp_path)
-    run([Job("one", broken), Job("two", lambda _: [row("loop", 1.0)])], record)
-    first, second = record.rows
+    with pytest.raises(SystemExit):
+        run([Job("one", broken), Job("two", lambda _: [row("loop", 1.0)]), Job("three", killed)], record)
+    data, (first, second) = read_speed_record(tmp_path / "speed" / "made")
+    assert data["status"] == "running"
+    with pytest.raises(ValueError, match=r"holds a record already; give another --name"):
+        record_of(tmp_path)
     assert (first.case, first.error) == ("one", "RuntimeError: CUDA error: an illegal instruction")
     assert second.seconds == [1.0]
 
@@ -121,19 +128,6 @@ def test_what_a_budget_has_no_time_for_is_left_out_by_name(tmp_path, monkeypatch
     assert record.data["left_out"] == ["large (about 9 s)", "c"]
 
 
-def test_a_kill_loses_no_row(tmp_path):
-    record = record_of(tmp_path)
-
-    def killed(_):
-        raise SystemExit
-
-    with pytest.raises(SystemExit):
-        run([Job("one", lambda _: [row("loop", 1.0)]), Job("two", killed)], record)
-    data, rows = read_speed_record(tmp_path / "speed" / "made")
-    assert data["status"] == "running"
-    assert [one.form for one in rows] == ["loop"]
-
-
 def test_a_record_comes_back_as_it_was_and_its_csv_has_the_ratios(tmp_path):
     record = record_of(tmp_path)
     rows = [row("vectorized", 0.5, forward_seconds=[0.1], saved_bytes=7), row("loop", 2.0, remark="slow")]
@@ -144,12 +138,6 @@ def test_a_record_comes_back_as_it_was_and_its_csv_has_the_ratios(tmp_path):
     assert (data["status"], data["machine"]) == ("ok", {"device": "made"})
     table = list(csv.DictReader(io.StringIO((record.path / TABLE).read_text())))
     assert [line["loop_over_this"] for line in table] == ["4.0", "1.0"]
-
-
-def test_a_record_is_never_written_over(tmp_path):
-    record_of(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a record already; give another --name"):
-        record_of(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "message"), [

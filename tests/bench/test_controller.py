@@ -34,6 +34,7 @@ from tests.bench._runs import Rows, interrupt, only_run, results_of
 CPU = torch.device("cpu")
 SHAPES = ladder([8, 16, 32], [1, 2, 3, 6])
 LENGTH, BATCH = 16, 4
+SMALL_RUN = "--coupler mean --num-experts 2 --control-memory --memory-budget 75KiB".split()
 
 
 def controller(start: Shape = SHAPES[0], limit: int = 1000, fixed: int = 0, shapes=None) -> Controller:
@@ -292,7 +293,7 @@ def test_a_controlled_run_records_and_says_every_decision(tiny, capsys):
 
     Three steps end at one row at once; the second epoch begins with sequences of half the length.
     """
-    flags = ["--control-memory", "--memory-budget", "120KiB", "--max-steps", "5", "--eval-every", "5"]
+    flags = [*SMALL_RUN, "--max-steps", "5", "--eval-every", "5"]
     assert main([*tiny, *flags, "--max-batches-per-epoch", "3"]) == 0
     folder, record = only_run(results_of(tiny))
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -300,7 +301,7 @@ def test_a_controlled_run_records_and_says_every_decision(tiny, capsys):
     assert [{k: v for k, v in row.items() if k != "kind"} for row in rows] == made
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("note: step 1, peak") == 1
-    assert made[0]["peak_bytes"] > int(120 * 1024 * 0.85)
+    assert made[0]["peak_bytes"] > int(75 * 1024 * 0.85)
     assert [(one["step"], one["to_rows"], one["to_length"], one["pending"]) for one in made[:3]] == [
         (1, 2, 16, False), (2, 1, 16, False), (3, 1, 8, True),
     ]  # fmt: skip
@@ -313,15 +314,7 @@ def test_a_controlled_run_records_and_says_every_decision(tiny, capsys):
 
 def test_d1_d8_the_user_s_maximum_bounds_it_and_a_decision_after_the_last_step_is_not_used(tiny):
     """One step of two rows is too much, and nothing comes after it."""
-    flags = [
-        "--control-memory",
-        "--memory-budget",
-        "120KiB",
-        "--tune-max-batch-size",
-        "2",
-        "--max-steps",
-        "1",
-    ]
+    flags = [*SMALL_RUN, *"--tune-max-batch-size 2 --max-steps 1".split()]
     assert main([*tiny, *flags, "--eval-every", "1"]) == 0
     used = only_run(results_of(tiny))[1]["used"]
     assert [(one["step"], one["to_rows"]) for one in used["control"]] == [(1, 1)]

@@ -23,8 +23,8 @@ from tests.bench.conftest import TINY
 from tests.bench.test_resume import assert_equal_but_for_times
 
 FIT = (
-    "--fit-shape --memory-budget 140KiB --shape-min-length 8 --shape-length-step 4"
-    " --dropout-rate 0.1 --max-steps 9 --eval-every 3"
+    "--coupler mean --num-experts 2 --fit-shape --memory-budget 80KiB --shape-min-length 8"
+    " --shape-length-step 4 --dropout-rate 0.1 --max-steps 9 --eval-every 3"
 ).split()
 LENGTH = 8  # what fits of 16, one row at once of a batch of 4
 
@@ -56,9 +56,9 @@ def test_d4_the_fitted_shape_is_what_the_run_uses(fitted):
     assert f"(B, L) = (2, {LENGTH})" in record["check"]["checks"]["trained_isolation"]["detail"]
     assert (record["tuned"]["length"], record["tuned"]["micro_batch_size"]) == (LENGTH, 1)
     asked, tuned, used = record["requested"], record["tuned"], record["used"]
-    assert (asked["max_seq_length"], asked["batch_size"], asked["memory_budget"]) == (16, 4, "140KiB")
+    assert (asked["max_seq_length"], asked["batch_size"], asked["memory_budget"]) == (16, 4, "80KiB")
     assert tuned["stopped"] == "limit"
-    assert tuned["measured_peak_bytes"] <= int(140 * 1024 * 0.85) == tuned["limit_bytes"]
+    assert tuned["measured_peak_bytes"] <= int(80 * 1024 * 0.85) == tuned["limit_bytes"]
     assert tuned["predicted_peak_bytes"] == pytest.approx(tuned["measured_peak_bytes"], rel=0.1)
     assert used["lengths"] == [LENGTH]
     assert used["micro_batch_shapes"] == {f"1x{LENGTH}": 9 * 4}

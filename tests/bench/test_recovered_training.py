@@ -156,7 +156,7 @@ def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, ca
 
 def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card):
     """Three steps, of the first size: what a recovery may run is what a controller may."""
-    schedule = "--batch-size 4 --batch-schedule 0:4,3:6 --epochs 2 --max-steps 3"
+    schedule = "--coupler mean --batch-size 4 --batch-schedule 0:4,3:6 --epochs 2 --max-steps 3"
     assert main([*tiny, "--control-memory", *schedule.split()]) == 0
     _, record = only_run(results_of(tiny))
     (size,) = record["used"]["batch_sizes"]

@@ -192,7 +192,8 @@ def test_bench_tune_fits_and_says_what_to_use(tiny, capsys):
     for name in ("--speed-warmup-steps", "--speed-steps"):
         at = keep.index(name)
         del keep[at : at + 2]
-    assert tune([*keep, "--fit-shape", "--shape-min-length", "16", "--memory-budget", "1MiB", "--quiet"]) == 0
+    keep += "--coupler mean --num-experts 2 --fit-shape --shape-min-length 16 --memory-budget 1MiB".split()
+    assert tune([*keep, "--quiet"]) == 0
     printed = capsys.readouterr()
     said = printed.out
     assert printed.err == "", "quiet"

@@ -121,7 +121,7 @@ def failing(error: Exception) -> Callable[..., NoReturn]:
         (["--device", "cuda"], ["'cuda' is not available", "available: cpu"]),
         (["--data-dir", "DATA", "--max-seq-length", "5000"], ["one block needs 5000"]),
         ([*DATA, "--batch-size", "9999"], ["batch_size 9999"]),  # with drop_last: not zero batches (A6)
-        ([*DATA, "--vocab-size", "10"], ["vocab_size is 10, but the data have 43 words; it must be 43"]),
+        ([*DATA, "--vocab-size", "10"], ["vocab_size is 10, but the data have 44 words; it must be 44"]),
         ([*DATA, "--dataset", "Salesforce/wikitext"],
          ["asked for wikitext wikitext-2-v1 by name, but the folder holds local text (other);"]),
         ([*DATA, "--dataset-config-name", "wikitext-2-v1"], ["drop --dataset-config-name to use it"]),

@@ -106,8 +106,8 @@ def test_trained_steps_of_both_forms_are_the_same(coupler, precision):
 
 
 def test_memory_is_predicted_in_the_form_and_precision_that_run():
-    flags = {"experts": "batched", "precision": "bf16"}
-    model = execution(**flags).build(config(), 0).train()
+    flags, small = {"experts": "batched", "precision": "bf16"}, config(coupler_type="mean", num_experts=2)
+    model = execution(**flags).build(small, 0).train()
     optimizer = make_optimizer(model, TrainingConfig())
     data = batch()
 
@@ -116,9 +116,9 @@ def test_memory_is_predicted_in_the_form_and_precision_that_run():
 
     step()
     measured = meter_for(CPU).measure(step, (model, optimizer, [data])).peak_allocated_bytes
-    predicted = predict_peak(config(), 4, 8, TrainingConfig(), execution=ExecutionConfig(**flags))
+    predicted = predict_peak(small, 4, 8, TrainingConfig(), execution=ExecutionConfig(**flags))
     assert predicted == pytest.approx(measured, rel=1e-3)
-    assert predicted != predict_peak(config(), 4, 8, TrainingConfig())
+    assert predicted != predict_peak(small, 4, 8, TrainingConfig())
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_compiled_step_has_no_graph_break_and_is_compiled_once(coupler, fresh_
 
 def test_a_compiled_step_is_the_step(fresh_dynamo):
     """Through the compiler's autograd, with the head's chunks recomputed in the backward."""
-    plain = execution(experts="batched").build(config(num_experts=2, gnn_layers=1), 0).train()
+    plain = execution(experts="batched").build(config(coupler_type="mean", num_experts=2), 0).train()
     model = copy.deepcopy(plain)
     model.compile(backend="aot_eager", fullgraph=True)
     assert (model.is_compiled, plain.is_compiled, copy.deepcopy(model).is_compiled) == (True, False, False)

@@ -72,16 +72,16 @@ def shape(config: RunConfig) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("preset", "epochs", "batches", "dropout", "test"),
-    [("baseline", 4, 200, 0.1, False), ("full", 20, None, 0.3, True)],
+    ("preset", "epochs", "batches", "dropout", "test", "every"),
+    [("baseline", 4, 200, 0.1, False, 200), ("full", 20, None, 0.3, True, 500)],
 )
-def test_the_presets_of_the_original_plan(preset, epochs, batches, dropout, test):
+def test_the_presets_of_the_original_plan(preset, epochs, batches, dropout, test, every):
     config = parse(RunConfig, ["--preset", preset], presets=True)
     assert shape(config) == (4, 256, 4, 128, 32, epochs, batches, None)
     assert (config.model.dropout_rate, config.data.evaluate_test) == (dropout, test)
     assert (config.data.num_train_samples, config.data.num_eval_samples) == (None, None)
     assert config.measure.speed_warmup_steps == "auto"
-    assert config.training.eval_every == 200
+    assert config.training.eval_every == every
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -66,7 +66,12 @@ class Rows(list[dict[str, Any]]):
         self.ledger, self.decisions, self.after = Ledger(**ledger), [], lambda: None
         self.on_epoch, self.on_batch = self.ledger.begin_epoch, self.ledger.batch
         self.on_update, self.after_epoch = self.ledger.update, self.ledger.end_epoch
-        self.on_step = self.on_evaluation = self.append
+
+    def on_step(self, row: dict[str, Any]) -> None:
+        self.append(row)
+
+    def on_evaluation(self, row: dict[str, Any]) -> None:
+        self.append(row)
 
     def after_step(self) -> None:
         self.after()

@@ -11,6 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ def put(way: str, value: Any) -> Change:
 
     def change(state: dict[str, Any]) -> None:
         *keys, last = [int(key) if key.isdecimal() else key for key in way.split("/")]
-        inner: Any = reduce(lambda inner, key: inner[key], keys, state)
+        inner: Any = reduce(getitem, keys, state)
         inner[last] = value(inner[last]) if callable(value) else value
 
     return change

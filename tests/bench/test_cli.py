@@ -138,7 +138,7 @@ def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, small_da
     for name in ("wiki.train.tokens", "notes.txt"):
         (parts / name).write_text(" a \n")
     places = {"DATA": str(small_data_dir), "PARTS": str(parts)}
-    given = [places.get(flag, flag) for flag in flags]
+    given = [str(places.get(flag, flag)) for flag in flags]
     message = refusal(capsys, ["--results-dir", str(tmp_path / "results"), *given])
     for part in said:
         assert part in message

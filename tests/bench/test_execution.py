@@ -106,8 +106,8 @@ def test_trained_steps_of_both_forms_are_the_same(coupler, precision):
 
 
 def test_memory_is_predicted_in_the_form_and_precision_that_run():
-    flags, small = {"experts": "batched", "precision": "bf16"}, config(coupler_type="mean", num_experts=2)
-    model = execution(**flags).build(small, 0).train()
+    flags, small = ExecutionConfig("batched", "bf16"), config(coupler_type="mean", num_experts=2)
+    model = Execution(flags, CPU).build(small, 0).train()
     optimizer = make_optimizer(model, TrainingConfig())
     data = batch()
 
@@ -116,7 +116,7 @@ def test_memory_is_predicted_in_the_form_and_precision_that_run():
 
     step()
     measured = meter_for(CPU).measure(step, (model, optimizer, [data])).peak_allocated_bytes
-    predicted = predict_peak(small, 4, 8, TrainingConfig(), execution=ExecutionConfig(**flags))
+    predicted = predict_peak(small, 4, 8, TrainingConfig(), execution=flags)
     assert predicted == pytest.approx(measured, rel=1e-3)
     assert predicted != predict_peak(small, 4, 8, TrainingConfig())
 

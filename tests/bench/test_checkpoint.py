@@ -195,8 +195,8 @@ def put(way: str, value: Any) -> Change:
     """Return a change of the value at ``way``; a callable ``value`` takes the old one."""
 
     def change(state: dict[str, Any]) -> None:
-        *keys, last = [int(key) if key.isdecimal() else key for key in way.split("/")]
-        inner: Any = reduce(getitem, keys, state)
+        keys: list[Any] = [int(key) if key.isdecimal() else key for key in way.split("/")]
+        inner, last = reduce(getitem, keys[:-1], state), keys[-1]
         inner[last] = value(inner[last]) if callable(value) else value
 
     return change

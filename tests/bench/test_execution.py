@@ -106,7 +106,7 @@ def test_trained_steps_of_both_forms_are_the_same(coupler, precision):
 
 
 def test_memory_is_predicted_in_the_form_and_precision_that_run():
-    flags, small = ExecutionConfig("batched", "bf16"), config(coupler_type="mean", num_experts=2)
+    flags, small = ExecutionConfig(experts="batched", precision="bf16"), config(coupler_type="mean")
     model = Execution(flags, CPU).build(small, 0).train()
     optimizer = make_optimizer(model, TrainingConfig())
     data = batch()

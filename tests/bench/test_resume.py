@@ -19,7 +19,7 @@ from tests.bench._forked import fork_context
 from tests.bench._runs import act_at_step, interrupt, only_folder, refusal, results_of
 from tests.bench.conftest import TINY
 
-FLAGS: list[str] = "--max-steps 9 --eval-every 3 --dropout-rate 0.1 --num-experts 2".split()
+FLAGS = ["--max-steps", "9", "--eval-every", "3", "--dropout-rate", "0.1", "--num-experts", "2"]
 SCHEDULE = [*FLAGS, "--epochs", "3", "--max-batches-per-epoch", "3", "--min-steps-per-epoch", "1"]
 SCHEDULE += ["--batch-schedule", "0:4,1:8,2:12", "--curriculum", "rarity"]
 

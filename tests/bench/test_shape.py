@@ -126,7 +126,8 @@ def test_d4_the_final_peak_lies_within_one_step_below_the_target(factor, offset,
         if factor in (1.0, 0.91, 1.09) and not offset:
             assert found.trial.expected_peak_bytes == pytest.approx(card.peak(found.shape), rel=0.1)
             assert len(card.ran) <= 4
-            assert len(card.asked) <= 5, "a prediction takes a second: along one bisection of 12 shapes"
+        if (factor, offset) == (1.0, 0):
+            assert len(card.asked) <= 4, "a prediction takes a second: along one bisection of 12 shapes"
 
 
 def test_a_fit_ends_at_its_trials_and_its_time_with_a_shape_that_ran_or_none(monkeypatch):

@@ -32,7 +32,6 @@ from bench.config import MeasureConfig, TrainingConfig
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.loader import create_loader
 from bench.measure import speed_pass
-from bench.measure.ledger import Ledger
 from bench.measure.timing import StepTimes, TrainingSteps, time_steps
 from bench.run.__main__ import main as run_main
 from bench.training import loop
@@ -44,6 +43,7 @@ from bench.training.step import Batch, add_gradients, make_optimizer, training_s
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.config import Refused
 from gnnmoe.head import IGNORED
+from tests.bench._runs import Rows
 
 CPU, ROWS, LENGTH, VOCABULARY = torch.device("cpu"), 8, 8, 40
 WINDOWS = (1, 7)  # to evaluate: fewer than ranks, and an odd number
@@ -89,11 +89,8 @@ def gradients(ranks: Ranks, micro: int | None) -> tuple[Tensor, list[Tensor]]:
 def idle_parameter(ranks: Ranks) -> tuple[list[float], dict[str, Tensor]]:
     """Return the losses of three steps, and the parameters after them, of a model with an idle one."""
     made, config = model(idle=True), TrainingConfig()
-    optimizer, called, own = (
-        make_optimizer(made, config),
-        ranks.parallel(made),
-        batch(ranks.rank, ranks.world_size),
-    )
+    optimizer, called = make_optimizer(made, config), ranks.parallel(made)
+    own = batch(ranks.rank, ranks.world_size)
     losses = [float(training_step(called, own, optimizer, 1.0, ranks=ranks)[0]) for _ in range(3)]
     return losses, {name: value.detach() for name, value in made.named_parameters()}
 
@@ -116,47 +113,17 @@ def sums_of_gradients(ranks: Ranks) -> list[int]:
     return counts
 
 
-class Rows(list):
-    """Hooks of a trainer that count with a ledger and keep the rows."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        super().__init__()
-        self.ledger = Ledger(ranks=ranks)
-
-    def on_epoch(self, plan):
-        self.ledger.begin_epoch(plan)
-
-    def on_batch(self, batch):
-        return self.ledger.batch(batch)
-
-    def on_update(self, shapes):
-        self.ledger.update(shapes)
-
-    def after_epoch(self):
-        self.ledger.end_epoch()
-
-    def on_step(self, row):
-        self.append(row)
-
-    def on_evaluation(self, row):
-        self.append(row)
-
-    def after_step(self):
-        pass
-
-
-def train(ranks: Ranks, corpus: Corpus, dropout: float) -> dict[str, Any]:
-    """Train six steps; return rows, seed of the dropout, parameters, ledger and the state's random states."""
-    made = model(corpus.vocabulary.size, 16, dropout_rate=dropout)
+def train(ranks: Ranks, corpus: Corpus) -> dict[str, Any]:
+    """Train six steps; return rows, seed of the dropout, parameters and the state's random states."""
+    made = model(corpus.vocabulary.size, 16, dropout_rate=0.5)
     config = TrainingConfig(batch_size=4, max_steps=6, eval_every=3, warmup_steps=1, max_batches_per_epoch=4)
     share: dict[str, Any] = {"max_seq_length": 16, "rank": ranks.rank, "world_size": ranks.world_size}
     train, val = (create_loader(corpus, split, 4 // ranks.world_size, **share) for split in ("train", "val"))
-    rows = Rows(ranks)
+    rows = Rows(ranks=ranks)
     trainer = Trainer(made, train, val, config, CPU, rows, ranks=ranks)
     trainer.run()
     return {
-        "rows": list(rows), "seed": torch.initial_seed(), "ledger": rows.ledger.to_record(),
-        "batch_shapes": rows.ledger.batch_shapes, "random": trainer.state_dict()["random"],
+        "rows": list(rows), "seed": torch.initial_seed(), "random": trainer.state_dict()["random"],
         "parameters": [p.detach() for p in made.parameters()],
     }  # fmt: skip
 
@@ -306,8 +273,8 @@ def main(out: Path, data: Path) -> None:
     found = {
         "runs": whole,
         "gradients": [gradients(ranks, micro) for micro in (None, 2, 1)], "idle": idle_parameter(ranks),
-        "sums": sums_of_gradients(ranks), "train": train(ranks, corpus, 0.0),
-        "dropout": train(ranks, corpus, 0.5), "evaluations": evaluations(ranks, corpus),
+        "sums": sums_of_gradients(ranks), "dropout": train(ranks, corpus),
+        "evaluations": evaluations(ranks, corpus),
         "measured": measured(ranks), "agreements": agreements(ranks, out / "log.txt"),
     }  # fmt: skip
     torch.save(found, out / f"{ranks.rank}.pt")

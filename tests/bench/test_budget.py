@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bench.config import TrainingConfig
-from bench.device import UNITS, format_bytes, host_memory_bytes
+from bench.device import format_bytes, host_memory_bytes
 from bench.measure.memory import tracked_peaks
 from bench.training.step import make_optimizer, training_step
 from bench.tune import find
-from bench.tune.find import MemoryBudget, refuse_small_budget, training_state_bytes
+from bench.tune.find import MemoryBudget, training_state_bytes
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
 CPU = torch.device("cpu")
@@ -23,18 +21,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("16GiB", 16 * 2**30), ("512MiB", 512 * 2**20), ("2.5GB", 2_500_000_000), ("1 kb", 1000),
+        ("1GiB", 2**30), ("512MiB", 512 * 2**20), ("2.5GB", 2_500_000_000), ("1 kb", 1000),
         ("  7 B ", 7), (".5KiB", 512), ("3.TB", 3 * 10**12), ("1tib", 2**40), ("0.1GB", 100_000_000),
     ],
 )  # fmt: skip
 def test_an_amount_is_read_to_the_byte(text, expected):
     budget = MemoryBudget.parse(text)
     assert (budget.explicit_bytes, budget.text) == (expected, text)
-
-
-@given(st.integers(1, 10**6), st.sampled_from(sorted(UNITS)))
-def test_every_whole_amount_of_every_unit(number, unit):
-    assert MemoryBudget.parse(f"{number}{unit}").explicit_bytes == number * UNITS[unit]
 
 
 @pytest.mark.parametrize(("text", "share"), [("device", 1.0), ("Device", 1.0), ("0.5", 0.5), ("1", 1.0)])
@@ -48,10 +41,9 @@ def test_a_share_is_one_of_the_device(text, share, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no amount of memory"), ("plenty", "no amount of memory"), ("-1GiB", "no amount of memory"),
-        ("1,5GiB", "no amount of memory"), ("85%", "no amount of memory"), ("nan", "no amount of memory"),
+        *((text, "no amount of memory") for text in ("", "plenty", "-1GiB", "1,5GiB", "85%", "nan", "16Gb2")),
         ("16", "has no unit and is no share in (0, 1]"), ("0", "has no unit and is no share in (0, 1]"),
-        ("1.01", "has no unit and is no share"), ("16Gb2", "no amount of memory"),
+        ("1.01", "has no unit and is no share"),
         ("16GiBi", "unknown unit 'GiBi'; allowed: B, GB, GiB, KiB, MB, MiB, TB, TiB, kB. Did you mean 'GiB'"),
         ("16G", "unknown unit 'G'"), ("0GiB", "less than a byte"), ("0.5B", "less than a byte"),
     ],
@@ -72,14 +64,9 @@ def test_a_budget_larger_than_the_device_is_refused(monkeypatch):
 
 
 def test_the_whole_device_of_a_cpu_is_the_host():
-    physical = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemTotal:")
-    )
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = MemoryBudget.parse("device").resolve(CPU)
-    assert found == host_memory_bytes()
-    assert 0 < found <= physical + 2**20
+    assert 2**28 < found == host_memory_bytes() <= physical + 2**20
 
 
 @pytest.mark.parametrize(
@@ -104,7 +91,6 @@ def test_a_control_group_limits_the_host(membership, limits, expected, tmp_path,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(limit + "\n")
     found = host_memory_bytes()
-    assert physical > 2**28
     assert found == (physical if expected is None else expected)
 
 
@@ -127,21 +113,5 @@ def test_frozen_parameters_have_no_gradient_and_no_moments():
     assert training_state_bytes(model.requires_grad_(True)) == 4 * 400 + 4
 
 
-def test_a_budget_smaller_than_the_parameters_says_both_sizes():
-    refuse_small_budget(5 * 2**20, 5 * 2**20)
-    with pytest.raises(ValueError, match=r"budget of 5\.0 MiB is smaller than the 1\.5 GiB of parameters"):
-        refuse_small_budget(5 * 2**20, 3 * 2**29)
-
-
 def test_bytes_for_people():
-    assert [format_bytes(n) for n in (812, 1536, 160 * 2**20, 5000 * 2**30)] == [
-        "812 B", "1.5 KiB", "160.0 MiB", "5,000.0 GiB",
-    ]  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_whole_device_of_a_gpu():
-    total = torch.cuda.get_device_properties(0).total_memory
-    assert MemoryBudget.parse("device").resolve(torch.device("cuda", 0)) == pytest.approx(total, rel=0.01)
-    assert MemoryBudget.parse("0.5").resolve(torch.device("cuda", 0)) == pytest.approx(total / 2, rel=0.01)
+    assert [format_bytes(n) for n in (812, 1536, 160 * 2**20)] == ["812 B", "1.5 KiB", "160.0 MiB"]

@@ -10,9 +10,10 @@ import pytest
 
 from bench.cli import parse
 from bench.config import RunConfig
-from bench.data.corpus import load_corpus
-from bench.run.__main__ import main
 from gnnmoe.config import Refused
+from tests.bench._runs import refusal
+
+DATA = "--data-dir DATA --max-seq-length 16".split()
 
 
 def test_the_defaults_are_the_quick_preset_of_the_design():
@@ -27,29 +28,19 @@ def test_the_defaults_are_the_quick_preset_of_the_design():
 
 
 def test_underscores_and_the_flag_names_of_the_original_work():
-    flags = [
-        "--coupler_type",
-        "GNN",
-        "--static_hyperedge_strategy",
-        "all",
-        "--no_hgnn_learnable_edge_weights",
-    ]
-    config = parse(RunConfig, [*flags, "--hgnn_conv_type=PyGHypergraphConv", "--num_experts", "3"])
-    assert config.model.coupler_type == "GNN"
-    assert config.model.static_hyperedge_strategy == "all"
-    assert config.model.hgnn_learnable_edge_weights is False
-    assert (config.model.hgnn_conv_type, config.model.num_experts) == ("PyGHypergraphConv", 3)
-
-
-def test_a_flag_given_later_wins():
-    assert parse(RunConfig, ["--coupler", "HGNN", "--coupler", "mean"]).model.coupler_type == "mean"
-
-
-def test_coupler_options_reach_the_model_config():
-    config = parse(RunConfig, ["--coupler-option", "backend=loop", "--coupler-option", "residual=false"])
-    resolved = config.model.resolved(100)
-    assert resolved.coupler_options == {"backend": "loop", "residual": "false"}
-    assert resolved.vocab_size == 100
+    flags = (
+        "--coupler_type mean --coupler GNN --static_hyperedge_strategy all --no_hgnn_learnable_edge_weights"
+    )
+    more = (
+        "--hgnn_conv_type=PyGHypergraphConv --num_experts 3 --coupler-option k=loop --coupler-option r=false"
+    )
+    model = parse(RunConfig, [*flags.split(), *more.split()]).model
+    assert (model.coupler_type, model.static_hyperedge_strategy) == ("GNN", "all"), "a later flag wins"
+    assert model.hgnn_learnable_edge_weights is False
+    assert (model.hgnn_conv_type, model.num_experts) == ("PyGHypergraphConv", 3)
+    assert model.resolved(100).coupler_options == {"k": "loop", "r": "false"}
+    config = parse(RunConfig, ["--num_eval_samples", "None", "--num_workers_dataloader", "auto"])
+    assert (config.data.num_eval_samples, config.places.num_workers_dataloader) == (None, "auto")
 
 
 def test_help_is_quick_because_it_imports_no_torch(run_command):
@@ -93,17 +84,6 @@ def failing(error: Exception) -> Callable[..., NoReturn]:
     return fail
 
 
-def refusal(capsys, results, *flags: str) -> str:
-    """Return what is printed for wrong ``flags``; the status is 2 and nothing was written."""
-    with pytest.raises(SystemExit) as stopped:
-        main(["--results-dir", str(results), *flags])
-    assert stopped.value.code == 2
-    assert not results.exists()
-    printed = capsys.readouterr()
-    assert "Traceback" not in printed.err + printed.out
-    return " ".join((printed.err + printed.out).replace("│", " ").split())
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -136,75 +116,54 @@ def refusal(capsys, results, *flags: str) -> str:
         (["--study", ".."], ["--study is ", "plain folder name"]),
         (["--data-source", "embedded", "--dataset-name", "wikitext"], ["asked for wikitext", "pydoc-topics"]),
         (["--data-source", "folder"], ["needs a folder", "--data-dir"]),
+        (["--speed-warmup-steps", "0"], ["--speed-warmup-steps is 0"]),
+        (["--curriculum", "rarity"], ["error: a curriculum paces itself by epochs; say how many"]),
+        (["--device", "cuda"], ["'cuda' is not available", "available: cpu"]),
+        (["--data-dir", "DATA", "--max-seq-length", "5000"], ["one block needs 5000"]),
+        ([*DATA, "--batch-size", "9999"], ["batch_size 9999"]),  # with drop_last: not zero batches (A6)
+        ([*DATA, "--vocab-size", "10"], ["vocab_size is 10, but the data have 44 words; it must be 44"]),
+        ([*DATA, "--dataset", "Salesforce/wikitext"],
+         ["asked for wikitext wikitext-2-v1 by name, but the folder holds local text (other);"]),
+        ([*DATA, "--dataset-config-name", "wikitext-2-v1"], ["drop --dataset-config-name to use it"]),
+        ([*DATA, "--dataset", "wikitext-103-v1"], ["asked for wikitext wikitext-103-v1 by name"]),
+        ([*DATA, "--dataset", "my/own", "--dataset-config-name", "x"],
+         ["asked for my/own x by name", "drop --dataset and --dataset-config-name to use it"]),
+        (["--data-dir", "PARTS"], ["wiki.valid.tokens", "wiki.test.tokens", "notes.txt"]),
     ],
 )  # fmt: skip
-def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, flags, said):
-    message = refusal(capsys, tmp_path / "results", *flags)
+def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, small_data_dir, flags, said):
+    """One message, and nothing is written."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name in ("wiki.train.tokens", "notes.txt"):
+        (parts / name).write_text(" a \n")
+    places = {"DATA": str(small_data_dir), "PARTS": str(parts)}
+    given = [str(places.get(flag, flag)) for flag in flags]
+    message = refusal(capsys, ["--results-dir", str(tmp_path / "results"), *given])
     for part in said:
         assert part in message
-
-
-def test_a_curriculum_without_epochs_is_one_line(capsys, tmp_path):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--results-dir", str(tmp_path / "results"), "--curriculum", "rarity"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: a curriculum paces itself by epochs; say how many, with --epochs.\n"
-    )
-
-
-def test_cuda_without_a_gpu_is_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    message = refusal(capsys, tmp_path / "results", "--device", "cuda")
-    assert "'cuda' is not available" in message
-    assert "available: cpu" in message
-
-
-def test_a_data_folder_without_the_files_names_what_is_missing_and_what_is_there(capsys, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "wiki.train.tokens").write_text(" a \n")
-    (folder / "notes.txt").write_text("")
-    message = refusal(capsys, tmp_path / "results", "--data-dir", str(folder))
-    for part in ("wiki.valid.tokens", "wiki.test.tokens", "notes.txt"):
-        assert part in message
-
-
-def test_a_split_too_small_for_one_block_is_refused(capsys, tmp_path, small_data_dir):
-    flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "5000"]
-    message = refusal(capsys, tmp_path / "results", *flags)
-    assert "one block needs 5000" in message
-
-
-def test_a_batch_larger_than_the_data_is_refused(capsys, tmp_path, small_data_dir):
-    """A6: with drop_last a batch larger than the data is an error, not zero batches."""
-    flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "16", "--batch-size", "9999"]
-    assert "batch_size 9999" in refusal(capsys, tmp_path / "results", *flags)
-
-
-def test_a_vocabulary_smaller_than_that_of_the_data_is_refused(capsys, tmp_path, small_data_dir):
-    flags = ["--data-dir", str(small_data_dir), "--max-seq-length", "16", "--vocab-size", "10"]
-    message = refusal(capsys, tmp_path / "results", *flags)
-    words = load_corpus(data_dir=small_data_dir, source="folder").vocabulary.size
-    assert f"vocab_size is 10, but the data have {words} words; it must be {words} or more" in message
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_results_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")
-    message = refusal(capsys, blocker / "results")
+    message = refusal(capsys, ["--results-dir", str(blocker / "results")])
     assert "cannot be written" in message
     assert "--results-dir" in message
     assert blocker.read_text() == ""
 
 
-def test_named_wikitext_is_not_replaced_by_the_embedded_text(capsys, tmp_path, monkeypatch):
-    """Data: asked for WikiText-2 by name, it fails with what to do."""
+@pytest.mark.parametrize("name", ["--dataset-config-name wikitext-2-v1", "--dataset some/set"])
+def test_what_was_asked_for_by_name_is_not_replaced_by_the_embedded_text(capsys, tmp_path, monkeypatch, name):
+    """Data: it fails with what to do."""
 
     def nothing_cached(*_):
         raise FileNotFoundError
 
     monkeypatch.setattr("bench.data.sources.hub_reachable", lambda *_: False)
     monkeypatch.setattr("bench.data.sources.read_cache", nothing_cached)
-    message = refusal(capsys, tmp_path / "results", "--dataset-name", "wikitext")
+    message = refusal(capsys, ["--results-dir", str(tmp_path / "results"), *name.split()])
+    assert "not in the local cache of `datasets`, and the hub cannot be reached" in message
     assert "--data-dir" in message
+    assert not (tmp_path / "results").exists()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.cli import parse
-from bench.config import PlacesConfig, RunConfig, as_flags
-from bench.run.__main__ import main
+from bench.config import PlacesConfig, RunConfig
+from tests.bench._runs import refusal
 
 
 @pytest.fixture
@@ -22,17 +22,13 @@ def write(tmp_path):
 
 @pytest.fixture
 def refused(capsys, tmp_path):
-    """What is printed for wrong flags; the status is 2 and nothing was written."""
+    """What is printed for wrong flags; nothing was written."""
 
     def refused(*flags: str) -> str:
-        results, before = tmp_path / "results", sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as stopped:
-            main(["--results-dir", str(results), *flags])
-        assert stopped.value.code == 2
+        before = sorted(tmp_path.rglob("*"))
+        message = refusal(capsys, ["--results-dir", str(tmp_path / "results"), *flags])
         assert sorted(tmp_path.rglob("*")) == before
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err + printed.out
-        return " ".join((printed.err + printed.out).replace("│", " ").split())
+        return message
 
     return refused
 
@@ -65,22 +61,13 @@ def test_a_file_says_all_that_flags_can(write):
 
 def test_flags_override_the_file_and_the_file_the_preset(write):
     path = write('preset = "baseline"\nembed_dim = 32\nnum_experts = 3\nquiet = true')
-    config = from_file(path, "--num_experts", "2", "--no-quiet")
+    config = from_file(path, "--num_experts", "2", "--no-quiet", f"--config={write('seed = 2', '2.toml')}")
     assert (config.model.num_layers, config.model.embed_dim, config.model.num_experts) == (4, 32, 2)
-    assert config.places.quiet is False
-
-
-def test_the_command_line_chooses_the_preset_before_the_file_does(write):
+    assert (config.places.quiet, config.training.seed) == (False, 2)
     path = write('preset = "baseline"')
     assert from_file(path).training.epochs == 4
     assert from_file(path, "--preset", "full").training.epochs == 20
     assert from_file(path, "--preset=quick") == RunConfig()
-
-
-def test_a_later_file_wins(write):
-    first, second = write("seed = 1\nnum_experts = 2", "1.toml"), write("seed = 2", "2.toml")
-    config = from_file(first, f"--config={second}")
-    assert (config.training.seed, config.model.num_experts) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -98,48 +85,29 @@ def test_the_length_of_training_comes_from_the_last_that_gives_one(write, text, 
     assert (training.epochs, training.max_steps) == (epochs, max_steps)
 
 
-def test_a_table_becomes_flags():
-    table = {
-        "embed_dim": 8,
-        "quiet": True,
-        "force": False,
-        "adam_betas": [0.9, 0.99],
-        "coupler_option": ["a=1", "b=2"],
-    }
-    assert as_flags(table) == [
-        "--embed-dim=8", "--quiet", "--no-force", "--adam-betas", "0.9", "0.99",
-        "--coupler-option=a=1", "--coupler-option=b=2",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("num_expert = 4", ["unknown key 'num_expert'", "bench.run --help", "'num_experts'?"]),
         ("config = 'other.toml'", ["unknown key 'config'"]),
-        ("coupler_options = {k = 2}", ["unknown key 'coupler_options'", "'coupler_option'?"]),
         ("[model]\nnum_experts = 4", ["unknown key 'model'"]),
         ("[coupler]\nnum_experts = 4", ["coupler is a table", "must be text"]),
         ('num_experts = "four"', ["num_experts is 'four'", "must be a whole number"]),
         ("num_experts = 2.5", ["num_experts is 2.5", "must be a whole number"]),
+        ("num_experts = 0", ["num_experts is 0; it must be a whole number of at least 1"]),
         ("num_experts = true", ["num_experts is True", "must be a whole number"]),
-        ('num_experts = "None"', ["num_experts is 'None'", "must be a whole number"]),
         ('epochs = "all"', ["epochs is 'all'", 'a whole number of at least 1 or "None"']),
         ("quiet = 3", ["quiet is 3", "must be true or false"]),
         ("run_name = 3", ["run_name is 3", "text"]),
-        ("run-name = 3", ["run-name is 3", "text"]),
         ('device = "tpu"', ["device is 'tpu'", "'auto', 'cpu', 'cuda', 'mps'"]),
         ('num_workers_dataloader = "many"', ["'many'", "a whole number of at least 0 or 'auto'"]),
         ("learning_rate = '8e-3'", ["learning_rate is '8e-3'", "must be a finite number greater than 0"]),
         ("adam_betas = [0.9]", ["adam_betas is [0.9]", "a list of a number in [0, 1) and a number"]),
-        ("adam_betas = [0.9, 'x']", ["adam_betas is [0.9, 'x']", "a list of a number in [0, 1)"]),
         ("coupler_option = 'k=2'", ["coupler_option is 'k=2'", "a list of text"]),
         ("seed = 2024-01-01", ["seed is", "must be a whole number"]),
         ("coupler = 'GNN'\ncoupler_type = 'mean'", ["coupler_type and coupler are the same flag"]),
-        ("embed_dim = 8\nembed-dim = 8", ["embed-dim and embed_dim are the same flag"]),
         ("seed = 1\nnum_experts = \nquiet = true", ["not TOML", "line 2"]),
         ("preset = 'basline'", ["preset is 'basline'", "'baseline', 'full'", "Did you mean 'baseline'"]),
-        ("preset = 3", ["preset is 3", "'baseline', 'full'"]),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_like_the_flags(refused, write, text, said):
@@ -148,12 +116,6 @@ def test_a_wrong_file_is_refused_like_the_flags(refused, write, text, said):
     for part in [f"error: --config {path}", *said]:
         assert part in message
     assert message.count("error") == 1
-
-
-def test_a_value_that_no_run_can_have_is_refused_as_the_flag_is(refused, write):
-    assert "num_experts is 0; it must be a whole number of at least 1" in refused(
-        "--config", write("num_experts = 0")
-    )
 
 
 def test_a_file_that_cannot_be_read_is_refused(refused, tmp_path):
@@ -167,7 +129,4 @@ def test_a_file_that_cannot_be_read_is_refused(refused, tmp_path):
 
 def test_other_commands_know_neither_presets_nor_files(write, capsys):
     for flag in ("--config", "--preset"):
-        with pytest.raises(SystemExit) as stopped:
-            parse(PlacesConfig, [flag, write("seed = 1")])
-        assert stopped.value.code == 2
-        assert flag in capsys.readouterr().err
+        assert flag in refusal(capsys, [flag, write("seed = 1")], lambda given: parse(PlacesConfig, given))

@@ -75,6 +75,7 @@ def test_the_first_failure_is_the_runs():
     one = agreed_end(first_of(2, store, rank=1), End("oom", "no room", "its log"), "failed")
     other = agreed_end(first_of(2, store), End("crashed", "KeyError"), "failed")
     assert one == other == End("oom", "rank 1: no room", "its log")
+    assert agreed_end(ALONE, CRASHED, "failed") == CRASHED
 
 
 def test_word_that_comes_late_is_waited_for(monkeypatch):
@@ -84,11 +85,6 @@ def test_word_that_comes_late_is_waited_for(monkeypatch):
     start = time.monotonic()
     assert agreed_end(first_of(2, store), STOPPED, "signal").status == "interrupted"
     assert time.monotonic() - start < 4.0
-
-
-def test_a_process_alone_ends_as_it_ended():
-    assert agreed_end(ALONE, CRASHED, "failed") == CRASHED
-    assert agreed_end(ALONE, STOPPED, "signal") == STOPPED
 
 
 def test_why():
@@ -118,12 +114,9 @@ def test_a_rank_that_waits_in_a_collective_says_at_once_that_a_signal_came():
         waited_until = time.monotonic()
         thread.join()
     assert interruption.requested
-    assert heard[0] < waited_until - 0.5
-
-
-def test_after_the_end_no_signal_counts():
     with Interruption().installed() as interruption:
-        interruption.over()
+        interruption.over()  # after the end no signal counts
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
     assert not interruption.requested
+    assert heard[0] < waited_until - 0.5

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from bench.run.prepare import identity, run_id
 from bench.training.step import Execution, make_optimizer, training_step
 from bench.tune.control import witnessed
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
+from tests.bench._runs import only_run, refusal, results_of
 
 CPU = torch.device("cpu")
 VOCABULARY = 300
@@ -47,22 +46,21 @@ def test_auto_takes_what_is_faster_on_the_device():
     for experts in ("loop", "batched"):
         made = execution(experts=experts)
         assert made.experts == experts
-        assert type(made.build(config(), 0).layers[0].experts).__name__.lower().startswith(experts[:5]) or (
-            experts == "loop"
-        )
+        built = type(made.build(config(), 0).layers[0].experts).__name__.lower()
+        assert built.startswith("batch") is (experts == "batched")
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"precision": "tf32"}, "tf32 is for NVIDIA GPUs from the A100 on.* this cpu; use fp32 or bf16"),
-        ({"compile": True, "compile_mode": "reduce-overhead"}, "CUDA graphs.* this cpu; use default"),
-        ({"compile_mode": "reduce-overhead"}, "does nothing without --compile"),
+        ("--precision tf32", "tf32 is for NVIDIA GPUs from the A100 on"),
+        ("--compile --compile-mode reduce-overhead", "CUDA graphs"),
+        ("--compile-mode reduce-overhead", "does nothing without --compile"),
+        ("--compile --control-memory", "drop --compile, or --control-memory"),
     ],
-)  # fmt: skip
-def test_what_means_nothing_is_refused(flags, said):
-    with pytest.raises(ValueError, match=said):
-        execution(**flags)
+)
+def test_what_means_nothing_is_refused(tiny, flags, said, capsys):
+    assert said in refusal(capsys, [*tiny, *flags.split()])
 
 
 def test_identity_holds_only_what_differs_from_a_plain_run():
@@ -82,12 +80,13 @@ def test_identity_holds_only_what_differs_from_a_plain_run():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("coupler", ["HGNN", "dense"])
 def test_trained_steps_of_both_forms_are_the_same(coupler, precision):
-    """Loss, norm of the gradient, clipping, decay and update: the parameters stay together."""
+    """Loss, norm of the gradient, clipping, decay and update: the parameters stay together; equal FLOPs."""
     settings = TrainingConfig(learning_rate=1e-2, weight_decay=0.5, max_grad_norm=0.1)
     models = [
         execution(experts=experts, precision=precision).build(config(coupler_type=coupler), 0)
         for experts in ("loop", "batched")
     ]
+    assert training_flops_per_token(models[0]) == training_flops_per_token(models[1])
     optimizers = [make_optimizer(model, settings) for model in models]
     start = copy.deepcopy(models[0].state_dict())
     close = 1e-5 if precision == "fp32" else 3e-2
@@ -106,35 +105,9 @@ def test_trained_steps_of_both_forms_are_the_same(coupler, precision):
             assert float((other[name] - value).abs().max()) < 1e-2 * moved, name
 
 
-def test_only_matrices_decay_in_both_forms():
-    """With gradients of zero an update is the decay alone."""
-    for experts in ("loop", "batched"):
-        model = execution(experts=experts).build(config(), 0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(1.0)
-                parameter.grad = torch.zeros_like(parameter)
-        make_optimizer(model, TrainingConfig(learning_rate=0.5, weight_decay=0.5)).step()
-        for name, value in model.state_dict().items():
-            matrix = value.ndim >= 2
-            assert value.eq(0.75 if matrix else 1.0).all(), name
-
-
-def test_an_optimizer_of_another_form_does_not_fit():
-    """A checkpoint's model goes into both forms, its optimizer only into its own."""
-    loop, batched = (
-        make_optimizer(execution(experts=experts).build(config(), 0), TrainingConfig())
-        for experts in ("loop", "batched")
-    )
-    with pytest.raises(ValueError, match="parameter group"):
-        batched.load_state_dict(loop.state_dict())
-
-
-@pytest.mark.parametrize("flags", [pytest.param({"experts": "batched"}, marks=pytest.mark.slow),
-                                   pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
-                                   {"experts": "batched", "precision": "bf16"}])  # fmt: skip
-def test_memory_is_predicted_in_the_form_and_precision_that_run(flags):
-    model = execution(**flags).build(config(), 0).train()
+def test_memory_is_predicted_in_the_form_and_precision_that_run():
+    flags, small = ExecutionConfig(experts="batched", precision="bf16"), config(coupler_type="mean")
+    model = Execution(flags, CPU).build(small, 0).train()
     optimizer = make_optimizer(model, TrainingConfig())
     data = batch()
 
@@ -143,15 +116,9 @@ def test_memory_is_predicted_in_the_form_and_precision_that_run(flags):
 
     step()
     measured = meter_for(CPU).measure(step, (model, optimizer, [data])).peak_allocated_bytes
-    predicted = predict_peak(config(), 4, 8, TrainingConfig(), execution=ExecutionConfig(**flags))
-    assert predicted == pytest.approx(measured, rel=1e-3 if "precision" in flags else 0)
-    assert predicted != predict_peak(config(), 4, 8, TrainingConfig())
-
-
-def test_flops_are_counted_alike_in_both_forms():
-    models = [execution(experts=experts).build(config(), 0) for experts in ("loop", "batched")]
-    counted = [training_flops_per_token(model) for model in models]
-    assert counted[0] == counted[1] > 0
+    predicted = predict_peak(small, 4, 8, TrainingConfig(), execution=flags)
+    assert predicted == pytest.approx(measured, rel=1e-3)
+    assert predicted != predict_peak(small, 4, 8, TrainingConfig())
 
 
 @pytest.fixture
@@ -185,12 +152,9 @@ def test_a_compiled_step_has_no_graph_break_and_is_compiled_once(coupler, fresh_
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(
-    ("experts", "micro_batch_size"), [pytest.param("loop", None, marks=pytest.mark.slow), ("batched", 2)]
-)
-def test_a_compiled_step_is_the_step(experts, micro_batch_size, fresh_dynamo):
+def test_a_compiled_step_is_the_step(fresh_dynamo):
     """Through the compiler's autograd, with the head's chunks recomputed in the backward."""
-    plain = execution(experts=experts).build(config(num_experts=2, gnn_layers=1), 0).train()
+    plain = execution(experts="batched").build(config(coupler_type="mean", num_experts=2), 0).train()
     model = copy.deepcopy(plain)
     model.compile(backend="aot_eager", fullgraph=True)
     assert (model.is_compiled, plain.is_compiled, copy.deepcopy(model).is_compiled) == (True, False, False)
@@ -198,68 +162,26 @@ def test_a_compiled_step_is_the_step(experts, micro_batch_size, fresh_dynamo):
     for seed in range(2):
         with witnessed(model) as seen:
             found = [
-                training_step(each, batch(seed=seed), optimizer, 1.0, micro_batch_size)
+                training_step(each, batch(seed=seed), optimizer, 1.0, 2)
                 for each, optimizer in zip((plain, model), optimizers, strict=True)
             ]
-        assert seen == ([(2, 8)] * 2 if micro_batch_size else [(4, 8)])
+        assert seen == [(2, 8)] * 2
         for ours, theirs in zip(*found, strict=True):
             assert float(theirs) == pytest.approx(float(ours), rel=1e-5)
     for ours, theirs in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 
-def test_execution_compiles_what_is_asked_in_the_mode_that_is_asked(monkeypatch):
-    asked = []
-    monkeypatch.setattr(GNNMoEModel, "compile", lambda self, **options: asked.append(options))
-    model = execution().build(config(), 0)
-    execution().compile(model)
-    assert asked == []
-    execution(compile=True).compile(model)
-    assert asked == [{"mode": "default"}]
-    assert execution(compile=True, precision="bf16").to_record() == {
-        "experts": "loop", "precision": "bf16", "compile": "default",
-    }  # fmt: skip
-
-
-def test_compiling_leaves_the_model_as_it_was(monkeypatch):
-    monkeypatch.setattr(GNNMoEModel, "compile", lambda self, **_: None)
-    made = execution(compile=True)
-    model = made.build(config(), 0)
-    before = copy.deepcopy(model.state_dict())
-    made.compile_now(model, batch(), 2)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def only_record(results: Path) -> dict:
-    (path,) = results.glob("*/*/record.json")
-    return json.loads(path.read_text())
-
-
-def test_a_run_in_another_form_and_precision_says_so_and_passes_the_leak_check(tiny, capsys):
-    flags = ["--experts", "batched", "--precision", "bf16"]
-    assert main([*tiny, *flags]) == 0
-    record = only_record(Path(tiny[tiny.index("--results-dir") + 1]))
-    assert record["used"]["execution"] == {"experts": "batched", "precision": "bf16", "compile": None}
-    assert record["used"]["precision"] == "bf16"
-    assert record["check"]["checks"]["trained_isolation"]["passed"]
-    assert "compile" not in record["time"]["seconds"]
-
-
-def test_a_compiled_run_says_how_long_compiling_took(tiny, monkeypatch, capsys):
+def test_a_compiled_run_in_another_form_and_precision_says_so_and_passes_the_leak_check(tiny, monkeypatch):
     """The compiler itself is replaced: only that it is called, before the first step, and timed."""
     compiled = []
     monkeypatch.setattr(GNNMoEModel, "compile", lambda self, **options: compiled.append(options))
-    assert main([*tiny, "--compile"]) == 0
-    record = only_record(Path(tiny[tiny.index("--results-dir") + 1]))
+    assert main([*tiny, "--experts", "batched", "--precision", "bf16", "--compile"]) == 0
+    _, record = only_run(results_of(tiny))
+    execution = {"experts": "batched", "precision": "bf16", "compile": "default"}
+    assert record["used"]["execution"] == execution
+    assert record["used"]["precision"] == "bf16"
+    assert record["check"]["checks"]["trained_isolation"]["passed"]
     assert record["time"]["seconds"]["compile"] > 0
-    assert record["used"]["execution"]["compile"] == "default"
     assert compiled[0] == {"mode": "default"}
     assert len(compiled) >= 2, "the speed pass compiles its copy"
-
-
-def test_shapes_that_change_are_not_compiled(tiny, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*tiny, "--compile", "--control-memory"])
-    assert ended.value.code == 2
-    assert "drop --compile, or --control-memory" in " ".join(capsys.readouterr().err.split())

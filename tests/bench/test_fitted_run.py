@@ -18,18 +18,13 @@ from bench.run.__main__ import main
 from bench.study.runs import Basis
 from bench.training.checkpoint import load_checkpoint
 from bench.training.loaders import checkpoint_scorer
+from tests.bench._runs import act_at_step, interrupt, only_folder, refusal, results_of
 from tests.bench.conftest import TINY
-from tests.bench.test_resume import (
-    act_at_step,
-    assert_equal_but_for_times,
-    interrupt,
-    only_folder,
-    results_of,
-)
+from tests.bench.test_resume import assert_equal_but_for_times
 
 FIT = (
-    "--fit-shape --memory-budget 140KiB --shape-min-length 8 --shape-length-step 4"
-    " --dropout-rate 0.1 --max-steps 9 --eval-every 3"
+    "--coupler mean --num-experts 2 --fit-shape --memory-budget 80KiB --shape-min-length 8"
+    " --shape-length-step 4 --dropout-rate 0.1 --max-steps 9 --eval-every 3"
 ).split()
 LENGTH = 8  # what fits of 16, one row at once of a batch of 4
 
@@ -53,21 +48,17 @@ def record_of(folder: Path) -> dict:
     return json.loads((folder / "record.json").read_text())
 
 
-def test_the_leak_check_judges_the_model_that_trains_and_two_rows_at_least(fitted):
-    folder, judged, _ = fitted
-    record = record_of(folder)
-    assert (record["tuned"]["length"], record["tuned"]["micro_batch_size"]) == (LENGTH, 1)
-    assert judged == [LENGTH]
-    assert f"(B, L) = (2, {LENGTH})" in record["check"]["checks"]["trained_isolation"]["detail"]
-
-
 def test_d4_the_fitted_shape_is_what_the_run_uses(fitted):
     """D4, D1: requested, tuned and used side by side; D6: the speed pass has the fitted shape too."""
-    record = record_of(fitted[0])
+    folder, judged, _ = fitted
+    record = record_of(folder)
+    assert judged == [LENGTH], "the model that trains"
+    assert f"(B, L) = (2, {LENGTH})" in record["check"]["checks"]["trained_isolation"]["detail"]
+    assert (record["tuned"]["length"], record["tuned"]["micro_batch_size"]) == (LENGTH, 1)
     asked, tuned, used = record["requested"], record["tuned"], record["used"]
-    assert (asked["max_seq_length"], asked["batch_size"], asked["memory_budget"]) == (16, 4, "140KiB")
+    assert (asked["max_seq_length"], asked["batch_size"], asked["memory_budget"]) == (16, 4, "80KiB")
     assert tuned["stopped"] == "limit"
-    assert tuned["measured_peak_bytes"] <= int(140 * 1024 * 0.85) == tuned["limit_bytes"]
+    assert tuned["measured_peak_bytes"] <= int(80 * 1024 * 0.85) == tuned["limit_bytes"]
     assert tuned["predicted_peak_bytes"] == pytest.approx(tuned["measured_peak_bytes"], rel=0.1)
     assert used["lengths"] == [LENGTH]
     assert used["micro_batch_shapes"] == {f"1x{LENGTH}": 9 * 4}
@@ -95,11 +86,12 @@ def test_rows_to_judge(sizes, at_once, rows):
 def test_its_checkpoint_names_the_model_that_trained_and_serves_as_a_difficulty_model(fitted, tiny):
     path = fitted[0] / "checkpoint.pt"
     state = load_checkpoint(path)
+    assert set(state) == {"schema", "run_id", "identity", "code", "model"}, "its best weights only"
     assert state["run_id"] == fitted[0].name, "the id is that of what was asked for"
     assert state["identity"]["model"]["max_seq_length"] == LENGTH
     place = tiny.index("--max-steps")
     flags = [*tiny[:place], *tiny[place + 2 :], "--max-seq-length", str(LENGTH), "--epochs", "2"]
-    flags += ["--max-batches-per-epoch", "4", "--min-steps-per-epoch", "1"]
+    flags += ["--max-batches-per-epoch", "2", "--min-steps-per-epoch", "1", "--coupler", "mean"]
     assert main([*flags, "--batch-size", "2", "--curriculum", f"model:{path}"]) == 0
     record = record_of(only_folder(results_of(flags)))
     assert record["data"]["training_blocks"]["curriculum"]["order_source"] == "model"
@@ -107,10 +99,8 @@ def test_its_checkpoint_names_the_model_that_trained_and_serves_as_a_difficulty_
 
 def test_resuming_from_its_checkpoint_is_refused_in_the_right_words(fitted, tiny, capsys):
     """Its identity names the length that was used, not the one asked for: that is not what is wrong."""
-    with pytest.raises(SystemExit) as stopped:
-        main([*tiny, *FIT, "--resume-checkpoint", str(fitted[0] / "checkpoint.pt")])
-    assert stopped.value.code == 2
-    assert "is of a finished run; nothing is left to do" in " ".join(capsys.readouterr().err.split())
+    flags = [*tiny, *FIT, "--resume-checkpoint", str(fitted[0] / "checkpoint.pt")]
+    assert "is of a finished run; nothing is left to do" in refusal(capsys, flags)
 
 
 def without_times(folder: Path) -> dict:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.timing import TRAINING
 from bench.speed.floors import Rates, floor_bytes, roofline, roofline_seconds
@@ -63,16 +61,6 @@ def test_the_roofline_has_the_flops_of_the_coupler_three_times(coupler):
     """The small ones apart: P is E × E, and what a gate or a score costs is left to the sums."""
     wanted = TRAINING * build_coupler(coupler).flops(1000)  # pyright: ignore[reportOperatorIssue]
     assert roofline_seconds(coupler, 1000, 2, SLOW_ARITHMETIC) == pytest.approx(wanted, rel=0.01)
-
-
-def test_a_training_step_has_three_times_the_flops_of_a_forward():
-    """Counted by torch where inputs want a gradient, as in a model."""
-    coupler = build_coupler(config("GNN"))
-    x = torch.randn(2, 8, 4, 64, requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        coupler(x).sum().backward()
-    wanted = TRAINING * coupler.flops(16)  # pyright: ignore[reportOperatorIssue]
-    assert counter.get_total_flops() == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize("coupler", [config("static"), config("gate"), config("HGNN"), HNHN, config("GNN"),

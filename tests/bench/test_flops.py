@@ -14,6 +14,7 @@ from gnnmoe.couplers.hgnn import CONV_TYPES
 from tests.gnnmoe._support import small_config
 
 DONE_AGAIN = ("AllDeepSets", "AllSetTransformer", "EDHNN")  # chunks of tokens, computed again in the backward
+QUICK = ("dense", "topk", "HypergraphConv", "EDHNN")
 FORMS = [{"coupler_type": name} for name in coupler_names() if name != "HGNN"]
 FORMS += [{"hgnn_conv_type": conv, "static_hyperedge_strategy": "all_triplets"} for conv in CONV_TYPES]
 
@@ -33,17 +34,8 @@ def test_the_formula_of_a_forward_is_what_the_counter_counts(fields, experts):
     assert model.flops(3, 5) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("fields", [{"coupler_type": "dense"}, {"coupler_type": "HGNN"}])
-def test_a_training_step_is_three_forwards_by_formula(fields):
-    config = small_config(num_experts=4, num_layers=2, **fields)
-    model = GNNMoEModel(config, seed=0)
-    forward = model.flops(1, config.max_seq_length)
-    assert forward is not None
-    assert training_flops_per_token(model) == 3 * forward / config.max_seq_length
-
-
 @pytest.mark.parametrize("fields", [
-    pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name in DONE_AGAIN[:2]))
+    pytest.param(fields, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
     for fields in FORMS for name in (next(iter(fields.values())),)
 ])  # fmt: skip
 def test_a_forward_and_a_backward_are_three_forwards_to_the_counter(fields):

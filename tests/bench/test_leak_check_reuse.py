@@ -19,7 +19,9 @@ from bench.record import not_measured
 from bench.run import resume as leak_check
 from bench.run.__main__ import main
 from bench.run.prepare import prepare
+from bench.sweep.__main__ import main as sweep
 from bench.training.environment import describe_environment
+from tests.bench._runs import only_run
 from tests.bench.conftest import TINY
 
 REUSE = "--reuse-check"
@@ -54,29 +56,21 @@ def checks(flags, monkeypatch) -> Callable[..., bool]:
         monkeypatch.setattr(leak_check, "run_leak_check", lambda *_, **__: made.append(True))
         prepared = prepare(parse(RunConfig, [*flags, *more], presets=True))
         prepared.folder.path.mkdir(parents=True, exist_ok=True)  # of its log
-        environment = describe_environment(
-            prepared.device, prepared.code, prepared.ranks.world_size, prepared.ranks.backend
-        )
+        environment = describe_environment(prepared.device, prepared.code, 1, prepared.ranks.backend)
         leak_check.leak_check_of(prepared, environment.model_copy(update=here or {}))
         return bool(made)
 
     return checks
 
 
-def only_record(results: Path) -> Path:
-    (path,) = results.glob("*/*/record.json")
-    return path
-
-
 def test_another_seed_takes_the_verdict_and_says_whose_it_is(flags, checks, results, capsys):
-    path = only_record(results)
-    first = json.loads(path.read_text())
+    folder, first = only_run(results)
     assert not any(check["reused_from"] for check in first["check"]["checks"].values())
     assert main([*flags, "--seed", "1", REUSE]) == 0
     assert f"the checks before training are those of run {first['run_id']}" in " ".join(
         capsys.readouterr().out.split()
     )
-    (other,) = set(results.glob("*/*/record.json")) - {path}
+    (other,) = set(results.glob("*/*/record.json")) - {folder / "record.json"}
     second = json.loads(other.read_text())
     assert second["check"]["passed"]
     for name in CHECKS:
@@ -87,7 +81,7 @@ def test_another_seed_takes_the_verdict_and_says_whose_it_is(flags, checks, resu
     assert own["seconds"] > 0
     # what is left for these two is a verdict that was itself reused
     assert checks("--seed", "0", REUSE, "--force")
-    shutil.rmtree(path.parent)
+    shutil.rmtree(folder)
     assert checks("--seed", "2", REUSE)
 
 
@@ -127,42 +121,29 @@ def one_failed(record: dict[str, Any]) -> dict[str, Any]:
     "change",
     [
         one_failed,
-        lambda record: record | {"check": {"passed": True}},
         lambda record: record | {"check": {"passed": True, "checks": dict.fromkeys(CHECKS)}},
         lambda _: [],
     ],
-    ids=["failed", "no checks", "empty checks", "no record"],
+    ids=["failed", "empty checks", "no record"],
 )
 def test_a_verdict_that_is_damaged_or_did_not_pass_is_never_taken(checks, results, change):
-    path = only_record(results)
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    folder, record = only_run(results)
+    (folder / "record.json").write_text(json.dumps(change(record)))
     assert checks("--seed", "1", REUSE)
 
 
 def test_a_sweep_asks_for_it(monkeypatch, tmp_path, small_data_dir):
-    from bench.sweep import __main__ as sweep
-    from bench.sweep import work
-
-    asked = []
-    monkeypatch.setattr(work, "execute", lambda *a, **k: asked.append(k["places"]) or _Done())
-    assert sweep.main(["--sweep", "coupler=mean", "--results-dir", str(tmp_path),
-                       "--data-dir", str(small_data_dir)]) == 0  # fmt: skip
-    assert REUSE in asked[0]
-    sweep.main(["--sweep", "coupler=mean", "--results-dir", str(tmp_path), "--data-dir", str(small_data_dir),
-                "--force"])  # fmt: skip
-    assert REUSE not in asked[1], "all runs again, and all of each"
-
-
-class _Done:
-    exit_status = 0
+    asked, done = [], SimpleNamespace(exit_status=0)
+    monkeypatch.setattr("bench.sweep.work.execute", lambda *a, **k: asked.append(k["places"]) or done)
+    flags = ["--sweep", "coupler=mean", "--results-dir", str(tmp_path), "--data-dir", str(small_data_dir)]
+    assert sweep([*flags]) == sweep([*flags, "--force"]) == 0
+    assert [REUSE in places for places in asked] == [True, False], "--force: all runs again, and all of each"
 
 
 @pytest.mark.parametrize(("fit_shape", "alone"), [(True, True), (False, False)])
 def test_a_fitted_length_and_a_run_of_several_ranks_are_checked(monkeypatch, fit_shape, alone):
     """The length is not in the identity that seeds share, and all ranks must do the same."""
-    monkeypatch.setattr(
-        leak_check, "_other_seeds", lambda _: pytest.fail("looked for another seed's verdict")
-    )
+    monkeypatch.setattr(leak_check, "_other_seeds", lambda _: pytest.fail("looked for another's verdict"))
     monkeypatch.setattr(leak_check, "run_leak_check", lambda *_, **__: "its own")
     config = SimpleNamespace(
         memory=SimpleNamespace(fit_shape=fit_shape), model=SimpleNamespace(coupler_type="mean"),

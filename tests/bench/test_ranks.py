@@ -19,7 +19,6 @@ from _two_ranks import (
     FAILED_AFTER,
     SHORT,
     STOPPED_AFTER,
-    WINDOWS,
     batch,
     evaluations,
     gradients,
@@ -33,6 +32,7 @@ from bench.run.__main__ import main
 from bench.training.checkpoint import load_checkpoint
 from bench.training.ranks import ALONE, Ranks, refuse_shared_device
 from gnnmoe.seeds import stream_seed
+from tests.bench._runs import only_folder, refusal
 
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
@@ -63,12 +63,6 @@ def both(out) -> list[dict[str, Any]]:
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-def folder_of(results: Path) -> Path:
-    """Return the only run's folder."""
-    (folder,) = results.glob("*/*/record.json")
-    return folder.parent
-
-
 def history_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
@@ -89,10 +83,10 @@ def corpus(small_data_dir):
 @pytest.mark.core("ranks")
 def test_a_run_on_two_ranks_is_as_one_process(both, out, tmp_path, small_data_dir):
     """Losses, evaluations (an odd number of windows) and counts agree, in micro-batches of one row."""
-    found, two = both[0]["runs"]["two"], folder_of(out / "two")
+    found, two = both[0]["runs"]["two"], only_folder(out / "two")
     places = ["--data-dir", str(small_data_dir), "--results-dir", str(tmp_path)]
     assert (found["status"], main([*SHORT, *places, "--quiet"])) == (0, 0)
-    one = folder_of(tmp_path)
+    one = only_folder(tmp_path)
     record, expected = found["record"], json.loads((one / "record.json").read_text())
     assert record["status"] == "ok"
     rows, expected_rows = history_of(two), history_of(one)
@@ -115,17 +109,13 @@ def test_a_run_on_two_ranks_is_as_one_process(both, out, tmp_path, small_data_di
     assert record["speed"]["step_tokens"] == [64, 64]
     weights = load_checkpoint(one / "checkpoint.pt")["model"]
     assert set(load_checkpoint(two / "checkpoint.pt")["model"]) == set(weights)
-
-
-@pytest.mark.slow
-def test_only_the_first_rank_prints_and_writes(both, out):
+    # Only the first rank prints and writes.
     first, second = (found["runs"]["two"]["stdout"] for found in both)
     assert first.count("\nvalidation ") == first.count("building the model") == 1
     assert "on each of 2 ranks" in " ".join(first.split())
     assert second == ""
-    folder = folder_of(out / "two")
-    assert {path.name for path in folder.iterdir()} == FILES
-    assert (folder / "log.txt").read_text().count("building the model") == 1
+    assert {path.name for path in two.iterdir()} == FILES
+    assert (two / "log.txt").read_text().count("building the model") == 1
 
 
 @pytest.mark.slow
@@ -140,7 +130,7 @@ def test_a_run_stopped_and_continued_is_as_undisturbed(both, out):
     times = continued["record"]["time"]
     assert [part["resumed_at_step"] for part in times["parts"]] == [None, times["resumed_at_step"]]
     assert times["resumed_at_step"] == steps
-    ours, theirs = folder_of(out / "stopped"), folder_of(out / "undisturbed")
+    ours, theirs = only_folder(out / "stopped"), only_folder(out / "undisturbed")
     assert (ours / "log.txt").read_text().count("building the model") == 2
     assert history_of(ours) == history_of(theirs)
     found, expected = np.load(ours / "nll.npz"), np.load(theirs / "nll.npz")
@@ -153,14 +143,12 @@ def test_a_run_stopped_and_continued_is_as_undisturbed(both, out):
 def test_another_number_of_ranks_cannot_continue_the_run(both, out, small_data_dir, capsys):
     results = out / "left as stopped"
     alone = [*DROPOUT, "--data-dir", str(small_data_dir), "--results-dir", str(results)]
-    checkpoint = folder_of(results) / "checkpoint.pt"
+    checkpoint = only_folder(results) / "checkpoint.pt"
     for asked, said in (
         (["--resume-checkpoint", str(checkpoint)], "world_size: 2 there, 1 here"),
         (["--resume"], "2 ranks there, 1 here"),
     ):
-        with pytest.raises(SystemExit):
-            main([*alone, *asked])
-        assert said in capsys.readouterr().err
+        assert said in refusal(capsys, [*alone, *asked])
 
 
 @pytest.mark.slow
@@ -170,7 +158,7 @@ def test_a_failure_of_one_rank_is_the_runs_own(both, out):
     record = both[0]["runs"]["failed"]["record"]
     assert (record["status"], record["used"]["steps"]) == ("oom", FAILED_AFTER)
     assert record["error"] == "rank 1: OutOfMemoryError: memory ran out, for the test's sake"
-    assert "_two_ranks.py" in (folder_of(out / "failed") / "log.txt").read_text()  # where it happened
+    assert "_two_ranks.py" in (only_folder(out / "failed") / "log.txt").read_text()  # where it happened
 
 
 @pytest.mark.slow
@@ -196,7 +184,7 @@ def test_a_signal_to_torchrun_stops_every_rank(tmp_path, small_data_dir):
         time.sleep(0.02)
     torchrun.send_signal(signal.SIGTERM)
     torchrun.communicate(timeout=90)
-    folder = folder_of(tmp_path)
+    folder = only_folder(tmp_path)
     record = json.loads((folder / "record.json").read_text())
     assert (record["status"], record["error"]) == ("interrupted", "stopped from outside")
     steps = load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"]
@@ -218,11 +206,7 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(both):
             torch.testing.assert_close(its_loss, loss, **EXACT)
             for ours, theirs in zip(its_gradients, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, **EXACT)
-
-
-@pytest.mark.slow
-def test_only_the_last_piece_of_a_batch_waits_for_the_other_ranks(both):
-    assert [found["sums"] for found in both] == [[1, 1, 1]] * 2
+    assert [found["sums"] for found in both] == [[1, 1, 1]] * 2, "only the last piece waits for the others"
 
 
 @pytest.mark.slow
@@ -237,34 +221,13 @@ def test_a_parameter_that_no_loss_depends_on_is_left_alone(both):
 
 
 @pytest.mark.slow
-@pytest.mark.core("ranks")
-def test_a_training_is_that_of_one_process(both, corpus):
-    """Losses, norms, evaluations, counts and parameters; over two epochs, whose order the ranks share."""
-    alone = train(ALONE, corpus, 0.0)
-    for found in both:
-        ours = found["train"]
-        assert len(ours["rows"]) == len(alone["rows"]) == 8
-        for row, expected in zip(ours["rows"], alone["rows"], strict=True):
-            assert row == {name: pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
-                           for name, value in expected.items()}  # fmt: skip
-        assert (ours["ledger"], ours["batch_shapes"]) == (alone["ledger"], alone["batch_shapes"])
-        for value, expected in zip(ours["parameters"], alone["parameters"], strict=True):
-            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.slow
-def test_each_rank_has_its_own_dropout_and_all_the_same_parameters(both, corpus):
+def test_each_rank_has_its_own_dropout_and_random_state_and_all_the_same_parameters(both, corpus):
     seeds = [found["dropout"]["seed"] for found in both]
     assert seeds == [stream_seed(0, "dropout"), stream_seed(0, "dropout.1")]
-    assert seeds[0] == train(ALONE, corpus, 0.5)["seed"]
+    assert seeds[0] == train(ALONE, corpus)["seed"]
     first, second = (found["dropout"] for found in both)
     assert first["rows"] == second["rows"]
     assert all(torch.equal(*pair) for pair in zip(first["parameters"], second["parameters"], strict=True))
-    assert first["rows"] != both[0]["train"]["rows"]
-
-
-@pytest.mark.slow
-def test_a_checkpoint_has_the_random_state_of_every_rank(both):
     first, second = (found["dropout"]["random"] for found in both)
     assert len(first) == len(second) == 2
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
@@ -273,37 +236,26 @@ def test_a_checkpoint_has_the_random_state_of_every_rank(both):
 
 @pytest.mark.slow
 @pytest.mark.core("ranks")
-@pytest.mark.parametrize("place", range(len(WINDOWS)))
-def test_an_evaluation_scores_every_target_once_in_the_order_of_the_text(both, corpus, place):
+def test_an_evaluation_scores_every_target_once_in_the_order_of_the_text(both, corpus):
     """Also where there are fewer windows than ranks, or an odd number."""
-    expected = evaluations(ALONE, corpus)[place]
-    for found in both:
-        ours = found["evaluations"][place]
-        assert ours["tokens"] == expected["tokens"] == len(ours["nll"])
-        torch.testing.assert_close(ours["nll"], expected["nll"], rtol=1e-6, atol=0)  # kept in float32
-        assert ours["sum"] == pytest.approx(expected["sum"], rel=1e-7)
-    assert both[0]["evaluations"][place]["sum"] == both[1]["evaluations"][place]["sum"]
+    evaluated = [found["evaluations"] for found in both]
+    for expected, *found in zip(evaluations(ALONE, corpus), *evaluated, strict=True):
+        for ours in found:
+            assert ours["tokens"] == expected["tokens"] == len(ours["nll"])
+            torch.testing.assert_close(ours["nll"], expected["nll"], rtol=1e-6, atol=0)  # kept in float32
+            assert ours["sum"] == pytest.approx(expected["sum"], rel=1e-7)
+        assert found[0]["sum"] == found[1]["sum"]
 
 
 @pytest.mark.slow
-def test_speed_is_all_tokens_over_the_slowest_ranks_time(both):
-    for found in both:
-        speed = found["measured"]["speed"]
-        assert (speed["rank"], speed["step_seconds"]) == (1, [2.0] * 3)
-        assert speed["step_tokens"] == [64] * 3
-
-
-@pytest.mark.slow
-def test_memory_is_that_of_the_rank_that_takes_most(both):
-    first, second = (found["measured"]["memory"] for found in both)
-    assert first == second
-    assert first["rank"] == 0  # it runs four rows at once, the other one row
-
-
-@pytest.mark.slow
-def test_ranks_warm_up_equally_long(both):
-    """One is steady long before the other, which would go on alone."""
-    assert both[0]["measured"]["warmup_steps"] == both[1]["measured"]["warmup_steps"] == 50
+def test_speed_is_of_the_slowest_rank_memory_of_the_largest_and_all_warm_up_equally_long(both):
+    """All tokens over the slowest rank's time; one is steady long before the other."""
+    first, second = (found["measured"] for found in both)
+    for speed in (first["speed"], second["speed"]):
+        assert (speed["rank"], speed["step_seconds"], speed["step_tokens"]) == (1, [2.0] * 3, [64] * 3)
+    assert first["memory"] == second["memory"]
+    assert first["memory"]["rank"] == 0  # it runs four rows at once, the other one row
+    assert first["warmup_steps"] == second["warmup_steps"] == 50
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 from bench import files
 from bench.config import ModelConfig, RunConfig, config_of, run_flags
-from bench.record import Damaged, Record, RunFolder, check_writable, is_measured, not_measured
+from bench.record import Damaged, Record, RunFolder, check_writable, is_measured
 from bench.run.prepare import configuration_id, identity, settings_in_record
 from bench.run.prepare import run_id as schema_run_id
 from gnnmoe.couplers.registry import coupler_identity
@@ -95,13 +95,12 @@ def test_every_committed_record_has_the_ids_of_its_config():
         ("data", "dataset_config_name", "wikitext-2-v1"),
         ("training", "batch_schedule", "0:16"),
         ("training", "batch_schedule", "0:16,3:16"),
+        ("places", "run_name", "x"),
+        ("places", "study", "x"),
     ],
 )
 def test_the_same_run_said_in_other_words_has_the_same_id(group, name, value):
     assert run_id(with_field(group, name, value), DATA, "cpu") == run_id(RunConfig(), DATA, "cpu")
-
-
-def test_one_batch_schedule_has_one_id():
     one = run_id(with_field("training", "batch_schedule", "0:16,3:32"), DATA, "cpu")
     for text in ("0:16,03:32", " 0:016 , 3:32", "0:16,2:16,3:32,4:32"):
         assert run_id(with_field("training", "batch_schedule", text), DATA, "cpu") == one
@@ -117,40 +116,14 @@ def test_fields_that_a_coupler_never_reads_do_not_count():
     )
 
 
-def test_a_run_id_does_not_change_with_names_and_places():
-    base = run_id(RunConfig(), DATA, "cpu")
-    for name, value in (("run_name", "x"), ("study", "x"), ("quiet", True), ("force", True)):
-        assert run_id(with_field("places", name, value), DATA, "cpu") == base
-
-
-def test_a_coupler_option_counts_the_same_as_a_flag_and_as_a_dict():
-    flag = run_id(with_field("model", "coupler_option", ("backend=loop",)), DATA, "cpu")
-    table = run_id(with_field("model", "coupler_options", {"backend": "loop"}), DATA, "cpu")
-    assert flag == table != run_id(RunConfig(), DATA, "cpu")
-
-
 def test_a_new_record_has_a_reason_where_nothing_is_known_and_no_other_key():
     record = record_json(run_id="abc", status="interrupted")
     assert tuple(record) == tuple(Record.model_fields)
     assert record["quality"] == {"value": None, "reason": "the run did not get this far"}
     assert not is_measured(made_record().speed)
+    assert (is_measured(0), is_measured(None)) == (True, False)
     with pytest.raises(ValueError, match="perplexity"):
         made_record(perplexity=3.0)
-
-
-def test_zero_is_a_measurement_and_null_is_not():
-    assert is_measured(0)
-    assert not is_measured(None)
-    assert not is_measured(not_measured("no GPU"))
-
-
-def test_a_record_comes_back_as_it_was_written(tmp_path):
-    folder = RunFolder(tmp_path, "study", "id")
-    assert folder.read_record() is None
-    record = made_record(run_id="id")
-    folder.create(record)
-    assert folder.read_record() == record
-    assert (folder.path / "history.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(("text", "written"), [
@@ -211,6 +184,27 @@ def test_a_record_names_folders_and_files_by_their_names_alone():
     assert found.coupler == "own.py:Own"
 
 
+def test_a_folder_of_a_run_gives_back_what_it_was_given_and_is_set_aside_under_another_name(tmp_path):
+    for number in (1, 2):
+        folder = RunFolder(tmp_path, "study", "id")
+        assert folder.read_record() is None
+        folder.create(made_record(seed=number))
+        assert folder.read_record() == made_record(seed=number)
+        assert (folder.path / "history.jsonl").read_text() == ""
+        folder.write_arrays("nll.npz", {"a": np.arange(3)})
+        assert np.load(folder.path / "nll.npz")["a"].tolist() == [0, 1, 2]
+        for step in (1, 2):
+            folder.append_history({"step": step})
+        lines = (folder.path / "history.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2]
+        folder.set_aside()
+    kept = {
+        path.parent.name: json.loads(path.read_text())["seed"]
+        for path in tmp_path.glob("study/*/record.json")
+    }
+    assert kept == {"id.1": 1, "id.2": 2}
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     """Record: written to a temporary name and renamed; NaN is no JSON and is refused."""
     folder = RunFolder(tmp_path, "study", "id")
@@ -228,28 +222,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert {path.name for path in folder.path.iterdir()} == {"record.json", "history.jsonl", "log.txt"}
 
 
-def test_arrays_and_history_come_back(tmp_path):
-    folder = RunFolder(tmp_path, "study", "id")
-    folder.create(made_record())
-    folder.write_arrays("nll.npz", {"a": np.arange(3)})
-    assert np.load(folder.path / "nll.npz")["a"].tolist() == [0, 1, 2]
-    folder.append_history({"step": 1})
-    folder.append_history({"step": 2})
-    lines = (folder.path / "history.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-
-
-def test_setting_aside_never_overwrites(tmp_path):
-    for number in (1, 2):
-        folder = RunFolder(tmp_path, "study", "id")
-        folder.create(made_record(seed=number))
-        folder.set_aside()
-    kept = sorted(path.name for path in (tmp_path / "study").iterdir())
-    assert kept == ["id.1", "id.2"]
-    assert json.loads((tmp_path / "study" / "id.1" / "record.json").read_text())["seed"] == 1
-
-
-@pytest.mark.parametrize("text", ["", '{"run_id": ', "[]", '{"a": 1}', "3"])
+@pytest.mark.parametrize("text", ['{"run_id": ', "[]", '{"a": 1}'])
 def test_a_damaged_record_is_called_that(tmp_path, text):
     folder = RunFolder(tmp_path, "study", "id")
     folder.create(made_record())
@@ -275,15 +248,11 @@ def test_a_study_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "study").write_text("")
     with pytest.raises(ValueError, match="cannot be written"), RunFolder(tmp_path, "study", "id").locked():
         pass
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_writable(tmp_path / "study" / "results")
+    check_writable(tmp_path / "new" / "results")
+    assert [path.name for path in tmp_path.iterdir()] == ["study"], "checking leaves nothing"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "id").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         RunFolder(tmp_path, "other", "id").create(made_record())
-
-
-def test_checking_that_a_folder_can_be_written_leaves_nothing(tmp_path):
-    check_writable(tmp_path / "new" / "results")
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
-        check_writable(tmp_path / "file" / "results")

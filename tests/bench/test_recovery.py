@@ -36,27 +36,22 @@ def test_b9_out_of_memory_by_its_text(text):
 
 
 def test_b9_each_text_is_needed():
-    """B9: the five texts, and each real message has exactly one of them."""
-    assert sorted(sum(text in real for real in REAL.values()) for text in OUT_OF_MEMORY_TEXTS) == [1] * 5
-
-
-def test_b9_out_of_memory_by_its_type():
+    """B9: the five texts, each real message has exactly one of them; and the two types."""
     assert is_out_of_memory(torch.OutOfMemoryError("anything"))
     assert is_out_of_memory(MemoryError())
+    assert sorted(sum(text in real for real in REAL.values()) for text in OUT_OF_MEMORY_TEXTS) == [1] * 5
 
 
 @pytest.mark.parametrize(
     "error",
     [
         ValueError("CUDA error: out of memory"),
-        KeyError("out of memory"),
         NotImplementedError("CUDA error: out of memory"),
+        RuntimeError("could not create a primitive"),  # oneDNN's text may mean many things
         NoFeasibleBatch([Trial(Shape(1, 8), "RuntimeError: CUDA error: out of memory")], Shape(1, 8)),
-        RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED"),
         RuntimeError("this page is out of memory lane"),
-        torch.AcceleratorError("CUDA error: device-side assert triggered"),
         KeyboardInterrupt("CUDA error: out of memory"),
     ],
     ids=lambda error: f"{type(error).__name__}:{str(error)[:20]}",
@@ -70,11 +65,6 @@ def test_b9_every_other_error_comes_out(error):
     with pytest.raises(type(error)) as raised:
         attempt(fails)
     assert raised.value is error
-
-
-def test_an_attempt_that_runs_gives_its_value():
-    assert attempt(lambda: 7) == Attempted(value=7)
-    assert attempt(lambda: None).failure is None
 
 
 def test_a_failure_says_nothing_of_other_processes():
@@ -95,8 +85,7 @@ def test_a_failed_attempt_says_why():
     assert attempt(lambda: memory.step(91)).failure == (
         "OutOfMemoryError: CUDA out of memory. Tried to allocate 1010 bytes"
     )
-    assert memory.largest == 90
-    assert memory.tried == [1, 90, 91, 91]
+    assert attempt(lambda: 7) == Attempted(value=7)
 
 
 def filled(alive: list[weakref.ref], then=None) -> None:
@@ -135,19 +124,6 @@ def test_b10_nothing_of_a_failed_attempt_stays_alive(function, held):
     assert attempt(lambda: function(alive, kept.append if held else None)).failure
     assert [reference() for reference in alive] == [None] * 3
     assert len(kept) == held
-
-
-def test_b10_recovery_runs_outside_the_except_block(monkeypatch):
-    """B10: there, no error is being handled, and its frames are gone but for cycles."""
-    alive: list[weakref.ref] = []
-    seen: list[tuple[object, list[bool]]] = []
-
-    def recover():
-        seen.append((sys.exc_info()[0], [reference() is None for reference in alive]))
-
-    monkeypatch.setattr(device, "recover", recover)
-    attempt(lambda: filled(alive))
-    assert seen == [(None, [True, False, True])]
 
 
 def test_recovery_empties_the_cache_of_the_device(monkeypatch):
@@ -213,16 +189,8 @@ for trial in range(3):  # the next trial can use what the one before had
     assert "DefaultCPUAllocator: can't allocate memory" in failed.failure, failed
     assert attempt(nearly_everything).failure is None, trial
 assert attempt(lambda: step(4)).failure is None
-
-def fill(hold):
-    while True:
-        hold.append(torch.ones(2**20))
-
-held = []
-assert attempt(lambda: fill(held)).failure and len(held) > 4
+held = nearly_everything()
 assert attempt(nearly_everything).failure  # what is held elsewhere is not freed: the limit is real
-held.clear()
-assert attempt(nearly_everything).failure is None
 print("recovered")
 """
 

@@ -13,30 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-import bench.training.loop
 from bench.run.__main__ import main
-from bench.training.checkpoint import differing_fields, load_checkpoint, save_checkpoint
+from bench.training.checkpoint import differing_fields, load_checkpoint
 from tests.bench._forked import fork_context
+from tests.bench._runs import act_at_step, interrupt, only_folder, refusal, results_of
 from tests.bench.conftest import TINY
 
-FLAGS = ["--max-steps", "9", "--eval-every", "3", "--dropout-rate", "0.1"]
+FLAGS = ["--max-steps", "9", "--eval-every", "3", "--dropout-rate", "0.1", "--num-experts", "2"]
 SCHEDULE = [*FLAGS, "--epochs", "3", "--max-batches-per-epoch", "3", "--min-steps-per-epoch", "1"]
 SCHEDULE += ["--batch-schedule", "0:4,1:8,2:12", "--curriculum", "rarity"]
-
-
-def results_of(flags: list[str]) -> Path:
-    return Path(flags[flags.index("--results-dir") + 1])
-
-
-def elsewhere(flags: list[str], name: str) -> list[str]:
-    """Return the same flags with results in another folder."""
-    place = flags.index("--results-dir") + 1
-    return [*flags[:place], str(Path(flags[place]).with_name(name)), *flags[place + 1 :]]
-
-
-def only_folder(results: Path) -> Path:
-    (path,) = results.glob("*/*/record.json")
-    return path.parent
 
 
 @pytest.fixture
@@ -92,29 +77,12 @@ def parts_of(folder: Path) -> list[dict]:
     return parts
 
 
-def act_at_step(monkeypatch, step: int, action) -> None:
-    """Do ``action`` inside the given training step, once."""
-    real, steps = bench.training.loop.training_step, []
-
-    def acting(*arguments):
-        steps.append(None)
-        if len(steps) == step:
-            action()
-        return real(*arguments)
-
-    monkeypatch.setattr(bench.training.loop, "training_step", acting)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def full_disk(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
 @pytest.mark.core("resume")
-@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 4)), 9])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step, capsys):
     """As a kill would: nothing is saved at that moment, so it goes on from the last checkpoint."""
     with monkeypatch.context() as patch:
@@ -136,25 +104,13 @@ def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_at_the_end_of_its_step_with_a_checkpoint(run, undisturbed, monkeypatch):
-    """SIGINT; the next test sends SIGTERM."""
-    with monkeypatch.context() as patch:
-        act_at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert main(run) == 130
-    folder = only_folder(results_of(run))
-    assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"] == 5
-    assert main([*run, "--resume"]) == 0
-    assert_equal_but_for_times(folder, undisturbed)
-
-
-@pytest.mark.slow
 def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypatch):
-    for step in (2, 5):
+    for step, sent in ((2, signal.SIGINT), (5, signal.SIGTERM)):
         with monkeypatch.context() as patch:
-            act_at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            act_at_step(patch, step, lambda sent=sent: os.kill(os.getpid(), sent))
             assert main([*run, "--resume"] if step == 5 else run) == 130
     with monkeypatch.context() as patch:
-        patch.setattr("bench.run.session.evaluate", lambda *_: interrupt())
+        patch.setattr("bench.run.session.evaluate", interrupt)
         assert main([*run, "--resume"]) == 130
     assert main([*run, "--resume"]) == 0
     folder = only_folder(results_of(run))
@@ -164,20 +120,20 @@ def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypa
 
 
 def test_killed_at_any_moment_and_continued(run, undisturbed):
-    """kill -9 before training, and twice within it; each leaves a folder that the next call understands."""
+    """kill -9 before training and within it; each leaves a folder that the next call understands."""
     log = ""
-    for rows in (0, 3, 7):
+    for rows in (0, 5):
         started = list(results_of(run).glob("*/*/record.json"))
         kill_when_history_has(rows, [*run, "--resume"] if started else run)
         folder = only_folder(results_of(run))
         assert (folder / "log.txt").read_text().startswith(log)
         log = (folder / "log.txt").read_text()
-        assert len(parts_of(folder)) == (0, 3, 7).index(rows) + 1
+        assert len(parts_of(folder)) == (0, 5).index(rows) + 1
     assert main([*run, "--resume"]) == 0
     assert_equal_but_for_times(folder, undisturbed)
     assert (folder / "log.txt").read_text().startswith(log)
     parts = parts_of(folder)
-    assert len(parts) == 4
+    assert len(parts) == 3
     assert all((part["end"] is None) == (part["seconds"].keys() <= {"prepare", "total"}) for part in parts)
     assert parts[-1]["end"] is not None
 
@@ -196,14 +152,6 @@ def kill_when_history_has(rows: int, flags: list[str]) -> None:
         child.kill()
         child.join()
     assert child.exitcode == -signal.SIGKILL, "the run ended before it was killed"
-
-
-def refusal(capsys, flags: list[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main(flags)
-    assert stopped.value.code == 2
-    return " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture(scope="module")
@@ -237,11 +185,14 @@ def test_resuming_another_config_names_the_fields_that_differ(run, interrupted, 
     message = refusal(capsys, [*run, "--resume", "--learning-rate", "0.001"])
     assert interrupted.name in message
     assert "learning_rate: 0.008 there, 0.001 here" in message
-    message = refusal(
-        capsys, [*run, "--resume-checkpoint", str(interrupted / "checkpoint.pt"), "--num-experts", "3"]
-    )
-    assert "num_experts: 4 there, 3 here" in message
+    way = ["--resume-checkpoint", str(interrupted / "checkpoint.pt")]
+    message = refusal(capsys, [*run, *way, "--num-experts", "3"])
+    assert "num_experts: 2 there, 3 here" in message
     assert message.count(" there, ") == 1
+    there = {"a": {"x": 1, "y": 2}, "b": 3}
+    assert differing_fields(there, {"a": {"x": 1, "y": 5}, "c": 4}) == [
+        "y: 2 there, 5 here", "b: 3 there, None here", "c: None there, 4 here",
+    ]  # fmt: skip
 
 
 def test_nothing_to_resume_and_a_finished_run(run, undisturbed, capsys):
@@ -254,7 +205,8 @@ def test_nothing_to_resume_and_a_finished_run(run, undisturbed, capsys):
 
 def test_a_checkpoint_elsewhere_is_continued(run, interrupted, undisturbed, tmp_path):
     """``--checkpoint-dir`` and ``--resume-checkpoint``: also into another results folder."""
-    flags = [*elsewhere(run, "moved"), "--checkpoint-dir", str(tmp_path / "checkpoints")]
+    flags = [*run, "--results-dir", str(tmp_path / "moved")]
+    flags += ["--checkpoint-dir", str(tmp_path / "checkpoints")]
     assert main([*flags, "--resume-checkpoint", str(interrupted / "checkpoint.pt")]) == 0
     folder = only_folder(results_of(flags))
     assert not (folder / "checkpoint.pt").exists()
@@ -265,22 +217,6 @@ def test_a_checkpoint_elsewhere_is_continued(run, interrupted, undisturbed, tmp_
     assert first["end"] is not None, "the checkpoint knows when it was saved"
     assert last["command"].endswith("checkpoint.pt")
     assert "building the model" in (folder / "log.txt").read_text().partition("part 2 of the run")[0]
-
-
-def test_the_checkpoint_of_a_finished_run_holds_its_best_weights_only(undisturbed):
-    state = load_checkpoint(undisturbed / "checkpoint.pt")
-    assert set(state) == {"schema", "run_id", "identity", "code", "model"}
-    assert state["run_id"] == undisturbed.name
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"value": 1})
-    monkeypatch.setattr("bench.files.os.fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, {"value": 2})
-    assert load_checkpoint(path)["value"] == 1
-    assert [found.name for found in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_full_disk_while_training_ends_the_run_with_its_status(run, undisturbed, monkeypatch, capsys):
@@ -301,22 +237,14 @@ def test_a_full_disk_while_training_ends_the_run_with_its_status(run, undisturbe
     assert [part["resumed_at_step"] for part in parts_of(folder)] == [None, 3]
 
 
-def test_the_fields_that_differ():
-    there = {"a": {"x": 1, "y": 2}, "b": 3}
-    assert differing_fields(there, {"a": {"x": 1, "y": 5}, "c": 4}) == [
-        "y: 2 there, 5 here", "b: 3 there, None here", "c: None there, 4 here",
-    ]  # fmt: skip
-    assert differing_fields(there, there) == []
-
-
 @pytest.mark.core("resume")
-@pytest.mark.parametrize("step", [5, pytest.param(9, marks=pytest.mark.slow), "evaluating"])
+@pytest.mark.parametrize("step", [5, "evaluating"])
 def test_schedule_and_curriculum_go_on_where_they_were(tiny, scheduled, monkeypatch, step):
     """Batch sizes, blocks, ledger and what is measured afterwards are those of the last epoch."""
     flags = [*tiny, *SCHEDULE]
     with monkeypatch.context() as patch:
         if step == "evaluating":
-            patch.setattr("bench.run.session.check_trained_isolation", lambda *_, **__: interrupt())
+            patch.setattr("bench.run.session.check_trained_isolation", interrupt)
         else:
             act_at_step(patch, step, interrupt)
         assert main(flags) == 130

@@ -7,18 +7,23 @@ import io
 import json
 import math
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import bench.run.session
+from bench.cli import parse
+from bench.config import RunConfig
 from bench.data.corpus import load_corpus
 from bench.record import Record, RunFolder, record_of
 from bench.report import quantities
+from bench.report.plots.run import plot_run
 from bench.run.__main__ import main
+from bench.run.prepare import prepare
 from gnnmoe.couplers.registry import coupler_names
+from tests.bench._runs import only_run, results_of
 from tests.bench.conftest import TINY
 
 QUICK = ("HGNN", "dense", "topk")  # weights of hyperedges, other blocks, and losses of the coupler's own
@@ -26,16 +31,6 @@ COUPLERS = [
     pytest.param(name, marks=[pytest.mark.core(f"coupler:{name}"), *[pytest.mark.slow] * (name not in QUICK)])
     for name in coupler_names()
 ]
-
-
-def only_run(results: Path) -> tuple[Path, dict]:
-    """Return the one run folder below ``results``, and its record."""
-    (path,) = results.glob("*/*/record.json")
-    return path.parent, json.loads(path.read_text())
-
-
-def results_of(flags: list[str]) -> Path:
-    return Path(flags[len(flags) - flags[::-1].index("--results-dir")])
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +76,25 @@ def test_a_run_leaves_a_whole_record(tiny, coupler, capsys):
 
 
 def test_plots_are_drawn_at_the_end_and_a_failure_of_theirs_is_a_note(tiny, monkeypatch, capsys):
-    assert main([*tiny, "--plots", "--max-steps", "2"]) == 0
-    folder, _ = only_run(results_of(tiny))
-    assert {"training.svg", "training.png", "training.csv"} <= {p.name for p in (folder / "plots").iterdir()}
-
-    def broken(_):
+    def broken(folder):
+        plot_run(folder)
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("bench.report.plots.run.plot_run", broken)
-    assert main([*tiny, "--plots", "--max-steps", "2", "--force"]) == 0
+    assert main([*tiny, "--coupler", "mean", "--plots", "--max-steps", "2"]) == 0
+    folder, _ = only_run(results_of(tiny))
+    assert {"training.svg", "training.png", "training.csv"} <= {p.name for p in (folder / "plots").iterdir()}
     assert "note: the plots could not be drawn: RuntimeError: no fonts" in capsys.readouterr().err
 
 
 def test_what_is_reported_is_what_was_used(written):
     """A3 and D1 in small: shapes, steps and tokens are counted from the tensors."""
-    _, record = written
+    folder, record = written
+    stored = np.load(folder / "nll.npz")
+    total = stored["validation_nll"].astype(np.float64).sum()
+    assert record["quality"]["validation"]["nll_sum"] == pytest.approx(total, rel=1e-6)
+    assert stored["validation_document"].shape == stored["validation_nll"].shape == (128,)
+    assert quantities.perplexity(record_of(record)) == pytest.approx(math.exp(total / 128), rel=1e-6)
     assert record["requested"] == {"batch_size": 4, "max_seq_length": 16, "micro_batch_size": None,
                                    "memory_budget": None, "memory_target": None}  # fmt: skip
     used = record["used"]
@@ -115,15 +114,6 @@ def test_what_is_reported_is_what_was_used(written):
     assert (quality["tokens"], quality["length"], quality["stride"]) == (8 * 16, 16, 8)
     assert record["quality"]["test"]["value"] is None
     assert "--evaluate-test" in record["quality"]["test"]["reason"]
-
-
-def test_the_sums_of_the_record_are_those_of_the_stored_losses(written):
-    folder, record = written
-    stored = np.load(folder / "nll.npz")
-    total = stored["validation_nll"].astype(np.float64).sum()
-    assert record["quality"]["validation"]["nll_sum"] == pytest.approx(total, rel=1e-6)
-    assert stored["validation_document"].shape == stored["validation_nll"].shape == (128,)
-    assert quantities.perplexity(record_of(record)) == pytest.approx(math.exp(total / 128), rel=1e-6)
 
 
 def test_history_and_communication_over_steps(written):
@@ -147,67 +137,38 @@ def test_history_and_communication_over_steps(written):
     assert sum(summary["mixing"].values()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_the_same_run_twice_gives_the_same_numbers(finished):
+def test_a_damaged_record_is_kept_and_run_again_to_the_same_numbers(finished, capsys):
     folder, first = only_run(results_of(finished))
     losses = (folder / "nll.npz").read_bytes()
-    assert main([*finished, "--force"]) == 0
+    (folder / "record.json").write_text('{"status": ')
+    assert main(finished) == 0
+    assert "an earlier record (damaged) is kept" in capsys.readouterr().out
     second = json.loads((folder / "record.json").read_text())
     assert second["quality"] == first["quality"]
     assert (folder / "nll.npz").read_bytes() == losses
-    assert (folder.with_name(folder.name + ".1") / "record.json").exists()
+    assert (folder.with_name(folder.name + ".1") / "nll.npz").exists()
 
 
-def test_a_finished_run_shows_its_record(finished, capsys):
-    folder, _ = only_run(results_of(finished))
-    before = (folder / "record.json").stat().st_mtime_ns
-    assert main([*finished, "--run-name", "another name", "--quiet"]) == 0
-    printed = capsys.readouterr().out
-    assert "is finished" in printed
-    assert "perplexity" in printed
-    assert (folder / "record.json").stat().st_mtime_ns == before
-
-
-def test_at_one_seed_couplers_share_the_batches_and_the_start(tiny, monkeypatch):
+def test_at_one_seed_couplers_share_the_batches_and_the_start(small_data_dir, tmp_path):
     """Seeds: trunk, experts and batches are the same bit for bit, whatever the coupler."""
-    real = bench.run.session.Trainer._step
-    seen: list[list[torch.Tensor]] = []
-
-    def watched(self, batch):
-        if self.done.steps == 0:
-            seen.append([p.clone() for name, p in self.model.named_parameters() if "coupler" not in name])
-        seen[-1].append(batch["input_ids"])
-        real(self, batch)
-        if self.done.steps == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench.run.session.Trainer, "_step", watched)
+    seen = []
     for flags in (["--coupler", "HGNN"], ["--coupler", "GNN"], ["--coupler", "mean"], ["--seed", "1"]):
-        assert main([*tiny, *flags]) == 130
+        places = ["--data-dir", str(small_data_dir), "--results-dir", str(tmp_path)]
+        prepared = prepare(parse(RunConfig, [*TINY, *places, *flags], presets=True))
+        trunk = [
+            p
+            for name, p in prepared.execution.build(
+                prepared.model_config, prepared.config.training.seed
+            ).named_parameters()
+            if "coupler" not in name
+        ]
+        batches = [batch["input_ids"] for batch in islice(prepared.loaders["train"], 2)]
+        seen.append([*trunk, *batches])
     first, *others, other_seed = seen
     for tensors in others:
         assert all(torch.equal(a, b) for a, b in zip(first, tensors, strict=True))
     assert not torch.equal(first[0], other_seed[0])
     assert not torch.equal(first[-1], other_seed[-1])
-
-
-def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys):
-    real = bench.run.session.Trainer._step
-
-    def poisoned(self, batch):
-        if self.done.steps == 2:
-            with torch.no_grad():
-                self.model.token_embedding.weight.fill_(math.nan)
-        real(self, batch)
-
-    monkeypatch.setattr(bench.run.session.Trainer, "_step", poisoned)
-    assert main(tiny) == 1
-    folder, record = only_run(results_of(tiny))
-    assert record["status"] == "diverged"
-    assert "training loss is nan at step 3" in record["error"]
-    assert record["used"]["steps"] == 3
-    assert record["quality"]["value"] is None
-    assert len((folder / "history.jsonl").read_text().splitlines()) == 3
-    assert "diverged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -216,16 +177,22 @@ def test_nan_ends_the_run_as_diverged_with_its_record(tiny, monkeypatch, capsys)
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom", 1),
         (ValueError("shape mismatch"), "crashed", 1),
         (KeyboardInterrupt(), "interrupted", 130),
+        (None, "diverged", 1),
     ],
 )
 def test_whatever_happens_the_record_is_written(tiny, monkeypatch, capsys, error, status, exit_status):
     def failing(*_):
-        raise error
+        if error is not None:
+            raise error
+        return torch.tensor(math.nan), torch.tensor(1.0)
 
     monkeypatch.setattr("bench.training.loop.training_step", failing)
     assert main(tiny) == exit_status
     folder, record = only_run(results_of(tiny))
     assert record["status"] == status
+    assert ("training loss is nan at step 1" in record["error"]) == (status == "diverged")
+    assert record["used"]["steps"] == (status == "diverged")
+    assert record["quality"]["value"] is None
     assert record["time"]["end"] is not None
     assert ("Traceback" in capsys.readouterr().err) == (status == "crashed")
     assert not list(folder.glob(".*")), "no half-written file stays"
@@ -249,38 +216,6 @@ def test_a_leaking_coupler_is_stopped_by_the_leak_check(tiny, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-def test_the_batch_of_the_trained_check_is_the_run_s_own(tiny):
-    """The leak check: at the run's own B, also where validation has fewer sequences."""
-    assert main([*tiny, "--batch-size", "12", "--num-eval-samples", "2"]) == 0
-    _, record = only_run(results_of(tiny))
-    assert "(B, L) = (12, 16)" in record["check"]["checks"]["trained_isolation"]["detail"]
-
-
-def test_a_larger_vocabulary_pads_the_embedding_and_moves_no_number(finished):
-    _, plain = only_run(results_of(finished))
-    assert main([*finished, "--vocab-size", "500", "--force"]) == 0
-    records = [json.loads(path.read_text()) for path in results_of(finished).glob("*/*/record.json")]
-    (padded,) = [record for record in records if record["run_id"] != plain["run_id"]]
-    assert padded["status"] == "ok"
-    assert padded["parameters"]["total"] > plain["parameters"]["total"]
-    ratio = padded["quality"]["validation"]["nll_sum"] / plain["quality"]["validation"]["nll_sum"]
-    assert ratio == pytest.approx(1.0, abs=0.02)  # no probability is lost to words that are not there
-
-
-def test_a_damaged_record_is_kept_and_run_again(finished, capsys):
-    folder, _ = only_run(results_of(finished))
-    (folder / "record.json").write_text('{"status": ')
-    assert main(finished) == 0
-    assert "an earlier record (damaged) is kept" in capsys.readouterr().out
-    assert json.loads((folder / "record.json").read_text())["status"] == "ok"
-    assert (folder.with_name(folder.name + ".1") / "nll.npz").exists()
-
-
-def test_a_loss_beyond_any_perplexity_still_has_its_table(tiny, capsys):
-    assert main([*tiny, "--learning-rate", "1000", "--max-grad-norm", "1e9"]) in (0, 1)
-    assert "record:" in capsys.readouterr().out
-
-
 def test_a_full_disk_ends_the_run_with_a_message(tiny, monkeypatch, capsys):
     write, calls = RunFolder.write_record, []
 
@@ -301,10 +236,12 @@ def test_a_full_disk_ends_the_run_with_a_message(tiny, monkeypatch, capsys):
 
 def test_a_single_expert_trains_and_says_once_that_it_is_the_mean(tiny, capsys):
     """Bad input: num_experts 1 is fine; no hyperedges, mean readout, said once."""
-    assert main([*tiny, "--num-experts", "1"]) == 0
+    assert main([*tiny, "--num-experts", "1", "--batch-size", "12", "--num-eval-samples", "2"]) == 0
     said = capsys.readouterr().err
     assert said.count("has no hyperedges") == 1
     assert "note: HGNN: all_pairs has no hyperedges at num_experts 1" in said
+    trained = only_run(results_of(tiny))[1]["check"]["checks"]["trained_isolation"]
+    assert "(B, L) = (12, 16)" in trained["detail"], "the run's own batch, also of few validation sequences"
 
 
 def test_the_embedded_text_is_announced_loudly(tiny, capsys):
@@ -326,16 +263,11 @@ def test_the_table_fits_80_columns_and_says_what_counts(plain):
     table = printed[printed.index("HGNN ·") :].splitlines()
     assert max(map(len, table[:-1])) <= 80
     text = " ".join(" ".join(table).split())
-    for part in (
-        "perplexity",
-        "(unigram",
-        "tokens/s",
-        "MiB",
-        "experts 3,",
-        "{0,1}",
-        "✓ passed: token isolation",
-        "record:",
-    ):
+    (tokens,) = [line.split() for line in printed.splitlines() if "training tokens" in line]
+    assert tokens == ["training", "tokens", "256", "256", "✓"]
+    assert [line for line in printed.splitlines() if "asked" in line and "got" in line]
+    for part in ("perplexity", "(unigram", "tokens/s", "MiB", "experts 3,", "{0,1}",
+                 "✓ passed: token isolation", "record:"):  # fmt: skip
         assert part in text
 
 

@@ -14,15 +14,16 @@ from torch import nn
 from bench.config import ModelConfig, PlacesConfig
 from bench.speed import __main__ as speed
 from bench.speed.forms import Form, Timing, coupler_rows, forms_of
-from bench.speed.machine import Machine, peak_bytes, saved_bytes
+from bench.speed.machine import Machine, saved_bytes
 from bench.speed.record import FILE, SpeedRecord, read_speed_record
 from bench.speed.steps import Variant, executed, step_rows
 from bench.speed.suites import CpuScale, GpuScale, cpu_jobs, gpu_jobs, run_jobs
 from bench.training.step import Execution
 from gnnmoe import GNNMoEConfig
-from gnnmoe.couplers.base import Coupler
+from gnnmoe.couplers.gnn import GNNExpertCoupler
 from gnnmoe.hypergraph.backends import BACKENDS, missing_backends
 from gnnmoe.model import GNNMoEModel
+from tests.bench._runs import refusal
 from tools.speed_targets import CPU_TARGETS, GPU_TARGETS, verdicts
 
 CPU = torch.device("cpu")
@@ -66,14 +67,10 @@ class TestCouplers:
         for row in rows:
             assert len(row.seconds) == len(row.forward_seconds) == 2
             assert min(row.seconds) > 0
-            assert row.largest_difference is not None
-            assert row.largest_difference < 1e-5
-            assert row.peak_bytes is not None
-            assert row.peak_bytes >= 4 * 3 * 2 * 4 * 8  # at least the gradient of the expert outputs
-            assert row.saved_bytes
-            assert row.floor_seconds
-            assert row.roofline_seconds
-            assert row.error is None
+            assert (row.largest_difference or 0) < 1e-5
+            assert (row.peak_bytes or 0) >= 4 * 3 * 2 * 4 * 8  # at least the gradient of the expert outputs
+            assert None not in (row.largest_difference, row.saved_bytes, row.floor_seconds)
+            assert (row.roofline_seconds is None, row.error) == (False, None)
 
     def test_a_coupler_without_backends_has_two_forms_and_a_compiled_one_where_asked(
         self, no_compiler, machine
@@ -87,25 +84,17 @@ class TestCouplers:
         assert rows[1].saved_bytes is rows[1].peak_bytes is None  # seen on CUDA only
         assert rows[0].floor_bytes == 2 * 11 * 2 * 4 * 8
 
-    def test_a_form_that_computes_something_else_is_wrong(self, machine, monkeypatch):
-        build = Coupler.reference
-        graph = replace(SMALL, coupler_type="GNN")
-        from gnnmoe.couplers.gnn import GNNExpertCoupler
-
-        naive = GNNExpertCoupler.reference
+    def test_a_form_that_computes_something_else_is_wrong_and_one_that_cannot_be_built_an_error(
+        self, machine, monkeypatch
+    ):
+        graph, naive = replace(SMALL, coupler_type="GNN"), GNNExpertCoupler.reference
         monkeypatch.setattr(GNNExpertCoupler, "reference", lambda self, x, u=None: naive(self, x * 1.001, u))
-        rows = coupler_rows("case", forms_of("GNN", graph), 2, machine, "fp32", QUICK)
-        assert build is not naive
-        assert [row.wrong for row in rows] == [True, False]
-
-    def test_a_form_that_cannot_be_built_is_a_row_with_its_error(self, machine):
-        broken = Form("GNN", "broken", replace(SMALL, coupler_type="GNN", coupler_options={"k": "2"}))
-        good = forms_of("GNN", replace(SMALL, coupler_type="GNN"))
-        rows = coupler_rows("case", [good[0], broken], 2, machine, "fp32", QUICK)
-        assert rows[0].error is None
-        assert rows[1].error is not None
-        assert "Refused" in rows[1].error
-        assert rows[1].seconds == []
+        forms = [*forms_of("GNN", graph), Form("GNN", "broken", replace(graph, coupler_options={"k": "2"}))]
+        rows = coupler_rows("case", forms, 2, machine, "fp32", QUICK)
+        assert [row.wrong for row in rows] == [True, False, False]
+        assert [row.error is None for row in rows] == [True, True, False]
+        assert "Refused" in str(rows[2].error)
+        assert rows[2].seconds == []
 
 
 class TestMemory:
@@ -117,10 +106,6 @@ class TestMemory:
         saved = saved_bytes(lambda: second(nn.functional.gelu(first(x))), known, CPU)
         assert saved == 2 * 8 * 32 * 4
 
-    def test_the_peak_holds_what_the_owners_hold(self):
-        held = nn.Linear(64, 64, bias=False)
-        assert peak_bytes(lambda: torch.zeros(1000), (held,), CPU) == 64 * 64 * 4 + 4000
-
 
 class TestSteps:
     def test_the_head_in_chunks_computes_the_same_in_less_memory(self, machine):
@@ -130,28 +115,20 @@ class TestSteps:
             Variant("plain", executed("loop", "fp32"), True),
         ]
         chunked, plain = step_rows("head", variants, wide, 16, machine, rounds=2, warmup=1)
-        assert plain.largest_difference is not None
-        assert plain.largest_difference < 1e-5
-        assert chunked.peak_bytes is not None
-        assert plain.peak_bytes is not None
-        assert chunked.peak_bytes < 0.7 * plain.peak_bytes
+        assert 0 <= (plain.largest_difference or 0) < 1e-5
+        assert 0 < (chunked.peak_bytes or 0) < 0.7 * (plain.peak_bytes or 0)
 
     def test_no_peak_is_known_of_a_step_replayed_as_cuda_graphs(self, machine, monkeypatch):
         """Graphs hold their memory in a pool: on an H100 the meter saw 272 MiB of a step of 1.5 GiB."""
         for name in ("__post_init__", "compile"):  # which refuse it on a CPU
             monkeypatch.setattr(f"bench.training.step.Execution.{name}", lambda *_: None)
         variants = [Variant(mode, executed("loop", "fp32", mode)) for mode in ("default", "reduce-overhead")]
+        monkeypatch.setattr("gnnmoe.model.GNNMoEModel.flops", lambda *_: 10**18)
         compiled, replayed = step_rows("case", variants, SMALL, 2, machine, rounds=1)
         assert compiled.peak_bytes
-        assert compiled.remark == ""
+        assert "not the fastest ones here" in compiled.remark, "an MFU over one"
         assert replayed.peak_bytes is None
         assert "pool of their own" in replayed.remark
-
-    def test_an_mfu_over_one_is_a_remark_of_its_row(self, machine, monkeypatch):
-        monkeypatch.setattr("gnnmoe.model.GNNMoEModel.flops", lambda *_: 10**18)
-        [row] = step_rows("case", [Variant("eager", executed("loop", "fp32"))], SMALL, 2, machine, rounds=1)
-        assert row.error is None
-        assert "not the fastest ones here" in row.remark
 
     def test_a_step_is_held_against_the_first_of_its_own_model(self, machine, monkeypatch):
         """Compiled against eager, say: of one that computes something else the time does not count."""
@@ -191,12 +168,10 @@ def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestSuites:
-    @pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_the_cpu_suite_measures_every_target_of_its_own(
-        self, whole, small_data_dir, tmp_path, no_compiler, monkeypatch
+        self, small_data_dir, tmp_path, no_compiler, monkeypatch
     ):
-        if not whole:
-            in_short(monkeypatch)
+        in_short(monkeypatch)
         model = ModelConfig(embed_dim=8, num_layers=1, max_seq_length=16)
         scale = CpuScale(batch=2, length=4, width=8, saved_experts=4, saved_batch=1, model=model,
                          step_batch=4, vocabulary=64, steps=8, rounds=2, curve_experts=(2, 4),
@@ -230,15 +205,6 @@ class TestSuites:
         assert all(one.value is not None and math.isfinite(one.value) for one in found)
         assert set(no_compiler) == {None, "default"}
 
-    def test_a_loop_that_is_too_slow_is_timed_on_a_few_tokens_and_says_so(self, machine, monkeypatch):
-        monkeypatch.setattr("bench.speed.suites.MOST_LOOP_SECONDS", 0.0)
-        scale = GpuScale(baseline=replace(SMALL, num_experts=4), batch=8, loop_batch=2, rounds=2)
-        [job] = [job for job in gpu_jobs(scale) if job.name == "token by token"]
-        default, loop = job.rows(machine)
-        assert (default.form, default.batch) == ("vectorized", 8)
-        assert (loop.form, loop.batch, len(loop.seconds)) == ("loop", 8, 1)
-        assert loop.remark == "8 tokens timed, and the time multiplied by 4"
-
 
 class TestCommand:
     def test_it_prints_tables_of_80_columns_and_keeps_a_record(self, tmp_path, capsys, monkeypatch):
@@ -255,21 +221,13 @@ class TestCommand:
         assert {row.precision for row in rows} == {"fp32"}
 
     def test_couplers_times_sizes_and_a_plot(self, tmp_path, capsys):
-        arguments = [
-            "--couplers",
-            "static,GNN",
-            "--sizes",
-            "E=2;E=3",
-            "--plot",
-            "--results-dir",
-            str(tmp_path),
-        ]
+        arguments = ["--couplers", "static,GNN", "--sizes", "E=2;E=3", "--plot"]
+        arguments += ["--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments, "--name", "two", "--precision", "bf16"]) == 0
         folder = tmp_path / "speed" / "two"
         _, rows = read_speed_record(folder)
-        assert {(row.subject, row.experts) for row in rows} == {
-            (n, e) for n in ("static", "GNN") for e in (2, 3)
-        }
+        found = {(row.subject, row.experts) for row in rows}
+        assert found == {("static", 2), ("static", 3), ("GNN", 2), ("GNN", 3)}
         assert {path.name for path in folder.glob("cost.*")} == {"cost.svg", "cost.png", "cost.csv"}
         drawn = (folder / "cost.csv").read_text()
         for path in folder.glob("cost.*"):
@@ -289,11 +247,9 @@ class TestCommand:
         for row in rows:
             config = replace(SMALL, coupler_type=row.form, num_experts=row.experts, embed_dim=row.width,
                              max_seq_length=row.length, num_layers=row.layers, vocab_size=50)  # fmt: skip
-            own = GNNMoEModel(config).flops(row.batch, row.length)
-            assert own is not None
-            assert row.flops == 3 * own
-            assert row.peak_bytes is not None
-            assert row.peak_bytes > 4 * sum(part.numel() * 4 for part in GNNMoEModel(config).parameters())
+            own = GNNMoEModel(config)
+            assert row.flops == 3 * (own.flops(row.batch, row.length) or 0)
+            assert (row.peak_bytes or 0) > 4 * sum(part.nbytes for part in own.parameters())
             assert row.largest_difference == 0, "held against itself, not against the other model"
         assert {path.name for path in folder.glob("steps.*")} == {"steps.svg", "steps.png", "steps.csv"}
         assert "step, E 5, D 8, B 2, L 4, fp32, cpu" in capsys.readouterr().out
@@ -307,14 +263,11 @@ class TestCommand:
 
     @pytest.mark.parametrize(("arguments", "message"), [
         ("--coupler mean --hgnn-conv-type nope", "'nope'; allowed: "),
-        ("--coupler mean --static-hyperedge-strategy nope", "'nope'; allowed: "),
-        ("--couplers GNN,nope", "--couplers: unknown coupler 'nope'"),
         ("--sizes E=0", "--sizes: E is '0'"),
         ("--suite gpu", "--suite gpu needs a CUDA device, and this machine has none; take --suite cpu."),
         ("--whole-steps --couplers GNN,nope", "--couplers: unknown coupler 'nope'"),
         ("--whole-steps --sizes E=2,D=7", "embed_dim"),
         ("--suite cpu --whole-steps", "--suite cpu has its own whole_steps; drop"),
-        ("--suite cpu --sizes E=2 --rounds 3", "--suite cpu has its own sizes, rounds; drop"),
         ("--suite gpu --coupler GNN --compile", "--suite gpu has its own compile, coupler and its options"),
         ("--coupler GNN --data-dir .", "--data-dir is the text of --suite cpu"),
         ("--precision tf32 --device cpu", "tf32"),
@@ -325,18 +278,11 @@ class TestCommand:
     ])  # fmt: skip
     def test_wrong_input_is_one_message_and_nothing_is_written(self, arguments, message, tmp_path, capsys,
                                                                monkeypatch):  # fmt: skip
-        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as stopped:
-            speed.main(arguments.split())
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err
-        assert message in " ".join(error.split())
-        assert "Traceback" not in error
+        assert message in refusal(capsys, arguments.split(), speed.main)
         assert list(tmp_path.iterdir()) == []
 
     def test_without_flags_it_runs_the_suite_of_the_machine(self, monkeypatch, tmp_path, capsys):
-        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         monkeypatch.setattr("bench.speed.suites.cpu_jobs", lambda *_: [])
         monkeypatch.chdir(tmp_path)
         assert speed.main([]) == 0

@@ -5,21 +5,20 @@ from __future__ import annotations
 import copy
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench.cli import parse
 from bench.config import ExecutionConfig, MeasureConfig, RunConfig
 from bench.measure import speed_pass
-from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profile_steps
+from bench.measure.speed_pass import TRACE, SpeedPass, on_host
 from bench.measure.timing import TrainingSteps
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
 from bench.training.step import Execution
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from tests._records import made_memory, made_speed, measured
+from tests.bench._runs import only_run, results_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -43,11 +42,6 @@ def passed(model, folder, measure: MeasureConfig = QUICK, device=CPU, **config):
     return speed.model_dump(mode="json"), memory.model_dump(mode="json"), said
 
 
-def record_in(results: Path) -> dict:
-    [path] = results.glob("*/*/record.json")
-    return json.loads(path.read_text())
-
-
 # --- the pass --------------------------------------------------------------------------------------
 
 
@@ -66,26 +60,6 @@ def test_the_model_stays_as_it_was_and_the_record_has_every_part(tmp_path):
     assert said == []
     assert list(tmp_path.iterdir()) == []
     json.dumps([speed, memory], allow_nan=False)
-
-
-def test_a_steady_warm_up_is_one_of_the_flags(tmp_path):
-    speed, _, _ = passed(model_of(), tmp_path, MeasureConfig(speed_warmup_steps="auto", speed_steps=2))
-    assert speed["warmup_steps"] in (20, 30, 40, 50)
-    assert ("not steady" in speed["remark"]) is not speed["steady"]
-
-
-@pytest.mark.parametrize("preset", ["baseline", "full"])
-def test_long_presets_are_steady_and_the_quick_one_is_short(preset):
-    quick, steady = (parse(RunConfig, ["--preset", name], presets=True).measure for name in ("quick", preset))
-    assert (quick.speed_warmup_steps, quick.speed_steps) == (3, 10)
-    assert steady.speed_warmup_steps == "auto"
-
-
-@pytest.mark.parametrize("steps", ["0", "-3", "soon"])
-def test_a_wrong_number_of_warm_up_steps_is_refused(steps, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(RunConfig, ["--speed-warmup-steps", steps], presets=True)
-    assert stopped.value.code == 2
 
 
 def test_the_model_waits_on_the_host_and_comes_back_whatever_happens(monkeypatch):
@@ -114,15 +88,6 @@ def test_steps_faster_than_the_products_timed_are_a_note_and_end_nothing(tmp_pat
     speed, _, said = passed(model_of(), tmp_path)
     assert speed["matrix_flops_per_second"] == 1e18
     assert said == []
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(speed_pass, "matrix_rate", lambda *found: asked.append(found) or 1.0)
-    config = RunConfig(execution=ExecutionConfig(precision=precision))
-    assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate() == 1.0
-    assert asked == [(CUDA, dtype)]
 
 
 def test_compiling_is_what_the_warm_up_took_beyond_its_steps(tmp_path):
@@ -177,18 +142,13 @@ def test_the_coupler_alone_is_timed_beside_the_mean_coupler(monkeypatch):
     assert 0 < found["training_flops_per_token"] < 6 * 2 * 4 * own
 
 
-def test_marginal_memory_is_measured_and_the_mean_coupler_has_no_cost_of_its_own(tmp_path):
+def test_mean_and_dense_have_no_cost_over_the_mean_coupler(tmp_path):
     measure = MeasureConfig(speed_warmup_steps=1, speed_steps=2, marginal=True)
-    found = passed(model_of("HGNN"), tmp_path, measure)[0]["marginal"]
-    assert found["peak_allocated_bytes"] > 0
-    assert len(found["step_seconds"]) == len(found["reference_step_seconds"]) == 2
     mean = passed(model_of("mean"), tmp_path, measure)[0]["marginal"]
     assert mean == {"value": None, "reason": "the coupler is mean itself"}
     dense = passed(model_of("dense"), tmp_path, measure)[0]["marginal"]
     assert dense["value"] is None
-    assert "dense has other blocks" in dense["reason"], (
-        "experts as wide as its one block would be the reference"
-    )
+    assert "dense has other blocks" in dense["reason"]
 
 
 # --- the profile -----------------------------------------------------------------------------------
@@ -207,21 +167,6 @@ def test_a_profile_is_a_trace_and_the_costliest_operations(tmp_path):
     assert any("aten::" in line for line in said)
 
 
-def test_the_costliest_are_by_their_own_time_and_calls_are_of_one_step(tmp_path):
-    """One product of 300 rows in a step beside four additions of 4 numbers."""
-    large, small = torch.ones(300, 300), torch.ones(4)
-
-    def step(_):
-        torch.mm(large, large)
-        for _ in range(4):
-            torch.add(small, small)
-
-    found = profile_steps(step, tmp_path, CPU)
-    assert [(one.name, one.calls) for one in found[:2]] == [("aten::mm", 1), ("aten::add", 4)]
-    assert found[0].share > 0.5
-    assert sum(one.share for one in found) == pytest.approx(1.0)
-
-
 class Row:
     def __init__(self, key, device, own, count=2, annotation=False) -> None:
         self.key, self.count, self.is_user_annotation = key, count, annotation
@@ -237,25 +182,8 @@ def test_on_cuda_operations_count_by_the_kernels_they_launched(monkeypatch):
         Row("step", "CUDA", 100.0, annotation=True),
     ]  # fmt: skip
     found = speed_pass._costliest(rows, on_cuda=True)
-    assert [(one.name, one.share, one.calls) for one in found] == [
-        ("aten::mm", 0.6, 1),
-        ("aten::add", 0.3, 4),
-    ]
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_gpu_a_profile_has_a_trace_and_a_snapshot_of_the_memory(tmp_path):
-    import pickle
-
-    steps = TrainingSteps(model_of().to(CUDA), [{k: v.to(CUDA) for k, v in batches(1)[0].items()}],
-                          RunConfig().training)  # fmt: skip
-    found = profile_steps(steps.step, tmp_path, CUDA)
-    assert len(found) == 5
-    assert 0.1 < sum(one.share for one in found) <= 1.0 + 1e-6
-    assert (tmp_path / TRACE).stat().st_size > 1000
-    snapshot = pickle.loads((tmp_path / SNAPSHOT).read_bytes())
-    assert any(len(trace) > 10 for trace in snapshot["device_traces"])
+    found = [(one.name, one.share, one.calls) for one in found]
+    assert found == [("aten::mm", 0.6, 1), ("aten::add", 0.3, 4)]
 
 
 @pytest.mark.gpu
@@ -276,59 +204,46 @@ def test_gpu_the_copy_has_the_device_to_itself(tmp_path):
 # --- in a run --------------------------------------------------------------------------------------
 
 
-def test_a_run_measures_the_coupler_and_writes_its_profile(tiny, tmp_path, capsys):
+def test_a_run_measures_the_coupler_and_writes_its_profile(tiny, capsys):
     assert main(["--coupler", "HGNN", "--marginal", "--profile", *tiny]) == 0
-    record, said = record_in(tmp_path / "results"), capsys.readouterr().out
-    assert measured(record["speed"]["marginal"])
+    record, said = only_run(results_of(tiny))[1], capsys.readouterr().out
+    marginal = record["speed"]["marginal"]
+    assert marginal["peak_allocated_bytes"] > 0
+    assert len(marginal["step_seconds"]) == len(marginal["reference_step_seconds"]) == 2
     assert "costliest operations of a step" in said
     assert "over mean (2 rounds in turn, not steady)" in " ".join(said.split())
-    assert list((tmp_path / "results").glob("*/*/trace.json.gz"))
+    assert list(results_of(tiny).glob("*/*/trace.json.gz"))
     assert max(map(len, said.splitlines())) <= 80 or "record: " in said
 
 
-def test_marginal_and_profile_make_no_other_run(tiny, tmp_path, capsys):
-    assert main(["--coupler", "mean", *tiny]) == 0
-    capsys.readouterr()
-    assert main(["--coupler", "mean", "--marginal", "--profile", *tiny]) == 0
-    said = capsys.readouterr().out
-    for name in ("marginal", "profile"):
-        assert f"note: it was made without --{name}; --force runs it again with it" in said
-    assert not measured(record_in(tmp_path / "results")["speed"]["marginal"])
-
-
-def test_a_speed_pass_that_runs_out_of_memory_costs_the_run_nothing_else(tiny, tmp_path, monkeypatch, capsys):
+def test_a_speed_pass_that_runs_out_of_memory_costs_the_run_nothing_else(tiny, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(speed_pass, "measure_speed", full)
     assert main(["--coupler", "mean", *tiny]) == 0
-    record = record_in(tmp_path / "results")
+    _, record = only_run(results_of(tiny))
     assert record["status"] == "ok"
     assert record["quality"]["validation"]["tokens"] > 0
     for quantity in ("speed", "memory"):
         assert record[quantity]["value"] is None
         assert "ran out of memory" in record[quantity]["reason"]
     assert "speed and memory are not measured" in capsys.readouterr().out
+    assert main(["--coupler", "mean", "--marginal", "--profile", *tiny]) == 0
+    said = capsys.readouterr().out
+    for name in ("marginal", "profile"):  # they make no other run
+        assert f"note: it was made without --{name}; --force runs it again with it" in said
 
 
-@pytest.mark.parametrize("name", [pytest.param("marginal_cost", marks=pytest.mark.slow), "profile_steps"])
-def test_what_is_measured_besides_may_run_out_of_memory_alone(name, tmp_path, monkeypatch):
+def test_what_is_measured_besides_may_run_out_of_memory_alone(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(speed_pass, name, full)
+    for name in ("marginal_cost", "profile_steps"):
+        monkeypatch.setattr(speed_pass, name, full)
     measure = MeasureConfig(speed_warmup_steps=1, speed_steps=2, marginal=True, profile=True)
     speed, memory, said = passed(model_of(), tmp_path, measure)
     assert len(speed["step_seconds"]) == 2
     assert measured(memory)
-    assert measured(speed["marginal"]) is (name != "marginal_cost")
-    assert ("note: the profile ran out of memory" in said) is (name == "profile_steps")
-
-
-def test_any_other_failure_of_the_speed_pass_is_one_of_the_run(tiny, tmp_path, monkeypatch):
-    def broken(*_: object) -> None:
-        raise ValueError("a bug")
-
-    monkeypatch.setattr(speed_pass, "measure_speed", broken)
-    assert main(["--coupler", "mean", *tiny]) == 1
-    assert record_in(tmp_path / "results")["status"] == "crashed"
+    assert not measured(speed["marginal"])
+    assert "note: the profile ran out of memory" in said

@@ -9,16 +9,12 @@ import pytest
 from bench.speed.record import HARNESS, SpeedRow
 from bench.speed.suites import EAGER, STEP_32
 from tests.bench.test_speed_rows import row
-from tools.speed_targets import CPU_TARGETS, GPU_TARGETS, PAGE, latest_verdicts, table, verdicts, with_table
+from tools.speed_targets import PAGE, latest_verdicts, table, verdicts, with_table
 
 
 def verdict(rows, name, measure):
     [found] = [one for one in verdicts(rows) if (one.target.name, one.target.measure) == (name, measure)]
     return found
-
-
-def test_every_target_of_the_specification_is_there():
-    assert {target.name for target in (*CPU_TARGETS, *GPU_TARGETS)} == {f"S{n}" for n in range(1, 11)}
 
 
 def test_a_target_is_met_or_missed_by_how_much():
@@ -27,9 +23,8 @@ def test_a_target_is_met_or_missed_by_how_much():
     assert (met.value, met.met, met.words) == (pytest.approx(60), True, "met")
     missed = verdict([loop, row("vectorized", 0.12)], "S1", "HGNN: loop / vectorized")
     assert (missed.met, missed.words) == (False, "missed by 16.7%")
-    assert (
-        verdict([loop, row("vectorized", 1.0)], "S1", "HGNN: loop / vectorized").words == "missed 10.0 times"
-    )
+    far = verdict([loop, row("vectorized", 1.0)], "S1", "HGNN: loop / vectorized")
+    assert far.words == "missed 10.0 times"
 
 
 def test_a_target_without_its_rows_is_not_measured():
@@ -37,9 +32,8 @@ def test_a_target_without_its_rows_is_not_measured():
                (("harness", 1.01), ("bare loop", 1.0), ("fetching a batch", 0.005))]  # fmt: skip
     found = verdicts(harness)
     assert {one.target.name for one in found if one.met} == {"S5", "S6"}
-    [s9] = [
-        line for line in table([({"name": "one", "start": "2026"}, harness)]).splitlines() if "S9" in line
-    ]
+    lines = table([({"name": "one", "start": "2026"}, harness)]).splitlines()
+    [s9] = [line for line in lines if "S9" in line]
     assert s9.split("|")[3].strip() == "–"
     assert all(one.words == "not measured" for one in found if one.value is None)
 
@@ -54,13 +48,6 @@ def test_a_gpu_target_takes_the_best_form_and_no_row_of_a_cpu():
     assert verdict(on_gpu, "S10", "peak of the baseline step, bf16").met
     wrong = [on_gpu[0], replace(on_gpu[1], largest_difference=0.5)]
     assert verdict(wrong, "S8", "MFU, baseline, B 32").how == EAGER
-
-
-def test_a_form_over_its_floor():
-    alone = row("vectorized", 3.0, case="static alone", device="cuda", floor_seconds=1.0, precision="bf16")
-    compiled = replace(alone, form="compiled", seconds=[1.4])
-    found = verdict([alone, compiled], "S7", "static / floor")
-    assert (found.value, found.met, found.how) == (1.4, True, "compiled")
 
 
 def record(name: str, start: str, *rows: SpeedRow):

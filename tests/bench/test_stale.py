@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import bench.training.environment as code
-import bench.training.loop
 from bench.data.cache import syntax_sha256
 from bench.run.__main__ import main
 from bench.run.prepare import Identifier
@@ -20,6 +19,7 @@ from bench.sweep.plan import make_plan
 from bench.sweep.specification import parse_shorthand
 from bench.training.environment import CHANGES_NUMBERS, coupler_sha256, project_sha256
 from gnnmoe.config import GNNMoEConfig
+from tests.bench._runs import act_at_step, interrupt, only_run, refusal, results_of
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCE = '''"""A module."""
@@ -41,37 +41,21 @@ SAYS_THE_SAME = [
     ('"""Return it."""', '"""Return something else, on\n        two lines."""'),
     ('    """An attribute."""\n', ""),
     ("x.mean(2)", "(x\n                .mean( 2 ))"),
-    ('f"{x', "f'{x"),
+    ('f"{x:>{k}}"', "f'{x:>{k}}'"),
 ]
 SAYS_ANOTHER_THING = [
-    ("x < 3", "x <= 3"),
-    ("x.mean(2)", "x.mean(1)"),
-    ('""]', '"a"]'),
-    ('""]', "]"),
-    ("k=2", "k=3"),
-    ("1.5", "True"),
-    ("x.mean(2)", "x.sum(2)"),
-    (":>{k}", ":<{k}"),
-    ("scale: float", "scale: int"),
+    ("x < 3", "x <= 3"), ("x.mean(2)", "x.mean(1)"), ('""]', '"a"]'), ('""]', "]"), ("k=2", "k=3"),
+    ("1.5", "True"), ("x.mean(2)", "x.sum(2)"), (":>{k}", ":<{k}"), ("scale: float", "scale: int"),
     ("import math", "import cmath as math"),
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("old", "new"), SAYS_THE_SAME)
-def test_comments_docstrings_and_layout_do_not_count(old, new):
-    changed = SOURCE.replace(old, new) if "'" not in new else SOURCE.replace('f"{x:>{k}}"', "f'{x:>{k}}'")
-    assert changed != SOURCE
-    assert syntax_sha256(changed.encode()) == syntax_sha256(SOURCE.encode())
-
-
-@pytest.mark.parametrize(("old", "new"), SAYS_ANOTHER_THING)
-def test_every_change_of_what_is_computed_counts(old, new):
+@pytest.mark.parametrize(("old", "new"), [*SAYS_THE_SAME, *SAYS_ANOTHER_THING])
+def test_changes_of_what_is_computed_count_and_comments_docstrings_and_layout_do_not(old, new):
+    """The hash is the same in Python 3.11.7, 3.12.1 and 3.13.0, which gives an f-string another tree."""
     assert SOURCE.count(old) == 1
-    assert syntax_sha256(SOURCE.replace(old, new).encode()) != syntax_sha256(SOURCE.encode())
-
-
-def test_the_hash_is_the_same_in_every_python():
-    """Seen with 3.11.7, 3.12.1 and 3.13.0, which gives an f-string another tree."""
+    changed = syntax_sha256(SOURCE.replace(old, new).encode())
+    assert (changed == syntax_sha256(SOURCE.encode())) is ((old, new) in SAYS_THE_SAME)
     assert syntax_sha256(SOURCE.encode())[:16] == "c4b026a4e920f0ce"
 
 
@@ -187,16 +171,10 @@ def edit(path: Path) -> None:
     path.write_text(path.read_text().replace(FORWARD, FORWARD.replace("weights *", "weights * 1.0 *")))
 
 
-def only_record(flags: list[str]) -> dict:
-    results = Path(flags[flags.index("--results-dir") + 1])
-    (path,) = [path for path in results.glob("*/*/record.json") if "." not in path.parent.name]
-    return json.loads(path.read_text())
-
-
-def test_an_edited_coupler_runs_again_and_an_edited_comment_does_not(tiny, mine, capsys, tmp_path):
+def test_an_edited_coupler_runs_again_and_an_edited_comment_does_not(tiny, mine, capsys):
     flags = [*tiny, "--coupler", f"{mine}:NormCoupler"]
     assert main(flags) == 0
-    first = only_record(flags)
+    folder, first = only_run(results_of(flags))
     mine.write_text(COUPLER.replace("import torch\n", "import torch  # the library\n"))
     capsys.readouterr()
     assert main(flags) == 0
@@ -206,22 +184,20 @@ def test_an_edited_coupler_runs_again_and_an_edited_comment_does_not(tiny, mine,
     assert main([*flags, "--keep-stale"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "it is stale, and kept by --keep-stale: the coupler's own code has changed since." in said
-    assert only_record(flags) == first
+    assert only_run(results_of(flags))[1] == first
     assert main(flags) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"run {first['run_id']} is stale: the coupler's own code has changed since. It runs again" in said
-    second = only_record(flags)
+    second = only_run(results_of(flags))[1]
     assert second["run_id"] == first["run_id"]
     assert second["environment"]["coupler_sha256"] != first["environment"]["coupler_sha256"]
-    kept = tmp_path / "results" / "default" / f"{first['run_id']}.1" / "record.json"
-    assert json.loads(kept.read_text()) == first
+    assert json.loads(folder.with_name(f"{folder.name}.1").joinpath("record.json").read_text()) == first
 
 
 def test_a_change_of_the_project_makes_every_run_stale_and_no_hash_makes_none(tiny, monkeypatch, capsys):
     assert main(tiny) == 0
-    first = only_record(tiny)
-    results = Path(tiny[tiny.index("--results-dir") + 1])
-    path = results / "default" / first["run_id"] / "record.json"
+    first = only_run(results_of(tiny))[1]
+    path = results_of(tiny) / "default" / first["run_id"] / "record.json"
     [run] = plan(tiny).runs
     assert look(run, frozenset(), force=False).flags is None
     monkeypatch.setattr(code, "project_sha256", lambda: "another")
@@ -241,7 +217,7 @@ def test_a_change_of_the_project_makes_every_run_stale_and_no_hash_makes_none(ti
     assert "it has no code hashes, so it may be stale" in " ".join(capsys.readouterr().out.split())
     path.write_text(json.dumps(first))
     assert main(tiny) == 0
-    assert only_record(tiny)["environment"]["project_sha256"] == "another"
+    assert only_run(results_of(tiny))[1]["environment"]["project_sha256"] == "another"
 
 
 def plan(flags: list[str], *points: str):
@@ -257,32 +233,20 @@ def plan(flags: list[str], *points: str):
 
 def test_a_checkpoint_of_other_code_is_refused_or_continued_in_words(tiny, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        real = bench.training.loop.training_step
-
-        def stopping(*arguments):
-            steps.append(None)
-            if len(steps) == 3:
-                raise KeyboardInterrupt
-            return real(*arguments)
-
-        steps: list[None] = []
-        patch.setattr(bench.training.loop, "training_step", stopping)
+        act_at_step(patch, 3, interrupt)
         assert main(tiny) == 130
-    first = only_record(tiny)
+    first = only_run(results_of(tiny))[1]
     assert first["status"] == "interrupted"
     monkeypatch.setattr(code, "project_sha256", lambda: "another")
     for flags, message in (
         ([], "was interrupted, and the project's code has changed since; --resume --keep-stale continues"),
         (["--resume"], "was made by other code: the project's code has changed since. --force starts again"),
     ):
-        with pytest.raises(SystemExit) as end:
-            main([*tiny, *flags])
-        assert end.value.code == 2
-        assert message in capsys.readouterr().err
+        assert message in refusal(capsys, [*tiny, *flags])
     assert look(plan(tiny).runs[0], frozenset(), force=False).flags == ("--force",)
     assert look(plan(tiny).runs[0], frozenset(), False, keep_stale=True).flags == ("--resume",)
     assert main([*tiny, "--resume", "--keep-stale"]) == 0
-    last = only_record(tiny)
+    last = only_run(results_of(tiny))[1]
     assert last["status"] == "ok"
     assert last["environment"]["project_sha256"] == first["environment"]["project_sha256"]  # it stays stale
 
@@ -295,10 +259,8 @@ def test_two_files_with_one_class_are_refused_in_one_study(tiny, mine, capsys):
     assert main([*flags, f"{mine}:NormCoupler"]) == 0
     assert main([*flags, f"{other}:NormCoupler"]) == 0  # the same code under another name
     edit(other)
-    with pytest.raises(SystemExit) as end:
-        main([*flags, f"{other}:NormCoupler"])
-    assert end.value.code == 2
-    assert "the study has runs of a class NormCoupler from" in capsys.readouterr().err
+    message = refusal(capsys, [*flags, f"{other}:NormCoupler"])
+    assert "the study has runs of a class NormCoupler from" in message
     with pytest.raises(ValueError, match="is another file; give the class another name"):
         plan(tiny, f"coupler={mine}:NormCoupler,{other}:NormCoupler")
     assert main([*flags, f"{other}:NormCoupler", "--study", "another"]) == 0

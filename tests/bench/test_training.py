@@ -12,12 +12,11 @@ import bench.training.loop
 from bench.config import TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.data.loader import create_loader
-from bench.measure.ledger import Ledger
 from bench.training.evaluation import CommunicationTrace, evaluate
 from bench.training.loop import Diverged, Trainer, TrainingPlan
 from bench.training.step import learning_rate, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.couplers.hgnn import CONV_TYPES
+from tests.bench._runs import Rows
 
 CPU = torch.device("cpu")
 
@@ -42,34 +41,6 @@ def trainer(model, corpus, **settings) -> Trainer:
     train = create_loader(corpus, "train", config.batch_size, max_seq_length=16)
     val = create_loader(corpus, "val", 4, max_seq_length=16)
     return Trainer(model, train, val, config, CPU, Rows())
-
-
-class Rows(list):
-    """Hooks that keep the rows, and count with a ledger."""
-
-    def __init__(self):
-        self.ledger = Ledger()
-
-    def on_epoch(self, plan):
-        self.ledger.begin_epoch(plan)
-
-    def on_batch(self, batch):
-        return self.ledger.batch(batch)
-
-    def after_epoch(self):
-        self.ledger.end_epoch()
-
-    def on_update(self, shapes):
-        self.ledger.update(shapes)
-
-    def on_step(self, row):
-        self.append(row)
-
-    def on_evaluation(self, row):
-        self.append(row)
-
-    def after_step(self):
-        pass
 
 
 def test_the_rate_warms_up_and_ends_at_its_share():
@@ -178,43 +149,6 @@ def test_an_evaluation_sums_every_target_once_in_float64(model, corpus):
     assert result.nll_sum == pytest.approx(expected, rel=1e-6)
 
 
-def test_stride_gives_context_and_never_another_set_of_targets(model, corpus):
-    plain = evaluate(model, create_loader(corpus, "val", 4, max_seq_length=16), CPU)
-    half = evaluate(model, create_loader(corpus, "val", 4, max_seq_length=16, stride=8), CPU)
-    assert plain.tokens == half.tokens == corpus.splits["validation"].num_tokens
-    assert half.nll_sum != plain.nll_sum
-
-
-def test_dropout_follows_the_seed(corpus):
-    config = GNNMoEConfig(embed_dim=8, num_layers=1, max_seq_length=16, dropout_rate=0.3,
-                          vocab_size=corpus.vocabulary.size)  # fmt: skip
-    losses = []
-    for seed in (0, 0, 1):
-        made = trainer(GNNMoEModel(config, seed=0), corpus, max_steps=3, seed=seed)
-        torch.manual_seed(len(losses))  # what came before must not matter
-        made.run()
-        losses.append([row["loss"] for row in made.hooks if row["kind"] == "train"])  # pyright: ignore
-    assert losses[0] == losses[1] != losses[2]
-
-
-@pytest.mark.parametrize("conv_type", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ("AllSetTransformer", "EDHNN")))
-    for name in CONV_TYPES
-])  # fmt: skip
-def test_a_trace_holds_weights_adjacency_and_mixing_of_every_hypergraph_layer(conv_type):
-    made = GNNMoEModel(
-        GNNMoEConfig(hgnn_conv_type=conv_type, embed_dim=8, max_seq_length=6, vocab_size=50), 0
-    )
-    trace = CommunicationTrace(torch.arange(12).view(2, 6))
-    for step in (0, 1):
-        trace.sample(step, made)
-    arrays = trace.arrays()
-    for layer in ("layer_0", "layer_1"):
-        assert arrays[f"{layer}.hyperedge_weights"].shape == (2, 6)
-        assert arrays[f"{layer}.adjacency"].shape == (2, 4, 4)
-        assert arrays[f"{layer}.mixing"].shape == (2, 4)
-
-
 def test_a_trace_keeps_copies_over_time(model):
     trace = CommunicationTrace(torch.arange(12).view(2, 6))
     trace.sample(0, model)
@@ -236,9 +170,8 @@ def test_on_cuda_a_loss_is_read_while_the_next_step_runs(model, corpus, monkeypa
     made = trainer(twin, corpus, max_steps=5, eval_every=4)
     made._late = True  # as on CUDA
     step = bench.training.loop.training_step
-    monkeypatch.setattr(
-        "bench.training.loop.training_step", lambda *args: order.append(made.done.steps + 1) or step(*args)
-    )
+    counted = lambda *args: order.append(made.done.steps + 1) or step(*args)  # noqa: E731
+    monkeypatch.setattr("bench.training.loop.training_step", counted)
     keep_row = made.hooks.on_step
     made.hooks.on_step = lambda row: order.append(-row["step"]) or keep_row(row)  # pyright: ignore
     made.run()

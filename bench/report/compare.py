@@ -178,9 +178,7 @@ class Limit:
         """
         found = re.fullmatch(r"\s*([\w/]+)\s*([<>])\s*([+-]?[0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
         if not found:
-            raise Refused(
-                f'--fail-if is {text!r}; write a quantity and a limit, such as "perplexity > 1%".'
-            )
+            raise Refused(f'--fail-if is {text!r}; write a quantity and a limit, such as "perplexity > 1%".')
         known = [PERPLEXITY, *MEASURED]
         if found[1] not in known:
             raise Refused(unknown_name("quantity", found[1], known))
@@ -251,11 +249,10 @@ def _verdict(difference: Difference, count: int) -> str:
     corrected = "" if count == 1 else f", after Holm's correction over {count} comparisons"
     if found.kind != "not resolved":
         return f"B is {found.words()} (p {p}{corrected})."
-    needs = f" {found.words().capitalize()}"
-    alone = ": this is for one comparison alone; a report corrects for all its pairs and needs more."
-    return (
-        f"No significant difference (p {p}{corrected}).{needs}{alone if count == 1 and found.seeds else '.'}"
-    )
+    text = f"No significant difference (p {p}{corrected}): {found.words()}."
+    if count == 1 and found.seeds is not None:
+        text += " The seeds are for this pair alone; a report corrects for all its pairs and needs more."
+    return text
 
 
 def _title(difference: Difference) -> str:

@@ -268,8 +268,8 @@ def explanations(comparison: Comparison) -> list[str]:
     lowest = min(found, key=lambda one: one.p_adjusted)
     floor = count * 2 / 2**lowest.paired.n
     if count > 1 and lowest.p_adjusted <= floor * (1 + 1e-9):
-        of = f"{count} comparisons × 2/2^{lowest.paired.n} for {lowest.paired.n} seeds"
-        texts.append(f"p = {p_value(floor)} is the smallest p that this table can have: {of}.")
+        of = f"{count} comparisons × 2/2^{lowest.paired.n}, {lowest.paired.n} seeds"
+        texts.append(f"p = {p_value(floor)} is the smallest possible p here ({of}).")
     unresolved = [one for one in found if one.verdict.kind == "not resolved"]
     if any(one.paired.interval and one.paired.interval[0] * one.paired.interval[1] > 0 for one in unresolved):
         texts.append(
@@ -277,7 +277,7 @@ def explanations(comparison: Comparison) -> list[str]:
         )
     if count > 1 and any(one.verdict.seeds for one in unresolved):
         texts.append(
-            f"The needed seeds count all {count} comparisons; `compare` tests one pair alone and needs fewer."
+            f"The needed seeds are for {count} comparisons; bench.report compare tests one pair and needs fewer."
         )
     return texts
 

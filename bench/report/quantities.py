@@ -294,6 +294,8 @@ TRAINING_FLOPS = Quantity(
     training_flops_per_token,
     millions,
     "lower",
+    axis="training FLOPs per token (millions)",
+    scale=1e-6,
     runs="figures",
     comparison="shown",
     of_model=True,

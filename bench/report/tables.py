@@ -145,7 +145,8 @@ def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
     rows = [(_figures(row), _texts(row, comparison)) for row in comparison.rows]
     for name, kind, value in other_models(comparison.group):
         line = {"configuration": name, "status": kind}
-        rows.append(({**line, "perplexity": value}, {**line, "perplexity": number(value)}))
+        shown = {"configuration": name, "perplexity": number(value), "verdict": kind}
+        rows.append(({**line, "perplexity": value}, shown))
     best = comparison.best()
     bold = [place for place, row in enumerate(comparison.rows) if row.configuration is best]
     notes = _notes(comparison)

@@ -109,7 +109,7 @@ def _section(section: Section, most: int) -> list[RenderableType]:
     comparison = section.comparison
     above = [Text(), Text(comparison.group.basis.words(), "dim"), Text(section.answer(), "bold")]
     below = [Text(text, "bold yellow") for text in code_warnings(comparison)]
-    below += [Text(f"- {text}") for text in explanations(comparison)]
+    below += [Text(f"- {text}") for text in explanations(comparison) if "needed seeds" not in text]
     rows = len(comparison.rows)
     left = most - _lines([*above, *below])
     if _lines([_table(comparison, rows)]) <= left:
@@ -145,15 +145,15 @@ def _table(comparison: Comparison, most: int) -> PlainTable:
     unknown = any_unknown(comparison)
     if unknown:
         table.add_column("unknown words", justify="right", width=7)
-    table.add_column("vs " + escape(comparison.reference.label), justify="right", max_width=16)
+    baseline = comparison.reference.label
+    table.add_column(f"vs {escape(baseline) if len(baseline) < 10 else 'baseline'}", justify="right")
     table.add_column("p", justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold", width=12)
+    table.add_column("verdict", overflow="fold", width=15)
     for row in comparison.rows[:most]:
         label, n, value, *judged = map(escape, _cells(row, comparison))
         table.add_row(label, n, value, *[share(row.means[UNKNOWN_WORDS].mean)] * unknown, *judged)
     for name, kind, value in other_models(comparison.group):
-        label = f"{name} ({kind})"
-        table.add_row(label, "", number(value), *[""] * unknown, "", "", "", style="dim")
+        table.add_row(name, "", number(value), *[""] * unknown, "", "", kind, style="dim")
     return table
 
 

@@ -44,9 +44,7 @@ def charts(study: str, comparison: Comparison) -> dict[str, Any] | None:
     if not rows:
         return None
     arms = [_arm(frame, row) for row in rows]
-    known = [
-        (found.name, found.axis_label) for found in COSTS if any(arm["costs"][found.name] for arm in arms)
-    ]
+    known = [(found.name, found.axis) for found in COSTS if any(arm["costs"][found.name] for arm in arms)]
     return {"arms": arms, "costs": known, "left_out": len(frame.measured) - len(rows)}
 
 

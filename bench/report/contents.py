@@ -277,7 +277,7 @@ def explanations(comparison: Comparison) -> list[str]:
         )
     if count > 1 and any(one.verdict.seeds for one in unresolved):
         texts.append(
-            f"The needed seeds are for {count} comparisons; bench.report compare tests one pair and needs fewer."
+            f"The needed seeds are for {count} comparisons; compare tests a single pair and needs fewer."
         )
     return texts
 

@@ -17,6 +17,7 @@ const short = new Intl.NumberFormat("en", { maximumSignificantDigits: 5 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
 const shown = (value) => (value === null || value === undefined ? "–" : short.format(value));
 const ticks = (plot, values) => values.map((value) => (Math.abs(value) < 1e4 ? short : compact).format(value));
+const colour = (arm) => (arm.colour === "black" ? css("--ink") : arm.colour);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // Each arm as [x, y, low, high], ready for uPlot; an arm without these quantities has no points.
@@ -57,6 +58,11 @@ function nearest(plot, series, place, x) {
   return x - xs[left] <= xs[right] - x ? left : right;
 }
 
+// How far a point is from the cursor, in both directions.
+function distance(plot, series, at, y, cursor) {
+  return Math.hypot(plot.valToPos(plot.data[0][at], "x") - plot.cursor.left, y - cursor);
+}
+
 // The 95% intervals of quality, drawn behind the points.
 function drawIntervals(plot, arms) {
   plot.ctx.save();
@@ -75,32 +81,33 @@ function drawIntervals(plot, arms) {
 
 function optionsOf(data, arms, points, titles, hidden, width) {
   const axis = { stroke: css("--ink"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, values: ticks };
+  const wider = (low, high) => {
+    const margin = 0.05 * (high - low || Math.abs(high) || 1);
+    return [low - margin, high + margin];
+  };
   const range = (plot, low, high) => {
     if (low === null) return [0, 1];
-    const ends = points ? arms.flatMap(([, , interval], place) => (plot.series[place + 1].show && interval ? interval : [])) : [];
-    const [least, most] = [Math.min(low, ...ends), Math.max(high, ...ends)];
-    const margin = 0.05 * (most - least || Math.abs(most) || 1);
-    return [least - margin, most + margin];
+    const ends = arms.flatMap(([, , interval], place) => (plot.series[place + 1].show && interval ? interval : []));
+    return wider(Math.min(low, ...ends), Math.max(high, ...ends));
   };
   const series = data.arms.map((arm, place) => ({
     label: arm.name,
     show: !hidden.has(place),
-    stroke: arm.colour === "black" ? css("--ink") : arm.colour,
-    fill: points ? (arm.colour === "black" ? css("--ink") : arm.colour) : undefined,
+    stroke: colour(arm),
     width: place === 0 ? 2.5 : 1.5,
     dash: arm.dash,
     spanGaps: true,
     paths: points ? () => null : undefined,
-    points: points ? { show: true, size: 9 } : { show: arms[place][0].length < 13, size: 5 },
+    points: points ? { show: true, size: 9, fill: colour(arm) } : { show: arms[place][0].length < 13, size: 5 },
     value: (plot, value) => shown(value),
   }));
   return {
     width,
     height: Math.max(260, Math.min(440, Math.round(width * 0.55))),
-    scales: { x: { time: false, range: points ? range : (plot, low, high) => [low, high] }, y: { range } },
+    scales: { x: { time: false, range: (plot, low, high) => (points && low !== null ? wider(low, high) : [low, high]) }, y: { range } },
     axes: [{ ...axis, label: titles[0], labelSize: 24 }, { ...axis, label: titles[1], size: 60, labelSize: 24 }],
     series: [{ label: titles[0], value: (plot, value) => shown(value) }, ...series],
-    cursor: { focus: { prox: 24 }, dataIdx: (plot, series, place, x) => (series ? nearest(plot, series, place, x) : place) },
+    cursor: { focus: points ? { prox: 24, dist: distance } : { prox: 24 }, dataIdx: (plot, series, place, x) => (series ? nearest(plot, series, place, x) : place) },
     focus: { alpha: 0.25 },
     hooks: points ? { draw: [(plot) => drawIntervals(plot, arms)] } : {},
   };

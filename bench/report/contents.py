@@ -294,10 +294,11 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
     doubled = [row.configuration for row in comparison.rows if row.configuration.doubled]
     for why, some in (
         ("a seed of it has several runs", doubled),
-        ("it shares no seed that counts", [one for one in alone if one not in doubled]),
+        ("no common seed counts", [one for one in alone if one not in doubled]),
     ):
         if some:
-            sentences.append(f"Not compared, because {why}: {', '.join(one.label for one in some)}.")
+            names = ", ".join(one.label for one in some)
+            sentences.append(f"Not compared with {comparison.reference.label}, because {why}: {names}.")
     return sentences
 
 

@@ -409,7 +409,6 @@ class Agreement:
 
     tau: float
     """Mean Kendall τ-b over the pairs of seeds; 0 for a pair with a seed whose weights are all equal."""
-    pairs: int
     p: float
     """One-sided p of such an agreement if each seed orders the hyperedges at random."""
     seeds: int
@@ -461,7 +460,7 @@ def agreement(weights_SM: np.ndarray) -> Agreement | None:
     tau = float(np.nan_to_num(taus).mean())  # NaN: a seed whose weights are all equal
     many = members > MAX_KENDALL_MEMBERS
     p = float(stats.friedmanchisquare(*weights_SM.T)[1]) if many else _permutation_p(weights_SM)
-    return Agreement(tau, len(pairs), p, seeds, members)
+    return Agreement(tau, p, seeds, members)
 
 
 def _permutation_p(weights_SM: np.ndarray) -> float:

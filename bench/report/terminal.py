@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import text
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bench.files import visible
 from bench.record import exp_or_infinity, number
@@ -39,14 +39,6 @@ MOST_WARNINGS = 8
 MOST_TABLES = 2
 MEASURE = Console(file=io.StringIO(), width=WIDTH, highlight=False)
 """A console of 80 columns, on which lines are counted."""
-
-
-class Text(text.Text):
-    """A text of at most 80 columns."""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Render the text, wrapped at 80 columns or at the width of a narrower terminal."""
-        yield from super().__rich_console__(console, options.update(width=min(WIDTH, options.max_width)))
 
 
 class PlainTable(Table):
@@ -85,7 +77,7 @@ def print_report(report: Report, console: Console, places: Sequence[str] = ()) -
     if full and _lines(full) <= left - sum(map(_lines, sections)):
         end[-1:] = [*full, code]
     for part in (headline, *warnings, *(part for section in sections for part in section), *end):
-        console.print(part)
+        console.print(part, width=min(WIDTH, console.width))
     if places:
         console.print()
     for place in places:
@@ -133,7 +125,8 @@ def _answers(report: Report) -> Text | None:
         return None
     kinds = Counter(found.kind for found in report.answers)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    return Text(f"hypotheses: {listed} ({report.stated})")
+    when = (report.stated or "").partition(", ")[2]
+    return Text(f"hypotheses: {listed} ({when})")
 
 
 def _table(comparison: Comparison, most: int) -> PlainTable:

@@ -77,9 +77,9 @@ def _bits(run: Run) -> float | None:
 
 
 def _curve(curve: Curve, runs: list[Run]) -> dict[str, Any]:
-    """Return a mean curve in at most ``MOST_POINTS`` points, and its x in tokens, seconds and FLOPs."""
-    places = np.linspace(0, len(curve.steps_T) - 1, min(MOST_POINTS, len(curve.steps_T))).round().astype(int)
-    steps_T, loss_T = curve.steps_T[places], curve.mean_T[places]
+    """Return a mean curve, thinned, and its x in tokens, seconds and FLOPs."""
+    curve = thinned(curve)
+    steps_T, loss_T = curve.steps_T, curve.mean_T
     tokens_T = np.mean([_tokens(run, steps_T) for run in runs], axis=0)
     seconds = _mean([quantities.median_step_seconds(run.record) for run in runs])
     flops = _mean([quantities.training_flops_per_token(run.record) for run in runs])
@@ -90,6 +90,13 @@ def _curve(curve: Curve, runs: list[Run]) -> dict[str, Any]:
         "step_seconds": seconds,
         "flops_per_token": flops,
     }
+
+
+def thinned(curve: Curve) -> Curve:
+    """Return ``MOST_POINTS`` steps of a longer curve, evenly chosen, with the first and the last."""
+    steps = len(curve.steps_T)
+    chosen = np.linspace(0, steps - 1, min(MOST_POINTS, steps)).round().astype(int)
+    return Curve(curve.seeds, curve.steps_T[chosen], curve.values_ST[:, chosen])
 
 
 def _tokens(run: Run, steps_T: np.ndarray) -> np.ndarray:

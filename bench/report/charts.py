@@ -44,7 +44,7 @@ def charts(study: str, comparison: Comparison) -> dict[str, Any] | None:
     if not rows:
         return None
     arms = [_arm(frame, row) for row in rows]
-    known = [(found.name, found.axis) for found in COSTS if any(arm["costs"][found.name] for arm in arms)]
+    known = [[found.name, found.axis] for found in COSTS if any(arm["costs"][found.name] for arm in arms)]
     return {"arms": arms, "costs": known, "left_out": len(frame.measured) - len(rows)}
 
 
@@ -58,7 +58,7 @@ def _arm(frame: Frame, row: ComparisonRow) -> Arm:
         "colour": look.colour if look else OTHERS,
         "dash": {"--": [8, 4], ":": [2, 3], "-.": [8, 3, 2, 3]}.get(look.line if look else "-", []),
         "loss": row.loss.mean,
-        "interval": row.loss.interval,
+        "interval": list(row.loss.interval) if row.loss.interval else None,
         "costs": {cost.name: _cost(row, cost) for cost in COSTS},
         "bits": _mean([_bits(run) for run in runs]),
         "curves": {split: _curve(curve, runs) for split, curve in found.items() if curve is not None},

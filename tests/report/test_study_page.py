@@ -71,11 +71,11 @@ def test_a_page_may_have_the_table_alone_or_both(tmp_path):
 
 def test_several_states_of_the_code_are_named(tmp_path):
     study = made_study(tmp_path / "made", {"mean": 0.0, "GNN": 0.03}, seeds=6, history=2)
-    assert "States of the code" not in study_markdown(load_report(study))
+    assert "Versions of the code" not in study_markdown(load_report(study))
     first, second, *_ = runs_of(study, "GNN")
     change(first, environment__project_sha256="5" * 64)
     text = study_markdown(load_report(study))
-    assert f"States of the code: {SHA[:12]} (11 runs), {'5' * 12} (1 run)." in text
+    assert f"Versions of the code: {SHA[:12]} (11 runs), {'5' * 12} (1 run)." in text
     change(second, environment__project_sha256=None)
     assert "(1 run), 1 run does not say which code made them." in study_markdown(load_report(study))
 
@@ -91,7 +91,7 @@ def test_failed_runs_hypotheses_and_warnings_are_on_it(tmp_path):
                        failed={"GNN": "oom"}, embedded=True)  # fmt: skip
     text = study_markdown(load_report(study))
     assert "**NOT WIKITEXT-2: figures of the embedded text.**" in text
-    assert "**Not counted: 6 oom.**" in text
+    assert "**Failed runs, which do not count: 6 oom.**" in text
     [line] = [line for line in text.splitlines() if line.startswith("| GNN")]
     assert "6 oom" in line
     assert "| a\\|b" in text

@@ -305,10 +305,8 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
 def _no_best(comparison: Comparison) -> list[str]:
     """Return why no configuration can be better than all others, if there are too few seeds for it."""
     seeds = [pair.paired.n for pair in comparison.pairs]
-    if not seeds or len(comparison.rows) <= 2 or _too_few(comparison):
-        return []
     among = len(comparison.pairs) - comparison.comparisons
-    if max(seeds) >= seeds_needed(among):
+    if not among or _too_few(comparison) or max(seeds) >= seeds_needed(among):
         return []
     return [
         f"{counted(max(seeds), 'seed')} are enough to compare each configuration with "

@@ -426,7 +426,7 @@ def test_hypotheses_that_a_sweep_stated_are_answered_with_the_time(report, resul
     _, out, _ = report("small", "--no-plots")
     text = " ".join(out.split())
     assert "HGNN helps: supported: perplexity" in text
-    assert "of 24 runs had started, or may have" in text, "the made runs began before today"
+    assert "of 24 runs had, or may have, started" in text, "the made runs began before today"
 
 
 def test_hypotheses_keep_the_time_at_which_they_were_first_stated(results):

@@ -311,7 +311,7 @@ def _no_best(comparison: Comparison) -> list[str]:
     return [
         f"{counted(max(seeds), 'seed')} are enough to compare each configuration with "
         f"{comparison.reference.label}, but not with each other "
-        f"({counted(among, 'comparison')} need {seeds_needed(among)} seeds)."
+        f"({seeds_needed(among)} seeds are needed for {counted(among, 'comparison')})."
     ]
 
 

@@ -79,7 +79,7 @@ def test_no_best_is_denied_where_none_could_be_named(tmp_path):
     sentences = verdict_sentences(compare(load_study(path).groups[0]))
     assert sentences[0] == (
         "8 seeds are enough to compare each configuration with mean, but not with each other "
-        "(10 comparisons need 9 seeds)."
+        "(9 seeds are needed for 10 comparisons)."
     )
 
 
@@ -170,8 +170,10 @@ def test_what_may_surprise_in_a_table_is_explained(tmp_path):
         == "No configuration is better than mean: of 4 configurations, 3 are worse and 1 is not resolved."
     )
     assert not [text for text in said if "An interval without 0" in text]
-    paired = dataclasses.replace(row(found, "gate").against.paired, interval=(0.001, 0.02))
-    rows = [dataclasses.replace(one, against=dataclasses.replace(one.against, paired=paired))
+    against = row(found, "gate").against
+    assert against is not None
+    paired = dataclasses.replace(against.paired, interval=(0.001, 0.02))
+    rows = [dataclasses.replace(one, against=dataclasses.replace(against, paired=paired))
             if one.configuration.label == "gate" else one for one in found.rows]  # fmt: skip
     assert [
         text for text in explanations(dataclasses.replace(found, rows=rows)) if "interval without 0" in text

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from bench.record import is_measured
 from bench.report.contents import load_report, make_report
 from bench.report.terminal import MOST_LINES, print_report, runs_listing, studies_listing
 from bench.study.hypotheses import Hypothesis
@@ -72,6 +73,7 @@ def many(study: Path, count: int, bases: int = 1) -> Study:
             record = run.record.model_copy(deep=True)
             record.run_id, record.configuration = f"{place:011x}{run.seed}", f"{place:012x}"
             record.config.training["learning_rate"] = 0.001 * (1 + place)
+            assert is_measured(record.environment)
             record.environment.device_name = f"device {place % bases}"
             runs.append(Run(run.folder, record))
     return Study("made", study, grouped(runs), [(Path(f"{n}"), "cannot be read") for n in range(30)],

@@ -30,19 +30,20 @@ Each with --help."""
 
 @flags
 class ReportConfig:
-    """Say which coupler is better, by how much and at what cost; write it as tables, plots and one page.
+    """Say which coupler is better, by how much and at what cost; write tables, plots and one page.
 
-    Also: compare A B (two studies, configurations STUDY:LABEL, or runs), ls (studies, or the runs of one),
-    show ID (the record of one run); each with --help. Exit status: 0 done, 1 --verify found a difference or
-    a seed of a configuration has several runs, 2 wrong input.
+    Other commands, each with --help: compare A B (two studies, configurations STUDY:LABEL, or runs), ls
+    (the studies, or the runs of a study), show ID (the record of a run). Exit status: 0 done; 1 --verify
+    found a difference, or a seed of a configuration has several runs; 2 wrong input.
     """
 
     study: Annotated[str, tyro.conf.Positional]
     """A study's name, or the path of its folder."""
     results_dir: Place = Path("results")
     """Folder of all results."""
-    reference: str | None = None
-    """Label of the configuration with which all others are compared (default: the mean coupler)."""
+    baseline: str | None = None
+    """Label of the baseline, the configuration with which all others are compared (default: the mean
+    coupler)."""
     hypotheses: Place | None = None
     """File of hypotheses to answer (default: the hypotheses that the sweep kept)."""
     out: Place | None = None
@@ -51,26 +52,28 @@ class ReportConfig:
     """Compare also runs that differ in evaluation, batch or length."""
     plots: bool = True
     """Draw the plots."""
+    columns: Several = ()
+    """A column of the LaTeX tables; may be given several times. Default: six columns that fit a paper."""
     verify: bool = False
     """Compute the existing report again from the records, and print where it differs."""
     page: Place | None = None
-    """In place of a report, write its table and answers into this page, between the study's marks."""
+    """Instead of a report, write its table and answers into this Markdown page, between the study's marks."""
     publish: Place | None = None
-    """In place of a report, copy the study into this new folder for publication: no checkpoints, no losses
-    per token, and with the hash of every file for --verify."""
+    """Instead of a report, copy the study into this new folder for publication. The copy has no checkpoints
+    and no losses per token; it has the hash of every file, for --verify."""
 
     def __post_init__(self) -> None:
         if sum([self.verify, self.page is not None, self.publish is not None]) > 1:
-            raise Refused("--verify, --page and --publish are three different things; give one of them.")
+            raise Refused("--verify, --page and --publish exclude each other; give one of them.")
 
 
 @flags
 class CompareConfig:
-    """Compare B with A, paired by seed: what changed, and whether it is beyond the noise.
+    """Compare B with A, paired by seed: what changed, and whether the change is larger than the noise.
 
-    A study is its name or path, a configuration STUDY:LABEL, a run its id or the beginning of it, or
-    STUDY/ID. Exit status: 0 done, 1 a --fail-if holds or cannot be told, or a seed of a configuration has
-    several runs, 2 wrong input.
+    A side is a study (its name or path), a configuration (STUDY:LABEL) or a run (its id, the beginning of the
+    id, or STUDY/ID). Exit status: 0 done; 1 a --fail-if holds or was not measured, or a seed of a
+    configuration has several runs; 2 wrong input.
     """
 
     a: Annotated[str, tyro.conf.Positional]
@@ -80,8 +83,9 @@ class CompareConfig:
     results_dir: Place = Path("results")
     """Folder of all results."""
     fail_if: Several = ()
-    """A change from A to B to fail on: "ppl > 1%", "tokens/s < -5%"; also test_ppl, memory, step_time and
-    parameters. May be given several times."""
+    """Exit with status 1 on this change from A to B: "perplexity > 1%" or "tokens/s < -5%". Other quantities:
+    test_perplexity, memory, step_time, parameters. It tests the mean change over seeds, not whether the
+    change is significant. May be given several times."""
     allow_unequal: bool = False
     """Compare also runs that differ in evaluation, batch or length."""
 
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(config: ReportConfig, console: Console) -> int:
     """Make, print and write a report; or verify the existing report, write a page or publish the study."""
-    from bench.files import not_linked_out, visible
+    from bench.files import not_linked_out
     from bench.study.runs import the_study
 
     path = the_study(config.study, config.results_dir)
@@ -155,14 +159,12 @@ def report(config: ReportConfig, console: Console) -> int:
         for text in made.doubled():
             print(f"error: {text}", file=sys.stderr)
         return 1 if made.doubled() else 0
-    from bench.report.files import PAGE, write_report
+    from bench.report.files import PAGE, SUMMARY, write_report
     from bench.report.terminal import print_report
 
     with console.status("drawing and writing …"):
         write_report(made, options, folder, plots=config.plots)
-    print_report(made, console)
-    console.print(visible(f"page: {folder / PAGE}"), markup=False, soft_wrap=True)
-    console.print(visible(f"tables and plots: {folder}"), markup=False, soft_wrap=True)
+    print_report(made, console, [f"page: {folder / PAGE}", f"tables, plots, {SUMMARY}: {folder}"])
     return 1 if made.doubled() else 0
 
 
@@ -185,10 +187,11 @@ def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
     given = config.hypotheses
     hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
     return {
-        "reference": config.reference,
+        "baseline": config.baseline,
         "allow_unequal": config.allow_unequal,
         "stated": when,
         "hypotheses": hypotheses,
+        "columns": config.columns,
     }
 
 
@@ -197,7 +200,8 @@ def _make(path: Path, options: dict[str, Any]) -> Report:
     from bench.study.runs import load_study
 
     study = load_study(path, options["allow_unequal"])
-    return make_report(study, options["reference"], options["hypotheses"], options["stated"])
+    columns = options["columns"]
+    return make_report(study, options["baseline"], options["hypotheses"], options["stated"], columns)
 
 
 def compare(config: CompareConfig, console: Console) -> int:

@@ -36,7 +36,7 @@ from gnnmoe.config import Refused, unknown_name
 
 Placed = tuple[Basis, Configuration]
 """A configuration, and the basis on which it was measured."""
-PERPLEXITY = "ppl"
+PERPLEXITY = "perplexity"
 MEASURED = {found.limit: found for found in QUANTITIES if found.limit}
 """The quantities that are compared by their geometric means, by the name that --fail-if has for them."""
 
@@ -163,7 +163,7 @@ def _pairs(
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of the change from A to B, such as ``ppl > 1%``; a check fails beyond it."""
+    """A limit of the change from A to B, such as ``perplexity > 1%``; it tests the mean over seeds."""
 
     quantity: str
     sign: str
@@ -178,21 +178,24 @@ class Limit:
         """
         found = re.fullmatch(r"\s*([\w/]+)\s*([<>])\s*([+-]?[0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
         if not found:
-            raise Refused(f'fail_if is {text!r}; write a quantity and a limit of its change: "ppl > 1%".')
+            raise Refused(f'--fail-if is {text!r}; write a quantity and a limit, such as "perplexity > 1%".')
         known = [PERPLEXITY, *MEASURED]
         if found[1] not in known:
             raise Refused(unknown_name("quantity", found[1], known))
         return cls(found[1], found[2], float(found[3]))
 
     def verdict(self, difference: Difference) -> tuple[bool, str]:
-        """Return whether the check fails, and why; a quantity that was not measured makes it fail."""
+        """Return whether the mean change is beyond the limit, and why; what was not measured fails."""
         ratio = ratio_of(self.quantity, difference)
-        limit = f"{self.quantity} {self.sign} {self.percent:g} %"
+        limit = f"--fail-if {self.quantity} {self.sign} {self.percent:g}%"
         if ratio is None:
-            return True, f"{limit}: {self.quantity} was not measured on both sides"
+            return True, f"{limit}: FAILS, {self.quantity} was not measured on both sides"
         change = 100 * (ratio - 1)
         fails = change > self.percent if self.sign == ">" else change < self.percent
-        return fails, f"{limit}: {self.quantity} {percent(ratio, 2)}, {'FAILS' if fails else 'passes'}"
+        why = f"{limit}: {'FAILS' if fails else 'passes'}, the mean change is {percent(ratio, 2)}"
+        if self.quantity == PERPLEXITY and difference.verdict.kind == "not resolved":
+            why += " (not significant; --fail-if tests the mean only)"
+        return fails, why
 
 
 def ratio_of(name: str, difference: Difference) -> float | None:
@@ -232,14 +235,24 @@ def _print_difference(difference: Difference, count: int, width: int, console: C
     console.print()
     console.print(_title(difference), style="bold", markup=False)
     table = Table(width=width, box=None, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("", "A", "B", "B over A"):
-        table.add_column(name, justify="left" if name in ("", "B over A") else "right", overflow="fold")
+    for name in ("", "A", "B", "B vs A"):
+        table.add_column(name, justify="left" if name in ("", "B vs A") else "right", overflow="fold")
     for row in _rows(difference):
         table.add_row(*map(escape, row))
     console.print(table)
-    verdict = f"B is {difference.verdict.words()}; p {p_value(difference.p_adjusted)}, "
-    verdict += f"after Holm over {count} comparisons" if count > 1 else "of this one comparison alone"
-    console.print(textwrap.fill(verdict, width), markup=False)
+    console.print(textwrap.fill(_verdict(difference, count), width), markup=False)
+
+
+def _verdict(difference: Difference, count: int) -> str:
+    """Return the verdict on B in words, and for how many comparisons its p is corrected."""
+    found, p = difference.verdict, p_value(difference.p_adjusted)
+    corrected = "" if count == 1 else f", after Holm's correction over {count} comparisons"
+    if found.kind != "not resolved":
+        return f"B is {found.words()} (p {p}{corrected})."
+    text = f"No significant difference (p {p}{corrected}): {found.words()}."
+    if count == 1 and found.seeds is not None:
+        text += " The seeds are for this pair alone; a report corrects for all its pairs and needs more."
+    return text
 
 
 def _title(difference: Difference) -> str:

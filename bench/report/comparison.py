@@ -111,17 +111,17 @@ class Difference:
 class CostOverMean:
     """The cost of a configuration beside the same model with the mean coupler.
 
-    If every run timed both models in turn (``--marginal``), the cost comes from these times. Otherwise it
+    If every run timed both models alternately (``--marginal``), the cost comes from these times. Otherwise it
     comes from the separate runs of a configuration with the mean coupler.
     """
 
     mean: Configuration | None
-    """The separate runs with the mean coupler; None where there are none and both were timed in turn."""
+    """The separate runs with the mean coupler; None where there are none and both were timed alternately."""
     in_turn: bool
     log_step_time_ratio: Summary
     """ln of the step time over the mean coupler's, by seed.
 
-    Timed in turn it is the median of the rounds' ratios, else the ratio of the medians.
+    Timed alternately it is the median of the rounds' ratios, else the ratio of the medians.
     """
     added_seconds: Summary
     """Median step minus the mean coupler's, by seed."""
@@ -133,7 +133,7 @@ class CostOverMean:
     @property
     def over(self) -> str:
         """The name of what the cost is compared with."""
-        return "the mean coupler, in turn" if self.in_turn or self.mean is None else self.mean.label
+        return "the mean coupler" if self.in_turn or self.mean is None else self.mean.label
 
     def step_time_ratio(self) -> float | None:
         """Return the geometric mean over seeds of the ratio of step times; None where not measured."""

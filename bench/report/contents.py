@@ -20,6 +20,7 @@ from bench.report.comparison import (
     Comparison,
     ComparisonRow,
     CostOverMean,
+    Difference,
     answer_hypotheses,
     compare,
 )
@@ -46,8 +47,8 @@ from bench.report.tables import (
     Table,
     comparison_table,
     failures_table,
+    other_models,
     pairs_table,
-    reference_lines,
     runs_table,
 )
 from bench.report.weights import WeightsReading, read_weights
@@ -57,8 +58,8 @@ from bench.study.runs import Configuration, Study, doubled_words, load_study, st
 from gnnmoe.config import Refused, unknown_name
 
 COLUMNS = (
-    "configuration|n|perplexity [95%]|unknown words|nats to {}|p|verdict|time per step over mean|peak memory"
-    "|parameters"
+    "configuration|n|perplexity [95%]|unknown words|difference from {}|p|verdict|time per step, mean = 0%"
+    "|peak memory|parameters"
 ).split("|")
 """The columns of the table that ``--page`` writes."""
 WHOLE, TABLE = "what", "the table that"
@@ -76,6 +77,15 @@ class Section:
     pairs_table: Table
     weights: list[WeightsReading]
 
+    @property
+    def file(self) -> str:
+        """The file with all figures of the comparison, in the folder of the report."""
+        return f"tables/{self.comparison_table.name}.csv"
+
+    def answer(self) -> str:
+        """Return whether a configuration is better than the baseline."""
+        return answer(self.comparison)
+
     def sentences(self) -> list[str]:
         """Return the verdicts in words."""
         return verdict_sentences(self.comparison)
@@ -92,6 +102,8 @@ class Report:
     """When the hypotheses were stated, in words; None without hypotheses."""
     runs_table: Table
     failures_table: Table
+    columns: tuple[str, ...] = ()
+    """The columns of the LaTeX tables; empty: six that fit the width of a paper."""
 
     @property
     def tables(self) -> list[Table]:
@@ -118,19 +130,19 @@ class Report:
         found = [*text_warnings(self.study.groups), *self.doubled()]
         if len(self.sections) > 1:
             found.append(
-                f"{len(self.sections)} tables, since corpus, device, evaluation, or used batch and length "
-                "differ; --allow-unequal puts those that differ in the last two into one."
+                f"The runs are in {len(self.sections)} tables: their corpus, device, evaluation, batch or "
+                "length differ. --allow-unequal joins runs whose evaluation, batch or length differ."
             )
         if self.study.unreadable:
             files = counted(len(self.study.unreadable), "file")
-            found.append(f"{files} of runs cannot be read; see the failures.")
+            found.append(f"{files} of runs cannot be read; the table of failures names them.")
         found += [
             f"Folder {visible(folder.name)} is not counted: {why}." for folder, why in self.study.misplaced
         ]
         failed = Counter(run.status for run in self.study.runs if not run.counts)
         if failed:
             listed = ", ".join(f"{count} {status}" for status, count in failed.items())
-            found.append(f"Not counted: {listed}.")
+            found.append(f"Failed runs, which do not count: {listed}.")
         return found
 
 
@@ -139,14 +151,15 @@ def make_report(
     reference: str | None = None,
     hypotheses: Sequence[Hypothesis] = (),
     stated_at: str | None = None,
+    columns: Sequence[str] = (),
 ) -> Report:
     """Compare every group of a study, answer its hypotheses and make its tables.
 
-    ``reference`` is the label of a configuration, for the groups that have it. ``stated_at`` is the UTC time
-    at which the hypotheses were written down.
+    ``reference`` is the label of the baseline configuration, for the groups that have it. ``stated_at`` is
+    the UTC time at which the hypotheses were written down. ``columns`` are those of the LaTeX tables.
 
     Raises:
-        Refused: no configuration has the label ``reference``.
+        Refused: no configuration has the label ``reference``, or no table has one of the ``columns``.
     """
     labels = [found.label for group in study.groups for found in group.configurations]
     if reference is not None and reference not in labels:
@@ -161,7 +174,14 @@ def make_report(
     readable = [replace(found, statement=visible(found.statement)) for found in hypotheses]
     answers = answer_hypotheses(readable, study.groups)
     when = _when(study, stated_at) if hypotheses else None
-    return Report(study, sections, answers, when, runs_table(study.groups), failures_table(study))
+    made = Report(
+        study, sections, answers, when, runs_table(study.groups), failures_table(study), tuple(columns)
+    )
+    known = dict.fromkeys(title for table in made.tables for title in table.shown.columns)
+    for title in columns:
+        if title not in known:
+            raise Refused(unknown_name("column", title, known))
+    return made
 
 
 def load_report(path: Path, reference: str | None = None, allow_unequal: bool = False) -> Report:
@@ -188,25 +208,84 @@ def make_plots(report: Report) -> list[Plot]:
 def _when(study: Study, time: str | None) -> str:
     """Return in words when the hypotheses were stated, and whether that was before the runs."""
     if time is None:
-        return (
-            "given to the report, not kept by the sweep: nothing shows that they were stated before the runs"
-        )
+        return "given to the report, not kept by the sweep: nothing shows that they are older than the runs"
     starts = [run.record.time.start for run in study.runs]
     starts += [run.get("start") for run in set_aside(study.path)]
     earlier = sum(start is None or start < time for start in starts)
     order = (
         "before the first run"
         if not earlier
-        else (f"when {earlier:,} of {counted(len(starts), 'run')} had started, or may have")
+        else (f"when {earlier:,} of {counted(len(starts), 'run')} had, or may have, started")
     )
     others = sorted(visible(path.name) for path in study.path.glob("hypotheses.*.json"))
     return f"stated {visible(time)}, {order}" + (f"; others before: {', '.join(others)}" if others else "")
 
 
+def answer(comparison: Comparison) -> str:
+    """Return whether a configuration is better than the baseline, and how many are worse."""
+    name = comparison.reference.label
+    found = [row.against for row in comparison.rows if row.against is not None]
+    if not found:
+        return f"Nothing is compared: no configuration shares a seed that counts with {name}."
+    if few := _too_few(comparison):
+        return few
+    better = [one for one in found if one.verdict.kind == "better"]
+    best, rivals = comparison.best(), counted(len(found), "other configuration")
+    if best is comparison.reference:
+        return f"{name} is better than {'the' if len(found) == 1 else 'each of the'} {rivals}."
+    if not better:
+        rest = _counts(found)
+        head = f"No configuration is better than {name}"
+        return f"{head}: of {counted(len(found), 'configuration')}, {rest}."
+    first = better[0]
+    than = name if best is None or len(found) == 1 else f"every other configuration, and than {name}"
+    head = f"{first.candidate.label} is better than {than}: {_evidence(first)}."
+    if len(better) > 1:
+        head += (
+            f" {counted(len(better) - 1, 'more configuration')} {_are(len(better) - 1)} better than {name}."
+        )
+    others = [one for one in found if one.verdict.kind != "better"]
+    return head + (f" Of the others, {_counts(others)}." if others else "")
+
+
+def _counts(found: Sequence[Difference]) -> str:
+    """Return how many differences have which verdict: "9 are worse and 2 are not resolved"."""
+    kinds = Counter(one.verdict.kind for one in found)
+    parts = [f"{count} {_are(count)} {kind}" for kind, count in kinds.most_common()]
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def explanations(comparison: Comparison) -> list[str]:
+    """Return how to read the verdicts of this table, where a reader may stumble over them."""
+    found = [row.against for row in comparison.rows if row.against is not None]
+    if not found or _too_few(comparison):
+        return []
+    count, texts = comparison.comparisons, []
+    lowest = min(found, key=lambda one: one.p_adjusted)
+    floor = count * 2 / 2**lowest.paired.n
+    if count > 1 and lowest.p_adjusted <= floor * (1 + 1e-9):
+        of = f"{count} comparisons × 2/2^{lowest.paired.n}, {lowest.paired.n} seeds"
+        texts.append(f"p = {p_value(floor)} is the smallest possible p here ({of}).")
+    unresolved = [one for one in found if one.verdict.kind == "not resolved"]
+    if any(one.paired.interval and one.paired.interval[0] * one.paired.interval[1] > 0 for one in unresolved):
+        texts.append(
+            "An interval without 0 is not enough for a verdict: p after Holm's correction must be ≤ 0.05."
+        )
+    if count > 1 and any(one.verdict.seeds for one in unresolved):
+        texts.append(
+            f"The needed seeds are for {count} comparisons; compare tests a single pair and needs fewer."
+        )
+    return texts
+
+
 def verdict_sentences(comparison: Comparison) -> list[str]:
-    """Return a sentence for every configuration beside the reference, and sentences on all of them."""
-    sentences = [_sentence(row, comparison) for row in comparison.rows if row.against is not None]
-    sentences = [*_about_best(comparison), *sentences]
+    """Return sentences on every configuration beside the baseline, and on those that are not compared."""
+    sentences = [*_no_best(comparison)]
+    sentences += [_sentence(row, comparison) for row in comparison.rows if row.against is not None]
     alone = [
         row.configuration
         for row in comparison.rows
@@ -214,41 +293,33 @@ def verdict_sentences(comparison: Comparison) -> list[str]:
     ]
     doubled = [row.configuration for row in comparison.rows if row.configuration.doubled]
     for why, some in (
-        ("since a seed of it has several runs", doubled),
-        ("without a seed that counts in common", [one for one in alone if one not in doubled]),
+        ("a seed of it has several runs", doubled),
+        ("no common seed counts", [one for one in alone if one not in doubled]),
     ):
         if some:
-            sentences.append(f"Not compared, {why}: {', '.join(one.label for one in some)}.")
-    few = _too_few(comparison)
-    return [*sentences, few] if few else sentences
+            names = ", ".join(one.label for one in some)
+            sentences.append(f"Not compared with {comparison.reference.label}, because {why}: {names}.")
+    return sentences
 
 
-def _about_best(comparison: Comparison) -> list[str]:
-    """Return whether one configuration is better than all others, or why nothing can say so."""
-    best = comparison.best()
-    if best is not None:
-        return [f"{best.label} is better than every other configuration beyond the noise."]
+def _no_best(comparison: Comparison) -> list[str]:
+    """Return why no configuration can be better than all others, if there are too few seeds for it."""
     seeds = [pair.paired.n for pair in comparison.pairs]
-    if not seeds or len(comparison.rows) <= 2 or _too_few(comparison):
-        return []
     among = len(comparison.pairs) - comparison.comparisons
-    if max(seeds) < seeds_needed(among):
-        return [
-            f"With {counted(max(seeds), 'seed')} no single best can be named, only differences from "
-            f"{comparison.reference.label}: {seeds_needed(among)} are needed for the "
-            f"{counted(among, 'comparison')} among the others."
-        ]
-    return ["No configuration is better than every other one beyond the noise."]
+    if not among or _too_few(comparison) or max(seeds) >= seeds_needed(among):
+        return []
+    return [
+        f"{counted(max(seeds), 'seed')} are enough to compare each configuration with "
+        f"{comparison.reference.label}, but not with each other "
+        f"({seeds_needed(among)} seeds are needed for {counted(among, 'comparison')})."
+    ]
 
 
 def _sentence(row: ComparisonRow, comparison: Comparison) -> str:
     """Return the verdict on a configuration with its evidence, and its cost."""
     against = row.against
     assert against is not None, "the caller has checked it"
-    paired, name = against.paired, comparison.reference.label
-    ratio = percent(exp_or_infinity(paired.mean), 2)
-    interval = perplexities(paired.interval)
-    about = f", 95% interval {percent(interval[0], 2)} to {percent(interval[1], 2)}" if interval else ""
+    name = comparison.reference.label
     head = {
         "better": f"better than {name}",
         "worse": f"worse than {name}",
@@ -256,20 +327,26 @@ def _sentence(row: ComparisonRow, comparison: Comparison) -> str:
     }.get(against.verdict.kind, f"no significant difference from {name}")
     if against.verdict.below_minimum:
         head += ", by less than the minimum effect of 0.01 nats"
-    text = (
-        f"{row.configuration.label}: {head}: perplexity {ratio}{about} ({signed(paired.mean)} nats; "
-        f"{counted(paired.n, 'paired seed')}, p {p_value(against.p_adjusted)})"
-    )
+    nats = f"{signed(against.paired.mean)} nats; {counted(against.paired.n, 'paired seed')}"
+    text = f"{row.configuration.label}: {head}. {_evidence(against).capitalize()}; {nats}"
+    text += f", p {p_value(against.p_adjusted)}."
     if against.verdict.kind == "not resolved":
-        text += f"; {against.verdict.words()}"
+        text += f" {against.verdict.words().capitalize()}."
     noise = against.articles
     if noise and against.verdict.kind in ("better", "worse") and noise[0] <= 0 <= noise[1]:
-        text += f"; over other articles the difference might vanish {span(noise, 4, sign=True)}"
-    return f"{text}.{_cost(row.cost)}"
+        text += f" On other articles the difference might vanish: 95% interval {span(noise, 4, sign=True)}."
+    return f"{text}{_cost(row.cost)}"
+
+
+def _evidence(against: Difference) -> str:
+    """Return the difference of perplexity with its interval."""
+    ends = perplexities(against.paired.interval)
+    about = f" (95% interval {percent(ends[0], 2)} to {percent(ends[1], 2)})" if ends else ""
+    return f"perplexity {percent(exp_or_infinity(against.paired.mean), 2)}{about}"
 
 
 def _cost(cost: CostOverMean | None) -> str:
-    """Return the cost of a configuration over the mean coupler."""
+    """Return the cost of a configuration relative to the mean coupler."""
     if cost is None:
         return ""
     parts = []
@@ -278,12 +355,13 @@ def _cost(cost: CostOverMean | None) -> str:
         about = f" ({percent(ends[0], 0)} to {percent(ends[1], 0)})" if ends else ""
         parts.append(f"{percent(time, 0)} time per step{about}")
     if cost.memory_bytes is not None:
-        parts.append(f"{mebibytes(cost.memory_bytes, sign=True)} of memory")
+        parts.append(f"{mebibytes(cost.memory_bytes, sign=True)} memory")
     if cost.parameters is not None:
         parts.append(f"{signed(cost.parameters, 0)} parameters")
     if cost.flops_per_token is not None:
         parts.append(f"{signed(cost.flops_per_token / 1e6, 2)} MFLOPs per token")
-    return f" Over {cost.over}: {', '.join(parts)}." if parts else ""
+    how = "timed alternately" if cost.in_turn else "timed in separate runs"
+    return f" Cost relative to {cost.over}, {how}: {', '.join(parts)}." if parts else ""
 
 
 def _too_few(comparison: Comparison) -> str:
@@ -292,10 +370,10 @@ def _too_few(comparison: Comparison) -> str:
     seeds = [row.against.paired.n for row in comparison.rows if row.against is not None]
     if not seeds or max(seeds) >= seeds_needed(count):
         return ""
-    have, need = counted(max(seeds), "seed"), seeds_needed(count)
+    verb, need = "needs" if count == 1 else "need", seeds_needed(count)
     return (
-        f"With {have} no difference can be told from noise here: {need} are needed for "
-        f"{counted(count, 'comparison')} at p ≤ 0.05."
+        f"{counted(max(seeds), 'seed')} cannot show a significant difference: "
+        f"{counted(count, 'comparison')} at p ≤ 0.05 {verb} at least {need} seeds."
     )
 
 
@@ -304,7 +382,8 @@ def summary_markdown(report: Report) -> str:
     lines = [f"# {report.study.name}", "", report.headline() + ".", ""]
     lines += [f"**{warning}**\n" for warning in report.warnings()]
     for section in report.sections:
-        lines += [section.comparison_table.markdown(), *(f"- {text}" for text in section.sentences()), ""]
+        lines += [section.answer(), "", section.comparison_table.markdown()]
+        lines += [f"- {text}" for text in (*explanations(section.comparison), *section.sentences())] + [""]
         lines += [f"- {reading.sentence()}" for reading in section.weights] + [""]
     if report.answers:
         lines += [f"## Hypotheses ({report.stated})", ""]
@@ -344,7 +423,7 @@ def with_study(text: str, report: Report) -> str:
 def study_markdown(report: Report, *, answers: bool = True) -> str:
     """Return headline, warnings, the table of each group and the answers to the hypotheses, in Markdown.
 
-    The table has the time of a step beside the mean coupler only where the two were timed in turn.
+    The table has the time of a step relative to the mean coupler only where both were timed alternately.
     """
     parts = [f"{report.headline()}.", *(f"**{warning}**" for warning in report.warnings())]
     for section in report.sections:
@@ -352,7 +431,7 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
         codes = codes_of(section.comparison.group.runs)
         if codes.mixed or codes.silent():
             words = ", ".join(filter(None, (codes.words(), codes.silent())))
-            parts.append(f"States of the code: {words}.")
+            parts.append(f"Versions of the code: {words}.")
         parts.append(_table(section.comparison))
     if answers and report.answers:
         said = [
@@ -366,8 +445,8 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
 def _table(comparison: Comparison) -> str:
     rows = [_cells(row, comparison.reference) for row in comparison.rows]
     rows += [
-        [name, "", number(value), "", "", "", "reference line", "", "", ""]
-        for name, value in reference_lines(comparison.group)
+        [name, "", number(value), "", "", "", kind, "", "", ""]
+        for name, kind, value in other_models(comparison.group)
     ]
     headings = [name.format(comparison.reference.label) for name in COLUMNS]
     kept = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
@@ -379,9 +458,13 @@ def _cells(row: ComparisonRow, reference: Configuration) -> list[str]:
     loss, against, cost = row.loss, row.against, row.cost
     if loss.mean is None:
         return [row.configuration.label, "0", "", "", "", "", row.configuration.statuses(), "", "", ""]
-    judged = ["", "", "reference" if row.configuration is reference else "no common seed"]
+    judged = ["", "", "baseline" if row.configuration is reference else "no common seed"]
     if against is not None:
-        judged = [signed(against.paired.mean), p_value(against.p_adjusted), against.verdict.words()]
+        judged = [
+            percent(exp_or_infinity(against.paired.mean), 2),
+            p_value(against.p_adjusted),
+            against.verdict.words(),
+        ]
     head = [row.configuration.label, str(loss.n), with_interval(loss.mean, loss.interval)]
     unknown = share(row.means[UNKNOWN_WORDS].mean or None)
     time = percent(cost.step_time_ratio(), 0) if cost and cost.in_turn else ""

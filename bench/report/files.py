@@ -28,7 +28,7 @@ from gnnmoe.config import Refused
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
 ANEW = "delete it with its folder, or make the report in another one with --out."
 ReportOptions = dict[str, Any]
-"""The options of a report: reference, allow_unequal, hypotheses, time stated; and the hash of each file."""
+"""The options of a report: baseline, columns, allow_unequal, hypotheses, time stated; and file hashes."""
 
 
 def write_report(report: Report, options: ReportOptions, folder: Path, plots: bool = True) -> list[Path]:
@@ -90,7 +90,10 @@ def _write(path: Path, options: ReportOptions) -> None:
 
 def text_files(report: Report) -> dict[str, str]:
     """Return the contents of the summary and of every table, by path."""
-    tables = {f"tables/{name}": text for table in report.tables for name, text in table.files().items()}
+    columns = report.columns
+    tables = {
+        f"tables/{name}": text for table in report.tables for name, text in table.files(columns).items()
+    }
     return {**tables, SUMMARY: summary_markdown(report)}
 
 
@@ -105,10 +108,11 @@ def read_options(folder: Path) -> ReportOptions:
     if not path.is_file():
         raise Refused(f"{folder} holds no report; make one first, without --verify.")
     options = read_json(path)
-    kinds = {"reference": str | None, "allow_unequal": bool, "stated": str | None, "hypotheses": list}
+    kinds = {"baseline": str | None, "allow_unequal": bool, "stated": str | None, "hypotheses": list}
     wrong = (
         not isinstance(options, dict)
         or not is_names(options.get("files"))
+        or not isinstance(options.get("columns"), list)
         or any(not isinstance(options.get(key, ...), kind) for key, kind in kinds.items())
     )
     if wrong:

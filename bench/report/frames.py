@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from bench.config import RunConfig, build
-from bench.record import Record, is_measured, is_stale
-from bench.report import quantities
+from bench.record import Record, is_stale
+from bench.report.quantities import exp_or_infinity
+from bench.report.tables import run_columns
 from bench.study.runs import Run, load_study, the_study
 from bench.training.environment import code_hashes
 from gnnmoe.config import Refused
@@ -19,11 +19,10 @@ from gnnmoe.config import Refused
 def load(study: str | Path, results_dir: str | Path = "results") -> pd.DataFrame:
     """Return one row per run of a study, in the order of configurations and seeds.
 
-    Columns: ``run_id``, ``label`` (of the configuration), ``status``, ``error``, every field of the config,
-    ``loss`` (nats per token), ``perplexity``, ``bits_per_byte`` (these three on validation, at the end),
-    ``tokens_per_second``, ``peak_memory_bytes``, ``parameters``, ``training_flops_per_token`` and ``stale``.
-    What was not measured is missing. ``stale`` says whether other code made the run than today's code; it is
-    missing where the record has no hashes, or the coupler's file is not here.
+    Columns: ``run_id``, ``configuration`` (its label), ``status``, ``error``, every field of the config,
+    the quantities of a run (``perplexity``, ``loss`` and more, see docs/python.md) and ``stale``. What was
+    not measured is missing. ``stale`` says whether other code made the run than today's code; it is missing
+    where the record has no hashes, or the coupler's file is not here.
 
     Args:
         study: The name of a study in ``results_dir``, or its folder.
@@ -32,24 +31,26 @@ def load(study: str | Path, results_dir: str | Path = "results") -> pd.DataFrame
     Raises:
         Refused: there is no such study, or it has no record.
     """
-    return pd.DataFrame([_row(label, run.record) for label, run in _runs(study, results_dir)])
+    return pd.DataFrame(
+        [{**run_columns(run, label), "stale": _stale(run.record)} for label, run in _runs(study, results_dir)]
+    )
 
 
 def history(study: str | Path, results_dir: str | Path = "results") -> pd.DataFrame:
     """Return one row per training step and per evaluation of each run of a study.
 
-    Columns: ``run_id``, ``label``, ``seed``, ``kind`` (train or validation), ``step``, ``epoch``, ``tokens``
-    (counted targets), ``loss`` (nats per token), ``perplexity``; a training step also has ``learning_rate``
-    and ``gradient_norm``. The arguments and errors are those of ``load``.
+    Columns: ``run_id``, ``configuration``, ``seed``, ``kind`` (train or validation), ``step``, ``epoch``,
+    ``tokens`` (counted targets), ``loss`` (nats per token), ``perplexity``; a training step also has
+    ``learning_rate`` and ``gradient_norm``. The arguments and errors are those of ``load``.
     """
     rows = []
     for label, run in _runs(study, results_dir):
-        known = {"run_id": run.record.run_id, "label": label, "seed": run.seed}
+        known = {"run_id": run.record.run_id, "configuration": label, "seed": run.seed}
         for row in (*run.data.train, *run.data.validation):
             sums = dict(row)
             if "nll_sum" in sums:
                 sums["loss"] = sums.pop("nll_sum") / sums["tokens"]
-            rows.append({**known, **sums, "perplexity": quantities.exp_or_infinity(sums["loss"])})
+            rows.append({**known, **sums, "perplexity": exp_or_infinity(sums["loss"])})
     return pd.DataFrame(rows)
 
 
@@ -58,27 +59,6 @@ def _runs(study: str | Path, results_dir: str | Path) -> Iterator[tuple[str, Run
         for configuration in group.configurations:
             for run in configuration.runs:
                 yield configuration.label, run
-
-
-def _row(label: str, record: Record) -> dict[str, Any]:
-    groups = record.config.model_dump().values()
-    return {
-        "run_id": record.run_id,
-        "label": label,
-        "status": record.status,
-        "error": record.error,
-        **{name: value for group in groups for name, value in group.items()},
-        "loss": quantities.loss_nats(record),
-        "perplexity": quantities.perplexity(record),
-        "bits_per_byte": quantities.bits_per_byte(record),
-        "tokens_per_second": quantities.tokens_per_second(record),
-        "peak_memory_bytes": quantities.peak_memory_bytes(record),
-        "parameters": record.parameters.total if is_measured(record.parameters) else None,
-        "training_flops_per_token": (
-            record.flops.training_flops_per_token if is_measured(record.flops) else None
-        ),
-        "stale": _stale(record),
-    }
 
 
 def _stale(record: Record) -> bool | None:

@@ -20,7 +20,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bench.files import visible
-from bench.report.contents import Report
+from bench.report.charts import charts
+from bench.report.contents import Report, explanations
 from bench.report.provenance import Kind, RunFacts, kinds_of, run_facts
 from bench.report.quantities import QUANTITIES
 from bench.report.tables import Table
@@ -41,6 +42,9 @@ TITLES = {
 }
 
 
+SCRIPTS = ("uPlot.LICENSE", "uPlot.iife.min.js", "report.js", "charts.js")
+FEW = 10
+"""With fewer evaluations, the chart of losses begins with the training loss."""
 View = dict[str, Any]
 """What the template shows of a section or of a plot, by name."""
 
@@ -56,6 +60,9 @@ def render_page(report: Report, files: Mapping[str, bytes]) -> str:
     plots = _plots(report, files)
     sections = [_section(report, place, plots.get(place, [])) for place in range(len(report.sections))]
     warnings = report.warnings()
+    drawn = [charts(report.study.name, section.comparison) for section in report.sections]
+    for section, chart in zip(sections, drawn, strict=True):
+        section |= _menus(section, chart)
     runs = list(zip(_view(report.runs_table).rows, _facts(report, kinds), strict=True))
     return _template().render(
         study=report.study.name,
@@ -72,8 +79,35 @@ def render_page(report: Report, files: Mapping[str, bytes]) -> str:
         statuses=list(dict.fromkeys(facts.status for _, facts in runs)),
         configurations=list(dict.fromkeys(facts.configuration for _, facts in runs)),
         command=visible(f"python -m bench.report {study_arguments(report.study.path)}"),
-        figures=Markup(_json(figures(report.study.name, report.tables))),
+        charts=Markup(_json(drawn)),
+        scripts=_scripts(),
     )
+
+
+def _scripts() -> list[Markup]:
+    """Return the scripts of the page: uPlot below its licence, and the page's own."""
+    folder = Path(__file__).with_name("templates")
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in SCRIPTS}
+    licence = f"/*\n{texts['uPlot.LICENSE']}*/\n{texts['uPlot.iife.min.js']}"
+    return [Markup(licence), Markup(texts["report.js"] + texts["charts.js"])]
+
+
+def _menus(section: View, chart: dict[str, Any] | None) -> View:
+    """Return the menus of a section's charts, and its pictures without those that a chart shows."""
+    curves = [arm["curves"] for arm in chart["arms"]] if chart else []
+    splits = [split for split in ("validation", "training") if any(split in found for found in curves)]
+    if splits and max(len(found.get("validation", {"step": ()})["step"]) for found in curves) < FEW:
+        splits.reverse()
+    costs = chart["costs"] if chart else []
+    hidden = {"perplexity", *(["loss_curves"] if splits else []), *(["pareto"] if costs else [])}
+    return {
+        "splits": splits,
+        "costs": costs,
+        "arms": len(curves),
+        "left_out": chart["left_out"] if chart else 0,
+        "first": [plot for plot in section["plots"] if plot["kind"] == "perplexity"],
+        "plots": [plot for plot in section["plots"] if plot["kind"] not in hidden],
+    }
 
 
 def study_arguments(path: Path) -> str:
@@ -141,6 +175,8 @@ def _section(report: Report, place: int, plots: list[View]) -> View:
         "title": "Comparison" if number == 1 else f"Comparison {place + 1} of {number}",
         "embedded": section.comparison.group.embedded,
         "basis": section.comparison.group.basis.words(),
+        "answer": section.answer(),
+        "explanations": explanations(section.comparison),
         "general": [text for label, text in verdicts if not label],
         "labelled": [verdict for verdict in verdicts if verdict[0]],
         "comparison": _view(section.comparison_table),
@@ -188,6 +224,7 @@ def _plot(name: str, base: str, svg: bytes, table: bytes | None) -> View:
     csv_uri = None if table is None else _data_uri("text/csv", table)
     return {
         "name": name,
+        "kind": base,
         "title": title,
         "alt": alt,
         "svg": _data_uri("image/svg+xml", svg),
@@ -201,11 +238,11 @@ SORTED_BY = {found.title: (found.name,) for found in QUANTITIES if found.title} 
     "seeds": ("seeds_paired",),
     "table": ("table",),
     "seconds": ("seconds",),
-    "perplexity": ("perplexity", "difference_nats"),
     "difference (nats)": ("difference_nats",),
+    "difference": ("difference_nats",),
     "p": ("p_holm",),
-    "cost over mean": ("step_time_ratio_to_mean_coupler",),
-    "batch asked / tuned / used": ("requested_batch_size",),
+    "cost relative to mean": ("step_time_ratio_to_mean_coupler",),
+    "batch requested / found / used": ("batch_size",),
 }
 """Heading → the columns of figures that it is sorted by; the first column that the table has counts."""
 PARTS = re.compile(r" (?=\[)|(?<=,) (?!.*\])")
@@ -254,18 +291,6 @@ def table_view(table: Table, csv: str) -> TableView:
     return TableView(table.name, table.caption, headings, rows, table.bold, table.notes, csv)
 
 
-def figures(study: str, tables: Sequence[Table]) -> dict[str, Any]:
-    """Return the raw figures of tables by name, as columns and rows ready for JSON.
-
-    None means not measured. JSON has no infinity, so it is the text ``inf``, as in the csv files.
-    """
-    found = {}
-    for table in tables:
-        rows = [[plain(value) for value in row] for row in _rows(table.figures)]
-        found[table.name] = {"columns": list(map(str, table.figures.columns)), "rows": rows}
-    return {"study": study, "tables": found}
-
-
 def plain(value: Any) -> Any:
     """Return a figure as a JSON value."""
     if value is None or value is pd.NA:
@@ -293,7 +318,3 @@ def _value(value: Any) -> str | None:
     if found is None or not isinstance(found, str):
         return None if found is None else repr(found)
     return found.replace("inf", "Infinity")
-
-
-def _rows(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
-    return list(frame.astype(object).itertuples(index=False, name=None))

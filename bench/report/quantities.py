@@ -26,13 +26,13 @@ def signed(value: float | None, digits: int = 4) -> str:
 
 
 def percent(ratio: float | None, digits: int = 1) -> str:
-    """Return by how many percent a ratio is above or below 1: +12.3 %."""
-    return "" if ratio is None else f"{signed(100 * (ratio - 1), digits)} %"
+    """Return by how many percent a ratio is above or below 1: +12.3%."""
+    return "" if ratio is None else f"{signed(100 * (ratio - 1), digits)}%"
 
 
 def share(value: float | None) -> str:
-    """Return a share of 1 in percent: 31.4 %."""
-    return "" if value is None else f"{100 * value:.1f} %"
+    """Return a share of 1 in percent: 31.4%."""
+    return "" if value is None else f"{100 * value:.1f}%"
 
 
 def span(interval: Interval | None, digits: int = 1, sign: bool = False) -> str:
@@ -173,7 +173,7 @@ def data_share(record: Record) -> float | None:
 
 
 def marginal(record: Record) -> Marginal | None:
-    """Return the cost of the coupler alone, timed in turn with the mean coupler."""
+    """Return the cost of the coupler alone, timed alternately with the mean coupler."""
     speed = record.speed
     return speed.marginal if is_measured(speed) and is_measured(speed.marginal) else None
 
@@ -284,6 +284,7 @@ PARAMETERS = Quantity(
     limit="parameters",
     axis="parameters (millions)",
     scale=1e-6,
+    runs="figures",
     comparison="shown",
     of_model=True,
 )
@@ -293,19 +294,22 @@ TRAINING_FLOPS = Quantity(
     training_flops_per_token,
     millions,
     "lower",
+    axis="training FLOPs per token (millions)",
+    scale=1e-6,
+    runs="figures",
     comparison="shown",
     of_model=True,
 )
 QUANTITIES = (
     Quantity("perplexity", "perplexity", perplexity, number, "lower", runs="shown"),
-    Quantity("loss_nats", "loss", loss_nats, number, "lower", runs="figures"),
+    Quantity("loss", "loss", loss_nats, number, "lower", runs="figures"),
     Quantity(
         "test_perplexity",
         "test perplexity",
         _of_test(perplexity),
         number,
         "lower",
-        limit="test_ppl",
+        limit="test_perplexity",
         runs="figures",
     ),
     UNKNOWN_WORDS,

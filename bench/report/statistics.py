@@ -199,13 +199,13 @@ class Paired:
     interval: Interval | None
     """Student's, 95%."""
     interval_90: Interval | None
-    """Student's, 90%. Inside ±δ where two one-sided tests at 5 % reject a difference of δ or more."""
+    """Student's, 90%. Inside ±δ where two one-sided tests at 5% reject a difference of δ or more."""
     p: float
     """Sign-flip, two-sided, not adjusted."""
 
 
 def paired(differences: np.ndarray | Sequence[float]) -> Paired:
-    """Return the statistics of paired differences, one a seed.
+    """Return the statistics of paired differences, one per seed.
 
     Raises:
         ValueError: there are no differences, or one is not finite.
@@ -248,7 +248,7 @@ def judge(paired: Paired, p_adjusted: float, comparisons: int) -> Verdict:
 
     1. Better or worse: the adjusted p ≤ 0.05 and the 95% interval does not contain 0.
     2. Equivalent: the 90% interval lies inside ±0.01 nats. These are two one-sided tests (Schuirmann 1987),
-       each at 5 %, not adjusted over the family.
+       each at 5%, not adjusted over the family.
     3. Not resolved: all else.
     """
     side = _significant_side(paired, p_adjusted)
@@ -321,7 +321,7 @@ def answer_claims(shifted: Sequence[np.ndarray]) -> list[Answer]:
     """Return the answers to the hypotheses "a is better than b by at least a margin" of one file.
 
     ``shifted`` holds for each (n,) d + margin in nats, with d = a − b of a loss and margin ≥ 0; for "at least
-    1 % better" the margin is −ln 0.99. Supported: significantly below 0. Refuted: significantly above 0.
+    1% better" the margin is −ln 0.99. Supported: significantly below 0. Refuted: significantly above 0.
     Significant: adjusted p ≤ 0.05 (two-sided, Holm over the claims), and a 95% interval without 0.
 
     Raises:
@@ -409,7 +409,6 @@ class Agreement:
 
     tau: float
     """Mean Kendall τ-b over the pairs of seeds; 0 for a pair with a seed whose weights are all equal."""
-    pairs: int
     p: float
     """One-sided p of such an agreement if each seed orders the hyperedges at random."""
     seeds: int
@@ -426,16 +425,15 @@ class Agreement:
         return self.p <= ALPHA and self.tau >= SUBSTANTIAL_TAU
 
     def words(self) -> str:
-        """Return what a figure's caption says."""
+        """Return whether the seeds agree on the order of the hyperedges, in words."""
         if self.reproducible:
-            verdict = "reproducible"
+            verdict = "agree"
         elif self.tau >= SUBSTANTIAL_TAU:
-            verdict = "undecided"  # too few seeds or hyperedges
+            verdict = "may agree"  # too few seeds or hyperedges
         else:
-            verdict = "weakly reproducible" if self.p <= ALPHA else "not reproducible"
-        pairs = f"{self.pairs} pair{'s' if self.pairs > 1 else ''} of seeds"
+            verdict = "agree only weakly" if self.p <= ALPHA else "do not agree"
         tau = f"{self.tau:z.2f}".replace("-", "−")
-        return f"{verdict}: Kendall τ {tau} over {pairs} (p {self.p:.2g})"
+        return f"{self.seeds} seeds {verdict} on the order (mean Kendall τ {tau}, p {self.p:.2g})"
 
 
 def agreement(weights_SM: np.ndarray) -> Agreement | None:
@@ -462,7 +460,7 @@ def agreement(weights_SM: np.ndarray) -> Agreement | None:
     tau = float(np.nan_to_num(taus).mean())  # NaN: a seed whose weights are all equal
     many = members > MAX_KENDALL_MEMBERS
     p = float(stats.friedmanchisquare(*weights_SM.T)[1]) if many else _permutation_p(weights_SM)
-    return Agreement(tau, len(pairs), p, seeds, members)
+    return Agreement(tau, p, seeds, members)
 
 
 def _permutation_p(weights_SM: np.ndarray) -> float:

@@ -47,13 +47,21 @@ TO_LATEX = {
 }
 KNOWN_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("×÷ÐðÞþ")
 """Letters of Latin-1 that LaTeX reads in UTF-8 with its usual fonts."""
-AWD_LSTM = ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8)
+AWD_LSTM = ("AWD-LSTM (Merity et al. 2017), test split", "published", 65.8)
 FULL_TEST_TOKENS = 245_569
+PAPER = (
+    "configuration", "first", "second", "n", "seed", "seeds", "perplexity", "difference", "p", "verdict",
+    "first is", "status", "tokens/s", "peak memory", "error",
+)  # fmt: skip
+"""The columns of a LaTeX table without --columns: the first six of these that the table has."""
+LONG = {"configuration": 0.25, "first": 0.22, "second": 0.22, "verdict": 0.17, "first is": 0.17, "error": 0.4}
+"""Columns whose texts are wrapped, with their share of the width of a line."""
+WRAPPED = r">{{\raggedright\arraybackslash}}p{{{}\linewidth}}"
 OLD_CODE = "†"
-UNKNOWN_NOTE = "Unknown words: the share of the scored tokens that are <unk> in place of another word."
+UNKNOWN_NOTE = "Unknown words: the share of the scored tokens that are <unk>, which stands for another word."
 ARTICLES_NOTE = (
-    "articles_low_nats to articles_high_nats, in the csv, is the 95% interval of a difference over the "
-    "articles scored: the noise of the evaluation, without that of the seeds."
+    "In the csv, articles_low_nats and articles_high_nats are the ends of a 95% interval over the scored "
+    "articles. It shows the noise of the evaluation, without the noise of the seeds."
 )
 
 
@@ -76,9 +84,9 @@ class Table:
         """Return the figures as csv."""
         return self.figures.to_csv(index=False, lineterminator="\n")
 
-    def files(self) -> dict[str, str]:
+    def files(self, columns: Sequence[str] = ()) -> dict[str, str]:
         """Return the contents of the Markdown, csv and LaTeX files, by file name."""
-        contents = {"md": self.markdown(), "csv": self.csv(), "tex": self.latex()}
+        contents = {"md": self.markdown(), "csv": self.csv(), "tex": self.latex(columns)}
         return {f"{self.name}.{ending}": text for ending, text in contents.items()}
 
     def markdown(self) -> str:
@@ -90,17 +98,24 @@ class Table:
         notes = "".join(f"\n{_escape_markdown(note)}\n" for note in self.notes)
         return f"**{_escape_markdown(self.caption)}**\n\n{body}\n{notes}"
 
-    def latex(self) -> str:
-        """Return the table in LaTeX, for a document that loads the package booktabs."""
-        style: Any = self.shown.map(_plain_letters).style.format(escape="latex")
+    def latex(self, columns: Sequence[str] = ()) -> str:
+        """Return the table in LaTeX, with those of ``columns`` that it has, else six that fit a paper."""
+        known = list(self.shown.columns)
+        own = [title for title in columns if title in known] or [name for name in PAPER if name in known][:6]
+        style: Any = self.shown[own].map(_plain_letters).style.format(escape="latex")
         style = style.hide(axis="index").format_index(escape="latex", axis="columns")
-        if self.bold and len(self.shown.columns):
-            cells = pd.IndexSlice[sorted(self.bold), [self.shown.columns[0]]]
-            style = style.map(lambda _: "textbf:--rwrap;", subset=cells)
-        numeric = "l" + "r" * (len(self.shown.columns) - 1)
-        text = style.to_latex(hrules=True, column_format=numeric)
-        notes = "\n".join(f"% {_plain_letters(note)}" for note in [self.caption, *self.notes])
-        text = f"{notes}\n{text}"
+        if self.bold and own:
+            style = style.map(lambda _: "textbf:--rwrap;", subset=pd.IndexSlice[sorted(self.bold), own[:1]])
+        widths = "".join(WRAPPED.format(LONG[title]) if title in LONG else "r" for title in own)
+        comments = [
+            self.caption,
+            *self.notes,
+            "Packages: \\usepackage{array,booktabs}",
+            f"Columns that --columns can choose: {', '.join(known)}",
+        ]
+        text = "".join(f"% {_plain_letters(comment)}\n" for comment in comments)
+        text += "\\begingroup\\footnotesize\\setlength{\\tabcolsep}{4pt}\n"
+        text += style.to_latex(hrules=True, column_format=widths) + "\\endgroup\n"
         for letter, command in TO_LATEX.items():
             text = text.replace(letter, command)
         return text
@@ -126,11 +141,12 @@ def _plain_letters(text: str) -> str:
 
 
 def comparison_table(comparison: Comparison, suffix: str = "") -> Table:
-    """Return a row for each configuration, the reference first, then the reference lines."""
+    """Return a row for each configuration, the baseline first, then other models on the same tokens."""
     rows = [(_figures(row), _texts(row, comparison)) for row in comparison.rows]
-    for name, value in reference_lines(comparison.group):
-        line = {"configuration": name, "status": "reference line"}
-        rows.append(({**line, "perplexity": value}, {**line, "perplexity": number(value)}))
+    for name, kind, value in other_models(comparison.group):
+        line = {"configuration": name, "status": kind}
+        shown = {"configuration": name, "perplexity": number(value), "verdict": kind}
+        rows.append(({**line, "perplexity": value}, shown))
     best = comparison.best()
     bold = [place for place, row in enumerate(comparison.rows) if row.configuration is best]
     notes = _notes(comparison)
@@ -189,18 +205,26 @@ def _texts(row: ComparisonRow, comparison: Comparison) -> Cells:
             for found in (UNKNOWN_WORDS, TEST_UNKNOWN_WORDS)
             if any(other.means[found].mean for other in comparison.rows)
         },
-        "difference (nats)": difference_words(against) if against else "",
+        "difference": ratio_words(against) if against else "",
         "p": p_value(against.p_adjusted) if against else "",
         "verdict": against.verdict.words()
         if against
-        else "reference"
+        else "baseline"
         if row.configuration is comparison.reference
         else "",
         **{found.title: found.show(row.means[found].mean) for found in shown if not found.of_model},
-        "cost over mean": ", ".join(part for part in (ratio and f"{ratio} time", extra) if part),
+        "cost relative to mean": ", ".join(part for part in (ratio and f"{ratio} time", extra) if part),
         **{found.title: found.show(row.model[found]) for found in shown if found.of_model},
         "status": row.configuration.statuses(),
     }
+
+
+def ratio_words(difference: Difference) -> str:
+    """Return a difference of perplexity in percent with its interval: +2.1% [+0.8, +3.5]."""
+    ends = perplexities(difference.paired.interval)
+    change = percent(exp_or_infinity(difference.paired.mean))
+    about = ends and (100 * (ends[0] - 1), 100 * (ends[1] - 1))
+    return f"{change} {span(about, 1, sign=True)}".strip()
 
 
 def difference_words(difference: Difference) -> str:
@@ -235,10 +259,11 @@ def any_unknown(comparison: Comparison) -> bool:
 def _notes(comparison: Comparison) -> list[str]:
     notes = [
         *text_warnings([comparison.group]),
-        "Perplexity is exp of the mean loss over seeds, with its 95% t interval; differences are paired by "
-        "seed, p is of an exact sign-flip test after Holm over "
-        f"{counted(comparison.comparisons, 'comparison')}. Costs are beside the same model with the mean "
-        f"coupler, {_timed(comparison)}.",
+        "Perplexity is exp of the mean loss over seeds, with its 95% t interval. A difference is of "
+        "perplexity, paired by seed.",
+        "p is of an exact sign-flip test, with Holm's correction over "
+        f"{counted(comparison.comparisons, 'comparison')}.",
+        f"A cost is relative to the same model with the mean coupler, {_timed(comparison)}.",
     ]
     splits = (UNKNOWN_WORDS, TEST_UNKNOWN_WORDS)
     if any(row.means[found].mean for row in comparison.rows for found in splits):
@@ -250,15 +275,15 @@ def _timed(comparison: Comparison) -> str:
     """Return how the costs over the mean coupler were timed."""
     costs = [row.cost for row in comparison.rows if row.cost is not None]
     if not any(cost.in_turn for cost in costs):
-        return "of separate runs"
+        return "timed in separate runs"
     some = "" if all(cost.in_turn for cost in costs) else " where each run did so"
-    return f"timed in turn in one process{some}"
+    return f"timed alternately in one process{some}"
 
 
 def code_warnings(comparison: Comparison) -> list[str]:
     """Return a warning if several versions of the code made the runs of a table, or may have made them."""
     codes = codes_of(comparison.group.runs)
-    mixed = f"{OLD_CODE} some runs of this row are of another code than most: {codes.words()}."
+    mixed = f"{OLD_CODE} another version of the code made some runs of this row: {codes.words()}."
     return [mixed] * codes.mixed + [f"{codes.silent()}."] * bool(codes.silent())
 
 
@@ -270,10 +295,10 @@ def code_mark(row: ComparisonRow, comparison: Comparison) -> str:
     return f" {OLD_CODE}" if any(id(run) in own for run in others) else ""
 
 
-def reference_lines(group: Group) -> list[tuple[str, float]]:
-    """Return name and perplexity of simple models on the scored tokens, and of a published model."""
+def other_models(group: Group) -> list[tuple[str, str, float]]:
+    """Return name, kind and perplexity of n-gram models on the scored tokens, and of a published model."""
     names = {"unigram": "unigram", "trigram": "Kneser-Ney trigram"}
-    lines = [(f"{names[name]}, validation split", value) for name, value in simple_models(group).items()]
+    lines = [(names[name], "n-gram baseline", value) for name, value in simple_models(group).items()]
     published = any(_scored_all_of_test(run.record) for run in group.runs if run.counts)
     return [*lines, AWD_LSTM] if published else lines
 
@@ -289,10 +314,13 @@ def _scored_all_of_test(record: Record) -> bool:
 def pairs_table(comparison: Comparison, suffix: str = "") -> Table:
     """Return a row for every two configurations."""
     rows = [(_pair_figures(pair), _pair_texts(pair)) for pair in comparison.pairs]
-    caption = f"Every two configurations: the first less the second; {counted(len(rows), 'pair')}"
+    caption = f"Every two configurations, the first minus the second: {counted(len(rows), 'pair')}"
     own = counted(comparison.comparisons, "pair")
     others = counted(len(rows) - comparison.comparisons, "pair")
-    family = f"p after Holm: with {comparison.reference.label} over {own}, among the others over {others}."
+    family = (
+        f"Holm's correction has two families: {own} with {comparison.reference.label}, and {others} of the "
+        "other configurations."
+    )
     notes = [*text_warnings([comparison.group]), family]
     return make_table(f"pairs{suffix}", caption, rows, notes=notes)
 
@@ -307,7 +335,7 @@ def _pair_texts(pair: Difference) -> Cells:
         "second": pair.reference.label,
         "seeds": str(pair.paired.n),
         "difference (nats)": difference_words(pair),
-        "perplexity": percent(exp_or_infinity(pair.paired.mean)),
+        "difference": ratio_words(pair),
         "p": p_value(pair.p_adjusted),
         "first is": pair.verdict.words(),
     }
@@ -333,12 +361,12 @@ def runs_table(groups: Sequence[Group]) -> Table:
             {
                 "run": cells["run_id"],
                 **({"table": str(cells["table"])} if len(groups) > 1 else {}),
-                "name": cells["name"] or "",
+                "name": cells["run_name"] or "",
                 "configuration": cells["configuration"],
                 "seed": str(cells["seed"]),
                 "status": cells["status"],
                 **{found.title: found.show(cells[found.name]) for found in shown},
-                "batch asked / tuned / used": _batch(cells),
+                "batch requested / found / used": _batch(cells),
                 "seconds": number(cells["seconds"], 0),
                 "code": cells["code"],
             },
@@ -348,17 +376,24 @@ def runs_table(groups: Sequence[Group]) -> Table:
     return make_table("runs", "Runs", rows, notes=text_warnings(groups))
 
 
+def run_columns(run: Run, configuration: str) -> Cells:
+    """Return the columns that ``runs.csv`` and ``bench.load`` share: the config's fields, and quantities."""
+    groups = run.record.config.model_dump().values()
+    return {
+        "run_id": run.record.run_id,
+        "configuration": configuration,
+        "status": run.status,
+        "error": run.record.error,
+        **{name: value for group in groups for name, value in group.items()},
+        **{found.name: found.read(run.record) for found in QUANTITIES if found.runs},
+    }
+
+
 def run_figures(run: Run, configuration: Configuration, table: int) -> Cells:
     """Return the figures of one run; ``table`` is the number of the comparison that the run is in."""
     record, basis = run.record, Basis.of(run.record, allow_unequal=False)
     return {
-        "run_id": record.run_id,
-        "name": record.run_name,
-        "configuration": configuration.label,
-        "seed": run.seed,
-        "status": run.status,
-        **{found.name: found.read(record) for found in QUANTITIES if found.runs},
-        "requested_batch_size": record.config.batch_size,
+        **run_columns(run, configuration.label),
         **_sizes(record),
         "steps": record.used.steps if is_measured(record.used) else None,
         "seconds": record.time.seconds.get("total"),
@@ -366,7 +401,7 @@ def run_figures(run: Run, configuration: Configuration, table: int) -> Cells:
         **_code(record.environment),
         "table": table,
         "corpus": basis.corpus_words(),
-        "device": basis.device_words(),
+        "hardware": basis.device_words(),
         "scored": basis.scored_words(),
         "command": record.command,
     }
@@ -401,7 +436,7 @@ def _batch(cells: Cells) -> str:
     used, pieces = cells["used_shapes"], cells["used_accumulation"] or 1
     if used and pieces > 1:
         used += f" in {pieces} pieces"
-    parts = (cells["requested_batch_size"], tuned, used)
+    parts = (cells["batch_size"], tuned, used)
     return " / ".join("–" if part is None else str(part) for part in parts)
 
 

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import textwrap
+import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from bench.files import visible
-from bench.record import number
+from bench.record import exp_or_infinity, number
 from bench.report.comparison import Comparison, ComparisonRow
-from bench.report.contents import Report, Section
+from bench.report.contents import Report, Section, explanations
 from bench.report.provenance import code_note
 from bench.report.quantities import (
     UNKNOWN_WORDS,
+    counted,
+    p_value,
+    percent,
     perplexity,
     share,
-    signed,
     unknown_words_share,
     with_interval,
 )
-from bench.report.tables import any_unknown, code_mark, code_warnings, reference_lines
+from bench.report.tables import any_unknown, code_mark, code_warnings, other_models
 from bench.study.runs import load_study, statuses
 from gnnmoe.config import Refused
 
 WIDTH = 80
-MOST_ROWS, MOST_SENTENCES = 30, 12
+MOST_LINES = 40
+"""The most lines of a report."""
+MOST_WARNINGS = 8
+"""The most lines of its warnings."""
+MOST_TABLES = 2
+MEASURE = Console(file=io.StringIO(), width=WIDTH, highlight=False)
+"""A console of 80 columns, on which lines are counted."""
 
 
 class PlainTable(Table):
@@ -47,40 +57,80 @@ class PlainTable(Table):
         yield from super().__rich_console__(console, options.update(width=width))
 
 
-def print_report(report: Report, console: Console) -> None:
-    """Print headline, warnings, each section's table, verdicts and weights, the answers, and the code."""
-    console.print(f"[bold]{escape(report.study.name)}[/]: {escape(report.headline())}")
-    for warning in report.warnings():
-        console.print(_wrapped(f"! {warning}", "  ", console), style="bold yellow", markup=False)
-    for section in report.sections:
-        _print_section(section, console)
-    if report.answers:
-        console.print(_wrapped(f"\nhypotheses ({report.stated})", "", console), style="bold", markup=False)
-        for answered in report.answers:
-            text = f"- {answered.hypothesis.statement}: {answered.words()}"
-            console.print(_wrapped(text, "  ", console), markup=False)
-    console.print(_wrapped(f"\n{code_note(report.study.runs)}\n", "  ", console), markup=False, style="dim")
+def print_report(report: Report, console: Console, places: Sequence[str] = ()) -> None:
+    """Print answer and table of each comparison, and where the rest is, in ``MOST_LINES`` of 80 columns.
+
+    The best configurations are printed first; of the hypotheses, the number of each answer if not all fit.
+    ``places`` are the lines that say where the files of the report are; they may be longer than 80 columns.
+    """
+    headline = Text(f"{report.study.name}: {report.headline()}")
+    headline.stylize("bold", 0, len(report.study.name))
+    warnings = _fitting([Text(f"! {warning}", "bold yellow") for warning in report.warnings()], MOST_WARNINGS)
+    code = Text(code_note(report.study.runs), "dim")
+    shown = report.sections[:MOST_TABLES]
+    left_out = len(report.sections) - len(shown)
+    end = [Text(f"{counted(left_out, 'more table')}: see the page")] if left_out else []
+    end += [found for found in (_weights(shown), _answers(report)) if found] + [code]
+    left = MOST_LINES - _lines([headline, *warnings, *end]) - len(places) - 1
+    sections = [_section(section, left // len(shown)) for section in shown]
+    full = [Text(f"- {found.hypothesis.statement}: {found.words()}") for found in report.answers]
+    if full and _lines(full) <= left - sum(map(_lines, sections)):
+        end[-1:] = [*full, code]
+    for part in (headline, *warnings, *(part for section in sections for part in section), *end):
+        console.print(part, width=min(WIDTH, console.width))
+    if places:
+        console.print()
+    for place in places:
+        console.print(visible(place), markup=False, soft_wrap=True)
 
 
-def _print_section(section: Section, console: Console) -> None:
+def _lines(parts: Sequence[RenderableType]) -> int:
+    """Return the number of lines that some parts take in 80 columns."""
+    return sum(len(MEASURE.render_lines(part)) for part in parts)
+
+
+def _fitting(parts: list[Text], most: int) -> list[Text]:
+    """Return as many of the parts as fit in ``most`` lines, at least one, and how many are left out."""
+    kept = next((n for n in range(len(parts), 0, -1) if _lines(parts[:n]) <= most), 1)
+    rest = len(parts) - kept
+    return parts[:kept] + [Text(f"… and {rest:,} more, see the page")] * (rest > 0)
+
+
+def _section(section: Section, most: int) -> list[RenderableType]:
+    """Return setting, answer, table and explanations of a comparison in at most ``most`` lines."""
     comparison = section.comparison
-    console.print()
-    console.print(_wrapped(comparison.group.basis.words(), "", console), markup=False, style="dim")
-    console.print(_table(comparison))
-    if len(comparison.rows) > MOST_ROWS:
-        console.print(f"… and {len(comparison.rows) - MOST_ROWS:,} more, in the tables")
-    for warning in code_warnings(comparison):
-        console.print(_wrapped(warning, "  ", console), style="bold yellow", markup=False)
-    sentences = section.sentences()
-    for sentence in sentences[:MOST_SENTENCES]:
-        console.print(_wrapped(f"- {sentence}", "  ", console), markup=False)
-    if len(sentences) > MOST_SENTENCES:
-        console.print(f"… and {len(sentences) - MOST_SENTENCES:,} more, on the page")
-    for reading in section.weights[:MOST_SENTENCES]:
-        console.print(_wrapped(f"- {reading.sentence()}", "  ", console), markup=False)
+    above = [Text(), Text(comparison.group.basis.words(), "dim"), Text(section.answer(), "bold")]
+    below = [Text(text, "bold yellow") for text in code_warnings(comparison)]
+    below += [Text(f"- {text}") for text in explanations(comparison) if "needed seeds" not in text]
+    rows = len(comparison.rows)
+    left = most - _lines([*above, *below])
+    if _lines([_table(comparison, rows)]) <= left:
+        return [*above, _table(comparison, rows), *below]
+    fits = (n for n in range(min(rows - 1, left), 1, -1) if _lines([_table(comparison, n)]) < left)
+    kept = next(fits, 1)
+    cut = Text(f"… and {counted(rows - kept, 'more configuration')}, see the page or {section.file}")
+    return [*above, _table(comparison, kept), cut, *below]
 
 
-def _table(comparison: Comparison) -> PlainTable:
+def _weights(sections: Sequence[Section]) -> Text | None:
+    found = [reading.agreement for section in sections for reading in section.weights if reading.agreement]
+    if not found:
+        return None
+    agree = sum(one.reproducible for one in found)
+    return Text(f"hyperedge weights: the seeds agree in {agree} of {counted(len(found), 'layer')}")
+
+
+def _answers(report: Report) -> Text | None:
+    if not report.answers:
+        return None
+    kinds = Counter(found.kind for found in report.answers)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    when = (report.stated or "").partition(", ")[2]
+    return Text(f"hypotheses: {listed} ({when})")
+
+
+def _table(comparison: Comparison, most: int) -> PlainTable:
+    """Return a row for each of the first ``most`` configurations, and for the n-gram baselines."""
     table = PlainTable()
     table.add_column("configuration", overflow="fold", ratio=1)
     table.add_column("n", justify="right", no_wrap=True)
@@ -88,32 +138,27 @@ def _table(comparison: Comparison) -> PlainTable:
     unknown = any_unknown(comparison)
     if unknown:
         table.add_column("unknown words", justify="right", width=7)
-    table.add_column(f"nats to {escape(comparison.reference.label)}", justify="right", max_width=20)
-    table.add_column("verdict", overflow="fold", width=14)
-    for row in comparison.rows[:MOST_ROWS]:
+    baseline = comparison.reference.label
+    table.add_column(f"vs {escape(baseline) if len(baseline) < 10 else 'baseline'}", justify="right")
+    table.add_column("p", justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold", width=15)
+    for row in comparison.rows[:most]:
         label, n, value, *judged = map(escape, _cells(row, comparison))
         table.add_row(label, n, value, *[share(row.means[UNKNOWN_WORDS].mean)] * unknown, *judged)
-    for name, value in reference_lines(comparison.group):
-        table.add_row(name, "", number(value), *[""] * unknown, "", "reference line", style="dim")
+    for name, kind, value in other_models(comparison.group):
+        table.add_row(name, "", number(value), *[""] * unknown, "", "", kind, style="dim")
     return table
 
 
 def _cells(row: ComparisonRow, comparison: Comparison) -> list[str]:
     label, loss, against = row.configuration.label + code_mark(row, comparison), row.loss, row.against
     if loss.mean is None:
-        return [label, "0", "", "", row.configuration.statuses()]
+        return [label, "0", "", "", "", row.configuration.statuses()]
     head = [label, str(loss.n), with_interval(loss.mean, loss.interval)]
     if against is None:
-        verdict = "reference" if row.configuration is comparison.reference else "no common seed"
-        return [*head, "", verdict]
-    words = against.verdict.words() if against.verdict.kind != "not resolved" else "not resolved"
-    return [*head, signed(against.paired.mean), words]
-
-
-def _wrapped(text: str, indent: str, console: Console) -> str:
-    lines = text.replace(" %", "\u00a0%").split("\n")  # a number and its sign stay on one line
-    width = min(WIDTH, console.width)
-    return "\n".join(textwrap.fill(line, width, subsequent_indent=indent) if line else "" for line in lines)
+        return [*head, "", "", "baseline" if row.configuration is comparison.reference else "no common seed"]
+    change = percent(exp_or_infinity(against.paired.mean), 2)
+    return [*head, change, p_value(against.p_adjusted), against.verdict.kind]
 
 
 def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:

@@ -75,8 +75,8 @@ class WeightsReading:
         if self.agreement is not None:
             return self.agreement.words()
         if len(self.seeds) == 1:
-            return "one seed: nothing to agree with"
-        return "one hyperedge: no order to agree on" if len(self.members) == 1 else "no order to agree on"
+            return "one seed, so nothing to compare"
+        return "one hyperedge, so no order to compare" if len(self.members) == 1 else "no order to compare"
 
     def sentence(self) -> str:
         """Return the range of the weights and whether the seeds agree on them, in a sentence."""
@@ -87,10 +87,7 @@ class WeightsReading:
             f"weights between {low} and {high}" if len(self.members) > 1 or low != high else f"weight {low}"
         )
         start = " (all 1 at the start)" if self.from_one else ""
-        over = f"over {len(self.seeds)} seeds " if len(self.seeds) > 1 else ""
-        return (
-            f"{self.configuration.label}, layer {self.layer}: {where}{start}; {over}{self.agreement_words()}."
-        )
+        return f"{self.configuration.label}, layer {self.layer}: {where}{start}; {self.agreement_words()}."
 
 
 @dataclass(frozen=True)

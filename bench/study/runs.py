@@ -85,7 +85,7 @@ class Basis:
         if not self.protocol:
             return ""
         tokens, length, stride, unknown = self.protocol
-        words = f" ({100 * unknown / tokens:.1f} % of them unknown words)" if unknown else ""
+        words = f" ({100 * unknown / tokens:.1f}% of them unknown words)" if unknown else ""
         return f"{tokens:,} tokens{words} at length {length}, stride {stride}"
 
     def words(self) -> str:

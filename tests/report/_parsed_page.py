@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import dataclasses
+import io
 import json
 import re
 from html.parser import HTMLParser
 from typing import Any
 
-FIGURES = re.compile(r'<script type="application/json" id="figures">(.*?)</script>', re.DOTALL)
+CHARTS = re.compile(r'<script type="application/json" id="charts">(.*?)</script>', re.DOTALL)
 VOID = set("meta link input br img".split())
 
 
@@ -66,8 +69,16 @@ class Element:
         return " ".join(self.text.split())
 
 
-def figures_of_page(html: str) -> dict[str, Any]:
-    """Return the figures that a page holds, as ``page_tables.figures`` gives them."""
-    found = FIGURES.search(html)
+def charts_of_page(html: str) -> list[Any]:
+    """Return the data of the charts that a page holds, by section."""
+    found = CHARTS.search(html)
     assert found
     return json.loads(found[1])
+
+
+def table_of_page(page: Page, name: str) -> list[dict[str, str]]:
+    """Return the rows of the csv that a page offers for a table."""
+    [link] = [a for a in page.all("a") if a.attributes.get("download") == f"{name}.csv"]
+    kind, data = link.attributes["href"].split(";base64,")
+    assert kind == "data:text/csv"
+    return list(csv.DictReader(io.StringIO(base64.b64decode(data).decode())))

@@ -39,7 +39,7 @@ def test_a_hand_count():
     """Of six pairs of members five stand alike in the two seeds, and one does not: τ 4/6."""
     result = found([[1, 2, 3, 4], [0.1, 0.3, 0.2, 0.9]])
     assert result.tau == pytest.approx(4 / 6)
-    assert (result.pairs, result.seeds, result.members) == (1, 2, 4)
+    assert (result.seeds, result.members) == (2, 4)
     assert found([[1, 2], [1, 2], [2, 1]]).tau == pytest.approx(-1 / 3)  # 1, −1 and −1
     assert found([[1, 2, 2], [1, 2, 3]]).tau == pytest.approx(2 / math.sqrt(2 * 3))  # τ-b, with a tie
 
@@ -132,7 +132,6 @@ def test_what_has_no_order():
         assert agreement(np.array([learned, np.ones(6)])) is None
         half = found([learned, learned, np.ones(6)])  # one pair agrees; two have nothing to agree on
     assert half.tau == pytest.approx(1 / 3)
-    assert half.pairs == 3
     assert half.p < 0.02  # 1 / 720, by chance
     with pytest.raises(ValueError, match="not finite"):
         agreement(np.array([[1, 2], [1, math.nan]]))
@@ -141,17 +140,16 @@ def test_what_has_no_order():
 @pytest.mark.parametrize(
     ("tau", "p", "words"),
     [
-        (0.03, 0.41, "not reproducible: Kendall τ 0.03 over 28 pairs of seeds (p 0.41)"),
-        (-0.001, 0.5, "not reproducible: Kendall τ 0.00 over 28 pairs of seeds (p 0.5)"),
-        (-0.1, 0.9, "not reproducible: Kendall τ −0.10 over 28 pairs of seeds (p 0.9)"),
-        (0.2, 0.0005, "weakly reproducible: Kendall τ 0.20 over 28 pairs of seeds (p 0.0005)"),
-        (0.62, 1 / 2001, "reproducible: Kendall τ 0.62 over 28 pairs of seeds (p 0.0005)"),
-        (1 / 3, 0.05, "reproducible: Kendall τ 0.33 over 28 pairs of seeds (p 0.05)"),
-        (0.62, 0.051, "undecided: Kendall τ 0.62 over 28 pairs of seeds (p 0.051)"),
+        (0.03, 0.41, "8 seeds do not agree on the order (mean Kendall τ 0.03, p 0.41)"),
+        (-0.001, 0.5, "8 seeds do not agree on the order (mean Kendall τ 0.00, p 0.5)"),
+        (-0.1, 0.9, "8 seeds do not agree on the order (mean Kendall τ −0.10, p 0.9)"),
+        (0.2, 0.0005, "8 seeds agree only weakly on the order (mean Kendall τ 0.20, p 0.0005)"),
+        (0.62, 1 / 2001, "8 seeds agree on the order (mean Kendall τ 0.62, p 0.0005)"),
+        (1 / 3, 0.05, "8 seeds agree on the order (mean Kendall τ 0.33, p 0.05)"),
+        (0.62, 0.051, "8 seeds may agree on the order (mean Kendall τ 0.62, p 0.051)"),
     ],
 )
 def test_in_words(tau, p, words):
-    result = Agreement(tau, 28, p, seeds=8, members=6)
+    result = Agreement(tau, p, seeds=8, members=6)
     assert result.words() == words
-    assert result.reproducible == words.startswith("reproducible")
-    assert Agreement(tau, 1, p, seeds=2, members=6).words() == words.replace("28 pairs", "1 pair")
+    assert result.reproducible == words.startswith("8 seeds agree on the")

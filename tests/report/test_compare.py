@@ -123,9 +123,9 @@ def test_nothing_in_common_is_refused(results):
 def test_limits_are_on_the_change_from_a_to_b(results):
     [mean] = compare_sides(read_side("before:mean", results), read_side("after:mean", results)).differences
     change_percent = 100 * (math.exp(mean.paired.mean) - 1)
-    assert Limit.parse(f"ppl > {change_percent - 0.01:.4f}%").verdict(mean)[0]
-    assert not Limit.parse(f"ppl > {change_percent + 0.01:.4f}%").verdict(mean)[0]
-    assert Limit.parse("ppl < 5 %").verdict(mean)[0]
+    assert Limit.parse(f"perplexity > {change_percent - 0.01:.4f}%").verdict(mean)[0]
+    assert not Limit.parse(f"perplexity > {change_percent + 0.01:.4f}%").verdict(mean)[0]
+    assert Limit.parse("perplexity < 5 %").verdict(mean)[0]
     assert not Limit.parse("tokens/s < -5%").verdict(mean)[0]
     for quantity in ("memory", "step_time", "parameters"):
         assert not Limit.parse(f"{quantity} > 0.5%").verdict(mean)[0]
@@ -133,14 +133,16 @@ def test_limits_are_on_the_change_from_a_to_b(results):
 
 def test_what_was_not_measured_fails_a_limit(results):
     [mean] = compare_sides(read_side("before:mean", results), read_side("after:mean", results)).differences
-    fails, why = Limit.parse("test_ppl > 1%").verdict(mean)
+    fails, why = Limit.parse("test_perplexity > 1%").verdict(mean)
     assert fails
     assert "was not measured" in why
 
 
-@pytest.mark.parametrize("text", ["ppl", "ppl > one %", "ppl > 1", "ppl >= 1%", ""])
+@pytest.mark.parametrize(
+    "text", ["perplexity", "perplexity > one %", "perplexity > 1", "perplexity >= 1%", ""]
+)
 def test_a_limit_of_another_form_is_refused(text):
-    with pytest.raises(ValueError, match="fail_if is"):
+    with pytest.raises(ValueError, match="fail-if is"):
         Limit.parse(text)
 
 

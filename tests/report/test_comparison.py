@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -10,7 +11,7 @@ import pytest
 from scipy import stats
 
 from bench.report.comparison import compare
-from bench.report.contents import verdict_sentences
+from bench.report.contents import answer, explanations, verdict_sentences
 from bench.report.quantities import PARAMETERS
 from bench.study.runs import load_study
 from tests.report._made_studies import made_study
@@ -76,8 +77,10 @@ def test_no_best_is_denied_where_none_could_be_named(tmp_path):
     couplers = {"mean": 0.0, "gate": 0.1, "topk": 0.2, "GNN": 0.3, "attention": 0.4, "HGNN": -0.1}
     path = made_study(tmp_path / "six", couplers, seeds=8, noise=0.003, history=2)
     sentences = verdict_sentences(compare(load_study(path).groups[0]))
-    assert sentences[0].startswith("With 8 seeds no single best can be named")
-    assert "9 are needed for the 10 comparisons among the others" in sentences[0]
+    assert sentences[0] == (
+        "8 seeds are enough to compare each configuration with mean, but not with each other "
+        "(9 seeds are needed for 10 comparisons)."
+    )
 
 
 def test_failed_runs_leave_their_seed_out_of_the_pairs(comparison):
@@ -144,22 +147,47 @@ def test_article_interval_is_about_the_paired_difference(comparison):
 
 def test_sentences_say_verdict_ratio_interval_seeds_and_cost(comparison):
     text = "\n".join(verdict_sentences(comparison))
-    assert "HGNN is better than every other configuration beyond the noise." in text
+    assert answer(comparison).startswith("HGNN is better than every other configuration, and than mean: ")
     gnn = next(line for line in text.splitlines() if line.startswith("GNN: worse than mean"))
     found = row(comparison, "GNN").against
-    assert f"{100 * (math.exp(found.paired.mean) - 1):+.2f} %" in gnn
+    assert f"{100 * (math.exp(found.paired.mean) - 1):+.2f}%" in gnn
     assert "8 paired seeds, p 0.023" in gnn
-    assert "Over mean: " in gnn
+    assert "Cost relative to mean, timed in separate runs: " in gnn
     assert "gate: equivalent to mean (within ±0.01 nats)" in text
+
+
+def test_what_may_surprise_in_a_table_is_explained(tmp_path):
+    """p at its floor; an interval without 0 that is no verdict; seeds that are needed for a family."""
+    couplers = {"mean": 0.0, "GNN": 0.4, "gate": 0.0012, "topk": 0.3, "attention": 0.2}
+    path = made_study(tmp_path / "five", couplers, seeds=8, noise=0.02, history=2)
+    found = compare(load_study(path).groups[0])
+    said = explanations(found)
+    assert said[0] == "p = 0.031 is the smallest possible p here (4 comparisons × 2/2^8, 8 seeds)."
+    assert min(row.against.p_adjusted for row in found.rows if row.against) == pytest.approx(4 * 2 / 2**8)
+    assert said[-1].startswith("The needed seeds are for 4 comparisons; compare tests a single pair")
+    assert (
+        answer(found)
+        == "No configuration is better than mean: of 4 configurations, 3 are worse and 1 is not resolved."
+    )
+    assert not [text for text in said if "An interval without 0" in text]
+    against = row(found, "gate").against
+    assert against is not None
+    paired = dataclasses.replace(against.paired, interval=(0.001, 0.02))
+    rows = [dataclasses.replace(one, against=dataclasses.replace(against, paired=paired))
+            if one.configuration.label == "gate" else one for one in found.rows]  # fmt: skip
+    assert [
+        text for text in explanations(dataclasses.replace(found, rows=rows)) if "interval without 0" in text
+    ]
 
 
 def test_too_few_seeds_are_said(tmp_path):
     path = made_study(tmp_path / "few", {"mean": 0.0, "GNN": 0.5}, seeds=3, history=2)
-    sentences = verdict_sentences(compare(load_study(path).groups[0]))
-    assert sentences[-1].startswith(
-        "With 3 seeds no difference can be told from noise here: 6 are needed for 1 comparison"
+    comparison = compare(load_study(path).groups[0])
+    assert answer(comparison) == (
+        "3 seeds cannot show a significant difference: 1 comparison at p ≤ 0.05 needs at least 6 seeds."
     )
-    assert "GNN: no significant difference from mean" in sentences[0]
+    assert explanations(comparison) == []
+    assert "GNN: no significant difference from mean" in verdict_sentences(comparison)[0]
 
 
 def test_one_run_and_a_study_of_failures(tmp_path):
@@ -171,7 +199,7 @@ def test_one_run_and_a_study_of_failures(tmp_path):
     failed = made_study(tmp_path / "failed", {"mean": 0.0, "GNN": 0.0}, seeds=2, history=2, failed=crashed)
     comparison = compare(load_study(failed).groups[0])
     assert [row.loss.n for row in comparison.rows] == [0, 0]
-    assert verdict_sentences(comparison) == ["Not compared, without a seed that counts in common: GNN."]
+    assert verdict_sentences(comparison) == ["Not compared with mean, because no common seed counts: GNN."]
 
 
 @pytest.mark.parametrize("how", ["failed", "apart"])
@@ -184,5 +212,5 @@ def test_no_pair_with_a_seed_in_common_is_said(tmp_path, how):
     comparison = compare(load_study(path).groups[0])
     assert comparison.pairs == []
     [said] = verdict_sentences(comparison)
-    assert said.startswith("Not compared, without a seed that counts in common: ")
+    assert said.startswith("Not compared with mean, because no common seed counts: ")
     assert {"gate", "GNN"} == set(said.removesuffix(".").partition(": ")[2].split(", "))

@@ -69,7 +69,7 @@ def test_every_figure_of_an_answer_is_in_a_committed_study():
     reports = [load_report(REFERENCE / name) for name in ("reference-cpu", "reference-tuned", "baseline")]
     said = "\n".join(text_files(report)["summary.md"] + study_markdown(report) for report in reports)
     [memory] = [found for found in reports[0].answers if found.hypothesis.quantity == "peak_memory"]
-    assert "peak memory of a step −5.88 %" in memory.words()  # 5.9 in the answer
+    assert "peak memory of a step −5.88%" in memory.words()  # 5.9 in the answer
     assert all(text in said for text in ("21.49 M", "22.01 M", "22.54 M", "23.59 M"))  # 21.5, 0.5, 0.5, 23.6
     elsewhere = {"92.0", "14.5", "21.3", "5.15", "8.00", "5.9", "0.5", "21.5", "23.6"}
     figures = set(re.findall(r"[+−]\d+(?:\.\d+)?|\d+\.\d+", answers))

@@ -93,7 +93,7 @@ def test_no_text_of_a_record_reaches_the_terminal_or_a_file_raw(tmp_path, capsys
         (study.name, "--no-plots", "--out", out, *places), ("ls", *places), ("ls", study.name, *places),
         ("show", first.name, *places), ("compare", study.name, study.name, *places),
         (study.name, "--verify", "--out", out, *places), ("none", *places),
-        (study.name, "--no-plots", "--reference", "none", "--out", tmp_path / "x", *places),
+        (study.name, "--no-plots", "--baseline", "none", "--out", tmp_path / "x", *places),
     ):  # fmt: skip
         _, *texts = command(capsys, *arguments)
         said.append("".join(texts))

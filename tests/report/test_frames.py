@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import bench
 from bench.record import read_record
+from bench.report.tables import runs_table
 from bench.study.run_files import history_text
+from bench.study.runs import load_study
 from gnnmoe.config import Refused
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,8 +78,16 @@ def test_stale_says_whether_the_code_has_changed(small_data_dir, tmp_path, monke
     assert bench.load("default", tmp_path).stale.tolist() == [None]
 
 
+def test_the_csv_of_runs_has_the_same_columns(runs):
+    written = pd.read_csv(io.StringIO(runs_table(load_study(SMALL).groups).csv())).set_index("run_id")
+    ours = runs.set_index("run_id").loc[written.index]
+    assert set(ours.columns) - set(written.columns) == {"stale"}
+    for column in ("configuration", "status", "coupler_type", "seed", "learning_rate", "loss", "perplexity"):
+        assert written[column].tolist() == ours[column].tolist(), column
+
+
 def test_every_column_is_documented(runs, steps):
-    first, last = map(runs.columns.get_loc, ("coupler_type", "loss"))
+    first, last = map(runs.columns.get_loc, ("coupler_type", "perplexity"))
     for column in {*runs.columns, *steps.columns} - {*runs.columns[first:last]}:
         assert f"`{column}`" in DOCS
 

@@ -9,14 +9,18 @@ import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from bench.report.contents import Report, make_report
-from bench.report.page import SORTED_BY, figures, plain, render_page
+from bench.report.charts import thinned
+from bench.report.contents import Report, explanations, make_report
+from bench.report.page import SORTED_BY, plain, render_page
+from bench.report.plots.frame import Curve
+from bench.report.quantities import STEP_SECONDS, TRAINING_FLOPS
 from bench.study.hypotheses import Hypothesis
 from bench.study.runs import Run, Study, grouped, load_study
 from tests.report._made_studies import made_study
-from tests.report._parsed_page import Page, figures_of_page
+from tests.report._parsed_page import Page, charts_of_page, table_of_page
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><path d="M0 0h8v8z"/></svg>'
 HYPOTHESES = [
@@ -59,19 +63,51 @@ def page(html) -> Page:
     return Page(html)
 
 
-def test_the_figures_are_those_of_the_csv_files(report, html):
-    found = figures_of_page(html)
-    assert found == figures("couplers", report.tables)
-    assert list(found["tables"]) == ["comparison", "pairs", "runs", "failures"]
+def test_the_page_offers_the_csv_files(report, page):
     for table in report.tables:
-        columns, rows = found["tables"][table.name].values()
         written = list(csv.DictReader(io.StringIO(table.files()[f"{table.name}.csv"])))
-        assert len(written) == len(rows) > 0
-        for text, row in zip(written, rows, strict=True):
-            assert list(text) == columns
-            for value, cell in zip(row, text.values(), strict=True):
-                number = isinstance(value, int | float)
-                assert (float(cell) == value) if number else (cell == (value or "")), (table.name, cell)
+        assert table_of_page(page, table.name) == written
+
+
+def test_the_answer_and_the_picture_come_first_and_the_rest_is_in_its_order(report, page):
+    ids = [one.attributes["id"] for one in page.elements if one.attributes.get("id")]
+    wanted = ["comparison", "plot-perplexity", "table-comparison", "hypotheses", "plots", "details", "runs"]
+    assert [name for name in ids if name in wanted] == wanted
+    shown = [one.attributes["id"] for one in page.all("figure") if one.attributes.get("id")]
+    assert shown == ["plot-perplexity", "plot-hyperedge_weights_2", "plot-a_new_one"], (
+        "a chart shows the losses"
+    )
+    assert page.all("header")[0].words.startswith(f"couplers {report.sections[0].answer()}")
+    assert [one.attributes["data-chart"] for one in page.all("figure") if "data-chart" in one.attributes] == [
+        "curves", "costs",
+    ]  # fmt: skip
+
+
+def test_charts_hold_the_losses_and_costs_of_the_records(report, html):
+    [found] = charts_of_page(html)
+    comparison = report.sections[0].comparison
+    assert found["arms"][0]["name"] == comparison.reference.label
+    rows = {row.configuration.label: row for row in comparison.rows}
+    for arm in found["arms"]:
+        row, runs = rows[arm["name"]], list(rows[arm["name"]].configuration.counted.values())
+        assert arm["loss"] == row.loss.mean
+        assert arm["costs"]["median_step_seconds"] == pytest.approx(1e3 * row.means[STEP_SECONDS].mean)
+        curve = arm["curves"]["validation"]
+        history = runs[0].data.validation
+        assert curve["step"] == [one["step"] for one in history]
+        last = [run.data.validation[-1]["nll_sum"] / run.data.validation[-1]["tokens"] for run in runs]
+        assert curve["loss"][-1] == pytest.approx(sum(last) / len(last), abs=1e-5)
+        tokens = sum(one["tokens"] for one in runs[0].data.train if one["step"] <= history[-1]["step"])
+        assert curve["tokens"][-1] == tokens > 0
+        assert curve["flops_per_token"] == row.model[TRAINING_FLOPS]
+        bits = runs[0].record.quality.validation.bits_per_byte
+        assert arm["bits"] * runs[0].loss() == pytest.approx(bits)
+    assert found["costs"][0][0] == "median_step_seconds"
+
+
+def test_long_curves_have_500_points():
+    curve = thinned(Curve((0,), np.arange(1, 3001), np.zeros((1, 3000))))
+    assert (len(curve.steps_T), curve.steps_T[0], curve.steps_T[-1]) == (500, 1, 3000)
 
 
 def test_cells_show_the_tables_and_sort_by_their_raw_figures(report, page):
@@ -104,9 +140,14 @@ def test_columns_of_numbers_are_sorted_as_numbers(page):
 
 
 def test_what_the_report_says_is_on_the_page(report, page):
-    text = page.by_id("comparison").words + page.by_id("hypotheses").words
+    text = page.all("main")[0].words
     section = report.sections[0]
-    said = [*section.sentences(), section.comparison.group.basis.words(), report.stated]
+    said = [
+        *section.sentences(),
+        *explanations(section.comparison),
+        section.comparison.group.basis.words(),
+        report.stated,
+    ]
     said += [reading.sentence() for reading in section.weights]
     said += [answered.words().removeprefix(f"{answered.kind}: ") for answered in report.answers]
     said += [answered.hypothesis.statement for answered in report.answers]
@@ -154,7 +195,7 @@ def test_environment_code_and_data_are_named_once(report, page):
 
 def test_plots_are_shown_as_they_are_with_their_figures(files, page):
     images = {image.parents[-2].attributes["id"].removeprefix("plot-"): image for image in page.all("img")}
-    assert list(images) == ["loss_curves", "perplexity", "hyperedge_weights_2", "a_new_one"]
+    assert list(images) == ["perplexity", "hyperedge_weights_2", "a_new_one"]
     for name, image in images.items():
         assert decoded(image.attributes["src"], "image/svg+xml") == files[f"{name}.svg"]
         assert len(image.attributes["alt"]) > 8
@@ -179,10 +220,11 @@ def test_a_second_group_has_its_own_section_and_plots(tmp_path, files):
     more = {name.replace(".", "_2."): data for name, data in files.items()}
     page = Page(render_page(make_report(load_study(folder)), files | more))
     of = {section: [figure.attributes["id"].removeprefix("plot-")
-                    for figure in page.all("figure", page.by_id(section))]
-          for section in ("comparison", "comparison_2")}  # fmt: skip
-    names = ["loss_curves", "perplexity", "hyperedge_weights_2", "a_new_one"]
-    assert of == {"comparison": names, "comparison_2": [f"{name}_2" for name in names]}
+                    for figure in page.all("figure", page.by_id(section)) if "id" in figure.attributes]
+          for section in ("comparison", "comparison_2", "plots")}  # fmt: skip
+    names = ["hyperedge_weights_2", "a_new_one"]
+    assert of == {"comparison": ["perplexity"], "comparison_2": ["perplexity_2"],
+                  "plots": [*names, *(f"{name}_2" for name in names)]}  # fmt: skip
     assert "another processor" in page.by_id("comparison_2").words
     assert "Comparison 2 of 2" in page.by_id("comparison_2").words
 
@@ -205,7 +247,7 @@ def test_studies_in_which_nothing_counts(tmp_path, status):
                                   failed={"mean": status, "GNN": status}))  # fmt: skip
     page = Page(render_page(make_report(study), {}))
     assert len(page.rows("runs")) == len(page.rows("failures")) == 2
-    assert "No plots" in page.by_id("comparison").words
+    assert "No plots" in page.by_id("plots").words
 
 
 def test_what_json_has_not():
@@ -221,4 +263,4 @@ def test_a_thousand_runs_make_a_page_of_a_few_megabytes(tmp_path):
     made = make_report(Study("many", tmp_path, grouped(runs[:1000])))
     html = render_page(made, {})
     assert len(html) < 6e6
-    assert len(figures_of_page(html)["tables"]["runs"]["rows"]) == 1000
+    assert len(table_of_page(Page(html), "runs")) == 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.record import Record
+from bench.report.charts import charts
 from bench.report.contents import make_report
-from bench.report.page import UNSHOWABLE, figures, render_page
+from bench.report.page import UNSHOWABLE, render_page
 from bench.study.runs import Run, Study, grouped, load_study
 from tests.report._made_studies import made_study
-from tests.report._parsed_page import FIGURES, Page, figures_of_page
+from tests.report._parsed_page import CHARTS, Page, charts_of_page
 
 HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"`&amp; ☃ \r\n--x=1"
 
@@ -56,12 +58,17 @@ def test_nothing_is_fetched_and_only_our_script_may_run(study):
             assert element.attributes.get(name, "#").startswith(("#", "data:"))
     assert "url(" not in html
     assert "@import" not in html
+    assert "innerHTML" not in html
     scripts = page.all("script")
-    assert [script.attributes.get("type") for script in scripts] == ["application/json", None]
-    digest = base64.b64encode(hashlib.sha256(scripts[1].text.encode()).digest()).decode()
+    assert [script.attributes.get("type") for script in scripts] == ["application/json", None, None]
+    digests = [
+        base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode() for script in scripts[1:]
+    ]
     policy = next(meta.attributes["content"] for meta in page.all("meta") if "http-equiv" in meta.attributes)
     assert policy.startswith("default-src 'none'; img-src data:; ")
-    assert f"script-src 'sha256-{digest}';" in policy
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert f"script-src {hashes};" in policy
+    assert "Copyright (c) 2022 Leon Sorokin" in scripts[1].text
 
 
 @settings(max_examples=8, deadline=None)
@@ -80,8 +87,10 @@ def test_hostile_texts_stay_text(study, expected, text):
 def check_harmless(study: Study, expected: Counter[str], text: str) -> None:
     made = make_report(with_text(study, text))
     html = render_page(made, {})
-    assert figures_of_page(html) == figures(text, made.tables)
-    embedded = FIGURES.search(html)
+    assert charts_of_page(html) == json.loads(
+        json.dumps([charts(text, section.comparison) for section in made.sections])
+    )
+    embedded = CHARTS.search(html)
     assert embedded
     assert not set("<>&") & set(embedded[1])  # else "</script x" and "<!--<script" mean something there
     assert "\r" not in html  # a parser makes LF of it

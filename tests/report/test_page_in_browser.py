@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -22,7 +24,7 @@ from bench.report.contents import make_plots, make_report
 from bench.report.page import render_page
 from bench.study.runs import load_study
 from tests.report._made_studies import made_study
-from tests.report._parsed_page import figures_of_page
+from tests.report._parsed_page import Page, charts_of_page, table_of_page
 
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 MISSING = [name for name, path in PROGRAMS.items() if path is None]
@@ -83,6 +85,9 @@ def browser(chromium, page) -> Iterator[webdriver.Chrome]:
     """The page, freshly opened; after the test, what it asked for and said."""
     resize(chromium, 1280, 900)
     chromium.get(page.as_uri())
+    chromium.execute_script(
+        "document.querySelectorAll('#runs > details').forEach(part => { part.open = true; })"
+    )
     yield chromium
     asked = []
     for entry in chromium.get_log("performance"):
@@ -98,8 +103,10 @@ def browser(chromium, page) -> Iterator[webdriver.Chrome]:
 @pytest.fixture(scope="module")
 def runs(page) -> list[dict[str, Any]]:
     """The raw figures of the runs, in the order of the report."""
-    table = figures_of_page(page.read_text())["tables"]["runs"]
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    rows = table_of_page(Page(page.read_text()), "runs")
+    return [
+        {**row, "seed": int(row["seed"]), "perplexity": float(row["perplexity"] or "nan")} for row in rows
+    ]
 
 
 def resize(driver: webdriver.Chrome, width: int, height: int) -> None:
@@ -120,8 +127,8 @@ def head(driver: webdriver.Chrome, table: str, title: str) -> WebElement:
 
 def test_a_column_is_sorted_by_its_raw_figures_both_ways(browser, runs):
     button = head(browser, "runs", "perplexity")
-    measured = sorted((run for run in runs if run["perplexity"] is not None), key=lambda r: r["perplexity"])
-    unknown = [run["run_id"] for run in runs if run["perplexity"] is None]
+    measured = sorted((run for run in runs if run["status"] == "ok"), key=lambda r: r["perplexity"])
+    unknown = [run["run_id"] for run in runs if run["status"] != "ok"]
     up = [run["run_id"] for run in measured]
     assert len(unknown) == 2
     assert up != [run["run_id"] for run in runs]
@@ -146,7 +153,7 @@ def test_numbers_are_no_texts_and_texts_are_sorted_from_the_keyboard(browser, ru
 def test_the_comparison_sorts_and_filters(browser):
     assert visible(browser, "comparison")[0] == "mean"
     head(browser, "comparison", "perplexity").click()
-    assert visible(browser, "comparison")[:2] == ["Kneser-Ney trigram, validation split", "HGNN"]
+    assert visible(browser, "comparison")[:2] == ["Kneser-Ney trigram", "HGNN"]
     browser.find_element(By.CSS_SELECTOR, "[data-table=comparison] input").send_keys("hgnn better")
     assert visible(browser, "comparison") == ["HGNN"]
 
@@ -210,7 +217,7 @@ def test_every_plot_shows(browser):
         "Promise.all(images.map(image => image.decode())).then(() => "
         "arguments[0](images.map(image => [image.naturalWidth, image.clientWidth, image.clientHeight])))"
     )
-    assert len(sizes) == len(PLOTS)
+    assert len(sizes) == len(PLOTS) - 1, "a chart is in place of pareto"
     assert all(min(size) > 100 for size in sizes)
 
 
@@ -252,3 +259,83 @@ def test_what_was_typed_is_seen_as_it_was_typed(browser):
                                    ".map(row => row.rows[0].cells[2].textContent)")  # fmt: skip
     assert set(names) == {HOSTILE}
     assert browser.execute_script("return document.querySelectorAll('img[src=x]').length") == 0
+
+
+SHOWN = """
+    const figure = document.querySelector('[data-chart=' + arguments[0] + ']');
+    const at = figure.chart.data.map((values) => values.filter((value) => value != null));
+    return {data: at, shown: figure.chart.series.map((one) => one.show), width: figure.chart.width};
+"""
+
+
+def chosen(browser: webdriver.Chrome, chart: str, **menus: str) -> dict[str, Any]:
+    """Choose from the menus of a chart and return what it draws."""
+    figure = browser.find_element(By.CSS_SELECTOR, f"[data-chart={chart}]")
+    for name, value in menus.items():
+        Select(figure.find_element(By.CSS_SELECTOR, f"[data-of={name}]")).select_by_value(value)
+    return browser.execute_script(SHOWN, chart)
+
+
+def test_the_chart_of_losses_has_every_axis(browser, page):
+    [data] = charts_of_page(page.read_text())
+    arm = data["arms"][1]
+    curve = arm["curves"]["validation"]
+    loss = chosen(browser, "curves", split="validation", x="step", y="loss")["data"]
+    assert loss[2] == curve["loss"]
+    assert loss[0] == sorted(set(curve["step"]))
+    for y, value in (("perplexity", math.exp), ("bits", lambda loss: loss * arm["bits"])):
+        assert chosen(browser, "curves", y=y)["data"][2] == pytest.approx([*map(value, curve["loss"])])
+    for x, last in (("tokens", curve["tokens"][-1]), ("seconds", curve["step"][-1] * curve["step_seconds"]),
+                    ("flops", curve["tokens"][-1] * curve["flops_per_token"])):  # fmt: skip
+        xs = chosen(browser, "curves", x=x)["data"][0]
+        assert any(value == pytest.approx(last) for value in xs), x
+    less = chosen(browser, "curves", x="step", y="difference")["data"]
+    assert set(less[1]) == {0}
+    assert less[2][-1] == pytest.approx(
+        curve["loss"][-1] - data["arms"][0]["curves"]["validation"]["loss"][-1]
+    )
+
+
+def test_the_chart_of_costs_has_a_point_for_each_configuration(browser, page):
+    [data] = charts_of_page(page.read_text())
+    for name, _ in data["costs"]:
+        found = chosen(browser, "costs", x=name, y="perplexity")["data"]
+        assert found[0] == sorted({arm["costs"][name] for arm in data["arms"]})
+        assert [[*values] for values in found[1:]] == [
+            [pytest.approx(math.exp(arm["loss"]))] for arm in data["arms"]
+        ]
+
+
+def test_hover_names_a_configuration_and_the_legend_hides_it(browser):
+    chosen(browser, "costs", x="peak_memory_bytes", y="perplexity")
+    figure = browser.find_element(By.CSS_SELECTOR, "[data-chart=costs]")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure)
+    over = figure.find_element(By.CSS_SELECTOR, ".u-over")
+    at = browser.execute_script(
+        "const plot = document.querySelector('[data-chart=costs]').chart;"
+        "const place = plot.data[2].findIndex((value) => value != null);"
+        "return [plot.valToPos(plot.data[0][place], 'x'), plot.valToPos(plot.data[2][place], 'y'),"
+        " plot.over.clientWidth, plot.over.clientHeight]"
+    )
+    move = ActionChains(browser)
+    move.move_to_element_with_offset(
+        over, round(at[0] - at[2] / 2) + 2, round(at[1] - at[3] / 2) + 1
+    ).perform()
+    assert figure.find_element(By.TAG_NAME, "output").text.startswith("HGNN: ")
+    names = figure.find_elements(By.CSS_SELECTOR, ".u-legend .u-series th")
+    names[2].click()
+    assert browser.execute_script(SHOWN, "costs")["shown"] == [True, True, False]
+    assert chosen(browser, "costs", y="loss")["shown"] == [True, True, False], (
+        "a choice of axis keeps it hidden"
+    )
+    figure.find_element(By.CSS_SELECTOR, "[data-show=all]").click()
+    assert browser.execute_script(SHOWN, "costs")["shown"] == [True, True, True]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_charts_fit_the_window(browser, width):
+    resize(browser, width, 900)
+    time.sleep(0.3)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    drawn = browser.execute_script(SHOWN, "curves")["width"]
+    assert 0.7 * width < drawn < width

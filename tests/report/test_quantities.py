@@ -65,7 +65,7 @@ def test_no_bits_per_byte_over_unknown_words_and_their_share_beside_the_perplexi
     assert quantities.unknown_words_share(found) == 107 / 600
     assert quantities.perplexity(found) is not None
     assert "no bits per byte (unknown words were not predicted)" in shown(found)
-    assert "; 107 of the tokens (17.8 %) are unknown words (<unk>)" in shown(found)
+    assert "; 107 of the tokens (17.8%) are unknown words (<unk>)" in shown(found)
     assert "unknown" not in shown(scored(record, words=600, bytes=3000))
 
 
@@ -126,8 +126,8 @@ def test_a_number_can_be_read(value, text):
 def test_other_forms_of_a_number_can_be_read_too():
     assert number(123_456_789_012, 0) == "123,456,789,012"  # a count
     assert signed(2e10) == "+2.0e+10"
-    assert percent(math.inf) == "+inf %"
-    assert percent(1e53) == "+1.0e+55 %"
+    assert percent(math.inf) == "+inf%"
+    assert percent(1e53) == "+1.0e+55%"
     assert span((1.0, 1e30)) == "[1.0, 1.0e+30]"
 
 
@@ -164,7 +164,7 @@ def test_the_share_of_unknown_words_stands_beside_every_perplexity_of_a_report(t
     for run in (*runs_of(study, "mean"), *runs_of(study, "gate")):
         change(run, quality__validation__unknown_words=60, quality__test__unknown_words=150)
     for place, text in all_texts(study).items():
-        assert "10.0 %" in text, place
+        assert "10.0%" in text, place
     report = make_report(load_study(study))
     table = report.sections[0].comparison_table
     assert UNKNOWN_NOTE in table.notes

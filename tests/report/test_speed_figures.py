@@ -124,19 +124,19 @@ def test_they_need_no_run_with_the_mean_coupler(tmp_path):
     row = next(row for row in comparison.rows if row.configuration.label == "HGNN")
     assert row.cost is not None
     assert (row.cost.mean, row.cost.memory_bytes) == (None, None)
-    assert row.cost.over == "the mean coupler, in turn"
+    assert row.cost.over == "the mean coupler"
     added = added_cost(row, comparison)
     assert added is not None
     assert added.milliseconds.mean == pytest.approx(110.0)
     assert added.floor is None
-    assert any("Over the mean coupler, in turn: +50 % time per step" in text
+    assert any("Cost relative to the mean coupler, timed alternately: +50% time per step" in text
                for text in verdict_sentences(comparison))  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("in_turn", "words"),
-    [((), "of separate runs."), (("GNN",), "in one process where each run did so."),
-     (("GNN", "gate"), "timed in turn in one process.")],
+    [((), "timed in separate runs."), (("GNN",), "in one process where each run did so."),
+     (("GNN", "gate"), "timed alternately in one process.")],
 )  # fmt: skip
 def test_the_table_says_how_costs_were_timed(in_turn, words, tmp_path):
     study = made_study(tmp_path / "made", {"mean": 0.0, "GNN": 0.02, "gate": 0.0}, seeds=2, history=2)
@@ -210,11 +210,11 @@ def test_the_summary_shows_percentiles_waiting_mfu_parts_and_the_couplers_cost()
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
     assert "median step 550 ms (p10 190, p90 910, p99 991; 10 steps)" in text
-    assert "of 1 TFLOP/s, fetching a batch 1.0 % of a step, compiled in 12.3 s" in text
+    assert "of 1 TFLOP/s, fetching a batch 1.0% of a step, compiled in 12.3 s" in text
     utilisation = quantities.utilisation(record)
     assert utilisation is not None
-    assert f"MFU {100 * utilisation:.1f} %" in text
-    assert "+50.0 % of a step (p10 +26.0 %, p90 +50.0 %), +110.0 ms, +3.0 MiB, +0.25 MFLOPs per token" in text
+    assert f"MFU {100 * utilisation:.1f}%" in text
+    assert "+50.0% of a step (p10 +26.0%, p90 +50.0%), +110.0 ms, +3.0 MiB, +0.25 MFLOPs per token" in text
     assert "over mean (3 rounds in turn)" in text
     assert "model 1.0, gradients 0.5, optimizer 2.0, activations 5.0" in text
     record.memory.remark, record.memory.peak_reserved_bytes = "of another step", 7 * 2**20

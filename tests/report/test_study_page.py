@@ -43,10 +43,10 @@ def test_the_small_study_on_a_page(tmp_path, capsys):
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
     ]
     cells = {row[0]: row for row in rows}
-    assert rows[0][3] == "nats to mean"
-    assert cells["mean"][1:6] == ["8", "546.5 [537.6, 555.6]", "", "", "reference"]
-    assert cells["HGNN · all_pairs"][3:6] == ["+0.0222", "0.047", "worse"]
-    assert cells["Kneser-Ney trigram, validation split"][2:6] == ["221.9", "", "", "reference line"]
+    assert rows[0][3] == "difference from mean"
+    assert cells["mean"][1:6] == ["8", "546.5 [537.6, 555.6]", "", "", "baseline"]
+    assert cells["HGNN · all_pairs"][3:6] == ["+2.25%", "0.047", "worse"]
+    assert cells["Kneser-Ney trigram"][2:6] == ["221.9", "", "", "n-gram baseline"]
     assert "48 runs (48 ok), 6 configurations, 8 seeds." in text
     assert not (published / "report").exists()
 
@@ -71,11 +71,11 @@ def test_a_page_may_have_the_table_alone_or_both(tmp_path):
 
 def test_several_states_of_the_code_are_named(tmp_path):
     study = made_study(tmp_path / "made", {"mean": 0.0, "GNN": 0.03}, seeds=6, history=2)
-    assert "States of the code" not in study_markdown(load_report(study))
+    assert "Versions of the code" not in study_markdown(load_report(study))
     first, second, *_ = runs_of(study, "GNN")
     change(first, environment__project_sha256="5" * 64)
     text = study_markdown(load_report(study))
-    assert f"States of the code: {SHA[:12]} (11 runs), {'5' * 12} (1 run)." in text
+    assert f"Versions of the code: {SHA[:12]} (11 runs), {'5' * 12} (1 run)." in text
     change(second, environment__project_sha256=None)
     assert "(1 run), 1 run does not say which code made them." in study_markdown(load_report(study))
 
@@ -91,7 +91,7 @@ def test_failed_runs_hypotheses_and_warnings_are_on_it(tmp_path):
                        failed={"GNN": "oom"}, embedded=True)  # fmt: skip
     text = study_markdown(load_report(study))
     assert "**NOT WIKITEXT-2: figures of the embedded text.**" in text
-    assert "**Not counted: 6 oom.**" in text
+    assert "**Failed runs, which do not count: 6 oom.**" in text
     [line] = [line for line in text.splitlines() if line.startswith("| GNN")]
     assert "6 oom" in line
     assert "| a\\|b" in text
@@ -112,7 +112,7 @@ def test_one_thing_at_a_time(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["small", "--verify", "--page", str(tmp_path / "x")])
     assert stopped.value.code == 2
-    assert "three different" in capsys.readouterr().err
+    assert "exclude each other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -127,4 +127,4 @@ def test_every_study_on_a_page_of_ours_follows_from_its_committed_records(path):
 def test_the_reference_study_is_on_the_pages(page, part):
     begin, end = marks("reference-cpu", part)
     found = (REPOSITORY / page).read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]
-    assert found.count("\n| ") == 1 + 13 + 2  # headings, arms, reference lines
+    assert found.count("\n| ") == 1 + 13 + 2  # headings, arms, n-gram baselines

@@ -22,12 +22,13 @@ from bench.report.tables import (
     code_warnings,
     comparison_table,
     failures_table,
+    other_models,
     pairs_table,
-    reference_lines,
     runs_table,
 )
 from bench.report.terminal import print_report
 from bench.study.runs import load_study
+from gnnmoe.config import Refused
 from tests._records import SHA
 from tests.report._made_studies import made_study
 
@@ -73,11 +74,11 @@ def test_failed_runs_are_rows(tables, study):
     assert "7 ok, 1 oom" in tables[0].markdown()
 
 
-def test_reference_lines_are_marked_as_such(tables, comparison):
-    lines = dict(reference_lines(comparison.group))
-    assert list(lines) == ["unigram, validation split", "Kneser-Ney trigram, validation split"]
+def test_other_models_are_marked_as_such(tables, comparison):
+    names = [name for name, _, _ in other_models(comparison.group)]
+    assert names == ["unigram", "Kneser-Ney trigram"]
     shown = tables[0].shown
-    assert (shown[shown["status"] == "reference line"]["configuration"] == list(lines)).all()
+    assert list(shown[shown["verdict"] == "n-gram baseline"]["configuration"]) == names
 
 
 def test_published_line_only_on_the_whole_test_split(study, comparison):
@@ -89,11 +90,11 @@ def test_published_line_only_on_the_whole_test_split(study, comparison):
     before = quality.test
     try:
         quality.test = scored.model_copy(update={"tokens": 245_569})
-        assert ("AWD-LSTM, published (Merity et al. 2017), test split", 65.8) in reference_lines(
+        assert ("AWD-LSTM (Merity et al. 2017), test split", "published", 65.8) in other_models(
             comparison.group
         )
         data.tokenizer = "bpe:8000"
-        assert len(reference_lines(comparison.group)) == 2
+        assert len(other_models(comparison.group)) == 2
     finally:
         quality.test, data.tokenizer = before, "word"
 
@@ -141,7 +142,7 @@ def test_another_code_is_marked(tmp_path, known):
     print_report(make_report(study), Console(file=shown, width=80))
     lines = shown.getvalue().splitlines()
     assert any(line.startswith("GNN †") for line in lines)
-    assert any(line.startswith("† some runs of this row are of another code than most") for line in lines)
+    assert any(line.startswith("† another version of the code made some runs of this row") for line in lines)
 
 
 def test_runs_that_do_not_say_their_code_are_counted_only_beside_others(tmp_path):
@@ -181,15 +182,29 @@ def test_markdown_cannot_be_broken_by_names(tables):
     assert "<script>" not in tables[2].markdown()
 
 
-def test_latex_has_the_structure_of_booktabs(tables):
+def test_latex_has_the_structure_of_booktabs_and_six_columns_at_most(tables):
     for table in tables:
         text = table.latex()
         for rule in ("\\toprule", "\\midrule", "\\bottomrule"):
             assert text.count(rule) == 1
         body = text.split("\\midrule")[1].split("\\bottomrule")[0].strip().splitlines()
         assert len(body) == len(table.shown)
-        assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(table.shown.columns) - 1}
+        heads = text.split("\\toprule\n")[1].split(" \\\\")[0].split(" & ")
+        assert len(heads) <= 6
+        assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(heads) - 1}
+        assert "% Packages: \\usepackage{array,booktabs}" in text
         assert set(text) <= {*map(chr, range(128)), *LETTERS}
+
+
+def test_the_columns_of_latex_can_be_chosen(tables, study):
+    heads = [tables[0].latex(columns).split("\\toprule\n")[1].split(" \\\\")[0]
+             for columns in ((), ("verdict", "tokens/s"), ("of another table",))]  # fmt: skip
+    assert heads == [
+        "configuration & n & perplexity & difference & p & verdict", "verdict & tokens/s",
+        "configuration & n & perplexity & difference & p & verdict",
+    ]  # fmt: skip
+    with pytest.raises(Refused, match=r"unknown column 'verdit'; allowed: .*Did you mean 'verdict'"):
+        make_report(study, columns=["verdit"])
 
 
 def test_latex_compiles(tables, tmp_path):
@@ -199,9 +214,9 @@ def test_latex_compiles(tables, tmp_path):
             "pdflatex is required, and not installed"
         )
         pytest.skip("neither pdflatex nor tectonic is installed")
-    packages = "\\usepackage{booktabs}\\usepackage[a1paper,landscape]{geometry}"
+    packages = "\\usepackage{array,booktabs}\\usepackage[a1paper,landscape]{geometry}"
     head = f"\\documentclass{{article}}{packages}\\begin{{document}}\n"
-    body = "\n\n".join(table.latex() for table in tables)
+    body = "\n\n".join(table.latex(columns) for table in tables for columns in ((), tuple(table.shown)))
     (tmp_path / "t.tex").write_text(head + body + "\n\\end{document}\n")
     command = [engine, "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
     command = command if "pdflatex" in engine else [engine, "t.tex"]
@@ -211,7 +226,7 @@ def test_latex_compiles(tables, tmp_path):
 
 
 def test_letters_of_latin_1_stay_in_latex_and_others_do_not(tables):
-    text = tables[2].latex()
+    text = tables[2].latex(["name"])
     assert f"{LETTERS} 1--2 \\ldots{{}} $\\rightarrow$ ?" in text
 
 
@@ -229,23 +244,23 @@ def test_runs_say_which_table_they_are_in_and_what_may_not_be_mixed(tmp_path, st
     said = table.figures.set_index("configuration")
     for label, device, stride in (("mean", "a made processor", 32), ("GNN", "another processor", 7)):
         found = said.loc[label].iloc[0]
-        assert found["device"].startswith(device)
+        assert found["hardware"].startswith(device)
         assert found["scored"].endswith(f"stride {stride}")
         assert found["corpus"].startswith("wikitext wikitext-2-v1 (word, ")
     assert "table" not in runs_table(study.groups).shown
 
 
-def test_reference_lines_that_not_all_runs_agree_in_are_left_out(tmp_path):
+def test_other_models_that_not_all_runs_agree_in_are_left_out(tmp_path):
     study = load_study(made_study(tmp_path / "made", {"mean": 0.0}, seeds=3, history=2))
     [group] = study.groups
-    assert len(reference_lines(group)) == 2
+    assert len(other_models(group)) == 2
     first, second, _ = (run.record.split() for run in group.runs)
     assert first is not None
     assert second is not None
     first.unigram_nll_sum = 1.01 * (first.unigram_nll_sum or 0)
-    assert [name for name, _ in reference_lines(group)] == ["Kneser-Ney trigram, validation split"]
+    assert [name for name, *_ in other_models(group)] == ["Kneser-Ney trigram"]
     second.kneser_ney_trigram_nll_sum = None
-    assert reference_lines(group) == []
+    assert other_models(group) == []
 
 
 def test_what_the_interval_over_articles_is_stands_in_the_notes(tables, tmp_path):

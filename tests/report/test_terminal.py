@@ -1,18 +1,24 @@
-"""Reports and listings on a terminal that is narrower than 80 columns: folded, and never cut."""
+"""Reports and listings on a terminal: at most 40 lines, and folded, never cut, on a narrow one."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from bench.report.contents import make_report
-from bench.report.terminal import print_report, runs_listing, studies_listing
-from bench.study.runs import load_study
+from bench.record import is_measured
+from bench.report.contents import load_report, make_report
+from bench.report.terminal import MOST_LINES, print_report, runs_listing, studies_listing
+from bench.study.hypotheses import Hypothesis
+from bench.study.runs import Run, Study, grouped, load_study
 from tests.report._made_studies import made_study
+
+REFERENCE = Path(__file__).parents[2] / "results" / "reference"
+PLACES = ["page: results/made/report/report.html", "tables, plots, summary.md: results/made/report"]
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +58,56 @@ def reported(study: Path, width: int) -> list[str]:
 def test_nothing_is_wider_than_the_terminal_or_80_columns_and_nothing_is_cut(study, shown):
     wide = shown(study, 200)
     assert max(map(len, wide)) <= 80
-    for width in (30, 60, 79):
+    for width in (40, 60, 79):
         lines = shown(study, width)
         assert max(map(len, lines)) <= width
         assert letters(lines) == letters(wide)
     assert "HGNN·all_triplets" in "".join(wide).replace(" ", "")
 
 
-def test_a_long_name_of_the_reference_is_shown_whole(study):
-    assert "nats to HGNN ·" in "\n".join(reported(study, 80))
-    assert letters(reported(study, 80))["…"] == 0
+def many(study: Path, count: int, bases: int = 1) -> Study:
+    """Return a study of ``count`` configurations with three seeds, on ``bases`` devices."""
+    runs = []
+    for place in range(count):
+        for run in load_study(study).runs[:3]:
+            record = run.record.model_copy(deep=True)
+            record.run_id, record.configuration = f"{place:011x}{run.seed}", f"{place:012x}"
+            record.config.training["learning_rate"] = 0.001 * (1 + place)
+            assert is_measured(record.environment)
+            record.environment.device_name = f"device {place % bases}"
+            runs.append(Run(run.folder, record))
+    return Study("made", study, grouped(runs), [(Path(f"{n}"), "cannot be read") for n in range(30)],
+                 [(Path(f"{n}"), "its record is of another run: a copy") for n in range(30)])  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "bases"), [(13, 1), (200, 1), (20, 2), (40, 20)])
+def test_a_report_of_any_study_has_40_lines_at_most(study, count, bases):
+    hypotheses = [Hypothesis(f"statement {n}", {"coupler_type": "mean"}, {"seed": 1}) for n in range(50)]
+    where = console(200)
+    made = make_report(many(study, count, bases), None, hypotheses, "2024-12-31T00:00:00Z")
+    print_report(made, where, PLACES)
+    lines = printed(where)
+    assert len(lines) <= MOST_LINES == 40
+    assert lines[-2:] == PLACES
+    text = " ".join(" ".join(lines).split())
+    shown = sum(" baseline" in line or "not resolved" in line for line in lines if "n-gram" not in line)
+    assert shown >= min(bases, 2)
+    assert "hypotheses: 50 inconclusive" in text
+    assert re.search(r"! .* … and \d+ more, see the page", text), "warnings that are left out are counted"
+    if count == 200:
+        left_out = count - sum(line.startswith("mean · learning_rate") for line in lines)
+        assert f"… and {left_out} more configurations, see the page or tables/comparison.csv" in text
+    if bases == 20:
+        assert "18 more tables: see the page" in text
+
+
+def test_the_answer_comes_before_the_table_and_each_configuration_of_a_reference_study_is_shown():
+    made = load_report(REFERENCE / "reference-cpu")
+    where = console(80)
+    print_report(made, where, PLACES)
+    lines = printed(where)
+    assert len(lines) <= MOST_LINES
+    text = " ".join(" ".join(lines).split())
+    assert text.index(made.sections[0].answer()) < text.index("configuration n perplexity")
+    assert not [line for line in lines if line.startswith("…")]
+    assert sum(" 9 " in line for line in lines) >= 13

@@ -107,11 +107,11 @@ def test_agreement_by_hand_and_its_sentence(tmp_path):
         change_weights(folder, lambda found, weights=weights: dict(zip(found, weights, strict=True)))
     reading = read_weights(comparison(study))[0]
     assert reading.agreement is not None
-    assert (reading.agreement.tau, reading.agreement.pairs) == (pytest.approx(1 / 3), 1)
+    assert reading.agreement.tau == pytest.approx(1 / 3)
     words = reading.agreement.words()
-    assert "Kendall τ 0.33 over 1 pair of seeds" in words
+    assert "2 seeds may agree on the order (mean Kendall τ 0.33" in words
     assert reading.sentence() == (
-        f"HGNN, layer 0: weights between 0.93 and 1.08 (all 1 at the start); over 2 seeds {words}."
+        f"HGNN, layer 0: weights between 0.93 and 1.08 (all 1 at the start); {words}."
     )
 
 
@@ -124,12 +124,12 @@ def test_what_seeds_share_is_told_from_what_they_do_not(tmp_path):
     assert first.agreement.reproducible
     assert second.agreement is not None
     assert not second.agreement.reproducible
-    assert "; over 8 seeds not reproducible: Kendall τ" in second.sentence()
+    assert "; 8 seeds do not agree on the order (mean Kendall τ" in second.sentence()
     by_name = {plot.name: plot for plot in weights_plots("study", comparison(study))}
     for name in ("hyperedge_weights_1", "hyperedge_weights_over_steps_1"):
         panels = by_name[name].figure.axes
         assert panels[0].get_title(loc="left") == f"layer 0\n{first.agreement.words()}"
-        assert panels[1].get_title(loc="left").startswith("layer 1\nnot reproducible: Kendall τ")
+        assert panels[1].get_title(loc="left").startswith("layer 1\n8 seeds do not agree on the order")
         assert BY_NAME in texts(by_name[name]).replace("\n", " ")
 
 
@@ -151,7 +151,7 @@ def test_weights_that_never_moved_are_no_reading(tmp_path):
         )
     assert sentences(study) == []
     change_weights(folders(study)[1], lambda found: {**found, "{0,3}": 2.1})
-    assert sentences(study)[0].startswith("HGNN, layer 0: weights between −1.50 and 2.10; over 2 seeds")
+    assert sentences(study)[0].startswith("HGNN, layer 0: weights between −1.50 and 2.10; 2 seeds")
 
 
 def test_runs_with_other_steps_and_without_a_file(tmp_path):
@@ -179,14 +179,14 @@ def test_runs_with_other_steps_and_without_a_file(tmp_path):
 
 def test_one_seed_and_one_hyperedge_have_nothing_to_agree_on(tmp_path):
     one = made_study(tmp_path / "one", LEARNED, seeds=1)
-    assert sentences(one)[0].endswith("(all 1 at the start); one seed: nothing to agree with.")
+    assert sentences(one)[0].endswith("(all 1 at the start); one seed, so nothing to compare.")
     plots = {plot.name: plot for plot in weights_plots("one", comparison(one))}
-    assert "one seed: nothing to agree with" in texts(plots["hyperedge_weights_1"])
+    assert "one seed, so nothing to compare" in texts(plots["hyperedge_weights_1"])
     assert {row["standard_deviation"] for row in table(plots["mixing"])} == {""}
     single = made_study(tmp_path / "single", {"HGNN all_global": 0.0}, seeds=3)
     reading = read_weights(comparison(single))[0]
     assert (reading.members, reading.agreement) == (("{0,1,2,3}",), None)
-    assert "; over 3 seeds one hyperedge: no order to agree on." in reading.sentence()
+    assert "; one hyperedge, so no order to compare." in reading.sentence()
 
 
 def test_nothing_that_counts_gives_nothing(tmp_path):

@@ -93,16 +93,16 @@ function unfold(button) {
 
 function openTarget() {
   const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if (target instanceof HTMLDetailsElement) target.open = true;
+  for (let part = target; part; part = part.parentElement) if (part instanceof HTMLDetailsElement) part.open = true;
 }
 
 document.querySelectorAll("table").forEach(makeSortable);
-document.querySelectorAll(".tools").forEach(makeFilterable);
+document.querySelectorAll(".tools[data-table]").forEach(makeFilterable);
 document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button?.classList.contains("copy")) copy(button);
   if (button?.classList.contains("unfold")) unfold(button);
 });
 addEventListener("hashchange", openTarget);
-addEventListener("beforeprint", () => document.querySelectorAll("main > section > details, .part").forEach((part) => { part.open = true; }));
+addEventListener("beforeprint", () => document.querySelectorAll("main details.part, #provenance details").forEach((part) => { part.open = true; }));
 openTarget();

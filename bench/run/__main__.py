@@ -65,7 +65,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
     from bench.run.prepare import prepare
     from bench.run.progress import Reporter
     from bench.run.session import Session
-    from gnnmoe.couplers.registry import files_read_once
+    from gnnmoe.discovery import files_read_once
 
     keep_freed_memory()
     console = Console(highlight=False)

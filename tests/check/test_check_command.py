@@ -7,9 +7,9 @@ import pytest
 from bench.check.__main__ import ANY_VOCABULARY, main
 from bench.check.leak_check import list_couplers
 from bench.config import ModelConfig
-from gnnmoe.couplers.hgnn import CONV_TYPES
 from gnnmoe.couplers.registry import coupler_names
 from gnnmoe.hypergraph.strategies import STRATEGIES
+from gnnmoe.layers.base import LAYERS
 
 SMALL = ["--embed-dim", "16", "--max-seq-length", "12"]
 
@@ -78,7 +78,7 @@ def few(monkeypatch):
     """A short roster: two conv types, and a strategy that needs an argument."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("bench.check.leak_check.coupler_names", lambda: ["HGNN", "mean"])
-    monkeypatch.setattr("bench.check.leak_check.CONV_TYPES", ["HypergraphConv", "PyGHypergraphConv"])
+    monkeypatch.setattr("bench.check.leak_check.LAYERS", ["HypergraphConv", "PyGHypergraphConv"])
     monkeypatch.setattr("bench.check.leak_check.STRATEGIES", ["all_pairs", "all", "file"])
 
 
@@ -126,7 +126,7 @@ def test_the_roster_holds_everything_that_is_registered_whatever_the_flags_of_th
     )
     entries, left_out = list_couplers(config.resolved(ANY_VOCABULARY))
     found = {entry.name: entry.config for entry in entries}
-    hypergraphs = {f"HGNN {name}" for name in (*CONV_TYPES, *STRATEGIES)} - {"HGNN all_pairs"}
+    hypergraphs = {f"HGNN {name}" for name in (*LAYERS, *STRATEGIES)} - {"HGNN all_pairs"}
     assert {*found, *left_out} == {*coupler_names(), *hypergraphs} - {"HGNN"}
     assert all((made.num_experts, made.embed_dim) == (5, 32) for made in found.values())
     assert found["HGNN PyGHypergraphConv"].hgnn_conv_type == "PyGHypergraphConv"

@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 
-from gnnmoe.couplers import registry
+from gnnmoe import discovery
 from gnnmoe.couplers.base import check_contract
 from gnnmoe.couplers.mean import MeanCoupler
-from gnnmoe.couplers.registry import coupler_class, coupler_names, coupler_option_defaults, register_coupler
+from gnnmoe.couplers.registry import (
+    COUPLERS,
+    coupler_class,
+    coupler_names,
+    coupler_option_defaults,
+    register_coupler,
+)
 
 HONEST = '''
 from gnnmoe import Coupler
@@ -128,9 +134,9 @@ CLAUSES = {
 @pytest.fixture(autouse=True)
 def _registry_as_it_was(monkeypatch):
     coupler_names()
-    monkeypatch.setattr(registry, "_COUPLERS", dict(registry._COUPLERS))
+    monkeypatch.setattr(COUPLERS, "registered", dict(COUPLERS.registered))
     yield
-    registry._discover.cache_clear()
+    COUPLERS.forget_discovery()
 
 
 def mixer(source: str = HONEST) -> Any:
@@ -179,8 +185,8 @@ def test_a_clause_holds_at_every_door(clause, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"coupler '{path}' breaks the contract: .*{message}"):
             coupler_class(path)
     point = EntryPoint("mixer", "broken_mixer:Mixer", "gnnmoe.couplers")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    registry._discover.cache_clear()
+    monkeypatch.setattr(discovery, "entry_points", lambda group: [point])
+    COUPLERS.forget_discovery()
     with pytest.warns(UserWarning, match=f"'mixer' of an installed package is left out: .*{message}"):
         assert "mixer" not in coupler_names()
 

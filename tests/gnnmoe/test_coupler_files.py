@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.couplers import registry
 from gnnmoe.couplers.base import Coupler
 from gnnmoe.couplers.registry import (
+    COUPLERS,
     build_coupler,
     coupler_class,
     coupler_identity,
@@ -217,7 +217,7 @@ def test_a_file_without_a_class_is_told_how():
 
 
 def test_a_file_may_register_its_class_and_be_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_COUPLERS", dict(registry._COUPLERS))
+    monkeypatch.setattr(COUPLERS, "registered", dict(COUPLERS.registered))
     path = tmp_path / "registers.py"
     decorated = MINE.replace("import Coupler", "import Coupler, register_coupler")
     decorated = decorated.replace("class Scaled", '@register_coupler("scaled")\nclass Scaled')

@@ -52,7 +52,7 @@ def test_the_coupler_folds_what_it_can_and_is_its_reference(E, gnn_layers, formu
 
 @every_residual
 def test_isolated_experts_fold_too(monkeypatch, residual):
-    monkeypatch.setitem(STRATEGIES, "lonely", lambda E: [(0, 1), (1,), (0, 1)])
+    monkeypatch.setitem(STRATEGIES.registered, "lonely", lambda E: [(0, 1), (1,), (0, 1)])
     options = {"activation": "none", "residual": residual}
     coupler = make_coupler(static_hyperedge_strategy="lonely", coupler_options=options)
     assert_same_function(coupler, coupler.reference, [normal(2, 3, 4, 6)], dict(coupler.named_parameters()))

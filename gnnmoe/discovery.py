@@ -188,7 +188,7 @@ def forget_inherited(cls: type, base: type, methods: Sequence[str]) -> None:
     """
     if "forward" in vars(cls):
         for name in methods:
-            if name not in vars(cls):
+            if name not in vars(cls) and getattr(cls, name) is not getattr(base, name):
                 setattr(cls, name, getattr(base, name))
 
 

@@ -36,6 +36,7 @@ GRADIENT_FLOOR = 1e-3  # of the largest gradient: a tensor of smaller gradients 
 LEARNING_LENGTH = 16  # more tokens, so that a router can choose each expert
 STEPS, STEP_SIZE = 2, 8e-3
 DEAD = 1e-12  # of the largest gradient
+NO_REFERENCE = "no reference given"
 
 
 def batch_isolation(subject: Subject) -> str:
@@ -94,7 +95,7 @@ def agrees_with_reference(subject: Subject) -> str:
     """
     coupler, num_experts = _with_few_experts(subject)
     if not _has_reference(coupler, subject, num_experts):
-        return "no reference given"
+        return NO_REFERENCE
     inputs = subject.inputs(REFERENCE_BATCH, REFERENCE_LENGTH, num_experts)
     weights_BLD = subject.normal(*inputs[1].shape)
     worst = 0.0

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.check.behaviour import NO_REFERENCE
 from bench.check.mixing import Mixing
 from bench.check.portrait import Portrait, amount, nonlinear_by, power
 from bench.check.subject import TOLERANCE, CheckReport
@@ -55,7 +56,9 @@ def show_one(row: CheckedCoupler, config: GNNMoEConfig, console: Console) -> Non
     what = f"{short_name(config.coupler_type)} at {config.num_experts} experts, width {config.embed_dim}"
     seconds = sum(check.seconds for check in report.checks)
     if row.passed:
-        verdict = f"passed: {what} leaks nothing and computes what it says ({seconds:.1f} s)."
+        given = all(check.detail != NO_REFERENCE for check in report.checks)
+        says = "leaks nothing and computes what it says" if given else f"leaks nothing; {NO_REFERENCE}"
+        verdict = f"passed: {what} {says} ({seconds:.1f} s)."
     elif report.passed:
         verdict = f"FAILED: {what} leaks nothing, but {FLOPS_FAILURE}{row.flops_mismatch}."
     else:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
-from gnnmoe.couplers.base import Coupler, linear_flops
+from gnnmoe.couplers.base import COUPLER_FIELDS, Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.hypergraph.backends import BACKENDS, require_backend
 from gnnmoe.hypergraph.propagation import FORMULAS, hyperedge_index, linear_readout, linear_readout_flops
@@ -114,6 +114,7 @@ class HGNNExpertCoupler(Coupler):
     (arXiv:1901.08150), equation 5. Activation and residual between layers are this project's.
     """
 
+    config_fields = COUPLER_FIELDS
     hyperedge_weights: nn.Parameter | None
 
     def __init__(

@@ -68,8 +68,7 @@ def test_a_wrong_flops_formula_is_a_failure(capsys, monkeypatch):
     assert main([*SMALL, "--coupler", "tests.check.portrait_couplers:WrongFlops"]) == 1
     shown = capsys.readouterr().out
     assert "✗" not in shown
-    assert "leaks nothing, but its flops() is wrong." in shown
-    assert "flops() is wrong: it returns 12 for 12 tokens; PyTorch counts " in shown
+    assert "leaks nothing, but `flops()` is wrong: it returns 12 for 12 tokens; PyTorch counts " in shown
     assert "passed" not in shown
 
 
@@ -78,8 +77,8 @@ def few(monkeypatch):
     """A short roster: two conv types, and a strategy that needs an argument."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("bench.check.leak_check.coupler_names", lambda: ["HGNN", "mean"])
-    monkeypatch.setattr("bench.check.leak_check.LAYERS", ["HypergraphConv", "PyGHypergraphConv"])
-    monkeypatch.setattr("bench.check.leak_check.STRATEGIES", ["all_pairs", "all", "file"])
+    for registry, names in ((LAYERS, "HypergraphConv PyGHypergraphConv"), (STRATEGIES, "all_pairs all file")):
+        monkeypatch.setattr(registry, "registered", {name: registry[name] for name in names.split()})
 
 
 ALL = ["mean", "HGNN HypergraphConv", "HGNN PyGHypergraphConv", "HGNN all"]
@@ -112,7 +111,7 @@ def test_all_fails_where_a_flops_formula_is_wrong(few, capsys):
     assert main([*SMALL, "--all", "--coupler", wrong]) == 1
     shown = capsys.readouterr().out
     assert (shown.count("✓"), shown.count("✗")) == (len(ALL), 1)
-    assert f"{wrong}: flops() is wrong: it returns 12 for 12 tokens; " in " ".join(shown.split())
+    assert f"{wrong}: `flops()` is wrong: it returns 12 for 12 tokens; " in " ".join(shown.split())
     assert f"FAILED: 1 of 5: {wrong}" in shown
 
 

@@ -90,7 +90,7 @@ def test_the_same_three_ways_as_for_couplers(mine, monkeypatch):
         monkeypatch.setattr(registry, "registered", dict(registry))
     points = {
         "gnnmoe.layers": [EntryPoint("largest", "mine:Largest", "gnnmoe.layers")],
-        "gnnmoe.strategies": [EntryPoint("star", "mine:star", "gnnmoe.strategies")],
+        "gnnmoe.strategies": [EntryPoint("spokes", "mine:star", "gnnmoe.strategies")],
     }
     monkeypatch.setattr(discovery, "entry_points", lambda group: points.get(group, []))
     for registry in (LAYERS, STRATEGIES):
@@ -99,7 +99,7 @@ def test_the_same_three_ways_as_for_couplers(mine, monkeypatch):
         assert {"largest", "HNHN"} <= set(LAYERS)
         stars = [
             static_hyperedges(4, text)
-            for text in ("star:hub=2", "star:2", "mine:star:hub=2", f"{mine}:star:2")
+            for text in ("spokes:hub=2", "spokes:2", "mine:star:hub=2", f"{mine}:star:2")
         ]
         assert stars == [[(0, 2), (1, 2), (2, 3)]] * 4
         names = {LAYERS.find(text).__name__ for text in ("largest", "mine:Largest", f"{mine}:Largest")}

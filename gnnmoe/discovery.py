@@ -156,13 +156,13 @@ class Registry(Mapping[str, Thing]):
             module, place = _file(text, self.kind).module, Path(place).name
         else:
             module = _imported(place, f"{self.kind} {text!r}")
-        thing = getattr(module, name, None)
+        thing: Any = getattr(module, name, None)
         if thing is None:
             there = [other for other, found in vars(module).items() if self.like(found)]
             raise Refused(unknown_name(f"{self.kind} in {place}", name, there))
         self.check(thing, text)
         if inspect.isclass(thing) and "name" not in vars(thing):  # its own, not inherited
-            thing.name = f"{place}:{name}"  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(thing, "name", f"{place}:{name}")  # noqa: B010
         return thing
 
     def lasting_name(self, text: str) -> str:

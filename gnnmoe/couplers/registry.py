@@ -210,7 +210,7 @@ def made_of(config: GNNMoEConfig) -> list[Any]:
 
 def _unread(cls: type[Coupler], options: dict[str, Any]) -> set[str]:
     read = fields_read_by(cls, options)
-    return set(COUPLER_FIELDS) - set(COUPLER_FIELDS if read is None else read)
+    return set() if read is None else {name for name in COUPLER_FIELDS if name not in read}
 
 
 def fields_read_by(cls: type[Coupler], options: dict[str, Any]) -> tuple[str, ...] | None:

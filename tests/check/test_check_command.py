@@ -1,13 +1,16 @@
 """``python -m bench.check``: the exit status, and what is on the screen."""
 
 import re
+from importlib.metadata import EntryPoint
 
 import pytest
 
 from bench.check.__main__ import ANY_VOCABULARY, main
 from bench.check.leak_check import list_couplers
 from bench.config import ModelConfig
-from gnnmoe.couplers.registry import coupler_names
+from bench.run import __main__ as run
+from gnnmoe import discovery
+from gnnmoe.couplers.registry import COUPLERS, coupler_names
 from gnnmoe.hypergraph.strategies import STRATEGIES
 from gnnmoe.layers.base import LAYERS
 
@@ -164,3 +167,21 @@ def test_wrong_input_is_one_message(arguments, text, capsys):
     assert shown.err.startswith("error: ")
     assert text in shown.err
     assert not shown.out
+
+
+@pytest.mark.parametrize("command", [main, run.main])
+def test_list_has_a_line_for_everything_also_of_installed_packages(command, monkeypatch, capsys):
+    point = EntryPoint("scaled", "tests.check.couplers:Dead", "gnnmoe.couplers")
+    monkeypatch.setattr(COUPLERS, "registered", dict(COUPLERS))
+    monkeypatch.setattr(discovery, "entry_points", lambda group: [point] if group == point.group else [])
+    COUPLERS.forget_discovery()
+    assert command(["--list"]) == 0
+    monkeypatch.undo()
+    COUPLERS.forget_discovery()
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [name for name, _ in lines] == [
+        *sorted([*COUPLERS, "scaled"], key=str.lower),
+        *LAYERS,
+        *STRATEGIES,
+    ]
+    assert dict(lines)["ring"].startswith("Hyperedge i holds experts i to i + k − 1")

@@ -78,7 +78,7 @@ class Registry(Mapping[str, Thing]):
         if known is not None and _origin(known) != _origin(thing):
             raise Refused(f"{self.kind} {name!r} is registered already, by {'.'.join(_origin(known))}.")
         if inspect.isclass(thing):
-            thing.name = name  # pyright: ignore[reportAttributeAccessIssue]
+            _set_name(thing, name)
         self.registered[name] = thing
 
     def __getitem__(self, name: str) -> Thing:
@@ -156,13 +156,13 @@ class Registry(Mapping[str, Thing]):
             module, place = _file(text, self.kind).module, Path(place).name
         else:
             module = _imported(place, f"{self.kind} {text!r}")
-        thing: Any = getattr(module, name, None)
+        thing = getattr(module, name, None)
         if thing is None:
             there = [other for other, found in vars(module).items() if self.like(found)]
             raise Refused(unknown_name(f"{self.kind} in {place}", name, there))
         self.check(thing, text)
         if inspect.isclass(thing) and "name" not in vars(thing):  # its own, not inherited
-            setattr(thing, "name", f"{place}:{name}")  # noqa: B010
+            _set_name(thing, f"{place}:{name}")
         return thing
 
     def lasting_name(self, text: str) -> str:
@@ -190,6 +190,10 @@ def forget_inherited(cls: type, base: type, methods: Sequence[str]) -> None:
         for name in methods:
             if name not in vars(cls) and getattr(cls, name) is not getattr(base, name):
                 setattr(cls, name, getattr(base, name))
+
+
+def _set_name(thing: Any, name: str) -> None:
+    thing.name = name
 
 
 def _origin(thing: Any) -> tuple[str, str]:

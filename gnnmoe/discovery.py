@@ -77,8 +77,7 @@ class Registry(Mapping[str, Thing]):
         known = self.registered.get(name)
         if known is not None and _origin(known) != _origin(thing):
             raise Refused(f"{self.kind} {name!r} is registered already, by {'.'.join(_origin(known))}.")
-        if inspect.isclass(thing):
-            _set_name(thing, name)
+        _set_name(thing, name)
         self.registered[name] = thing
 
     def __getitem__(self, name: str) -> Thing:
@@ -161,7 +160,7 @@ class Registry(Mapping[str, Thing]):
             there = [other for other, found in vars(module).items() if self.like(found)]
             raise Refused(unknown_name(f"{self.kind} in {place}", name, there))
         self.check(thing, text)
-        if inspect.isclass(thing) and "name" not in vars(thing):  # its own, not inherited
+        if "name" not in vars(thing):  # its own, not inherited
             _set_name(thing, f"{place}:{name}")
         return thing
 
@@ -193,7 +192,8 @@ def forget_inherited(cls: type, base: type, methods: Sequence[str]) -> None:
 
 
 def _set_name(thing: Any, name: str) -> None:
-    thing.name = name
+    if inspect.isclass(thing):
+        thing.name = name  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _origin(thing: Any) -> tuple[str, str]:

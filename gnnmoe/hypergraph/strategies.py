@@ -42,7 +42,7 @@ def check_strategy(strategy: Any, name: str) -> None:
     Raises:
         Refused: it is no function, or its parameters are not those of a strategy.
     """
-    if inspect.isclass(strategy) or not callable(strategy):
+    if not inspect.isfunction(strategy):
         raise Refused(f"strategy {name!r} is no function; {CALLED}.")
     first, *arguments = inspect.signature(strategy).parameters.values() or (None,)
     if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):

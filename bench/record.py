@@ -7,6 +7,7 @@ them. They are written for readers; a record whose figures contradict its sums i
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -47,6 +48,7 @@ from bench.files import (
     without_places,
 )
 from gnnmoe.config import Refused
+from gnnmoe.discovery import is_file
 
 SCHEMA_VERSION = "2.0"
 """The only version that is read; committed records are migrated when it changes."""
@@ -925,6 +927,8 @@ def study_records(study: Path) -> list[Record]:
 
 # --- Which code made a record
 
+OF_CLASSES = ("coupler_type", "hgnn_conv_type")
+"""The flags of a model that can name a class in a file."""
 CODE_WORDS = {"coupler_sha256": "the coupler's own code", "project_sha256": "the project's code"}
 """The two hashes of the code that made a record (``bench.training.environment``), and what each covers."""
 
@@ -975,34 +979,39 @@ def _runs(count: int) -> str:
     return "1 run is" if count == 1 else f"{count:,} runs are"
 
 
-def coupler_of(record: Record) -> tuple[str, str | None]:
-    """Return the coupler of a run as the record names it, and its ``coupler_sha256`` where known."""
+def files_of(model: Mapping[str, Any]) -> list[str]:
+    """Return the coupler and the hypergraph layer of a model's flags, where they are classes from files."""
+    return [model[name] for name in OF_CLASSES if is_file(str(model.get(name, "")))]
+
+
+def classes_of(record: Record) -> tuple[list[str], str | None]:
+    """Return the classes from files of a run, as its record names them, and its ``coupler_sha256``."""
     environment = record.environment
-    return record.config.coupler, environment.coupler_sha256 if is_measured(environment) else None
+    return files_of(record.config.model), environment.coupler_sha256 if is_measured(environment) else None
 
 
-def refuse_another_file(coupler: str, sha256: str, others: Iterable[tuple[str, str | None]]) -> None:
-    """Refuse a coupler from a file where the study has a coupler of the same class name from another file.
+def refuse_another_file(
+    classes: Iterable[str], sha256: str, others: Iterable[tuple[Iterable[str], str | None]]
+) -> None:
+    """Refuse a class from a file where the study has a class of the same name from another file.
 
     Both would have one run_id, and each would replace the other. A record names a file without its folder, so
     a file of the same name counts as the same file, which has changed.
 
     Args:
-        coupler: The coupler as its flag names it.
+        classes: The classes from files of the run: ``files_of``.
         sha256: Its ``coupler_sha256``.
-        others: The coupler and, where known, the ``coupler_sha256`` of each run of the study.
+        others: The classes and, where known, the ``coupler_sha256`` of each run of the study.
 
     Raises:
         Refused: naming the other file.
     """
-    path, _, name = coupler.rpartition(":")
-    for other, known in others:
-        there, _, its_name = other.rpartition(":")
-        if not (path.endswith(".py") and there.endswith(".py")) or its_name != name or known == sha256:
-            continue
-        ours, theirs = Path(path).expanduser(), Path(there).expanduser()
-        elsewhere = theirs.parent != Path() and theirs.is_file() and not ours.samefile(theirs)
-        if ours.name != theirs.name or elsewhere:
+    known = [(other, its_hash) for theirs, its_hash in others for other in theirs if its_hash != sha256]
+    for ours, (theirs, _) in itertools.product(classes, known):
+        (path, _, name), (there, _, its_name) = ours.rpartition(":"), theirs.rpartition(":")
+        here, other = Path(path).expanduser(), Path(there).expanduser()
+        elsewhere = other.parent != Path() and other.is_file() and not here.samefile(other)
+        if name == its_name and (here.name != other.name or elsewhere):
             raise Refused(
                 f"the study has runs of a class {name} from {there} already, and {path} is another file; "
                 "give the class another name, or choose another --study."

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from gnnmoe.couplers.registry import build_coupler, coupler_names, register_coupler
     from gnnmoe.experts import BatchedExperts, ExpertBlock
     from gnnmoe.hypergraph.backends import PyGHypergraphConvWrapper
+    from gnnmoe.hypergraph.strategies import register_strategy
+    from gnnmoe.layers.base import HypergraphLayer, register_layer
     from gnnmoe.model import GNNMoELayer, GNNMoEModel
 
 _HOME = {
@@ -26,6 +28,9 @@ _HOME = {
     "build_coupler": "gnnmoe.couplers.registry",
     "coupler_names": "gnnmoe.couplers.registry",
     "register_coupler": "gnnmoe.couplers.registry",
+    "HypergraphLayer": "gnnmoe.layers.base",
+    "register_layer": "gnnmoe.layers.base",
+    "register_strategy": "gnnmoe.hypergraph.strategies",
     "GNNExpertCoupler": "gnnmoe.couplers.gnn",
     "HGNNExpertCoupler": "gnnmoe.couplers.hgnn",
     "ExpertBlock": "gnnmoe.experts",
@@ -43,11 +48,14 @@ __all__ = [
     "GNNMoELayer",
     "GNNMoEModel",
     "HGNNExpertCoupler",
+    "HypergraphLayer",
     "PyGHypergraphConvWrapper",
     "Refused",
     "build_coupler",
     "coupler_names",
     "register_coupler",
+    "register_layer",
+    "register_strategy",
 ]
 
 

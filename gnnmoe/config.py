@@ -42,13 +42,13 @@ class GNNMoEConfig:
     """
 
     coupler_type: str = "HGNN"
-    """Coupler: a registered name (an unknown one lists them all), package.module:Class or file.py:Class."""
+    """Coupler: a name (--list shows all names), package.module:Class or file.py:Class."""
     hgnn_conv_type: str = "HypergraphConv"
-    """HGNN: the hypergraph layer; HypergraphConv (the documented formula), PyGHypergraphConv, HGNNConv,
-    HNHN, HypergraphAttention, AllDeepSets, AllSetTransformer or EDHNN."""
+    """HGNN: the hypergraph layer: HypergraphConv (the documented formula), PyGHypergraphConv, HGNNConv, HNHN,
+    HypergraphAttention, AllDeepSets, AllSetTransformer, EDHNN, MeanPooling, or file.py:Class."""
     static_hyperedge_strategy: str = "all_pairs"
-    """HGNN: which experts share a hyperedge; all_pairs, all_triplets, pairs_and_triplets, all, k_subsets:k=3,
-    ring:k=2, random:k=3,m=8,seed=0 or file:edges.json (a JSON list of member lists)."""
+    """HGNN: which experts share a hyperedge: all_pairs, all_triplets, pairs_and_triplets, all, k_subsets:k=3,
+    ring:k=2, random:k=3,m=8,seed=0, file:edges.json (a JSON list of member lists) or file.py:function."""
     hgnn_learnable_edge_weights: bool = True
     """HGNN: learn a positive weight for each hyperedge (1 at the start)."""
     gnn_layers: int = 2

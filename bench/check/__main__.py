@@ -33,11 +33,18 @@ class CheckConfig:
     all: bool = False
     """Check every coupler: HGNN with each conv type (on all_pairs) and each strategy (in HypergraphConv),
     whatever the flags for these two say. The coupler that --coupler names is checked too."""
+    list: bool = False
+    """List couplers, hypergraph layers and hyperedge strategies, one line each, and stop."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the coupler that the flags name, or all couplers; print the verdicts, return the exit status."""
-    config = parse(CheckConfig, argv, prog="python -m bench.check", presets=True)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--list" in arguments:
+        from bench.check.listing import print_list
+
+        return print_list()
+    config = parse(CheckConfig, arguments, prog="python -m bench.check", presets=True)
     show_warnings_plainly()
     from rich.console import Console
 

@@ -36,6 +36,7 @@ GRADIENT_FLOOR = 1e-3  # of the largest gradient: a tensor of smaller gradients 
 LEARNING_LENGTH = 16  # more tokens, so that a router can choose each expert
 STEPS, STEP_SIZE = 2, 8e-3
 DEAD = 1e-12  # of the largest gradient
+NO_REFERENCE = "no reference given"
 
 
 def batch_isolation(subject: Subject) -> str:
@@ -88,8 +89,13 @@ def _backward(loss: Tensor) -> None:
 
 
 def agrees_with_reference(subject: Subject) -> str:
-    """Check that ``forward`` and ``reference()`` agree at min(E, 8) experts: outputs and all gradients."""
+    """Check that ``forward`` and ``reference()`` agree at min(E, 8) experts: outputs and all gradients.
+
+    A coupler without a reference implementation passes.
+    """
     coupler, num_experts = _with_few_experts(subject)
+    if not _has_reference(coupler, subject, num_experts):
+        return NO_REFERENCE
     inputs = subject.inputs(REFERENCE_BATCH, REFERENCE_LENGTH, num_experts)
     weights_BLD = subject.normal(*inputs[1].shape)
     worst = 0.0
@@ -106,6 +112,12 @@ def agrees_with_reference(subject: Subject) -> str:
                 )
             worst = max(worst, difference)
     return f"output and gradients equal reference() to {worst:.0e} at {num_experts} experts"
+
+
+@torch.no_grad()
+def _has_reference(coupler: Coupler, subject: Subject, num_experts: int) -> bool:
+    layer_input = torch.zeros(1, 1, subject.config.embed_dim, dtype=torch.float64, device=subject.device)
+    return coupler.reference(layer_input[:, :, None].repeat(1, 1, num_experts, 1), layer_input) is not None
 
 
 def _with_few_experts(subject: Subject) -> tuple[Coupler, int]:

@@ -18,10 +18,10 @@ from bench.check.behaviour import (
 from bench.check.communication import communication
 from bench.check.isolation import token_isolation
 from bench.check.subject import CheckReport, Subject, global_random_state_kept, run_check
-from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
-from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers.registry import build_coupler, coupler_class, coupler_names
 from gnnmoe.hypergraph.strategies import STRATEGIES, strategy_identity
+from gnnmoe.layers.base import LAYERS
 
 CHECKS: dict[str, Callable[[Subject], str]] = {
     "token_isolation": token_isolation,
@@ -77,8 +77,7 @@ def refuse_wrong_hypergraph(config: GNNMoEConfig) -> None:
     Raises:
         Refused: there is no such conv type or strategy, or the strategy does not accept these arguments.
     """
-    if config.hgnn_conv_type not in CONV_TYPES:
-        raise Refused(unknown_name("hgnn_conv_type", config.hgnn_conv_type, CONV_TYPES))
+    LAYERS.find(config.hgnn_conv_type)
     strategy_identity(config.static_hyperedge_strategy)
 
 
@@ -126,7 +125,7 @@ def _registered(plain: GNNMoEConfig) -> Iterator[Entry]:
         if name != HYPERGRAPH_COUPLER:
             yield Entry(name, replace(plain, coupler_type=name))
     hypergraph = replace(plain, coupler_type=HYPERGRAPH_COUPLER)
-    for conv_type in CONV_TYPES:
+    for conv_type in LAYERS:
         yield Entry(f"{HYPERGRAPH_COUPLER} {conv_type}", replace(hypergraph, hgnn_conv_type=conv_type))
     for strategy in STRATEGIES:
         if strategy != plain.static_hyperedge_strategy:

@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.check.behaviour import NO_REFERENCE
 from bench.check.mixing import Mixing
 from bench.check.portrait import Portrait, amount, nonlinear_by, power
 from bench.check.subject import TOLERANCE, CheckReport
 from gnnmoe.config import GNNMoEConfig
+from gnnmoe.discovery import short_name
 
 FLOPS = "flops()"
-FLOPS_FAILURE = f"{FLOPS} is wrong: "
+FLOPS_FAILURE = f"`{FLOPS}` is wrong: "
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,18 @@ def show_one(row: CheckedCoupler, config: GNNMoEConfig, console: Console) -> Non
     for check in report.checks:
         table.add_row(check.name, _mark(check.passed), Text(check.detail, overflow="fold"))
     console.print(table)
-    what = f"{config.coupler_type} at {config.num_experts} experts, width {config.embed_dim}"
+    what = f"{short_name(config.coupler_type)} at {config.num_experts} experts, width {config.embed_dim}"
     seconds = sum(check.seconds for check in report.checks)
     if row.passed:
-        verdict = f"passed: {what} leaks nothing and computes what it says ({seconds:.1f} s)."
+        given = all(check.detail != NO_REFERENCE for check in report.checks)
+        says = "leaks nothing and computes what it says" if given else f"leaks nothing; {NO_REFERENCE}"
+        verdict = f"passed: {what} {says} ({seconds:.1f} s)."
     elif report.passed:
-        verdict = f"FAILED: {what} leaks nothing, but its {FLOPS} is wrong."
+        verdict = f"FAILED: {what} leaks nothing, but {FLOPS_FAILURE}{row.flops_mismatch}."
     else:
         names = ", ".join(row.failures)
         verdict = f"FAILED: {what}: its perplexity does not count ({names})."
+        verdict += f" {FLOPS_FAILURE}{row.flops_mismatch}." if row.flops_mismatch else ""
     console.print(Text(verdict, style="green" if row.passed else "bold red"))
     if isinstance(row.portrait, str):
         console.print(Text(f"no portrait: {row.portrait}"))
@@ -72,14 +77,12 @@ def _show_portrait(portrait: Portrait, console: Console) -> None:
     for label, value in _lines(portrait).items():
         table.add_row(label, Text(value, overflow="fold"))
     console.print(table)
-    if portrait.cost.flops_mismatch:
-        console.print(Text(FLOPS_FAILURE + portrait.cost.flops_mismatch, style="bold red"))
     console.print(Text(f"verdict: {portrait.sentence}.", style="bold"))
 
 
 def _lines(portrait: Portrait) -> dict[str, str]:
     cost, mixing = portrait.cost, portrait.mixing
-    counted = " (counted: it has no formula)" if cost.flops_counted else ""
+    counted = " (counted by PyTorch; the coupler has no flops())" if cost.flops_counted else ""
     depends = mixing.token_dependence > TOLERANCE
     dependence = f"yes: Jacobians differ by {amount(mixing.token_dependence)}" if depends else "no"
     reads = "reads the layer input" if mixing.reads_layer_input else "does not read the layer input"

@@ -11,6 +11,7 @@ from typing import Any
 from bench.record import NotMeasured, Record, is_measured
 from bench.report.quantities import counted, in_parts, number
 from bench.study.runs import Run
+from gnnmoe.discovery import short_name
 
 CODE = ("project_sha256", "code_sha256", "git_commit", "git_changes_sha256")
 COUPLER = "coupler_sha256"
@@ -102,7 +103,7 @@ def code_note(runs: Sequence[Run]) -> str:
     for name, hashes in own.items():
         versions = Counter(hashes).most_common()
         said = ", ".join(f"{text[:DIGITS]} ({counted(count, 'run')})" for text, count in versions)
-        parts.append(f"{name} {said}")
+        parts.append(f"{short_name(name)} {said}")
     return "; ".join(filter(None, parts))
 
 

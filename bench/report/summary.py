@@ -25,6 +25,7 @@ from bench.record import (
 )
 from bench.report import quantities
 from bench.report.quantities import in_parts, mebibytes, number, percent, share, signed
+from bench.study.labels import name_parts
 
 
 def print_summary(record: Record, folder: Path, console: Console) -> None:
@@ -50,10 +51,8 @@ def print_summary(record: Record, folder: Path, console: Console) -> None:
 def _title(record: Record) -> Text:
     model = record.config.model
     name = record.run_name or record.run_id
-    parts = [model["coupler_type"]]
-    if model["coupler_type"] == "HGNN":
-        parts += [model["hgnn_conv_type"], model["static_hyperedge_strategy"]]
-    return Text(" · ".join([*parts, f"E {model['num_experts']}", f"seed {record.seed}", name]))
+    parts = [*name_parts(record.config), f"E {model['num_experts']}", f"seed {record.seed}", name]
+    return Text(" · ".join(parts))
 
 
 def _rows(record: Record) -> list[tuple[str, str]]:

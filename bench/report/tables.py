@@ -31,6 +31,7 @@ from bench.report.quantities import (
     with_interval,
 )
 from bench.study.runs import Basis, Configuration, Group, Run, Study, doubled_words, text_warnings
+from gnnmoe.discovery import short_name
 
 Cells = dict[str, Any]
 """One row: column → value."""
@@ -160,7 +161,7 @@ def _figures(row: ComparisonRow) -> Cells:
     against, cost, loss = row.against, row.cost, row.loss
     return {
         "configuration": row.configuration.label,
-        "coupler": row.configuration.coupler,
+        "coupler": short_name(row.configuration.coupler),
         "n": loss.n,
         "perplexity": None if loss.mean is None else exp_or_infinity(loss.mean),
         **_ends("perplexity_{}", perplexities(loss.interval)),

@@ -30,6 +30,7 @@ from bench.report.quantities import (
 from bench.report.tables import any_unknown, code_mark, code_warnings, other_models
 from bench.study.runs import load_study, statuses
 from gnnmoe.config import Refused
+from gnnmoe.discovery import short_name
 
 WIDTH = 80
 MOST_LINES = 40
@@ -175,7 +176,8 @@ def studies_listing(studies: Sequence[Path], results_dir: Path) -> PlainTable:
         except Refused as error:
             table.add_row(escape(name), "", escape(visible(str(error))), "")
             continue
-        couplers = {found.coupler: None for group in study.groups for found in group.configurations}
+        found = (one.coupler for group in study.groups for one in group.configurations)
+        couplers = dict.fromkeys(map(short_name, found))
         last = max((run.record.time.start for run in study.runs), default="")[:16].replace("T", " ")
         table.add_row(*map(escape, (name, statuses(study.runs), ", ".join(couplers), last)))
     return table

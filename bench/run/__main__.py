@@ -29,6 +29,10 @@ EXIT_STATUS = {"ok": 0, "interrupted": 130}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; return the exit status (0 ok, 2 wrong input, 130 stopped, else 1)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--list" in arguments:
+        from bench.check.listing import print_list
+
+        return print_list()
     with silent_but_on_the_first_rank():
         config = parse(RunConfig, arguments, prog=PROG, presets=True)
         show_warnings_plainly()
@@ -65,7 +69,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
     from bench.run.prepare import prepare
     from bench.run.progress import Reporter
     from bench.run.session import Session
-    from gnnmoe.couplers.registry import files_read_once
+    from gnnmoe.discovery import files_read_once
 
     keep_freed_memory()
     console = Console(highlight=False)

@@ -22,7 +22,7 @@ from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, RunConfig, TrainingCo
 from bench.data.corpus import Corpus, say_unknown_words
 from bench.data.loader import BlockLoader
 from bench.files import without_places
-from bench.record import ReadOnlyFolder, RecordedConfig, RunFolder, check_writable
+from bench.record import OF_CLASSES, ReadOnlyFolder, RecordedConfig, RunFolder, check_writable
 from bench.training.environment import code_hashes
 from bench.training.evaluation import probe_tokens
 from bench.training.loaders import (
@@ -41,7 +41,9 @@ from bench.training.step import Execution
 from bench.tune.find import Say, refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes, request_for
 from bench.tune.trials import Request
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.registry import coupler_identity, is_file
+from gnnmoe.couplers.registry import coupler_identity
+from gnnmoe.discovery import is_file
+from gnnmoe.hypergraph.strategies import place_of
 
 
 @dataclass(frozen=True)
@@ -173,14 +175,16 @@ def config_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def settings_in_record(config: RunConfig) -> RecordedConfig:
-    """Return the config for a record: folders and a coupler's file by their names, without their places."""
+    """Return the config for a record: folders and files of code by their names, without their places."""
     groups = config_dict(config)
     for name in ("data_dir", "results_dir", "checkpoint_dir", "resume_checkpoint"):
         path = getattr(config.places, name)
         groups["places"][name] = None if path is None else path.name
-    if is_file(config.model.coupler_type):
-        path, _, name = config.model.coupler_type.rpartition(":")
-        groups["model"]["coupler_type"] = f"{Path(path).name}:{name}"
+    model = groups["model"]
+    for name in (*OF_CLASSES, "static_hyperedge_strategy"):
+        place = model[name] if name in OF_CLASSES else place_of(model[name]) or ""
+        if is_file(place):
+            model[name] = Path(place.rpartition(":")[0]).name + model[name][len(place.rpartition(":")[0]) :]
     return RecordedConfig(**without_places(groups))
 
 

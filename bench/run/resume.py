@@ -32,7 +32,8 @@ from bench.record import (
     RecordedConfig,
     RunFolder,
     TimePart,
-    coupler_of,
+    classes_of,
+    files_of,
     is_measured,
     refuse_another_file,
     stale_code,
@@ -47,8 +48,8 @@ from bench.training.loop import Trained, TrainingPlan
 from bench.training.step import make_optimizer
 from bench.tune.control import Decision, Recovery, shapes_of
 from bench.tune.search import Shape
-from gnnmoe.config import Refused
-from gnnmoe.couplers.registry import coupler_class, is_file
+from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.couplers.registry import made_of
 from gnnmoe.model import GNNMoEModel
 
 KNOWN_BY = {"run_id": str, "identity": dict, "code": dict.fromkeys(CODE_WORDS, str)}
@@ -226,15 +227,15 @@ def _key(part: TimePart) -> tuple[Any, ...]:
 
 
 def refuse_another_class(prepared: Prepared) -> None:
-    """Refuse a coupler from a file if the study has a class of the same name from another file.
+    """Refuse a coupler or layer from a file if the study has a class of the same name from another file.
 
     Raises:
         Refused: as ``refuse_another_file``.
     """
-    coupler = prepared.config.model.coupler_type
-    if is_file(coupler):
+    classes = files_of(vars(prepared.config.model))
+    if classes:
         records = study_records(prepared.folder.path.parent)
-        refuse_another_file(coupler, prepared.code["coupler_sha256"], map(coupler_of, records))
+        refuse_another_file(classes, prepared.code["coupler_sha256"], map(classes_of, records))
 
 
 def _nothing_to_resume(prepared: Prepared) -> str:
@@ -497,7 +498,7 @@ def leak_check_of(prepared: Prepared, environment: Environment | NotMeasured) ->
     """
     config = prepared.config
     own = config.memory.fit_shape or not prepared.ranks.alone
-    own = own or not is_ours(config.model.coupler_type)
+    own = own or not is_ours(prepared.model_config)
     if config.places.reuse_check and not own:
         for record in _other_seeds(prepared):
             if _same(record.environment, environment):
@@ -509,9 +510,10 @@ def leak_check_of(prepared: Prepared, environment: Environment | NotMeasured) ->
     return run_leak_check(prepared.model_config, seed=config.training.seed, device=device)
 
 
-def is_ours(coupler: str) -> bool:
-    """Say whether all classes of a coupler are in this package, whose files the code hashes cover."""
-    names = [base.__module__.partition(".")[0] for base in coupler_class(coupler).__mro__]
+def is_ours(model: GNNMoEConfig) -> bool:
+    """Say whether a coupler, its layer and its strategy are in this package, whose files the hashes cover."""
+    parts = [base for part in made_of(model) for base in (part, *getattr(part, "__mro__", ()))]
+    names = [part.__module__.partition(".")[0] for part in parts]
     return set(names) <= {gnnmoe.__name__, "torch", "builtins", "abc", "typing"}
 
 

@@ -61,7 +61,7 @@ from bench.training.step import Batch, to_device
 from bench.tune.control import OUT_OF_MEMORY, Decision, Recovery, cut, micro_batch_size, steps_of
 from bench.tune.find import failed, find, requested, words_of
 from bench.tune.search import NoFeasibleBatch, SearchFailed
-from gnnmoe.couplers.registry import executed_again
+from gnnmoe.discovery import executed_again
 from gnnmoe.model import GNNMoEModel
 from gnnmoe.process_state import changed_state, torch_state
 
@@ -260,17 +260,16 @@ class Session:
         """Audit the scored losses, and one training batch."""
         rows = learning.micro_batch_size
         config, seed = prepared.config, prepared.config.training.seed
-        coupler = config.model.coupler_type
 
         def fresh() -> GNNMoEModel:
-            with executed_again(coupler):
+            with executed_again(config.model.coupler_type, config.model.hgnn_conv_type):
                 found = prepared.execution.build(prepared.model_config, seed)
             found.load_state_dict(model.state_dict())
             return found
 
         audited, about = audit_evaluation(
             model, scored, rows=rows, seed=seed, full=config.measure.audit == "full",
-            fresh=None if is_ours(coupler) else fresh, gather=prepared.ranks.gather,
+            fresh=None if is_ours(prepared.model_config) else fresh, gather=prepared.ranks.gather,
         )  # fmt: skip
         self.audit = about
         batch = learning.as_run(next(iter(prepared.loaders["train"])))

@@ -77,7 +77,17 @@ def forms_of(subject: str, config: GNNMoEConfig, compile_modes: Sequence[str] = 
             for name in backends
         ]
     compiled = [replace(forms[0], name=compiled_name(mode), compile_mode=mode) for mode in compile_modes]
-    return [forms[0], *compiled, *forms[1:], Form(subject, REFERENCE, config, reference=True)]
+    references = [Form(subject, REFERENCE, config, reference=True)] if _has_reference(config) else []
+    return [forms[0], *compiled, *forms[1:], *references]
+
+
+@torch.no_grad()
+def _has_reference(config: GNNMoEConfig) -> bool:
+    """Say whether a coupler gives a reference implementation; one token tells."""
+    with torch.random.fork_rng(devices=[]):  # a coupler draws its parameters
+        coupler = build_coupler(config)
+    E, D = coupler.expert_shape()[0], config.embed_dim
+    return coupler.reference(torch.zeros(1, 1, E, D), torch.zeros(1, 1, D)) is not None
 
 
 def compiled_name(mode: str) -> str:
@@ -130,7 +140,9 @@ class Naive(nn.Module):
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor) -> Tensor:
         """Return (B, L, D)."""
-        return self.coupler.reference(expert_outputs, layer_input)
+        output = self.coupler.reference(expert_outputs, layer_input)
+        assert output is not None, "a coupler without a reference has no such form"
+        return output
 
 
 class Runner:
@@ -167,10 +179,11 @@ class Runner:
             leaf.grad = None
 
     def reference_in_float32(self) -> Result:
-        """Return what ``step(0)`` should return, by ``reference()`` in float32."""
+        """Return what ``step(0)`` should return: ``reference()`` in float32, or ``forward`` without it."""
         x, u = (tensor.detach().float().requires_grad_(True) for tensor in self.inputs.sets[0])
         with products_in("fp32"):
             output = self.coupler.reference(x, u)
+            output = self.coupler(x, u) if output is None else output
             cotangent = self.inputs.cotangent(0, output.dtype)
             gradients = torch.autograd.grad(output, [x, u, *self.parameters], cotangent, allow_unused=True)
         return output.detach(), gradients

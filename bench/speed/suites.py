@@ -20,8 +20,8 @@ from bench.speed.machine import Machine, failure_text
 from bench.speed.record import CURVE, PARITY, STEPS, SpeedRecord, SpeedRow
 from bench.speed.steps import Variant, executed, harness_rows, step_rows
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
-from gnnmoe.couplers.hgnn import CONV_TYPES
 from gnnmoe.couplers.registry import coupler_names
+from gnnmoe.layers.base import LAYERS
 
 VOCABULARY = 33_278  # WikiText-2's
 GPU_PRECISION = "bf16"
@@ -153,7 +153,7 @@ def subjects(text: str | None, config: GNNMoEConfig) -> list[tuple[str, GNNMoECo
     if text is None:
         return [(subject_name(config), config)]
     known = {name: replace(config, coupler_type=name) for name in coupler_names()}
-    known |= {layer: replace(config, coupler_type="HGNN", hgnn_conv_type=layer) for layer in CONV_TYPES}
+    known |= {layer: replace(config, coupler_type="HGNN", hgnn_conv_type=layer) for layer in LAYERS}
     if text.strip() == "all":
         asked = list(known.values())
     else:

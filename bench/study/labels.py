@@ -11,13 +11,16 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.config import ExecutionConfig, FlagTable
-from bench.record import RecordedConfig
+from bench.record import OF_CLASSES, RecordedConfig
 from gnnmoe.config import GNNMoEConfig
+from gnnmoe.discovery import short_name
+from gnnmoe.hypergraph.strategies import place_of
 
 Key = tuple[str, str | None]
 """The hash of the configuration and the hash of the coupler's code; None where that hash is not known."""
 
-OF_HYPERGRAPHS = ("hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
+OPTIONS, STRATEGY = "coupler_option", "static_hyperedge_strategy"
+OF_HYPERGRAPHS = ("hgnn_conv_type", STRATEGY, "hgnn_learnable_edge_weights")
 """Flags that only the couplers with a hypergraph read."""
 DERIVED = ("ffn_dim", "vocab_size", "coupler_options")
 """Fields that follow from --match, from the data or from the coupler's options: named only if needed."""
@@ -47,7 +50,7 @@ def flags_that_count(config: RecordedConfig) -> FlagTable:
     found = {name: value for group in groups for name, value in group.items() if name not in IN_NO_IDENTITY}
     if found.get("initialization") == GNNMoEConfig.initialization:
         del found["initialization"]
-    found["coupler_option"] = _options(found.get("coupler_option") or (), found["coupler_type"])
+    found[OPTIONS] = _options(found.get(OPTIONS) or (), found["coupler_type"])
     return found
 
 
@@ -73,6 +76,19 @@ def _parted(option: str) -> tuple[str | None, str, str]:
     key, _, value = option.partition("=")
     owner, dot, name = key.rpartition(".")
     return owner if dot else None, name, value
+
+
+def name_parts(config: RecordedConfig) -> list[str]:
+    """Return the coupler of a run, its layer and strategy where it is HGNN, and the options that were given.
+
+    A thing from a file goes by its own name, without its place.
+    """
+    model = config.model
+    parts = {name: model[name] for name in ("coupler_type", "hgnn_conv_type", STRATEGY)}
+    if model["coupler_type"] != "HGNN":
+        parts = {"coupler_type": model["coupler_type"]}
+    parts[OPTIONS] = _options(model[OPTIONS], model["coupler_type"])
+    return [_part(name, value) for name, value in parts.items() if value]
 
 
 def labels(configurations: Sequence[FlagTable], keys: Sequence[Key]) -> list[str]:
@@ -115,7 +131,7 @@ def _varying(configurations: Sequence[FlagTable]) -> list[str]:
 
 
 def _label(flags: FlagTable, names: Sequence[str]) -> str:
-    parts = [str(flags["coupler_type"])]
+    parts = [_part("coupler_type", flags["coupler_type"])]
     for name in dict.fromkeys(names):
         if name != "coupler_type" and name in flags and (text := _part(name, flags[name])):
             parts.append(text)
@@ -125,7 +141,11 @@ def _label(flags: FlagTable, names: Sequence[str]) -> str:
 def _part(name: str, value: Any) -> str:
     if name in SHORT:
         return SHORT[name].get(value, str(value))
-    if name == "coupler_option":
+    if name in OF_CLASSES:
+        return short_name(str(value))
+    if name == STRATEGY and (place := place_of(str(value))):
+        return short_name(place) + value[len(place) :]
+    if name == OPTIONS:
         return " ".join("=".join(_parted(text)[1:]) for text in value)
     return value if isinstance(value, str) else f"{name} {value}"
 

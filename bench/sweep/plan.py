@@ -25,7 +25,8 @@ from bench.record import (
     Data,
     RecordedConfig,
     RunFolder,
-    coupler_of,
+    classes_of,
+    files_of,
     is_stale,
     refuse_another_file,
     stale_notes,
@@ -41,7 +42,7 @@ from bench.tune.find import format_bytes
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.cost import QUANTITIES as BY_FORMULA
 from gnnmoe.cost import Cost, matched_ffn_dim, model_cost
-from gnnmoe.couplers.registry import coupler_class, is_file
+from gnnmoe.couplers.registry import coupler_class
 
 Identify = Callable[[RunConfig], Identified]
 DENSE = "dense"
@@ -245,16 +246,16 @@ def _label_by_flags(request: RunRequest, sweep: Sweep) -> str:
 
 
 def _refuse_two_files(made: Sequence[PlannedConfiguration], study: Path) -> None:
-    """Refuse two files whose couplers have one class name, in the plan or beside the study's records.
+    """Refuse two files whose classes have one name, in the plan or beside the study's records.
 
     Raises:
         Refused: as ``refuse_another_file``.
     """
-    ours = [(each.training.config.model.coupler_type, each.known.code["coupler_sha256"]) for each in made]
-    if any(is_file(coupler) for coupler, _ in ours):
-        others = [*ours, *map(coupler_of, study_records(study))]
-        for coupler, sha256 in ours:
-            refuse_another_file(coupler, sha256, others)
+    ours = [(files_of(vars(each.training.config.model)), each.known.code["coupler_sha256"]) for each in made]
+    if any(classes for classes, _ in ours):
+        others = [*ours, *map(classes_of, study_records(study))]
+        for classes, sha256 in ours:
+            refuse_another_file(classes, sha256, others)
 
 
 def _matcher(

@@ -29,7 +29,8 @@ import gnnmoe
 from bench.data.cache import syntax_sha256
 from bench.record import Environment
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.registry import coupler_class, coupler_names, executed_source, resolved_options
+from gnnmoe.couplers.registry import coupler_class, coupler_names, made_of, resolved_options
+from gnnmoe.discovery import executed_source
 
 CHANGES_NUMBERS = (
     "gnnmoe", "bench/data", "bench/measure", "bench/training", "bench/tune",
@@ -80,15 +81,17 @@ def couplers_sha256() -> str:
 def coupler_sha256(config: GNNMoEConfig) -> str:
     """Return the hash of a coupler's source: its class, its bases, and the modules that they import.
 
-    The modules of the coupler's own package count, and all modules outside installed packages. A coupler that
-    an option names (``like`` of dense) counts too. The name and folder of a coupler's file do not count.
+    The layer and the strategy that the coupler reads count too, and so does a coupler that an option names
+    (``like`` of dense). The modules of their own packages count, and all modules outside installed packages.
+    The name and folder of a file do not count.
     """
     named = [value for value in resolved_options(config).values() if value in coupler_names()]
     found: dict[str, str] = {}
-    own = coupler_class(config.coupler_type)
-    _collect(own.__module__, own.__module__, "", found)
-    for cls in (*own.__mro__[1:], *map(coupler_class, named)):
-        _collect(cls.__module__, own.__module__, cls.__module__, found)
+    for number, part in enumerate([*made_of(config), *map(coupler_class, named)]):
+        own = part.__module__
+        for module in (own, *(cls.__module__ for cls in getattr(part, "__mro__", ())[1:])):
+            of_file = number == 0 or executed_source(module) is not None
+            _collect(module, own, f"part {number}" if module == own and of_file else module, found)
     lines = sorted(f"{label} {sha256}\n" for label, sha256 in found.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

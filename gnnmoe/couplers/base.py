@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.discovery import forget_inherited
 
 COUPLER_FIELDS = ("gnn_layers", "hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
 """The fields of the config that only some couplers read."""
@@ -24,6 +25,8 @@ class Coupler(nn.Module, ABC):
     A subclass takes the config and its own options, keyword-only and with defaults:
     ``def __init__(self, config, *, k: int = 2)``. It keeps no state between calls and never mixes tokens. The
     leak check (``python -m bench.check``) tests this before every run.
+
+    A subclass needs ``forward`` alone. With its own ``forward`` it inherits no ``reference`` and ``flops``.
     """
 
     name: ClassVar[str] = ""
@@ -42,6 +45,10 @@ class Coupler(nn.Module, ABC):
         """Return ``options`` in one form for all that give the same model, without those that do nothing."""
         return options
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        forget_inherited(cls, Coupler, ("reference", "flops"))
+
     def __init__(self, config: GNNMoEConfig) -> None:
         super().__init__()
         self.config = config
@@ -54,9 +61,12 @@ class Coupler(nn.Module, ABC):
         ``layer_input`` (B, L, D) is the input of the experts. Couplers that route tokens need it.
         """
 
-    @abstractmethod
-    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Compute the same as ``forward`` naively from the formula; loops are fine."""
+    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor | None:
+        """Compute the same as ``forward`` naively from the formula; loops are fine.
+
+        None where the coupler has no reference implementation.
+        """
+        return None
 
     def expert_shape(self) -> tuple[int, int]:
         """Return the number of experts of a layer and their hidden width; ``dense`` has other values."""
@@ -148,7 +158,6 @@ def _accumulation_dtype(device: torch.device) -> torch.dtype:
 # --- the check of the contract ---------------------------------------------------------------------------
 
 EMPTY = inspect.Parameter.empty
-DOCUMENTED = (".. math::", "Shapes:", "Source:")
 OPTION_TYPES = (bool, int, float, str, type(None))
 FIELDS_ARE = f"None, or a tuple of some of {', '.join(COUPLER_FIELDS)}"
 METHODS = "forward reference auxiliary_losses communication flops fields_read canonical_options".split()
@@ -176,7 +185,7 @@ def _breach(cls: Any) -> str | None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         return f"it does not implement {' and '.join(missing)}; every abstract method must be written."
-    return _in_constructor(cls) or _in_methods(cls) or _in_fields(cls) or _in_docstring(cls)
+    return _in_constructor(cls) or _in_methods(cls) or _in_fields(cls)
 
 
 def _in_constructor(cls: type[Coupler]) -> str | None:
@@ -265,14 +274,3 @@ def _in_fields(cls: type[Coupler]) -> str | None:
 def are_fields(value: Any) -> bool:
     """Return whether ``value`` is allowed as ``config_fields``."""
     return value is None or (isinstance(value, tuple) and all(name in COUPLER_FIELDS for name in value))
-
-
-def _in_docstring(cls: type[Coupler]) -> str | None:
-    own = vars(cls).get("__doc__") or ""
-    asked = "give its formula ('.. math::'), 'Shapes:' and 'Source:', as gnnmoe/couplers/mean.py does."
-    if not own.strip():
-        return f"it has no docstring of its own; {asked}"
-    missing = [part for part in DOCUMENTED if part not in own]
-    if missing:
-        return f"its docstring has no {' and no '.join(map(repr, missing))}; {asked}"
-    return None

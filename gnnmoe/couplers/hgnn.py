@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,29 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
-from gnnmoe.couplers.base import Coupler, linear_flops
+from gnnmoe.couplers.base import COUPLER_FIELDS, Coupler, linear_flops
 from gnnmoe.couplers.registry import register_coupler
 from gnnmoe.hypergraph.backends import BACKENDS, require_backend
 from gnnmoe.hypergraph.propagation import FORMULAS, hyperedge_index, linear_readout, linear_readout_flops
 from gnnmoe.hypergraph.strategies import static_hyperedges
-from gnnmoe.layers.all_deep_sets import AllDeepSets
-from gnnmoe.layers.all_set_transformer import AllSetTransformer
-from gnnmoe.layers.attention import HypergraphAttention
-from gnnmoe.layers.base import HypergraphLayer
-from gnnmoe.layers.edhnn import EDHNN
-from gnnmoe.layers.hnhn import HNHN
+from gnnmoe.layers.base import LAYERS, HypergraphLayer
 from gnnmoe.layers.static import StaticConvolution
 from gnnmoe.mixing import mean_over_experts
 
-CONV_TYPES: dict[str, Callable[..., HypergraphLayer]] = {
-    **{formula: partial(StaticConvolution, formula=formula) for formula in FORMULAS},
-    "HNHN": HNHN,
-    "HypergraphAttention": HypergraphAttention,
-    "AllDeepSets": AllDeepSets,
-    "AllSetTransformer": AllSetTransformer,
-    "EDHNN": EDHNN,
-}
-"""The values of ``hgnn_conv_type``. Each layer takes ``(members, num_experts, embed_dim, num_heads)``."""
 ACTIVATIONS = {"gelu": F.gelu, "none": None}
 SOFTPLUS_OF_ONE = math.log(math.e - 1.0)  # softplus(SOFTPLUS_OF_ONE) = 1
 SMALLEST_WEIGHT = 1e-6
@@ -82,16 +67,17 @@ class HypergraphStack(nn.ModuleList):
             message_ND = mean_over_experts(self.activation(layers[-1](x_NED, from_weights, start_NED)))
         return mean_over_experts(x_NED) + message_ND if self.residual else message_ND
 
-    def flops(self, tokens: int) -> int:
-        """Return the FLOPs of ``mean`` for this many tokens."""
+    def flops(self, tokens: int) -> int | None:
+        """Return the FLOPs of ``mean`` for this many tokens; None where a layer has no formula."""
         layers, linear = self.as_list(), self._linear_layers()
         E, D = layers[0].num_experts, layers[0].embed_dim
         if linear:
             readout = linear_readout_flops(tokens, E, D, linear, residual=self.residual)
         else:
             readout = layers[-1].mean_flops(tokens) if self.activation is None else layers[-1].flops(tokens)
-        before = sum(layer.flops(tokens) for layer in layers[: -max(linear, 1)])
-        return layers[0].from_weights_flops() + before + readout
+        parts = [readout, *(layer.flops(tokens) for layer in layers[: -max(linear, 1)])]
+        counted = [part for part in parts if part is not None]
+        return layers[0].from_weights_flops() + sum(counted) if len(counted) == len(parts) else None
 
     def _linear_layers(self) -> int:
         """Return how many of the last layers ``linear_readout`` computes: linear layers, while it saves maps.
@@ -128,6 +114,7 @@ class HGNNExpertCoupler(Coupler):
     (arXiv:1901.08150), equation 5. Activation and residual between layers are this project's.
     """
 
+    config_fields = COUPLER_FIELDS
     hyperedge_weights: nn.Parameter | None
 
     def __init__(
@@ -141,13 +128,13 @@ class HGNNExpertCoupler(Coupler):
     ) -> None:
         super().__init__(config)
         for kind, name, allowed in (
-            ("hgnn_conv_type", config.hgnn_conv_type, CONV_TYPES),
             ("activation", activation, ACTIVATIONS),
             ("edge_weights", edge_weights, EDGE_WEIGHTS),
             ("backend", backend, BACKENDS),
         ):
             if name not in allowed:
                 raise Refused(unknown_name(kind, name, allowed))
+        LAYERS.find(config.hgnn_conv_type)
         _refuse_static_only(config.hgnn_conv_type, edge_weights, backend)
         self.edge_weights = edge_weights
         self._members = static_hyperedges(config.num_experts, config.static_hyperedge_strategy)
@@ -166,8 +153,8 @@ class HGNNExpertCoupler(Coupler):
 
     def _build_layers(self, config: GNNMoEConfig, backend: str) -> None:
         options = {"backend": backend} if config.hgnn_conv_type in FORMULAS else {}
+        make: Callable[..., HypergraphLayer] = LAYERS.find(config.hgnn_conv_type)
         for _ in range(config.gnn_layers):
-            make = CONV_TYPES[config.hgnn_conv_type]
             self.layers.append(
                 make(self._members, config.num_experts, config.embed_dim, config.num_heads, **options)
             )
@@ -209,18 +196,23 @@ class HGNNExpertCoupler(Coupler):
         x_NED = expert_outputs.reshape(B * L, E, D)
         return self.combiner(self.layers.mean(x_NED, self.effective_hyperedge_weights())).view(B, L, D)
 
-    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
-        """Compute every layer's formula hyperedge by hyperedge, without matrices and indices."""
+    def reference(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor | None:
+        """Compute every layer's formula hyperedge by hyperedge, without matrices and indices.
+
+        None where the layer has no ``naive``.
+        """
         start = features = list(expert_outputs.unbind(2))
         for layer in self.layers.as_list():
             messages = layer.naive(features, self.effective_hyperedge_weights(), start)
+            if messages is None:
+                return None
             features = [self.layers.update(x, message) for x, message in zip(features, messages, strict=True)]
         return self.combiner(torch.stack(features).mean(0))
 
-    def flops(self, tokens: int) -> int:
+    def flops(self, tokens: int) -> int | None:
         """Count the stack and the combiner."""
-        stack = self.layers.flops(tokens) if self._members else 0
-        return stack + linear_flops(tokens, self.config.embed_dim, self.config.embed_dim)
+        stack, D = self.layers.flops(tokens) if self._members else 0, self.config.embed_dim
+        return None if stack is None else stack + linear_flops(tokens, D, D)
 
     def static_communication(self) -> dict[str, Tensor]:
         """Return the effective hyperedge weights (M) and ``adjacency`` (E, E), where there are hyperedges.
@@ -260,8 +252,13 @@ class HGNNExpertCoupler(Coupler):
         inert = {}
         for number, layer in enumerate(self.layers.as_list()):
             own = layer.inert_parameters()
+            shared = own.pop("hyperedge_weights", None)
             inert |= {f"layers.{number}.{name}": own[name] for name in own}
-            if self.hyperedge_weights is not None and layer.weights_cancel():
+            if self.hyperedge_weights is None:
+                continue
+            if shared is not None:
+                inert["hyperedge_weights"] = shared
+            elif layer.weights_cancel():
                 inert["hyperedge_weights"] = "no expert has two hyperedges, so their weights cancel out"
         return inert
 

@@ -3,6 +3,7 @@
 A strategy is written ``name`` or ``name:argument=value,argument=value``: ``random:k=3,m=8,seed=1``.
 The first argument may stand without its name (``k_subsets:4``, ``file:edges.json``). Where the only argument
 is text, it takes everything after the colon, so that a path may contain ``=`` and ``,``.
+A function from outside is written with its place: ``path/to/file.py:star:hub=1`` or ``package.module:star``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 import json
 import math
 import random
+import re
 import warnings
 from collections.abc import Callable
 from itertools import combinations
@@ -19,7 +21,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused
+from gnnmoe.discovery import Registry
 
 Members = tuple[int, ...]  # sorted
 Strategy = Callable[..., list[Members]]
@@ -28,17 +31,44 @@ MOST_HYPEREDGES = 100_000
 BLANKS = " \t\r\n"  # of JSON
 REQUIRED = inspect.Parameter.empty
 
-STRATEGIES: dict[str, Strategy] = {}
+OUTSIDE = re.compile(r"(.+?\.py:[^:]*|[^:]+:[A-Za-z_]\w*)(:.*)?", re.DOTALL)
+"""A function with its place, then its arguments."""
+CALLED = "a strategy is a function such as star(num_experts: int, *, hub: int = 0)"
+
+
+def check_strategy(strategy: Any, name: str) -> None:
+    """Refuse what is not a function from E to member lists.
+
+    Raises:
+        Refused: it is no function, or its parameters are not those of a strategy.
+    """
+    if not inspect.isfunction(strategy):
+        raise Refused(f"strategy {name!r} is no function; {CALLED}.")
+    first, *arguments = inspect.signature(strategy).parameters.values() or (None,)
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        raise Refused(f"strategy {name!r} does not take the number of experts first; {CALLED}.")
+    for argument in arguments:
+        if argument.kind is not argument.KEYWORD_ONLY:
+            raise Refused(f"strategy {name!r} takes {argument} by position; {CALLED}.")
+
+
+STRATEGIES: Registry[Strategy] = Registry(
+    "static_hyperedge_strategy", "gnnmoe.strategies", None, check_strategy, inspect.isfunction
+)
 
 
 def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
     """Return a decorator that makes a named strategy of a function from E to member lists.
 
     The function's keyword-only parameters, annotated int, int | None or str, are the strategy's arguments.
+    It returns an empty list where E is too small for it.
+
+    Raises:
+        Refused: another function has this name, or the function has other parameters.
     """
 
     def register(strategy: Strategy) -> Strategy:
-        STRATEGIES[name] = strategy
+        STRATEGIES.register(name, strategy)
         return strategy
 
     return register
@@ -166,59 +196,96 @@ def _draw(generator: random.Random, n: int, count: int) -> Members:
 
 
 def static_hyperedges(num_experts: int, strategy: str) -> list[Members]:
-    """Return the members of each hyperedge; an empty list where E is too small to have any.
+    """Return the members of each hyperedge, sorted; an empty list where E is too small to have any.
 
     Raises:
-        Refused: there is no such strategy, it cannot have these arguments, E is negative, or there are
-            more than ``MOST_HYPEREDGES`` hyperedges.
+        Refused: there is no such strategy, it cannot have these arguments, it raises an exception, E is
+            negative, a hyperedge is no list of different experts, or there are more hyperedges than
+            ``MOST_HYPEREDGES``.
     """
-    name, arguments = _parse(strategy)
+    _, function, arguments = _parse(strategy)
     if num_experts < 0:
         raise Refused(f"num_experts is {num_experts}; it must not be negative.")
-    members = STRATEGIES[name](num_experts, **arguments)
+    try:
+        members = [tuple(sorted(edge)) for edge in function(num_experts, **arguments)]
+    except Refused:
+        raise
+    except Exception as error:  # the function may be anybody's
+        raise Refused(
+            f"strategy {strategy!r} fails with {num_experts} experts ({type(error).__name__}: {error}); "
+            "give it other arguments, or mend the function."
+        ) from error
     _refuse_too_many(len(members))  # in a file, or from a strategy that does not check
+    for edge in members:
+        if not edge or len(set(edge)) < len(edge) or edge[0] < 0 or edge[-1] >= num_experts:
+            problem = _problem(list(edge), num_experts)
+            raise Refused(f"strategy {strategy!r} gives the hyperedge {list(edge)}: {problem}.")
     return members
 
 
 def strategy_identity(strategy: str, num_experts: int | None = None) -> str:
     """Return one text for all spellings of a strategy, with everything that can change its hyperedges.
 
-    All arguments stand in the order of the signature. For a file, a hash of its member lists replaces the
-    path. With ``num_experts`` the m of ``random`` is the number of hyperedges that it draws.
+    All arguments stand in the order of the signature. For a file of hyperedges, a hash of its member lists
+    replaces the path. With ``num_experts``, such a hash also stands for a function from outside, and the m of
+    ``random`` is the number of hyperedges that it draws.
 
     Raises:
         Refused: as ``static_hyperedges``, except for numbers that only the strategy itself refuses.
     """
-    name, arguments = _parse(strategy)
+    name, function, arguments = _parse(strategy)
     if name == "file":
-        members = json.dumps(read_hyperedges(**arguments))
-        arguments: dict[str, Any] = {"sha256": hashlib.sha256(members.encode()).hexdigest()[:12]}
+        return f"file:sha256={_hash(read_hyperedges(**arguments))}"
+    if name is None and num_experts is not None:
+        return f"file:sha256={_hash(static_hyperedges(num_experts, strategy))}"
     if name == "random" and num_experts is not None:
         _check_k(arguments["k"])
         arguments["m"] = _number_drawn(num_experts, arguments["k"], arguments["m"])
     listed = ",".join(f"{key}={value}" for key, value in arguments.items())
-    return f"{name}:{listed}" if listed else name
+    return ":".join(filter(None, [name or function.__name__, listed]))
+
+
+def _hash(members: list[Members]) -> str:
+    return hashlib.sha256(json.dumps(members).encode()).hexdigest()[:12]
+
+
+def place_of(strategy: str) -> str | None:
+    """Return place and name of a function from outside, without its arguments; None for other strategies."""
+    found = None if strategy.partition(":")[0] in STRATEGIES else OUTSIDE.fullmatch(strategy)
+    return found[1] if found else None
+
+
+def strategy_function(strategy: str) -> Strategy:
+    """Return the function behind the text of a strategy.
+
+    Raises:
+        Refused: as ``static_hyperedges``.
+    """
+    return _parse(strategy)[1]
 
 
 # --- the text of a strategy --------------------------------------------------------------------------
 
 
-def _parse(strategy: str) -> tuple[str, dict[str, Any]]:
-    """Return the name, and every argument with its value, in the order of the signature.
+def _parse(strategy: str) -> tuple[str | None, Strategy, dict[str, Any]]:
+    """Return the name, the function, and every argument with its value, in the order of the signature.
+
+    A function from outside has no name.
 
     Raises:
         Refused: there is no such strategy or argument, or an argument cannot have its value.
     """
-    name, colon, text = strategy.partition(":")
-    if name not in STRATEGIES:
-        raise Refused(unknown_name("static_hyperedge_strategy", name, STRATEGIES))
-    signature = inspect.signature(STRATEGIES[name], eval_str=True)
+    place = place_of(strategy)
+    name, colon, text = strategy.removeprefix(place or "").partition(":")
+    function = STRATEGIES.find(place or name)
+    signature = inspect.signature(function, eval_str=True)
     parameters = {key: p for key, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
     try:
         given = _given(text, parameters) if colon else {}
-        return name, {key: _value(parameter, given.get(key)) for key, parameter in parameters.items()}
+        values = {key: _value(parameter, given.get(key)) for key, parameter in parameters.items()}
     except Refused as error:
-        raise Refused(f"strategy {strategy!r}: {error}. {_usage(name, parameters)}.") from None
+        raise Refused(f"strategy {strategy!r}: {error}. {_usage(place or name, parameters)}.") from None
+    return None if place else name, function, values
 
 
 def _usage(name: str, parameters: Parameters) -> str:
@@ -258,7 +325,8 @@ def _value(parameter: inspect.Parameter, text: str | None) -> Any:
         return parameter.default
     if not text:
         raise Refused(f"{parameter.name} has no value")
-    types = get_args(parameter.annotation) or (parameter.annotation,)
+    plain = type(parameter.default) if parameter.annotation is REQUIRED else parameter.annotation
+    types = get_args(plain) or (plain,)
     if text == "None" and NoneType in types:
         return None
     if int not in types:

@@ -8,13 +8,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from gnnmoe.hypergraph.strategies import Members
-from gnnmoe.layers.base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
+from gnnmoe.layers.base import (
+    MLP,
+    HypergraphLayer,
+    naive_mean,
+    naive_weighted_mean,
+    over_token_chunks,
+    register_layer,
+)
 from gnnmoe.mixing import mix
 
 FEATURES = 7
 """Feature vectors of an expert and of a hyperedge in memory at once: inside two MLPs, with gradients."""
 
 
+@register_layer("AllDeepSets")
 class AllDeepSets(HypergraphLayer):
     r"""Two set functions, each an MLP of a mean of MLPs.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.hypergraph.strategies import Members
-from gnnmoe.layers.base import HypergraphLayer, over_token_chunks
+from gnnmoe.layers.base import HypergraphLayer, over_token_chunks, register_layer
 
 FEATURES = 10
 """Feature vectors of an expert and of a hyperedge in memory at once: inside a pooling, with gradients."""
@@ -80,6 +80,7 @@ class AttentionPooling(nn.Module):
         return 2 * tokens * (2 * elements * D * D + sets * elements * D + 2 * sets * D * D)
 
 
+@register_layer("AllSetTransformer")
 class AllSetTransformer(HypergraphLayer):
     r"""Two set functions, each an attention pooling: members to hyperedge, hyperedges to expert.
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from gnnmoe.hypergraph.propagation import safe_reciprocal
 from gnnmoe.hypergraph.strategies import Members
-from gnnmoe.layers.base import HypergraphLayer, naive_mean
+from gnnmoe.layers.base import HypergraphLayer, naive_mean, register_layer
 from gnnmoe.mixing import mix_by_token, rowwise, scores
 
 NEGATIVE_SLOPE = 0.2
 
 
+@register_layer("HypergraphAttention")
 class HypergraphAttention(HypergraphLayer):
     r"""The static convolution with an incidence that depends on the content.
 

@@ -5,15 +5,19 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gnnmoe.config import Refused
+from gnnmoe.discovery import Registry, forget_inherited
 from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix, safe_reciprocal
 from gnnmoe.hypergraph.strategies import Members
 from gnnmoe.mixing import mean_over_experts, mix
@@ -31,6 +35,10 @@ class HypergraphLayer(nn.Module, ABC):
     """
 
     incidence_EM: Tensor
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        forget_inherited(cls, HypergraphLayer, ("mean", "naive", "flops", "mean_flops"))
 
     def __init__(self, members: list[Members], num_experts: int, embed_dim: int, num_heads: int = 1) -> None:
         super().__init__()
@@ -59,15 +67,21 @@ class HypergraphLayer(nn.Module, ABC):
         """Return the mean over the experts of ``forward`` (N, D)."""
         return mean_over_experts(self(x_NED, from_weights, start_NED))
 
-    @abstractmethod
-    def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor]:
-        """Compute the same from the formula, hyperedge by hyperedge, on a list of E features (…, D)."""
+    def naive(self, x: list[Tensor], weights: Tensor, start: list[Tensor]) -> list[Tensor] | None:
+        """Compute the same from the formula, hyperedge by hyperedge, on a list of E features (…, D).
 
-    @abstractmethod
-    def flops(self, tokens: int) -> int:
-        """Return the FLOPs of ``forward`` for this many tokens: 2 per multiply-add of a matrix product."""
+        None where the layer has no reference implementation.
+        """
+        return None
 
-    def mean_flops(self, tokens: int) -> int:
+    def flops(self, tokens: int) -> int | None:
+        """Return the FLOPs of ``forward`` for this many tokens: 2 per multiply-add of a matrix product.
+
+        None where the layer has no formula; ``torch.utils.flop_counter`` then counts them.
+        """
+        return None
+
+    def mean_flops(self, tokens: int) -> int | None:
         """Return the FLOPs of ``mean`` for this many tokens."""
         return self.flops(tokens)
 
@@ -76,7 +90,10 @@ class HypergraphLayer(nn.Module, ABC):
         return 0
 
     def inert_parameters(self) -> dict[str, str]:
-        """Return the parameters that have no gradient on this hypergraph: name → the reason."""
+        """Return the parameters that have no gradient on this hypergraph: name → the reason.
+
+        The name ``hyperedge_weights`` is that of the coupler's weights, for a layer that does not read them.
+        """
         return {}
 
     def adjacency(self, weights_M: Tensor) -> Tensor:
@@ -106,6 +123,52 @@ class HypergraphLayer(nn.Module, ABC):
     def hyperedges_of(self, expert: int) -> list[int]:
         """Return the numbers of the hyperedges to which ``expert`` belongs."""
         return [number for number, members in enumerate(self.members) if expert in members]
+
+
+FORWARD = ["self", "x_NED", "from_weights", "start_NED"]
+Layer = TypeVar("Layer", bound=type[HypergraphLayer])
+
+
+def check_layer(cls: Any, name: str) -> None:
+    """Refuse a class that does not look like a hypergraph layer.
+
+    Raises:
+        Refused: it is no subclass of ``HypergraphLayer``, or ``forward`` is missing or takes other arguments.
+    """
+    breach = None
+    if not _is_layer(cls):
+        breach = "it is not a subclass of gnnmoe.HypergraphLayer; derive it from that class"
+    elif inspect.isabstract(cls):
+        breach = "it does not implement forward(x_NED, from_weights, start_NED)"
+    elif list(inspect.signature(cls.forward).parameters) != FORWARD:
+        breach = "forward must take x_NED, from_weights and start_NED after self, and nothing else"
+    if breach is not None:
+        raise Refused(f"hypergraph layer {name!r} breaks the contract: {breach}.")
+
+
+def _is_layer(thing: Any) -> bool:
+    return inspect.isclass(thing) and issubclass(thing, HypergraphLayer)
+
+
+LAYERS: Registry[type[HypergraphLayer]] = Registry(
+    "hgnn_conv_type", "gnnmoe.layers", "gnnmoe.layers", check_layer,
+    lambda thing: _is_layer(thing) and thing is not HypergraphLayer,
+)  # fmt: skip
+"""The values of ``hgnn_conv_type``."""
+
+
+def register_layer(name: str) -> Callable[[Layer], Layer]:
+    """Return a decorator that makes a class available as ``--hgnn-conv-type name``.
+
+    Raises:
+        Refused: another class has this name, or the class breaks the contract.
+    """
+
+    def register(cls: Layer) -> Layer:
+        LAYERS.register(name, cls)
+        return cls
+
+    return register
 
 
 def naive_mean(values: list[Tensor]) -> Tensor:

@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from gnnmoe.hypergraph.propagation import safe_reciprocal
 from gnnmoe.hypergraph.strategies import Members
-from gnnmoe.layers.base import MLP, HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
+from gnnmoe.layers.base import (
+    MLP,
+    HypergraphLayer,
+    naive_mean,
+    naive_weighted_mean,
+    over_token_chunks,
+    register_layer,
+)
 
 RESTART = 0.5  # share of the first features in every layer, as in the authors' code by default
 FEATURES = 5
 """Feature vectors of an expert, a hyperedge and a pair of both in memory at once, with gradients."""
 
 
+@register_layer("EDHNN")
 class EDHNN(HypergraphLayer):
     r"""Equivariant hypergraph diffusion: a message for each pair of an expert and its hyperedge.
 

@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnnmoe.hypergraph.strategies import Members
-from gnnmoe.layers.base import HypergraphLayer, naive_mean, naive_weighted_mean, over_token_chunks
+from gnnmoe.layers.base import (
+    HypergraphLayer,
+    naive_mean,
+    naive_weighted_mean,
+    over_token_chunks,
+    register_layer,
+)
 from gnnmoe.mixing import fuses, mean_over_experts, mix, rowwise
 
 FEATURES = 3
 """Feature vectors of a hyperedge in memory at once: before and after GELU, and the gradients of both."""
 
 
+@register_layer("HNHN")
 class HNHN(HypergraphLayer):
     r"""Hyperedges are neurons: the smallest layer whose function depends on the hyperedge order.
 

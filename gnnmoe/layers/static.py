@@ -5,6 +5,8 @@ Shapes: N tokens, E experts, M hyperedges, D width.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from gnnmoe.hypergraph.backends import BACKENDS
 from gnnmoe.hypergraph.propagation import hyperedge_index, propagation_matrix
 from gnnmoe.hypergraph.strategies import Members
-from gnnmoe.layers.base import HypergraphLayer
+from gnnmoe.layers.base import HypergraphLayer, register_layer
 
 
 class StaticConvolution(HypergraphLayer):
@@ -20,8 +22,7 @@ class StaticConvolution(HypergraphLayer):
 
     .. math:: X' = P(w)\, X \Theta + b
 
-    :math:`P` (E, E) is :math:`D^{-1} H W B^{-1} H^\top` with ``HypergraphConv``. ``PyGHypergraphConv`` leaves
-    out :math:`W`, and ``HGNNConv`` is symmetric.
+    The subclasses differ in :math:`P` (E, E), which their ``formula`` names.
 
     Shapes:
         - **x_NED**, the features of the experts: :math:`(N, E, D)`
@@ -30,6 +31,7 @@ class StaticConvolution(HypergraphLayer):
     Source: see ``gnnmoe.hypergraph.propagation.propagation_factors``, which has all three formulas.
     """
 
+    formula: ClassVar[str]
     index: Tensor
 
     def __init__(
@@ -39,11 +41,10 @@ class StaticConvolution(HypergraphLayer):
         embed_dim: int,
         num_heads: int = 1,
         *,
-        formula: str = "HypergraphConv",
         backend: str = "vectorized",
     ) -> None:
         super().__init__(members, num_experts, embed_dim, num_heads)
-        self.formula, self.backend = formula, backend
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim))  # Θ, as nn.Linear stores it
         self.bias = nn.Parameter(torch.zeros(embed_dim))
         nn.init.xavier_uniform_(self.weight)
@@ -99,3 +100,24 @@ class StaticConvolution(HypergraphLayer):
     def weights_cancel(self) -> bool:
         """Return whether the degree cancels every weight; in PyG's formula it cannot."""
         return self.formula != "PyGHypergraphConv" and self.one_hyperedge_each()
+
+
+@register_layer("HypergraphConv")
+class HypergraphConvolution(StaticConvolution):
+    """The documented convolution: its matrix is D⁻¹ H W B⁻¹ Hᵀ, whose rows sum to 1."""
+
+    formula = "HypergraphConv"
+
+
+@register_layer("PyGHypergraphConv")
+class PyGHypergraphConvolution(StaticConvolution):
+    """The convolution that PyG computes: its matrix is D⁻¹ H B⁻¹ Hᵀ, so weights enter only the degree."""
+
+    formula = "PyGHypergraphConv"
+
+
+@register_layer("HGNNConv")
+class SymmetricConvolution(StaticConvolution):
+    """The symmetric convolution of HGNN: its matrix is D^-½ H W B⁻¹ Hᵀ D^-½."""
+
+    formula = "HGNNConv"

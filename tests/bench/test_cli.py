@@ -109,7 +109,7 @@ def failing(error: Exception) -> Callable[..., NoReturn]:
         (["--vocab-size", "0"], ["--vocab-size is 0", "at least 1"]),
         (["--num-workers-dataloader", "-1"], ["is -1", "a whole number of at least 0 or 'auto'"]),
         (["--num-workers-dataloader", "many"], ["--num-workers-dataloader is 'many'"]),
-        (["--coupler", ":Class"], ["package.module:Class"]),
+        (["--coupler", ":Class"], ["package.module:Name"]),
         (["--learning-rate", "inf"], ["--learning-rate is inf", "a finite number"]),
         (["--weight-decay", "nan"], ["--weight-decay is nan", "a finite number of at least 0"]),
         (["--study", "a/b"], ["--study is ", "plain folder name"]),

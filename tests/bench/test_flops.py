@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure.timing import training_flops_per_token
 from gnnmoe import GNNMoEModel, coupler_names
-from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.layers.base import LAYERS
 from tests.gnnmoe._support import small_config
 
 DONE_AGAIN = ("AllDeepSets", "AllSetTransformer", "EDHNN")  # chunks of tokens, computed again in the backward
 QUICK = ("dense", "topk", "HypergraphConv", "EDHNN")
 FORMS = [{"coupler_type": name} for name in coupler_names() if name != "HGNN"]
-FORMS += [{"hgnn_conv_type": conv, "static_hyperedge_strategy": "all_triplets"} for conv in CONV_TYPES]
+FORMS += [{"hgnn_conv_type": conv, "static_hyperedge_strategy": "all_triplets"} for conv in LAYERS]
 
 
 @pytest.mark.parametrize(

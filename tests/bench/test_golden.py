@@ -16,7 +16,7 @@ import torch
 from bench.config import TrainingConfig
 from bench.training.step import make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel, coupler_names
-from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.layers.base import LAYERS
 
 GOLDEN = Path(__file__).with_name("golden.json")
 COMMAND = "python -m tests.bench.test_golden"
@@ -29,7 +29,7 @@ def cases() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {
         name: {"coupler_type": name} for name in coupler_names() if name != "HGNN"
     }
-    forms = {(conv, strategy) for conv in CONV_TYPES for strategy in ("all_pairs", "all_triplets", "all")}
+    forms = {(conv, strategy) for conv in LAYERS for strategy in ("all_pairs", "all_triplets", "all")}
     others = {("HypergraphConv", name) for name in ("pairs_and_triplets", "ring", "random:k=2,m=4")}
     for conv, strategy in sorted(forms | others):
         found[f"HGNN {conv} {strategy}"] = {

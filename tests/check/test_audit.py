@@ -19,7 +19,7 @@ from bench.data.loader import create_loader
 from bench.run.__main__ import main
 from bench.training.evaluation import evaluate
 from gnnmoe.config import GNNMoEConfig
-from gnnmoe.couplers.registry import executed_again
+from gnnmoe.discovery import executed_again
 from gnnmoe.model import GNNMoEModel
 from tests.check import cheating_couplers, unusual_couplers
 

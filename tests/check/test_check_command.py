@@ -1,15 +1,18 @@
 """``python -m bench.check``: the exit status, and what is on the screen."""
 
 import re
+from importlib.metadata import EntryPoint
 
 import pytest
 
 from bench.check.__main__ import ANY_VOCABULARY, main
 from bench.check.leak_check import list_couplers
 from bench.config import ModelConfig
-from gnnmoe.couplers.hgnn import CONV_TYPES
-from gnnmoe.couplers.registry import coupler_names
+from bench.run import __main__ as run
+from gnnmoe import discovery
+from gnnmoe.couplers.registry import COUPLERS, coupler_names
 from gnnmoe.hypergraph.strategies import STRATEGIES
+from gnnmoe.layers.base import LAYERS
 
 SMALL = ["--embed-dim", "16", "--max-seq-length", "12"]
 
@@ -57,8 +60,7 @@ def test_a_wrong_flops_formula_is_a_failure(capsys, monkeypatch):
     assert main([*SMALL, "--coupler", "tests.check.portrait_couplers:WrongFlops"]) == 1
     shown = capsys.readouterr().out
     assert "✗" not in shown
-    assert "leaks nothing, but its flops() is wrong." in shown
-    assert "flops() is wrong: it returns 12 for 12 tokens; PyTorch counts " in shown
+    assert "leaks nothing, but `flops()` is wrong: it returns 12 for 12 tokens; PyTorch counts " in shown
     assert "passed" not in shown
 
 
@@ -67,8 +69,8 @@ def few(monkeypatch):
     """A short roster: two conv types, and a strategy that needs an argument."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("bench.check.leak_check.coupler_names", lambda: ["HGNN", "mean"])
-    monkeypatch.setattr("bench.check.leak_check.CONV_TYPES", ["HypergraphConv", "PyGHypergraphConv"])
-    monkeypatch.setattr("bench.check.leak_check.STRATEGIES", ["all_pairs", "all", "file"])
+    for registry, names in ((LAYERS, "HypergraphConv PyGHypergraphConv"), (STRATEGIES, "all_pairs all file")):
+        monkeypatch.setattr(registry, "registered", {name: registry[name] for name in names.split()})
 
 
 ALL = ["mean", "HGNN HypergraphConv", "HGNN PyGHypergraphConv", "HGNN all"]
@@ -101,7 +103,7 @@ def test_all_fails_where_a_flops_formula_is_wrong(few, capsys):
     assert main([*SMALL, "--all", "--coupler", wrong]) == 1
     shown = capsys.readouterr().out
     assert (shown.count("✓"), shown.count("✗")) == (len(ALL), 1)
-    assert f"{wrong}: flops() is wrong: it returns 12 for 12 tokens; " in " ".join(shown.split())
+    assert f"{wrong}: `flops()` is wrong: it returns 12 for 12 tokens; " in " ".join(shown.split())
     assert f"FAILED: 1 of 5: {wrong}" in shown
 
 
@@ -115,7 +117,7 @@ def test_the_roster_holds_everything_that_is_registered_whatever_the_flags_of_th
     )
     entries, left_out = list_couplers(config.resolved(ANY_VOCABULARY))
     found = {entry.name: entry.config for entry in entries}
-    hypergraphs = {f"HGNN {name}" for name in (*CONV_TYPES, *STRATEGIES)} - {"HGNN all_pairs"}
+    hypergraphs = {f"HGNN {name}" for name in (*LAYERS, *STRATEGIES)} - {"HGNN all_pairs"}
     assert {*found, *left_out} == {*coupler_names(), *hypergraphs} - {"HGNN"}
     assert all((made.num_experts, made.embed_dim) == (5, 32) for made in found.values())
     assert found["HGNN PyGHypergraphConv"].hgnn_conv_type == "PyGHypergraphConv"
@@ -165,3 +167,21 @@ def test_running_out_of_memory_is_one_message(capsys, monkeypatch):
         main([*SMALL, "--coupler", "mean"])
     assert stopped.value.code == 2
     assert "memory ran out, so nothing is known of the coupler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, run.main])
+def test_list_has_a_line_for_everything_also_of_installed_packages(command, monkeypatch, capsys):
+    point = EntryPoint("scaled", "tests.check.couplers:Dead", "gnnmoe.couplers")
+    monkeypatch.setattr(COUPLERS, "registered", dict(COUPLERS))
+    monkeypatch.setattr(discovery, "entry_points", lambda group: [point] if group == point.group else [])
+    COUPLERS.forget_discovery()
+    assert command(["--list"]) == 0
+    monkeypatch.undo()
+    COUPLERS.forget_discovery()
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [name for name, _ in lines] == [
+        *sorted([*COUPLERS, "scaled"], key=str.lower),
+        *LAYERS,
+        *STRATEGIES,
+    ]
+    assert dict(lines)["ring"].startswith("Hyperedge i holds experts i to i + k − 1")

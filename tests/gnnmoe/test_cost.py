@@ -7,12 +7,12 @@ import pytest
 
 from gnnmoe import GNNMoEModel, coupler_names
 from gnnmoe.cost import Cost, matched_ffn_dim, model_cost
-from gnnmoe.couplers.hgnn import CONV_TYPES
+from gnnmoe.layers.base import LAYERS
 from tests.gnnmoe._support import NO_HYPEREDGES, small_config
 
 pytestmark = pytest.mark.filterwarnings(NO_HYPEREDGES)
 FORMS = [{"coupler_type": name} for name in coupler_names()]
-FORMS += [{"hgnn_conv_type": conv, "static_hyperedge_strategy": "all_triplets"} for conv in CONV_TYPES]
+FORMS += [{"hgnn_conv_type": conv, "static_hyperedge_strategy": "all_triplets"} for conv in LAYERS]
 
 
 @pytest.mark.parametrize("fields", FORMS, ids=lambda fields: " ".join(fields.values()))

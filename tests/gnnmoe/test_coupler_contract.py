@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 from gnnmoe.couplers.base import Coupler, check_contract
-from gnnmoe.couplers.registry import coupler_class, coupler_names
+from gnnmoe.couplers.registry import (
+    coupler_class,
+    coupler_names,
+    coupler_option_defaults,
+    fields_read_by,
+)
+from gnnmoe.layers.base import LAYERS, HypergraphLayer
 from tests.gnnmoe._support import (
     NO_HYPEREDGES,
     assert_near,
     assert_same_function,
+    every_conv_type,
     every_coupler,
     gradients,
     make_coupler,
+    make_layer,
     normal,
     perturbed,
 )
@@ -191,9 +199,31 @@ def test_inert_parameters_are_named_and_have_no_gradient(fields):
 
 
 @pytest.mark.parametrize("name", coupler_names())
-def test_every_class_keeps_the_contract_and_says_its_shapes(name):
-    check_contract(coupler_class(name))
-    assert "(B, L, E, D)" in (coupler_class(name).__doc__ or "")
+def test_a_coupler_of_the_package_says_what_it_is(name):
+    """Asked of couplers in ``gnnmoe/couplers/`` only; a class from outside needs ``forward`` alone."""
+    cls = coupler_class(name)
+    check_contract(cls)
+    missing = [
+        part for part in (".. math::", "Shapes:", "(B, L, E, D)", "Source:") if part not in str(cls.__doc__)
+    ]
+    assert not missing, f"the docstring of {cls.__name__} lacks {missing}; see gnnmoe/couplers/mean.py"
+    coupler = make_coupler(coupler_type=name)
+    assert coupler.reference(*inputs()) is not None, f"{cls.__name__} has no reference()"
+    assert coupler.flops(1) is not None, f"{cls.__name__} has no flops()"
+    reads = fields_read_by(cls, coupler_option_defaults(cls))
+    assert reads is not None, f"{cls.__name__} has no config_fields"
+
+
+@every_conv_type
+def test_a_layer_of_the_package_says_what_it_is(conv_type):
+    cls = LAYERS[conv_type]
+    doc = "".join(str(base.__doc__) for base in cls.__mro__ if issubclass(base, HypergraphLayer))
+    missing = [part for part in (".. math::", "Shapes:", "Source:") if part not in doc]
+    assert not missing, f"the docstring of {cls.__name__} lacks {missing}; see gnnmoe/layers/mean.py"
+    layer = make_layer([(0, 1), (1, 2)], 3, conv_type)
+    x = list(normal(1, 3, 3).unbind(1))
+    assert layer.naive(x, normal(2).exp(), x) is not None, f"{cls.__name__} has no naive()"
+    assert layer.flops(1) is not None, f"{cls.__name__} has no flops()"
 
 
 def test_mean_is_the_mean():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.couplers import registry
 from gnnmoe.couplers.base import Coupler
 from gnnmoe.couplers.registry import (
+    COUPLERS,
     build_coupler,
     coupler_class,
     coupler_identity,
@@ -177,11 +177,11 @@ def test_an_option_may_be_prefixed_by_the_path_or_the_file_name(mine):
         (
             MINE,
             "Scald",
-            r"unknown coupler class in wrong\.py 'Scald'; allowed: Scaled\. Did you mean 'Scaled'",
+            r"unknown coupler in wrong\.py 'Scald'; allowed: Scaled\. Did you mean 'Scaled'",
         ),
         (MINE, "number", r"breaks the contract: it is not a subclass of gnnmoe\.Coupler"),
         (MINE, "Settings", r"breaks the contract: it is not a subclass of gnnmoe\.Coupler"),
-        (MINE, "", r"is not of the form package\.module:Class or file\.py:Class"),
+        (MINE, "", r"is not of the form package\.module:Name or file\.py:Name"),
     ],
 )
 def test_a_wrong_file_or_class_is_one_message(tmp_path, source, class_name, message):
@@ -212,12 +212,12 @@ def test_an_edit_that_breaks_the_file_keeps_what_was_loaded_importable(mine):
 
 
 def test_a_file_without_a_class_is_told_how():
-    with pytest.raises(ValueError, match=r"unknown coupler 'mine\.py'; .* or path/to/file\.py:Class\."):
+    with pytest.raises(ValueError, match=r"unknown coupler 'mine\.py'; .* or path/to/file\.py:Name\."):
         coupler_class("mine.py")
 
 
 def test_a_file_may_register_its_class_and_be_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_COUPLERS", dict(registry._COUPLERS))
+    monkeypatch.setattr(COUPLERS, "registered", dict(COUPLERS.registered))
     path = tmp_path / "registers.py"
     decorated = MINE.replace("import Coupler", "import Coupler, register_coupler")
     decorated = decorated.replace("class Scaled", '@register_coupler("scaled")\nclass Scaled')

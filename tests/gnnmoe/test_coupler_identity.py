@@ -2,10 +2,9 @@
 
 import pytest
 
-from gnnmoe.couplers import registry
 from gnnmoe.couplers.dense import DenseCoupler
 from gnnmoe.couplers.mean import MeanCoupler
-from gnnmoe.couplers.registry import coupler_identity, coupler_names, register_coupler
+from gnnmoe.couplers.registry import COUPLERS, coupler_identity, coupler_names, register_coupler
 from gnnmoe.couplers.topk import TopKCoupler
 from tests.gnnmoe._support import small_config
 
@@ -65,9 +64,9 @@ class SubTopK(TopKCoupler):
 @pytest.fixture
 def registered(monkeypatch):
     coupler_names()
-    monkeypatch.setattr(registry, "_COUPLERS", dict(registry._COUPLERS))
+    monkeypatch.setattr(COUPLERS, "registered", dict(COUPLERS.registered))
     yield
-    registry._discover.cache_clear()
+    COUPLERS.forget_discovery()
 
 
 def identity(coupler, options=None, **fields) -> dict:

@@ -173,7 +173,7 @@ def test_without_hyperedges_a_model_of_many_layers_says_so_once():
 @every_formula
 def test_isolated_experts_keep_their_own_features(monkeypatch, formula, backend):
     """Parity suite, isolated experts: P's rows are zero, so the update is GELU(b)."""
-    monkeypatch.setitem(STRATEGIES, "lonely", lambda E: [(0, 1), (1,), (0, 1)])
+    monkeypatch.setitem(STRATEGIES.registered, "lonely", lambda E: [(0, 1), (1,), (0, 1)])
     coupler = make_coupler(
         hgnn_conv_type=formula, static_hyperedge_strategy="lonely", coupler_options={"backend": backend}
     )

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch_geometric.nn import HypergraphConv
 from torch_geometric.utils import scatter
 
-from gnnmoe.couplers.hgnn import CONV_TYPES
-from gnnmoe.hypergraph.propagation import hyperedge_index
+from gnnmoe.hypergraph.propagation import FORMULAS, hyperedge_index
 from gnnmoe.hypergraph.strategies import static_hyperedges
+from gnnmoe.layers.base import LAYERS
 from tests.gnnmoe._support import (
     DEFAULT_STRATEGIES,
     NO_HYPEREDGES,
@@ -127,8 +127,8 @@ def depends_on_the_order(conv_type: str) -> bool:
 
 def test_fact_3_only_an_activation_at_the_hyperedge_sees_the_hyperedge_order():
     """Linear static layers are mean + Linear for pairs and triplets alike; HNHN is not."""
-    found = {conv_type: depends_on_the_order(conv_type) for conv_type in CONV_TYPES}
-    assert found == {conv_type: conv_type in NOT_STATIC for conv_type in CONV_TYPES}
+    assert all(map(depends_on_the_order, NOT_STATIC))
+    assert not any(map(depends_on_the_order, (*FORMULAS, "MeanPooling")))
 
 
 def means(members, E, w) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ def test_dense_oracle_of_all_deep_sets():
 
 def test_dense_oracle_of_all_set_transformer():
     """Both poolings by torch's own attention, with a mask and log w as an additive bias, in two heads."""
-    layer = CONV_TYPES["AllSetTransformer"](MIXED, 4, 4, 2).double()
+    layer = LAYERS["AllSetTransformer"](MIXED, 4, 4, 2).double()
     H = layer.incidence_EM
 
     def pooled(part, x, bias):

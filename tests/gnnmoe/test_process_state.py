@@ -15,9 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from bench.config import ExecutionConfig
 from bench.run.__main__ import main
 from bench.training.step import Execution
-from gnnmoe import GNNMoEModel
-from gnnmoe.couplers import registry
-from gnnmoe.couplers.registry import build_coupler, coupler_class, coupler_names
+from gnnmoe import GNNMoEModel, discovery
+from gnnmoe.couplers.registry import COUPLERS, build_coupler, coupler_class, coupler_names
 from gnnmoe.process_state import ProcessStateChanged, changed_state, torch_state, unchanged_state
 from tests.gnnmoe.test_coupler_files import MINE, config
 
@@ -91,7 +90,7 @@ def test_a_file_is_refused_each_time_and_runs_once_it_is_mended(tmp_path):
     path = written(tmp_path, imports)  # a second execution imports nothing anew
     try:
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"the coupler's file .*mine.py changes .*default dtype"):
+            with pytest.raises(ValueError, match=r"the file .*mine.py changes .*default dtype"):
                 coupler_class(f"{path}:Scaled")
         written(tmp_path, "")
         assert coupler_class(f"{path}:Scaled").name == "mine.py:Scaled"
@@ -105,7 +104,7 @@ def test_a_module_is_refused_each_time_and_registers_nothing(tmp_path, monkeypat
     register = "from gnnmoe import register_coupler\n@register_coupler('scaled by state')\nclass Scaled"
     written(tmp_path, "torch.set_num_threads(7)", "state_module.py", MINE.replace("class Scaled", register))
     for name in ("Scaled", "Scaled", "Another"):
-        with pytest.raises(ValueError, match=r"the coupler's module state_module changes .*threads: \d+ → 7"):
+        with pytest.raises(ValueError, match=r"the module state_module changes .*threads: \d+ → 7"):
             coupler_class(f"state_module:{name}")
     assert "scaled by state" not in coupler_names()
     assert "mean" in coupler_names()
@@ -117,13 +116,13 @@ def test_an_entry_point_that_changes_a_setting_is_left_out_with_a_warning(tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     written(tmp_path, "torch.set_default_device('meta')", "state_package.py")
     point = EntryPoint("scaled", "state_package:Scaled", "gnnmoe.couplers")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
-    registry._discover.cache_clear()
+    monkeypatch.setattr(discovery, "entry_points", lambda group: [point])
+    COUPLERS.forget_discovery()
     try:
         with pytest.warns(UserWarning, match=r"'scaled' .* is left out: .*default device: cpu → meta"):
             assert "scaled" not in coupler_names()
     finally:
-        registry._discover.cache_clear()
+        COUPLERS.forget_discovery()
 
 
 @pytest.mark.parametrize(
@@ -176,5 +175,5 @@ def test_a_run_is_refused_in_one_line_before_anything_is_written(tmp_path, capsy
             main(flags)
         assert stopped.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: loading the coupler's file")
+        assert line.startswith("error: loading the file")
     assert not (tmp_path / "r").exists()

@@ -187,13 +187,13 @@ def test_the_same_configuration_by_other_code_is_what_is_compared(tmp_path):
             change(run.folder, **({"environment__coupler_sha256": code} if own else {}))
     sides = read_side("a", tmp_path), read_side("b", tmp_path)
     found = compare_sides(*sides)
-    assert [one.candidate.label for one in found.differences] == ["mean", "c.py:C"]
+    assert [one.candidate.label for one in found.differences] == ["mean", "C"]
     text = io.StringIO()
     print_differences(*sides, found, Console(file=text, width=80))
     said = " ".join(text.getvalue().split())
-    assert "c.py:C · code aaaaaaaa → c.py:C · code bbbbbbbb (seeds 0, 1)" in said
+    assert "C · code aaaaaaaa → C · code bbbbbbbb (seeds 0, 1)" in said
     assert "A: code" in said
-    assert "c.py:C aaaaaaaaaaaa (2 runs)" in said
+    assert "C aaaaaaaaaaaa (2 runs)" in said
 
 
 def test_equal_settings_of_another_configuration_are_not_compared(tmp_path):

@@ -369,6 +369,6 @@ def test_no_line_over_the_experts_has_two_versions_of_a_coupler(tmp_path):
              for line in lines_of(compare(load_study(path).groups[0]).rows)}  # fmt: skip
     assert lines == {
         "mean": ["mean · num_experts 2", "mean · num_experts 4"],
-        **{f"c.py:C · code {code}": [f"c.py:C · num_experts {n} · code {code}" for n in (2, 4)]
+        **{f"C · code {code}": [f"C · num_experts {n} · code {code}" for n in (2, 4)]
            for code in ("aaaaaaaa", "bbbbbbbb")},
     }  # fmt: skip

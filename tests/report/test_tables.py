@@ -170,9 +170,7 @@ def test_the_code_of_a_coupler_in_a_file_is_no_other_code_of_the_project(tmp_pat
     assert "†" not in comparison_table(compare(study.groups[0])).markdown()
     [code] = {run.key[1] or "" for run in study.runs
               if run.record.config.coupler == "c.py:C"}  # fmt: skip
-    assert code_note(study.runs) == (
-        f"code {SHA[:12]} of commit {SHA[:8]} (6 runs); c.py:C {code[:12]} (3 runs)"
-    )
+    assert code_note(study.runs) == (f"code {SHA[:12]} of commit {SHA[:8]} (6 runs); C {code[:12]} (3 runs)")
 
 
 def test_markdown_cannot_be_broken_by_names(tables):

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from bench.config import FlagTable, RunConfig
 from bench.record import RecordedConfig
 from bench.run.prepare import settings_in_record
-from bench.study.labels import Key, flags_that_count
+from bench.study.labels import Key, flags_that_count, name_parts
 from bench.study.labels import labels as labels_of
 
 ONE, OTHER = "1a2b3c4d5e6f", "9a8b7c6d5e4f"
@@ -24,10 +26,13 @@ def labels(configurations: list[FlagTable], keys: Sequence[Key] | None = None) -
 
 def of(**groups: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the default config with other values in some groups."""
+    return flags_that_count(recorded(**groups))
+
+
+def recorded(**groups: dict[str, Any]) -> RecordedConfig:
+    """Return the default config, as a record has it, with other values in some groups."""
     default = settings_in_record(RunConfig()).model_dump()
-    return flags_that_count(
-        RecordedConfig(**{name: fields | groups.get(name, {}) for name, fields in default.items()})
-    )
+    return RecordedConfig(**{name: fields | groups.get(name, {}) for name, fields in default.items()})
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -95,10 +100,31 @@ def test_an_option_is_the_same_with_its_owner_and_without():
 def test_options_of_a_coupler_in_a_file_are_named_without_its_path():
     path = "examples/x.py:NormCoupler"
     found = [{"coupler_type": path, "coupler_option": options_of(path, f"{path}.p={p}")} for p in (1, 2)]
-    assert labels(found) == [f"{path} · p=1", f"{path} · p=2"]
+    assert labels(found) == ["NormCoupler · p=1", "NormCoupler · p=2"]
     whole = [settings(coupler_type=path, coupler_option=[f"{path}.p={p}"]) for p in (1, 2)]
-    assert labels(whole) == [f"{path} · p=1", f"{path} · p=2"]
+    assert labels(whole) == ["NormCoupler · p=1", "NormCoupler · p=2"]
     assert options_of(path, "norm.p=1") != options_of(path, "norm.p=2"), "norm may be its name"
+
+
+def test_code_from_outside_is_shown_by_its_name_alone():
+    found = [settings(coupler_type="mean"),
+             *(settings(hgnn_conv_type="my/l.py:Largest", static_hyperedge_strategy=text)
+               for text in ("my/s.py:star:hub=1", "package.s:ends", "file:e.json"))]  # fmt: skip
+    assert labels(found) == ["mean", "HGNN · star:hub=1", "HGNN · ends", "HGNN · file:e.json"]
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ({"coupler_type": "my/c.py:LowRank", "coupler_option": ["rank=3"]}, ["LowRank", "rank=3"]),
+        ({"coupler_type": "gate"}, ["gate"]),
+        ({"hgnn_conv_type": "my/l.py:Largest", "static_hyperedge_strategy": "my/s.py:star:hub=1",
+          "coupler_option": ["HGNN.residual=false", "gate.k=1"]},
+         ["HGNN", "Largest", "star:hub=1", "residual=false"]),
+    ],
+)  # fmt: skip
+def test_the_title_of_a_run_has_its_options_and_no_path(model, parts):
+    assert name_parts(recorded(model=model)) == parts
 
 
 def test_what_the_settings_do_not_tell_apart_is_told_by_the_configuration():
@@ -113,11 +139,11 @@ def test_versions_of_the_code_of_a_coupler_are_named():
     own = [settings(coupler_type="c.py:C")] * 3
     codes = ["3fa9c1d2" * 8, "77" * 32, None]
     assert labels(own, [(ONE, code) for code in codes]) == [
-        "c.py:C · code 3fa9c1d2", "c.py:C · code 77777777", "c.py:C · code not known"]  # fmt: skip
+        "C · code 3fa9c1d2", "C · code 77777777", "C · code not known"]  # fmt: skip
     both = labels(own, [(ONE, codes[0]), (ONE, codes[1]), (OTHER, codes[0])])
-    assert both == ["c.py:C · configuration 1a2b3c4d · code 3fa9c1d2",
-                    "c.py:C · configuration 1a2b3c4d · code 77777777",
-                    "c.py:C · configuration 9a8b7c6d"]  # fmt: skip
+    assert both == ["C · configuration 1a2b3c4d · code 3fa9c1d2",
+                    "C · configuration 1a2b3c4d · code 77777777",
+                    "C · configuration 9a8b7c6d"]  # fmt: skip
 
 
 def test_as_many_digits_are_named_as_it_takes():

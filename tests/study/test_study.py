@@ -199,7 +199,7 @@ def test_two_versions_of_a_coupler_are_two_rows(two_models):
         Hypothesis("pairs are worse", {"coupler_type": "mean"}, {"coupler_type": "HGNN"})])  # fmt: skip
     [section] = report.sections
     rows = {row.configuration.label: row for row in section.comparison.rows}
-    one, other = "c.py:C · code aaaaaaaa", "c.py:C · code bbbbbbbb"
+    one, other = "C · code aaaaaaaa", "C · code bbbbbbbb"
     assert set(rows) == {"mean", one, other, "HGNN"}
     assert [list(rows[label].loss.values) for label in (one, other)] == [[0, 2], [1]]
     costs = [rows[label].cost for label in (one, other)]
@@ -220,7 +220,7 @@ def test_runs_whose_coupler_has_no_known_code_are_a_version_of_their_own(two_mod
     (run / "record.json").write_text(json.dumps(record))
     [group] = load_study(two_models).groups
     assert [one.label for one in group.configurations if one.coupler == "c.py:C"] == [
-        "c.py:C · code not known", "c.py:C · code bbbbbbbb", "c.py:C · code aaaaaaaa"]  # fmt: skip
+        "C · code not known", "C · code bbbbbbbb", "C · code aaaaaaaa"]  # fmt: skip
     change(run, status="crashed", environment={"value": None, "reason": "too early"})
     [group] = load_study(two_models).groups
     assert len(group.configurations) == 4, "what failed before it knew its code makes no row of its own"
@@ -246,7 +246,7 @@ def test_one_configuration_in_two_spellings_is_one_row(tmp_path):
     change(second, config__model__coupler_type="./c.py:C")
     [group] = load_study(path).groups
     assert {one.label: list(one.counted) for one in group.configurations} == {
-        "mean": [0, 1], "c.py:C": [0, 1]}  # fmt: skip
+        "mean": [0, 1], "C": [0, 1]}  # fmt: skip
     assert compare(group).rows[1].cost is not None, "what changes no number parts no model from its mean"
 
 

@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from bench.files import write_together
 from bench.record import Record
 from bench.report.quantities import share, unknown_words_share
+from bench.study.labels import name_parts
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -147,11 +148,8 @@ def headed_figure(
 def run_title(record: Record) -> str:
     """Return coupler, experts, seed and name in one line; a long name is cut in the middle."""
     model = record.config.model
-    parts = [model["coupler_type"]]
-    if model["coupler_type"] == "HGNN":
-        parts += [model["hgnn_conv_type"], model["static_hyperedge_strategy"]]
     name = record.run_name or record.run_id
-    parts += [f"E {model['num_experts']}", f"seed {record.seed}", name]
+    parts = [*name_parts(record.config), f"E {model['num_experts']}", f"seed {record.seed}", name]
     return printable(" · ".join(shorten(part) for part in parts))
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
 from bench.files import without_places
+from bench.help import Help
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from bench.training.ranks import Ranks
 
 PROG = "python -m bench.run"
+ABOUT = Help(
+    usual=(
+        "coupler_type coupler_option preset data_dir max_steps batch_size learning_rate seed num_experts"
+        " study resume force"
+    ).split(),
+    examples=(
+        "--coupler HGNN",
+        "--coupler mean --max-steps 700 --seed 1 --study first",
+    ),
+)
 EXIT_STATUS = {"ok": 0, "interrupted": 130}
 
 
@@ -30,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; return the exit status (0 ok, 2 wrong input, 130 stopped, else 1)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with silent_but_on_the_first_rank():
-        config = parse(RunConfig, arguments, prog=PROG, presets=True)
+        config = parse(RunConfig, arguments, prog=PROG, presets=True, about=ABOUT)
         show_warnings_plainly()
         from bench.cli import Interruption
 

@@ -23,6 +23,7 @@ from bench.check.audit import Scored, audit_evaluation, audit_training
 from bench.check.isolation import check_trained_isolation, rows_to_judge
 from bench.check.subject import Check, CheckFailed, CheckReport, run_check
 from bench.cli import Interruption
+from bench.config import in_steps
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
@@ -220,8 +221,11 @@ class Session:
             report = CheckReport([*report.checks, again])
             self._judge(report)  # before any perplexity is written
             self._evaluate(prepared, model, learning, report)
-        with self._phase("speed", "measuring speed and memory"):
-            self._measure(prepared, model, learning)
+        if config.measure.speed:
+            with self._phase("speed", "measuring speed and memory"):
+                self._measure(prepared, model, learning)
+        else:
+            self.record.speed = self.record.memory = not_measured("not asked for: --no-speed")
         learning.keep_best()
         prepared.ranks.meet()
 
@@ -386,7 +390,8 @@ class TrainingRun:
         self._validation_tokens = windows.num_scored
         self.trace = CommunicationTrace(prepared.probe())
         self.ledger = Ledger(tuned["micro_batch_size"] if tuned else None, ranks)
-        self.every = prepared.config.places.checkpoint_every or config.eval_every
+        every = in_steps(config.eval_every, self.trainer.plan.total_steps)
+        self.every = prepared.config.places.checkpoint_every or every
         if state is None:
             self.trace.sample(0, model)
         else:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench.config import DEFAULT_MAX_STEPS, TrainingConfig
+from bench.config import DEFAULT_MAX_STEPS, TrainingConfig, in_steps
 from bench.data.loader import BlockLoader, set_epoch
 from bench.training.evaluation import evaluate
 from bench.training.ranks import ALONE, Ranks
@@ -140,9 +140,10 @@ class Trainer:
         if self._random is not None:
             set_random_state(self._random, self.device)
         self.model.train()
+        every = in_steps(self.config.eval_every, self.plan.total_steps)
         for batch in self._batches():
             self._step(batch)
-            if self.done.steps % self.config.eval_every == 0 or self.done.steps == self.plan.total_steps:
+            if self.done.steps % every == 0 or self.done.steps == self.plan.total_steps:
                 self.report()
                 self._evaluate()
             self.hooks.after_step()

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
+from bench.help import Help
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
     from bench.tune.trials import Request
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
+ABOUT = Help(
+    usual=(
+        "coupler_type coupler_option preset data_dir batch_size max_seq_length num_experts embed_dim"
+        " memory_budget memory_target fit_shape tune_max_seconds device precision"
+    ).split(),
+    examples=("--coupler HGNN --memory-budget 8GiB", "--preset baseline --fit-shape"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search for the config that the flags name; return the exit status."""
-    config = parse(TuneConfig, argv, prog="python -m bench.tune", presets=True)
+    config = parse(TuneConfig, argv, prog="python -m bench.tune", presets=True, about=ABOUT)
     show_warnings_plainly()
     try:
         memory = _switched_on(config.memory)

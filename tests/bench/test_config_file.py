@@ -115,7 +115,7 @@ def test_a_table_becomes_flags():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("num_expert = 4", ["unknown key 'num_expert'", "bench.run --help", "'num_experts'?"]),
+        ("num_expert = 4", ["unknown key 'num_expert'", "bench.run --help-all", "'num_experts'?"]),
         ("config = 'other.toml'", ["unknown key 'config'"]),
         ("coupler_options = {k = 2}", ["unknown key 'coupler_options'", "'coupler_option'?"]),
         ("[model]\nnum_experts = 4", ["unknown key 'model'"]),

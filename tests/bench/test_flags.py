@@ -82,7 +82,7 @@ def shape(config: RunConfig) -> tuple:
 def test_baseline_is_that_of_the_original_plan():
     config = parse(RunConfig, ["--preset", "baseline"], presets=True)
     assert shape(config) == (4, 256, 4, 128, 32, 4, 200, None)
-    assert (config.model.dropout_rate, config.training.eval_every) == (0.1, 200)
+    assert (config.model.dropout_rate, config.training.eval_every) == (0.1, 0.25)
     assert (config.data.num_train_samples, config.data.num_eval_samples) == (None, None)
 
 

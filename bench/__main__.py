@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"bench.{arguments[0]}.__main__").main(arguments[1:])
     if arguments and arguments[0] not in ("-h", "--help"):
         fail(unknown_name("command", arguments[0], found))
-    print("Commands: python -m bench.NAME, or python -m bench NAME. --help shows the flags of a command:")
+    print("python -m bench NAME, or python -m bench.NAME; --help shows its flags. Commands:")
     indent = max(map(len, found)) + 4
     for name, summary in found.items():
         print(f"  {name:{indent - 2}}{textwrap.shorten(summary, WIDTH - indent, placeholder=' …')}")

@@ -96,7 +96,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
                     _draw(prepared, reporter)
     except Refused as error:
         fail(str(error))
-    print_summary(record, prepared.folder.path, console)
+    print_summary(record, prepared.folder.path, console, again=command)
     return EXIT_STATUS.get(record.status, 1)
 
 

@@ -225,7 +225,7 @@ class Session:
             with self._phase("speed", "measuring speed and memory"):
                 self._measure(prepared, model, learning)
         else:
-            self.record.speed = self.record.memory = not_measured("not asked for: --no-speed")
+            self.record.speed = self.record.memory = not_measured("left out by --no-speed")
         learning.keep_best()
         prepared.ranks.meet()
 

@@ -279,7 +279,7 @@ def test_a_run_measures_the_coupler_and_writes_its_profile(tiny, tmp_path, capsy
     record, said = record_in(tmp_path / "results"), capsys.readouterr().out
     assert measured(record["speed"]["marginal"])
     assert "costliest operations of a step" in said
-    assert "over mean (2 rounds in turn, not steady)" in " ".join(said.split())
+    assert "over mean (2 alternating rounds, not steady)" in " ".join(said.split())
     assert list((tmp_path / "results").glob("*/*/trace.json.gz"))
     assert max(map(len, said.splitlines())) <= 80 or "record: " in said
 

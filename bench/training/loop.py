@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.config import DEFAULT_MAX_STEPS, TrainingConfig, in_steps
 from bench.data.loader import BlockLoader, set_epoch
-from bench.training.evaluation import evaluate
+from bench.training.evaluation import Progress, evaluate
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.model import GNNMoEModel
@@ -102,7 +102,8 @@ class Trainer:
     """Trains a model in place and ends with the state that was best on validation.
 
     ``steps`` runs the steps; evaluations use the same micro-batch size. On several ``ranks`` each rank
-    trains on the batches of its own loader, and all ranks have the same losses and parameters.
+    trains on the batches of its own loader, and all ranks have the same losses and parameters. ``progress``
+    is told how far each evaluation is.
     """
 
     def __init__(
@@ -116,7 +117,9 @@ class Trainer:
         *,
         steps: Steps | None = None,
         ranks: Ranks = ALONE,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress
         self.model, self.config, self.device, self.hooks = model, config, device, hooks
         self.ranks, self._parallel = ranks, ranks.parallel(model)
         self.train_loader, self.val_loader = train_loader, val_loader
@@ -229,7 +232,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         rows = self.steps.micro_batch_size
-        result = evaluate(self.model, self.val_loader, self.device, rows, self.ranks)
+        result = evaluate(self.model, self.val_loader, self.device, rows, self.ranks, self._progress)
         self._check(result.nll_sum, "validation loss", self.done.steps)
         if result.nll_sum < self.done.best_nll_sum:
             self.done.best_nll_sum, self.done.best_step = result.nll_sum, self.done.steps

@@ -249,7 +249,11 @@ def test_a_command_is_a_module_with_a_main_and_is_not_imported(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "said"),
-    [("chek", "Did you mean 'check'?"), ("--hlp", "unknown command '--hlp'"), ("runs", "Did you mean 'run'?")],
+    [
+        ("chek", "Did you mean 'check'?"),
+        ("--hlp", "unknown command '--hlp'"),
+        ("runs", "Did you mean 'run'?"),
+    ],
 )
 def test_an_unknown_command_gets_the_nearest_name(capsys, argument, said):
     with pytest.raises(SystemExit) as stopped:

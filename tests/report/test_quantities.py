@@ -19,7 +19,7 @@ from bench.report.quantities import percent, signed, span
 from bench.report.summary import print_summary
 from bench.report.tables import UNKNOWN_NOTE
 from bench.report.terminal import print_report, runs_listing
-from bench.run.progress import Reporter
+from bench.run.progress import Reporter, Workload
 from bench.study.runs import load_study
 from tests.report._made_studies import made_study
 from tests.study.test_study import change, runs_of
@@ -134,7 +134,7 @@ def test_other_forms_of_a_number_can_be_read_too():
 def test_a_perplexity_beyond_a_float_is_infinite_while_training_too():
     file = io.StringIO()
     reporter = Reporter(Console(file=file, width=200))
-    reporter.training_begins(4)
+    reporter.training_begins(Workload(steps=4, eval_every=1))
     for step, nats in ((1, 4046.0), (2, 705.0), (3, 30.0), (4, 5.0)):
         reporter.evaluated({"step": step, "nll_sum": 10 * nats, "tokens": 10})
     found = [line.partition("perplexity ")[2].partition(", ")[0] for line in file.getvalue().splitlines()]

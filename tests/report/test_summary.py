@@ -1,4 +1,4 @@
-"""The end of a run on the screen: one line where all is well, each difference where it is not, and what is next."""
+"""The end of a run on the screen: one line where all is well, each difference, and the next command."""
 
 from __future__ import annotations
 

@@ -450,9 +450,9 @@ class PlacesConfig:
     """With torchrun: seconds that a rank waits for the other ranks. Then the run ends as crashed."""
     plots: bool = True
     """Draw the plots of the run at its end."""
-    track: Literal["tensorboard"] | None = None
-    """Show the run in TensorBoard while it trains, from the folder tensorboard in the run's folder
-    (pip install 'gnnmoe[track]')."""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """Show the run in TensorBoard or in Weights & Biases while it trains. Without a wandb account, set
+    WANDB_MODE=offline. pip install 'gnnmoe[track]' installs both."""
     reuse_check: bool = False
     """Reuse the passing leak check of another seed of this configuration, made by the same code on the same
     device. The trained model is always checked. bench.sweep uses this flag."""

@@ -54,9 +54,9 @@ def show_one(row: CheckedCoupler, config: GNNMoEConfig, console: Console) -> Non
     what = f"{config.coupler_type} at {config.num_experts} experts, width {config.embed_dim}"
     seconds = sum(check.seconds for check in report.checks)
     if row.passed:
-        verdict = f"passed: {what} leaks nothing and computes what it says ({seconds:.1f} s)."
+        verdict = f"passed: {what} has no leak, and every check agrees with its formula ({seconds:.1f} s)."
     elif report.passed:
-        verdict = f"FAILED: {what} leaks nothing, but its {FLOPS} is wrong."
+        verdict = f"FAILED: {what} has no leak, but its {FLOPS} is wrong."
     else:
         names = ", ".join(row.failures)
         verdict = f"FAILED: {what}: its perplexity does not count ({names})."
@@ -126,7 +126,12 @@ def show_all(rows: Sequence[CheckedCoupler], left_out: dict[str, str], console: 
         text = f"FAILED: {len(failed)} of {len(rows)}: {', '.join(failed)}"
         console.print(Text(text, style="bold red"))
     else:
-        console.print(Text(f"passed: all {len(rows)} leak nothing and compute what they say.", style="green"))
+        console.print(
+            Text(
+                f"passed: none of the {len(rows)} couplers leaks, and every check agrees with its formula.",
+                style="green",
+            )
+        )
 
 
 def _mark(passed: bool) -> Text:

@@ -302,7 +302,7 @@ class TestCommand:
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments]) == 0
         out = " ".join(capsys.readouterr().out.split())
-        assert "left out for want of time: " in out
+        assert "not measured, because the time budget ended: " in out
         assert "GNN, E 4, D 8, B 2, L 4 record: " in out
 
     @pytest.mark.parametrize(("arguments", "message"), [

@@ -196,9 +196,9 @@ def test_without_the_package_nothing_starts(small_data_dir, tmp_path, monkeypatc
 
 def test_other_trackers_are_refused_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["--track", "wandb", "--results-dir", str(tmp_path / "results")])
+        main(["--track", "mlflow", "--results-dir", str(tmp_path / "results")])
     assert stopped.value.code == 2
-    assert "tensorboard" in capsys.readouterr().err
+    assert "'tensorboard', 'wandb'" in capsys.readouterr().err
 
 
 def test_a_sweep_hands_it_to_its_runs(small_data_dir, tmp_path):

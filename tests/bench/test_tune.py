@@ -143,8 +143,9 @@ def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned,
     assert {epoch["batch_size"] for epoch in used["ledger"]["epochs"]} == {16}, "and an update's stays"
     assert record["memory"]["peak_allocated_bytes"] == pytest.approx(peak_of(8, 16, words, 0.1), rel=0.1)
     assert record["memory"]["peak_allocated_bytes"] <= found["limit_bytes"]
-    for part in ("asked 16 × 16", "micro-batch 8 of at most 16, 2 sizes tried", "run as 8 × (8 × 16)",
-                 "16 at once: peak above", "8 at once: fits", "micro-batch 8 of a batch of 16"):  # fmt: skip
+    for part in ("16 sequences × 16 tokens", "micro-batch 8 of at most 16, 2 sizes tried",
+                 "as 8 micro-batches of 8 × 16", "16: peak above", "8: fits",
+                 "micro-batch 8 of a batch of 16"):  # fmt: skip
         assert part in printed
 
     plain = [*without_search(tuned), "--micro-batch-size", "8", "--study", "plain"]
@@ -554,14 +555,14 @@ def test_the_command_prints_trials_limit_knee_and_how_to_split_in_80_columns(com
     lines = printed.out.splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(printed.out.split())
-    assert "largest that ran: 8 of at most 9: more does not fit." in text
-    assert "knee: 8, the smallest within 5 % of the best tokens/s." in text
+    assert "largest size: 8 of at most 9: a larger size does not fit." in text
+    assert "knee: 8, the smallest size within 5% of the best tokens/s." in text
     assert "as 2 micro-batches of 8 (--micro-batch-size 8)" in text
     for part in ("predicted", "measured", "tokens/s", "✗"):
         assert part in text
     (row,) = [line for line in lines if "✓ knee" in line or "✓ largest" in line]
     assert row.split()[1] == row.split()[2] == f"{limit / 2**20:.1f}", "predicted and measured side by side"
-    assert "8 at once: fits" in printed.err, "progress"
+    assert "8 sequences: fits" in printed.err, "progress"
     assert not results_of(command).exists()
     assert tune([*flags, "--quiet"]) == 0
     printed = capsys.readouterr()
@@ -581,10 +582,10 @@ def test_the_command_s_exit_status(command, nothing_fits, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--control-memory", "no use for --control-memory; keep that for bench.run"),
-        ("--fit-shape --tune-fallback", "no use for --tune-fallback;"),
+        ("--control-memory", "does not use --control-memory; drop it here"),
+        ("--fit-shape --tune-fallback", "does not use --tune-fallback;"),
         ("--fit-shape --control-memory --micro-batch-size 2",
-         "no use for --control-memory and --micro-batch-size;"),
+         "does not use --control-memory and --micro-batch-size;"),
         ("--fit-shape --tune-mode power", "tune_mode is for --tune-batch-size"),
         ("--fit-shape --tune-batch-size", "fit_shape finds the micro-batch"),
         ("--tune-init 4 --tune-max-batch-size 2", "tune_init is 4, above the tune_max_batch_size of 2"),

@@ -68,7 +68,7 @@ def test_a_wrong_flops_formula_is_a_failure(capsys, monkeypatch):
     assert main([*SMALL, "--coupler", "tests.check.portrait_couplers:WrongFlops"]) == 1
     shown = capsys.readouterr().out
     assert "✗" not in shown
-    assert "leaks nothing, but its flops() is wrong." in shown
+    assert "has no leak, but its flops() is wrong." in shown
     assert "flops() is wrong: it returns 12 for 12 tokens; PyTorch counts " in shown
     assert "passed" not in shown
 

@@ -28,7 +28,7 @@ def copied(tmp_path) -> Path:
 def test_the_example_passes_wherever_it_lies(copied, num_experts, capsys):
     assert check.main([*SMALL, "--coupler", f"{copied}:NormCoupler", "--num-experts", num_experts]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "leaks nothing and computes what it says" in shown
+    assert "has no leak, and every check agrees with its formula" in shown
     assert ("5 of 5 parameter tensors learn" if num_experts == "4" else "tau is inert") in shown
 
 

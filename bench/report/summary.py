@@ -34,9 +34,9 @@ LEAST_SHOWN_MIB = 0.05
 LEAST_SHOWN_SHARE = 0.0005
 FROM = {"folder": "a folder", "cache": "the local cache", "hub": "the hub"}
 VERDICTS = {
-    "official": "the same text as the original",
-    "same counts": "same number of words as the original",
-    "other": "not the text of WikiText-2",
+    "official": "official text",
+    "same counts": "official word counts",
+    "other": "not WikiText-2",
 }
 
 
@@ -262,7 +262,7 @@ def _counts(used: Used | NotMeasured) -> str:
     if unlike:
         return "\n".join(f"✗ {line}" for line in unlike)
     tokens = used.ledger.training["tokens"].got
-    return f"as planned: {tokens:,} training tokens, all batches and all evaluated tokens"
+    return f"as planned: {tokens:,} training tokens, all batches and evaluations"
 
 
 def _data(data: Data | NotMeasured) -> str:

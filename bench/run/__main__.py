@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             with Interruption().installed() as interruption:
-                return _run(config, without_places(shlex.join([*PROG.split(), *arguments])), interruption)
+                return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return EXIT_STATUS["interrupted"]
@@ -88,7 +88,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
             reporter.quiet = prepared.config.places.quiet
             record, earlier = ranks.from_first(lambda: _look(prepared, reporter, stack))
             if record is None:
-                session = Session(prepared, command, reporter, interruption, earlier)
+                session = Session(prepared, without_places(command), reporter, interruption, earlier)
                 ranks.from_first(session.begin)
                 _announce(prepared, reporter)
                 record = _run_session(session)

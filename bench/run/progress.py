@@ -105,16 +105,16 @@ class Reporter:
         elapsed, self._step = time.perf_counter() - self._started, row["step"]
         self._trained = self._step >= self._work.steps
         self.line(f"  step {row['step']}/{self._work.steps}: validation perplexity {perplexity}, "
-                  f"{_clock(elapsed)} elapsed, about {self._left()}")  # fmt: skip
+                  f"{_clock(elapsed)}, about {self._left()}")  # fmt: skip
 
-    def _left(self, batches: int = 0) -> str:
-        """Return the time that is left, with evaluations and speed pass; ``batches`` of this evaluation."""
+    def _left(self, batches: int | None = None) -> str:
+        """Return the time left with evaluations and speed pass; ``batches`` are left of an evaluation."""
         each = self._eval_seconds / self._eval_batches if self._eval_batches else None
-        if self._trained and batches:
+        if self._trained and batches is not None:
             seconds = self._work.speed_steps * self._step_seconds
         else:
             seconds = self._work.seconds_left(self._step, self._step_seconds, each)
-        return f"{_clock(seconds + batches * (each or self._step_seconds * FORWARD_SHARE))} left"
+        return f"{_clock(seconds + (batches or 0) * (each or self._step_seconds * FORWARD_SHARE))} left"
 
     def _show(self, completed: int, total: int, text: str, left: str) -> None:
         if self.quiet or not self.console.is_terminal:

@@ -64,6 +64,9 @@ def test_an_evaluation_moves_the_bar_and_is_no_training_time(reporter):
         clock.now += 2.0
         found.step({"step": 41, "tokens": 100, "loss": 5.0})
         assert "50 tokens/s" in found._bar.tasks[0].description
+        found.evaluated({"step": 120, "nll_sum": 10.0, "tokens": 10})
+        found.evaluating(20, 20)
+        assert found._bar.tasks[0].fields["left"] == "1 min 0 s left", "the speed pass alone"
     assert found._bar is None
 
 
@@ -78,4 +81,4 @@ def test_a_line_for_each_evaluation_where_there_is_no_terminal(monkeypatch):
     clock.now = 5.0
     found.evaluating(1, 1)
     found.evaluated({"step": 1, "nll_sum": 0.0, "tokens": 10})
-    assert file.getvalue() == "  step 1/2: validation perplexity 1.0, 5 s elapsed, about 45 s left\n"
+    assert file.getvalue() == "  step 1/2: validation perplexity 1.0, 5 s, about 45 s left\n"

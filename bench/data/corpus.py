@@ -220,8 +220,8 @@ def _find(
 
 def _embedded(reason: str) -> _Found:
     warning = (
-        f"NOT WIKITEXT-2: this run uses the small embedded text, Python's help pages ({reason}). Its results are "
-        f"not comparable with published results. For WikiText-2, {REMEDY}"
+        f"NOT WIKITEXT-2: this run uses the small embedded text, Python's help pages ({reason}). "
+        f"Its results are not comparable with published results. For WikiText-2, {REMEDY}"
     )
     config = f"python-{platform.python_version()}"
     return _Found("pydoc-topics", config, "embedded", digest(embedded_texts()), None, warning)

@@ -60,7 +60,7 @@ def test_what_is_sent_is_the_history_the_weights_and_the_results(fake, small_dat
     assert run(small_data_dir, tmp_path, *TRACK) == 0
     folder, (sent,) = only_folder(tmp_path), fake.runs
     record = json.loads((folder / "record.json").read_text())
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, list[tuple[int, Any]]] = {}
     for step, values in sent.rows:
         for name, value in values.items():
             found.setdefault(name, []).append((step, pytest.approx(value, rel=1e-6)))

@@ -165,7 +165,7 @@ def test_a_run_that_another_process_is_at_is_waited_for(study):
         result = study.sweep(study.runs("ok", "ok"))
     assert study.calls() == ["run1", "run0 --resume"]
     assert result.exit_status == 0
-    assert study.output.getvalue().count("another process is at it") == 1
+    assert study.output.getvalue().count("another process runs it") == 1
 
 
 def test_a_run_that_was_finished_by_another_process_meanwhile_is_not_started(study):

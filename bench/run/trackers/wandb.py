@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -32,8 +33,7 @@ class Tracker:
     """
 
     def __init__(self, prepared: Prepared) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         if os.environ.get("WANDB_MODE", "online") not in NEEDS_NO_ACCOUNT and not wandb.login(
             prompt=False, verify=False
         ):
@@ -76,8 +76,7 @@ class Tracker:
         self._run.finish(exit_code=0 if record.status == "ok" else 1)
 
     def _start(self, trace: CommunicationTrace) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         places, folder = self._prepared.config.places, self._prepared.folder.path
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, disable_code=True, x_disable_meta=True

@@ -304,9 +304,15 @@ class Identifier:
         if key not in self._corpora:
             self._corpora[key] = load_text(config)
         corpus, device = self._corpora[key], self._device or Execution.of(config).device
-        model = model_for(config, corpus)
-        train = training_loader(config, corpus, device if self._device is None else torch.device("cpu"))
-        return identified(settled(config, train), model, corpus, device, order_of(train), self._world_size)
+        model, training, order = model_for(config, corpus), config.training, None
+        if training.curriculum is None and training.epochs is None:
+            steps = training.max_steps or DEFAULT_MAX_STEPS
+            config = replace(config, training=training.settled(steps))
+        else:
+            here = device if self._device is None else torch.device("cpu")
+            train = training_loader(config, corpus, here)
+            config, order = settled(config, train), order_of(train)
+        return identified(config, model, corpus, device, order, self._world_size)
 
 
 def identified(

@@ -1,8 +1,9 @@
-"""``python -m bench``: the list of the commands."""
+"""``python -m bench``: the list of the commands; ``python -m bench NAME`` is ``python -m bench.NAME``."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -16,14 +17,13 @@ BENCH = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the commands, or refuse an argument with status 2."""
-    found = commands(BENCH)
-    for argument in sys.argv[1:] if argv is None else argv:
-        if argument in found:
-            fail(f"a command is started as python -m bench.{argument}")
-        if argument not in ("-h", "--help"):
-            fail(unknown_name("command", argument, found))
-    print("Commands, each started as python -m bench.NAME; --help lists its flags:")
+    """Run the command of the first word, or print the commands; refuse any other word with status 2."""
+    found, arguments = commands(BENCH), list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in found:
+        return importlib.import_module(f"bench.{arguments[0]}.__main__").main(arguments[1:])
+    if arguments and arguments[0] not in ("-h", "--help"):
+        fail(unknown_name("command", arguments[0], found))
+    print("python -m bench NAME, or python -m bench.NAME; --help shows its flags. Commands:")
     indent = max(map(len, found)) + 4
     for name, summary in found.items():
         print(f"  {name:{indent - 2}}{textwrap.shorten(summary, WIDTH - indent, placeholder=' …')}")

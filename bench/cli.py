@@ -6,7 +6,6 @@ here: warnings for users, and interruption by signals.
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import re
@@ -27,24 +26,28 @@ from bench.config import (
     Flag,
     FlagTable,
     RunConfig,
-    Several,
     allowed,
     build,
     by_field,
     flags_of,
     layered,
     preset,
-    preset_names,
 )
 from bench.files import read_toml, refusals_name, visible
+from bench.help import ALL_FLAGS, Help, help_text
+from bench.help import LAYERS as LAYERS_HELP
 from gnnmoe.config import Refused, nearest_name
 
-LAYERS_HELP = (
-    "--preset NAME puts the flags of a preset before your own; presets: {}. Default: quick.\n"
-    "--config FILE.toml puts a file's flags (num_experts = 8) after the preset's and before your own."
-)
-LAYERS = {"preset": PRESET, "config": Flag("config", Several, ("config",))}
-HELP = {"-h", "--help"}
+LAYERS = {entry.flag.field: entry.flag for entry in LAYERS_HELP}
+HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
+NAMES_ELSEWHERE = {
+    "bs": "batch-size", "d-model": "embed-dim", "dim": "embed-dim", "dropout": "dropout-rate",
+    "heads": "num-heads", "hidden-size": "embed-dim", "iterations": "max-steps", "layers": "num-layers",
+    "lr": "learning-rate", "max-length": "max-seq-length", "model": "coupler", "name": "run-name",
+    "num-epochs": "epochs", "out": "results-dir", "output-dir": "results-dir", "seq-len": "max-seq-length",
+    "steps": "max-steps", "warmup": "warmup-steps", "wd": "weight-decay",
+}  # fmt: skip
+"""Flags of other tools, and the flag here."""
 OTHERS_WAIT_SECONDS = 10.0
 Config = TypeVar("Config")
 
@@ -53,31 +56,24 @@ def parse(
     config_type: type[Config],
     argv: Sequence[str] | None = None,
     *,
-    prog: str | None = None,
+    prog: str = "python -m bench",
     presets: bool = False,
+    about: Help = ALL_FLAGS,
 ) -> Config:
     """Return a ``config_type`` from ``argv`` (default: the arguments of the process).
 
     ``presets`` allows ``--preset NAME`` and ``--config FILE.toml``. Wrong input prints one message and exits
-    with status 2; ``--help`` exits with status 0.
+    with status 2; ``--help`` and ``--help-all`` exit with status 0 and show what ``about`` says.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if HELP & set(arguments):
-        show_help(config_type, prog, presets)
+    if (HELP | HELP_ALL) & set(arguments):
+        everything = bool(HELP_ALL & set(arguments))
+        print(help_text(config_type, prog, LAYERS_HELP if presets else (), about, everything=everything))
+        raise SystemExit(0)
     try:
         return config_from(config_type, arguments, presets)
     except Refused as error:
         fail(str(error))
-
-
-def show_help(config_type: type, prog: str | None, presets: bool) -> NoReturn:
-    """Print the flags of a config with their help and defaults, and exit with status 0."""
-    description = inspect.cleandoc(config_type.__doc__ or "")
-    if presets:
-        description += "\n\n" + LAYERS_HELP.format(", ".join(preset_names()))
-    flat = (tyro.conf.OmitArgPrefixes,)
-    tyro.cli(config_type, args=["--help"], prog=prog, description=description, config=flat)
-    raise AssertionError("--help exits")
 
 
 def config_from(config_type: type[Config], arguments: Sequence[str], presets: bool) -> Config:
@@ -142,17 +138,19 @@ def _without_value(known: Mapping[str, Flag], printed: str) -> Refused:
     found = re.search(r"'--([\w-]+)'", printed)
     flag = known.get(found[1].replace("-", "_")) if found else None
     if flag is None:
-        return Refused("a flag has no value; --help lists all flags.")
+        return Refused("a flag has no value; --help-all lists all flags.")
     return Refused(f"{flag.option()} has no value; it must be {allowed(flag.hint)}.")
 
 
 def _unknown(known: Mapping[str, Flag], words: Sequence[str]) -> Refused:
     first = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if first is None:
-        return Refused(f"{words[0]!r} belongs to no flag; --help lists all flags.")
+        return Refused(f"{words[0]!r} belongs to no flag; --help-all lists all flags.")
     options = {f"--{name}" for flag in known.values() for name in flag.names}
     options |= {f"--no-{name}" for flag in known.values() if flag.kinds == (bool,) for name in flag.names}
-    return Refused(f"unknown flag {first!r}; --help lists all flags.{nearest_name(first, options)}")
+    meant = NAMES_ELSEWHERE.get(first.lstrip("-").replace("_", "-"))
+    near = f" Did you mean '--{meant}'?" if f"--{meant}" in options else nearest_name(first, options)
+    return Refused(f"unknown flag {first!r}; --help-all lists all flags.{near}")
 
 
 def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[str, str]]:

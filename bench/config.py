@@ -9,11 +9,12 @@ change a number; all other flags belong to a run's identity. Imports no torch, s
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import (
@@ -141,16 +142,16 @@ def _range(schema: Mapping[str, Any]) -> str:
 
 @flags
 class ModelConfig(GNNMoEConfig):
-    """The model's config as flags."""
+    """The coupler and the size of the model."""
 
     coupler_type: Annotated[str, tyro.conf.arg(name="coupler", aliases=("--coupler-type",))] = "HGNN"
-    """Coupler: a registered name (an unknown one lists them all), package.module:Class or file.py:Class."""
+    """Coupler: a name that bench.check --all lists, package.module:Class or file.py:Class."""
     coupler_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     coupler_option: Annotated[Several, tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """An option of the coupler, such as backend=loop, or HGNN.backend=loop, which other couplers ignore;
-    may be given several times."""
+    """Option of the coupler, such as backend=loop. Other couplers ignore HGNN.backend=loop. May be given
+    several times."""
     vocab_size: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Rows for this many words, at least as many as the data have (None: exactly as many)."""
+    """Rows of the embedding; at least the number of words in the data (default: that number)."""
 
     def __post_init__(self) -> None:
         for option in self.coupler_option:
@@ -173,21 +174,20 @@ class DataConfig:
     """The text, and how much of it is used."""
 
     dataset_name: Annotated[str | None, tyro.conf.arg(aliases=("--dataset",))] = None
-    """Text data set on the hub; wikitext is WikiText-2. A data set named by this flag or by its
-    configuration must be available. Without a name, an embedded text serves where neither a folder nor
-    the hub can be reached."""
+    """Text data set on the hub; wikitext is WikiText-2. If you name a data set, it must be available. If you
+    name none, and neither a folder nor the hub is available, the run uses a small embedded text."""
     dataset_config_name: str | None = None
-    """Configuration of the data set (None: wikitext-2-v1 for wikitext, none for others)."""
+    """Configuration of the data set (default: wikitext-2-v1 for wikitext)."""
     text_column: str = "text"
-    """Column of the data set that holds the text."""
+    """Column of the data set that contains the text."""
     tokenizer: str = "word"
-    """word, or bpe:SIZE: byte-level BPE of this many tokens, trained on the training split."""
+    """word, or bpe:SIZE for byte-level BPE with SIZE tokens, trained on the training split."""
     num_train_samples: Count | None = None
-    """Train on this many blocks of max_seq_length tokens (None: all)."""
+    """Number of training blocks of max_seq_length tokens (default: all)."""
     num_eval_samples: Count | None = 512
-    """Evaluate on the first blocks of max_seq_length tokens, this many (None: all)."""
+    """Number of evaluation blocks of max_seq_length tokens, from the beginning of the text. None: all."""
     evaluate_test: bool = False
-    """Score the test split once, at the end."""
+    """Evaluate on the test split too, once, at the end."""
 
 
 SCHEDULE_FORM = 'write "epoch:size" pairs in rising order from epoch 0, such as "0:16,2:32"'
@@ -234,48 +234,56 @@ class BatchSchedule:
         )
 
 
+def in_steps(value: float, total_steps: int) -> int:
+    """Return a whole number as it is, and a share as steps of the training, rounded up."""
+    return value if isinstance(value, int) else math.ceil(value * total_steps - 1e-9)
+
+
 @flags
 class TrainingConfig:
     """Optimizer, schedule and length of the training."""
 
     batch_size: Count = 16
-    """Sequences of one update, over all micro-batches and ranks."""
+    """Sequences per update, over all micro-batches and ranks."""
     max_steps: Count | None = None
-    """Optimizer steps in total (default: 120 where epochs is not given). Where it is given, the epochs
-    of a preset or of a --config file do not count."""
+    """Number of updates (default: 120, unless epochs is given). It replaces the epochs of a preset or of a
+    --config file."""
     epochs: Count | None = None
-    """Passes over the training data; with max_steps, whichever ends first. Where it is given, the
-    max_steps of a preset or of a --config file do not count."""
+    """Passes over the training data. With max_steps, the training ends at the first of the two limits. It
+    replaces the max_steps of a preset or of a --config file."""
     max_batches_per_epoch: Count | None = None
-    """End an epoch after this many batches."""
+    """End each epoch after this many batches."""
     min_steps_per_epoch: Count = 10
-    """Refuse data that give an epoch fewer batches (max_batches_per_epoch may cut it further)."""
+    """Refuse data with fewer batches per epoch. max_batches_per_epoch may be smaller."""
     batch_schedule: str | None = None
-    """Batch size by epoch, such as 0:16,2:32 (16 from epoch 0 on, 32 from epoch 2 on)."""
+    """Batch size per epoch. 0:16,2:32 means 16 from epoch 0 and 32 from epoch 2."""
     curriculum: str | None = None
-    """Train on easy blocks first: rarity (rare words are hard), or model:CHECKPOINT of a finished run."""
+    """Train on easy blocks first. rarity: blocks with rare words are hard. model:CHECKPOINT: blocks with a
+    high loss of a finished run are hard."""
     curriculum_pacing: Literal["linear", "competence_sqrt"] = "competence_sqrt"
-    """How the share of the blocks grows over the epochs; the last epoch has all blocks."""
+    """How the share of the blocks grows over the epochs. The last epoch has all blocks."""
     curriculum_start: Share = 0.2
     """Share of the blocks in the first epoch of a curriculum."""
     strict_curriculum: bool = False
-    """Refuse a curriculum whose model is missing, instead of using a random order of the same sizes."""
+    """Refuse a curriculum whose model is missing. Without this flag, the order is then random."""
     learning_rate: Positive = 8e-3
     """Peak learning rate of AdamW."""
     adam_betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's weight decay, on matrices only."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 15
-    """Steps of linear warm-up; a cosine to min_lr_ratio follows."""
+    warmup_steps: Annotated[int, Field(ge=0)] | Share = 0.125
+    """Steps of linear warm-up, or a share of all steps, such as 0.1. A cosine to min_lr_ratio follows
+    (default: 0.125)."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Last learning rate as a share of the peak."""
+    """Last learning rate, as a share of the peak."""
     max_grad_norm: Positive = 1.0
-    """Clip the gradient to this norm."""
-    eval_every: Count = 40
-    """Evaluate on validation after every so many steps; the best weights are kept."""
+    """Clip the norm of the gradient to this value."""
+    eval_every: Count | Share = 1 / 3
+    """Steps between evaluations on validation, or a share of all steps, such as 0.1. The run keeps the best
+    weights (default: a third)."""
     seed: int = 0
-    """Seed of all random streams."""
+    """Seed of all random numbers."""
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -285,18 +293,24 @@ class TrainingConfig:
         schedule = BatchSchedule.parse(self.batch_schedule).simplified(self.epochs)
         return [size for _, size in schedule.sizes]
 
+    def settled(self, total_steps: int) -> TrainingConfig:
+        """Return the config with steps in place of shares of the training, which has ``total_steps``."""
+        warmup_steps = in_steps(self.warmup_steps, total_steps)
+        return replace(self, warmup_steps=warmup_steps, eval_every=in_steps(self.eval_every, total_steps))
+
 
 @flags
 class ExecutionConfig:
-    """How the model is computed; the results are equal up to rounding."""
+    """How the model is computed. Results are equal up to rounding."""
 
     experts: Literal["auto", "loop", "batched"] = "auto"
-    """Experts one after the other, or all in a few large products (auto: batched on CUDA, else loop)."""
+    """loop: one expert after the other. batched: all experts in a few large products. auto: batched on CUDA,
+    else loop."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16: products under autocast, parameters and optimizer in float32; tf32: products of rounded
-    float32 on NVIDIA GPUs."""
+    """bf16: autocast, with parameters and optimizer in float32. tf32: matrix products of rounded float32, on
+    NVIDIA GPUs."""
     compile: bool = False
-    """Compile the training step's forward and backward with torch.compile."""
+    """Compile the forward and backward of a training step with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead"] = "default"
     """reduce-overhead: replay the compiled step as CUDA graphs."""
 
@@ -322,59 +336,70 @@ class ExecutionConfig:
 
 @flags
 class MeasureConfig:
-    """The measurements of a run, and whether a coupler that fails the leak check is trained."""
+    """Speed, memory and the leak check."""
 
-    speed_warmup_steps: Count | Literal["auto"] = 3
-    """Steps before the clock starts; auto: until the median of ten moves by less than 2% (at most 50)."""
+    speed: bool = True
+    """Measure speed and memory after the training."""
+    speed_warmup_steps: Count | Literal["auto"] = "auto"
+    """Steps before the clock starts. auto: until the median of ten steps changes by less than 2%, at most 50
+    steps."""
     speed_steps: Count = 10
-    """Timed steps."""
+    """Number of timed steps."""
     marginal: bool = False
-    """Also time the same model with the mean coupler, in turn with this model: the cost of the coupler."""
+    """Also measure the cost of the coupler: time the model and the same model with the mean coupler,
+    alternating."""
     profile: bool = False
-    """Also write a profiler's trace (on CUDA also a snapshot of the memory) into the run's folder."""
+    """Also write the trace of a profiler into the folder of the run; on CUDA also a snapshot of the
+    memory."""
     audit: Literal["sample", "full"] = "sample"
-    """At the end, score one batch in ten (or every batch) again with later tokens replaced: no loss may
-    change."""
+    """sample: evaluate one batch in ten again at the end, with the later tokens replaced; no loss may change.
+    full: evaluate every batch again."""
     allow_failed_check: bool = False
-    """Train a coupler although it fails the leak check; the record says check_failed."""
+    """Train a coupler that fails the leak check. The record has the status check_failed."""
+
+    def __post_init__(self) -> None:
+        if not self.speed and (self.marginal or self.profile):
+            raise Refused(
+                "--no-speed leaves out what --marginal and --profile measure; drop one of the flags."
+            )
 
 
 @flags
 class MemoryConfig:
-    """How many sequences of a batch are run at once: a micro-batch, whose gradients add up."""
+    """Micro-batches: how many sequences of a batch run at once."""
 
     micro_batch_size: Count | None = None
-    """Sequences to run at once; must divide batch_size (None: the whole batch)."""
+    """Sequences that run at once; it must divide batch_size (default: the whole batch)."""
     tune_batch_size: bool = False
     """Before training, find the largest micro-batch that fits into memory_target of memory_budget."""
     memory_budget: str | None = None
-    """Memory that a search may fill: 16GiB, a share such as 0.5, or device (None: all of the device)."""
+    """Memory that a search may fill: 16GiB, a share such as 0.5, or device (default: device)."""
     memory_target: Share = 0.85
-    """Share of the budget that a trial's peak may reach: the only safety factor."""
+    """Share of the budget that the peak of a trial may reach. There is no other safety factor."""
     tune_mode: Literal["binsearch", "power"] = "binsearch"
-    """power doubles until a size fails; binsearch goes on to exactly the largest that fits."""
+    """power: double the size until a trial fails. binsearch: then search for the exact largest size."""
     tune_init: Count | None = None
-    """Size of the first trial (None: batch_size, so that a batch that fits is not split)."""
+    """Size of the first trial (default: batch_size)."""
     tune_max_trials: Count = 12
-    """Try at most this many sizes, those that fail included."""
+    """Largest number of trials, including trials that fail."""
     tune_max_seconds: Positive = 110.0
-    """Begin no trial that is not expected to end within this many seconds."""
+    """Start no trial that is expected to end later than this many seconds after the start of the search."""
     tune_max_batch_size: Count | None = None
-    """Largest micro-batch that a search may try, and that a controlled run may grow to."""
+    """Largest micro-batch of a search and of --control-memory."""
     tune_fallback: bool = False
-    """Train with the configured size where a search fails; the record says failed."""
+    """If the search fails, train with the size that the flags give. The record says failed."""
     fit_shape: bool = False
-    """Before training, find the longest sequences, then the largest micro-batch, within memory_target of
-    memory_budget; the whole run has that length."""
+    """Before training, find the longest sequence length, then the largest micro-batch, that fit into
+    memory_target of memory_budget. The whole run uses that length."""
     control_memory: bool = False
-    """During training, measure the peak of each step, and change the micro-batch (between epochs also the
-    length) to stay within memory_target of memory_budget."""
+    """During training, measure the peak memory of each step. Change the micro-batch, and between epochs the
+    length, to stay within memory_target of memory_budget."""
     shape_min_length: Count | None = None
-    """Shortest length that may be fitted or controlled (None: a quarter of max_seq_length)."""
+    """Shortest length of --fit-shape and --control-memory (default: a quarter of max_seq_length)."""
     shape_max_length: Count | None = None
-    """Longest length that may be fitted (None: max_seq_length)."""
+    """Longest length of --fit-shape (default: max_seq_length)."""
     shape_length_step: Count = 16
-    """Step between the lengths that are tried, in tokens."""
+    """Difference between two lengths that are tried, in tokens."""
 
     def __post_init__(self) -> None:
         if self.tune_batch_size and self.micro_batch_size is not None:
@@ -392,47 +417,47 @@ def _folder_name(study: str) -> str:
 
 @flags
 class PlacesConfig:
-    """Folders, names and output: no flag here changes a number."""
+    """Folders, names and output. These flags change no number."""
 
     data_dir: Place | None = None
-    """Folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or with parquet files
+    """Folder of the text: wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or parquet files
     (default: the environment variable GNNMOE_DATA_DIR)."""
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
-    """auto: a folder, else the local cache, else the hub, else the embedded text."""
+    """auto: the folder, else the local cache, else the hub, else the embedded text."""
     results_dir: Place = Path("results")
-    """Folder of all results; a run's record is in results_dir/study/run_id."""
+    """Folder of all results. A run writes into results_dir/study/run_id."""
     study: Annotated[str, AfterValidator(_folder_name)] = "default"
-    """Name of the runs that belong together."""
+    """Name of the study: the runs that bench.report compares."""
     run_name: str | None = None
-    """Name of the run for people."""
+    """Name of the run, shown in place of the run_id."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA where it is available, else the CPU."""
+    """auto: CUDA if it is available, else the CPU."""
     force: bool = False
-    """Run a finished run again; the earlier record is kept as run_id.1."""
+    """Run a finished run again. Its earlier record is kept as run_id.1."""
     keep_stale: bool = False
-    """Keep or continue a run that other code made, instead of running it again."""
+    """Keep or continue a run of an earlier version of the code. Without this flag, it runs again."""
     resume: bool = False
     """Continue an interrupted run."""
     resume_checkpoint: Place | None = None
-    """Continue from this checkpoint file, which must have this run's config."""
+    """Continue from this checkpoint file, which must be of a run with the same config."""
     checkpoint_dir: Place | None = None
-    """Folder of the checkpoint (default: the run's folder)."""
+    """Folder of the checkpoint (default: the folder of the run)."""
     checkpoint_every: Count | None = None
-    """Save a checkpoint after every so many steps (default: at every evaluation)."""
+    """Steps between checkpoints (default: eval_every)."""
     num_workers_dataloader: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
-    """Processes that load data during training (0: none; auto: half the cores, at most 4)."""
+    """Processes that load data during training. auto: half the cores, at most 4."""
     rank_timeout: Positive = 600.0
-    """Under torchrun: seconds that a rank waits for the other ranks before the run ends as crashed."""
+    """With torchrun: seconds that a rank waits for the other ranks. Then the run ends as crashed."""
     plots: bool = True
-    """Draw the run's plots at its end."""
-    track: Literal["tensorboard"] | None = None
-    """Show the run in TensorBoard while it trains, from the folder tensorboard in the run's folder
-    (pip install 'gnnmoe[track]')."""
+    """Draw the plots of the run at its end."""
+    track: Literal["tensorboard", "wandb"] | None = None
+    """Show the run in TensorBoard or in Weights & Biases while it trains. Without a wandb account, set
+    WANDB_MODE=offline. pip install 'gnnmoe[track]' installs both."""
     reuse_check: bool = False
-    """Reuse the passing leak check of another seed of this configuration, where the study has one by the
-    same code on the same device (bench.sweep does). The trained model is always checked."""
+    """Reuse the passing leak check of another seed of this configuration, made by the same code on the same
+    device. The trained model is always checked. bench.sweep uses this flag."""
     quiet: bool = False
-    """Print only the final table."""
+    """Print only the results."""
 
     def __post_init__(self) -> None:
         if self.track is not None and importlib.util.find_spec(self.track) is None:
@@ -443,24 +468,25 @@ class PlacesConfig:
 
 @flags
 class RunConfig:
-    """Train and measure one model on one text."""
+    """Train one model, measure it and write its record.
+
+    Exit status: 0 ok, 2 wrong input, 130 interrupted, else 1.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    places: PlacesConfig = field(default_factory=PlacesConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    places: PlacesConfig = field(default_factory=PlacesConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 
 @flags
 class TuneConfig(RunConfig):
-    """Try batch sizes with full training steps; print each trial, the largest size that fits, and the knee.
-
-    Nothing is trained. The answer is kept for the next search. Exit status: 0 found, 1 nothing fits, 2 wrong
-    input.
-    """
+    """Find the largest batch size that fits into the memory, and the smallest one that is nearly as fast.
+    Each trial runs full training steps. No model is kept, and the next search reuses the answer. Exit status:
+    0 found, 1 nothing fits, 2 wrong input."""
 
     measure: tyro.conf.Suppress[MeasureConfig] = field(default_factory=MeasureConfig)
 
@@ -622,7 +648,7 @@ def flag_named(key: str, known: Mapping[str, Flag]) -> Flag:
     flag = known.get(key.replace("-", "_"))
     if flag is None:
         near = nearest_name(key, known)
-        raise Refused(f"unknown key {key!r}; python -m bench.run --help lists all flags.{near}")
+        raise Refused(f"unknown key {key!r}; python -m bench.run --help-all lists all flags.{near}")
     return flag
 
 

@@ -50,7 +50,7 @@ class GNNMoEConfig:
     """HGNN: which experts share a hyperedge: all_pairs, all_triplets, pairs_and_triplets, all, k_subsets:k=3,
     ring:k=2, random:k=3,m=8,seed=0, file:edges.json (a JSON list of member lists) or file.py:function."""
     hgnn_learnable_edge_weights: bool = True
-    """HGNN: learn a positive weight for each hyperedge (1 at the start)."""
+    """HGNN: learn a positive weight for each hyperedge. Each weight starts at 1."""
     gnn_layers: int = 2
     """Message-passing layers inside the coupler."""
     coupler_options: dict[str, Any] = field(default_factory=dict)
@@ -60,13 +60,13 @@ class GNNMoEConfig:
     embed_dim: int = 64
     """Width of the embeddings and of every expert."""
     ffn_dim: int | None = None
-    """Hidden width of an expert's feed-forward part (None: 4 × embed_dim)."""
+    """Hidden width of an expert's feed-forward part (default: 4 × embed_dim)."""
     num_layers: int = 2
-    """Layers of experts, each with a coupler of its own."""
+    """Layers of experts. Each layer has its own coupler."""
     num_heads: int = 2
     """Attention heads of an expert."""
     max_seq_length: int = 128
-    """Tokens in a training sequence, and the longest input."""
+    """Tokens in a training sequence, which is also the longest input of the model."""
     dropout_rate: float = 0.0
     """Dropout in the experts."""
     initialization: Initialization = "project"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ModelConfig, flags
+from bench.help import Help
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from gnnmoe.config import GNNMoEConfig
 
 ANY_VOCABULARY = 64  # the models of the leak check are small, and no coupler sees the vocabulary
+ABOUT = Help(
+    usual=(
+        "coupler_type coupler_option all num_experts embed_dim hgnn_conv_type static_hyperedge_strategy seed"
+    ).split(),
+    examples=("--coupler HGNN", "--coupler examples/twenty_line_coupler.py:NormCoupler", "--all"),
+)
 
 
 @flags
@@ -44,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.check.listing import print_list
 
         return print_list()
-    config = parse(CheckConfig, arguments, prog="python -m bench.check", presets=True)
+    config = parse(CheckConfig, arguments, prog="python -m bench.check", presets=True, about=ABOUT)
     show_warnings_plainly()
     from rich.console import Console
 

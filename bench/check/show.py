@@ -57,10 +57,10 @@ def show_one(row: CheckedCoupler, config: GNNMoEConfig, console: Console) -> Non
     seconds = sum(check.seconds for check in report.checks)
     if row.passed:
         given = all(check.detail != NO_REFERENCE for check in report.checks)
-        says = "leaks nothing and computes what it says" if given else f"leaks nothing; {NO_REFERENCE}"
-        verdict = f"passed: {what} {says} ({seconds:.1f} s)."
+        says = "every check agrees with its formula" if given else NO_REFERENCE
+        verdict = f"passed: {what} has no leak; {says} ({seconds:.1f} s)."
     elif report.passed:
-        verdict = f"FAILED: {what} leaks nothing, but {FLOPS_FAILURE}{row.flops_mismatch}."
+        verdict = f"FAILED: {what} has no leak, but {FLOPS_FAILURE}{row.flops_mismatch}."
     else:
         names = ", ".join(row.failures)
         verdict = f"FAILED: {what}: its perplexity does not count ({names})."
@@ -129,7 +129,12 @@ def show_all(rows: Sequence[CheckedCoupler], left_out: dict[str, str], console: 
         text = f"FAILED: {len(failed)} of {len(rows)}: {', '.join(failed)}"
         console.print(Text(text, style="bold red"))
     else:
-        console.print(Text(f"passed: all {len(rows)} leak nothing and compute what they say.", style="green"))
+        console.print(
+            Text(
+                f"passed: none of the {len(rows)} couplers leaks, and every check agrees with its formula.",
+                style="green",
+            )
+        )
 
 
 def _mark(passed: bool) -> Text:

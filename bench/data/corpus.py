@@ -204,7 +204,7 @@ def _find(
     if source == "folder" and folder is None:
         raise Refused(f"data source 'folder' needs a folder; {REMEDY}")
     if source == "embedded":
-        return _embedded("it was asked for")
+        return _embedded("you asked for it")
     if source != "hub" and folder is not None:
         text = read_folder(Path(folder).expanduser(), text_column)
         return _Found("local text", "", "folder", text.digest, text)
@@ -220,8 +220,8 @@ def _find(
 
 def _embedded(reason: str) -> _Found:
     warning = (
-        f"NOT WIKITEXT-2: the small embedded text of Python's help pages serves ({reason}), and its results "
-        f"compare with no published ones; for WikiText-2, {REMEDY}"
+        f"NOT WIKITEXT-2: this run uses the small embedded text, Python's help pages ({reason}). "
+        f"Its results are not comparable with published results. For WikiText-2, {REMEDY}"
     )
     config = f"python-{platform.python_version()}"
     return _Found("pydoc-topics", config, "embedded", digest(embedded_texts()), None, warning)

@@ -25,6 +25,7 @@ from bench.device import Attempted, at_once, attempt
 from bench.measure.memory import built_bytes, meter_for
 from bench.measure.rates import over_the_rate, utilisation
 from bench.measure.timing import (
+    WINDOW_STEPS,
     TrainingSteps,
     matrix_rate,
     time_in_turn,
@@ -164,6 +165,12 @@ class SpeedPass:
         self.say(f"costliest operations of a step (all of them in {TRACE} beside the record):")
         for found in outcome.value:
             self.say(f"  {found.share:6.1%}  {found.calls:5,} ×  {found.name}")
+
+
+def speed_pass_steps(measure: MeasureConfig) -> int:
+    """Return how many steps the speed pass takes: its warm-up at its shortest, and the timed steps."""
+    warmup = measure.speed_warmup_steps
+    return measure.speed_steps + (2 * WINDOW_STEPS if warmup == "auto" else warmup)
 
 
 def fetched(

@@ -62,11 +62,11 @@ class StepTimes:
     def warmup(self) -> Warmup:
         """How the warm-up went, as a record keeps it."""
         steps = len(self.warmup_seconds)
-        remark = "not steady: a fixed, short warm-up"
+        remark = f"not steady: the warm-up was fixed to {steps} step{'s' * (steps != 1)}"
         if self.moved is not None:
             steady = "steady" if self.steady else "not steady"
-            remark = f"{steady}: after {steps} steps of warm-up the median of {WINDOW_STEPS} moved by"
-            remark += f" {self.moved:.1%}"
+            remark = f"{steady}: after {steps} warm-up steps, the median of {WINDOW_STEPS} steps"
+            remark += f" {'changed' if self.steady else 'still changed'} by {self.moved:.1%}"
         return Warmup(
             warmup_steps=steps, warmup_seconds=self.warmup_seconds, steady=self.steady, remark=remark
         )

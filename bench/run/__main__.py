@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
 from bench.files import without_places
+from bench.help import Help
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from bench.training.ranks import Ranks
 
 PROG = "python -m bench.run"
+ABOUT = Help(
+    usual=(
+        "coupler_type coupler_option preset data_dir max_steps batch_size learning_rate seed num_experts"
+        " study resume force"
+    ).split(),
+    examples=(
+        "--coupler HGNN",
+        "--coupler mean --max-steps 700 --seed 1 --study first",
+    ),
+)
 EXIT_STATUS = {"ok": 0, "interrupted": 130}
 
 
@@ -34,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return print_list()
     with silent_but_on_the_first_rank():
-        config = parse(RunConfig, arguments, prog=PROG, presets=True)
+        config = parse(RunConfig, arguments, prog=PROG, presets=True, about=ABOUT)
         show_warnings_plainly()
         from bench.cli import Interruption
 
         try:
             with Interruption().installed() as interruption:
-                return _run(config, without_places(shlex.join([*PROG.split(), *arguments])), interruption)
+                return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return EXIT_STATUS["interrupted"]
@@ -81,7 +92,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
             reporter.quiet = prepared.config.places.quiet
             record, earlier = ranks.from_first(lambda: _look(prepared, reporter, stack))
             if record is None:
-                session = Session(prepared, command, reporter, interruption, earlier)
+                session = Session(prepared, without_places(command), reporter, interruption, earlier)
                 ranks.from_first(session.begin)
                 _announce(prepared, reporter)
                 record = _run_session(session)
@@ -89,7 +100,7 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
                     _draw(prepared, reporter)
     except Refused as error:
         fail(str(error))
-    print_summary(record, prepared.folder.path, console)
+    print_summary(record, prepared.folder.path, console, again=command)
     return EXIT_STATUS.get(record.status, 1)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.check.leak_check import refuse_wrong_names
-from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, RunConfig, TrainingConfig, plain
+from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, MeasureConfig, RunConfig, TrainingConfig, plain
 from bench.data.corpus import Corpus, say_unknown_words
 from bench.data.loader import BlockLoader
 from bench.files import without_places
@@ -34,8 +34,10 @@ from bench.training.loaders import (
     order_of,
     refuse_curriculum_without_epochs,
     scorer_identity,
+    training_loader,
     validate_first_batches,
 )
+from bench.training.loop import TrainingPlan
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Execution
 from bench.tune.find import Say, refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes, request_for
@@ -140,6 +142,7 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
     refuse_wrong_sizes(config, model_config, device, ranks)
     loaders = make_loaders(config, corpus, device, ranks)
     validate_first_batches(loaders)
+    config = settled(config, loaders["train"])
     known_by = identified(config, model_config, corpus, device, order_of(loaders["train"]), ranks.world_size)
     name = run_id(known_by.identity)
     folder = (RunFolder if ranks.first else ReadOnlyFolder)(
@@ -153,6 +156,9 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
 
 # --- identity -------------------------------------------------------------------------------------
 
+FORMER_SPEED_PASS = {"speed_warmup_steps": 3, "speed_steps": 10}
+"""As what the default speed pass counts: it was this one when the first records were made."""
+DEFAULT_SPEED_PASS = {name: getattr(MeasureConfig(), name) for name in FORMER_SPEED_PASS}
 SCHEMA = "1"
 """The version of the identity. A change of it changes every run_id."""
 
@@ -167,6 +173,12 @@ class Identified(NamedTuple):
     """The id that all its seeds share: ``configuration_id``."""
     code: dict[str, str]
     """The hashes of today's code: ``bench.training.environment.code_hashes``."""
+
+
+def settled(config: RunConfig, train: BlockLoader) -> RunConfig:
+    """Return the config with steps in place of shares of the training, whose batches ``train`` has."""
+    steps = TrainingPlan(train, config.training).total_steps
+    return replace(config, training=config.training.settled(steps))
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
@@ -196,7 +208,7 @@ def identity(
     world_size: int = 1,
     curriculum: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that can change a number of a run, by name.
+    """Return everything that can change a number of a run, by name; ``config`` is ``settled``.
 
     ``model`` holds the fields that the model reads, ``curriculum`` the order of the blocks. The group
     ``places`` (names, folders, verbosity) is left out. The data count by their content.
@@ -205,8 +217,9 @@ def identity(
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
-    for name in ("allow_failed_check", "audit", "marginal", "profile"):
+    for name in ("allow_failed_check", "audit", "marginal", "profile", "speed"):
         del measure[name]  # they change no number
+    measure |= FORMER_SPEED_PASS if measure == DEFAULT_SPEED_PASS else {}
     for name in ("min_steps_per_epoch", "strict_curriculum"):
         del training[name]  # they only refuse
     for name in [name for name in training if name.startswith("curriculum")]:
@@ -295,10 +308,14 @@ class Identifier:
         if key not in self._corpora:
             self._corpora[key] = load_text(config)
         corpus, device = self._corpora[key], self._device or Execution.of(config).device
-        model, order = model_for(config, corpus), None
-        if config.training.curriculum is not None:
+        model, training, order = model_for(config, corpus), config.training, None
+        if training.curriculum is None and training.epochs is None:
+            steps = training.max_steps or DEFAULT_MAX_STEPS
+            config = replace(config, training=training.settled(steps))
+        else:
             here = device if self._device is None else torch.device("cpu")
-            order = order_of(make_loaders(config, corpus, here)["train"])
+            train = training_loader(config, corpus, here)
+            config, order = settled(config, train), order_of(train)
         return identified(config, model, corpus, device, order, self._world_size)
 
 

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from bench.record import exp_or_infinity, number
+
+FORWARD_SHARE = 1 / 3
+"""A forward pass as a share of a training step, until the first evaluation shows it."""
+AUDITED = 1.15
+"""The final evaluation with its audit, in final evaluations."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run does from the start of its training on, to tell how long the rest takes."""
+
+    steps: int
+    eval_every: int
+    eval_batches: int = 0
+    """Batches of one evaluation in training."""
+    final_batches: int = 0
+    """Batches of the evaluations at the end."""
+    speed_steps: int = 0
+    """Steps of the speed pass."""
+
+    def evaluations_after(self, step: int) -> int:
+        """Return how many evaluations come after the step and its own evaluation."""
+        if step >= self.steps:
+            return 0
+        return math.ceil(self.steps / self.eval_every) - step // self.eval_every
+
+    def seconds_left(self, step: int, step_seconds: float, batch_seconds: float | None) -> float:
+        """Return the seconds after ``step`` of training, evaluations and speed pass."""
+        forward = step_seconds * FORWARD_SHARE if batch_seconds is None else batch_seconds
+        batches = self.evaluations_after(step) * self.eval_batches + AUDITED * self.final_batches
+        return (self.steps - step + self.speed_steps) * step_seconds + batches * forward
 
 
 class Reporter:
@@ -19,7 +52,10 @@ class Reporter:
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
         self._bar: Progress | None = None
-        self._total, self._first, self._tokens, self._started = 0, 0, 0, 0.0
+        self._work = Workload(0, 1)
+        self._first, self._step, self._tokens, self._started = 0, 0, 0, 0.0
+        self._step_seconds, self._trained = 0.0, False
+        self._eval_seconds, self._eval_batches, self._last_batch = 0.0, 0, 0.0
         self._validation = ""
 
     def line(self, text: str) -> None:
@@ -29,7 +65,7 @@ class Reporter:
 
     @contextmanager
     def phase(self, description: str) -> Iterator[None]:
-        """Announce a phase; the training bar, if there is one, ends with the phase."""
+        """Announce a phase; the bar, if there is one, ends with the phase."""
         self.line(f"{description} …")
         try:
             yield
@@ -38,31 +74,66 @@ class Reporter:
                 self._bar.stop()
                 self._bar = None
 
-    def training_begins(self, total_steps: int, done_steps: int = 0) -> None:
+    def training_begins(self, work: Workload, done_steps: int = 0) -> None:
         """Start counting after ``done_steps`` steps; show the bar on a terminal."""
-        self._total, self._first = total_steps, done_steps
+        self._work, self._first, self._step = work, done_steps, done_steps
         self._tokens, self._started = 0, time.perf_counter()
-        if self.console.is_terminal and not self.quiet:
-            self._bar = Progress(
-                BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(compact=True), console=self.console, transient=True,
-            )  # fmt: skip
-            self._bar.add_task("", total=total_steps, completed=done_steps)
-            self._bar.start()
+        self._eval_seconds, self._eval_batches = 0.0, 0
+        self._show(done_steps, work.steps, "", "")
 
     def step(self, row: dict[str, Any]) -> None:
         """Show one training step."""
-        self._tokens += row["tokens"]
-        if self._bar is not None:
-            rate = self._tokens / (time.perf_counter() - self._started)
-            text = f"loss {number(row['loss'], 3)}{self._validation} · {rate:,.0f} tokens/s"
-            self._bar.update(self._bar.task_ids[0], completed=row["step"], description=text)
+        self._tokens, self._step = self._tokens + row["tokens"], row["step"]
+        seconds = max(1e-9, time.perf_counter() - self._started - self._eval_seconds)
+        self._step_seconds = seconds / (self._step - self._first)
+        text = f"loss {number(row['loss'], 3)}{self._validation} · {self._tokens / seconds:,.0f} tokens/s"
+        self._show(self._step, self._work.steps, text, self._left())
+
+    def evaluating(self, done: int, batches: int) -> None:
+        """Show that ``done`` of the ``batches`` of an evaluation are done; 0: it begins."""
+        now = time.perf_counter()
+        if done:
+            self._eval_seconds += now - self._last_batch
+            self._eval_batches += 1
+        self._last_batch = now
+        self._show(done, batches, "evaluating", self._left(batches - done))
 
     def evaluated(self, row: dict[str, Any]) -> None:
         """Show one evaluation."""
         perplexity = number(exp_or_infinity(row["nll_sum"] / row["tokens"]))
         self._validation = f" · val ppl {perplexity}"
-        elapsed = time.perf_counter() - self._started
-        left = elapsed / (row["step"] - self._first) * (self._total - row["step"])
-        self.line(f"  step {row['step']}/{self._total}: validation perplexity {perplexity}, "
-                  f"{elapsed:.0f} s, about {left:.0f} s left")  # fmt: skip
+        elapsed, self._step = time.perf_counter() - self._started, row["step"]
+        self._trained = self._step >= self._work.steps
+        self.line(f"  step {row['step']}/{self._work.steps}: validation perplexity {perplexity}, "
+                  f"{_clock(elapsed)}, about {self._left()}")  # fmt: skip
+
+    def _left(self, batches: int | None = None) -> str:
+        """Return the time left with evaluations and speed pass; ``batches`` are left of an evaluation."""
+        each = self._eval_seconds / self._eval_batches if self._eval_batches else None
+        if self._trained and batches is not None:
+            seconds = self._work.speed_steps * self._step_seconds
+        else:
+            seconds = self._work.seconds_left(self._step, self._step_seconds, each)
+        return f"{_clock(seconds + (batches or 0) * (each or self._step_seconds * FORWARD_SHARE))} left"
+
+    def _show(self, completed: int, total: int, text: str, left: str) -> None:
+        if self.quiet or not self.console.is_terminal:
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"),
+                TextColumn("{task.fields[left]}"), console=self.console, transient=True,
+            )  # fmt: skip
+            self._bar.add_task("", total=total, left="")
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=completed, total=total, description=text, left=left)
+
+
+def _clock(seconds: float) -> str:
+    """Return a time such as 45 s, 3 min 20 s or 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return (
+        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    )

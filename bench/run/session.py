@@ -23,12 +23,13 @@ from bench.check.audit import Scored, audit_evaluation, audit_training
 from bench.check.isolation import check_trained_isolation, rows_to_judge
 from bench.check.subject import Check, CheckFailed, CheckReport, run_check
 from bench.cli import Interruption
+from bench.config import in_steps
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
 from bench.files import utc_now
 from bench.measure.ledger import Ledger
-from bench.measure.speed_pass import SpeedPass
+from bench.measure.speed_pass import SpeedPass, speed_pass_steps
 from bench.measure.timing import training_flops_per_token
 from bench.record import (
     Accounts,
@@ -49,7 +50,7 @@ from bench.record import (
     not_measured,
 )
 from bench.run.prepare import Prepared, settings_in_record
-from bench.run.progress import Reporter
+from bench.run.progress import Reporter, Workload
 from bench.run.resume import NOTHING, Earlier, is_ours, leak_check_of
 from bench.run.trackers import Tracker
 from bench.training.checkpoint import remove_left_over, save_checkpoint
@@ -220,8 +221,11 @@ class Session:
             report = CheckReport([*report.checks, again])
             self._judge(report)  # before any perplexity is written
             self._evaluate(prepared, model, learning, report)
-        with self._phase("speed", "measuring speed and memory"):
-            self._measure(prepared, model, learning)
+        if config.measure.speed:
+            with self._phase("speed", "measuring speed and memory"):
+                self._measure(prepared, model, learning)
+        else:
+            self.record.speed = self.record.memory = not_measured("left out by --no-speed")
         learning.keep_best()
         prepared.ranks.meet()
 
@@ -378,14 +382,15 @@ class TrainingRun:
         )
         self.trainer = Trainer(
             model, loaders["train"], loaders["val"], config, prepared.device, self,
-            steps=self.steps, ranks=ranks,
+            steps=self.steps, ranks=ranks, progress=reporter.evaluating,
         )  # fmt: skip
         windows = loaders["val"].dataset
         assert isinstance(windows, EvalWindows)
         self._validation_tokens = windows.num_scored
         self.trace = CommunicationTrace(prepared.probe())
         self.ledger = Ledger(tuned["micro_batch_size"] if tuned else None, ranks)
-        self.every = prepared.config.places.checkpoint_every or config.eval_every
+        every = in_steps(config.eval_every, self.trainer.plan.total_steps)
+        self.every = prepared.config.places.checkpoint_every or every
         if state is None:
             self.trace.sample(0, model)
         else:
@@ -409,9 +414,20 @@ class TrainingRun:
             KeyboardInterrupt: a signal came.
             Diverged: a loss is no longer finite.
         """
-        self.reporter.training_begins(self.trainer.plan.total_steps, self.trainer.done.steps)
+        self.reporter.training_begins(self._workload(), self.trainer.done.steps)
         with self.interruption.deferred():
             return self.trainer.run()
+
+    def _workload(self) -> Workload:
+        config, loaders = self.prepared.config, self.prepared.loaders
+        steps, final = self.trainer.plan.total_steps, ("val_final", "test")
+        return Workload(
+            steps=steps,
+            eval_every=in_steps(config.training.eval_every, steps),
+            eval_batches=len(loaders["val"]),
+            final_batches=sum(len(loaders[name]) for name in final if name in loaders),
+            speed_steps=speed_pass_steps(config.measure) if config.measure.speed else 0,
+        )
 
     def release(self) -> None:
         """Free what only training needs: gradients, optimizer state and the copy of the best state."""
@@ -537,7 +553,8 @@ def score(
         if loader is None:
             continue
         start = time.perf_counter()
-        result = evaluate(model, loader, device, learning.micro_batch_size, prepared.ranks)
+        rows, tell = learning.micro_batch_size, learning.reporter.evaluating
+        result = evaluate(model, loader, device, rows, prepared.ranks, tell)
         scored.append(Scored(split, loader, result.nll, time.perf_counter() - start))
         windows = loader.dataset
         assert isinstance(windows, EvalWindows)

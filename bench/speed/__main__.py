@@ -15,6 +15,7 @@ from pydantic import Field
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags, seconds_of
 from bench.files import utc_now
+from bench.help import Help
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 PROG = "python -m bench.speed"
+ABOUT = Help(
+    usual=("coupler_type couplers sizes batch_size whole_steps suite time_budget device name table").split(),
+    examples=(
+        "--couplers mean,GNN,HGNN --sizes 'E=4;E=8'",
+        "--suite all",
+        "--table results/speed/RECORD",
+    ),
+)
 
 
 def _default_model() -> ModelConfig:
@@ -33,57 +42,57 @@ def _default_model() -> ModelConfig:
 
 @flags
 class SpeedConfig:
-    """Time couplers alone, in each of their forms in turn, beside the floor of what they must move and do.
+    """Time couplers alone, in each of their forms, beside the least time that this machine allows.
 
-    Without any flag, and with --suite: also whole steps and the harness. Every figure is kept in
-    results_dir/speed/name. Exit status: 0 measured, 2 wrong input.
+    With --whole-steps: time whole training steps. With --suite: couplers, whole steps and the harness. All
+    figures are kept in results_dir/speed/name. Exit status: 0 measured, 2 wrong input.
     """
 
     model: ModelConfig = field(default_factory=_default_model)
     couplers: str | None = None
-    """Several couplers instead of --coupler: names of couplers and of hypergraph layers (HNHN), with commas
-    between them, or all."""
+    """Several couplers in place of --coupler: names of couplers and of hypergraph layers (HNHN), separated by
+    commas, or all."""
     sizes: str | None = None
-    """Several sizes, such as E=4,D=256,B=32,L=128;E=8; other flags give the letters that are not named."""
+    """Several sizes, such as E=4,D=256,B=32,L=128;E=8. Other flags give the letters that are missing."""
     batch_size: Count = 32
     """Sequences in the batch."""
     whole_steps: bool = False
-    """Time whole training steps with these couplers instead, in turn at each size, and their peak memory."""
+    """Measure time and peak memory of whole training steps with these couplers, alternating, at each size."""
     rounds: Count = 5
-    """Timed rounds of each form (one round if a step takes over two seconds)."""
+    """Timed rounds of each form. A step of more than two seconds has one round."""
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """bf16 is autocast, with expert outputs in bf16."""
+    """bf16: autocast, with expert outputs in bf16."""
     compile: bool = False
-    """Also time the default form compiled; in --suite cpu, a whole step."""
+    """Also time the default form compiled. With --suite cpu: also a compiled whole step."""
     compile_mode: Literal["default", "reduce-overhead"] = "default"
-    """How torch.compile compiles."""
+    """Mode of torch.compile."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA if there is one, else the CPU."""
-    suite: Literal["cpu", "gpu"] | None = None
-    """cpu: couplers, whole steps and the harness on the CPU (about four minutes); gpu: couplers and whole
-    steps on CUDA."""
+    """auto: CUDA if it is available, else the CPU."""
+    suite: Literal["all", "cpu", "gpu"] | None = None
+    """cpu: couplers, whole steps and the harness on the CPU, in about four minutes. gpu: couplers and whole
+    steps on CUDA. all: cpu, and gpu if CUDA is available."""
     time_budget: str | None = None
-    """Begin nothing that would likely end later (90s, 9m); what is left out is named."""
+    """Skip measurements that would probably end later than this: 90s, 9m. The output lists them."""
     results_dir: Place = Path("results")
     """Folder of all results."""
     name: str | None = None
-    """Name of the record (default: what was measured, and when)."""
+    """Name of the record (default: what was measured and the time)."""
     data_dir: Place | None = None
-    """Text for the harness in --suite cpu, as in bench.run."""
+    """Folder of the text for the harness of --suite cpu, as for bench.run."""
     plot: bool = False
-    """Draw the cost by E and by N, if several were timed; a suite always does. With --table: from the
+    """Draw the cost against E and N, if several were timed. A suite always draws. With --table: draw the
     record."""
     table: Annotated[tuple[Place, ...], Field(strict=False)] = ()
-    """Measure nothing: print the tables of these records, folders or files."""
+    """Measure nothing, and print the tables of these records (folders or files)."""
     page: Place | None = None
-    """With --table: put its tables into this page, between its marks."""
+    """With --table: write the tables into this page, between its marks."""
 
     def __post_init__(self) -> None:
         seconds_of("time_budget", self.time_budget)
         if self.suite is not None:
             self._refuse_what_a_suite_decides()
         elif self.data_dir is not None:
-            raise Refused("--data-dir is the text of --suite cpu; couplers alone read none.")
+            raise Refused("--data-dir is the text of --suite cpu; drop it, or add --suite cpu.")
         if self.page is not None and not self.table:
             raise Refused("--page writes the tables of --table RECORD; name a record.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
@@ -98,7 +107,9 @@ class SpeedConfig:
         given = [name for name in decided if getattr(self, name) != defaults[name]]
         given += ["coupler and its options"] if self.model != _default_model() else []
         if given:
-            raise Refused(f"--suite {self.suite} has its own {', '.join(given)}; drop what you gave of them.")
+            raise Refused(
+                f"--suite {self.suite} has its own {', '.join(given)}; drop your own values of them."
+            )
 
     def execution(self) -> ExecutionConfig:
         """Return precision and compilation; raises Refused as everywhere else."""
@@ -108,7 +119,7 @@ class SpeedConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or print what was measured; return the exit status (2: wrong input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config = parse(SpeedConfig, arguments, prog=PROG)
+    config = parse(SpeedConfig, arguments or ["--help"], prog=PROG, about=ABOUT)
     show_warnings_plainly()
     from rich.console import Console
 
@@ -120,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print_records(config.table, console, draw=config.plot, page=config.page)
             return 0
-        for what, jobs, device in _asked(config, suites=() if arguments else _suites_here()):
+        for what, jobs, device in _asked(config):
             _measure(what, jobs, device, config, command, console)
             if what == "cpu":
                 _say_what_needs_a_gpu(console)
@@ -132,10 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _suites_here() -> tuple[str, ...]:
+def _suites(asked: str | None) -> tuple[str, ...]:
+    """Return the suites that ``--suite`` asks for; ``all`` means the suites that this machine can run."""
     import torch
 
-    return ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
+    if asked == "all":
+        return ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",)
+    return () if asked is None else (asked,)
 
 
 def _say_what_needs_a_gpu(console: Console) -> None:
@@ -146,10 +160,13 @@ def _say_what_needs_a_gpu(console: Console) -> None:
 
     if not torch.cuda.is_available():
         names = dict.fromkeys(job.name.partition(":")[0] for job in gpu_jobs())
-        console.print(f"not measured, without a CUDA device: {'; '.join(names)} (--suite gpu)", markup=False)
+        console.print(
+            f"not measured, because this machine has no CUDA device: {'; '.join(names)} (--suite gpu)",
+            markup=False,
+        )
 
 
-def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, list[Job], torch.device]]:
+def _asked(config: SpeedConfig) -> Iterator[tuple[str, list[Job], torch.device]]:
     """Yield what is to be measured: a name, its jobs, and the device.
 
     Raises:
@@ -162,7 +179,7 @@ def _asked(config: SpeedConfig, suites: Sequence[str]) -> Iterator[tuple[str, li
     from bench.training.step import Execution
 
     compile_mode = config.compile_mode if config.compile else None
-    suites = [config.suite] if config.suite else suites
+    suites = _suites(config.suite)
     if not suites:
         execution = Execution(config.execution(), resolve_device(config.device))  # refuses what it cannot do
         jobs = known.form_jobs(

@@ -118,7 +118,9 @@ def show(data: dict[str, Any], rows: Rows, console: Console) -> None:
     """Print the tables of a record, and what it has no time for."""
     print_rows(rows, console)
     if data["left_out"]:
-        console.print(f"left out for want of time: {'; '.join(data['left_out'])}", markup=False)
+        console.print(
+            f"not measured, because the time budget ended: {'; '.join(data['left_out'])}", markup=False
+        )
 
 
 def write_plots_of(folder: Path, data: dict[str, Any], rows: Rows, console: Console) -> None:

@@ -22,12 +22,15 @@ Key = tuple[str, str | None]
 OPTIONS, STRATEGY = "coupler_option", "static_hyperedge_strategy"
 OF_HYPERGRAPHS = ("hgnn_conv_type", STRATEGY, "hgnn_learnable_edge_weights")
 """Flags that only the couplers with a hypergraph read."""
-DERIVED = ("ffn_dim", "vocab_size", "coupler_options")
-"""Fields that follow from --match, from the data or from the coupler's options: named only if needed."""
+DERIVED = (
+    "ffn_dim vocab_size coupler_options warmup_steps eval_every speed_warmup_steps speed_steps"
+).split()
+"""Fields that follow from --match, from the data, from the coupler's options or from the length of the
+training, or change no loss: named only if needed."""
 OF_MEMORY = ("micro_batch_size", "tune_batch_size", "fit_shape", "control_memory")
 """Memory flags that are part of a configuration where they are set."""
 IN_NO_IDENTITY = (
-    "seed audit marginal profile allow_failed_check min_steps_per_epoch strict_curriculum"
+    "seed audit marginal profile speed allow_failed_check min_steps_per_epoch strict_curriculum"
 ).split()
 """Fields in which the runs of one configuration may differ."""
 DIGITS = 8

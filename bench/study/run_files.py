@@ -70,6 +70,11 @@ def read_run(folder: Path) -> RunData:
     return RunData(record, history["train"], history["validation"], _trace(folder / TRACE))
 
 
+def train_rows(folder: Path) -> list[Row]:
+    """Return the rows of the training steps in order; none if the run has no history."""
+    return _history(folder)["train"]
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read an npz file.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import as_flags
+from bench.help import Help
 from bench.sweep.executors.base import (
     LOCAL,
     Resources,
@@ -28,12 +29,19 @@ if TYPE_CHECKING:
     from bench.sweep.plan import Match, Plan
 
 PROG = "python -m bench.sweep"
+ABOUT = Help(
+    usual="file sweep seeds match dry_run plan retry force time_budget slots study data_dir".split(),
+    examples=(
+        "sweeps/small.toml --dry-run",
+        "--sweep coupler=mean,gate,HGNN --seeds 3 --study first",
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan and run what the flags ask for; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    config = parse(with_options(SweepConfig), arguments, prog=PROG)
+    config = parse(with_options(SweepConfig), arguments, prog=PROG, about=ABOUT)
     show_warnings_plainly()
     from rich.console import Console
 

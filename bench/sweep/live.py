@@ -40,9 +40,8 @@ class Display:
     def found(self) -> None:
         """Say what was done before."""
         counts = Counter(found.status for found in self.result.outcomes.values())
-        said = f"; done before: {_counts(counts)}" if counts else ""
-        slots = f"{self.slots} slot{'s' if self.slots > 1 else ''}"
-        self.line(f"{len(self.result.runs)} runs in {slots}{said}")
+        said = f"; already done: {_counts(counts)}" if counts else ""
+        self.line(f"{len(self.result.runs)} runs, {self.slots} at a time{said}")
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -94,7 +93,7 @@ class Display:
         failed = sum(found.failed for found in outcomes.values())
         left = "" if seconds_left is None else f" · about {time_words(seconds_left)} left"
         counts = f"{len(outcomes)} of {len(self.result.runs)} done · {len(running)} running · {failed} failed"
-        lines.append(f"{counts} · {waiting} to come{left}")
+        lines.append(f"{counts} · {waiting} waiting{left}")
         if best := _best(outcomes):
             lines.append(f"best: {_quality(outcomes[best])} {self._labels[best]}")
         text = Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
@@ -115,14 +114,14 @@ class Display:
         if len(failures) > SHOWN_FAILURES:
             self.line(f"{'':12} … and {len(failures) - SHOWN_FAILURES} more")
         if failures:
-            self.line(f"the output of each run lies in {result.runs[0].folder.parent / '.logs'}")
+            self.line(f"The output of each run is in {result.runs[0].folder.parent / '.logs'}.")
         if result.message:
             self.line(f"error: {result.message}")
         if result.left_for_budget:
             count = result.left_for_budget
-            self.line(f"{count} runs were left: they would not have ended within the time budget")
+            self.line(f"{count} run{'s' * (count != 1)} did not start: they would end after the time budget.")
         if result.stopped is not None:
-            self.line(f"to go on where it stopped: {again}")
+            self.line(f"To continue: {again}")
 
 
 def last_validation(attempt: Attempt) -> str | None:

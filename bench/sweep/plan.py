@@ -508,9 +508,15 @@ def show_plan(plan: Plan, match: Match | None, console: Console, keep_stale: boo
         console.print(note)
     needed, comparisons = plan.seeds_needed(), max(1, len(plan.configurations) - 1)
     if len(plan.configurations) > 1:
-        enough = "enough" if len(plan.seeds) >= needed else f"NOT enough: {len(plan.seeds)} given"
         others = f"{comparisons} other{'s' * (comparisons > 1)}"
-        console.print(f"one against the {others} at p ≤ 0.05 takes {needed} paired seeds ({enough})")
+        if len(plan.seeds) >= needed:
+            text = (
+                f"{seeds} can give a significant result; comparing with {others} at p ≤ 0.05 needs {needed}."
+            )
+        else:
+            text = f"Warning: {seeds} cannot give a significant result; comparing with {others} at p ≤ 0.05 "
+            text += f"needs {needed}."
+        console.print(text)
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
@@ -541,8 +547,8 @@ def show_expected(plan: Plan, console: Console) -> None:
     The memory is predicted. The time is the time of the training alone: its steps × the median of three
     steps. They are run now, one configuration after another, with the threads that a run has.
     """
-    title = "one run here: peak memory predicted, training = steps × a step measured now"
-    table = _table(title, ["peak memory", "a step", "steps", "training"])
+    title = "one run here: predicted peak memory; training time = steps × measured step"
+    table = _table(title, ["peak memory", "step", "steps", "training"])
     total, shown = 0.0, plan.configurations[:MOST_ROWS]
     for number, configuration in enumerate(shown, 1):
         with console.status(f"{number} of {len(shown)}: {configuration.label} …"):
@@ -556,7 +562,7 @@ def show_expected(plan: Plan, console: Console) -> None:
     if any(configuration.training.config.execution.compile for configuration in shown):
         console.print(COMPILED_PEAK)
     rest = "" if len(shown) == len(plan.configurations) else f" of these {len(shown)} configurations"
-    console.print(f"the training of all runs{rest}, one after another: about {time_words(total)}")
+    console.print(f"The training of all runs{rest}, one after another, takes about {time_words(total)}.")
 
 
 def expected(configuration: PlannedConfiguration) -> tuple[str, float]:

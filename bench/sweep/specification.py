@@ -66,60 +66,60 @@ EXAMPLE = "coupler=GNN,HGNN num_experts=2,4,8"
 
 @flags
 class SweepConfig:
-    """Run every configuration of a sweep file, or of --sweep, with every seed.
-
-    Finished runs are skipped and interrupted runs continued, so the same command goes on where it was
-    stopped. Exit status: 0 all ok, 1 a run failed, 2 wrong input, 130 stopped.
-    """
+    """Run every configuration of a sweep file, or of --sweep, with every seed. The same command continues a
+    stopped sweep: it skips finished runs and resumes interrupted runs. Exit status: 0 all ok, 1 a run failed,
+    2 wrong input, 130 stopped."""
 
     file: Annotated[Place | None, tyro.conf.Positional] = None
     """The sweep file (TOML)."""
-    sweep: Texts = ()
+    sweep: Annotated[Texts, tyro.conf.arg(metavar="FLAG=VALUE,VALUE …")] = ()
     """In place of a file: flags and their values, such as coupler=GNN,HGNN num_experts=2,4,8."""
     seeds: Count | None = None
-    """Seeds 0, 1, … (this many; default: the file's, or 1)."""
+    """Number of seeds, from seed 0 (default: the seeds of the file, or 1)."""
     match: str | None = None
-    """Make all models equal: "params HGNN", "flops mean", and so on with memory (of a training step,
-    predicted) and time (measured in turn, here), solves for the width of the experts."""
+    """Choose the width of the experts so that all models have equal cost: "params HGNN" means as many
+    parameters as with HGNN. Also flops, memory (predicted, per training step) and time (measured here)."""
     dry_run: bool = False
-    """Print the plan and do nothing."""
+    """Print the plan and run nothing."""
     plan: bool = False
-    """As --dry-run, with the peak memory and the time that each configuration is expected to take here:
-    a few seconds per configuration."""
+    """Print the plan with the expected peak memory and time of each configuration. This takes a few seconds
+    per configuration."""
     retry: Literal["failed", "oom", "all"] | None = None
-    """Run again what failed (crashed, diverged, timeout, check_failed), what ran out of memory, or both."""
+    """Run again the failed runs (crashed, diverged, timeout, check_failed), the runs that ran out of memory,
+    or both."""
     force: bool = False
-    """Run everything again; earlier records are kept as run_id.1."""
+    """Run everything again. Earlier records are kept as run_id.1."""
     keep_stale: bool = False
-    """Keep runs that other code made, and continue interrupted runs, instead of running them again."""
+    """Keep or continue runs of an earlier version of the code. Without this flag, they run again."""
     fail_fast: bool = False
     """Stop at the first run that fails."""
     wait: bool = False
-    """Wait for another sweep of the same study instead of leaving."""
+    """Wait until another sweep of the same study has ended. Without this flag, the sweep is refused."""
     time_budget: str | None = None
-    """Start no run that is not expected to end in this time: 90s, 9m, 1.5h."""
+    """Start no run that is expected to end later than this: 90s, 9m, 1.5h."""
     run_timeout: str | None = None
-    """End a run that takes longer: 90s, 9m, 1.5h."""
+    """Stop a run that takes longer than this: 90s, 9m, 1.5h."""
     slots: Count | None = None
-    """Runs side by side (default: one per GPU; on a CPU one per core, each with one thread; on a Ray cluster
-    as many as it has room for; on Slurm 64 in the queue)."""
+    """Runs at the same time (default: one per GPU; on a CPU one per core, each with one thread; on a Ray
+    cluster as many as fit; on Slurm 64 in the queue)."""
     executor: str = "local"
-    """Where runs run: local (this machine), ray or slurm. A cluster must see this folder, the Python and
-    the results under the same paths."""
+    """local (this machine), ray or slurm. All machines of a cluster must have this folder, Python and the
+    results at the same paths."""
     devices_per_run: Count = 1
-    """Devices that each run is spread over by torchrun: GPUs with cuda, else processes on the CPU."""
+    """Devices per run, by torchrun: GPUs with cuda, else processes on the CPU."""
     cpus_per_run: Count | None = None
-    """On a cluster: cores of a run, shared by its devices as threads (default: 1 per device; 4 per GPU)."""
+    """On a cluster: cores per run, shared by its devices as threads (default: 1 per CPU process, 4 per
+    GPU)."""
     results_dir: Place = Path("results")
     """Folder of all results."""
     study: str | None = None
-    """Runs that belong together (default: the file's name)."""
+    """Name of the study (default: the name of the file)."""
     data_dir: Place | None = None
     """Folder of the text (default: the environment variable GNNMOE_DATA_DIR)."""
     data_source: Literal["auto", "folder", "hub", "embedded"] = "auto"
     """As for bench.run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """As for bench.run; on a cluster cpu (auto) or cuda, whatever this machine has."""
+    """As for bench.run. On a cluster: cuda, or cpu (auto)."""
 
     def __post_init__(self) -> None:
         seconds_of("time_budget", self.time_budget)

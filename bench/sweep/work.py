@@ -181,7 +181,9 @@ class _RunningSweep:
         """Heed signals, the sweep's time budget and the runs' time limit."""
         if self.signals:
             if self.result.stopped != "signal":
-                self.display.line("stopping: each run saves its state; a second signal ends them at once …")
+                self.display.line(
+                    "stopping: each run saves its state; a second signal stops them immediately …"
+                )
             self._stop("signal")
         if len(self.signals) > 1:
             for run_id in self.running:
@@ -268,7 +270,7 @@ class _RunningSweep:
             if is_busy(waiting.run):
                 waiting.not_before = now + BUSY_SECONDS
                 if not waiting.told:
-                    self.display.line(f"{waiting.run.label}: another process is at it; waiting for that")
+                    self.display.line(f"{waiting.run.label}: another process runs it; waiting for its end")
                 waiting.told = True
                 continue
             return self.waiting.pop(place)

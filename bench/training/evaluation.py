@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,14 @@ def merged(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)
 
 
+Progress = Callable[[int, int], object]
+"""Is told how many batches are done, and of how many."""
+
+
+def _tell_nobody(done: int, batches: int) -> None:
+    del done, batches
+
+
 @torch.no_grad()
 def evaluate(
     model: GNNMoEModel,
@@ -43,20 +51,25 @@ def evaluate(
     device: torch.device,
     rows: int | None = None,
     ranks: Ranks = ALONE,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score every target of ``loader`` that is not ignored, in eval mode; restore the mode afterwards.
 
     On several ``ranks`` each rank scores its own stretch, and all return the evaluation of the whole text.
-    ``rows``: windows per forward (None: a whole batch); it changes the rounding only.
+    ``rows``: windows per forward (None: a whole batch); it changes the rounding only. ``progress`` is told
+    how many batches are done.
     """
+    tell = progress or _tell_nobody
     was_training = model.training
     model.eval()
     parts = []
-    for batch in loader:
+    tell(0, len(loader))
+    for number, batch in enumerate(loader, start=1):
         batch = to_device(batch, device)
         for part in split(batch, rows):
             nll = model.token_nll(part["input_ids"], part["targets"])
             parts.append(nll[part["targets"] != IGNORED].float().cpu().numpy())
+        tell(number, len(loader))
     model.train(was_training)
     nll = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
     own = Evaluation(nll_sum=float(nll.sum(dtype=np.float64)), tokens=len(nll), nll=nll)

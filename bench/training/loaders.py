@@ -110,28 +110,43 @@ def make_loaders(
     Raises:
         Refused: as ``create_loader``.
     """
-    training, length, seed = config.training, config.model.max_seq_length, config.training.seed
-    size = max(1, training.batch_size // ranks.world_size)
-    shared: dict[str, Any] = {
-        "max_seq_length": length, "seed": seed, "num_workers": config.places.num_workers_dataloader,
-        "pin_memory": device.type == "cuda",
-        "rank": ranks.rank, "world_size": ranks.world_size,
-    }  # fmt: skip
+    size, shared = _shared(config, device, ranks)
     evaluated = {**shared, "num_samples": config.data.num_eval_samples}
-    half = max(1, length // 2)
+    half = max(1, config.model.max_seq_length // 2)
     loaders = {
-        "train": create_loader(
-            corpus, "train", size, num_samples=config.data.num_train_samples,
-            batch_schedule=_schedule(training, ranks.world_size),
-            curriculum=_curriculum(config, corpus, device),
-            min_batches=training.min_steps_per_epoch, extent=_extent(training), **shared,
-        ),
+        "train": training_loader(config, corpus, device, ranks),
         "val": create_loader(corpus, "val", size, **evaluated),
         "val_final": create_loader(corpus, "val", size, stride=half, **evaluated),
     }  # fmt: skip
     if config.data.evaluate_test:
         loaders["test"] = create_loader(corpus, "test", size, stride=half, **shared)
     return loaders
+
+
+def training_loader(
+    config: RunConfig, corpus: Corpus, device: torch.device, ranks: Ranks = ALONE
+) -> BlockLoader:
+    """Return the loader of the training batches, with this rank's part of them.
+
+    Raises:
+        Refused: as ``create_loader``.
+    """
+    size, shared = _shared(config, device, ranks)
+    return create_loader(
+        corpus, "train", size, num_samples=config.data.num_train_samples,
+        batch_schedule=_schedule(config.training, ranks.world_size),
+        curriculum=_curriculum(config, corpus, device),
+        min_batches=config.training.min_steps_per_epoch, extent=_extent(config.training), **shared,
+    )  # fmt: skip
+
+
+def _shared(config: RunConfig, device: torch.device, ranks: Ranks) -> tuple[int, dict[str, Any]]:
+    """Return the sequences of a batch on this rank, and the arguments that all loaders share."""
+    return max(1, config.training.batch_size // ranks.world_size), {
+        "max_seq_length": config.model.max_seq_length, "seed": config.training.seed,
+        "num_workers": config.places.num_workers_dataloader, "pin_memory": device.type == "cuda",
+        "rank": ranks.rank, "world_size": ranks.world_size,
+    }  # fmt: skip
 
 
 def validate_first_batches(loaders: dict[str, BlockLoader]) -> None:

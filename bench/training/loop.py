@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench.config import DEFAULT_MAX_STEPS, TrainingConfig
+from bench.config import DEFAULT_MAX_STEPS, TrainingConfig, in_steps
 from bench.data.loader import BlockLoader, set_epoch
-from bench.training.evaluation import evaluate
+from bench.training.evaluation import Progress, evaluate
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Batch, learning_rate, make_optimizer, to_device, training_step
 from gnnmoe.model import GNNMoEModel
@@ -102,7 +102,8 @@ class Trainer:
     """Trains a model in place and ends with the state that was best on validation.
 
     ``steps`` runs the steps; evaluations use the same micro-batch size. On several ``ranks`` each rank
-    trains on the batches of its own loader, and all ranks have the same losses and parameters.
+    trains on the batches of its own loader, and all ranks have the same losses and parameters. ``progress``
+    is told how far each evaluation is.
     """
 
     def __init__(
@@ -116,7 +117,9 @@ class Trainer:
         *,
         steps: Steps | None = None,
         ranks: Ranks = ALONE,
+        progress: Progress | None = None,
     ) -> None:
+        self._progress = progress
         self.model, self.config, self.device, self.hooks = model, config, device, hooks
         self.ranks, self._parallel = ranks, ranks.parallel(model)
         self.train_loader, self.val_loader = train_loader, val_loader
@@ -140,9 +143,10 @@ class Trainer:
         if self._random is not None:
             set_random_state(self._random, self.device)
         self.model.train()
+        every = in_steps(self.config.eval_every, self.plan.total_steps)
         for batch in self._batches():
             self._step(batch)
-            if self.done.steps % self.config.eval_every == 0 or self.done.steps == self.plan.total_steps:
+            if self.done.steps % every == 0 or self.done.steps == self.plan.total_steps:
                 self.report()
                 self._evaluate()
             self.hooks.after_step()
@@ -228,7 +232,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         rows = self.steps.micro_batch_size
-        result = evaluate(self.model, self.val_loader, self.device, rows, self.ranks)
+        result = evaluate(self.model, self.val_loader, self.device, rows, self.ranks, self._progress)
         self._check(result.nll_sum, "validation loss", self.done.steps)
         if result.nll_sum < self.done.best_nll_sum:
             self.done.best_nll_sum, self.done.best_step = result.nll_sum, self.done.steps

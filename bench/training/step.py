@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.config import ExecutionConfig, RunConfig, TrainingConfig
+from bench.config import ExecutionConfig, RunConfig, TrainingConfig, in_steps
 from bench.device import is_out_of_memory, resolve_device
 from bench.training.ranks import ALONE, Ranks
 from gnnmoe.config import GNNMoEConfig, Refused
@@ -39,9 +39,10 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
 
     Source of the cosine: Loshchilov and Hutter, "SGDR", 2017 (arXiv:1608.03983), without restarts.
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps)
+    warmup = in_steps(config.warmup_steps, total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - 1 - warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return config.learning_rate * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
+from bench.help import Help
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -22,11 +23,18 @@ if TYPE_CHECKING:
     from bench.tune.trials import Request
 
 OF_A_RUN = ("control_memory", "micro_batch_size", "tune_fallback")  # flags that say how to train
+ABOUT = Help(
+    usual=(
+        "coupler_type coupler_option preset data_dir batch_size max_seq_length num_experts embed_dim"
+        " memory_budget memory_target fit_shape tune_max_seconds device precision"
+    ).split(),
+    examples=("--coupler HGNN --memory-budget 8GiB", "--preset baseline --fit-shape"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search for the config that the flags name; return the exit status."""
-    config = parse(TuneConfig, argv, prog="python -m bench.tune", presets=True)
+    config = parse(TuneConfig, argv, prog="python -m bench.tune", presets=True, about=ABOUT)
     show_warnings_plainly()
     try:
         memory = _switched_on(config.memory)
@@ -49,8 +57,8 @@ def _switched_on(memory: MemoryConfig) -> MemoryConfig:
     given = [f"--{name.replace('_', '-')}" for name in OF_A_RUN if getattr(memory, name)]
     if given:
         raise Refused(
-            f"bench.tune trains nothing, so that it has no use for {' and '.join(given)}; "
-            "keep that for bench.run, and drop it here."
+            f"bench.tune trains nothing, so that it does not use {' and '.join(given)}; "
+            "drop it here, and give it to bench.run."
         )
     memory = replace(memory, tune_batch_size=memory.tune_batch_size or not memory.fit_shape)
     refuse_wrong_flags(memory)
@@ -69,7 +77,7 @@ def _search(config: RunConfig, start: int | None) -> int:
     progress = Console(stderr=True, highlight=False, markup=False, quiet=config.places.quiet)
 
     def show_trial(trial: Trial) -> None:
-        progress.print(f"  {trial.shape.rows} at once: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
+        progress.print(f"  {trial.shape.rows} sequences: {trial.failure or 'fits'} ({trial.seconds:.1f} s)")
 
     fits = config.memory.fit_shape
     try:
@@ -113,7 +121,7 @@ def request_of(config: RunConfig, start: int | None, say: Say) -> Request:
 
 MIB = 2**20
 SIZES_HEADINGS = ("size", "predicted\nMiB", "measured\nMiB", "tokens/s", "seconds")
-SHAPES_HEADINGS = ("length", "at once", "predicted\nMiB", "corrected\nMiB", "measured\nMiB")
+SHAPES_HEADINGS = ("length", "sequences", "predicted\nMiB", "corrected\nMiB", "measured\nMiB")
 ENDED = {"max_trials": "the trials ran out", "max_seconds": "the time ran out"}
 
 
@@ -131,15 +139,17 @@ def print_sizes(found: dict[str, Any], batch_size: int, console: Console) -> Non
             _verdict(trial, *marks),
         )
     console.print(table)
-    why = {"limit": "more does not fit", "cap": "more is not allowed", **ENDED}[found["stopped"]]
+    why = {"limit": "a larger size does not fit", "cap": "a larger size is not allowed", **ENDED}[
+        found["stopped"]
+    ]
     fitting = range(1, max(found["largest"], 1) + 1)
     micro = max(size for size in fitting if batch_size % size == 0)
     split = "whole" if micro == batch_size else f"as {batch_size // micro} micro-batches of {micro}"
     flag = "" if micro == batch_size else f" (--micro-batch-size {micro})"
     text = (
-        f"largest that ran: {found['largest']:,} of at most {found['cap']:,}: {why}{_kept(found)}.\n"
-        f"knee: {found['knee']:,}, the smallest within 5 % of the best tokens/s.\n"
-        f"a batch of {batch_size} runs {split}{flag}."
+        f"largest size: {found['largest']:,} of at most {found['cap']:,}: {why}{_kept(found)}.\n"
+        f"knee: {found['knee']:,}, the smallest size within 5% of the best tokens/s.\n"
+        f"A batch of {batch_size} sequences runs {split}{flag}."
     )
     console.print(Text(text))
 
@@ -153,8 +163,9 @@ def print_fit(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     why = {"limit": "the next size does not fit", "largest": "nothing larger is allowed", **ENDED}
     text = (
-        f"length {found['length']}, {found['micro_batch_size']} at once of a batch of {found['batch_size']}: "
-        f"{why[found['stopped']]}{_kept(found)}.\nto use it: --max-seq-length {found['length']} "
+        f"length {found['length']}, micro-batches of {found['micro_batch_size']} for a batch of "
+        f"{found['batch_size']}: "
+        f"{why[found['stopped']]}{_kept(found)}.\nTo use it: --max-seq-length {found['length']} "
         f"--micro-batch-size {found['micro_batch_size']}, or --fit-shape with the same flags."
     )
     console.print(Text(text))
@@ -176,7 +187,7 @@ def _limit(found: dict[str, Any]) -> str:
 
 
 def _kept(found: dict[str, Any]) -> str:
-    return " (kept from an earlier search)" if found["from_cache"] else ""
+    return " (from an earlier search)" if found["from_cache"] else ""
 
 
 def _peaks(trial: dict[str, Any], *names: str) -> list[str]:

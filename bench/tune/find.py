@@ -373,7 +373,7 @@ def find(request: Request, ranks: Ranks, say: Say, on_trial: OnTrial | None = No
 
     def say_trial(trial: Trial) -> None:
         shape = trial.shape if request.mode == "shape" else trial.shape.rows
-        say(f"  {shape} at once: {trial.failure or 'fits'}")
+        say(f"  {shape}: {trial.failure or 'fits'}")
 
     start, shapes, tell = time.perf_counter(), request.shapes, on_trial or say_trial
     look = search_in_child if torch.device(request.setup.device).type == "cuda" else search_here
@@ -412,12 +412,12 @@ def words_of(found: dict[str, Any]) -> str:
     """Return a line for the user: what the record of a search means for its run."""
     fits = "method" in found
     if found["status"] == "failed" and fits:
-        return f"WARNING: the fit failed, so what is configured is used: {found['error']}"
+        return f"WARNING: the fit failed; the run uses the given length and batch: {found['error']}"
     if found["status"] == "failed":
-        return f"WARNING: the search failed, so the configured batch is used: {found['error']}"
+        return f"WARNING: the search failed; the run uses the given batch: {found['error']}"
     if fits:
         shape = Shape(found["micro_batch_size"], found["length"])
-        return f"  {shape} at once, {found['batch_size']} an update"
+        return f"  micro-batches of {shape}, {found['batch_size']} sequences per update"
     return f"  micro-batch {found['micro_batch_size']} of a batch of {found['batch_size']}"
 
 

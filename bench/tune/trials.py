@@ -142,7 +142,7 @@ class Trials:
     def _hopeless(self, predicted: int, length: int) -> str | None:
         """Return why a shape fails without being run; the first shape of a length is always run."""
         if self._device.type == "cpu" and predicted > (free := free_host_bytes()):
-            return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process without a word
+            return f"only {format_bytes(free)} {FREE_HERE}"  # Linux would kill the process without a message
         limit = self.setup.limit_bytes
         if length in self._begun and predicted > limit * SURE_SHARE:
             return f"far above {format_bytes(limit)}"

@@ -22,7 +22,7 @@ def test_the_defaults_are_the_quick_preset_of_the_design():
     assert (model.num_experts, model.embed_dim, model.num_heads, model.num_layers) == (4, 64, 2, 2)
     assert (model.max_seq_length, model.dropout_rate, training.batch_size) == (128, 0.0, 16)
     assert (training.learning_rate, training.adam_betas, training.weight_decay) == (8e-3, (0.9, 0.95), 0.1)
-    assert (training.warmup_steps, training.min_lr_ratio, training.max_grad_norm) == (15, 0.05, 1.0)
+    assert (training.warmup_steps, training.min_lr_ratio, training.max_grad_norm) == (0.125, 0.05, 1.0)
     assert (data.num_eval_samples, data.evaluate_test) == (512, False)
     assert parse(RunConfig, ["--preset", "quick"], presets=True) == config
 

@@ -88,7 +88,7 @@ def test_the_length_of_training_comes_from_the_last_that_gives_one(write, text, 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("num_expert = 4", ["unknown key 'num_expert'", "bench.run --help", "'num_experts'?"]),
+        ("num_expert = 4", ["unknown key 'num_expert'", "bench.run --help-all", "'num_experts'?"]),
         ("config = 'other.toml'", ["unknown key 'config'"]),
         ("[model]\nnum_experts = 4", ["unknown key 'model'"]),
         ("[coupler]\nnum_experts = 4", ["coupler is a table", "must be text"]),

@@ -73,7 +73,7 @@ def shape(config: RunConfig) -> tuple:
 
 @pytest.mark.parametrize(
     ("preset", "epochs", "batches", "dropout", "test", "every"),
-    [("baseline", 4, 200, 0.1, False, 200), ("full", 20, None, 0.3, True, 500)],
+    [("baseline", 4, 200, 0.1, False, 0.25), ("full", 20, None, 0.3, True, 0.05)],
 )
 def test_the_presets_of_the_original_plan(preset, epochs, batches, dropout, test, every):
     config = parse(RunConfig, ["--preset", preset], presets=True)
@@ -197,7 +197,11 @@ def test_a_command_is_a_module_with_a_main_and_is_not_imported(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "said"),
-    [("chek", "Did you mean 'check'?"), ("--hlp", "unknown command '--hlp'"), ("run", "python -m bench.run")],
+    [
+        ("chek", "Did you mean 'check'?"),
+        ("--hlp", "unknown command '--hlp'"),
+        ("runs", "Did you mean 'run'?"),
+    ],
 )
 def test_an_unknown_command_gets_the_nearest_name(capsys, argument, said):
     assert said in refusal(capsys, [argument], list_commands)

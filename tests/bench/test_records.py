@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import files
-from bench.config import ModelConfig, RunConfig, config_of, run_flags
+from bench.config import ModelConfig, RunConfig, TrainingConfig, config_of, run_flags
 from bench.record import Damaged, Record, RunFolder, check_writable, is_measured
 from bench.run.prepare import configuration_id, identity, settings_in_record
 from bench.run.prepare import run_id as schema_run_id
@@ -20,10 +20,12 @@ from tests._records import made_record, record_json
 
 pytestmark = pytest.mark.core("record")
 DATA = "0" * 64
+WIKITEXT_2 = "cae8a46fa3c69638a202eafb4a08e4d4edd20cf83cda7562162d37a0fc74514d"
 REFERENCE = Path(__file__).parents[2] / "results/reference"
 
 
 def run_id(config: RunConfig, data: str, device: str, **world) -> str:
+    config = dataclasses.replace(config, training=config.training.settled(120))
     return schema_run_id(identity(config, coupler_identity(config.model.resolved(1)), data, device, **world))
 
 
@@ -40,7 +42,7 @@ VALUES = {
     "batch_schedule": "0:16,1:32", "initialization": "original",
 }  # fmt: skip
 BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_check",
-                  "audit", "marginal", "profile",  # checked and measured besides
+                  "audit", "marginal", "profile", "speed",  # checked and measured besides
                   "text_column", "tokenizer",  # the data count by their content
                   "curriculum", "curriculum_pacing", "curriculum_start",  # by the order they give
                   "strict_curriculum", "min_steps_per_epoch"}  # fmt: skip
@@ -57,9 +59,8 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
             name = run_id(with_field(group, field.name, changed), DATA, "cpu")
             assert name not in seen, f"{group}.{field.name} does not count"
             seen.add(name)
-    for name, value in (("audit", "full"), ("marginal", True), ("profile", True)):
+    for name, value in (("audit", "full"), ("marginal", True), ("profile", True), ("speed", False)):
         assert run_id(with_field("measure", name, value), DATA, "cpu") in seen
-    assert run_id(with_field("measure", "speed_warmup_steps", "auto"), DATA, "cpu") not in seen
     assert run_id(RunConfig(), "1" * 64, "cpu") not in seen
     assert run_id(RunConfig(), DATA, "cuda") not in seen
     assert run_id(RunConfig(), DATA, "cpu", world_size=2) not in seen
@@ -88,6 +89,8 @@ def test_every_committed_record_has_the_ids_of_its_config():
     ("group", "name", "value"),
     [
         ("training", "max_steps", 120),
+        ("training", "warmup_steps", 15),
+        ("training", "eval_every", 40),
         ("model", "coupler_option", ("backend=vectorized",)),
         ("model", "coupler_option", ("residual=True",)),
         ("measure", "allow_failed_check", True),
@@ -101,6 +104,23 @@ def test_every_committed_record_has_the_ids_of_its_config():
 )
 def test_the_same_run_said_in_other_words_has_the_same_id(group, name, value):
     assert run_id(with_field(group, name, value), DATA, "cpu") == run_id(RunConfig(), DATA, "cpu")
+
+
+def test_the_default_run_on_wikitext_2_keeps_its_id():
+    """Shares of the training count as steps, and the default speed pass as the one of the first records."""
+    assert run_id(RunConfig(), WIKITEXT_2, "cpu") == "a38be5e8f024"
+
+
+def test_shares_of_the_training_are_steps_of_it_rounded_up():
+    for steps, expected in ((120, (15, 40)), (20, (3, 7)), (1, (1, 1)), (100, (13, 34))):
+        found = TrainingConfig().settled(steps)
+        assert (found.warmup_steps, found.eval_every) == expected
+    given = TrainingConfig(warmup_steps=0, eval_every=1).settled(120)
+    assert (given.warmup_steps, given.eval_every) == (0, 1)
+    assert TrainingConfig(eval_every=1.0).settled(120).eval_every == 120
+
+
+def test_one_batch_schedule_has_one_id():
     one = run_id(with_field("training", "batch_schedule", "0:16,3:32"), DATA, "cpu")
     for text in ("0:16,03:32", " 0:016 , 3:32", "0:16,2:16,3:32,4:32"):
         assert run_id(with_field("training", "batch_schedule", text), DATA, "cpu") == one

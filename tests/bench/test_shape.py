@@ -198,7 +198,7 @@ def test_bench_tune_fits_and_says_what_to_use(tiny, capsys):
     printed = capsys.readouterr()
     said = printed.out
     assert printed.err == "", "quiet"
-    assert "length 16, 4 at once of a batch of 4: nothing larger is allowed" in said
+    assert "length 16, micro-batches of 4 for a batch of 4: nothing larger is allowed" in said
     assert "--max-seq-length 16 --micro-batch-size 4" in said
 
 

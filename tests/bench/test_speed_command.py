@@ -258,7 +258,7 @@ class TestCommand:
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments]) == 0
         out = " ".join(capsys.readouterr().out.split())
-        assert "left out for want of time: " in out
+        assert "not measured, because the time budget ended: " in out
         assert "GNN, E 4, D 8, B 2, L 4 record: " in out
 
     @pytest.mark.parametrize(("arguments", "message"), [
@@ -282,12 +282,24 @@ class TestCommand:
         assert message in refusal(capsys, arguments.split(), speed.main)
         assert list(tmp_path.iterdir()) == []
 
-    def test_without_flags_it_runs_the_suite_of_the_machine(self, monkeypatch, tmp_path, capsys):
+    def test_without_flags_it_shows_its_help_and_measures_nothing(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            speed.main([])
+        assert not stopped.value.code
+        assert "python -m bench.speed --suite all" in capsys.readouterr().out
+        assert list(tmp_path.iterdir()) == []
+
+    def test_all_suites_are_those_of_the_machine(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         monkeypatch.setattr("bench.speed.suites.cpu_jobs", lambda *_: [])
         monkeypatch.chdir(tmp_path)
-        assert speed.main([]) == 0
+        assert speed.main(["--suite", "all"]) == 0
         [record] = Path("results/speed").glob(f"*/{FILE}")
         assert json.loads(record.read_text())["what"] == "cpu"
         said = " ".join(capsys.readouterr().out.split())
-        assert "not measured, without a CUDA device: parity; step B 32; step E 64; experts;" in said
+        assert (
+            "not measured, because this machine has no CUDA device: parity; step B 32; step E 64; experts;"
+            in said
+        )
         assert said.endswith("curve; experts, compiled (--suite gpu)")

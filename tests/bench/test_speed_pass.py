@@ -9,7 +9,8 @@ import json
 import pytest
 import torch
 
-from bench.config import ExecutionConfig, MeasureConfig, RunConfig
+from bench.cli import parse
+from bench.config import ExecutionConfig, MeasureConfig, RunConfig, preset_names
 from bench.measure import speed_pass
 from bench.measure.speed_pass import TRACE, SpeedPass, on_host
 from bench.measure.timing import TrainingSteps
@@ -60,6 +61,11 @@ def test_the_model_stays_as_it_was_and_the_record_has_every_part(tmp_path):
     assert said == []
     assert list(tmp_path.iterdir()) == []
     json.dumps([speed, memory], allow_nan=False)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_warms_up_until_the_steps_are_steady(preset):
+    assert parse(RunConfig, ["--preset", preset], presets=True).measure.speed_warmup_steps == "auto"
 
 
 def test_the_model_waits_on_the_host_and_comes_back_whatever_happens(monkeypatch):
@@ -211,7 +217,7 @@ def test_a_run_measures_the_coupler_and_writes_its_profile(tiny, capsys):
     assert marginal["peak_allocated_bytes"] > 0
     assert len(marginal["step_seconds"]) == len(marginal["reference_step_seconds"]) == 2
     assert "costliest operations of a step" in said
-    assert "over mean (2 rounds in turn, not steady)" in " ".join(said.split())
+    assert "over mean (2 alternating rounds, not steady)" in " ".join(said.split())
     assert list(results_of(tiny).glob("*/*/trace.json.gz"))
     assert max(map(len, said.splitlines())) <= 80 or "record: " in said
 

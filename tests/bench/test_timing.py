@@ -69,13 +69,13 @@ def test_a_fixed_warm_up_is_outside_the_clock():
     assert times.seconds == [4.0, 5.0, 6.0, 7.0]
     assert times.warmup_seconds == [100.0] * 3
     assert (times.warmup.warmup_steps, times.steady, times.moved) == (3, False, None)
-    assert times.warmup.remark == "not steady: a fixed, short warm-up"
+    assert times.warmup.remark == "not steady: the warm-up was fixed to 3 steps"
 
 
 def test_steady_steps_are_found_after_two_windows_of_which_one_slow_step_moves_no_median():
     times = FakeTime(lambda number: 9.0 if number in (0, 14) else 1.0).times("auto")
     assert (times.warmup.warmup_steps, times.steady, times.moved) == (20, True, 0.0)
-    assert str(times.warmup.remark).startswith("steady: after 20 steps")
+    assert str(times.warmup.remark).startswith("steady: after 20 warm-up steps")
 
 
 def test_drifting_steps_are_warmed_up_until_they_settle():
@@ -94,7 +94,9 @@ def test_what_never_settles_is_timed_after_fifty_steps_and_marked(growth):
     times = FakeTime(lambda number: growth ** (number // 10)).times("auto")
     assert (times.warmup.warmup_steps, times.steady) == (50, False)
     assert times.moved == pytest.approx(abs(growth - 1))
-    assert str(times.warmup.remark).startswith("not steady: after 50 steps")
+    assert str(times.warmup.remark).startswith(
+        "not steady: after 50 warm-up steps, the median of 10 steps still "
+    )
 
 
 @pytest.mark.parametrize(("level", "warmup_steps"), [(1.0201, 30), (1.0199, 20), (0.9799, 30), (0.9801, 20)])

@@ -139,8 +139,9 @@ def test_b7_e3_a_run_with_a_search_is_the_run_with_its_answer_bit_for_bit(tuned,
     assert {epoch["batch_size"] for epoch in used["ledger"]["epochs"]} == {16}, "and an update's stays"
     peak = record["memory"]["peak_allocated_bytes"]
     assert pytest.approx(peak_of(8, 16, words, 0.1), rel=0.1) == peak <= found["limit_bytes"]
-    for part in ("asked 16 × 16", "micro-batch 8 of at most 16, 2 sizes tried", "run as 8 × (8 × 16)",
-                 "16 at once: peak above", "8 at once: fits", "micro-batch 8 of a batch of 16"):  # fmt: skip
+    for part in ("16 sequences × 16 tokens", "micro-batch 8 of at most 16, 2 sizes tried",
+                 "as 8 micro-batches of 8 × 16", "16: peak above", "8: fits",
+                 "micro-batch 8 of a batch of 16"):  # fmt: skip
         assert part in printed
     log = (folder / "log.txt").read_text()
     assert log.index("searching for the largest micro-batch") < log.index("building") < log.index("training")
@@ -236,7 +237,7 @@ def test_a8_with_a_fallback_the_configured_size_is_used_and_the_record_says_fail
     assert record["used"]["ledger"]["tuned_micro_batch_size"] is None
     printed = " ".join(capsys.readouterr().out.split())
     assert "WARNING: the search failed" in printed
-    assert "tuned FAILED: NoFeasibleBatch" in printed
+    assert "tuned: FAILED: NoFeasibleBatch" in printed
 
 
 def test_b9_another_error_in_a_trial_crashes_the_run(tuned, monkeypatch):
@@ -433,28 +434,28 @@ def test_the_command_prints_trials_limit_knee_and_how_to_split_in_80_columns(com
     lines = printed.out.splitlines()
     assert max(map(len, lines)) <= 80
     text = " ".join(printed.out.split())
-    assert "largest that ran: 8 of at most 9: more does not fit." in text
-    assert "knee: 8, the smallest within 5 % of the best tokens/s." in text
+    assert "largest size: 8 of at most 9: a larger size does not fit." in text
+    assert "knee: 8, the smallest size within 5% of the best tokens/s." in text
     assert "as 2 micro-batches of 8 (--micro-batch-size 8)" in text
     for part in ("predicted", "measured", "tokens/s", "✗"):
         assert part in text
     (row,) = [line for line in lines if "✓ knee" in line or "✓ largest" in line]
     assert row.split()[1] == row.split()[2] == f"{limit / 2**20:.1f}", "predicted and measured side by side"
-    assert "8 at once: fits" in printed.err, "progress"
+    assert "8 sequences: fits" in printed.err, "progress"
     assert not results_of(command).exists()
     assert tune([*flags, "--quiet"]) == 0
     printed = capsys.readouterr()
-    assert "kept from an earlier search" in " ".join(printed.out.split())
+    assert "from an earlier search" in " ".join(printed.out.split())
     assert "at once" not in printed.err
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--control-memory", "no use for --control-memory; keep that for bench.run"),
-        ("--fit-shape --tune-fallback", "no use for --tune-fallback;"),
+        ("--control-memory", "does not use --control-memory; drop it here"),
+        ("--fit-shape --tune-fallback", "does not use --tune-fallback;"),
         ("--fit-shape --control-memory --micro-batch-size 2",
-         "no use for --control-memory and --micro-batch-size;"),
+         "does not use --control-memory and --micro-batch-size;"),
         ("--fit-shape --tune-mode power", "tune_mode is for --tune-batch-size"),
         ("--fit-shape --tune-batch-size", "fit_shape finds the micro-batch"),
         ("--memory-budget 1XB", "unknown unit 'XB'"),
@@ -480,7 +481,7 @@ def test_the_command_is_a_switch_itself(command, quick_trials, capsys):
     assert tune([*command, *flags]) == 0
     assert quick_trials == [3, 6, 12]
     assert tune([*command, "--tune-init", "16", "--tune-max-trials", "1"]) == 0
-    assert "a batch of 16 runs whole." in " ".join(capsys.readouterr().out.split())
+    assert "A batch of 16 sequences runs whole." in " ".join(capsys.readouterr().out.split())
 
 
 FIT_FLAGS = ["--fit-shape", "--memory-budget", "140KiB", "--shape-length-step", "4"]

@@ -60,7 +60,7 @@ def test_a_wrong_flops_formula_is_a_failure(capsys, monkeypatch):
     assert main([*SMALL, "--coupler", "tests.check.portrait_couplers:WrongFlops"]) == 1
     shown = capsys.readouterr().out
     assert "✗" not in shown
-    assert "leaks nothing, but `flops()` is wrong: it returns 12 for 12 tokens; PyTorch counts " in shown
+    assert "has no leak, but `flops()` is wrong: it returns 12 for 12 tokens; PyTorch counts " in shown
     assert "passed" not in shown
 
 
@@ -81,7 +81,7 @@ def test_all_passes_in_80_columns(few, capsys):
     assert main([*SMALL, "--all", *ignored]) == 0
     shown = capsys.readouterr().out
     assert shown.count("✓") == len(ALL)
-    assert "passed: all 4 " in shown
+    assert "passed: none of the 4 couplers leaks" in shown
     assert re.search(r"^left out: HGNN file \(.*path", shown, re.MULTILINE)
     assert re.search(r"^mean +✓ +304 +512 +equals the mean over experts to 1e-1\d", shown, re.MULTILINE)
     assert shown.count("is not linear in the experts") == 3

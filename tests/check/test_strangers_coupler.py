@@ -28,7 +28,7 @@ def test_the_example_has_forward_alone_and_passes_wherever_it_lies(copied, capsy
     monkeypatch.setenv("COLUMNS", "100")
     assert check.main([*SMALL, "--coupler", f"{copied}:NormCoupler"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "passed: NormCoupler at 4 experts, width 16 leaks nothing; no reference given" in shown
+    assert "passed: NormCoupler at 4 experts, width 16 has no leak; no reference given" in shown
     assert "5 of 5 parameter tensors learn" in shown
     assert "(counted by PyTorch; the coupler has no flops())" in shown
     assert len(copied.read_text().splitlines()) < 25

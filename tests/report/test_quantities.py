@@ -19,7 +19,7 @@ from bench.report.quantities import percent, signed, span
 from bench.report.summary import print_summary
 from bench.report.tables import UNKNOWN_NOTE
 from bench.report.terminal import print_report, runs_listing
-from bench.run.progress import Reporter
+from bench.run.progress import Reporter, Workload
 from bench.study.runs import load_study
 from tests.report._made_studies import made_study
 from tests.study.test_study import change, runs_of
@@ -55,8 +55,8 @@ def test_bits_per_byte_are_the_nats_of_every_byte(record):
     large = scored(record, nll_sum=4046e3, tokens=1000, words=1000, bytes=5000)  # a perplexity beyond a float
     assert quantities.perplexity(large) == math.inf
     assert quantities.bits_per_byte(large) == pytest.approx(4046 / 5 / math.log(2), rel=1e-12)
-    assert "perplexity inf (" in shown(large)
-    assert f", {4046 / 5 / math.log(2):,.3f} bits per byte," in shown(large)
+    assert "perplexity inf per token (n-gram baselines: " in shown(large)
+    assert f", {4046 / 5 / math.log(2):,.3f} bits per byte;" in shown(large)
 
 
 def test_no_bits_per_byte_over_unknown_words_and_their_share_beside_the_perplexity(record):
@@ -73,7 +73,7 @@ def test_what_no_word_and_no_byte_was_scored_of_is_not_measured(record):
     found = scored(record, tokens=600, words=0, bytes=0)
     assert quantities.word_perplexity(found) is None
     assert quantities.bits_per_byte(found) is None
-    assert "per token, none per word (no whole word was scored)" in shown(found)
+    assert ", none per word (no whole word was scored)" in shown(found)
     assert "no bits per byte (the scored tokens cover no byte of the text)" in shown(found)
 
 
@@ -134,7 +134,7 @@ def test_other_forms_of_a_number_can_be_read_too():
 def test_a_perplexity_beyond_a_float_is_infinite_while_training_too():
     file = io.StringIO()
     reporter = Reporter(Console(file=file, width=200))
-    reporter.training_begins(4)
+    reporter.training_begins(Workload(steps=4, eval_every=1))
     for step, nats in ((1, 4046.0), (2, 705.0), (3, 30.0), (4, 5.0)):
         reporter.evaluated({"step": step, "nll_sum": 10 * nats, "tokens": 10})
     found = [line.partition("perplexity ")[2].partition(", ")[0] for line in file.getvalue().splitlines()]

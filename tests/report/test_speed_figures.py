@@ -171,9 +171,10 @@ def reference_record() -> Record:
 def test_an_earlier_record_is_shown_as_ever():
     text = " ".join(" ".join(summary_of(reference_record())).split())
     assert "tokens/s, median step" in text
-    assert "10 steps, not steady)" in text
-    for word in ("MFU", "fetching", "coupler "):
-        assert word not in text.partition("parameters")[0].partition("speed")[2]
+    assert "10 steps)" in text
+    assert "; not steady" in text
+    for word in ("MFU", "fetching"):
+        assert word not in text
 
 
 def test_a_run_in_parts_has_the_times_of_all_and_says_how_many():
@@ -209,13 +210,13 @@ def test_the_summary_shows_percentiles_waiting_mfu_parts_and_the_couplers_cost()
     lines = summary_of(record)
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
-    assert "median step 550 ms (p10 190, p90 910, p99 991; 10 steps)" in text
-    assert "of 1 TFLOP/s, fetching a batch 1.0% of a step, compiled in 12.3 s" in text
+    assert "median step 550 ms (p10 190, p90 910; 10 steps)" in text
+    assert "of 1 TFLOP/s, fetching a batch takes 1.0% of a step, compiled in 12.3 s" in text
     utilisation = quantities.utilisation(record)
     assert utilisation is not None
     assert f"MFU {100 * utilisation:.1f}%" in text
     assert "+50.0% of a step (p10 +26.0%, p90 +50.0%), +110.0 ms, +3.0 MiB, +0.25 MFLOPs per token" in text
-    assert "over mean (3 rounds in turn)" in text
+    assert "over mean (3 alternating rounds)" in text
     assert "model 1.0, gradients 0.5, optimizer 2.0, activations 5.0" in text
     record.memory.remark, record.memory.peak_reserved_bytes = "of another step", 7 * 2**20
     assert "activations 5.0; of another step" in " ".join(" ".join(summary_of(record)).split())

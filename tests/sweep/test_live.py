@@ -74,7 +74,7 @@ def test_the_table_fits(tmp_path, width):
     assert len(lines) == 5
     if width == 80:
         assert "step 80/120: perplexity 403.4" in lines[0]
-        assert "2 of 4 done · 3 running · 1 failed · 9876 to come · about 24 h 0 min" in lines[3]
+        assert "2 of 4 done · 3 running · 1 failed · 9876 waiting · about 24 h 0 min" in lines[3]
         assert "best: perplexity 123,456.7 HGNN" in lines[4]
 
 
@@ -92,7 +92,7 @@ def test_plain_lines_where_there_is_no_terminal(study):
     study.put("ok", "run3")
     study.sweep(study.runs("ok", "raises", "ok", "ok"))
     lines = re.sub(r"\b\d s\b", "0 s", study.output.getvalue()).splitlines()  # a busy machine takes one
-    assert lines[0] == "4 runs in 1 slot; done before: 1 ok"
+    assert lines[0] == "4 runs, 1 at a time; already done: 1 ok"
     assert lines[1] == "starts       ok"
     assert lines[2] == "ok           ok: perplexity 20.1, 0 s (2 of 4)"
     assert lines[4] == "crashed      raises: 0 s (3 of 4)"
@@ -100,7 +100,7 @@ def test_plain_lines_where_there_is_no_terminal(study):
     assert lines[6] == "continues    ok"
     assert lines[8] == "4 runs in 0 s: 3 ok, 1 crashed; best: perplexity 20.1, ok"
     assert lines[9] == "crashed      raises (run1): KeyError: 'x'"
-    assert lines[10] == f"the output of each run lies in {study.folder / '.logs'}"
+    assert lines[10] == f"The output of each run is in {study.folder / '.logs'}."
     assert len(lines) == 11
 
 
@@ -125,7 +125,7 @@ def test_a_live_table_and_no_thread_beside_it(study, monkeypatch):
         display.refresh([], 1, lambda: pytest.fail("it is not time yet"))
         display.ended(attempt_at(study.results.parent, []), Outcome("ok", loss_nats=math.log(2.0)))
         assert threading.active_count() == before
-    assert "0 of 1 done · 0 running · 0 failed · 1 to come" in file.getvalue()
+    assert "0 of 1 done · 0 running · 0 failed · 1 waiting" in file.getvalue()
     assert "perplexity 2.0" in file.getvalue()
 
 

@@ -228,7 +228,7 @@ def test_the_plan_shows_memory_and_time_in_80_columns_and_writes_nothing(
     [line] = [line for line in shown.splitlines() if " ms" in line and "2,000" in line]
     assert line.split()[-4:] == ["ms", "6", "12", "s"]
     assert "KiB" in line
-    assert "the training of all runs, one after another: about 54 s" in shown
+    assert "The training of all runs, one after another, takes about 54 s." in shown
     assert "uncompiled" not in shown
     assert not (tmp_path / "results").exists()
 

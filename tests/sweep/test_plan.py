@@ -172,7 +172,7 @@ def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys
     assert main(["--sweep", *words, "--seeds", "2", "--match", "params HGNN", *flags]) == 0
     shown = capsys.readouterr().out
     assert "8 configurations × 2 seeds" in shown, "mean and topk differ in the width they are matched to"
-    assert "NOT enough: 2 given" in shown
+    assert "Warning: 2 seeds cannot give a significant result" in shown
     assert max(map(len, shown.splitlines())) <= 80
     assert not (tmp_path / "results").exists()
 

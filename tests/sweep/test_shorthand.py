@@ -81,7 +81,7 @@ def test_a_value_has_one_plain_form():
     [
         ([], "it names no flag; write coupler=GNN,HGNN num_experts=2,4,8"),
         (["coupler"], "'coupler' is not FLAG=VALUE,VALUE"),
-        (["num_expert=2"], "unknown key 'num_expert'; python -m bench.run --help lists all flags."),
+        (["num_expert=2"], "unknown key 'num_expert'; python -m bench.run --help-all lists all flags."),
         (["num_experts=2,"], "a value is missing in '2,'"),
         (["num_experts=;;2"], "a value is missing in ';;2'"),
         (['coupler="GNN'], "a double quote is not closed"),

@@ -35,7 +35,7 @@ GRID = "[grid]\nnum_experts = [2, 4]\n"
         ("num_experts = 3", "It is a flag: put it into [base]."),
         ("base = 3", "base is 3; it must be a block, [base]"),
         ("[grid]", "[grid] is empty; give it flags with lists of values"),
-        ("[base]\nnum_expert = 3", "[base]: unknown key 'num_expert'; python -m bench.run --help lists"),
+        ("[base]\nnum_expert = 3", "[base]: unknown key 'num_expert'; python -m bench.run --help-all lists"),
         ("[grid]\nnum_expert = [3]", "Did you mean 'num_experts'?"),
         ("[base]\nnum_experts = 'four'", "[base]: num_experts is 'four'; it must be a whole number"),
         ("[base]\npreset = 'basline'", "[base]: preset is 'basline'; it must be 'baseline', 'full'"),

@@ -101,7 +101,7 @@ def test_a_signal_lets_the_runs_save_their_state_and_the_next_call_goes_on(study
     assert (result.stopped, result.exit_status) == ("signal", 130)
     assert result.counts == {"interrupted": 2, "left": 1}
     assert study.record()["error"] == "stopped from outside", "the child wrote it, not the sweep"
-    assert "to go on where it stopped: the same command" in study.output.getvalue()
+    assert "To continue: the same command" in study.output.getvalue()
     assert sorted(study.calls()) == ["run0", "run1"]
     assert study.sweep(study.runs("ok", "ok", "ok")).exit_status == 0
     assert study.calls() == ["run0 --resume", "run1 --resume", "run2"]
@@ -164,7 +164,7 @@ def test_a_run_that_another_process_is_at_is_waited_for(study):
         result = study.sweep(study.runs("ok", "ok"))
     assert study.calls() == ["run1", "run0 --resume"]
     assert result.exit_status == 0
-    assert study.output.getvalue().count("another process is at it") == 1
+    assert study.output.getvalue().count("another process runs it") == 1
 
 
 def test_a_run_that_was_finished_by_another_process_meanwhile_is_not_started(study):
@@ -188,7 +188,7 @@ def test_a_time_budget_starts_what_is_expected_to_end_in_it(study):
     result = study.sweep(runs, time_budget="60s")
     assert study.calls() == ["run0", "run2"]
     assert (result.left_for_budget, result.stopped, result.exit_status) == (1, "budget", 0)
-    assert "1 runs were left" in study.output.getvalue()
+    assert "1 run did not start: " in study.output.getvalue()
     assert study.sweep(runs).exit_status == 0
     assert study.calls() == ["run1"]
 

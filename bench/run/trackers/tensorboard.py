@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.record import Record, exp_or_infinity, is_measured
+from bench.record import Record, is_measured
 from bench.run.prepare import Prepared
+from bench.run.trackers import members_of, results_of, values_of_row, values_of_sample
 from bench.training.evaluation import CommunicationTrace
-from gnnmoe.model import GNNMoELayer, GNNMoEModel
+from gnnmoe.model import GNNMoEModel
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
-WEIGHTS, MIXING = "hyperedge_weights", "mixing"
 
 
 class Tracker:
@@ -42,9 +42,7 @@ class Tracker:
 
         Events of an earlier attempt in the same folder that come after these steps no longer count.
         """
-        for number, layer in enumerate(model.layers):
-            assert isinstance(layer, GNNMoELayer)
-            self._members[f"layer_{number}"] = layer.coupler.member_names().get(WEIGHTS, [])
+        self._members = members_of(model)
         self._begun = True
         earlier = any(self._folder.glob("events.*"))
         going_on = earlier and done_steps > 0
@@ -110,42 +108,19 @@ class Tracker:
             self._add_sample(writer, arrays, place)
 
     def _add_sample(self, writer: SummaryWriter, arrays: dict[str, np.ndarray], place: int) -> None:
-        for key, values in arrays.items():
-            layer, _, part = key.partition(".")
-            if part in (WEIGHTS, MIXING) and values.ndim == 2:
-                found = values[place].tolist()
-                names = self._members[layer] if part == WEIGHTS else []
-                for name, value in zip(names or [f"E{e}" for e in range(len(found))], found, strict=True):
-                    writer.add_scalar(f"{part}/{layer}/{name}", value, int(arrays["step"][place]))
+        for name, value in values_of_sample(arrays, place, self._members).items():
+            writer.add_scalar(name, value, int(arrays["step"][place]))
 
 
 def _add_row(writer: SummaryWriter, row: dict[str, Any]) -> None:
-    if row["kind"] == "train":
-        values = {name: row[name] for name in ("loss", "learning_rate", "gradient_norm")}
-    else:
-        loss = row["nll_sum"] / row["tokens"]
-        values = {"loss": loss, "perplexity": exp_or_infinity(loss)}
-    for name, value in values.items():
-        writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+    for name, value in values_of_row(row).items():
+        writer.add_scalar(name, value, row["step"])
 
 
 def _table(record: Record) -> str:
     """Return the results of a run as a Markdown table, without what was not measured."""
-    found: dict[str, float] = {}
-    for split in ("validation", "test"):
-        if scored := record.split(split):
-            found[f"{split} perplexity"] = exp_or_infinity(scored.loss_nats)
-    if (scored := record.split()) and scored.unknown_words:
-        found["validation unknown words (share)"] = scored.unknown_words / scored.tokens
-    if is_measured(record.speed):
-        found["tokens per second"] = record.speed.tokens_per_second
-        found["median step (s)"] = record.speed.median_step_seconds
-    if is_measured(record.memory) and is_measured(record.memory.peak_allocated_bytes):
-        found["peak memory (bytes)"] = record.memory.peak_allocated_bytes
-    if is_measured(record.parameters):
-        found["parameters"] = record.parameters.total
     rows = [f"| {name} | {value:,} |" if isinstance(value, int) else f"| {name} | {value:,.6g} |"
-            for name, value in found.items()]  # fmt: skip
+            for name, value in results_of(record).items()]  # fmt: skip
     return "\n".join(["| quantity | value |", "|---|---|", f"| status | {record.status} |", *rows])
 
 

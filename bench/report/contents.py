@@ -25,7 +25,6 @@ from bench.report.comparison import (
 )
 from bench.report.plots.study import study_plots
 from bench.report.plots.style import Plot, plot_style
-from bench.report.plots.weights import weights_plots
 from bench.report.provenance import codes_of
 from bench.report.quantities import (
     PARAMETERS,
@@ -179,8 +178,7 @@ def make_plots(report: Report) -> list[Plot]:
     plots = []
     with plot_style():
         for section in report.sections:
-            name = report.study.name
-            found = [*study_plots(name, section.comparison), *weights_plots(name, section.comparison)]
+            found = study_plots(report.study.name, section.comparison)
             plots += [replace(plot, name=plot.name + section.suffix) for plot in found]
     return plots
 

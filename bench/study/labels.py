@@ -117,12 +117,13 @@ def _varying(configurations: Sequence[FlagTable]) -> list[str]:
 def _label(flags: FlagTable, names: Sequence[str]) -> str:
     parts = [str(flags["coupler_type"])]
     for name in dict.fromkeys(names):
-        if name != "coupler_type" and name in flags and (text := _part(name, flags[name])):
+        if name != "coupler_type" and name in flags and (text := part_text(name, flags[name])):
             parts.append(text)
     return " · ".join(parts)
 
 
-def _part(name: str, value: Any) -> str:
+def part_text(name: str, value: Any) -> str:
+    """Return a field and its value as a part of a label: ``learning_rate 0.004``, ``learned weights``."""
     if name in SHORT:
         return SHORT[name].get(value, str(value))
     if name == "coupler_option":

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from bench.record import MINUS, exp_or_infinity, is_measured, number
+from bench.record import exp_or_infinity, is_measured, number
 from bench.report.comparison import Comparison, ComparisonRow, CostOverMean
 from bench.report.plots.frame import (
     Frame,
@@ -37,7 +37,6 @@ from bench.report.quantities import (
     TRAINING_FLOPS,
     Interval,
     Quantity,
-    perplexities,
     span,
 )
 from bench.report.statistics import Summary
@@ -47,7 +46,7 @@ PARETO_COLUMNS = (
     "peak_memory_mebibytes step_time_percent step_time_low_95_percent step_time_high_95_percent parameters "
     "on_memory_front on_step_time_front on_parameters_front status"
 ).split()
-MEMORY, STEP_TIME, SIZE = "peak memory (MiB)", "time of a training step over {} (%)", "parameters (millions)"
+MEMORY, STEP_TIME, SIZE = "peak memory (MiB)", "step time over the baseline (%)", "parameters (millions)"
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ def pareto_plot(frame: Frame) -> Plot | None:
         set_scale(axes, "y", y_scale)
         _draw_points(axes, frame, points)
         _draw_front(axes, fronts[name])
-        axes.set_xlabel(name.format(frame.baseline) + ("" if name == SIZE else "; lower is better"))
-    grid[0].set_ylabel(f"perplexity over {frame.baseline} (%); lower is better")
+        axes.set_xlabel(name)
+    grid[0].set_ylabel("perplexity over the baseline (%)")
     _key(grid[-1], frame)
     return Plot("pareto", figure, PARETO_COLUMNS, _pareto_table(frame, quality, costs, fronts))
 
@@ -143,7 +142,9 @@ def _points(quality: dict[str, Reading | None], cost: dict[str, Reading | None],
         if y is not None and (x := cost[label]) is not None
     ]
     least, most = min((one.x for one in found), default=0.0), max((one.x for one in found), default=0.0)
-    differs = most - least > 1 if name == STEP_TIME else most > 1.01 * least
+    differs = most > 1.01 * least
+    if name == STEP_TIME:  # the time of a single run says nothing
+        differs = most - least > 1 and any(one.x_ends for one in found)
     return found if len(found) > 1 and differs else []
 
 
@@ -211,8 +212,8 @@ ADDED_COLUMNS = (
     "added_training_flops_per_token mean_coupler_flops_per_second"
 ).split()
 ADDED_NOTE = (
-    "Circles: median step minus the step with the mean coupler, 95% interval over seeds. Bars: the time if the "
-    "added FLOPs ran at the rate of the model with the mean coupler."
+    "Marks: median step minus the step with the mean coupler, 95% interval. Grey: the added FLOPs at the rate "
+    "of the model with the mean coupler."
 )
 
 
@@ -230,8 +231,9 @@ class Added:
 
 
 def coupler_cost_plot(frame: Frame) -> Plot | None:
-    """Return ``coupler_cost``; None where no step was timed beside a mean coupler's."""
-    added = [one for row in frame.measured if (one := added_cost(row, frame.comparison)) is not None]
+    """Return ``coupler_cost``; None where no step was timed beside a mean coupler's, or one seed."""
+    found = [added_cost(row, frame.comparison) for row in frame.measured]
+    added = [one for one in found if one and (one.milliseconds.n > 1 or one.cost.in_turn)]
     added.sort(key=lambda one: one.milliseconds.mean or 0.0)
     if not added:
         return None

@@ -99,6 +99,8 @@ def draw_parts(axes: Axes, rows: Sequence[dict[str, float]]) -> None:
     left = np.zeros(len(rows))
     for part, colour in PARTS.items():
         sizes = np.array([parts[part] / 2**20 for parts in rows])
+        if not sizes.any():
+            continue
         label = part if len(rows) > 1 else f"{part} {number(float(sizes[0]))} MiB"
         axes.barh(range(len(rows)), sizes, left=left, height=0.7, color=colour, label=label)
         left = left + sizes

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
 
 from bench.record import MINUS
 from bench.report.comparison import Comparison, ComparisonRow, Difference, simple_models
@@ -41,15 +40,16 @@ from bench.report.plots.style import (
     VERMILLION,
     Look,
     Plot,
+    count_axis,
     label_ends,
     lay_out,
-    plain,
     plot_style,
 )
 from bench.report.plots.swept import swept_plots
 from bench.report.plots.weights import mixing_plot, weights_plot
-from bench.report.quantities import TRAINING_FLOPS, exp_or_infinity, number, percent, perplexities
+from bench.report.quantities import TRAINING_FLOPS, counted, exp_or_infinity, number, perplexities, signed
 from bench.report.statistics import MINIMUM_EFFECT_NATS
+from bench.study.hypotheses import seeds_needed
 
 
 def study_plots(study_name: str, comparison: Comparison) -> list[Plot]:
@@ -112,9 +112,11 @@ def answer(frame: Frame) -> str:
     best = found.pop("better")
     head = f"{', '.join(best)} {'is' if len(best) == 1 else 'are'} better than {frame.baseline}"
     if not best or len(best) > 3:
-        head = f"{len(best) or 'No'} of {others} configurations {'are' if best else 'is'} better than "
+        head = f"{len(best) or 'None'} of {others} configurations {'are' if best else 'is'} better than "
         head = (head if others > 1 else "The other configuration is not better than ") + frame.baseline
-    rest = [f"{len(names)} {kind}" for kind, names in found.items() if names]
+    rest = [
+        f"{len(names)} {'is' if len(names) == 1 else 'are'} {kind}" for kind, names in found.items() if names
+    ]
     return f"{head}; {', '.join(rest)}" if rest and others > 1 else head
 
 
@@ -153,7 +155,7 @@ def _draw_perplexities(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> N
     for (place, _), mean in zip(measured, means, strict=True):
         if not low <= mean <= high:
             write_in_row(axes, place, f"{number(mean)} →", right=True)
-    axes.set_xlabel("perplexity per token with 95% interval; dots: seeds (lower is better)")
+    axes.set_xlabel("perplexity per token (lower is better)")
 
 
 def _near(value: float, low: float, high: float) -> bool:
@@ -199,7 +201,8 @@ def _draw_differences(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> No
             write_in_row(axes, place, f"{value} →" if mean > high else f"← {value}", right=mean > high)
     band = f"grey: ±{MINIMUM_EFFECT_NATS:g}, the minimum effect; hollow: not resolved"
     write_above(axes, band, 0, 3, "axes fraction")
-    axes.set_xlabel(f"loss minus {frame.baseline}, paired by seed (nats; below 0 is better)")
+    write_above(axes, f"Loss minus {frame.baseline}, paired by seed, 95% interval", 0, 14, "axes fraction")
+    axes.set_xlabel("difference of loss (nats; below 0 is better)")
 
 
 def _verdict(frame: Frame, row: ComparisonRow) -> str:
@@ -262,23 +265,27 @@ def verdicts_plot(frame: Frame) -> Plot | None:
     subject = "Which configuration (row) is better than which other one (column)?"
     left_out = len(frame.measured) - len(rows)
     rest = f"{left_out} more configurations: table only." if left_out else ""
-    note = "Numbers: perplexity of the row over the column, less 1, in percent, paired by seed. " + rest
-    figure = frame.figure(subject, 0.32 * len(rows) + 1.6, note)
+    note = "Numbers: by how many percent the perplexity of the row is above (+) or below (−) the column."
+    figure = frame.figure(subject, 0.3 * len(rows) + 0.5, note, _too_few(frame.comparison), rest)
     axes = figure.subplots()
     for y, x in np.ndindex(len(rows), len(rows)):
         pair, sign = found.get((labels[y], labels[x])), 1
         if pair is None:
             pair, sign = found.get((labels[x], labels[y])), -1
-        if pair is not None:
+        if pair is None:
+            axes.add_patch(_square(x, y, "white"))
+        else:
             kind = pair.verdict.kind if sign > 0 else _turned(pair.verdict.kind)
             axes.add_patch(_square(x, y, PALE[kind]))
-            text = percent(exp_or_infinity(sign * pair.paired.mean)).removesuffix("%").strip()
+            text = signed(100 * (exp_or_infinity(sign * pair.paired.mean) - 1), 1)
+            text = "0.0" if text.strip(f"+{MINUS}") == "0.0" else text
             grey = GREY if kind == "not resolved" else "black"
             axes.text(x, y, text, ha="center", va="center", fontsize=6.5, color=grey)
-    names = [frame.names[label] for label in labels]
-    name_rows(axes, names, 8)
+    name_rows(axes, [f"{frame.names[label]}  {n}" for n, label in enumerate(labels, 1)], 8)
     axes.set_xlim(-0.5, len(rows) - 0.5)
-    axes.set_xticks(range(len(rows)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=7)
+    axes.set_xticks(range(len(rows)), [str(n) for n in range(1, len(rows) + 1)])
+    axes.xaxis.tick_top()
+    axes.tick_params(axis="x", length=0)
     axes.grid(False)
     used = [
         kind
@@ -293,6 +300,20 @@ def verdicts_plot(frame: Frame) -> Plot | None:
          one.verdict.words()] for one in frame.comparison.pairs
     ]  # fmt: skip
     return Plot("verdicts", figure, VERDICTS_COLUMNS, table)
+
+
+def _too_few(comparison: Comparison) -> str:
+    """Return a sentence where the pairs without the baseline have too few seeds for any verdict."""
+    among, seeds = (
+        len(comparison.pairs) - comparison.comparisons,
+        max(one.paired.n for one in comparison.pairs),
+    )
+    if among < 1 or seeds >= (needed := seeds_needed(among)):
+        return ""
+    return (
+        f"{seeds} seeds are too few for a difference between two others than {comparison.reference.label}: "
+        f"{counted(among, 'comparison')} need {needed}."
+    )
 
 
 def _square(x: float, y: float, colour: str, **settings: Any) -> Rectangle:
@@ -331,9 +352,12 @@ def loss_curves_plot(frame: Frame) -> Plot | None:
         "How does the loss fall during training?")  # fmt: skip
     figure = frame.figure(subject, 4.2, frame.about_looks())
     grid = figure.subplots(1, 1 + bool(differences), squeeze=False)[0]
-    _draw_losses(grid[0], frame, {label: one * scale[label] for label, one in tokens.items()})
+    places = {label: one * scale[label] for label, one in tokens.items()}
+    count_axis(
+        grid[0], "training FLOPs" if by_flops else "training tokens", max(one[-1] for one in places.values())
+    )
+    _draw_losses(grid[0], frame, places)
     _draw_diverged(grid[0], frame, scale)
-    grid[0].set_xlabel("training FLOPs" if by_flops else "training tokens")
     if differences:
         _draw_ahead(grid[1], frame, differences, tokens)
     lay_out(figure)
@@ -382,11 +406,6 @@ def _draw_losses(axes: Axes, frame: Frame, places: dict[str, np.ndarray]) -> Non
     low = min(bottom for bottom, _ in bounds)
     high = low + usual_reach([top - low for _, top in bounds], 4, least=1e-2 * abs(low))
     axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-    far = max(place[-1] for place in places.values())
-    axes.set_xlim(0, 1.02 * far)
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:.3g}" if value >= 1e6 else f"{value:,.0f}")
-    )
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Loss. Lines: training, smoothed; marks: validation", loc="left", fontsize=8)
     above = [
@@ -430,7 +449,6 @@ def _draw_diverged(axes: Axes, frame: Frame, scale: dict[str, float]) -> None:
 def _draw_ahead(axes: Axes, frame: Frame, differences: Curves, tokens: dict[str, np.ndarray]) -> None:
     """Draw the paired difference of the training loss from the baseline coupler, with its 95% interval."""
     axes.axhline(0, color="black", lw=1.2)
-    extents = [0.005]
     for label, curve in differences.items():
         own = frame.training_losses[label]
         at_T = tokens[label][np.isin(own.steps_T, curve.steps_T)]
@@ -439,22 +457,21 @@ def _draw_ahead(axes: Axes, frame: Frame, differences: Curves, tokens: dict[str,
         if half_T is not None and look is not None and len(differences) <= BEST:
             low_T, high_T = curve.mean_T - half_T, curve.mean_T + half_T
             axes.fill_between(at_T, low_T, high_T, color=look.colour, alpha=0.1, linewidth=0)
-        later = np.abs(curve.mean_T[int(FIRST_PART * len(curve.steps_T)) :])
-        extents.append(float(np.nanmax(later, initial=0)))
-    ends = [end for one in differences.values() for end in _span(one)]
-    reach = 1.15 * usual_reach(extents, 10)
-    axes.set_ylim(max(min(ends) * 1.15, -reach, -reach), min(max(max(ends) * 1.15, 0.1 * reach), reach))
-    axes.set_xlim(0, 1.01 * max(one[-1] for one in tokens.values()))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
-    axes.set_xlabel("training tokens")
+    ends = [end for curve in differences.values() for end in _span(curve)]
+    reach = 1.15 * usual_reach([0.005, *map(abs, ends)], 10)
+    axes.set_ylim(
+        max(min(min(ends) * 1.15, -0.1 * reach), -reach), min(max(max(ends) * 1.15, 0.1 * reach), reach)
+    )
+    count_axis(axes, "training tokens", max(one[-1] for one in tokens.values()))
     axes.set_ylabel(f"training loss minus {frame.baseline} (nats)")
     band = "; bands: 95% intervals" if len(differences) <= BEST else ""
     axes.set_title(f"Difference, paired by seed (below 0 is better){band}", loc="left", fontsize=8)
 
 
 def _span(curve: Curve) -> Ends:
-    later = curve.mean_T[int(FIRST_PART * len(curve.steps_T)) :]
-    known = later[np.isfinite(later)]
+    half_T = 0.0 if curve.half_T is None else curve.half_T
+    both = np.concatenate([curve.mean_T - half_T, curve.mean_T + half_T])
+    known = both[np.isfinite(both)]
     return (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
 
 

@@ -54,7 +54,7 @@ MAX_PIXELS = 20_000
 """The most pixels of a side of the png; Agg refuses 65,536."""
 MAX_NATS = 25
 """Above this loss, perplexity has no readable scale."""
-TITLE_SIZE, NOTE_SIZE, NAME_LENGTH = 11, 8, 48
+TITLE_SIZE, NOTE_SIZE, NAME_LENGTH = 11, 8, 54
 LABEL_POINTS = 8.5
 """The height of a line of text of 7 points."""
 STYLE = {
@@ -269,6 +269,16 @@ def step_axis(axes: Axes, steps: Sequence[int], margin: float = 0.0) -> None:
     axes.set_xlim(0, max(steps) * (1 + margin))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def count_axis(axes: Axes, noun: str, last: float) -> None:
+    """Label the x axis as a count of ``noun`` from 0 to a little above ``last``, in thousands, millions, ..."""
+    units = {1e12: "10¹²", 1e9: "10⁹", 1e6: "millions", 1e3: "thousands"}
+    unit = next((unit for unit in units if last >= 2 * unit), 1.0)
+    axes.set_xlim(0, 1.02 * last)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value / unit)))
+    axes.set_xlabel(f"{noun} ({units[unit]})" if unit in units else noun)
 
 
 def log_ticks(axes: Axes, low: float, high: float, axis: Literal["x", "y"] = "y") -> None:

@@ -140,10 +140,12 @@ def swept_plot(frame: Frame, flag: str) -> Plot | None:
     looks = _looks(lines)
     best = [(line.name, line.values[line.best]) for line in lines if line.best is not None]
     at_edge = [line.name for line in lines if line.best in (0, len(line.rows) - 1) and line.name in looks]
-    edge = f"The lowest perplexity is at an end of the range: {', '.join(at_edge)}." if at_edge else ""
+    edge = f"The best value is at an end of the range for {', '.join(at_edge)}." if at_edge else ""
     subject = f"Which {flag} gives the lowest perplexity?"
     if len(best) <= 6:
-        subject = f"Lowest perplexity at {flag} " + ", ".join(f"{plain(x)} ({name})" for name, x in best)
+        at = {x: ", ".join(name for name, other in best if other == x) for _, x in best}
+        found = ", ".join(f"{plain(x)} ({names})" for x, names in at.items())
+        subject = f"Lowest perplexity at {flag} {found}"
     costs = [found for found in COSTS if any(row.means[found].n for line in lines for row in line.rows)]
     panels: list[Quantity | None] = [None, *(costs if _model_changes(lines) else ())]
     figure = frame.figure(subject, 3.8, edge, width=10.0 if len(panels) > 1 else 7.5)

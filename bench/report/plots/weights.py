@@ -14,17 +14,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 
+from bench.record import MINUS
 from bench.report.plots.frame import Frame
 from bench.report.plots.style import Plot
-from bench.report.quantities import counted
-from bench.report.weights import BY_NAME, read_mixing, read_weights
+from bench.report.quantities import counted, p_value
+from bench.report.weights import WeightsReading, read_mixing, read_weights
 from bench.study.runs import Configuration
 
 MOST_MAPS = 24
 MOST_NAMES, MOST_VALUES = 40, 120
 """The most names below a map, and the most cells of a map that show their values."""
-LEAST_RANGE = 0.02
-"""Values that differ from the middle by less than this show no difference."""
+LEAST_RANGE = 0.03
+"""Shares whose root mean square distance from the middle is less than this show no difference."""
+WEIGHTS_NOTE = (
+    "Columns of one colour: the seeds agree. τ: mean Kendall rank correlation of two seeds. Experts of "
+    "different seeds start from different random numbers."
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,27 @@ def weights_plot(frame: Frame) -> Plot | None:
     """Return ``hyperedge_weights``, the learned weights by seed; None where no weight was learned."""
     readings = read_weights(frame.comparison)
     maps = [
-        Map(one.configuration, one.layer, one.members, one.seeds, one.weights_SM, one.agreement_words())
+        Map(one.configuration, one.layer, one.members, one.seeds, one.weights_SM, _words(one))
         for one in readings
     ]
     agreeing = sum(one.agreement is not None and one.agreement.reproducible for one in readings)
-    subject = "Do the seeds agree on which hyperedges matter?"
+    several = any(len(one.seeds) > 1 for one in readings)
+    subject = (
+        "Do the seeds agree on which hyperedges matter?" if several else "Hyperedge weights after training"
+    )
     if maps and all(one.agreement for one in readings):
         subject = f"The seeds agree on which hyperedges matter in {agreeing} of {counted(len(maps), 'layer')}"
     middle = 1.0 if all(one.from_one for one in readings) else None
     unit = "weight" if middle is None else "weight (1 at the start)"
-    return _maps_plot(frame, "hyperedge_weights", maps, (subject, BY_NAME), ("hyperedge", unit), middle)
+    return _maps_plot(
+        frame, "hyperedge_weights", maps, (subject, WEIGHTS_NOTE * several), ("hyperedge", unit), middle
+    )
+
+
+def _words(reading: WeightsReading) -> str:
+    """Return the agreement of the seeds, short enough for the title of a map."""
+    found = reading.agreement
+    return "" if found is None else f"τ {found.tau:+z.2f}, p {p_value(found.p)}".replace("-", MINUS)
 
 
 def mixing_plot(frame: Frame) -> Plot | None:
@@ -64,7 +80,7 @@ def mixing_plot(frame: Frame) -> Plot | None:
         maps += [
             Map(one.configuration, layer, members, one.seeds, one.shares_SLE[:, place] * experts)
             for place, layer in enumerate(one.layers)
-            if np.abs(one.shares_SLE * experts - 1).max() > LEAST_RANGE
+            if np.sqrt(np.mean((one.shares_SLE * experts - 1) ** 2)) > LEAST_RANGE
         ]
     subject = "Which experts does a coupler prefer?"
     note = "Share of the output by gradient, times the number of experts: 1 where all experts count equally."
@@ -78,13 +94,9 @@ def _maps_plot(
     """Return a plot with a map for each layer of the best configurations, with one scale for all."""
     if not maps:
         return None
-    drawn, layers = (
-        maps[:MOST_MAPS],
-        max(len([m for m in maps if m.configuration is one.configuration]) for one in maps),
-    )
-    columns = min(layers, 3)
-    while columns < 3 and columns * 2 <= 4 and max(len(one.members) for one in drawn) <= 6:
-        columns *= 2
+    drawn, layers = maps[:MOST_MAPS], len({one.layer for one in maps})
+    columns = 2 * layers if layers < 3 else min(layers, 6)
+    columns = min(columns, len(drawn), 4 if max(len(one.members) for one in drawn) <= 8 else 2)
     left_out = (
         f"Drawn: {MOST_MAPS} of {len(maps)} maps, the best configurations." if len(maps) > MOST_MAPS else ""
     )

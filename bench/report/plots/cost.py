@@ -1,7 +1,7 @@
 """Plots of the cost of couplers over a study.
 
-``pareto``: the paired difference of perplexity against memory, step time and parameters. ``coupler_cost``: the
-time that a coupler adds to a training step, beside a floor by its FLOPs. ``memory``: peak memory by part.
+``pareto``: the paired difference of perplexity against memory, step time and parameters. ``coupler_cost``:
+the time that a coupler adds to a training step, beside that of its FLOPs. ``memory``: peak memory by part.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Point:
 
 
 def pareto_plot(frame: Frame) -> Plot | None:
-    """Return ``pareto`` with a panel for each cost that differs; None where none differs by 1%.
+    """Return ``pareto`` with a panel for each cost that differs; None where none differs by 2%.
 
-    Quality is the perplexity over the baseline's, less 1, in percent; quality and step time are paired by seed.
+    Quality is the perplexity over the baseline's in percent. Quality and step time are paired by seed.
     """
     quality = {row.configuration.label: _quality(row, frame) for row in frame.measured}
     costs = {
@@ -135,14 +135,14 @@ def _mean(row: ComparisonRow, quantity: Quantity) -> Reading | None:
 
 
 def _points(quality: dict[str, Reading | None], cost: dict[str, Reading | None], name: str) -> list[Point]:
-    """Return the configurations with both readings; none where all costs are within 1%."""
+    """Return the configurations with both readings; none where all costs are within 2%."""
     found = [
         Point(label, x[0], y[0], x[1], y[1])
         for label, y in quality.items()
         if y is not None and (x := cost[label]) is not None
     ]
     least, most = min((one.x for one in found), default=0.0), max((one.x for one in found), default=0.0)
-    differs = most > 1.01 * least
+    differs = most > 1.02 * least
     if name == STEP_TIME:  # the time of a single run says nothing
         differs = most - least > 1 and any(one.x_ends for one in found)
     return found if len(found) > 1 and differs else []
@@ -212,8 +212,8 @@ ADDED_COLUMNS = (
     "added_training_flops_per_token mean_coupler_flops_per_second"
 ).split()
 ADDED_NOTE = (
-    "Marks: median step minus the step with the mean coupler, 95% interval. Grey: the added FLOPs at the rate "
-    "of the model with the mean coupler."
+    "Marks: median step minus the step with the mean coupler, 95% interval. Grey: the added FLOPs at the "
+    "rate of the model with the mean coupler."
 )
 
 

@@ -24,6 +24,7 @@ from bench.record import MINUS
 from bench.report.comparison import Comparison, ComparisonRow
 from bench.report.plots.run import smoothing_span
 from bench.report.plots.style import (
+    NAME_LENGTH,
     Look,
     corpus_words,
     headed_figure,
@@ -163,23 +164,22 @@ def short_names(configurations: Sequence[Configuration]) -> tuple[dict[str, str]
             parts = [one for one in alike if text in one.label.split(" · ")]
             if len(parts) == count and 2 * count > len(alike):
                 common.setdefault(coupler, []).append(text)
-    short = {}
-    for one in configurations:
-        first, *parts = one.label.split(" · ")
-        kept = [part for part in parts if part not in common.get(one.coupler, ())]
-        short[one.label] = printable(shorten(" · ".join([first.rpartition(":")[2], *kept])))
-    said = [f"{shorten(name)}: {', '.join(texts)}" for name, texts in common.items()]
-    if len(set(short.values())) < len(short):
-        short, said = {label: printable(label) for label in short}, []
-        seen = Counter(shorten(text) for text in short.values())
-        short = {label: _apart(text, seen[shorten(text)], place) for place, (label, text) in
-                 enumerate(short.items(), 1)}  # fmt: skip
-    return short, f"Where a name does not say otherwise, {'; '.join(said)}." if said else ""
+    said = "; ".join(f"{shorten(name)}: {', '.join(texts)}" for name, texts in common.items())
+    note = f"Where a name does not say otherwise, {said}." if said else ""
+    for separators, left_out, words in ((":/", common, note), ("/", common, note), ("/", {}, "")):
+        names = {one.label: _name(one, separators, left_out.get(one.coupler, ())) for one in configurations}
+        if len(set(names.values())) == len(names):
+            return names, words
+    return {label: f"{name} #{place}" for place, (label, name) in enumerate(names.items(), 1)}, ""
 
 
-def _apart(text: str, times: int, place: int) -> str:
-    """Return a short form of a name, with its place among all names where the short form occurs again."""
-    return shorten(text) if times < 2 else f"{shorten(text)} #{place}"
+def _name(one: Configuration, separators: str, left_out: Sequence[str]) -> str:
+    """Return the label without what precedes one of ``separators``, and without the parts ``left_out``."""
+    coupler, *parts = one.label.split(" · ")
+    for separator in separators:
+        coupler = coupler.rpartition(separator)[2]
+    rest = "".join(f" · {part}" for part in parts if part not in left_out)
+    return printable(shorten(shorten(coupler, max(16, NAME_LENGTH - len(rest))) + rest))
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def plot_run(folder: Path) -> list[Path]:
 
 
 def run_figure(record: Record, subject: str, width: float, height: float) -> Figure:
-    """Return an empty figure of ``width`` × ``height`` inches below a header with the run and its warnings."""
+    """Return an empty figure of ``width`` × ``height`` inches below a header of the run."""
     model = record.config.model
     parts = [corpus_words(record), model["coupler_type"].rpartition(":")[2]]
     if model["coupler_type"] == "HGNN":

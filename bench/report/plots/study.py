@@ -155,7 +155,7 @@ def _draw_perplexities(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> N
     for (place, _), mean in zip(measured, means, strict=True):
         if not low <= mean <= high:
             write_in_row(axes, place, f"{number(mean)} →", right=True)
-    axes.set_xlabel("perplexity per token (lower is better)")
+    axes.set_xlabel("perplexity (lower is better)")
 
 
 def _near(value: float, low: float, high: float) -> bool:
@@ -172,7 +172,7 @@ def _draw_marks(axes: Axes, marks: list[tuple[int, float, ComparisonRow]]) -> No
 
 
 def _draw_simple_models(axes: Axes, frame: Frame) -> None:
-    """Name the n-gram baselines above the panel, each with a line, or with an arrow if it is off the scale."""
+    """Name the n-gram baselines above the panel, each with a line, or an arrow if it is off the scale."""
     low, high = axes.get_xlim()
     for level, (name, value) in enumerate(simple_models(frame.comparison.group).items()):
         text = f"{name} {number(value, 1 if value < 1e3 else 0)}"
@@ -202,7 +202,7 @@ def _draw_differences(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> No
     band = f"grey: ±{MINIMUM_EFFECT_NATS:g}, the minimum effect; hollow: not resolved"
     write_above(axes, band, 0, 3, "axes fraction")
     write_above(axes, f"Loss minus {frame.baseline}, paired by seed, 95% interval", 0, 14, "axes fraction")
-    axes.set_xlabel("difference of loss (nats; below 0 is better)")
+    axes.set_xlabel("nats per token (below 0 is better)")
 
 
 def _verdict(frame: Frame, row: ComparisonRow) -> str:
@@ -441,7 +441,8 @@ def _draw_diverged(axes: Axes, frame: Frame, scale: dict[str, float]) -> None:
             at = scale[one.label] * sum(row["tokens"] for row in rows)
             height = min(rows[-1]["loss"], high)
             axes.plot(min(at, far), height, "x", ms=8, mew=2, color=look.colour, clip_on=False, zorder=5)
-        text = f"× {frame.names[one.label]}, seed {run.seed}: diverged after step {rows[-1]['step'] if rows else 0:,}"
+        step = rows[-1]["step"] if rows else 0
+        text = f"× {frame.names[one.label]}, seed {run.seed}: diverged after step {step:,}"
         axes.text(0.98, 0.93 - 0.05 * place, text, transform=axes.transAxes, ha="right", va="top",
                   fontsize=7, color=look.colour)  # fmt: skip
 
@@ -449,27 +450,28 @@ def _draw_diverged(axes: Axes, frame: Frame, scale: dict[str, float]) -> None:
 def _draw_ahead(axes: Axes, frame: Frame, differences: Curves, tokens: dict[str, np.ndarray]) -> None:
     """Draw the paired difference of the training loss from the baseline coupler, with its 95% interval."""
     axes.axhline(0, color="black", lw=1.2)
+    banded = len(differences) <= BEST
     for label, curve in differences.items():
         own = frame.training_losses[label]
         at_T = tokens[label][np.isin(own.steps_T, curve.steps_T)]
         _draw_curve(axes, frame, label, at_T, curve)
         half_T, look = curve.half_T, frame.looks.get(label)
-        if half_T is not None and look is not None and len(differences) <= BEST:
+        if half_T is not None and look is not None and banded:
             low_T, high_T = curve.mean_T - half_T, curve.mean_T + half_T
             axes.fill_between(at_T, low_T, high_T, color=look.colour, alpha=0.1, linewidth=0)
-    ends = [end for curve in differences.values() for end in _span(curve)]
+    ends = [end for curve in differences.values() for end in _span(curve, banded)]
     reach = 1.15 * usual_reach([0.005, *map(abs, ends)], 10)
     axes.set_ylim(
         max(min(min(ends) * 1.15, -0.1 * reach), -reach), min(max(max(ends) * 1.15, 0.1 * reach), reach)
     )
     count_axis(axes, "training tokens", max(one[-1] for one in tokens.values()))
     axes.set_ylabel(f"training loss minus {frame.baseline} (nats)")
-    band = "; bands: 95% intervals" if len(differences) <= BEST else ""
+    band = "; bands: 95% intervals" if banded else ""
     axes.set_title(f"Difference, paired by seed (below 0 is better){band}", loc="left", fontsize=8)
 
 
-def _span(curve: Curve) -> Ends:
-    half_T = 0.0 if curve.half_T is None else curve.half_T
+def _span(curve: Curve, banded: bool) -> Ends:
+    half_T = 0.0 if curve.half_T is None or not banded else curve.half_T
     both = np.concatenate([curve.mean_T - half_T, curve.mean_T + half_T])
     known = both[np.isfinite(both)]
     return (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)

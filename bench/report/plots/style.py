@@ -131,8 +131,8 @@ class Plot:
         return dict(zip(names, (self.drawing("svg"), self.drawing("png"), self.data()), strict=True))
 
     def drawing(self, ending: str) -> bytes:
-        """Return the contents of the svg or the png; its metadata hold the sha256 of the data."""
-        drawn, about = io.BytesIO(), data_mark(self.data())
+        """Return the contents of the svg or the png; its metadata hold ``mark()``."""
+        drawn, about = io.BytesIO(), self.mark()
         FigureCanvasAgg(self.figure)
         with plot_style():
             settle(self.figure)
@@ -149,10 +149,12 @@ class Plot:
         csv.writer(table, lineterminator="\n").writerows([self.columns, *self.rows])
         return table.getvalue().encode()
 
-
-def data_mark(data: bytes) -> str:
-    """Return the text by which a drawing names its data: their sha256."""
-    return f"data sha256 {hashlib.sha256(data).hexdigest()}"
+    def mark(self) -> str:
+        """Return the text by which a drawing names its data: the sha256 of its rows, to 6 digits."""
+        rows = [
+            [f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows
+        ]
+        return f"data sha256 {hashlib.sha256(repr([*self.columns, rows]).encode()).hexdigest()}"
 
 
 def settle(figure: Figure) -> None:
@@ -272,7 +274,7 @@ def step_axis(axes: Axes, steps: Sequence[int], margin: float = 0.0) -> None:
 
 
 def count_axis(axes: Axes, noun: str, last: float) -> None:
-    """Label the x axis as a count of ``noun`` from 0 to a little above ``last``, in thousands, millions, ..."""
+    """Label the x axis as a count of ``noun`` from 0 to ``last``, in thousands, millions, ..."""
     units = {1e12: "10¹²", 1e9: "10⁹", 1e6: "millions", 1e3: "thousands"}
     unit = next((unit for unit in units if last >= 2 * unit), 1.0)
     axes.set_xlim(0, 1.02 * last)

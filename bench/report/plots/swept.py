@@ -120,7 +120,7 @@ def lines_of(rows: Sequence[ComparisonRow], flag: str) -> list[Line]:
     groups = [sorted(group, key=lambda row: flags_of(row)[flag]) for group in found.values()]
     names = labels([_without(group[0], apart) for group in groups], list(found))
     return [
-        Line(printable(shorten(name)), [flags_of(row)[flag] for row in group], group)
+        Line(printable(shorten(name.rpartition("/")[2], 40)), [flags_of(row)[flag] for row in group], group)
         for name, group in zip(names, groups, strict=True)
     ]
 
@@ -145,7 +145,7 @@ def swept_plot(frame: Frame, flag: str) -> Plot | None:
     if len(best) <= 6:
         at = {x: ", ".join(name for name, other in best if other == x) for _, x in best}
         found = ", ".join(f"{plain(x)} ({names})" for x, names in at.items())
-        subject = f"Lowest perplexity at {flag} {found}"
+        subject = f"Lowest perplexity at {flag} {found}" if len(found) < 100 else subject
     costs = [found for found in COSTS if any(row.means[found].n for line in lines for row in line.rows)]
     panels: list[Quantity | None] = [None, *(costs if _model_changes(lines) else ())]
     figure = frame.figure(subject, 3.8, edge, width=10.0 if len(panels) > 1 else 7.5)
@@ -257,7 +257,7 @@ def _name_failed(axes: Axes, lines: list[Line], looks: dict[str, Look]) -> None:
         colour = look.colour if look else VERMILLION
         axes.plot(value, height, "x", ms=7, mew=2, color=colour, transform=transform, zorder=5)
         right = axes.transAxes.inverted().transform(axes.transData.transform((value, 1)))[0] > 0.5
-        text = f"{line.name}: {row.configuration.statuses()}"
+        text = f"{shorten(line.name, 24)}: {row.configuration.statuses()}"
         axes.annotate(text, (value, height), xycoords=transform, xytext=(-7 if right else 7, 0),
                       textcoords="offset points", ha="right" if right else "left", va="center", fontsize=7,
                       color=colour, zorder=5)  # fmt: skip

@@ -114,8 +114,8 @@ def _maps_plot(
         axes.set_title("\n".join(filter(None, (title, one.words))), loc="left", fontsize=7.5)
         axes.set_ylabel("seed" if place % columns == 0 else "")
         axes.set_xlabel(units[0] if place + columns >= len(drawn) else "")
-    figure.colorbar(grid.flat[0].images[0], ax=list(grid.flat[: len(drawn)]), label=units[1], aspect=30, pad=0.02,
-                    fraction=0.04)  # fmt: skip
+    panels = list(grid.flat[: len(drawn)])
+    figure.colorbar(panels[0].images[0], ax=panels, label=units[1], aspect=30, pad=0.02, fraction=0.04)
     table: list[list[Any]] = [
         [one.configuration.label, one.layer, seed, member, float(one.values_SM[y, x])]
         for one in maps

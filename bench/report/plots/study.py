@@ -44,6 +44,7 @@ from bench.report.plots.style import (
     label_ends,
     lay_out,
     plot_style,
+    shorten,
 )
 from bench.report.plots.swept import swept_plots
 from bench.report.plots.weights import mixing_plot, weights_plot
@@ -86,17 +87,19 @@ def perplexity_plot(frame: Frame) -> Plot:
     size = 8 if len(shown) <= 30 else 7
     rest = f"{left_out} configurations between the best and the worst: table only." if left_out else ""
     figure = frame.figure(answer(frame), (0.26 if size == 8 else 0.2) * len(shown) + 1.0, rest)
-    left, right = figure.subplots(1, 2, sharey=True)
+    compared = any(row.against is not None for row in shown)
+    left, *others = figure.subplots(1, 1 + compared, sharey=True, squeeze=False)[0]
     seeds = {row.loss.n for row in frame.measured}
     n = "" if len(seeds) == 1 else "  n {}"
     name_rows(left, [frame.name(row.configuration) + n.format(row.loss.n) for row in shown], size)
-    plain_rows(right, len(shown))
     _draw_perplexities(left, frame, shown)
     _draw_simple_models(left, frame)
-    _draw_differences(right, frame, shown)
-    verdicts = [_verdict(frame, row) for row in shown]
-    colours = [KINDS.get(row.against.verdict.kind, GREY) if row.against else "black" for row in shown]
-    write_beside(right, verdicts, size, colours)
+    for right in others:
+        plain_rows(right, len(shown))
+        _draw_differences(right, frame, shown)
+        verdicts = [_verdict(frame, row) for row in shown]
+        colours = [KINDS[row.against.verdict.kind] if row.against else "black" for row in shown]
+        write_beside(right, verdicts, size, colours)
     return Plot("perplexity", figure, PERPLEXITY_COLUMNS, _perplexity_table(frame))
 
 
@@ -442,7 +445,7 @@ def _draw_diverged(axes: Axes, frame: Frame, scale: dict[str, float]) -> None:
             height = min(rows[-1]["loss"], high)
             axes.plot(min(at, far), height, "x", ms=8, mew=2, color=look.colour, clip_on=False, zorder=5)
         step = rows[-1]["step"] if rows else 0
-        text = f"× {frame.names[one.label]}, seed {run.seed}: diverged after step {step:,}"
+        text = f"× {shorten(frame.names[one.label], 28)}, seed {run.seed}: diverged after step {step:,}"
         axes.text(0.98, 0.93 - 0.05 * place, text, transform=axes.transAxes, ha="right", va="top",
                   fontsize=7, color=look.colour)  # fmt: skip
 

@@ -22,8 +22,8 @@ from bench.report.weights import WeightsReading, read_mixing, read_weights
 from bench.study.runs import Configuration
 
 MOST_MAPS = 24
-MOST_NAMES, MOST_VALUES = 40, 120
-"""The most names below a map, and the most cells of a map that show their values."""
+MOST_NAMES, MOST_VALUES, WIDE = 40, 120, 12
+"""The most names below a map, and the most cells and columns of a map that shows its values."""
 LEAST_RANGE = 0.03
 """Shares whose root mean square distance from the middle is less than this show no difference."""
 WEIGHTS_NOTE = (
@@ -102,7 +102,7 @@ def _maps_plot(
     )
     rows = -(-len(drawn) // columns)
     most = max(len(one.seeds) for one in drawn)
-    height = (min(0.2 * most, 2.4) + 0.85) * rows
+    height = (min(max(0.2 * most, 1.1 if rows == 1 else 0.2), 2.4) + 0.85) * rows
     figure = frame.figure(texts[0], height, texts[1], left_out)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(drawn) :]:
@@ -144,7 +144,7 @@ def _draw_map(axes: Axes, one: Map, norm: Normalize, colours: str) -> None:
     axes.set_xticks(range(0, len(one.members), every), names, rotation=90 if turned else 0, fontsize=6.5)
     step = -(-len(one.seeds) // 12)
     axes.set_yticks(range(0, len(one.seeds), step), [str(seed) for seed in one.seeds[::step]], fontsize=6.5)
-    if one.values_SM.size > MOST_VALUES:
+    if one.values_SM.size > MOST_VALUES or len(one.members) > WIDE:
         return
     for (row, column), value in np.ndenumerate(one.values_SM):
         red, green, blue, _ = image.cmap(image.norm(value))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from scipy import stats
 
@@ -24,6 +25,7 @@ from bench.report.plots.run import smooth
 from bench.report.plots.study import PALE, study_plots
 from bench.report.plots.style import COUPLERS, Look, Plot
 from bench.report.plots.swept import lines_of
+from bench.report.quantities import peak_memory_bytes
 from bench.study.runs import load_study
 from gnnmoe.couplers.registry import coupler_names
 from tests.report._layout import check_layout, texts_of
@@ -99,11 +101,11 @@ def segments(axes: Axes) -> list[np.ndarray]:
             for segment in one.get_segments()]  # fmt: skip
 
 
-def has(points: list[list[float]], x: float, y: float) -> bool:
+def has(points: list[list[float]], x: Any, y: Any) -> bool:
     return any(point == pytest.approx([x, y], rel=1e-9, abs=1e-9) for point in points)
 
 
-def has_segment(axes: Axes, ends: tuple[float, float], place: float, vertical: bool = False) -> bool:
+def has_segment(axes: Axes, ends: tuple[float, float], place: Any, vertical: bool = False) -> bool:
     along, across = (1, 0) if vertical else (0, 1)
     return any(segment[:, along] == pytest.approx(list(ends), rel=1e-9) and
                segment[:, across] == pytest.approx([place, place], rel=1e-9, abs=1e-9)
@@ -242,7 +244,7 @@ def test_a_committed_study_has_memory_by_part_and_no_panel_of_equal_sizes():
     assert len(plots["pareto"].figure.axes) == 2, "equal numbers of parameters are no panel"
     rows = {row["configuration"]: row for row in table(plots["memory"])}
     for one in comparison.group.configurations:
-        peaks = [run.record.memory.peak_allocated_bytes for run in one.counted.values()]  # pyright: ignore
+        peaks = [peak_memory_bytes(run.record) or 0 for run in one.counted.values()]
         assert rows[one.label]["total_mebibytes"] == pytest.approx(np.mean(peaks) / 2**20, rel=0.01)
     widths = [bar.get_width() for bar in plots["memory"].figure.axes[0].patches]  # pyright: ignore
     assert sum(widths) == pytest.approx(sum(row["total_mebibytes"] for row in rows.values()))
@@ -260,13 +262,11 @@ def test_the_matrix_has_the_verdict_of_each_pair_in_both_directions(study):
         if isinstance(patch, Rectangle)
     }
     assert len(cells) == 7 * 7
-    turned = {"better": "worse", "worse": "better"}
+    turned: dict[str, str] = {"better": "worse", "worse": "better"}
     for pair in study[1].pairs:
         row, column = labels.index(pair.candidate.label), labels.index(pair.reference.label)
         kind = pair.verdict.kind
-        colours = [
-            matplotlib.colors.to_hex(cells[at].get_facecolor()) for at in ((row, column), (column, row))
-        ]
+        colours = [to_hex(cells[at].get_facecolor()) for at in ((row, column), (column, row))]
         assert colours == [PALE[kind], PALE[turned.get(kind, kind)]]
     assert {row["verdict"] for row in table(study[2]["verdicts"])} >= {"better", "worse"}
 
@@ -485,6 +485,16 @@ def test_one_run_has_no_interval_and_no_band(tmp_path, monkeypatch):
     seeds = drawn(made_study(tmp_path / "one_seed", {"mean": 0.0, "GNN": 0.1}, seeds=1))[1]
     assert "not resolved (one seed decides nothing)" in texts_of(seeds["perplexity"].figure)
     assert "coupler_cost" not in seeds, "the time of one run says nothing"
+
+
+@pytest.mark.parametrize(
+    ("effect", "noise", "title"),
+    [(-0.2, 0.01, "GNN is better than mean"), (0.2, 0.01, "GNN is worse than mean"),
+     (0.0, 1e-5, "GNN is equivalent to mean"), (0.0, 0.1, "GNN is not significantly different from mean")],
+)  # fmt: skip
+def test_the_title_answers_the_question(tmp_path, effect, noise, title):
+    folder = made_study(tmp_path / "study", {"mean": 0.0, "GNN": effect}, seeds=8, noise=noise, arrays=False)
+    assert main_plot(load_report(folder)).figure.texts[0].get_text() == title
 
 
 def test_what_was_not_measured_is_left_out(tmp_path):

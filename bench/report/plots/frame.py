@@ -33,7 +33,7 @@ from bench.report.plots.style import (
     printable,
     shorten,
 )
-from bench.report.quantities import counted
+from bench.report.quantities import counted, share
 from bench.report.statistics import Summary
 from bench.study.labels import OF_HYPERGRAPHS, part_text
 from bench.study.run_files import Row
@@ -114,7 +114,9 @@ class Frame:
         runs = (run.record for run in group.runs if run.counts)
         corpus = next((words for record in runs if (words := corpus_words(record))), "")
         sizes = f"{counted(len(group.configurations), 'configuration')}, {each} each"
-        about = " · ".join(filter(None, (corpus, sizes, shorten(self.study, 60))))
+        tokens, *_, unknown = group.basis.protocol or (1, 0)
+        words = f"{share(unknown / tokens)} unknown words" if unknown else ""
+        about = " · ".join(filter(None, (corpus, words, sizes, shorten(self.study, 60))))
         note = " ".join(filter(None, (*notes, short_names(group.configurations)[1])))
         return headed_figure(subject, about, self.warnings(), width, height, note)
 

@@ -112,15 +112,17 @@ def answer(frame: Frame) -> str:
     others = sum(map(len, found.values()))
     if not others:
         return "Which perplexity does each configuration reach?"
+    if others == 1:
+        ((kind, (name,)),) = ((kind, names) for kind, names in found.items() if names)
+        known = {"better": f"{name} is better than ", "worse": f"{name} is worse than "}
+        known["equivalent"] = f"{name} is equivalent to "
+        return known.get(kind, f"{name} is not significantly different from ") + frame.baseline
     best = found.pop("better")
-    head = f"{', '.join(best)} {'is' if len(best) == 1 else 'are'} better than {frame.baseline}"
+    head = f"{', '.join(best)} {'is' if len(best) == 1 else 'are'} better than "
     if not best or len(best) > 3:
         head = f"{len(best) or 'None'} of {others} configurations {'are' if best else 'is'} better than "
-        head = (head if others > 1 else "The other configuration is not better than ") + frame.baseline
-    rest = [
-        f"{len(names)} {'is' if len(names) == 1 else 'are'} {kind}" for kind, names in found.items() if names
-    ]
-    return f"{head}; {', '.join(rest)}" if rest and others > 1 else head
+    rest = [f"{len(some)} {'is' if len(some) == 1 else 'are'} {kind}" for kind, some in found.items() if some]
+    return "; ".join(filter(None, (head + frame.baseline, ", ".join(rest))))
 
 
 def _shown(frame: Frame) -> tuple[list[ComparisonRow], int]:

@@ -166,7 +166,8 @@ def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], names: Sequenc
     couplers = [LAYERS.get(other, other.split()[0]) for other in names]
     place = names.index(name)
     look = Look.of(couplers[place], couplers[:place].count(couplers[place]))
-    axes.plot(*zip(*points, strict=True), **look.of_line(), **look.of_marker(4.5), label=name)
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    axes.plot(xs, ys, **look.of_line(), **look.of_marker(4.5), label=name)  # also without a point: its name
 
 
 def _ticks_by_size(axes: Axes, sizes: Sequence[int], label: str) -> None:

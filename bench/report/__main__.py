@@ -58,13 +58,15 @@ class ReportConfig:
     """Compute the existing report again from the records, and print where it differs."""
     page: Place | None = None
     """Instead of a report, write its table and answers into this Markdown page, between the study's marks."""
+    image: Place | None = None
+    """Instead of a report, write its picture of all perplexities to this file (.png or .svg)."""
     publish: Place | None = None
     """Instead of a report, copy the study into this new folder for publication. The copy has no checkpoints
     and no losses per token; it has the hash of every file, for --verify."""
 
     def __post_init__(self) -> None:
-        if sum([self.verify, self.page is not None, self.publish is not None]) > 1:
-            raise Refused("--verify, --page and --publish exclude each other; give one of them.")
+        if sum([self.verify, self.page is not None, self.image is not None, self.publish is not None]) > 1:
+            raise Refused("--verify, --page, --image and --publish exclude each other; give one of them.")
 
 
 @flags
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(config: ReportConfig, console: Console) -> int:
-    """Make, print and write a report; or verify the existing report, write a page or publish the study."""
+    """Make, print and write a report; or verify one, write a page or an image, or publish the study."""
     from bench.files import not_linked_out
     from bench.study.runs import the_study
 
@@ -152,10 +154,13 @@ def report(config: ReportConfig, console: Console) -> int:
     options = _options(config, path)
     with console.status("reading the records …"):
         made = _make(path, options)
-    if config.page is not None:
-        from bench.report.contents import write_study
+    if config.page is not None or config.image is not None:
+        from bench.report.contents import write_image, write_study
 
-        write_study(config.page, made)
+        if config.page is not None:
+            write_study(config.page, made)
+        if config.image is not None:
+            write_image(config.image, made)
         for text in made.doubled():
             print(f"error: {text}", file=sys.stderr)
         return 1 if made.doubled() else 0

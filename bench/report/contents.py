@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.files import between, visible, write_between
+from bench.files import between, cannot_write, visible, write_between, write_whole
 from bench.record import exp_or_infinity, number
 from bench.report.comparison import (
     Answered,
@@ -24,9 +24,9 @@ from bench.report.comparison import (
     answer_hypotheses,
     compare,
 )
-from bench.report.plots.study import study_plots
+from bench.report.plots.frame import Frame
+from bench.report.plots.study import perplexity_plot, study_plots
 from bench.report.plots.style import Plot, plot_style
-from bench.report.plots.weights import weights_plots
 from bench.report.provenance import codes_of
 from bench.report.quantities import (
     PARAMETERS,
@@ -199,10 +199,38 @@ def make_plots(report: Report) -> list[Plot]:
     plots = []
     with plot_style():
         for section in report.sections:
-            name = report.study.name
-            found = [*study_plots(name, section.comparison), *weights_plots(name, section.comparison)]
+            found = study_plots(report.study.name, section.comparison)
             plots += [replace(plot, name=plot.name + section.suffix) for plot in found]
     return plots
+
+
+def main_plot(report: Report) -> Plot:
+    """Return the plot ``perplexity`` of the largest group of a study.
+
+    Raises:
+        Refused: no run of the group counts.
+    """
+    frame = Frame(report.study.name, report.sections[0].comparison)
+    if not frame.measured:
+        raise Refused(f"no run of {report.study.name} has a perplexity; there is nothing to draw.")
+    with plot_style():
+        return perplexity_plot(frame)
+
+
+def write_image(path: Path, report: Report) -> None:
+    """Write the plot ``perplexity`` as a picture, whose metadata hold the mark of its data.
+
+    Raises:
+        Refused: the path does not end in .png or .svg or cannot be written, or no run counts.
+    """
+    ending = path.suffix.removeprefix(".")
+    if ending not in ("png", "svg"):
+        raise Refused(f"an image ends in .png or .svg, not in {path.suffix or path.name!r}: --image {path}")
+    drawing = main_plot(report).drawing(ending)
+    try:
+        write_whole(path, drawing)
+    except OSError as error:
+        raise Refused(cannot_write(path, error)) from error
 
 
 def _when(study: Study, time: str | None) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
-import io
 import json
 import math
 import re
@@ -28,17 +26,18 @@ from bench.report.tables import Table
 
 UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 OPTION = re.compile(r"(?<= )(?=--)")
-NUMBERED = re.compile(r"(hyperedge_weights(?:_over_steps)?)_(\d+)(_\d+)?")
 TITLES = {
-    "loss_curves": ("Loss curves", "loss over the steps of every configuration, with bands over the seeds"),
     "perplexity": ("Perplexity", "perplexity of every configuration, its interval, and paired differences"),
-    "pareto": ("Perplexity against cost", "perplexity against memory, throughput and parameters"),
-    "experts": ("Cost by number of experts", "memory and throughput against the number of experts"),
-    "coupler_cost": ("What a coupler costs", "time and memory of each coupler over the mean coupler"),
-    "training": ("Training", "training loss, validation loss, learning rate and gradient norm by step"),
-    "hyperedge_weights": ("Hyperedge weights", "learned weight of each hyperedge, the mean and every seed"),
-    "hyperedge_weights_over_steps": ("Hyperedge weights over steps", "weight of each hyperedge by step"),
-    "mixing": ("Experts in the output", "share of each expert in the output of each layer"),
+    "loss_curves": ("Loss curves", "loss by tokens or FLOPs, and the paired difference from the baseline"),
+    "verdicts": ("Verdicts on all pairs", "verdict and difference of each configuration and each other one"),
+    "pareto": (
+        "Perplexity against cost",
+        "paired difference of perplexity against memory, time and parameters",
+    ),
+    "coupler_cost": ("What a coupler costs", "time that each coupler adds to a training step"),
+    "memory": ("Memory by part", "peak memory of a training step of every configuration, by part"),
+    "hyperedge_weights": ("Hyperedge weights", "learned weight of each hyperedge by seed"),
+    "mixing": ("Experts in the output", "share of each expert in the output of each layer by seed"),
 }
 
 
@@ -206,20 +205,15 @@ def _plots(report: Report, files: Mapping[str, bytes]) -> dict[int, list[View]]:
 
 
 def _parts(name: str, suffixes: Mapping[str, int]) -> tuple[str, str]:
-    """Return the kind of a plot and the suffix of its section; ``hyperedge_weights_2`` has the suffix ""."""
-    numbered = NUMBERED.fullmatch(name)
-    if numbered:
-        suffix = numbered[3] or ""
-        return (numbered[1], suffix) if suffix in suffixes else (name, "")
+    """Return the kind of a plot and the suffix of its section."""
     suffix = next((found for found in suffixes if found and name.endswith(found)), "")
     return name.removesuffix(suffix), suffix
 
 
 def _plot(name: str, base: str, svg: bytes, table: bytes | None) -> View:
-    title, what = TITLES.get(base, (base.replace("_", " ").capitalize(), ""))
-    if table is not None and base.startswith("hyperedge_weights"):
-        rows = list(csv.DictReader(io.StringIO(table.decode())))
-        title += f": {rows[0]['configuration']}" if rows and "configuration" in rows[0] else ""
+    title, what = TITLES.get(
+        base, (base.capitalize().replace("_by_", " by "), "perplexity by a swept number")
+    )
     alt = f"{title}: {what}. The figures are in {name}.csv." if what else title
     csv_uri = None if table is None else _data_uri("text/csv", table)
     return {

@@ -21,19 +21,6 @@ from bench.study.runs import Configuration, Run
 WEIGHTS, MIXING = "hyperedge_weights", "mixing"
 MOVED = 1e-5
 """A weight that changed by more has moved; records round to 1e-6."""
-BY_NAME = (
-    "The experts of different seeds start from different random numbers, so that expert 0 of one seed need "
-    "not be expert 0 of another: agreement by name is expected only if a position itself matters."
-)
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """Weights over training, at the steps that all of these seeds sampled."""
-
-    seeds: tuple[int, ...]
-    steps_T: np.ndarray
-    weights_TSM: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -47,23 +34,19 @@ class WeightsReading:
     seeds: tuple[int, ...]
     weights_SM: np.ndarray
     """The weights of every run that counts."""
-    trajectories: Trajectories | None
-    """None with fewer than two steps that all seeds with a trace sampled."""
     from_one: bool
     """Whether a trace shows that all weights were 1 at the start."""
 
     @cached_property
     def agreement(self) -> Agreement | None:
-        """The agreement of the seeds on the order of the hyperedges by name (see ``BY_NAME``).
+        """The agreement of the seeds on the order of the hyperedges by name.
+
+        The experts of different seeds start from different random numbers, so that expert 0 of one seed need
+        not be expert 0 of another: agreement is expected only if a position itself matters.
 
         None for one seed or one hyperedge, and where fewer than two seeds have weights that differ.
         """
         return agreement(self.weights_SM)
-
-    @property
-    def mean_M(self) -> np.ndarray:
-        """The mean over seeds."""
-        return self.weights_SM.mean(axis=0)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -103,21 +86,6 @@ class MixingReading:
     seeds: tuple[int, ...]
     shares_SLE: np.ndarray
 
-    @property
-    def mean_LE(self) -> np.ndarray:
-        """The mean over seeds."""
-        return self.shares_SLE.mean(axis=0)
-
-    @property
-    def deviation_LE(self) -> np.ndarray | None:
-        """The sample's standard deviation over seeds; None for one seed."""
-        return self.shares_SLE.std(axis=0, ddof=1) if len(self.seeds) > 1 else None
-
-    @property
-    def ratio_LE(self) -> np.ndarray:
-        """The mean share as a multiple of 1/E."""
-        return self.mean_LE * self.mean_LE.shape[1]
-
 
 def read_weights(comparison: Comparison) -> list[WeightsReading]:
     """Return a reading for each configuration, in the order of the comparison's rows, and layer.
@@ -150,8 +118,7 @@ def _weights(configuration: Configuration) -> Iterator[WeightsReading]:
         first_SM = np.array([starts.get(seed, np.ones(len(members))) for seed in alike])
         if np.abs(weights_SM - first_SM).max() > MOVED:
             from_one = bool(starts) and bool(np.allclose(list(starts.values()), 1, atol=MOVED))
-            together = _together(traces)
-            yield WeightsReading(configuration, layer, members, tuple(alike), weights_SM, together, from_one)
+            yield WeightsReading(configuration, layer, members, tuple(alike), weights_SM, from_one)
 
 
 def _trace(run: Run, layer: int, members: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -161,18 +128,6 @@ def _trace(run: Run, layer: int, members: int) -> tuple[np.ndarray, np.ndarray] 
     if weights_TM is None or not len(steps_T) or weights_TM.shape != (len(steps_T), members):
         return None
     return steps_T, weights_TM.astype(float)
-
-
-def _together(traces: dict[int, tuple[np.ndarray, np.ndarray]]) -> Trajectories | None:
-    shared = (
-        sorted(set.intersection(*(set(steps_T.tolist()) for steps_T, _ in traces.values()))) if traces else []
-    )
-    if len(shared) < 2:
-        return None
-    at_TSM = np.stack(
-        [weights_TM[np.isin(steps_T, shared)] for steps_T, weights_TM in traces.values()], axis=1
-    )
-    return Trajectories(tuple(traces), np.array(shared), at_TSM)
 
 
 def _mixing(configuration: Configuration) -> MixingReading | None:

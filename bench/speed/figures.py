@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.report.plots.style import (
-    LINE_COLOURS,
-    LINE_STYLES,
+    Look,
     Plot,
     headed_figure,
     log_ticks,
@@ -20,24 +19,24 @@ from bench.report.plots.style import (
 )
 from bench.speed.record import CURVE, STEPS, Rows, SpeedRow
 
-COST_NAME, COST_TITLE = "cost", "What a coupler costs alone"
+COST_NAME, COST_TITLE = "cost", "How long does a coupler alone take?"
 COST_NOTE = (
-    "Forward + backward, median of the steps timed; couplers of one size in turn in one process. Floor: "
-    "expert outputs and gradients read and written once, at the copy bandwidth measured in the same process."
+    "Forward + backward, median step; couplers of one size alternate in one process. Floor: expert outputs "
+    "and gradients read and written once, at the measured copy bandwidth."
 )
 COST_COLUMNS = ("subject", "experts", "tokens", "milliseconds", "bytes_floor_milliseconds")
-STEPS_NAME, STEPS_TITLE = "steps", "A training step by the number of experts"
+STEPS_NAME, STEPS_TITLE = "steps", "What do more experts cost in a training step?"
 STEPS_NOTE = (
-    "Whole steps (forward, backward, clipping, update) with each coupler, in turn in one process. "
-    "Throughput: tokens over all timed steps. Peak memory: tensors alive, model and optimizer included."
+    "Whole steps (forward, backward, clipping, update); couplers alternate in one process. Peak memory: "
+    "tensors alive, model and optimizer included."
 )
+LAYERS = {"HNHN": "HGNN"}
+"""The coupler of a subject that has the name of its hypergraph layer."""
 STEPS_COLUMNS = ("model", "experts", "tokens", "tokens_per_second", "peak_mebibytes")
 STEPS_PANELS: tuple[tuple[str, Callable[[SpeedRow], float | None]], ...] = (
     ("tokens per second", lambda row: len(row.seconds) * row.tokens / sum(row.seconds)),
     ("peak memory (MiB)", lambda row: None if row.peak_bytes is None else row.peak_bytes / 2**20),
 )
-MARKERS = "os^Dv<>Pxh"
-
 
 # --- couplers alone --------------------------------------------------------------------------------
 
@@ -91,9 +90,9 @@ def _panel(rows: Rows, by: str, other: str) -> list[SpeedRow]:
 
 
 def _draw_costs(axes: Axes, rows: list[SpeedRow], names: list[str], by: str, label: str) -> None:
-    for place, name in enumerate(names):
+    for name in names:
         points = [(getattr(row, by), _milliseconds(row)) for row in rows if row.subject == name]
-        _draw_line(axes, points, place, name)
+        _draw_line(axes, points, names, name)
     floors = {getattr(row, by): _floor(row) for row in rows}
     axes.plot(
         list(floors),
@@ -141,8 +140,8 @@ def steps_plot(rows: Rows, device: str) -> Plot | None:
         for axes, (label, value) in zip(figure.subplots(1, 2), STEPS_PANELS, strict=True):
             of_all = [(row.form, row.experts, value(row)) for row in of_one]
             found = [[(x, y) for form, x, y in of_all if form == name and y is not None] for name in names]
-            for place, (name, points) in enumerate(zip(names, found, strict=True)):
-                _draw_line(axes, sorted(points), place, name)
+            for name, points in zip(names, found, strict=True):
+                _draw_line(axes, sorted(points), names, name)
             _ticks_by_size(axes, [row.experts for row in of_one], "experts E")
             heights = [y for points in found for _, y in points]
             if heights:
@@ -162,17 +161,13 @@ def _number_of_experts(rows: Rows) -> int:
 # --- both ------------------------------------------------------------------------------------------
 
 
-def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], place: int, name: str) -> None:
-    """Draw the line of one coupler, in the colour and style of its place among the couplers."""
-    axes.plot(
-        [x for x, _ in points],
-        [y for _, y in points],
-        marker=MARKERS[place % 10],
-        markersize=4,
-        color=LINE_COLOURS[place % 6],
-        linestyle=LINE_STYLES[place // 6 % 4],
-        label=name,
-    )
+def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], name: str) -> None:
+    """Draw the line of one of ``names`` with the look of its coupler, its first word."""
+    couplers = [LAYERS.get(other, other.split()[0]) for other in names]
+    place = names.index(name)
+    look = Look.of(couplers[place], couplers[:place].count(couplers[place]))
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    axes.plot(xs, ys, **look.of_line(), **look.of_marker(4.5), label=name)  # also without a point: its name
 
 
 def _ticks_by_size(axes: Axes, sizes: Sequence[int], label: str) -> None:

@@ -91,7 +91,7 @@ def name_parts(config: RecordedConfig) -> list[str]:
     if model["coupler_type"] != "HGNN":
         parts = {"coupler_type": model["coupler_type"]}
     parts[OPTIONS] = _options(model[OPTIONS], model["coupler_type"])
-    return [_part(name, value) for name, value in parts.items() if value]
+    return [part_text(name, value) for name, value in parts.items() if value]
 
 
 def labels(configurations: Sequence[FlagTable], keys: Sequence[Key]) -> list[str]:
@@ -134,14 +134,15 @@ def _varying(configurations: Sequence[FlagTable]) -> list[str]:
 
 
 def _label(flags: FlagTable, names: Sequence[str]) -> str:
-    parts = [_part("coupler_type", flags["coupler_type"])]
+    parts = [part_text("coupler_type", flags["coupler_type"])]
     for name in dict.fromkeys(names):
-        if name != "coupler_type" and name in flags and (text := _part(name, flags[name])):
+        if name != "coupler_type" and name in flags and (text := part_text(name, flags[name])):
             parts.append(text)
     return " · ".join(parts)
 
 
-def _part(name: str, value: Any) -> str:
+def part_text(name: str, value: Any) -> str:
+    """Return a field and its value as a part of a label: ``learning_rate 0.004``, ``learned weights``."""
     if name in SHORT:
         return SHORT[name].get(value, str(value))
     if name in OF_CLASSES:

@@ -14,9 +14,10 @@ from bench.report.plots.run import training_plot
 from bench.report.plots.style import plot_style
 from bench.run.prepare import config_dict
 from bench.study.run_files import read_run
-from tests._records import NO_TEST, SCORED, record_json
+from tests._records import NO_TEST, SCORED, made_memory, record_json
 
 STEPS, EVAL_EVERY, TOKENS = 12, 4, 50
+MEMORY = {"model": 2**20, "gradients": 2**19, "optimizer": 2**21, "activations": 5 * 2**20}
 PAIRS = [(0, 1), (0, 2), (1, 2)]
 
 
@@ -39,6 +40,7 @@ def made_run(folder: Path, coupler: str = "HGNN", steps: int = STEPS, **changes:
         "run_id": "0123456789ab", "configuration": "ba9876543210", "study": "made",
         "run_name": "made", "status": "ok", "seed": 3, "command": "",
         "config": config,
+        "memory": made_memory(sum(MEMORY.values()), 2**25) | {"by_part": MEMORY},
         "parameters": {"total": 1000, "expert": 600, "coupler": 150, "other": 250},
         "quality": {"validation": validation, "test": NO_TEST, "best_step": steps},
         "communication": {f"layer_{layer}": made_communication(coupler, layer) for layer in range(2)},

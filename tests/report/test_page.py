@@ -48,7 +48,7 @@ def report(study) -> Report:
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
     table = "configuration,weight\nHGNN · all_pairs,1\n".encode()
-    names = ("loss_curves", "perplexity", "hyperedge_weights_2", "a_new_one")
+    names = ("loss_curves", "perplexity", "hyperedge_weights", "a_new_one")
     return {f"{name}.{end}": data for name in names
             for end, data in (("svg", SVG), ("png", b"png"), ("csv", table))}  # fmt: skip
 
@@ -195,14 +195,14 @@ def test_environment_code_and_data_are_named_once(report, page):
 
 def test_plots_are_shown_as_they_are_with_their_figures(files, page):
     images = {image.parents[-2].attributes["id"].removeprefix("plot-"): image for image in page.all("img")}
-    assert list(images) == ["perplexity", "hyperedge_weights_2", "a_new_one"]
+    assert list(images) == ["perplexity", "hyperedge_weights", "a_new_one"]
     for name, image in images.items():
         assert decoded(image.attributes["src"], "image/svg+xml") == files[f"{name}.svg"]
         assert len(image.attributes["alt"]) > 8
         [link] = page.all("a", image.parents[-2])
         assert link.attributes["download"] == f"{name}.csv"
         assert decoded(link.attributes["href"], "text/csv") == files[f"{name}.csv"]
-    assert "HGNN · all_pairs" in images["hyperedge_weights_2"].attributes["alt"]
+    assert "by seed" in images["hyperedge_weights"].attributes["alt"]
 
 
 def decoded(uri: str, kind: str) -> bytes:
@@ -222,7 +222,7 @@ def test_a_second_group_has_its_own_section_and_plots(tmp_path, files):
     of = {section: [figure.attributes["id"].removeprefix("plot-")
                     for figure in page.all("figure", page.by_id(section)) if "id" in figure.attributes]
           for section in ("comparison", "comparison_2", "plots")}  # fmt: skip
-    names = ["hyperedge_weights_2", "a_new_one"]
+    names = ["hyperedge_weights", "a_new_one"]
     assert of == {"comparison": ["perplexity"], "comparison_2": ["perplexity_2"],
                   "plots": [*names, *(f"{name}_2" for name in names)]}  # fmt: skip
     assert "another processor" in page.by_id("comparison_2").words

@@ -35,7 +35,7 @@ pytestmark = [
         reason=f"not installed: {', '.join(MISSING)} (Debian: chromium, chromium-driver)",
     ),
 ]
-PLOTS = ("perplexity", "pareto", "hyperedge_weights_1")
+PLOTS = ("perplexity", "pareto", "hyperedge_weights")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync --disable-dev-shm-usage"

@@ -82,7 +82,7 @@ def test_a_report_prints_verdicts_and_writes_page_tables_and_plots(drawn):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for table in ("comparison", "pairs", "runs", "failures"):
         assert {f"tables/{table}.{end}" for end in ("md", "csv", "tex")} <= names
-    for plot in ("perplexity", "loss_curves", "pareto", "training", "mixing"):
+    for plot in ("perplexity", "loss_curves", "verdicts", "pareto", "coupler_cost"):
         assert {f"plots/{plot}.{end}" for end in ("svg", "png", "csv")} <= names
     assert {"report.html", "summary.md", "options.json"} <= names
     assert not [path for path in (results / "small").iterdir() if path.name.startswith(".")]
@@ -397,7 +397,7 @@ def test_neither_torch_nor_pyplot_is_imported_and_no_order_of_a_set_shows(result
     Another process, with another seed of its hashes, writes the same page.
     """
     made_study(results / "bare", {"mean": 0.0, "HGNN all_pairs": 0.1}, seeds=1, arrays=False)
-    run = without_history(tmp_path / "run", "GNN")
+    run = without_history(tmp_path / "run", "HGNN")
     pages = [tmp_path / name for name in ("one", "other")]
     script = (
         "import sys; from pathlib import Path; from bench.report.__main__ import main;"
@@ -417,7 +417,7 @@ def test_neither_torch_nor_pyplot_is_imported_and_no_order_of_a_set_shows(result
     assert main([*places, str(pages[1])]) == 0
     for name in ("report.html", "summary.md"):
         assert (pages[0] / name).read_bytes() == (pages[1] / name).read_bytes()
-    assert (run / "plots" / "adjacency.svg").is_file()
+    assert (run / "plots" / "hyperedge_weights.svg").is_file()
 
 
 def test_hypotheses_that_a_sweep_stated_are_answered_with_the_time(report, results):

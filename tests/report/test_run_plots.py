@@ -1,4 +1,4 @@
-"""The plots of one run, drawn from made records: what they show equals what was recorded."""
+"""The plots of one run: what they show equals what was recorded, with any name and any number."""
 
 from __future__ import annotations
 
@@ -14,22 +14,35 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from bench.report.plots.run import plot_run, smooth, smoothing_span, trajectories_plot, weights_plot
+from bench.report.plots.run import (
+    memory_plot,
+    plot_run,
+    smooth,
+    smoothing_span,
+    training_plot,
+    trajectories_plot,
+    weights_plot,
+)
+from bench.report.plots.style import plot_style, printable, shorten, spread
 from bench.study.run_files import read_run
+from tests._records import made_data
+from tests.report._layout import check_layout
 from tests.report._made_runs import (
+    MEMORY,
     STEPS,
-    made_communication,
+    TOKENS,
     made_history,
     made_run,
     texts,
+    training,
     without_history,
 )
 
 EXPECTED = {
-    "HGNN": {"training", "hyperedge_weights", "hyperedge_weights_over_steps", "parameters"},
-    "GNN": {"adjacency", "parameters"},
-    "mean": {"parameters"},
+    "HGNN": {"training", "hyperedge_weights", "hyperedge_weights_over_steps", "memory"},
+    "mean": {"memory"},
 }
+NASTY = "<b>bold</b> & $\\frac$ \t\n\x07 漢 " + "a_very_long_name " * 12
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +50,7 @@ def drawn(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
     """By coupler, a run folder and what ``plot_run`` says it wrote there."""
     folder = tmp_path_factory.mktemp("runs")
     runs = {"HGNN": made_run(folder / "HGNN")}
-    runs |= {coupler: without_history(folder / coupler, coupler) for coupler in ("GNN", "mean")}
+    runs["mean"] = without_history(folder / "mean", "mean")
     return {coupler: (run, plot_run(run)) for coupler, run in runs.items()}
 
 
@@ -60,7 +73,7 @@ def test_every_figure_is_an_svg_a_png_and_a_csv(drawn, coupler):
             assert np.ptp(imread(path)[..., :3]) > 0.5, f"{path.name} is empty"
 
 
-def test_the_training_table_is_themade_history(drawn):
+def test_the_training_table_is_the_made_history(drawn):
     run, _ = drawn["HGNN"]
     rows = {int(row["step"]): row for row in table(run, "training")}
     history = made_history(STEPS)
@@ -80,7 +93,7 @@ def test_the_training_table_is_themade_history(drawn):
 
 
 def test_the_other_tables_are_the_record(drawn):
-    hgnn, gnn = drawn["HGNN"][0], drawn["GNN"][0]
+    hgnn = drawn["HGNN"][0]
     rows = table(hgnn, "hyperedge_weights")
     weights = {(int(row["layer"]), row["hyperedge"]): float(row["weight"]) for row in rows}
     record = read_run(hgnn).record.model_dump()["communication"]
@@ -93,12 +106,7 @@ def test_the_other_tables_are_the_record(drawn):
         position = ["{0,1}", "{0,2}", "{1,2}"].index(row["hyperedge"])
         assert float(row["weight"]) == trace[f"layer_{row['layer']}.hyperedge_weights"][time, position]
     assert len(table(hgnn, "hyperedge_weights_over_steps")) == trace["step"].size * 2 * 3
-    for row in table(gnn, "adjacency"):
-        matrix = made_communication("GNN", int(row["layer"]))[row["graph_layer"]]
-        assert float(row["adjacency"]) == matrix[int(row["listens"])][int(row["speaks"])]
-    assert len(table(gnn, "adjacency")) == 2 * 2 * 9
-    counts = {row["part"]: int(row["parameters"]) for row in table(gnn, "parameters")}
-    assert counts == {"expert": 600, "coupler": 150, "other": 250}
+    assert {row["part"]: int(row["bytes"]) for row in table(hgnn, "memory")} == MEMORY
 
 
 def test_smoothing_by_hand():
@@ -118,15 +126,15 @@ def test_what_is_missing_is_left_out(tmp_path):
     (run / "history.jsonl").unlink()
     (run / "plots").mkdir()
     (run / "plots" / "training.svg").write_text("of an earlier call")
-    assert {path.stem for path in plot_run(run)} == {"parameters"}
-    assert {path.stem for path in (run / "plots").iterdir()} == {"parameters"}, "an old figure is left"
-    blocked = made_run(tmp_path / "blocked", status="check_failed", communication=nothing, parameters=nothing)
+    assert {path.stem for path in plot_run(run)} == {"memory"}
+    assert {path.stem for path in (run / "plots").iterdir()} == {"memory"}, "an old figure is left"
+    blocked = made_run(tmp_path / "blocked", status="check_failed", communication=nothing, memory=nothing)
     (blocked / "history.jsonl").write_text("")
     assert plot_run(blocked) == []
     assert not (blocked / "plots").exists()
     silent = without_history(tmp_path / "silent")
     (silent / "communication.npz").unlink()
-    assert {path.stem for path in plot_run(silent)} == {"hyperedge_weights", "parameters"}
+    assert {path.stem for path in plot_run(silent)} == {"hyperedge_weights", "memory"}
 
 
 def test_no_record_and_a_broken_record_are_refused(tmp_path):
@@ -178,3 +186,70 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(tmp_path, monkeypatch, 
     found = {path.name: path.read_bytes() for path in run.glob("plots/*")}
     assert found == before
     assert (run / "plots").exists() == existing
+
+
+# --- looks -----------------------------------------------------------------------------------------
+
+
+def test_labels_never_overlap_and_stay_near():
+    places = spread(np.array([0.1, 0.1, 0.1, 0.9]), 0.05)
+    assert places == pytest.approx([0.05, 0.1, 0.15, 0.9])
+    crowded = spread(np.full(28, 0.99), 0.03)
+    assert np.diff(crowded).min() >= 0.03 - 1e-12
+    assert crowded.max() <= 1 + 1e-12
+
+
+def test_the_header_is_one_line_and_warnings_stand_below(tmp_path):
+    run = made_run(tmp_path / "run", data=made_data(embedded=True), status="check_failed")
+    assert any("NOT WIKITEXT-2: embedded text" in text and "leak check failed" in text for text in texts(run))
+    assert any("status: diverged" in text for text in texts(made_run(tmp_path / "other", status="diverged")))
+    fine = made_run(tmp_path / "fine")
+    header = [text.get_text() for text in training(fine, laid_out=False)[0].texts]
+    assert header[0] == f"Training reached perplexity {math.exp(300.5 / TOKENS):,.1f} on validation"
+    assert len(header) == 2
+    assert header[1].endswith("HGNN · HypergraphConv · all_pairs · E 3 · seed 3 · made")
+
+
+def test_the_unigram_is_drawn_for_the_same_tokens_only(tmp_path):
+    run = made_run(tmp_path / "run")
+    assert f"unigram {math.exp(341.25 / TOKENS):,.1f}" in texts(run)
+    text = (run / "history.jsonl").read_text().replace(f'"tokens": {TOKENS}}}', f'"tokens": {TOKENS + 1}}}')
+    (run / "history.jsonl").write_text(text)
+    assert not any(text.startswith("unigram") for text in texts(run))
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_text_lies_on_another_with_any_name(tmp_path, monkeypatch):
+    """28 hyperedges whose weights end within a thousandth of each other."""
+    run = made_run(tmp_path / "run", run_name=NASTY, status="check_failed", data=made_data(embedded=True))
+    record = json.loads((run / "record.json").read_text())
+    record["config"]["model"]["coupler_type"] = "package.$module$:" + "W" * 200
+    names = ["$\\frac$" + "x" * 100, *(f"{{{i},{j}}}" for i in range(8) for j in range(i))][:28]
+    ends = np.linspace(1, 1.001, len(names))
+    record["communication"] = {"layer_0": {"hyperedge_weights": dict(zip(names, ends, strict=True))}}
+    (run / "record.json").write_text(json.dumps(record))
+    trace = np.stack([np.ones_like(ends), ends])
+    np.savez(run / "communication.npz", **{"step": [0, 12], "layer_0.hyperedge_weights": trace})  # pyright: ignore
+    data = read_run(run)
+    for draw in (training_plot, weights_plot, trajectories_plot, memory_plot):
+        with plot_style():
+            plot = draw(data)
+        assert plot is not None
+        check_layout(plot.figure, monkeypatch)
+    assert shorten("a" * 55) == "a" * 53 + "…"
+    assert printable("a\tb\x07漢$é") == "a b□□$é"
+
+
+def test_one_evaluation_is_still_a_figure(tmp_path):
+    figure, rows = training(made_run(tmp_path / "run", steps=1))
+    assert [row["step"] for row in rows if row["validation_loss_nats"] is not None] == [1]
+    assert all(line.get_marker() == "o" for line in figure.axes[0].lines), "a single point has no line"
+
+
+def test_numbers_beyond_all_scales_are_drawn(tmp_path):
+    run = made_run(tmp_path / "run")
+    rows = made_history(STEPS)
+    rows[-1]["nll_sum"] = 800.0 * TOKENS
+    rows[0]["gradient_norm"], rows[1]["gradient_norm"] = math.inf, 1e9
+    (run / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert training(run)[1][-1]["validation_perplexity"] == math.inf

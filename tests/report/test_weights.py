@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from bench.report.comparison import Comparison, compare
-from bench.report.plots.style import Plot
-from bench.report.plots.weights import weights_plots
+from bench.report.plots.frame import Frame
+from bench.report.plots.style import Plot, plot_style
+from bench.report.plots.weights import mixing_plot, weights_plot
 from bench.report.statistics import agreement
-from bench.report.weights import BY_NAME, read_mixing, read_weights
+from bench.report.weights import read_mixing, read_weights
 from bench.study.runs import load_study
+from tests.report._layout import check_layout, texts_of
 from tests.report._made_studies import made_study
-from tests.report.test_run_plot_looks import overlaps
 
 LEARNED = {"mean": 0.0, "HGNN all_pairs": -0.05}
 
@@ -58,10 +59,11 @@ def table(plot: Plot) -> list[dict[str, Any]]:
     return [dict(zip(plot.columns, row, strict=True)) for row in plot.rows]
 
 
-def texts(plot: Plot) -> str:
-    axes = plot.figure.axes
-    panels = [title for one in axes for title in (one.get_title(loc="left"), one.get_ylabel())]
-    return "\n".join([text.get_text() for text in plot.figure.texts] + panels)
+def plots_of(study: Path) -> dict[str, Plot]:
+    """Return the plots of weights and shares, by name."""
+    frame = Frame(study.name, comparison(study))
+    with plot_style():
+        return {plot.name: plot for draw in (weights_plot, mixing_plot) if (plot := draw(frame))}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plots(made) -> dict[str, Plot]:
-    return {plot.name: plot for plot in weights_plots("made", comparison(made))}
+    return plots_of(made)
 
 
 def test_the_readings_are_the_records(made):
@@ -90,14 +92,8 @@ def test_the_readings_are_the_records(made):
             run = reading.configuration.counted[seed]
             recorded = run.record.model_dump()["communication"][f"layer_{reading.layer}"]["hyperedge_weights"]
             assert dict(zip(reading.members, reading.weights_SM[place], strict=True)) == recorded
-            trace = np.load(run.folder / "communication.npz")
-            assert reading.trajectories is not None
-            assert np.array_equal(reading.trajectories.steps_T, trace["step"])
-            expected = trace[f"layer_{reading.layer}.hyperedge_weights"]
-            assert np.array_equal(reading.trajectories.weights_TSM[:, place], expected)
         assert reading.from_one
         assert reading.range == (reading.weights_SM.min(), reading.weights_SM.max())
-        assert reading.mean_M == pytest.approx(np.mean(reading.weights_SM, axis=0))
 
 
 def test_agreement_by_hand_and_its_sentence(tmp_path):
@@ -125,12 +121,11 @@ def test_what_seeds_share_is_told_from_what_they_do_not(tmp_path):
     assert second.agreement is not None
     assert not second.agreement.reproducible
     assert "; 8 seeds do not agree on the order (mean Kendall τ" in second.sentence()
-    by_name = {plot.name: plot for plot in weights_plots("study", comparison(study))}
-    for name in ("hyperedge_weights_1", "hyperedge_weights_over_steps_1"):
-        panels = by_name[name].figure.axes
-        assert panels[0].get_title(loc="left") == f"layer 0\n{first.agreement.words()}"
-        assert panels[1].get_title(loc="left").startswith("layer 1\n8 seeds do not agree on the order")
-        assert BY_NAME in texts(by_name[name]).replace("\n", " ")
+    figure = plots_of(study)["hyperedge_weights"].figure
+    assert figure.texts[0].get_text() == "The seeds agree on which hyperedges matter in 1 of 2 layers"
+    titles = [axes.get_title(loc="left") for axes in figure.axes[:2]]
+    assert titles[0].startswith("HGNN, layer 0\nτ +")
+    assert titles[1].startswith("HGNN, layer 1\nτ ")
 
 
 def test_weights_that_never_moved_are_no_reading(tmp_path):
@@ -142,7 +137,7 @@ def test_weights_that_never_moved_are_no_reading(tmp_path):
             folder, lambda found: {**found, **{k: v * 0 + 1 for k, v in found.items() if "hyper" in k}}
         )
     assert sentences(study) == []
-    assert [plot.name for plot in weights_plots("study", comparison(study))] == ["mixing"]
+    assert list(plots_of(study)) == ["mixing"]
     raw = np.array([0.25, -1.5, 2.0, 0.5, 0.0, 1.0])
     for folder in folders(study):
         change_weights(folder, lambda found: dict(zip(found, raw, strict=True)))
@@ -161,16 +156,7 @@ def test_runs_with_other_steps_and_without_a_file(tmp_path):
     (two / "communication.npz").unlink()
     reading = read_weights(comparison(study))[0]
     assert (reading.seeds, reading.weights_SM.shape) == ((0, 1, 2), (3, 6)), "the weights need no samples"
-    found = reading.trajectories
-    assert found is not None
-    assert (found.seeds, found.steps_T.tolist()) == ((0, 2), [0, 4, 12])
-    expected = np.load(three / "communication.npz")["layer_0.hyperedge_weights"][[0, 1, 3]]
-    assert np.array_equal(found.weights_TSM[:, 1], expected)
-    change_trace(one, lambda found: {name: values[[0]] for name, values in found.items()})
-    reading = read_weights(comparison(study))[0]
-    assert reading.trajectories is None
-    names = [plot.name for plot in weights_plots("study", comparison(study))]
-    assert names == ["hyperedge_weights_1", "mixing"]
+    assert reading.from_one
     for folder in (one, three):
         (folder / "communication.npz").unlink()
     assert " (all 1 at the start)" not in sentences(study)[0], "nobody knows"
@@ -180,9 +166,8 @@ def test_runs_with_other_steps_and_without_a_file(tmp_path):
 def test_one_seed_and_one_hyperedge_have_nothing_to_agree_on(tmp_path):
     one = made_study(tmp_path / "one", LEARNED, seeds=1)
     assert sentences(one)[0].endswith("(all 1 at the start); one seed, so nothing to compare.")
-    plots = {plot.name: plot for plot in weights_plots("one", comparison(one))}
-    assert "one seed, so nothing to compare" in texts(plots["hyperedge_weights_1"])
-    assert {row["standard_deviation"] for row in table(plots["mixing"])} == {""}
+    figure = plots_of(one)["hyperedge_weights"].figure
+    assert figure.texts[0].get_text() == "Hyperedge weights after training"
     single = made_study(tmp_path / "single", {"HGNN all_global": 0.0}, seeds=3)
     reading = read_weights(comparison(single))[0]
     assert (reading.members, reading.agreement) == (("{0,1,2,3}",), None)
@@ -195,9 +180,9 @@ def test_nothing_that_counts_gives_nothing(tmp_path):
     )
     assert sentences(study) == []
     assert read_mixing(comparison(study)) == []
-    assert weights_plots("study", comparison(study)) == []
+    assert plots_of(study) == {}
     silent = made_study(tmp_path / "silent", LEARNED, seeds=2, unmeasured=("communication",))
-    assert weights_plots("silent", comparison(silent)) == []
+    assert plots_of(silent) == {}
 
 
 def test_a_run_with_other_hyperedges_is_left_out(tmp_path):
@@ -207,96 +192,56 @@ def test_a_run_with_other_hyperedges_is_left_out(tmp_path):
     assert [reading.seeds for reading in read_weights(comparison(study))] == [(0, 2), (0, 2)]
 
 
-def test_shares_are_the_records_with_their_deviation(made, plots):
+def test_shares_are_the_records_and_equal_shares_are_not_drawn(made, plots):
     readings = {reading.configuration.label: reading for reading in read_mixing(comparison(made))}
     assert set(readings) == {"mean", "HGNN · all_pairs", "HGNN · all_triplets", "topk"}
     assert readings["HGNN · all_triplets"].seeds == (0, 2)
-    assert readings["mean"].ratio_LE == pytest.approx(np.ones((2, 4)), abs=1e-12)
+    assert readings["mean"].shares_SLE == pytest.approx(np.full((3, 2, 4), 0.25), abs=1e-12)
     by_label = {one.label: one for one in comparison(made).group.configurations}
     rows = table(plots["mixing"])
-    assert len(rows) == 4 * 2 * 4
+    assert "topk" in {row["configuration"] for row in rows}
+    assert not {"mean"} & {row["configuration"] for row in rows}
     for row in rows:
-        runs = by_label[row["configuration"]].counted.values()
-        shares = [
-            run.record.model_dump()["communication"][f"layer_{row['layer']}"]["mixing"][str(row["expert"])]
-            for run in runs
-        ]
-        assert row["share"] == pytest.approx(np.mean(shares), abs=1e-12)
-        assert row["standard_deviation"] == pytest.approx(np.std(shares, ddof=1), abs=1e-12)
-        assert row["seeds"] == len(shares)
+        run = by_label[row["configuration"]].counted[row["seed"]]
+        shares = run.record.model_dump()["communication"][f"layer_{row['layer']}"]["mixing"]
+        assert row["share × E"] == pytest.approx(4 * shares[row["expert"]], abs=1e-12)
 
 
-def test_the_heat_maps_say_the_shares_and_have_one_over_e_in_the_middle(made, plots):
-    readings, figure = read_mixing(comparison(made)), plots["mixing"].figure
-    for reading, axes in zip(readings, figure.axes, strict=False):
+def test_the_maps_are_the_weights_by_seed_with_one_in_the_middle(made, plots):
+    readings, plot = read_weights(comparison(made)), plots["hyperedge_weights"]
+    for reading, axes in zip(readings, plot.figure.axes, strict=False):
         (image,) = axes.images
         assert image.norm(1.0) == pytest.approx(0.5)
-        shown = np.array([float(text.get_text()) for text in axes.texts]).reshape(reading.mean_LE.shape)
-        assert shown == pytest.approx(reading.mean_LE, abs=6e-4)
-        assert np.asarray(image.get_array()) == pytest.approx(reading.ratio_LE)
+        assert np.array_equal(np.asarray(image.get_array()), reading.weights_SM)
+        shown = np.array([float(text.get_text()) for text in axes.texts]).reshape(reading.weights_SM.shape)
+        assert shown == pytest.approx(reading.weights_SM, abs=6e-3)
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == list(reading.members)
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == [str(seed) for seed in reading.seeds]
+    expected = [
+        [one.configuration.label, one.layer, seed, member, one.weights_SM[y, x]]
+        for one in readings
+        for y, seed in enumerate(one.seeds)
+        for x, member in enumerate(one.members)
+    ]
+    assert plot.rows == expected
 
 
-def test_the_tables_are_the_readings(made, plots):
-    readings = read_weights(comparison(made))
-    assert list(plots) == ["hyperedge_weights_1", "hyperedge_weights_over_steps_1", "hyperedge_weights_2",
-                           "hyperedge_weights_over_steps_2", "mixing"]  # fmt: skip
-    bars, steps = plots["hyperedge_weights_2"], plots["hyperedge_weights_over_steps_2"]
-    assert "seed_1" not in bars.columns, "it ran out of memory"
-    expected = []
-    for one in readings[2:]:
-        values = zip(one.members, one.mean_M, *one.weights_SM, strict=True)
-        expected += [(one.configuration.label, one.layer, *row) for row in values]
-    assert bars.rows == expected
-    assert len(steps.rows) == 2 * 2 * 4 * 4  # layers, seeds, steps, hyperedges
-    for row in table(steps):
-        reading = readings[2 + row["layer"]]
-        assert reading.trajectories is not None
-        place = (reading.trajectories.steps_T.tolist().index(row["step"]), reading.seeds.index(row["seed"]),
-                 reading.members.index(row["hyperedge"]))  # fmt: skip
-        assert row["weight"] == reading.trajectories.weights_TSM[place]
-
-
-def test_bars_end_at_the_means_and_dots_lie_at_the_seeds(made, plots):
-    reading = read_weights(comparison(made))[0]
-    axes = plots["hyperedge_weights_1"].figure.axes[0]
-    ends = [bar.get_y() + bar.get_height() for bar in axes.patches]  # pyright: ignore
-    assert ends == pytest.approx(reading.mean_M)
-    dots = np.asarray(axes.lines[-1].get_ydata(), dtype=float)
-    assert np.array_equal(dots.reshape(3, 6), reading.weights_SM)
-    low, high = axes.get_ylim()
-    assert low < reading.weights_SM.min() <= reading.weights_SM.max() < high
-
-
-def test_of_many_configurations_the_best_are_drawn_and_the_figures_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("bench.report.plots.weights.MOST_FIGURES", 1)
+def test_of_many_maps_the_best_are_drawn_and_the_figure_says_so(made, monkeypatch):
     monkeypatch.setattr("bench.report.plots.weights.MOST_MAPS", 2)
-    couplers = {"HGNN a": 0.3, "HGNN b": 0.0, "HGNN c": 0.2}
-    settings = {key: {"learning_rate": 0.001 * (2 + place), "static_hyperedge_strategy": "all_pairs"}
-                for place, key in enumerate(couplers)}  # fmt: skip
-    study = made_study(tmp_path / "study", couplers, seeds=2, settings=settings)
-    plots = {plot.name: plot for plot in weights_plots("study", comparison(study))}
-    assert list(plots) == ["hyperedge_weights_1", "hyperedge_weights_over_steps_1", "mixing"]
-    assert {row["configuration"] for row in table(plots["hyperedge_weights_1"])} == {
-        "HGNN · learning_rate 0.003"
-    }
-    said = texts(plots["hyperedge_weights_1"]).replace("\n", " ")
-    assert "Drawn: the 1 best of 3 configurations with learned weights." in said
-    assert "2 of 3 configurations" in texts(plots["mixing"]).replace("\n", " ")
-    assert len({row["configuration"] for row in table(plots["mixing"])}) == 3, "the table has all"
+    plot = plots_of(made)["hyperedge_weights"]
+    assert "Drawn: 2 of 4 maps, the best configurations." in " ".join(texts_of(plot.figure))
+    assert len({tuple(row[:2]) for row in plot.rows}) == 4, "the table has all"
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_a_hundred_hyperedges_and_any_name_can_be_drawn(tmp_path, monkeypatch):
     name = "/a path/<b>$\\frac$ 漢 " + "very_long_" * 20 + "file.py:Class"
-    monkeypatch.setattr("bench.report.plots.weights.SEED_LINES", 200)
     couplers = {"HGNN all_pairs": -0.05, "other": 0.0}
     study = made_study(tmp_path / "study", couplers, seeds=2, experts=(16,), names={"other": name},
                        run_name=name, embedded=True)  # fmt: skip
     found = comparison(study)
     assert [len(reading.members) for reading in read_weights(found)] == [120, 120]
-    for plot in weights_plots("study", found):
-        assert overlaps(plot.figure, monkeypatch) == [], plot.name
-        widths = [text.get_window_extent().x1 for text in plot.figure.texts]
-        assert max(widths) <= plot.figure.bbox.x1, plot.name
-        assert "NOT WIKITEXT-2" in texts(plot)
+    for plot in plots_of(study).values():
+        check_layout(plot.figure, monkeypatch)
+        assert any("NOT WIKITEXT-2" in text for text in texts_of(plot.figure))

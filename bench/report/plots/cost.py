@@ -1,244 +1,207 @@
 """Plots of the cost of couplers over a study.
 
-``pareto``: perplexity against memory, throughput and parameters, with the Pareto front. ``coupler_cost``: the
-time that a coupler adds to a training step, beside a floor by its FLOPs. ``experts``: memory, throughput and
-step time against the number of experts, with a line for each coupler.
+``pareto``: the paired difference of perplexity against memory, step time and parameters. ``coupler_cost``:
+the time that a coupler adds to a training step, beside that of its FLOPs. ``memory``: peak memory by part.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from bench.record import MINUS, exp_or_infinity, is_measured, number
+from bench.record import exp_or_infinity, is_measured, number
 from bench.report.comparison import Comparison, ComparisonRow, CostOverMean
 from bench.report.plots.frame import (
-    OTHERS,
     Frame,
-    Legend,
-    Look,
     Scale,
-    beside,
-    best_and_reference,
-    hollow,
     intervals,
-    looks,
     mean_and_ends,
     name_rows,
     scale_of,
     set_scale,
-    short_names,
     value_range,
     write_beside,
 )
-from bench.report.plots.style import BLUE, GREY, VERMILLION, Plot, log_ticks, shorten
+from bench.report.plots.run import PARTS, draw_parts
+from bench.report.plots.style import GREY, LIGHT, Look, Plot
 from bench.report.quantities import (
     PARAMETERS,
     PEAK_MEMORY,
     STEP_SECONDS,
-    TOKENS_PER_SECOND,
     TRAINING_FLOPS,
     Interval,
     Quantity,
-    perplexities,
     span,
 )
 from bench.report.statistics import Summary
-from bench.study.labels import Key, labels
 
-BEYOND = 1e9
-"""A perplexity that no scale shows."""
-MOST_CENSORED, ROW = 5, 0.065
-"""Names of configurations out of memory in a panel, and the height of each as a share of the panel's."""
 PARETO_COLUMNS = (
-    "configuration seeds perplexity perplexity_low_95 perplexity_high_95 peak_memory_mebibytes "
-    "peak_memory_low_95_mebibytes peak_memory_high_95_mebibytes tokens_per_second "
-    "tokens_per_second_low_95 tokens_per_second_high_95 parameters on_memory_front on_throughput_front "
-    "on_parameters_front out_of_memory status"
+    "configuration seeds difference_percent difference_low_95_percent difference_high_95_percent "
+    "peak_memory_mebibytes step_time_percent step_time_low_95_percent step_time_high_95_percent parameters "
+    "on_memory_front on_step_time_front on_parameters_front status"
 ).split()
-PARETO_NOTE = (
-    "Each point is the mean over seeds, its bars the 95% t intervals of both (none for one seed). Grey "
-    "steps and rings: the Pareto front of the means, whose order within the bars is not certain."
-)
-
-
-COSTS = {"memory": PEAK_MEMORY, "throughput": TOKENS_PER_SECOND, "parameters": PARAMETERS}
-"""What perplexity is drawn against, by the title of the panel."""
-
-
-def on_axis(row: ComparisonRow, quantity: Quantity) -> Summary:
-    """Return a quantity of a configuration in the unit of its axis."""
-    if quantity.of_model:
-        value = row.model[quantity]
-        return Summary({} if value is None else {0: value * quantity.scale})
-    return Summary({seed: value * quantity.scale for seed, value in row.means[quantity].values.items()})
+MEMORY, STEP_TIME, SIZE = "peak memory (MiB)", "step time over the baseline (%)", "parameters (millions)"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A configuration in one panel: its means, with intervals if there are several seeds."""
+    """A configuration in one panel: its cost and its quality, with intervals if there are several seeds."""
 
     label: str
     x: float
     y: float
-    x_ends: Interval | None
-    y_ends: Interval | None
+    x_ends: Interval | None = None
+    y_ends: Interval | None = None
 
 
 def pareto_plot(frame: Frame) -> Plot | None:
-    """Return ``pareto`` with a panel for each quantity that was measured; None without any."""
-    panels = {name: points for name, quantity in COSTS.items() if (points := _points(frame, quantity))}
+    """Return ``pareto`` with a panel for each cost that differs; None where none differs by 2%.
+
+    Quality is the perplexity over the baseline's in percent. Quality and step time are paired by seed.
+    """
+    quality = {row.configuration.label: _quality(row, frame) for row in frame.measured}
+    costs = {
+        MEMORY: {row.configuration.label: _mean(row, PEAK_MEMORY) for row in frame.measured},
+        STEP_TIME: {row.configuration.label: _step_time(row, frame) for row in frame.measured},
+        SIZE: {row.configuration.label: _mean(row, PARAMETERS) for row in frame.measured},
+    }
+    panels = {name: points for name, cost in costs.items() if (points := _points(quality, cost, name))}
     if not panels:
         return None
-    legend = frame.legend(lines=False)
-    beyond = [frame.names[row.configuration.label] for row in frame.measured if _perplexity(row) >= BEYOND]
-    lost = f"Not drawn, of a perplexity above {BEYOND:,.0f}: {', '.join(beyond[:3])}" if beyond else ""
-    lost += f" and {len(beyond) - 3} more." if len(beyond) > 3 else "." if lost else ""
-    figure = frame.figure(
-        "Perplexity against what it costs", 3.5 + legend.height, PARETO_NOTE, frame.about_looks(), lost
+    subject = f"What does a lower perplexity than {frame.baseline} cost?"
+    note = (
+        "Lower left is better. Dashed: no other configuration is better in both. Bars: 95% intervals, paired."
     )
+    figure = frame.figure(subject, 4.2, note, frame.about_looks())
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    fronts = {name: front(points, COSTS[name].better == "higher") for name, points in panels.items()}
+    every = [point for points in panels.values() for point in points]
+    y_scale = Scale(*value_range([0.0, *(one.y for one in every)], [one.y_ends for one in every]))
+    fronts = {name: front(points) for name, points in panels.items()}
     for axes, (name, points) in zip(grid, panels.items(), strict=True):
-        _draw_points(axes, frame, name, points)
-    _scale_perplexity(
-        grid[0], [point for points in panels.values() for point in points], len(out_of_memory(frame))
+        set_scale(axes, "y", y_scale)
+        _draw_points(axes, frame, points)
+        _draw_front(axes, fronts[name])
+        axes.set_xlabel(name)
+    grid[0].set_ylabel("perplexity over the baseline (%)")
+    _key(grid[-1], frame)
+    return Plot("pareto", figure, PARETO_COLUMNS, _pareto_table(frame, quality, costs, fronts))
+
+
+def _percent(log_ratio: float) -> float:
+    return 100 * (exp_or_infinity(log_ratio) - 1)
+
+
+Reading = tuple[float, Interval | None]
+
+
+def _of_log_ratios(found: Summary) -> Reading | None:
+    """Return the mean ratio less 1 in percent, with its interval."""
+    if found.mean is None:
+        return None
+    ends = found.interval
+    return _percent(found.mean), None if ends is None else (_percent(ends[0]), _percent(ends[1]))
+
+
+def _quality(row: ComparisonRow, frame: Frame) -> Reading | None:
+    if row.configuration is frame.comparison.reference:
+        return 0.0, None
+    reading = None if row.against is None else _of_log_ratios(Summary(row.against.by_seed))
+    return reading if reading and math.isfinite(reading[0]) else None
+
+
+def _step_time(row: ComparisonRow, frame: Frame) -> Reading | None:
+    """Return the step time over the baseline's: timed beside it in one process, else paired by seed."""
+    reference = frame.comparison.reference
+    if row.configuration is reference:
+        return 0.0, None
+    if row.cost is not None and row.cost.in_turn and reference.coupler == "mean":
+        return _of_log_ratios(row.cost.log_step_time_ratio)
+    beside = next(one for one in frame.comparison.rows if one.configuration is reference)
+    ours, theirs = row.means[STEP_SECONDS].values, beside.means[STEP_SECONDS].values
+    return _of_log_ratios(
+        Summary({s: math.log(ours[s] / theirs[s]) for s in sorted(ours.keys() & theirs.keys())})
     )
-    for axes, name in zip(grid, panels, strict=True):
-        _draw_front(axes, fronts[name], COSTS[name].better == "higher")
-        _name_censored(axes, frame, COSTS[name])
-    grid[0].set_ylabel("perplexity = exp(mean loss); lower is better")
-    legend.below(figure)
-    return Plot("pareto", figure, PARETO_COLUMNS, _pareto_table(frame, fronts))
 
 
-def front(points: Sequence[Point], more_is_better: bool) -> list[Point]:
+def _mean(row: ComparisonRow, quantity: Quantity) -> Reading | None:
+    value = row.model[quantity] if quantity.of_model else row.means[quantity].mean
+    return None if value is None else (value * quantity.scale, None)
+
+
+def _points(quality: dict[str, Reading | None], cost: dict[str, Reading | None], name: str) -> list[Point]:
+    """Return the configurations with both readings; none where all costs are within 2%."""
+    found = [
+        Point(label, x[0], y[0], x[1], y[1])
+        for label, y in quality.items()
+        if y is not None and (x := cost[label]) is not None
+    ]
+    least, most = min((one.x for one in found), default=0.0), max((one.x for one in found), default=0.0)
+    differs = most > 1.02 * least
+    if name == STEP_TIME:  # the time of a single run says nothing
+        differs = most - least > 1 and any(one.x_ends for one in found)
+    return found if len(found) > 1 and differs else []
+
+
+def front(points: Sequence[Point]) -> list[Point]:
     """Return the points that no other point beats in both quantities, the cheapest first."""
-    sign = -1 if more_is_better else 1
     found: list[Point] = []
-    for point in sorted(points, key=lambda point: (sign * point.x, point.y)):
+    for point in sorted(points, key=lambda point: (point.x, point.y)):
         if not found or point.y < found[-1].y:
             found.append(point)
     return found
 
 
-def out_of_memory(frame: Frame) -> list[ComparisonRow]:
-    """Return the configurations that ran out of memory and have no run that counts."""
-    return [row for row in frame.comparison.rows if row.out_of_memory]
+def _draw_points(axes: Axes, frame: Frame, points: list[Point]) -> None:
+    set_scale(axes, "x", scale_of([one.x for one in points], [one.x_ends for one in points], ratio=8))
+    axes.axhline(0, color="black", lw=0.8, zorder=1)
+    for one in points:
+        look = frame.looks.get(one.label)
+        if look is None:
+            axes.plot(one.x, one.y, ".", ms=4, color=LIGHT, zorder=1)
+            continue
+        bars = {"colors": look.colour, "linewidths": 1.0, "zorder": 3, "alpha": 0.7}
+        intervals(axes, [one.y], [one.x_ends], **bars)
+        intervals(axes, [one.x], [one.y_ends], vertical=True, **bars)
+        axes.plot(one.x, one.y, ls="", **look.of_marker(7), zorder=4)
 
 
-def _points(frame: Frame, quantity: Quantity) -> list[Point]:
-    found = []
-    for row in frame.measured:
-        label, x, y = row.configuration.label, on_axis(row, quantity), _perplexity(row)
-        if x.mean is not None and y < BEYOND:
-            found.append(Point(label, x.mean, y, x.interval, perplexities(row.loss.interval)))
-    return found
+def _draw_front(axes: Axes, points: list[Point]) -> None:
+    """Draw the best perplexity for each cost as dashed steps."""
+    places = [point.x for point in points] + [axes.get_xlim()[1]]
+    heights = [point.y for point in points] + [points[-1].y]
+    axes.step(places, heights, where="post", color=GREY, lw=1, ls="--", zorder=1.5)
 
 
-def _perplexity(row: ComparisonRow) -> float:
-    return exp_or_infinity(row.loss.mean) if row.loss.mean is not None else float("inf")
+def _key(axes: Axes, frame: Frame) -> None:
+    """Name the looks beside the last panel, the best configuration first."""
+    shown = [row.configuration for row in frame.measured if row.configuration.label in frame.looks]
+    handles = [
+        Line2D([], [], ls="", label=frame.name(one), **frame.looks[one.label].of_marker()) for one in shown
+    ]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0, fontsize=7.5)
 
 
-def _draw_points(axes: Axes, frame: Frame, name: str, points: list[Point]) -> None:
-    quantity = COSTS[name]
-    others = [point for point in points if point.label not in frame.looks]
-    if others:
-        xs, ys = _coordinates(others)
-        _draw_bars(axes, others, colors=OTHERS, linewidths=0.6, zorder=1)
-        axes.scatter(xs, ys, s=9, color=OTHERS, linewidth=0, zorder=1)
-    for point in points:
-        look = frame.looks.get(point.label)
-        if look is not None:
-            _draw_bars(axes, [point], colors=look.colour, linewidths=1.2, zorder=3)
-            axes.plot(point.x, point.y, **look.of_marker(), zorder=4)
-    axes.set_xlabel(quantity.axis_label)
-    axes.set_title(f"against {name}", loc="left", fontweight="bold")
-    beyond = [on_axis(row, quantity).mean for row in out_of_memory(frame)] if quantity.of_model else []
-    xs = [*(point.x for point in points), *(value for value in beyond if value is not None)]
-    set_scale(axes, "x", scale_of(xs, [point.x_ends for point in points], ratio=8))
-
-
-def _coordinates(points: list[Point]) -> tuple[list[float], list[float]]:
-    return [point.x for point in points], [point.y for point in points]
-
-
-def _draw_bars(axes: Axes, points: list[Point], **settings: Any) -> None:
-    xs, ys = _coordinates(points)
-    intervals(axes, ys, [point.x_ends for point in points], **settings)
-    intervals(axes, xs, [point.y_ends for point in points], vertical=True, **settings)
-
-
-def _scale_perplexity(axes: Axes, points: list[Point], censored: int) -> None:
-    """Set the common scale, with room at the top for the marks of configurations out of memory."""
-    low, high, log = scale_of([point.y for point in points], [point.y_ends for point in points], ratio=3)
-    room = ROW * (min(censored, MOST_CENSORED + 1) + 1.5) if censored else 0.0
-    part = room / (1 - room)
-    top = high * (high / low) ** part if log else high + (high - low) * part
-    set_scale(axes, "y", Scale(low, top, log))
-
-
-def _draw_front(axes: Axes, points: list[Point], more_is_better: bool) -> None:
-    """Draw the front as steps, the best perplexity for each cost, with a ring around each of its points."""
-    edge = axes.get_xlim()[0 if more_is_better else 1]
-    xs, ys = [points[0].x], [axes.get_ylim()[1]]
-    for place, point in enumerate(points):
-        following = points[place + 1].x if place + 1 < len(points) else edge
-        xs += [point.x, following]
-        ys += [point.y, point.y]
-    axes.plot(xs, ys, color=GREY, lw=1, ls="--", zorder=1.5)
-    rings = {"facecolor": "none", "edgecolor": "black", "linewidth": 0.9}
-    axes.scatter(*_coordinates(points), s=110, **rings, zorder=5)
-
-
-def _name_censored(axes: Axes, frame: Frame, quantity: Quantity) -> None:
-    """Mark and name the configurations out of memory, hollow, below the panel's upper edge."""
-    rows = out_of_memory(frame)
-    if not rows:
-        return
-    left = quantity.better == "higher"
-    marker = "^" if quantity.of_model else "<" if left else ">"
-    outer, side = (0.03, "left") if left else (0.97, "right")
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-    style: dict[str, Any] = {"fontsize": 7, "color": VERMILLION, "va": "center", "zorder": 6, "bbox": box}
-    axes.text(outer, 1 - 0.6 * ROW, "out of memory:", transform=axes.transAxes, ha=side, **style)
-    for place, row in enumerate(rows[:MOST_CENSORED]):
-        at, height = _place(axes, quantity, row, outer), 1 - ROW * (place + 1.6)
-        hollow(axes, at, height, marker, VERMILLION, axes.transAxes)
-        name = shorten(frame.names[row.configuration.label], 26)
-        beside(axes, name, (at, height), 7 if left or at < 0.5 else -7, "axes fraction", **style)
-    if len(rows) > MOST_CENSORED:
-        text, height = f"and {len(rows) - MOST_CENSORED} more", 1 - ROW * (MOST_CENSORED + 1.6)
-        axes.text(outer, height, text, transform=axes.transAxes, ha=side, **style)
-
-
-def _place(axes: Axes, quantity: Quantity, row: ComparisonRow, outer: float) -> float:
-    """Return where a mark stands, as a share of the width: at its number of parameters, else outermost."""
-    known = on_axis(row, quantity).mean if quantity.of_model else None
-    if known is None:
-        return outer
-    at = axes.transAxes.inverted().transform(axes.transData.transform((known, axes.get_ylim()[0])))
-    return float(at[0])
-
-
-def _pareto_table(frame: Frame, fronts: dict[str, list[Point]]) -> list[list[Any]]:
+def _pareto_table(
+    frame: Frame,
+    quality: dict[str, Reading | None],
+    costs: dict[str, dict[str, Reading | None]],
+    fronts: dict[str, list[Point]],
+) -> list[list[Any]]:
     on_front = {name: {point.label for point in points} for name, points in fronts.items()}
     rows = []
-    for row in frame.ranked:
-        label, loss = row.configuration.label, row.loss
-        perplexity = None if loss.mean is None else exp_or_infinity(loss.mean)
-        means = [on_axis(row, quantity) for quantity in (PEAK_MEMORY, TOKENS_PER_SECOND)]
-        quality = [perplexity, *(perplexities(loss.interval) or (None, None))]
-        ends = [label in on_front.get(name, ()) for name in COSTS]
-        ends += [row.out_of_memory, row.configuration.statuses()]
-        rows.append([label, loss.n, *quality, *mean_and_ends(*means), row.model[PARAMETERS], *ends])
+    for row in frame.measured:
+        label = row.configuration.label
+        better, time = (one or (None, None) for one in (quality[label], costs[STEP_TIME][label]))
+        cells = [*(better[:1]), *(better[1] or (None, None)), (costs[MEMORY][label] or (None,))[0]]
+        cells += [time[0], *(time[1] or (None, None)), row.model[PARAMETERS]]
+        ends = [label in on_front.get(name, ()) for name in costs]
+        rows.append([label, row.loss.n, *cells, *ends, row.configuration.statuses()])
     return rows
 
 
@@ -249,13 +212,9 @@ ADDED_COLUMNS = (
     "added_training_flops_per_token mean_coupler_flops_per_second"
 ).split()
 ADDED_NOTE = (
-    "Measured: median training step less that of the same model with the mean coupler, paired by seed, with "
-    "the 95% t interval (none for one seed); of separate runs, unless the configuration is marked as timed "
-    "in turn. Floor: added training FLOPs per token × tokens per step ÷ the FLOP rate that the mean "
-    "coupler's model itself reached in training."
+    "Marks: median step minus the step with the mean coupler, 95% interval. Grey: the added FLOPs at the "
+    "rate of the model with the mean coupler."
 )
-MEASURED = "measured: step less the mean coupler's, 95% t interval over seeds"
-FLOOR = "floor: if the coupler's FLOPs ran at the mean-coupler model's own rate"
 
 
 @dataclass(frozen=True)
@@ -272,24 +231,28 @@ class Added:
 
 
 def coupler_cost_plot(frame: Frame) -> Plot | None:
-    """Return ``coupler_cost``; None where no step was timed beside a mean coupler's."""
-    added = [one for row in frame.measured if (one := added_cost(row, frame.comparison)) is not None]
+    """Return ``coupler_cost``; None where no step was timed beside a mean coupler's, or one seed."""
+    found = [added_cost(row, frame.comparison) for row in frame.measured]
+    added = [one for one in found if one and (one.milliseconds.n > 1 or one.cost.in_turn)]
     added.sort(key=lambda one: one.milliseconds.mean or 0.0)
     if not added:
         return None
     shown = added if len(added) <= MOST_ROWS else [*added[: MOST_ROWS // 2], *added[-MOST_ROWS // 2 :]]
     left_out = len(added) - len(shown)
     rest = f"{left_out} configurations between the cheapest and the dearest: table only." if left_out else ""
-    step = 0.28 if len(shown) <= 30 else 0.2
-    figure = frame.figure("What a coupler adds to a training step", step * len(shown) + 1.0, ADDED_NOTE, rest)
-    axes = figure.subplots()
-    _draw_added(axes, frame, shown, 8 if step > 0.2 else 7)
-    measured, floor = (
-        {"color": "black", "linewidth": 1.6, "marker": "o", "markerfacecolor": BLUE},
-        {"color": VERMILLION, "linestyle": "", "marker": "|", "markersize": 11, "markeredgewidth": 2.4},
+    turns = {one.cost.in_turn for one in added}
+    how = "Both timed alternating in one process." if turns == {True} else "Timed in separate runs."
+    how = how if len(turns) == 1 else "* timed in separate runs."
+    size = 8 if len(shown) <= 30 else 7
+    height = (0.28 if size == 8 else 0.2) * len(shown) + 0.7
+    figure = frame.figure(
+        "How much time does a coupler add to a training step?", height, ADDED_NOTE, how, rest
     )
-    handles = [Line2D([], [], label=MEASURED, **measured), Line2D([], [], label=FLOOR, **floor)]
-    Legend(handles).below(figure)
+    axes = figure.subplots()
+    names = [frame.names[one.row.configuration.label] for one in shown]
+    stars = [" *" * (len(turns) > 1 and not one.cost.in_turn) for one in shown]
+    name_rows(axes, [f"{name}{star}" for name, star in zip(names, stars, strict=True)], size)
+    _draw_added(axes, shown, size)
     return Plot("coupler_cost", figure, ADDED_COLUMNS, [_cells(one) for one in added])
 
 
@@ -322,7 +285,7 @@ def tokens_a_step(row: ComparisonRow) -> float | None:
     return None
 
 
-def _draw_added(axes: Axes, frame: Frame, shown: list[Added], size: int) -> None:
+def _draw_added(axes: Axes, shown: list[Added], size: float) -> None:
     means = [one.milliseconds.mean or 0.0 for one in shown]
     ends = [one.milliseconds.interval for one in shown]
     floors = [(place, one.floor) for place, one in enumerate(shown) if one.floor is not None]
@@ -330,24 +293,20 @@ def _draw_added(axes: Axes, frame: Frame, shown: list[Added], size: int) -> None
     set_scale(axes, "x", Scale(*value_range(known, ends)))
     axes.axvline(0, color="black", lw=1)
     intervals(axes, range(len(shown)), ends, colors="black", linewidths=1.6, zorder=3)
-    axes.scatter(means, range(len(shown)), s=30, color=BLUE, edgecolor="black", linewidth=0.6, zorder=4)
     if floors:
         places, values = zip(*floors, strict=True)
-        axes.scatter(values, places, marker="|", s=120, color=VERMILLION, linewidth=2.4, zorder=3.5)
-    name_rows(axes, [_name(frame, one) for one in shown], size)
+        axes.scatter(values, places, marker="|", s=120, color=GREY, linewidth=2.4, zorder=3.5)
+    for place, one in enumerate(shown):
+        look = Look.of(one.row.configuration.coupler)
+        axes.plot(one.milliseconds.mean or 0.0, place, ls="", **look.of_marker(), zorder=4)
     axes.set_xlabel("added to the median training step (ms)")
     write_beside(axes, [_words(one) for one in shown], size - 0.5)
-
-
-def _name(frame: Frame, one: Added) -> str:
-    turn = ", in turn" if one.cost.in_turn else ""
-    return f"{frame.names[one.row.configuration.label]}  n {one.milliseconds.n}{turn}"
 
 
 def _words(one: Added) -> str:
     ends = span(one.milliseconds.interval, 1)
     text = f"{number(one.milliseconds.mean, 1)} ms{f' {ends}' if ends else ''}"
-    return text if one.floor is None else f"{text} · floor {one.floor:,.3g} ms".replace("-", MINUS)
+    return text if one.floor is None else f"{text}; by FLOPs {number(one.floor, 1)} ms"
 
 
 def _cells(one: Added) -> list[Any]:
@@ -355,176 +314,38 @@ def _cells(one: Added) -> list[Any]:
     return [label, cost.over, found.n, *mean_and_ends(found), one.floor, cost.flops_per_token, one.rate]
 
 
-BY_EXPERTS = {
-    "peak_memory_mebibytes": PEAK_MEMORY,
-    "tokens_per_second": TOKENS_PER_SECOND,
-    "step_milliseconds": STEP_SECONDS,
-}
-"""The quantities that are drawn against the number of experts, by their columns."""
-EXPERTS_COLUMNS = ["configuration", "line", "num_experts", "seeds"]
-EXPERTS_COLUMNS += [f"{name}{end}" for name in BY_EXPERTS for end in ("", "_low_95", "_high_95")]
-EXPERTS_COLUMNS += ["out_of_memory", "status"]
-MARK_ROOM, MOST_MARKS = 0.06, 10
-"""The share of the axis' height for each mark of a line that ran out of memory, and the most marks."""
-EXPERTS_NOTE = (
-    "Means over the seeds that count, bars: 95% t intervals (none for one seed). Both axes are logarithmic: "
-    "a straight line is a power of the number of experts."
-)
+MEMORY_COLUMNS = ("configuration", "seeds", *(f"{part}_mebibytes" for part in PARTS), "total_mebibytes")
 
 
-@dataclass(frozen=True)
-class Line:
-    """Configurations that differ only in their number of experts, sorted by it."""
-
-    name: str
-    rows: list[ComparisonRow]
-
-    @property
-    def best(self) -> float:
-        """The lowest mean loss of its configurations in nats; infinity without a loss."""
-        return min((row.loss.mean for row in self.rows if row.loss.mean is not None), default=float("inf"))
-
-
-def experts_plot(frame: Frame) -> Plot | None:
-    """Return ``experts``; None where the number of experts does not vary or nothing was measured."""
-    lines = lines_of(frame.comparison.rows)
-    rows = [row for line in lines for row in line.rows]
-    panels = [found for found in BY_EXPERTS.values() if any(row.means[found].n for row in rows)]
-    if len({experts(row) for row in rows}) < 2 or not panels:
+def memory_plot(frame: Frame) -> Plot | None:
+    """Return ``memory``, the peak by part; None where it was not measured or differs by less than 1%."""
+    found = [(row, parts) for row in frame.measured if (parts := _by_part(row))]
+    totals = [sum(parts.values()) for _, parts in found]
+    if len(found) < 2 or max(totals) <= 1.01 * min(totals):
         return None
-    chosen = frame.comparison.reference
-    reference = next(line.name for line in lines for row in line.rows if row.configuration is chosen)
-    ranked = [line.name for line in sorted(lines, key=lambda line: line.best)]
-    known = looks([line.name for line in lines], reference, ranked)
-    names = short_names([line.name for line in lines])
-    names[reference] += " (reference)"
-    entries = [(names[name], known[name]) for name in ranked if name in known]
-    grey = len(lines) - len(known)
-    legend = Legend.of(entries, others=grey)
-    about = f"In colour: {best_and_reference(known)}; grey: {grey} others."
-    figure = frame.figure("What more experts cost", 3.3 + legend.height, EXPERTS_NOTE, about if grey else "")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, quantity in zip(grid, panels, strict=True):
-        _draw_lines(axes, lines, known, quantity)
-    legend.below(figure)
-    return Plot("experts", figure, EXPERTS_COLUMNS, _experts_table(lines))
+    found = sorted(found, key=lambda one: sum(one[1].values()))[:MOST_ROWS]
+    size = 8 if len(found) <= 30 else 7
+    height = (0.28 if size == 8 else 0.2) * len(found) + 1.0
+    figure = frame.figure("How much memory does a training step take, by part?", height)
+    axes = figure.subplots()
+    name_rows(axes, [frame.name(row.configuration) for row, _ in found], size)
+    draw_parts(axes, [parts for _, parts in found])
+    table = [
+        [
+            row.configuration.label,
+            row.loss.n,
+            *(parts[part] / 2**20 for part in PARTS),
+            sum(parts.values()) / 2**20,
+        ]
+        for row, parts in found
+    ]
+    return Plot("memory", figure, MEMORY_COLUMNS, table)
 
 
-def lines_of(rows: Sequence[ComparisonRow]) -> list[Line]:
-    """Return the rows as lines over the number of experts; a line may have a single row.
-
-    Rows of one line have equal flags, except for the number of experts. Their widths may differ if they
-    follow from a match, and so may their hashes. If a line then had two rows with the same number of experts,
-    the width, the code and the configuration separate the lines, in this order.
-    """
-    matched, number = {"num_experts", "ffn_dim"}, {"num_experts"}
-    found: dict[Key, list[ComparisonRow]] = {}
-    for apart, known in ((matched, 0), (number, 0), (number, 1), (number, 2)):  # by ever more of the key
-        found = {}
-        for row in rows:
-            configuration, code = row.configuration.key
-            text = json.dumps(_without(row, apart), sort_keys=True, default=str)
-            own = configuration if known > 1 else hashlib.sha256(text.encode()).hexdigest()
-            found.setdefault((own, code if known else None), []).append(row)
-        if all(len({experts(row) for row in group}) == len(group) for group in found.values()):
-            break
-    groups = [sorted(group, key=experts) for group in found.values()]
-    names = labels([_without(group[0], apart) for group in groups], list(found))
-    return [Line(name, group) for name, group in zip(names, groups, strict=True)]
-
-
-def experts(row: ComparisonRow) -> int:
-    """Return the number of experts of a configuration."""
-    return row.configuration.flags["num_experts"]
-
-
-def _without(row: ComparisonRow, names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in row.configuration.flags.items() if name not in names}
-
-
-def _draw_lines(axes: Axes, lines: list[Line], known: dict[str, Look], quantity: Quantity) -> None:
-    values: list[float] = []
-    for line in lines:
-        look = known.get(line.name)
-        found = [(experts(row), summary) for row in line.rows if (summary := on_axis(row, quantity)).n]
-        xs, means = [x for x, _ in found], [summary.mean or 0.0 for _, summary in found]
-        values += means
-        if look is None:
-            axes.plot(xs, means, color=OTHERS, lw=0.7, marker=".", ms=3, zorder=1)
-            continue
-        ends: list[Interval | None] = [_positive(summary) for _, summary in found]
-        intervals(axes, xs, ends, vertical=True, colors=look.colour, linewidths=1.2, zorder=2)
-        axes.plot(xs, means, **look.of_line(), **look.of_marker())
-    censored, ceiling = _censored(lines), quantity.better == "lower"
-    _scale(axes, lines, values, max(map(len, censored.values()), default=0), ceiling)
-    better = "" if ceiling else " (higher is better)"
-    axes.set_title(quantity.axis[:1].upper() + quantity.axis[1:] + better, loc="left", fontweight="bold")
-    _mark_censored(axes, censored, known, ceiling)
-
-
-def _scale(axes: Axes, lines: list[Line], values: list[float], marks: int, ceiling: bool) -> None:
-    """Scale both axes, with room for ``marks`` at one number of experts, at the top or at the bottom."""
-    numbers = sorted({experts(row) for line in lines for row in line.rows})
-    log_ticks(axes, numbers[0] / 1.15, numbers[-1] * 1.15, "x")
-    axes.xaxis.set_major_locator(FixedLocator(_spaced(numbers)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    axes.set_xlabel("number of experts")
-    low, high = min(values) / 1.1, max(values) * 1.1
-    room = MARK_ROOM * min(marks, MOST_MARKS + 1) + 0.02 * (marks > 0)
-    stretch = (high / low) ** (room / (1 - room))
-    log_ticks(axes, low if ceiling else low / stretch, high * stretch if ceiling else high)
-
-
-def _positive(summary: Summary) -> Interval | None:
-    """Return the interval, cut so that a logarithmic axis can show it."""
-    ends = summary.interval
-    return None if ends is None else (max(ends[0], 1e-3 * (summary.mean or 1.0)), ends[1])
-
-
-def _spaced(numbers: list[int]) -> list[int]:
-    """Return numbers whose ticks do not touch: each at least 1.2 times the number before."""
-    found: list[int] = []
-    for value in numbers:
-        if not found or value >= 1.2 * found[-1]:
-            found.append(value)
-    return found
-
-
-def _censored(lines: list[Line]) -> dict[int, list[Line]]:
-    """Return the lines that ran out of memory, by number of experts."""
-    found: dict[int, list[Line]] = {}
-    for line in lines:
-        for row in line.rows:
-            if row.out_of_memory:
-                found.setdefault(experts(row), []).append(line)
-    return found
-
-
-def _mark_censored(
-    axes: Axes, censored: dict[int, list[Line]], known: dict[str, Look], ceiling: bool
-) -> None:
-    """Mark at the edge where each line ran out of memory, with the marker of the line but hollow."""
-    transform = axes.get_xaxis_transform()
-
-    def height(level: float) -> float:
-        return 1 - MARK_ROOM * level if ceiling else MARK_ROOM * level
-
-    for count, lines in censored.items():
-        for level, line in enumerate(lines[:MOST_MARKS]):
-            look = known.get(line.name, Look(OTHERS, "", "o"))
-            hollow(axes, count, height(level + 0.5), look.marker, look.colour, transform)
-        if len(lines) > MOST_MARKS:
-            text, at = f"+{len(lines) - MOST_MARKS}", height(MOST_MARKS + 0.5)
-            axes.text(count, at, text, ha="center", va="center", transform=transform, fontsize=7.5)
-    if censored:
-        at = (min(censored), height(0.5))
-        beside(axes, "out of memory", at, -7, transform, va="center", fontsize=7.5, color=VERMILLION)
-
-
-def _experts_table(lines: list[Line]) -> list[list[Any]]:
-    table = []
-    for name, row in ((line.name, row) for line in lines for row in line.rows):
-        cells = mean_and_ends(*(on_axis(row, quantity) for quantity in BY_EXPERTS.values()))
-        head = [row.configuration.label, name, experts(row), row.loss.n]
-        table.append([*head, *cells, row.out_of_memory, row.configuration.statuses()])
-    return table
+def _by_part(row: ComparisonRow) -> dict[str, float]:
+    """Return bytes at the peak by part, the mean over seeds; empty where a run did not measure them."""
+    memories = [run.record.memory for run in row.configuration.counted.values()]
+    parts = [one.by_part for one in memories if is_measured(one) and is_measured(one.by_part)]
+    if not parts or len(parts) < len(memories):
+        return {}
+    return {part: float(np.mean([one.get(part, 0) for one in parts])) for part in PARTS}

@@ -1,4 +1,4 @@
-"""The plots of one run: training, hyperedge weights, adjacency and parameters."""
+"""The plots of one run: training, memory by part, and hyperedge weights at the end and over the steps."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.ticker import FuncFormatter, MaxNLocator
-from scipy.optimize import isotonic_regression
+from matplotlib.ticker import FuncFormatter
 
-from bench.record import is_measured
+from bench.record import Record, is_measured
 from bench.report.plots.style import (
     BLUE,
+    ENDINGS,
     GREEN,
-    GREY,
+    LABEL_POINTS,
     LINE_COLOURS,
     LINE_STYLES,
     ORANGE,
+    PURPLE,
     SKY,
     Plot,
+    corpus_words,
+    headed_figure,
+    label_ends,
+    lay_out,
     log_ticks,
-    new_figure,
     perplexity_axis,
     plot_style,
     printable,
     shorten,
     step_axis,
+    warnings_of,
     write_plots,
 )
 from bench.report.quantities import exp_or_infinity, number
+from bench.study.labels import name_parts
 from bench.study.run_files import Row, RunData, read_run
 
-PARTS = {
-    "expert": ("experts", BLUE, ""),
-    "coupler": ("couplers", ORANGE, "///"),
-    "other": ("embeddings and norms", GREEN, "..."),
-}
-NAMES = ("training", "hyperedge_weights", "hyperedge_weights_over_steps", "adjacency", "parameters")
-ENDINGS = ("svg", "png", "csv")
+PARTS = {"model": BLUE, "gradients": ORANGE, "optimizer": GREEN, "activations": PURPLE}
+"""The parts of the memory of a training step, with their colours."""
+NAMES = ("training", "hyperedge_weights", "hyperedge_weights_over_steps", "memory")
 
 
 def plot_run(folder: Path) -> list[Path]:
@@ -57,10 +57,7 @@ def plot_run(folder: Path) -> list[Path]:
     """
     run = read_run(folder)
     with plot_style():
-        figures = [
-            draw(run)
-            for draw in (training_plot, weights_plot, trajectories_plot, adjacency_plot, parameters_plot)
-        ]
+        figures = [draw(run) for draw in (training_plot, weights_plot, trajectories_plot, memory_plot)]
         written = write_plots(folder / "plots", [plot for plot in figures if plot is not None])
     for name in NAMES:
         for ending in ENDINGS:
@@ -70,26 +67,49 @@ def plot_run(folder: Path) -> list[Path]:
     return written
 
 
-def parameters_plot(run: RunData) -> Plot | None:
-    """Return ``parameters`` with a bar for each part; None where the model was not built."""
-    counts = run.record.parameters
-    if not is_measured(counts):
+def run_figure(record: Record, subject: str, width: float, height: float) -> Figure:
+    """Return an empty figure of ``width`` × ``height`` inches below a header of the run."""
+    model = record.config.model
+    parts = [corpus_words(record), *name_parts(record.config), f"E {model['num_experts']}"]
+    parts += [f"seed {record.seed}", record.run_name or record.run_id]
+    about = " · ".join(shorten(part) for part in parts if part)
+    return headed_figure(subject, about, warnings_of(record), width, height)
+
+
+def memory_plot(run: RunData) -> Plot | None:
+    """Return ``memory``: the peak of a training step by part; None where it was not measured."""
+    memory = run.record.memory
+    if not is_measured(memory) or not is_measured(memory.by_part):
         return None
-    figure = new_figure(run.record, f"Parameters by part: {counts.total:,} in all", 10, 1.7)
+    parts = {part: float(memory.by_part.get(part, 0)) for part in PARTS}
+    total = sum(parts.values())
+    subject = f"A training step takes {number(total / 2**20)} MiB of memory at its peak"
+    figure = run_figure(run.record, subject, 8, 1.5)
     axes = figure.subplots()
-    by_part = {part: getattr(counts, part) for part in PARTS}
-    for part, count in by_part.items():
-        _, colour, hatch = PARTS[part]
-        bar = axes.barh(PARTS[part][0], count, color=colour, hatch=hatch, edgecolor="black", linewidth=0.5)
-        share = 100 * count / counts.total
-        axes.bar_label(bar, [f"{count:,} ({share:.1f} %)"], padding=4)
-    axes.invert_yaxis()
-    axes.set_xlabel("parameters")
-    axes.set_xlim(0, 1.3 * max(by_part.values()))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_yticks([])
+    axes.set_ylim(0.6, -0.6)
+    draw_parts(axes, [parts])
+    return Plot("memory", figure, ("part", "bytes"), [(part, int(value)) for part, value in parts.items()])
+
+
+def draw_parts(axes: Axes, rows: Sequence[dict[str, float]]) -> None:
+    """Draw memory by part as stacked bars, from top to bottom, with the total beside each bar."""
+    totals = [sum(parts.values()) / 2**20 for parts in rows]
+    left = np.zeros(len(rows))
+    for part, colour in PARTS.items():
+        sizes = np.array([parts[part] / 2**20 for parts in rows])
+        if not sizes.any():
+            continue
+        label = part if len(rows) > 1 else f"{part} {number(float(sizes[0]))} MiB"
+        axes.barh(range(len(rows)), sizes, left=left, height=0.7, color=colour, label=label)
+        left = left + sizes
+    for place, total in enumerate(totals):
+        axes.annotate(number(total), (total, place), xytext=(4, 0), textcoords="offset points", va="center",
+                      fontsize=7.5)  # fmt: skip
+    axes.set_xlim(0, 1.1 * max(totals))
     axes.grid(False, axis="y")
-    return Plot("parameters", figure, ("part", "parameters"), list(by_part.items()))
+    axes.set_xlabel("MiB at the peak of a training step")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(PARTS), borderaxespad=0.2)
 
 
 FEW, MARKED = 12, 40
@@ -104,7 +124,7 @@ def training_plot(run: RunData) -> Plot | None:
     """Return ``training``: loss, evaluation, learning rate, gradient norm; None without a step."""
     if not run.train:
         return None
-    figure = new_figure(run.record, "Training", 10, 6.6)
+    figure = run_figure(run.record, _result(run), 10, 6.6)
     (loss, evaluation), (rate, norm) = figure.subplots(2, 2)
     span = smoothing_span(len(run.train))
     smoothed = smooth([row["loss"] for row in run.train], span)
@@ -116,6 +136,14 @@ def training_plot(run: RunData) -> Plot | None:
     for axes in (loss, evaluation, rate, norm):
         step_axis(axes, steps, margin=0.02)
     return Plot("training", figure, TRAINING_COLUMNS, _table(run, smoothed))
+
+
+def _result(run: RunData) -> str:
+    """Return what the training reached, as a title."""
+    scored = run.record.split()
+    if scored is None:
+        return f"Training: {run.record.status} after {run.train[-1]['step']:,} steps"
+    return f"Training reached perplexity {number(exp_or_infinity(scored.loss_nats))} on validation"
 
 
 def smoothing_span(steps: int) -> int:
@@ -253,8 +281,6 @@ MAX_LABELS = 60
 """The most names below bars, or at the ends of lines."""
 EXTREMES = 10
 """Of more lines, the number of highest and of lowest lines that have a colour and a name."""
-LABEL_POINTS = 8.5
-"""The height of a line of text of 7 points."""
 
 
 def weights_plot(run: RunData) -> Plot | None:
@@ -269,14 +295,14 @@ def weights_plot(run: RunData) -> Plot | None:
     most = max(map(len, weights.values()))
     columns = min(len(weights), 3 if most <= 8 else 2 if most <= 16 else 1)
     rows = math.ceil(len(weights) / columns)
-    figure = new_figure(run.record, f"Hyperedge weights {run.when()}", 10, 2.5 * rows)
+    figure = run_figure(run.record, f"Hyperedge weights {run.when()}", 10, 2.5 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     values = [value for layer in weights.values() for value in layer.values()]
     moved = max(abs(value - 1) for value in values) > 1e-5
     base = 1.0 if moved and _start_at_one(run, list(weights)) else 0.0
     for axes, (layer, by_name) in zip(grid.flat, weights.items(), strict=False):
         values_M = np.array(list(by_name.values()))
-        draw_bars(axes, list(by_name), values_M, base)
+        _draw_bars(axes, list(by_name), values_M, base)
         if len(by_name) <= 16:
             _write_values(axes, values_M, base)
         axes.set_title(f"layer {layer}", loc="left", fontweight="bold")
@@ -285,6 +311,8 @@ def weights_plot(run: RunData) -> Plot | None:
     grid[0, 0].set_ylim(low - 0.12 * (high - low) * (base > low or low < 0), high + 0.12 * (high - low))
     for axes in grid[:, 0]:
         axes.set_ylabel("weight (1 at the start)" if base else "weight")
+    for axes in list(grid.flat[: len(weights)])[-columns:]:
+        axes.set_xlabel("hyperedge (its experts)")
     rows_out = [(layer, name, value) for layer, found in weights.items() for name, value in found.items()]
     return Plot("hyperedge_weights", figure, ("layer", "hyperedge", "weight"), rows_out)
 
@@ -304,7 +332,7 @@ def trajectories_plot(run: RunData) -> Plot | None:
     most = max(map(len, weights.values()))
     labels = most if most <= MAX_LABELS else 2 * EXTREMES
     height = max(2.8, labels * LABEL_POINTS / 72 + 0.9)
-    figure = new_figure(run.record, "Hyperedge weights over training", 5 * columns, height * rows)
+    figure = run_figure(run.record, "Hyperedge weights over training", 5 * columns, height * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     table = []
     for axes, (layer, by_name) in zip(grid.flat, weights.items(), strict=False):
@@ -322,7 +350,9 @@ def trajectories_plot(run: RunData) -> Plot | None:
         axes.set_ylabel("weight" if most <= MAX_LABELS else f"weight (named: {EXTREMES} highest and lowest)")
     lay_out(figure)  # the labels need the height of the panels
     for axes, (layer, by_name) in zip(grid.flat, weights.items(), strict=False):
-        label_ends(axes, list(by_name), run.trace[f"layer_{layer}.hyperedge_weights"][-1].astype(float))
+        ends_M = run.trace[f"layer_{layer}.hyperedge_weights"][-1].astype(float)
+        names = [printable(shorten(name, 16)) for name in by_name]
+        label_ends(axes, [(float(ends_M[n]), names[n], _line_look(n)["color"]) for n in _named_lines(ends_M)])
     return Plot("hyperedge_weights_over_steps", figure, ("step", "layer", "hyperedge", "weight"), table)
 
 
@@ -339,21 +369,16 @@ def _start_at_one(run: RunData, layers: list[int]) -> bool:
     return all(trace is not None and np.allclose(trace[0], 1, atol=1e-5) for trace in traces)
 
 
-def lay_out(figure: Figure) -> None:
-    """Place the panels of a figure now."""
-    figure.get_layout_engine().execute(figure)  # pyright: ignore[reportOptionalMemberAccess]
-
-
 def _draw_lines(axes: Axes, steps: np.ndarray, values_TM: np.ndarray) -> None:
-    named = named_lines(values_TM[-1])
+    named = _named_lines(values_TM[-1])
     for place in range(values_TM.shape[1]):
         look: dict[str, Any] = {"color": "#cccccc", "linewidth": 0.5, "zorder": 1}
         if place in named:
-            look = {**line_look(place), "linewidth": 1.2}
+            look = {**_line_look(place), "linewidth": 1.2}
         axes.plot(steps, values_TM[:, place], **look)
 
 
-def line_look(place: int) -> dict[str, Any]:
+def _line_look(place: int) -> dict[str, Any]:
     """Return colour and style of the line of the hyperedge at ``place``."""
     return {
         "color": LINE_COLOURS[place % len(LINE_COLOURS)],
@@ -366,10 +391,10 @@ def _remove_unused(figure: Figure, grid: Any, used: int) -> None:
         figure.delaxes(axes)
 
 
-def draw_bars(axes: Axes, names: Sequence[str], values_M: np.ndarray, base: float, **settings: Any) -> None:
+def _draw_bars(axes: Axes, names: Sequence[str], values_M: np.ndarray, base: float) -> None:
     """Draw a named bar for each hyperedge from ``base`` on; bars below it differ in colour and hatch."""
     count, places_M, below_M = len(values_M), np.arange(len(values_M)), values_M < base
-    look = {"color": np.where(below_M, ORANGE, BLUE).tolist(), "edgecolor": "black", **settings}
+    look = {"color": np.where(below_M, ORANGE, BLUE).tolist(), "edgecolor": "black"}
     width = 0.5 if count <= MAX_LABELS else 0
     bars = axes.bar(places_M, values_M - base, bottom=base, linewidth=width, **look)
     for bar, below in zip(bars, below_M, strict=True):
@@ -394,121 +419,10 @@ def _write_values(axes: Axes, values_M: np.ndarray, base: float) -> None:
         )
 
 
-def named_lines(ends_M: np.ndarray) -> list[int]:
+def _named_lines(ends_M: np.ndarray) -> list[int]:
     """Return the places of the lines that have a name, sorted by the height of their ends."""
     order = np.argsort(ends_M, kind="stable")
     order = order[np.isfinite(ends_M[order])]
     if len(order) > MAX_LABELS:
         order = np.concatenate([order[:EXTREMES], order[-EXTREMES:]])
     return order.tolist()
-
-
-def label_ends(axes: Axes, names: Sequence[str], ends_M: np.ndarray) -> None:
-    """Write each name beside the end of its line, moved apart where the names would overlap.
-
-    The first lines of ``axes`` are those of the hyperedges, in their order.
-    """
-    order = named_lines(ends_M)
-    if not order:
-        return
-    low, high = axes.get_ylim()
-    points = axes.get_window_extent().height / axes.figure.dpi * 72
-    places = spread((ends_M[order] - low) / (high - low), LABEL_POINTS / points)
-    for line, place in zip(order, places, strict=True):
-        end = (ends_M[line] - low) / (high - low)
-        look = {"color": axes.lines[line].get_color(), "ls": "-", "lw": 0.7, "clip_on": False}
-        axes.plot([1.0, 1.05, 1.07], [end, place, place], transform=axes.transAxes, **look)
-        name = printable(shorten(names[line], 16))
-        axes.text(1.08, place, name, transform=axes.transAxes, va="center", fontsize=7)
-
-
-def spread(wanted: np.ndarray, distance: float) -> np.ndarray:
-    """Return places in [0, 1], at least ``distance`` apart and nearest to ``wanted`` (ascending).
-
-    This is a least-squares fit that keeps the order: y_i − i·distance must not fall, which is an isotonic
-    regression. If the places do not fit into [0, 1], they stand closer.
-    """
-    if len(wanted) > 1:
-        distance = min(distance, 1 / (len(wanted) - 1))
-    offsets = np.arange(len(wanted)) * distance
-    return np.clip(isotonic_regression(wanted - offsets).x, 0, 1 - offsets[-1]) + offsets
-
-
-E_WITH_VALUES = 8
-"""Up to so many experts, each cell of a heat map shows its number."""
-
-
-def adjacency_plot(run: RunData) -> Plot | None:
-    """Return ``adjacency``: a heat map for each layer and graph layer; None where the coupler has no graph.
-
-    Row i listens to column j. If no expert listens to itself, the diagonal is empty.
-    """
-    maps = {
-        (layer, name): np.array(value, dtype=float)
-        for layer, parts in run.parts("adjacency").items()
-        for name, value in parts.items()
-    }
-    maps = {key: value for key, value in maps.items() if value.ndim == 2 and len(value) > 1}
-    if not maps:
-        return None
-    names = sorted({name for _, name in maps})
-    layers = sorted({layer for layer, _ in maps})
-    experts = max(map(len, maps.values()))
-    side = max(2.0, 0.36 * experts + 0.6) if experts <= E_WITH_VALUES else 2.6
-    width = max(5.0, side * len(names) + 1.0)
-    figure = new_figure(run.record, f"Adjacency {run.when()}", width, (side + 0.25) * len(layers))
-    grid = figure.subplots(len(layers), len(names), squeeze=False)
-    no_self = all(not np.diagonal(value).any() for value in maps.values())
-    drawn = {key: _without_diagonal(value) if no_self else value for key, value in maps.items()}
-    norm = _shared_scale(list(drawn.values()))
-    for row, layer in enumerate(layers):
-        for column, name in enumerate(names):
-            if (layer, name) not in drawn:
-                grid[row, column].remove()
-                continue
-            _draw_heat_map(grid[row, column], drawn[layer, name], norm)
-            own = name.removeprefix("adjacency").removeprefix("_")
-            title = f"layer {layer}" + (f" · graph layer {own}" if own else "")
-            grid[row, column].set_title(printable(shorten(title, 40)), loc="left", fontsize=8)
-            grid[row, column].set_xlabel("speaks (expert)" if row == len(layers) - 1 else "")
-            grid[row, column].set_ylabel("listens (expert)" if column == 0 else "")
-    images = [axes.images[0] for axes in figure.axes if axes.images]
-    figure.colorbar(images[0], ax=figure.axes, label="adjacency", shrink=min(1.0, 2.5 / len(layers)))
-    table = [
-        (layer, name, *cell, float(value))
-        for (layer, name), matrix in maps.items()
-        for cell, value in np.ndenumerate(matrix)
-    ]
-    return Plot("adjacency", figure, ("layer", "graph_layer", "listens", "speaks", "adjacency"), table)
-
-
-def _without_diagonal(matrix: np.ndarray) -> np.ndarray:
-    return np.where(np.eye(*matrix.shape, dtype=bool), np.nan, matrix)
-
-
-def _shared_scale(matrices: list[np.ndarray]) -> Normalize:
-    """Return one colour scale for all maps, at least 0.02 wide, so that noise does not look large."""
-    values = np.concatenate([matrix.ravel() for matrix in matrices])
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    margin = max(0.0, 0.02 - (high - low)) / 2
-    return Normalize(low - margin, high + margin)
-
-
-def _draw_heat_map(axes: Axes, matrix: np.ndarray, norm: Normalize) -> None:
-    image = axes.imshow(matrix, cmap="cividis", norm=norm)
-    axes.grid(False)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(min(len(matrix), 9), integer=True))
-    if len(matrix) <= E_WITH_VALUES:
-        write_cells(axes, image, matrix, matrix)
-
-
-def write_cells(axes: Axes, image: AxesImage, colours: np.ndarray, values: np.ndarray) -> None:
-    """Write the values into the cells of a heat map, in black or white by the colour of the cell."""
-    for (row, column), value in np.ndenumerate(values):
-        if np.isnan(value):
-            axes.text(column, row, "–", ha="center", va="center", color=GREY, fontsize=7)
-            continue
-        red, green, blue, _ = image.cmap(image.norm(colours[row, column]))
-        colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-        axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=6.5, color=colour)

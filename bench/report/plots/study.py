@@ -1,30 +1,26 @@
-"""The plots of a study: loss curves, perplexity, training, and those of ``cost``.
-
-Each configuration is drawn as the mean over its seeds, with its spread.
-"""
+"""The plots of a study about quality: perplexity with verdicts, verdicts of all pairs, loss over training."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.collections import LineCollection
+from matplotlib.patches import Rectangle
 
 from bench.record import MINUS
 from bench.report.comparison import Comparison, ComparisonRow, Difference, simple_models
-from bench.report.plots.cost import BEYOND, coupler_cost_plot, experts_plot, pareto_plot
+from bench.report.plots.cost import coupler_cost_plot, memory_plot, pareto_plot
 from bench.report.plots.frame import (
-    LEGEND_ROW,
+    BEST,
     Curve,
     Ends,
     Frame,
     Scale,
     cell,
-    draw_curves,
-    finish_steps,
     intervals,
     name_rows,
     plain_rows,
@@ -40,256 +36,93 @@ from bench.report.plots.style import (
     BLUE,
     GREEN,
     GREY,
-    MAX_NATS,
+    LIGHT,
     VERMILLION,
+    Look,
     Plot,
-    log_ticks,
-    perplexity_axis,
-    plain,
+    count_axis,
+    label_ends,
+    lay_out,
     plot_style,
-    round_ticks,
+    shorten,
 )
-from bench.report.quantities import exp_or_infinity, number, perplexities
+from bench.report.plots.swept import swept_plots
+from bench.report.plots.weights import mixing_plot, weights_plot
+from bench.report.quantities import TRAINING_FLOPS, counted, exp_or_infinity, number, perplexities, signed
 from bench.report.statistics import MINIMUM_EFFECT_NATS
-
-NAMES = ("loss_curves", "perplexity", "pareto", "experts", "coupler_cost", "training")
-"""The names of all plots that ``study_plots`` can draw."""
+from bench.study.hypotheses import seeds_needed
 
 
 def study_plots(study_name: str, comparison: Comparison) -> list[Plot]:
-    """Return the plots of a comparison, in the order of ``NAMES``.
+    """Return the plots of a comparison; none without a run that counts.
 
-    A plot whose quantities were not measured is left out; without a run that counts there is no plot.
+    In this order: ``perplexity``, ``perplexity_by_FLAG`` for each flag with several numbers, ``loss_curves``,
+    ``verdicts``, ``pareto``, ``coupler_cost``, ``memory``, ``hyperedge_weights`` and ``mixing``. A plot whose
+    quantity was not measured, or that shows no difference, is left out.
     """
     frame = Frame(study_name, comparison)
     if not frame.measured:
         return []
     with plot_style():
-        drawn = (
-            loss_curves_plot,
-            perplexity_plot,
-            pareto_plot,
-            experts_plot,
-            coupler_cost_plot,
-            training_plot,
-        )
-        plots = [draw(frame) for draw in drawn]
+        others: list[Callable[[Frame], Plot | None]] = [loss_curves_plot, verdicts_plot, pareto_plot]
+        others += [coupler_cost_plot, memory_plot, weights_plot, mixing_plot]
+        plots = [perplexity_plot(frame), *swept_plots(frame), *(draw(frame) for draw in others)]
     return [plot for plot in plots if plot is not None]
 
 
-Curves = dict[str, Curve]
-LOSS_CURVES_COLUMNS = (
-    "configuration step seeds train_loss_smoothed_nats train_loss_smoothed_standard_deviation_nats "
-    "validation_loss_nats validation_loss_standard_deviation_nats validation_perplexity "
-    "difference_from_reference_nats difference_from_reference_standard_deviation_nats"
-).split()
-TITLES = {
-    "training": ("Training loss, smoothed", "loss (nats per token)"),
-    "validation": ("Validation loss", "loss (nats per token)"),
-    "difference": ("Difference from the reference, by seed", "validation loss less the reference's (nats)"),
-}
-LOSS_CURVES_NOTE = (
-    "Lines: mean over the seeds that count. Bands: ± 1 standard deviation over seeds (none for one seed)."
-)
-
-
-def loss_curves_plot(frame: Frame) -> Plot | None:
-    """Return ``loss_curves``: training, validation, difference from the reference; None without a history."""
-    training, validation = frame.training_losses, frame.validation_losses
-    if not training and not validation:
-        return None
-    difference = _differences(frame, validation)
-    panels = [("training", training), ("validation", validation), ("difference", difference)]
-    panels = [(name, curves) for name, curves in panels if curves]
-    legend = frame.legend()
-    figure, axes = _panels(frame, len(panels), (len(legend.handles) + 1) * LEGEND_ROW)
-    for place, (name, curves) in zip(axes, panels, strict=False):
-        draw_curves(place, curves, frame.looks)
-        _finish(place, name, curves, frame.names[frame.comparison.reference.label])
-    axes[-1].axis("off")
-    look = {"handlelength": 3.6, "title": "best validation loss first", "alignment": "left"}
-    axes[-1].legend(handles=legend.handles, loc="upper left", bbox_to_anchor=(0, 1), **look)
-    rows = _loss_curves_table(frame, training, validation, difference)
-    return Plot("loss_curves", figure, LOSS_CURVES_COLUMNS, rows)
-
-
-def _differences(frame: Frame, validation: Curves) -> Curves:
-    reference = frame.comparison.reference.label
-    if reference not in validation:
-        return {}
-    others = {label: curve for label, curve in validation.items() if label != reference}
-    found = {label: curve.less(validation[reference]) for label, curve in others.items()}
-    return {label: curve for label, curve in found.items() if curve is not None}
-
-
-def _panels(frame: Frame, count: int, legend: float) -> tuple[Figure, list[Axes]]:
-    """Return the figure and its panels, two per row; the last panel is for the legend."""
-    rows = -(-(count + 1) // 2)
-    heights = [3.0] * rows
-    if count % 2 == 0:
-        heights[-1] = legend  # alone in its row
-    figure = frame.figure("Loss over training", sum(heights), LOSS_CURVES_NOTE, frame.about_looks())
-    grid = figure.subplots(rows, 2, squeeze=False, height_ratios=heights)
-    for axes in grid.flat[count + 1 :]:
-        figure.delaxes(axes)
-    return figure, list(grid.flat[: count + 1])
-
-
-def _finish(axes: Axes, name: str, curves: Curves, reference: str) -> None:
-    title, unit = TITLES[name]
-    finish_steps(axes, title, unit, curves)
-    low, high = axes.get_ylim()
-    if name == "difference":
-        axes.set_ylim(min(low, -0.002), max(high, 0.002))
-        axes.axhline(0, color="black", lw=1.2)
-        axes.set_xlabel(f"step · below 0: better than {reference}")
-    if name == "validation":
-        perplexity_axis(axes)
-
-
-def _loss_curves_table(
-    frame: Frame, training: Curves, validation: Curves, difference: Curves
-) -> list[list[Any]]:
-    rows = []
-    for found in frame.measured:
-        label = found.configuration.label
-        parts = [_by_step(curves.get(label)) for curves in (training, validation, difference)]
-        for step in sorted(set().union(*parts)):
-            (n, *loss), (m, *score), (_, *less) = (part.get(step, (0, None, None)) for part in parts)
-            perplexity = None if score[0] is None else exp_or_infinity(score[0])
-            rows.append([label, step, n or m, *loss, *score, perplexity, *less])
-    return rows
-
-
-def _by_step(curve: Curve | None) -> dict[int, tuple[int, float | None, float | None]]:
-    if curve is None:
-        return {}
-    deviation_T = curve.deviation_T
-    deviations = [None] * len(curve.steps_T) if deviation_T is None else deviation_T.tolist()
-    both = zip(map(cell, curve.mean_T.tolist()), map(cell, deviations), strict=True)
-    return {step: (len(curve.seeds), *pair) for step, pair in zip(curve.steps_T.tolist(), both, strict=True)}
-
-
-TRAINING_COLUMNS = (
-    "configuration step seeds train_loss_smoothed_nats validation_loss_nats validation_perplexity "
-    "learning_rate gradient_norm_smoothed"
-).split()
-TRAINING_NOTE = (
-    "Lines: mean over the seeds that count; perplexity is exp of the mean loss. The gradient norm is "
-    "before clipping. Bands over seeds are in loss_curves."
-)
-
-
-def training_plot(frame: Frame) -> Plot | None:
-    """Return ``training`` with a line for each configuration; None where no run that counts has a step."""
-    losses, validation = frame.training_losses, frame.validation_losses
-    if not losses:
-        return None
-    rates, norms = (_of_steps(frame, key) for key in ("learning_rate", "gradient_norm"))
-    norms = {label: curve.smoothed().thinned() for label, curve in norms.items()}
-    rates = {label: curve.thinned() for label, curve in rates.items()}
-    legend = frame.legend()
-    figure = frame.figure("Training", 5.6 + legend.height, TRAINING_NOTE, frame.about_looks())
-    (loss, evaluation), (rate, norm) = figure.subplots(2, 2)
-    _draw(loss, frame, losses, "Training loss, smoothed", "loss (nats per token)")
-    _draw_perplexity(evaluation, frame, validation)
-    _draw(rate, frame, rates, "Learning rate", "learning rate", gap=math.inf)
-    rate.set_ylim(bottom=0)
-    rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _draw(norm, frame, norms, "Gradient norm, smoothed", "Euclidean norm")
-    _scale_of_norms(norm, norms)
-    legend.below(figure)
-    rows = _training_table(frame, losses, validation, rates, norms)
-    return Plot("training", figure, TRAINING_COLUMNS, rows)
-
-
-def _of_steps(frame: Frame, key: str) -> dict[str, Curve]:
-    curves = {row.configuration.label: training_curve(row.configuration, key) for row in frame.measured}
-    return {label: curve for label, curve in curves.items() if curve is not None}
-
-
-def _draw(axes: Axes, frame: Frame, curves: dict[str, Curve], title: str, unit: str, gap: float = 10) -> None:
-    draw_curves(axes, curves, frame.looks, bands=False)
-    finish_steps(axes, title, unit, curves, gap)
-
-
-def _draw_perplexity(axes: Axes, frame: Frame, curves: dict[str, Curve]) -> None:
-    """Draw exp of the mean loss, on a logarithmic axis."""
-    title = "Perplexity on validation"
-    if not curves:
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.text(0.5, 0.5, "no evaluation was recorded", transform=axes.transAxes, ha="center")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        return
-    _draw(axes, frame, curves, title, "perplexity = exp(loss)")
-    low, high = axes.get_ylim()
-    if high > MAX_NATS:
-        axes.set_ylabel("loss (nats per token)")
-        return
-    ticks = round_ticks(math.exp(low), math.exp(high))
-    axes.set_yticks([math.log(tick) for tick in ticks], [plain(tick) for tick in ticks])
-
-
-def _scale_of_norms(axes: Axes, curves: dict[str, Curve]) -> None:
-    values = np.concatenate([curve.mean_T for curve in curves.values()])
-    known = values[np.isfinite(values) & (values > 0)]
-    if len(known) and known.max() > 20 * known.min():
-        log_ticks(axes, known.min() / 1.2, known.max() * 1.2)
-    else:
-        axes.set_ylim(bottom=0)
-
-
-def _training_table(frame: Frame, *curves: dict[str, Curve]) -> list[list[Any]]:
-    rows = []
-    for found in frame.measured:
-        label = found.configuration.label
-        own = [by_label.get(label) for by_label in curves]
-        parts = [curve.means() if curve else {} for curve in own]
-        seeds = max((len(curve.seeds) for curve in own if curve), default=0)
-        for step in sorted(set().union(*parts)):
-            loss, score, rate, norm = (cell(part.get(step)) for part in parts)
-            perplexity = None if score is None else exp_or_infinity(score)
-            rows.append([label, step, seeds, loss, score, perplexity, rate, norm])
-    return rows
-
-
 MOST_ROWS, FIRST, LAST = 80, 60, 18
-LOOKS = {
-    "better": (BLUE, "o", BLUE),
-    "worse": (VERMILLION, "s", VERMILLION),
-    "equivalent": (GREEN, "D", GREEN),
-    "not resolved": (GREY, "o", "white"),
-    "reference": ("black", "o", "black"),
-    "": (GREY, "o", GREY),
-}
-"""The colour of the edge, the shape and the colour of the face, by verdict."""
+BEYOND = 1e9
+"""A perplexity that no scale shows."""
+KINDS = {"better": BLUE, "worse": VERMILLION, "equivalent": GREEN, "not resolved": GREY}
+"""The colour of each verdict."""
 PERPLEXITY_COLUMNS = (
     "configuration seed seeds perplexity perplexity_low_95 perplexity_high_95 loss_nats difference_nats "
     "difference_low_95_nats difference_high_95_nats seeds_paired p_holm verdict status"
 ).split()
-PERPLEXITY_NOTE = (
-    "Left: exp of the mean loss over seeds, its 95% t interval (none for one seed), and each seed as a "
-    "faint dot. Right: difference of loss paired by seed, 95% t interval; the verdict is by a sign-flip "
-    "test after Holm."
-)
 
 
-def perplexity_plot(frame: Frame) -> Plot | None:
+def perplexity_plot(frame: Frame) -> Plot:
     """Return ``perplexity`` with a row for each configuration, the best first, failed ones last."""
     shown, left_out = _shown(frame)
-    step = 0.26 if len(shown) <= 30 else 0.2
+    size = 8 if len(shown) <= 30 else 7
     rest = f"{left_out} configurations between the best and the worst: table only." if left_out else ""
-    subject = "Perplexity on validation, and the paired difference from the reference"
-    figure = frame.figure(subject, step * len(shown) + 1.1, PERPLEXITY_NOTE, rest)
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = frame.figure(answer(frame), (0.26 if size == 8 else 0.2) * len(shown) + 1.0, rest)
+    compared = any(row.against is not None for row in shown)
+    left, *others = figure.subplots(1, 1 + compared, sharey=True, squeeze=False)[0]
+    seeds = {row.loss.n for row in frame.measured}
+    n = "" if len(seeds) == 1 else "  n {}"
+    name_rows(left, [frame.name(row.configuration) + n.format(row.loss.n) for row in shown], size)
     _draw_perplexities(left, frame, shown)
-    _draw_lines(left, frame)
-    _draw_differences(right, frame, shown)
-    names = [f"{frame.name(row.configuration)}  n {row.loss.n}" for row in shown]
-    name_rows(left, names, 8 if step > 0.2 else 7)
-    plain_rows(right, len(shown))
+    _draw_simple_models(left, frame)
+    for right in others:
+        plain_rows(right, len(shown))
+        _draw_differences(right, frame, shown)
+        verdicts = [_verdict(frame, row) for row in shown]
+        colours = [KINDS[row.against.verdict.kind] if row.against else "black" for row in shown]
+        write_beside(right, verdicts, size, colours)
     return Plot("perplexity", figure, PERPLEXITY_COLUMNS, _perplexity_table(frame))
+
+
+def answer(frame: Frame) -> str:
+    """Return which configurations are better than the baseline, and how many are not, in one sentence."""
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for row in frame.measured:
+        if row.against is not None:
+            found[row.against.verdict.kind].append(frame.names[row.configuration.label])
+    others = sum(map(len, found.values()))
+    if not others:
+        return "Which perplexity does each configuration reach?"
+    if others == 1:
+        ((kind, (name,)),) = ((kind, names) for kind, names in found.items() if names)
+        known = {"better": f"{name} is better than ", "worse": f"{name} is worse than "}
+        known["equivalent"] = f"{name} is equivalent to "
+        return known.get(kind, f"{name} is not significantly different from ") + frame.baseline
+    best = found.pop("better")
+    head = f"{', '.join(best)} {'is' if len(best) == 1 else 'are'} better than "
+    if not best or len(best) > 3:
+        head = f"{len(best) or 'None'} of {others} configurations {'are' if best else 'is'} better than "
+    rest = [f"{len(some)} {'is' if len(some) == 1 else 'are'} {kind}" for kind, some in found.items() if some]
+    return "; ".join(filter(None, (head + frame.baseline, ", ".join(rest))))
 
 
 def _shown(frame: Frame) -> tuple[list[ComparisonRow], int]:
@@ -302,95 +135,86 @@ def _shown(frame: Frame) -> tuple[list[ComparisonRow], int]:
     return shown, len(rows) - len(shown)
 
 
-def _kind(frame: Frame, row: ComparisonRow) -> str:
-    if row.configuration is frame.comparison.reference:
-        return "reference"
-    return row.against.verdict.kind if row.against else ""
-
-
 def _draw_perplexities(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> None:
     """Draw the mean, its interval and the seeds of each row; a mean off the scale is written."""
     for place, row in enumerate(rows):
         if row.loss.mean is None:
             write_in_row(axes, place, f"no result: {row.configuration.statuses()}", colour=VERMILLION)
     measured = [(place, row) for place, row in enumerate(rows) if row.loss.mean is not None]
-    places = [place for place, _ in measured]
     means = [exp_or_infinity(row.loss.mean or 0.0) for _, row in measured]
     seeds = [
-        (exp_or_infinity(loss), place + 0.22) for place, row in measured for loss in row.loss.values.values()
+        (exp_or_infinity(loss), place + 0.26) for place, row in measured for loss in row.loss.values.values()
     ]
     known = [value for value in (*(value for value, _ in seeds), *means) if value < BEYOND] or [1.0]
     ends = [perplexities(row.loss.interval) for _, row in measured]
     bounded = [both if both and both[1] < BEYOND else None for both in ends]
     low, high, log = scale_of(known, bounded, ratio=3)
-    lines = [value for value in simple_models(frame.comparison.group).values() if _on_scale(value, low, high)]
+    lines = [value for value in simple_models(frame.comparison.group).values() if _near(value, low, high)]
     low = min([low, *(value / 1.02 for value in lines)])
     high = max([high, *(value * 1.02 for value in lines)])
     set_scale(axes, "x", Scale(low, high, log))
-    axes.scatter(*np.array(seeds).T, s=9, color="#999999", linewidth=0, zorder=2)
-    intervals(axes, places, bounded, colors="black", linewidths=1.6, zorder=3)
-    kinds = [_kind(frame, row) for _, row in measured]
-    _draw_marks(axes, list(zip(places, means, kinds, strict=True)))
-    for place, mean in zip(places, means, strict=True):
+    if any(row.loss.n > 1 for _, row in measured):
+        axes.scatter(*np.array(seeds).T, s=8, color="#aaaaaa", linewidth=0, zorder=2)
+    intervals(axes, [place for place, _ in measured], bounded, colors="black", linewidths=1.6, zorder=3)
+    _draw_marks(axes, [(place, mean, row) for (place, row), mean in zip(measured, means, strict=True)])
+    for (place, _), mean in zip(measured, means, strict=True):
         if not low <= mean <= high:
             write_in_row(axes, place, f"{number(mean)} →", right=True)
     axes.set_xlabel("perplexity (lower is better)")
 
 
-def _on_scale(value: float, low: float, high: float) -> bool:
+def _near(value: float, low: float, high: float) -> bool:
     return low - 0.3 * (high - low) <= value <= high + 0.3 * (high - low)
 
 
-def _draw_marks(axes: Axes, marks: list[tuple[int, float, str]]) -> None:
-    """Draw each mean in the colour and shape of its verdict."""
-    for kind in {kind for *_, kind in marks}:
-        colour, marker, face = LOOKS[kind]
-        xs, ys = zip(*((value, place) for place, value, own in marks if own == kind), strict=True)
-        axes.scatter(xs, ys, s=30, marker=marker, facecolor=face, edgecolor=colour, linewidth=1.2, zorder=4)
+def _draw_marks(axes: Axes, marks: list[tuple[int, float, ComparisonRow]]) -> None:
+    """Draw each mean with the look of its coupler: filled, or hollow where the verdict is not resolved."""
+    for place, mean, row in marks:
+        open_ = row.against is not None and row.against.verdict.kind == "not resolved"
+        look = Look.of(row.configuration.coupler, variant=int(open_))
+        if math.isfinite(mean):
+            axes.plot(mean, place, ls="", zorder=4, **look.of_marker())
 
 
-def _draw_lines(axes: Axes, frame: Frame) -> None:
-    """Name the simple models above the panel, each with a line, or with an arrow if it is off the scale."""
-    axes.set_title("Perplexity", loc="left", fontweight="bold", pad=28)
+def _draw_simple_models(axes: Axes, frame: Frame) -> None:
+    """Name the n-gram baselines above the panel, each with a line, or an arrow if it is off the scale."""
     low, high = axes.get_xlim()
     for level, (name, value) in enumerate(simple_models(frame.comparison.group).items()):
-        text, height = f"{name} {number(value, 1 if value < 1e3 else 0)}", 3 + 11 * level
-        transform = axes.get_xaxis_transform()
+        text = f"{name} {number(value, 1 if value < 1e3 else 0)}"
         place, align = (high, "right") if value > high else (low, "left")
         if low <= value <= high:
             axes.axvline(value, color="black", ls=("--", ":")[level], lw=1.2, zorder=1)
             place, align = value, ("left" if value < (low + high) / 2 else "right")
         else:
             text = f"{text} →" if value > high else f"← {text}"
-        write_above(axes, text, place, height, transform, align)
+        write_above(axes, text, place, 3 + 10 * level, axes.get_xaxis_transform(), align)
 
 
 def _draw_differences(axes: Axes, frame: Frame, rows: list[ComparisonRow]) -> None:
-    found = [(place, row.against) for place, row in enumerate(rows) if row.against is not None]
-    low, high = _difference_range([against for _, against in found])
+    found = [(place, row, row.against) for place, row in enumerate(rows) if row.against is not None]
+    low, high = _difference_range([against for *_, against in found])
     axes.axvspan(-MINIMUM_EFFECT_NATS, MINIMUM_EFFECT_NATS, color="#dddddd", zorder=0.5, linewidth=0)
     axes.axvline(0, color="black", lw=1)
     set_scale(axes, "x", Scale(low, high))
-    kinds = [(place, against.paired.mean, against.verdict.kind) for place, against in found]
-    ends = [against.paired.interval for _, against in found]
-    intervals(axes, [place for place, _ in found], ends, colors="black", linewidths=1.6, zorder=3)
-    _draw_marks(axes, [mark for mark in kinds if low <= mark[1] <= high])
-    for place, mean, _ in kinds:
+    ends = [against.paired.interval for *_, against in found]
+    intervals(axes, [place for place, *_ in found], ends, colors="black", linewidths=1.6, zorder=3)
+    means = [(place, against.paired.mean, row) for place, row, against in found]
+    _draw_marks(axes, [mark for mark in means if low <= mark[1] <= high])
+    for place, mean, _ in means:
         if not low <= mean <= high:
             value = f"{mean:.3g}".replace("-", MINUS)
             write_in_row(axes, place, f"{value} →" if mean > high else f"← {value}", right=mean > high)
-    write_beside(axes, [_verdict(frame, row) for row in rows], 8 if len(rows) <= 30 else 7)
-    axes.set_title("Difference from the reference", loc="left", fontweight="bold", pad=28)
-    band = f"grey band: ±{MINIMUM_EFFECT_NATS:g} nats, the minimum effect"
+    band = f"grey: ±{MINIMUM_EFFECT_NATS:g}, the minimum effect; hollow: not resolved"
     write_above(axes, band, 0, 3, "axes fraction")
-    axes.set_xlabel("nats per token (below 0: better)")
+    write_above(axes, f"Loss minus {frame.baseline}, paired by seed, 95% interval", 0, 14, "axes fraction")
+    axes.set_xlabel("nats per token (below 0 is better)")
 
 
 def _verdict(frame: Frame, row: ComparisonRow) -> str:
     if row.against is not None:
         return row.against.verdict.words()
     if row.configuration is frame.comparison.reference:
-        return "reference"
+        return "baseline"
     return "no seed in common" if row.loss.n else "not measured"
 
 
@@ -415,11 +239,11 @@ def _perplexity_table(frame: Frame) -> list[list[Any]]:
             mean,
         ]
         judged: list[Any] = [None] * 5
+        verdict = "reference" if row.configuration is frame.comparison.reference else None
         if against is not None:
             paired = against.paired
-            ends = paired.interval or (None, None)
-            judged = [paired.mean, *ends, paired.n, against.p_adjusted]
-        verdict = against.verdict.words() if against else _kind(frame, row) or None
+            judged = [paired.mean, *(paired.interval or (None, None)), paired.n, against.p_adjusted]
+            verdict = against.verdict.words()
         table.append([label, None, row.loss.n, *quality, *judged, verdict, row.configuration.statuses()])
         for seed, loss in row.loss.values.items():
             own = against.by_seed.get(seed) if against else None
@@ -428,3 +252,256 @@ def _perplexity_table(frame: Frame) -> list[list[Any]]:
         line = f"{name} (reference line)"
         table.append([line, None, None, value, None, None, math.log(value), *[None] * 7])
     return table
+
+
+MOST_PAIRED = 24
+VERDICTS_COLUMNS = "configuration beside difference_nats seeds_paired p_holm verdict".split()
+PALE = {"better": "#9ecae8", "worse": "#f2b48f", "equivalent": "#a8dcc8", "not resolved": "#f2f2f2"}
+
+
+def verdicts_plot(frame: Frame) -> Plot | None:
+    """Return ``verdicts``, a matrix of all pairs; None below three configurations or without a difference."""
+    rows = frame.measured[:MOST_PAIRED]
+    found = {(pair.candidate.label, pair.reference.label): pair for pair in frame.comparison.pairs}
+    told = [pair for pair in found.values() if pair.verdict.kind in ("better", "worse", "equivalent")]
+    if len(rows) < 3 or not told:
+        return None
+    labels = [row.configuration.label for row in rows]
+    subject = "Which configuration (row) is better than which other one (column)?"
+    left_out = len(frame.measured) - len(rows)
+    rest = f"{left_out} more configurations: table only." if left_out else ""
+    note = "Numbers: by how many percent the perplexity of the row is above (+) or below (−) the column."
+    figure = frame.figure(subject, 0.3 * len(rows) + 0.5, note, _too_few(frame.comparison), rest)
+    axes = figure.subplots()
+    for y, x in np.ndindex(len(rows), len(rows)):
+        pair, sign = found.get((labels[y], labels[x])), 1
+        if pair is None:
+            pair, sign = found.get((labels[x], labels[y])), -1
+        if pair is None:
+            axes.add_patch(_square(x, y, "white"))
+        else:
+            kind = pair.verdict.kind if sign > 0 else _turned(pair.verdict.kind)
+            axes.add_patch(_square(x, y, PALE[kind]))
+            text = signed(100 * (exp_or_infinity(sign * pair.paired.mean) - 1), 1)
+            text = "0.0" if text.strip(f"+{MINUS}") == "0.0" else text
+            grey = GREY if kind == "not resolved" else "black"
+            axes.text(x, y, text, ha="center", va="center", fontsize=6.5, color=grey)
+    name_rows(axes, [f"{frame.names[label]}  {n}" for n, label in enumerate(labels, 1)], 8)
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.set_xticks(range(len(rows)), [str(n) for n in range(1, len(rows) + 1)])
+    axes.xaxis.tick_top()
+    axes.tick_params(axis="x", length=0)
+    axes.grid(False)
+    used = [
+        kind
+        for kind in PALE
+        if any(kind in (p.verdict.kind, _turned(p.verdict.kind)) for p in found.values())
+    ]
+    words = {"better": "row is better", "worse": "row is worse"}
+    handles = [_square(0, 0, PALE[kind], label=words.get(kind, kind)) for kind in used]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+    table = [
+        [one.candidate.label, one.reference.label, one.paired.mean, one.paired.n, one.p_adjusted,
+         one.verdict.words()] for one in frame.comparison.pairs
+    ]  # fmt: skip
+    return Plot("verdicts", figure, VERDICTS_COLUMNS, table)
+
+
+def _too_few(comparison: Comparison) -> str:
+    """Return a sentence where the pairs without the baseline have too few seeds for any verdict."""
+    among, seeds = (
+        len(comparison.pairs) - comparison.comparisons,
+        max(one.paired.n for one in comparison.pairs),
+    )
+    if among < 1 or seeds >= (needed := seeds_needed(among)):
+        return ""
+    return (
+        f"{seeds} seeds are too few for a difference between two others than {comparison.reference.label}: "
+        f"{counted(among, 'comparison')} need {needed}."
+    )
+
+
+def _square(x: float, y: float, colour: str, **settings: Any) -> Rectangle:
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", **settings)
+
+
+def _turned(kind: str) -> str:
+    """Return the verdict on a pair in the other order."""
+    return {"better": "worse", "worse": "better"}.get(kind, kind)
+
+
+Curves = dict[str, Curve]
+FIRST_PART = 0.15
+"""The share of the training whose steep fall the axis of the loss leaves out."""
+LOSS_CURVES_COLUMNS = (
+    "configuration step seeds tokens training_flops train_loss_smoothed_nats validation_loss_nats "
+    "validation_perplexity difference_nats difference_half_width_95_nats"
+).split()
+
+
+def loss_curves_plot(frame: Frame) -> Plot | None:
+    """Return ``loss_curves``: the loss by tokens or FLOPs, and the paired difference; None without history.
+
+    The left panel is by training FLOPs where configurations differ in them by more than 2%, else by tokens.
+    """
+    training = frame.training_losses
+    if not training:
+        return None
+    tokens = {label: _tokens(frame, label) for label in training}
+    flops = {row.configuration.label: row.model[TRAINING_FLOPS] for row in frame.comparison.rows}
+    known = [value for label in training if (value := flops.get(label))]
+    by_flops = len(known) == len(training) and max(known) > 1.02 * min(known)
+    scale = {label: rate if by_flops and rate else 1.0 for label, rate in flops.items()}
+    differences = _differences(frame, training)
+    subject = f"Is a configuration ahead of {frame.baseline} during training?" if differences else (
+        "How does the loss fall during training?")  # fmt: skip
+    figure = frame.figure(subject, 4.2, frame.about_looks())
+    grid = figure.subplots(1, 1 + bool(differences), squeeze=False)[0]
+    places = {label: one * scale[label] for label, one in tokens.items()}
+    count_axis(
+        grid[0], "training FLOPs" if by_flops else "training tokens", max(one[-1] for one in places.values())
+    )
+    _draw_losses(grid[0], frame, places)
+    _draw_diverged(grid[0], frame, scale)
+    if differences:
+        _draw_ahead(grid[1], frame, differences, tokens)
+    lay_out(figure)
+    last = differences or training
+    looks = {label: look for label, look in frame.looks.items() if label in last}
+    ends = [(_last(last[label]), frame.names[label], look.colour) for label, look in looks.items()]
+    label_ends(grid[-1], ends)
+    rows = _loss_curves_table(frame, tokens, flops, differences)
+    return Plot("loss_curves", figure, LOSS_CURVES_COLUMNS, rows)
+
+
+def _tokens(frame: Frame, label: str) -> np.ndarray:
+    """Return the tokens trained on up to each step of a training curve, the mean over seeds."""
+    row = next(row for row in frame.measured if row.configuration.label == label)
+    curve = training_curve(row.configuration, "tokens")
+    assert curve is not None, "it has training losses"
+    return np.cumsum(curve.mean_T)
+
+
+def _differences(frame: Frame, training: Curves) -> Curves:
+    reference = training.get(frame.comparison.reference.label)
+    if reference is None:
+        return {}
+    found = {label: curve.minus(reference) for label, curve in training.items() if curve is not reference}
+    return {label: curve for label, curve in found.items() if curve is not None}
+
+
+def _last(curve: Curve) -> float:
+    known = curve.mean_T[np.isfinite(curve.mean_T)]
+    return float(known[-1]) if len(known) else math.nan
+
+
+def _draw_losses(axes: Axes, frame: Frame, places: dict[str, np.ndarray]) -> None:
+    """Draw the smoothed training loss as lines and the validation loss as markers."""
+    values = []
+    for label, curve in frame.training_losses.items():
+        _draw_curve(axes, frame, label, places[label], curve)
+        later = curve.mean_T[int(FIRST_PART * len(curve.steps_T)) :]
+        values.append(later[np.isfinite(later)])
+        validation, look = frame.validation_losses.get(label), frame.looks.get(label)
+        if validation is not None and look is not None:
+            at = np.interp(validation.steps_T, curve.steps_T, places[label])
+            axes.plot(at, validation.mean_T, ls="", **look.of_marker(4.5), zorder=4)
+            values.append(validation.mean_T[np.isfinite(validation.mean_T)])
+    bounds = [(float(one.min()), float(one.max())) for one in values if len(one)] or [(0.0, 1.0)]
+    low = min(bottom for bottom, _ in bounds)
+    high = low + usual_reach([top - low for _, top in bounds], 4, least=1e-2 * abs(low))
+    axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Loss. Lines: training, smoothed; marks: validation", loc="left", fontsize=8)
+    above = [
+        frame.names[label] for label, one in frame.training_losses.items() if not (one.mean_T <= high).any()
+    ]
+    if above:
+        axes.text(0.99, 0.99, f"above ↑: {', '.join(above[:4])}", transform=axes.transAxes, ha="right",
+                  va="top", fontsize=7, color=VERMILLION)  # fmt: skip
+
+
+def _draw_curve(axes: Axes, frame: Frame, label: str, places_T: np.ndarray, curve: Curve) -> None:
+    look, thin = frame.looks.get(label), curve.thinned()
+    at_T = places_T[np.isin(curve.steps_T, thin.steps_T)]
+    if look is None:
+        line = LineCollection([np.column_stack([at_T, thin.mean_T])], colors=LIGHT, linewidths=0.7, zorder=1)
+        axes.add_collection(line, autolim=False)
+        return
+    baseline = label == frame.comparison.reference.label
+    axes.plot(at_T, thin.mean_T, lw=2 if baseline else 1.2, zorder=3 if baseline else 2, **look.of_line())
+
+
+def _draw_diverged(axes: Axes, frame: Frame, scale: dict[str, float]) -> None:
+    """Name each run that diverged, and mark its last loss that was a number."""
+    (_, far), (_, high) = axes.get_xlim(), axes.get_ylim()
+    diverged = [
+        (one, run) for one in frame.comparison.group.configurations for run in one.runs
+        if run.status == "diverged"
+    ]  # fmt: skip
+    for place, (one, run) in enumerate(diverged[:6]):
+        rows = [row for row in run.data.train if math.isfinite(row["loss"])]
+        look = Look.of(one.coupler)
+        if rows:
+            at = scale[one.label] * sum(row["tokens"] for row in rows)
+            height = min(rows[-1]["loss"], high)
+            axes.plot(min(at, far), height, "x", ms=8, mew=2, color=look.colour, clip_on=False, zorder=5)
+        step = rows[-1]["step"] if rows else 0
+        text = f"× {shorten(frame.names[one.label], 28)}, seed {run.seed}: diverged after step {step:,}"
+        axes.text(0.98, 0.93 - 0.05 * place, text, transform=axes.transAxes, ha="right", va="top",
+                  fontsize=7, color=look.colour)  # fmt: skip
+
+
+def _draw_ahead(axes: Axes, frame: Frame, differences: Curves, tokens: dict[str, np.ndarray]) -> None:
+    """Draw the paired difference of the training loss from the baseline coupler, with its 95% interval."""
+    axes.axhline(0, color="black", lw=1.2)
+    banded = len(differences) <= BEST
+    for label, curve in differences.items():
+        own = frame.training_losses[label]
+        at_T = tokens[label][np.isin(own.steps_T, curve.steps_T)]
+        _draw_curve(axes, frame, label, at_T, curve)
+        half_T, look = curve.half_T, frame.looks.get(label)
+        if half_T is not None and look is not None and banded:
+            low_T, high_T = curve.mean_T - half_T, curve.mean_T + half_T
+            axes.fill_between(at_T, low_T, high_T, color=look.colour, alpha=0.1, linewidth=0)
+    ends = [end for curve in differences.values() for end in _span(curve, banded)]
+    reach = 1.15 * usual_reach([0.005, *map(abs, ends)], 10)
+    axes.set_ylim(
+        max(min(min(ends) * 1.15, -0.1 * reach), -reach), min(max(max(ends) * 1.15, 0.1 * reach), reach)
+    )
+    count_axis(axes, "training tokens", max(one[-1] for one in tokens.values()))
+    axes.set_ylabel(f"training loss minus {frame.baseline} (nats)")
+    band = "; bands: 95% intervals" if banded else ""
+    axes.set_title(f"Difference, paired by seed (below 0 is better){band}", loc="left", fontsize=8)
+
+
+def _span(curve: Curve, banded: bool) -> Ends:
+    half_T = 0.0 if curve.half_T is None or not banded else curve.half_T
+    both = np.concatenate([curve.mean_T - half_T, curve.mean_T + half_T])
+    known = both[np.isfinite(both)]
+    return (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+
+
+def _loss_curves_table(
+    frame: Frame, tokens: dict[str, np.ndarray], flops: dict[str, float | None], differences: Curves
+) -> list[list[Any]]:
+    rows = []
+    for label, whole in frame.training_losses.items():
+        curve, less = whole.thinned(), differences.get(label)
+        trained = dict(zip(whole.steps_T.tolist(), tokens[label].tolist(), strict=True))
+        validation = frame.validation_losses.get(label)
+        losses, scores = curve.means(), validation.means() if validation else {}
+        ahead = less.means() if less else {}
+        halves = less and less.half_T
+        half = (
+            dict(zip(less.steps_T.tolist(), halves.tolist(), strict=True))
+            if less and halves is not None
+            else {}
+        )
+        for step in sorted(losses.keys() | scores.keys()):
+            score, seen, rate = cell(scores.get(step)), trained.get(step), flops.get(label)
+            work = seen * rate if seen is not None and rate else None
+            perplexity = None if score is None else exp_or_infinity(score)
+            rows.append([label, step, len(curve.seeds), seen, work, cell(losses.get(step)), score, perplexity,
+                         cell(ahead.get(step)), cell(half.get(step))])  # fmt: skip
+    return rows

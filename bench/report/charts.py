@@ -13,7 +13,8 @@ import numpy as np
 
 from bench.report import quantities
 from bench.report.comparison import Comparison, ComparisonRow
-from bench.report.plots.frame import OTHERS, Curve, Frame
+from bench.report.plots.frame import Curve, Frame
+from bench.report.plots.style import LIGHT
 from bench.report.quantities import (
     PARAMETERS,
     PEAK_MEMORY,
@@ -55,7 +56,7 @@ def _arm(frame: Frame, row: ComparisonRow) -> Arm:
     found = {split: by_label.get(label) for split, by_label in losses.items()}
     return {
         "name": frame.names[label],
-        "colour": look.colour if look else OTHERS,
+        "colour": look.colour if look else LIGHT,
         "dash": {"--": [8, 4], ":": [2, 3], "-.": [8, 3, 2, 3]}.get(look.line if look else "-", []),
         "loss": row.loss.mean,
         "interval": list(row.loss.interval) if row.loss.interval else None,

@@ -12,7 +12,11 @@ from bench.study.hypotheses import read_hypotheses
 from bench.sweep.specification import sweep_of
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
 WRITTEN = re.compile(r"<!-- begin of .*?<!-- end of [^>]*>", re.DOTALL)  # by a command, from records
 LONGEST = 35  # words of a sentence
 UNCLEAR = (
@@ -56,7 +60,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page):
-    named = re.findall(r"`((?:gnnmoe|bench|tests|sweeps|examples|notebooks|tools|docs)/[\w./-]+)`", page.read_text())
+    named = re.findall(
+        r"`((?:gnnmoe|bench|tests|sweeps|examples|notebooks|tools|docs)/[\w./-]+)`", page.read_text()
+    )
     for name in named:
         assert (REPOSITORY / name).exists() or "yours" in name or "NAME" in name, name
 
@@ -64,7 +70,7 @@ def test_files_that_a_page_names_exist(page):
 def test_every_page_of_docs_begins_with_a_command():
     for page in PAGES[2:]:
         head = page.read_text(encoding="utf-8").split("\n", 1)[1].lstrip()
-        assert head.startswith(("```sh", "```python")), page.name
+        assert head.startswith(("```sh\n", "```\n$ python ", "```python\n")), page.name
 
 
 def test_the_examples_of_sweep_and_hypothesis_files_load():

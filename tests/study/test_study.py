@@ -272,7 +272,7 @@ def test_two_runs_of_one_seed_are_named_and_left_out_of_every_comparison(doubled
     assert gnn.means[TOKENS_PER_SECOND].n == 0
     assert mean.loss.n == 3
     assert gnn.configuration.statuses() == "3 ok; 2 runs of seed 0, not averaged"
-    assert section.sentences() == ["Not compared, since a seed of it has several runs: GNN."]
+    assert section.sentences() == ["Not compared with mean, because a seed of it has several runs: GNN."]
     assert report.answers[0].answer is None
     assert set(report.failures_table.figures["run_id"]) == {first.name, second.name, third.name}
     assert make_plots(report)

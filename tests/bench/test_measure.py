@@ -13,7 +13,7 @@ import torch
 from bench.config import MeasureConfig, TrainingConfig
 from bench.device import resolve_device
 from bench.measure.memory import meter_for
-from bench.measure.speed_pass import fetched, measure_speed
+from bench.measure.speed_pass import fetched, measure_speed, peak_memory
 from bench.measure.timing import TrainingSteps, training_flops_per_token
 from bench.training.environment import code_state, describe_environment
 from gnnmoe import GNNMoEConfig, GNNMoEModel
@@ -128,3 +128,27 @@ def test_auto_takes_what_there_is(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cpu") == CPU
+
+
+def test_memory_by_phase_begins_without_an_optimizers_state(model):
+    steps = steps_of(model, make_batches(1))
+    for number in range(3):
+        steps.step(number)
+    memory = peak_memory(steps, CPU).model_dump(mode="json")
+    phases = memory["by_phase"]
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert phases["built"] == held + 2 * 2 * 8 * 8
+    assert phases["built"] < phases["first_step"] <= phases["steady"] == memory["peak_allocated_bytes"]
+    json.dumps(memory)
+
+
+def test_the_memory_peak_holds_a_chunk_of_logits():
+    """The chunked head is one operator to torch; its logits count all the same."""
+    config = GNNMoEConfig(embed_dim=8, num_layers=1, num_experts=2, max_seq_length=64, vocab_size=33_000)
+    model = GNNMoEModel(config, seed=0)
+    ids = torch.zeros(4, 64, dtype=torch.int64)
+    batch = {"input_ids": ids, "targets": ids}
+    memory = peak_memory(steps_of(model, [batch]), CPU).model_dump(mode="json")
+    states = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and Adam's two moments
+    chunk = 4 * min(256, 32 * 2**20 // (4 * config.padded_vocab_size)) * config.padded_vocab_size
+    assert memory["peak_allocated_bytes"] > states + chunk

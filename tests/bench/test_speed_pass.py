@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import pickle
 
 import pytest
 import torch
 
 from bench.config import ExecutionConfig, MeasureConfig, RunConfig
 from bench.measure import speed_pass
-from bench.measure.speed_pass import TRACE, SpeedPass, on_host
+from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profile_steps
 from bench.measure.timing import TrainingSteps
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
@@ -247,3 +248,25 @@ def test_what_is_measured_besides_may_run_out_of_memory_alone(tmp_path, monkeypa
     assert measured(memory)
     assert not measured(speed["marginal"])
     assert "note: the profile ran out of memory" in said
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_a_profile_has_a_trace_and_a_snapshot_of_the_memory(tmp_path):
+    steps = TrainingSteps(model_of().to(CUDA), [{k: v.to(CUDA) for k, v in batches(1)[0].items()}],
+                          RunConfig().training)  # fmt: skip
+    found = profile_steps(steps.step, tmp_path, CUDA)
+    assert len(found) == 5
+    assert 0.1 < sum(one.share for one in found) <= 1.0 + 1e-6
+    assert (tmp_path / TRACE).stat().st_size > 1000
+    snapshot = pickle.loads((tmp_path / SNAPSHOT).read_bytes())
+    assert any(len(trace) > 10 for trace in snapshot["device_traces"])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed_pass, "matrix_rate", lambda *found: asked.append(found) or 1.0)
+    config = RunConfig(execution=ExecutionConfig(precision=precision))
+    assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate() == 1.0
+    assert asked == [(CUDA, dtype)]

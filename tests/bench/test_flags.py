@@ -208,6 +208,7 @@ def test_an_unknown_command_gets_the_nearest_name(capsys, argument, said):
 @pytest.mark.parametrize(
     "flags",
     ["--dataset wikitext", "--dataset Salesforce/wikitext", "--dataset wikitext-2-v1",
+     "--dataset_config_name wikitext-2-v1",
      "--dataset_name wikitext --dataset_config_name wikitext-2-v1"],
 )  # fmt: skip
 def test_every_name_of_wikitext_2_takes_its_folder(wikitext_dir, tmp_path, flags):

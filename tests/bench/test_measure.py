@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -100,14 +99,9 @@ def test_the_memory_peak_is_that_of_the_tensors_alive():
 
 def test_flops_are_three_times_two_a_weight_of_every_product():
     """Forward and backward of a matrix product: 6 FLOPs a weight and token (2 for the first layer)."""
-    shape: dict[str, Any] = {
-        "embed_dim": 64,
-        "num_heads": 1,
-        "num_layers": 1,
-        "max_seq_length": 2,
-        "num_experts": 2,
-    }
-    model = GNNMoEModel(GNNMoEConfig(vocab_size=640, num_experts=2, coupler_type="mean", **shape), seed=0)
+    config = GNNMoEConfig(coupler_type="mean", num_experts=2, embed_dim=64, num_heads=1, num_layers=1,
+                          max_seq_length=2, vocab_size=640)  # fmt: skip
+    model = GNNMoEModel(config, seed=0)
     weights = 2 * 12 * 64**2 + 64**2 + 640 * 64  # experts, combiner, head
     assert training_flops_per_token(model) == pytest.approx(6 * weights, rel=0.03)
 

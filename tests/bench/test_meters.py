@@ -353,3 +353,12 @@ def test_a_peak_late_in_the_backward_has_most_gradients_and_one_at_its_start_has
     step, owners, parameters, _ = made(CPU, rows=64)
     step()
     assert meter_for(CPU).measure(step, owners).model_dump()["by_part"]["gradients"] < 0.4 * parameters
+
+
+def test_what_a_step_raises_comes_out_of_the_meter_which_still_works():
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        TrackedMeter(CPU).measure(fails)
+    assert TrackedMeter(CPU).measure(lambda: torch.zeros(25)).judged_bytes == 100

@@ -270,3 +270,27 @@ def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, mo
     config = RunConfig(execution=ExecutionConfig(precision=precision))
     assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate() == 1.0
     assert asked == [(CUDA, dtype)]
+
+
+def test_any_other_failure_of_the_speed_pass_comes_out(tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(speed_pass, "measure_speed", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        passed(model_of(), tmp_path)
+
+
+def test_the_costliest_are_by_their_own_time_and_calls_are_of_one_step(tmp_path):
+    """One product of 300 rows in a step beside four additions of 4 numbers."""
+    large, small = torch.ones(300, 300), torch.ones(4)
+
+    def step(_):
+        torch.mm(large, large)
+        for _ in range(4):
+            torch.add(small, small)
+
+    found = profile_steps(step, tmp_path, CPU)
+    assert [(one.name, one.calls) for one in found[:2]] == [("aten::mm", 1), ("aten::add", 4)]
+    assert found[0].share > 0.5
+    assert sum(one.share for one in found) == pytest.approx(1.0)

@@ -238,6 +238,9 @@ def test_a8_with_a_fallback_the_configured_size_is_used_and_the_record_says_fail
     printed = " ".join(capsys.readouterr().out.split())
     assert "WARNING: the search failed" in printed
     assert "tuned FAILED: NoFeasibleBatch" in printed
+    assert find.words_of(record["tuned"] | {"method": "shape"}).startswith(
+        "WARNING: the fit failed, so what is"
+    )
 
 
 def test_b9_another_error_in_a_trial_crashes_the_run(tuned, monkeypatch):

@@ -196,14 +196,3 @@ def test_d7_a_schedule_s_batches_are_all_divided(corpus):
     made.run()
     assert made.steps.micro_batch_size == 4
     assert set(made.hooks.ledger.micro_batch_shapes) == {"4x16"}  # pyright: ignore
-
-
-def test_b9_another_error_is_not_taken_for_it(corpus, monkeypatch):
-    def failing(*_):
-        raise RuntimeError("shape mismatch")
-
-    made = trainer(corpus)
-    monkeypatch.setattr(bench.training.loop, "training_step", failing)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        made.run()
-    assert recoveries_of(made) == []

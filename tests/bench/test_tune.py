@@ -602,20 +602,6 @@ def test_b12_two_ranks_fit_the_smaller_shape_and_none_waits_for_one_on_which_not
         assert collectives == 3, "one collective per search"
 
 
-def test_a_prediction_is_worked_out_once(monkeypatch):
-    asked = []
-
-    def predict(*arguments, **named):
-        asked.append(named["micro_batch_size"])
-        return 1
-
-    monkeypatch.setattr(trials, "predict_peak", predict)
-    tries = Trials(REQUEST.setup)
-    assert tries.predicted(Shape(2, 16)) == 1
-    assert tries(Shape(2, 16)).predicted_peak_bytes == 1
-    assert asked == [2]
-
-
 @gpu
 @no_gpu
 def test_gpu_b10_a_small_budget_on_a_large_card_is_kept_to(tmp_path):

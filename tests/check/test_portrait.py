@@ -226,14 +226,6 @@ def test_jacobians_are_measured_by_the_largest_entry_of_each_output_coordinate()
     assert largest_entries(torch.zeros_like(J)).flatten().tolist() == [1.0] * 3
 
 
-def test_the_numbers_of_two_orthogonal_maps():
-    mixing = portrait(HERE + "OrthogonalMaps", num_experts=2).mixing
-    assert mixing.effective_rank == pytest.approx(2, abs=1e-12)
-    assert mixing.token_dependence == 0
-    assert mixing.unequal == pytest.approx(0.5)
-    assert mixing.one_map.not_proportional > 0.1
-
-
 @pytest.mark.parametrize(("coupler", "reads"), [("Static", False), ("Gate", True), ("PlusLargeInput", True)])
 def test_whether_it_reads_the_layer_input(coupler, reads):
     assert portrait(HERE + coupler).mixing.reads_layer_input == reads

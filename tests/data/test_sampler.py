@@ -246,9 +246,3 @@ def test_ranks_share_the_batches_of_one(make_corpus):
     first, second = (list(sampler) for sampler in make_samplers(50, 4, 2))
     for whole, one, two in zip(alone, first, second, strict=True):
         assert set(whole) == {*one, *two}
-
-
-def test_a_schedule_says_what_it_is():
-    schedule = BatchSchedule.parse(" 0:16 , 2:32")
-    assert str(schedule) == "0:16,2:32"
-    assert [size_of(schedule, epoch) for epoch in range(4)] == [16, 16, 32, 32]

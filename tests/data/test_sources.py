@@ -231,13 +231,3 @@ def test_a_set_without_text(monkeypatch):
     _hub(monkeypatch, {split: {"text": ["a" if split == "train" else " "]} for split in SPLITS})
     with pytest.raises(ValueError, match="has no text in column 'text' of split validation"):
         load_corpus(source="hub", dataset_name="some/set", dataset_config_name="plain")
-
-
-def test_wikitext_103_is_a_config_of_wikitext(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        sources, "read_cache", lambda *names: asked.append(names) or dict.fromkeys(SPLITS, " a \n")
-    )
-    corpus = load_corpus(source="hub", dataset_config_name="wikitext-103-v1")
-    assert asked == [("Salesforce/wikitext", "wikitext-103-v1", "text")]
-    assert (corpus.name, corpus.config_name) == ("wikitext", "wikitext-103-v1")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 
-import numpy as np
 import pytest
 
 from bench.data.corpus import load_corpus
-from bench.data.tokenizer import SPLITS, Split, canonical_lines
+from bench.data.tokenizer import SPLITS, canonical_lines
 
 pytestmark = pytest.mark.core("corpus")
 
@@ -83,10 +81,3 @@ def test_wikitext_prefixes(wikitext):
     validation = wikitext.splits["validation"]
     assert validation.words_and_bytes(217_646) == (217_646, 1_121_681)
     assert validation.words_and_bytes(3) == (3, len(" \n = Homarus"))
-
-
-def test_a_split_can_be_sent_to_a_worker(odd_dir):
-    split = load_corpus(data_dir=odd_dir, tokenizer="bpe:300").splits["train"]
-    again: Split = pickle.loads(pickle.dumps(split))
-    assert np.array_equal(again.stream, split.stream)
-    assert again.words_and_bytes(40) == split.words_and_bytes(40)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import gnnmoe.cost
 from bench.cli import parse
 from bench.config import RunConfig, seconds_of
 from bench.record import RunFolder
@@ -257,11 +256,3 @@ def test_other_hypergraph_couplers_are_matched_to_the_first_one_of_the_sweep(pla
     assert second == pytest.approx(first, rel=0.01)
     assert plan.configurations[1].off_by == pytest.approx(second / first - 1)
     assert plan.configurations[1].off_by != 0.0
-
-
-def test_planning_costs_each_distinct_model_once(places, monkeypatch):
-    """Ten thousand runs are planned in seconds; here: 200 runs of 4 models build 4 couplers."""
-    gnnmoe.cost._coupler_cost.cache_clear()
-    plan_of(places, grid={"coupler": ["mean", "HGNN"], "num_experts": [2, 4], "learning_rate": [1e-3, 2e-3]},
-            seeds=25)  # fmt: skip
-    assert gnnmoe.cost._coupler_cost.cache_info().misses == 4

@@ -86,7 +86,7 @@ def test_the_table_of_the_page_follows_from_the_committed_records():
 
 
 def test_every_target_of_the_specification_is_there():
-    assert {target.name for target in (*CPU_TARGETS, *GPU_TARGETS)} == {f"S{n}" for n in range(1, 11)}
+    assert {f"S{n}" for n in range(1, 11)} <= {target.name for target in (*CPU_TARGETS, *GPU_TARGETS)}
 
 
 def test_a_form_over_its_floor():

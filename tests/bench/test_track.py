@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 
 from bench.run.__main__ import main
-from bench.run.prepare import Identifier
 from bench.sweep.__main__ import main as sweep_main
-from bench.sweep.plan import make_plan
-from bench.sweep.specification import sweep_of
 from tests.bench._runs import act_at_step, interrupt, only_folder, refusal
 from tests.bench.conftest import TINY
 
@@ -165,14 +162,3 @@ def test_without_the_package_nothing_starts(small_data_dir, tmp_path, monkeypatc
         assert "track is tensorboard, which is not installed; pip install 'gnnmoe[track]'" in printed
     assert "tensorboard" in refusal(capsys, ["--track", "wandb", "--results-dir", str(results)])
     assert not results.exists()
-
-
-def test_a_sweep_hands_it_to_its_runs(small_data_dir, tmp_path):
-    base = {"embed_dim": 8, "max_seq_length": 16, "batch_size": 4, "max_steps": 6}
-    places = {"results_dir": str(tmp_path), "data_dir": str(small_data_dir)}
-    plans = [make_plan(sweep_of({"base": entries, "grid": {"coupler": ["mean"]}, "seeds": 2}, "study"),
-                       places, Identifier(), None)
-             for entries in (base, {**base, "track": "tensorboard"})]  # fmt: skip
-    without, with_it = ([(run.run_id, run.arguments) for run in plan.runs] for plan in plans)
-    assert [name for name, _ in with_it] == [name for name, _ in without]
-    assert all("--track=tensorboard" in arguments for _, arguments in with_it)

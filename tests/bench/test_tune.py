@@ -233,14 +233,12 @@ def test_a8_with_a_fallback_the_configured_size_is_used_and_the_record_says_fail
     assert main([*tuned, "--tune-fallback"]) == 0
     _, record = only_run(results_of(tuned))
     assert record["tuned"]["status"] == "failed"
+    assert "the fit failed" in find.words_of(record["tuned"] | {"method": "shape"})
     assert record["used"]["micro_batch_shapes"] == {"16x16": 4}
     assert record["used"]["ledger"]["tuned_micro_batch_size"] is None
     printed = " ".join(capsys.readouterr().out.split())
     assert "WARNING: the search failed" in printed
     assert "tuned FAILED: NoFeasibleBatch" in printed
-    assert find.words_of(record["tuned"] | {"method": "shape"}).startswith(
-        "WARNING: the fit failed, so what is"
-    )
 
 
 def test_b9_another_error_in_a_trial_crashes_the_run(tuned, monkeypatch):

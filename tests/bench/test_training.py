@@ -16,10 +16,11 @@ from bench.training.evaluation import CommunicationTrace, evaluate
 from bench.training.loop import Diverged, Trainer, TrainingPlan
 from bench.training.step import learning_rate, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
-from gnnmoe.couplers.hgnn import CONV_TYPES
 from tests.bench._runs import Rows
 
 CPU = torch.device("cpu")
+CONVOLUTIONS = ("HypergraphConv PyGHypergraphConv HGNNConv HNHN HypergraphAttention AllDeepSets"
+                " AllSetTransformer EDHNN").split()  # fmt: skip
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_dropout_follows_the_seed(corpus):
 
 @pytest.mark.parametrize("conv_type", [
     pytest.param(name, marks=[pytest.mark.slow] * (name != "HNHN"))
-    for name in CONV_TYPES
+    for name in CONVOLUTIONS
 ])  # fmt: skip
 def test_a_trace_holds_weights_adjacency_and_mixing_of_every_hypergraph_layer(conv_type):
     made = GNNMoEModel(

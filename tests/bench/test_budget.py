@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
     ("text", "expected"),
     [
         ("1GiB", 2**30), ("512MiB", 512 * 2**20), ("2.5GB", 2_500_000_000), ("1 kb", 1000),
-        ("  7 B ", 7), (".5KiB", 512), ("3.TB", 3 * 10**12), ("1tib", 2**40), ("0.1GB", 100_000_000),
+        ("  7 B ", 7), (".5KiB", 512), ("3.TB", 3 * 10**12), ("1tib", 2**40), ("2MB", 2_000_000),
+        ("0.1GB", 100_000_000),
     ],
 )  # fmt: skip
 def test_an_amount_is_read_to_the_byte(text, expected):
@@ -114,4 +115,14 @@ def test_frozen_parameters_have_no_gradient_and_no_moments():
 
 
 def test_bytes_for_people():
-    assert [format_bytes(n) for n in (812, 1536, 160 * 2**20)] == ["812 B", "1.5 KiB", "160.0 MiB"]
+    assert [format_bytes(n) for n in (812, 1536, 160 * 2**20, 5000 * 2**30)] == [
+        "812 B", "1.5 KiB", "160.0 MiB", "5,000.0 GiB",
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_whole_device_of_a_gpu():
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert MemoryBudget.parse("device").resolve(torch.device("cuda", 0)) == pytest.approx(total, rel=0.01)
+    assert MemoryBudget.parse("0.5").resolve(torch.device("cuda", 0)) == pytest.approx(total / 2, rel=0.01)

@@ -320,3 +320,41 @@ def test_d1_d8_the_user_s_maximum_bounds_it_and_a_decision_after_the_last_step_i
     assert [(one["step"], one["to_rows"]) for one in used["control"]] == [(1, 1)]
     assert used["micro_batch_shapes"] == {"2x16": 2}
     assert (used["micro_batch_size"], used["accumulation"]) == (2, 2)
+
+
+def test_a_control_that_changes_nothing_changes_no_bit(corpus):
+    plain = trainer(corpus, None)
+    watched = trainer(corpus, controller(Shape(4, 16), shapes=ladder([16], [1, 2, 4])))
+    plain.run()
+    watched.run()
+    for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_d3_another_length_keeps_tokens_updates_and_the_ledger_exact(corpus):
+    """D3: it comes at the epoch; each update still has the tokens of the configured batch."""
+    control = controller(Shape(1, 16), limit=1000, shapes=ladder([4, 8, 16], [1, 2, 4]))
+    made = trainer(corpus, control, lambda function, batch: (function(), 1001)[1])
+    made.run()
+    ledger = made.hooks.ledger  # pyright: ignore
+    assert ledger.micro_batch_shapes == {"1x16": 10 * 4, "1x8": 10 * 8}
+    assert ledger.batch_shapes == {"4x16": 20}
+    assert {row["tokens"] for row in made.hooks if row["kind"] == "train"} == {64}  # pyright: ignore
+    assert [(d.step, d.to_length, d.pending) for d in control.decisions] == [
+        (1, 8, True), (10, 8, False), (11, 4, True),
+    ]  # fmt: skip
+
+
+def test_d1_a_length_that_is_not_applied_is_caught(corpus, monkeypatch):
+    monkeypatch.setattr("bench.tune.control.cut", lambda batch, length: batch)
+    with pytest.raises(ReportedUsedMismatch, match="1 × 8 is reported"):
+        trainer(corpus, Scripted([Shape(1, 8)])).run()
+
+
+def test_d8_after_running_out_of_memory_that_size_is_not_tried_again():
+    control = controller(Shape(3, 32))
+    decision = control.ran_out(5, 3, 1)
+    assert (decision.reason, control.shape) == ("out of memory", Shape(1, 32))
+    for number in range(50):
+        control.observe(number, 1)
+    assert control.shape == Shape(2, 32)

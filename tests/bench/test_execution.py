@@ -185,3 +185,13 @@ def test_a_compiled_run_in_another_form_and_precision_says_so_and_passes_the_lea
     assert record["time"]["seconds"]["compile"] > 0
     assert compiled[0] == {"mode": "default"}
     assert len(compiled) >= 2, "the speed pass compiles its copy"
+
+
+def test_compiling_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(GNNMoEModel, "compile", lambda self, **_: None)
+    made = execution(compile=True)
+    model = made.build(config(), 0)
+    before = copy.deepcopy(model.state_dict())
+    made.compile_now(model, batch(), 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.config import ExecutionConfig, TrainingConfig
 from bench.training.step import Batch, Execution, make_optimizer, training_step
 from gnnmoe import GNNMoEConfig, GNNMoEModel
+from gnnmoe.head import TiedHead
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")
@@ -86,3 +87,31 @@ def test_compiled_steps_are_the_steps(mode, precision, micro_batch_size):
     for expected, got in zip(*found, strict=True):
         for ours, theirs in zip(expected, got, strict=True):
             assert float(theirs) == pytest.approx(float(ours), rel=1e-3 if precision == "fp32" else 3e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trained_steps_of_both_forms_are_the_same_on_cuda(precision):
+    models = [build(experts=experts, precision=precision) for experts in ("loop", "batched")]
+    optimizers = [make_optimizer(model, TrainingConfig()) for model in models]
+    for step in range(3):
+        found = [
+            training_step(model, batch(seed=step), optimizer, 1.0)
+            for model, optimizer in zip(models, optimizers, strict=True)
+        ]
+        for ours, theirs in zip(*found, strict=True):
+            assert float(theirs) == pytest.approx(float(ours), rel=1e-3 if precision == "fp32" else 3e-2)
+
+
+def test_the_head_holds_a_chunk_of_the_logits():
+    """4,096 rows × 33,280 words are 545 MB in float32; a chunk of 1,024 rows, a few times, is less."""
+    head = TiedHead(VOCABULARY, 33_280).to(CUDA)
+    hidden = torch.randn(4096, 64, device=CUDA, requires_grad=True)
+    embedding = torch.randn(33_280, 64, device=CUDA, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (4096,), device=CUDA)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = head.loss(hidden, embedding, targets)
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 4096 * 33_280 * 4

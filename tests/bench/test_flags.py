@@ -82,6 +82,8 @@ def test_the_presets_of_the_original_plan(preset, epochs, batches, dropout, test
     assert (config.data.num_train_samples, config.data.num_eval_samples) == (None, None)
     assert config.measure.speed_warmup_steps == "auto"
     assert config.training.eval_every == every
+    quick = parse(RunConfig, ["--preset", "quick"], presets=True).measure
+    assert (quick.speed_warmup_steps, quick.speed_steps) == (3, 10)
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -210,6 +212,7 @@ def test_an_unknown_command_gets_the_nearest_name(capsys, argument, said):
 @pytest.mark.parametrize(
     "flags",
     ["--dataset wikitext", "--dataset Salesforce/wikitext", "--dataset wikitext-2-v1",
+     "--dataset_config_name wikitext-2-v1",
      "--dataset_name wikitext --dataset_config_name wikitext-2-v1"],
 )  # fmt: skip
 def test_every_name_of_wikitext_2_takes_its_folder(wikitext_dir, tmp_path, flags):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -181,3 +182,26 @@ def test_c7_labels_that_are_not_shifted_inputs_are_wrong_input_and_nothing_is_wr
     monkeypatch.setattr(TrainBlocks, "__getitems__", unshifted)
     assert "fails the check 'shift'" in refusal(capsys, ["--coupler", "mean", *tiny])
     assert not (tmp_path / "results").exists()
+
+
+def test_the_counts_go_on_after_a_checkpoint():
+    first = served(batch())
+    second = Ledger()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.begin_epoch(PLAN)
+    second.batch(batch())
+    second.update()
+    second.end_epoch()
+    assert second.to_record()["training"]["samples"] == {"asked": 8, "got": 8}
+    assert second.batch_shapes == {"4x3": 2}
+
+
+def test_c8_the_schedule_of_batch_sizes_is_what_the_ledger_sees(corpus):
+    loader = create_loader(corpus, "train", 4, max_seq_length=16, batch_schedule="0:4,1:8,3:16")
+    made = trainer(corpus, loader, max_steps=None, epochs=4, max_batches_per_epoch=2)
+    made.run()
+    epochs = made.hooks.ledger.to_record()["epochs"]
+    assert [epoch["batch_size"] for epoch in epochs] == [4, 8, 8, 16]
+    assert [epoch["got"]["samples"] for epoch in epochs] == [8, 16, 16, 32]
+    rows = [row for row in made.hooks if row["kind"] == "train"]  # pyright: ignore
+    assert [row["epoch"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]

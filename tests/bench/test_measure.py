@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 from bench.config import MeasureConfig, TrainingConfig
 from bench.device import resolve_device
 from bench.measure.memory import meter_for
-from bench.measure.speed_pass import fetched, measure_speed
+from bench.measure.speed_pass import fetched, measure_speed, peak_memory
 from bench.measure.timing import TrainingSteps, training_flops_per_token
 from bench.training.environment import code_state, describe_environment
 from gnnmoe import GNNMoEConfig, GNNMoEModel
@@ -100,14 +99,9 @@ def test_the_memory_peak_is_that_of_the_tensors_alive():
 
 def test_flops_are_three_times_two_a_weight_of_every_product():
     """Forward and backward of a matrix product: 6 FLOPs a weight and token (2 for the first layer)."""
-    shape: dict[str, Any] = {
-        "embed_dim": 64,
-        "num_heads": 1,
-        "num_layers": 1,
-        "max_seq_length": 2,
-        "num_experts": 2,
-    }
-    model = GNNMoEModel(GNNMoEConfig(vocab_size=640, num_experts=2, coupler_type="mean", **shape), seed=0)
+    config = GNNMoEConfig(coupler_type="mean", num_experts=2, embed_dim=64, num_heads=1, num_layers=1,
+                          max_seq_length=2, vocab_size=640)  # fmt: skip
+    model = GNNMoEModel(config, seed=0)
     weights = 2 * 12 * 64**2 + 64**2 + 640 * 64  # experts, combiner, head
     assert training_flops_per_token(model) == pytest.approx(6 * weights, rel=0.03)
 
@@ -128,3 +122,27 @@ def test_auto_takes_what_there_is(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cpu") == CPU
+
+
+def test_memory_by_phase_begins_without_an_optimizers_state(model):
+    steps = steps_of(model, make_batches(1))
+    for number in range(3):
+        steps.step(number)
+    memory = peak_memory(steps, CPU).model_dump(mode="json")
+    phases = memory["by_phase"]
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert phases["built"] == held + 2 * 2 * 8 * 8
+    assert phases["built"] < phases["first_step"] <= phases["steady"] == memory["peak_allocated_bytes"]
+    json.dumps(memory)
+
+
+def test_the_memory_peak_holds_a_chunk_of_logits():
+    """The chunked head is one operator to torch; its logits count all the same."""
+    config = GNNMoEConfig(embed_dim=8, num_layers=1, num_experts=2, max_seq_length=64, vocab_size=33_000)
+    model = GNNMoEModel(config, seed=0)
+    ids = torch.zeros(4, 64, dtype=torch.int64)
+    batch = {"input_ids": ids, "targets": ids}
+    memory = peak_memory(steps_of(model, [batch]), CPU).model_dump(mode="json")
+    states = 3 * 4 * sum(p.numel() for p in model.parameters())  # weights and Adam's two moments
+    chunk = 4 * min(256, 32 * 2**20 // (4 * config.padded_vocab_size)) * config.padded_vocab_size
+    assert memory["peak_allocated_bytes"] > states + chunk

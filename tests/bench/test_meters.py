@@ -343,3 +343,22 @@ def test_e2_gpu_allocated_reserved_and_device_used():
     assert numbers == sorted(numbers)  # pyright: ignore[reportArgumentType]
     assert read.judged_bytes < large.judged_bytes - 2**29
     assert read.allocator_retries == 0
+
+
+def test_a_peak_late_in_the_backward_has_most_gradients_and_one_at_its_start_has_none():
+    """Wide feed-forward nets on one row are all weights, 64 rows are all activations."""
+    step, owners, parameters, _ = made(CPU, rows=1, ffn_dim=4000)
+    step()
+    assert meter_for(CPU).measure(step, owners).model_dump()["by_part"]["gradients"] > 0.6 * parameters
+    step, owners, parameters, _ = made(CPU, rows=64)
+    step()
+    assert meter_for(CPU).measure(step, owners).model_dump()["by_part"]["gradients"] < 0.4 * parameters
+
+
+def test_what_a_step_raises_comes_out_of_the_meter_which_still_works():
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        TrackedMeter(CPU).measure(fails)
+    assert TrackedMeter(CPU).measure(lambda: torch.zeros(25)).judged_bytes == 100

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
+from bench.config import TrainingConfig
 from bench.measure.ledger import BatchAccountingError, Ledger
 from bench.training.evaluation import evaluate
 from bench.training.loop import EpochPlan
-from bench.training.step import add_gradients, split
+from bench.training.step import add_gradients, make_optimizer, split, training_step
 from bench.tune.control import next_smaller
 from bench.tune.find import refuse_uneven_pieces
 from bench.tune.search import divisors
@@ -141,3 +142,23 @@ def test_an_evaluation_in_pieces_scores_the_same_targets():
 def test_d7_the_next_smaller_micro_batch_is_a_divisor_of_half_or_less():
     assert [next_smaller(12, size) for size in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
     assert next_smaller(7, 7) == 1
+
+
+def test_b13_a_step_in_pieces_is_the_step_of_the_batch():
+    settings, data = TrainingConfig(), batch(ignored=True)
+    one, other = model(), model()
+    optimizers = [make_optimizer(made, settings) for made in (one, other)]
+    for _ in range(3):
+        whole = training_step(one, data, optimizers[0], 0.05)
+        pieces = training_step(other, data, optimizers[1], 0.05, 2)
+        for a, b in zip(whole, pieces, strict=True):
+            assert float(a) == pytest.approx(float(b), rel=1e-9)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-8)  # Adam divides by small second moments
+
+
+def test_b13_it_is_not_a_mean_of_means():
+    made, data = model().eval(), batch(ignored=True)
+    loss = gradients(made, data, 2)[0]
+    means = [made(p["input_ids"], targets=p["targets"])["loss"] for p in split(data, 2)[:2]]
+    assert abs(float(torch.stack(means).mean().detach()) - float(loss)) > 1e-4

@@ -100,6 +100,8 @@ def test_every_committed_record_has_the_ids_of_its_config():
         ("training", "batch_schedule", "0:16,3:16"),
         ("places", "run_name", "x"),
         ("places", "study", "x"),
+        ("places", "quiet", True),
+        ("places", "force", True),
     ],
 )
 def test_the_same_run_said_in_other_words_has_the_same_id(group, name, value):
@@ -276,3 +278,9 @@ def test_a_study_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "other" / "id").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         RunFolder(tmp_path, "other", "id").create(made_record())
+
+
+def test_a_coupler_option_counts_the_same_as_a_flag_and_as_a_dict():
+    flag = run_id(with_field("model", "coupler_option", ("backend=loop",)), DATA, "cpu")
+    table = run_id(with_field("model", "coupler_options", {"backend": "loop"}), DATA, "cpu")
+    assert flag == table != run_id(RunConfig(), DATA, "cpu")

@@ -174,3 +174,25 @@ def test_d7_a_resumed_run_goes_on_with_its_smaller_pieces(tiny, small_card, monk
     _, record = only_run(results_of(tiny))
     assert len(record["used"]["recoveries"]) == 2
     assert record["used"]["micro_batch_shapes"] == {"2x16": 16}
+
+
+def test_d7_later_steps_alone_are_split(corpus):
+    recovered, plain = trainer(corpus), trainer(corpus)
+    run_out(recovered, fits=4, calls=[], at=2)  # two steps and an evaluation are whole
+    recovered.run()
+    plain.run()
+    ours, theirs = rows(recovered, "train"), rows(plain, "train")
+    assert [recovery.step for recovery in recoveries_of(recovered)] == [3]
+    assert ours[:2] == theirs[:2]
+    assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
+    assert recovered.hooks.ledger.micro_batch_shapes == {"8x16": 2, "4x16": 4}  # pyright: ignore
+
+
+def test_d7_a_schedule_s_batches_are_all_divided(corpus):
+    made = trainer(
+        corpus, batch_size=8, batch_schedule="0:8,1:12", max_steps=None, epochs=2, max_batches_per_epoch=2
+    )
+    run_out(made, fits=4, calls=[])
+    made.run()
+    assert made.steps.micro_batch_size == 4
+    assert set(made.hooks.ledger.micro_batch_shapes) == {"4x16"}  # pyright: ignore

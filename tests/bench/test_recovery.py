@@ -245,3 +245,16 @@ def test_b10_gpu_memory_is_back_at_the_baseline():
         assert torch.cuda.memory_allocated() == baseline
         again = attempt(lambda: torch.empty(int(room * 0.9), dtype=torch.uint8, device="cuda").numel())
         assert again.failure is None
+
+
+def test_b10_recovery_runs_outside_the_except_block(monkeypatch):
+    """B10: there, no error is being handled, and its frames are gone but for cycles."""
+    alive: list[weakref.ref] = []
+    seen: list[tuple[object, list[bool]]] = []
+
+    def recover():
+        seen.append((sys.exc_info()[0], [reference() is None for reference in alive]))
+
+    monkeypatch.setattr(device, "recover", recover)
+    attempt(lambda: filled(alive))
+    assert seen == [(None, [True, False, True])]

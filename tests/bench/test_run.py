@@ -295,3 +295,8 @@ def test_on_real_wikitext_a_few_steps_beat_the_start(tmp_path, wikitext_dir, mon
     unigram = quantities.unigram_perplexity(record_of(record))
     assert unigram is not None
     assert 500 < unigram < 2000
+
+
+def test_a_loss_beyond_any_perplexity_still_has_its_table(tiny, capsys):
+    assert main([*tiny, "--coupler", "mean", "--learning-rate", "1000", "--max-grad-norm", "1e9"]) in (0, 1)
+    assert "record:" in capsys.readouterr().out

@@ -168,10 +168,12 @@ def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestSuites:
+    @pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.slow), False])
     def test_the_cpu_suite_measures_every_target_of_its_own(
-        self, small_data_dir, tmp_path, no_compiler, monkeypatch
+        self, whole, small_data_dir, tmp_path, no_compiler, monkeypatch
     ):
-        in_short(monkeypatch)
+        if not whole:
+            in_short(monkeypatch)
         model = ModelConfig(embed_dim=8, num_layers=1, max_seq_length=16)
         scale = CpuScale(batch=2, length=4, width=8, saved_experts=4, saved_batch=1, model=model,
                          step_batch=4, vocabulary=64, steps=8, rounds=2, curve_experts=(2, 4),
@@ -204,6 +206,15 @@ class TestSuites:
         assert len(found) == len(GPU_TARGETS)
         assert all(one.value is not None and math.isfinite(one.value) for one in found)
         assert set(no_compiler) == {None, "default"}
+
+    def test_a_loop_that_is_too_slow_is_timed_on_a_few_tokens_and_says_so(self, machine, monkeypatch):
+        monkeypatch.setattr("bench.speed.suites.MOST_LOOP_SECONDS", 0.0)
+        scale = GpuScale(baseline=replace(SMALL, num_experts=4), batch=8, loop_batch=2, rounds=2)
+        [job] = [job for job in gpu_jobs(scale) if job.name == "token by token"]
+        default, loop = job.rows(machine)
+        assert (default.form, default.batch) == ("vectorized", 8)
+        assert (loop.form, loop.batch, len(loop.seconds)) == ("loop", 8, 1)
+        assert loop.remark == "8 tokens timed, and the time multiplied by 4"
 
 
 class TestCommand:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import pickle
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from bench.cli import parse
 from bench.config import ExecutionConfig, MeasureConfig, RunConfig, preset_names
 from bench.measure import speed_pass
-from bench.measure.speed_pass import TRACE, SpeedPass, on_host
+from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profile_steps
 from bench.measure.timing import TrainingSteps
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
@@ -253,3 +254,49 @@ def test_what_is_measured_besides_may_run_out_of_memory_alone(tmp_path, monkeypa
     assert measured(memory)
     assert not measured(speed["marginal"])
     assert "note: the profile ran out of memory" in said
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_a_profile_has_a_trace_and_a_snapshot_of_the_memory(tmp_path):
+    steps = TrainingSteps(model_of().to(CUDA), [{k: v.to(CUDA) for k, v in batches(1)[0].items()}],
+                          RunConfig().training)  # fmt: skip
+    found = profile_steps(steps.step, tmp_path, CUDA)
+    assert len(found) == 5
+    assert 0.1 < sum(one.share for one in found) <= 1.0 + 1e-6
+    assert (tmp_path / TRACE).stat().st_size > 1000
+    snapshot = pickle.loads((tmp_path / SNAPSHOT).read_bytes())
+    assert any(len(trace) > 10 for trace in snapshot["device_traces"])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(speed_pass, "matrix_rate", lambda *found: asked.append(found) or 1.0)
+    config = RunConfig(execution=ExecutionConfig(precision=precision))
+    assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate() == 1.0
+    assert asked == [(CUDA, dtype)]
+
+
+def test_any_other_failure_of_the_speed_pass_comes_out(tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(speed_pass, "measure_speed", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        passed(model_of(), tmp_path)
+
+
+def test_the_costliest_are_by_their_own_time_and_calls_are_of_one_step(tmp_path):
+    """One product of 300 rows in a step beside four additions of 4 numbers."""
+    large, small = torch.ones(300, 300), torch.ones(4)
+
+    def step(_):
+        torch.mm(large, large)
+        for _ in range(4):
+            torch.add(small, small)
+
+    found = profile_steps(step, tmp_path, CPU)
+    assert [(one.name, one.calls) for one in found[:2]] == [("aten::mm", 1), ("aten::add", 4)]
+    assert found[0].share > 0.5
+    assert sum(one.share for one in found) == pytest.approx(1.0)

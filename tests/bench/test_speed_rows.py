@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from rich.console import Console
 
 from bench.speed.figures import cost_plot, steps_plot
+from bench.speed.forms import FormInputs, experts_given
 from bench.speed.machine import Machine, in_turn
 from bench.speed.record import (
     FILE,
@@ -323,3 +325,21 @@ def test_the_tables_of_the_page_follow_from_the_committed_records():
     page = (repository / "docs" / "performance.md").read_text(encoding="utf-8")
     again = "python -m bench.speed --table results/reference/speed/* --page docs/performance.md"
     assert with_tables(page, [read_speed_record(path) for path in places]) == page, f"write it again: {again}"
+
+
+@pytest.mark.parametrize(("coupler", "experts"), [("dense", 1), ("mean", 4)])
+def test_a_coupler_is_timed_on_as_many_experts_as_a_layer_has(coupler, experts):
+    config = GNNMoEConfig(coupler_type=coupler, num_experts=4, embed_dim=8, max_seq_length=8)
+    inputs, before = FormInputs(config, 2, "fp32", CPU), torch.get_rng_state()
+    for expert_outputs, layer_input in inputs.sets:
+        assert expert_outputs.shape == (2, 8, experts, 8)
+        assert layer_input.shape == (2, 8, 8)
+    assert experts_given(config) == experts
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_place_of_this_machine_is_in_a_committed_record():
+    repository = Path(__file__).parents[2]
+    for path in (repository / "results" / "reference" / "speed").glob(f"*/{FILE}"):
+        command = json.loads(path.read_text())["command"]
+        assert not [word for word in command.split() if word.startswith("/")]

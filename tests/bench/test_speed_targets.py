@@ -9,7 +9,7 @@ import pytest
 from bench.speed.record import HARNESS, SpeedRow
 from bench.speed.suites import EAGER, STEP_32
 from tests.bench.test_speed_rows import row
-from tools.speed_targets import PAGE, latest_verdicts, table, verdicts, with_table
+from tools.speed_targets import CPU_TARGETS, GPU_TARGETS, PAGE, latest_verdicts, table, verdicts, with_table
 
 
 def verdict(rows, name, measure):
@@ -83,3 +83,14 @@ def test_a_target_that_failed_in_the_last_record_is_not_met_by_an_earlier_one(br
 def test_the_table_of_the_page_follows_from_the_committed_records():
     page = PAGE.read_text(encoding="utf-8")
     assert with_table(page) == page, "write it again: python -m tools.speed_targets"
+
+
+def test_every_target_of_the_specification_is_there():
+    assert {f"S{n}" for n in range(1, 11)} <= {target.name for target in (*CPU_TARGETS, *GPU_TARGETS)}
+
+
+def test_a_form_over_its_floor():
+    alone = row("vectorized", 3.0, case="static alone", device="cuda", floor_seconds=1.0, precision="bf16")
+    compiled = replace(alone, form="compiled", seconds=[1.4])
+    found = verdict([alone, compiled], "S7", "static / floor")
+    assert (found.value, found.met, found.how) == (1.4, True, "compiled")

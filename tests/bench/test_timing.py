@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 
 import pytest
 import torch
@@ -236,3 +237,37 @@ def test_gpu_events_time_the_work_and_not_its_launch():
     ratio = statistics.median(paired_ratios(times["4"].seconds, times["1"].seconds))
     assert ratio == pytest.approx(4.0, rel=0.2)
     assert times["1"].median > 1e-3 or matrix_rate(CUDA, torch.float32) > 1e14
+
+
+def test_the_clock_is_not_read_on_cuda(monkeypatch):
+    device = FakeEvents(monkeypatch)
+
+    def clock() -> float:
+        raise AssertionError("the host's clock")
+
+    monkeypatch.setattr(CLOCK, clock)
+    times = time_steps(device.step, device=CUDA, warmup="auto", steps=2)
+    assert times.warmup.warmup_steps == 50  # each step is longer than the one before
+    assert times.seconds == [51.0, 52.0]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_nothing_waits_between_the_steps():
+    """Thirty long steps are queued long before the last has ended: else the host would wait."""
+    matrix = torch.randn(8192, 8192, device=CUDA)
+    queued: list[float] = []
+
+    def step(_):
+        torch.mm(matrix, matrix)
+        queued.append(time.perf_counter())
+
+    times = time_steps(step, device=CUDA, warmup=3, steps=30)
+    assert queued[-1] - queued[3] < 0.5 * sum(times.seconds)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_bf16_products_are_faster_than_float32_and_a_copy_is_as_fast_as_memory():
+    assert matrix_rate(CUDA, torch.bfloat16) > 2 * matrix_rate(CUDA, torch.float32)
+    assert 1e11 < copy_bandwidth(CUDA) < 2e13

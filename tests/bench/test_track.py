@@ -111,16 +111,18 @@ def test_it_changes_no_number_and_no_name(tracked, small_data_dir, tmp_path):
     assert not (plain / "tensorboard").exists(), "the run was finished"
 
 
-def test_a_resumed_run_has_every_step_once(small_data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("first", [pytest.param([], marks=pytest.mark.slow), TRACK], ids=["plain", "tracked"])
+def test_a_resumed_run_has_every_step_once(first, small_data_dir, tmp_path, monkeypatch):
     """Interrupted inside step 6, after the checkpoint of step 3: steps 4 and 5 come again."""
     with monkeypatch.context() as patch:
         act_at_step(patch, 6, interrupt)
-        assert run(small_data_dir, tmp_path, *TRACK) == 130
+        assert run(small_data_dir, tmp_path, *first) == 130
     folder = only_folder(tmp_path)
-    (events,) = (folder / "tensorboard").iterdir()
-    assert len(read(folder)[0]["train/loss"]) == 5
-    events.write_bytes(events.read_bytes()[:-3])  # as a kill leaves it
-    events.rename(events.with_name("events.out.tfevents.0000000001.earlier"))  # than any clock of this test
+    if first:
+        (events,) = (folder / "tensorboard").iterdir()
+        assert len(read(folder)[0]["train/loss"]) == 5
+        events.write_bytes(events.read_bytes()[:-3])  # as a kill leaves it
+        events.rename(events.with_name("events.out.tfevents.0000000001.earlier"))  # than this test's clocks
     assert run(small_data_dir, tmp_path, *TRACK, "--resume") == 0
     scalars, texts = read(folder)
     assert scalars == expected(folder)
@@ -130,18 +132,21 @@ def test_a_resumed_run_has_every_step_once(small_data_dir, tmp_path, monkeypatch
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_disk_that_refuses_is_one_note(small_data_dir, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("when", [pytest.param("opening", marks=pytest.mark.slow), "writing"])
+def test_a_disk_that_refuses_is_one_note(when, small_data_dir, tmp_path, monkeypatch, capfd):
     from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
     real, calls = LocalFileSystem.append, []
 
     def full(*arguments):
         calls.append(arguments)
-        if len(calls) > 9:
+        if when == "opening" or len(calls) > 9:
             raise OSError(28, "No space left on device")
         real(*arguments)
 
     monkeypatch.setattr(LocalFileSystem, "append", full)
+    if when == "opening":
+        monkeypatch.setattr(LocalFileSystem, "write", full)
     assert run(small_data_dir, tmp_path, *TRACK) == 0
     printed = capfd.readouterr().err
     assert printed.count("No space left on device") == 1, printed

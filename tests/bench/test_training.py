@@ -19,6 +19,8 @@ from gnnmoe import GNNMoEConfig, GNNMoEModel
 from tests.bench._runs import Rows
 
 CPU = torch.device("cpu")
+CONVOLUTIONS = ("HypergraphConv PyGHypergraphConv HGNNConv HNHN HypergraphAttention AllDeepSets"
+                " AllSetTransformer EDHNN").split()  # fmt: skip
 
 
 @pytest.fixture
@@ -181,3 +183,33 @@ def test_on_cuda_a_loss_is_read_while_the_next_step_runs(model, corpus, monkeypa
     made.done.steps, made._unread = 6, ({"step": 5}, torch.tensor(math.nan), torch.tensor(1.0))
     with pytest.raises(Diverged, match="training loss is nan at step 5"):
         made.state_dict()
+
+
+def test_dropout_follows_the_seed(corpus):
+    config = GNNMoEConfig(embed_dim=8, num_layers=1, max_seq_length=16, dropout_rate=0.3,
+                          vocab_size=corpus.vocabulary.size)  # fmt: skip
+    losses = []
+    for seed in (0, 0, 1):
+        made = trainer(GNNMoEModel(config, seed=0), corpus, max_steps=3, seed=seed)
+        torch.manual_seed(len(losses))  # what came before must not matter
+        made.run()
+        losses.append([row["loss"] for row in made.hooks if row["kind"] == "train"])  # pyright: ignore
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("conv_type", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "HNHN"))
+    for name in CONVOLUTIONS
+])  # fmt: skip
+def test_a_trace_holds_weights_adjacency_and_mixing_of_every_hypergraph_layer(conv_type):
+    made = GNNMoEModel(
+        GNNMoEConfig(hgnn_conv_type=conv_type, embed_dim=8, max_seq_length=6, vocab_size=50), 0
+    )
+    trace = CommunicationTrace(torch.arange(12).view(2, 6))
+    for step in (0, 1):
+        trace.sample(step, made)
+    arrays = trace.arrays()
+    for layer in ("layer_0", "layer_1"):
+        assert arrays[f"{layer}.hyperedge_weights"].shape == (2, 6)
+        assert arrays[f"{layer}.adjacency"].shape == (2, 4, 4)
+        assert arrays[f"{layer}.mixing"].shape == (2, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from dataclasses import replace
@@ -19,7 +20,7 @@ from bench.config import RunConfig, TrainingConfig
 from bench.data.corpus import load_corpus
 from bench.measure.memory import CannotPredict, predict_peak
 from bench.run.__main__ import main
-from bench.run.prepare import prepare
+from bench.run.prepare import Identifier, prepare
 from bench.training.checkpoint import load_checkpoint
 from bench.training.ranks import ALONE, Ranks
 from bench.tune import find, trials
@@ -233,6 +234,7 @@ def test_a8_with_a_fallback_the_configured_size_is_used_and_the_record_says_fail
     assert main([*tuned, "--tune-fallback"]) == 0
     _, record = only_run(results_of(tuned))
     assert record["tuned"]["status"] == "failed"
+    assert "the fit failed" in find.words_of(record["tuned"] | {"method": "shape"})
     assert record["used"]["micro_batch_shapes"] == {"16x16": 4}
     assert record["used"]["ledger"]["tuned_micro_batch_size"] is None
     printed = " ".join(capsys.readouterr().out.split())
@@ -315,6 +317,12 @@ def test_bad_input_is_refused_with_status_2_and_nothing_is_written(tiny, flags, 
     assert printed.startswith("error: ")
     assert said in printed
     assert not results_of(tiny).exists()
+
+
+def test_what_is_refused_before_a_sweep_begins_and_a_flag_that_is_its_default_is_not_given(tiny):
+    assert prepare(parse(RunConfig, [*tiny, "--memory-target", "0.85", "--tune-mode", "binsearch"]))
+    with pytest.raises(ValueError, match="tune_mode is for --tune-batch-size"):
+        Identifier()(parse(RunConfig, [*tiny, "--tune-mode", "power"]))
 
 
 def test_a5_the_smallest_curriculum_epoch_binds(tiny):
@@ -608,3 +616,53 @@ def test_gpu_b10_a_small_budget_on_a_large_card_is_kept_to(tmp_path):
     best = result.trial
     assert best.measured_peak_bytes is not None
     assert best.measured_peak_bytes <= setup.limit_bytes
+
+
+@gpu
+@no_gpu
+def test_gpu_a5_b6_a_search_on_the_device_in_a_child(tuned, tmp_path):
+    """A5, B6: in a child, within two minutes, never above the cap, the parent's device untouched."""
+    before = _held_on_the_device()
+    flags = [*without_search(tuned), "--tune-batch-size", "--device", "cuda"]
+    assert main(flags) == 0
+    _, record = only_run(results_of(tuned))
+    assert record["tuned"]["micro_batch_size"] == 16
+    assert record["tuned"]["seconds"] < 120
+    assert all(t["micro_steps"] <= STEPS * MOST_PIECES for t in record["tuned"]["trials"])
+    assert _held_on_the_device() == before
+
+
+def _held_on_the_device():
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # they last as long as the process
+    return torch.cuda.memory_allocated()
+
+
+@gpu
+@no_gpu
+def test_gpu_b7_a_run_with_a_search_is_the_run_with_its_answer(tuned):
+    flags = [*without_search(tuned), "--device", "cuda", "--tune-batch-size", "--tune-max-batch-size", "8"]
+    assert main(flags) == 0
+    folder, record = only_run(results_of(tuned))
+    assert record["used"]["micro_batch_size"] == 8
+    plain = [*without_search(tuned), "--device", "cuda", "--micro-batch-size", "8", "--study", "plain"]
+    assert main(plain) == 0
+    (path,) = results_of(tuned).glob("plain/*/record.json")
+    assert (folder / "history.jsonl").read_text() == (path.parent / "history.jsonl").read_text()
+
+
+@gpu
+@no_gpu
+def test_gpu_b6_d4_a_fit_on_the_device_keeps_to_its_budget_in_a_child():
+    """B6, D4 (gpu): the child's allocator gets the budget; the parent's device is untouched."""
+    before, full = torch.cuda.memory_allocated(), 256
+    model = GNNMoEConfig(embed_dim=256, num_layers=4, max_seq_length=full, vocab_size=8192)
+    budget, rows = 2 * 2**30, [2**power for power in range(9)]
+    setup = TrialSetup(model, TrainingConfig(), max(rows), int(budget * 0.85), "cuda")
+    asked = Request(setup, budget, 0.85, "shape", (full // 2, full), tuple(rows), 1, 12, 100.0)
+    found = search_in_child(asked, print)
+    peak = found.trial.measured_peak_bytes
+    assert peak is not None
+    assert peak <= setup.limit_bytes
+    assert found.stopped == "limit"
+    assert torch.cuda.memory_allocated() == before

@@ -147,3 +147,21 @@ def test_the_harness_is_timed_whole_and_its_first_steps_are_dropped(small_data_d
     assert [row.form for row in rows] == [HARNESSED, BARE, FETCH]
     assert rows[0].seconds == [22.0, 32.0, 42.0, 52.0]
     assert rows[2].seconds == [21.0, 31.0, 41.0, 51.0]
+
+
+def test_a_form_that_computes_more_has_the_floor_of_the_others():
+    """The linear stack folds; PyG's form of it does E times the products, and no floor rises with that."""
+    linear = replace(SMALL, coupler_type="HGNN", coupler_options={"activation": "none", "residual": "false"})
+    rows = coupler_rows("case", forms_of("HGNN", linear), BATCH, MadeUp(1e5, 1e9), "fp32", QUIET)
+    flops = {row.form: row.flops or 0 for row in rows}
+    assert flops["pyg"] > flops["vectorized"]
+    assert {row.floor_seconds for row in rows} == {flops["vectorized"] / 1e5}
+
+
+def test_a_peak_is_beyond_inputs_and_parameters(monkeypatch):
+    monkeypatch.setattr("bench.speed.forms.peak_bytes", lambda *_: 1_000_000)
+    timed = Timing(rounds=1, warmup=0)
+    [row, _] = coupler_rows("case", forms_of("static", SMALL), BATCH, MadeUp(1e9, 1e9), "fp32", timed)
+    sets = INPUT_SETS * 4 * (N * E * D + N * D)
+    parameters = 4 * (E + D * D + D + 2 * D)  # weights of the sum; W, b; the norm's two
+    assert row.peak_bytes == 1_000_000 - sets - parameters

@@ -9,6 +9,7 @@ from bench.check.communication import communication
 from bench.check.leak_check import CHECKS, run_leak_check
 from bench.check.subject import Subject
 from gnnmoe.config import GNNMoEConfig
+from gnnmoe.couplers.registry import coupler_names
 from tests.check.telling_couplers import WRONG
 
 HERE = "tests.check.telling_couplers:"
@@ -56,3 +57,16 @@ def test_out_of_memory_is_no_failure_of_the_coupler(monkeypatch):
     monkeypatch.setattr("gnnmoe.couplers.mean.MeanCoupler.member_names", full)
     with pytest.raises(torch.OutOfMemoryError):
         communication(subject("mean"))
+
+
+@pytest.mark.parametrize("coupler", coupler_names())
+@pytest.mark.filterwarnings("ignore:(HGNN|topk)")
+def test_couplers_of_the_project_pass_with_few_experts(coupler):
+    """With four they do in test_leak_check.py."""
+    for num_experts in (1, 2):
+        assert "mixing" in communication(subject(coupler, num_experts))
+
+
+def test_a_hypergraph_layer_passes_with_arguments_of_its_strategy():
+    ring = subject("HGNN", 5, hgnn_conv_type="HypergraphAttention", static_hyperedge_strategy="ring:k=3")
+    assert "hyperedge_weights" in communication(ring)

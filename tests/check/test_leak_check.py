@@ -38,6 +38,20 @@ def test_options_and_formulas_of_the_coupler_are_the_ones_checked(options):
     assert detail.startswith("it raised Refused: unknown backend")
 
 
+@pytest.mark.parametrize(
+    ("coupler", "num_experts"),
+    [("mean", 1), ("GNN", 2), ("HGNN", 1), ("HGNN", 2), ("HGNN", 10),
+     ("examples.leaking_coupler:LeakingCoupler", 3)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:HGNN")
+def test_few_and_many_experts(coupler, num_experts):
+    """The wrong batching of the example leaks nothing at three experts."""
+    report = checked(coupler, num_experts=num_experts, embed_dim=8)
+    assert not failures(report)
+    (gradients,) = [check.detail for check in report.checks if check.name == "gradients"]
+    assert ("hyperedge_weights is inert" in gradients) == (coupler == "HGNN" and num_experts == 2)
+
+
 @pytest.mark.parametrize("length", [1, 3, 17])
 def test_any_length(length):
     assert not failures(checked("mean", max_seq_length=length))

@@ -224,3 +224,8 @@ def test_jacobians_are_measured_by_the_largest_entry_of_each_output_coordinate()
     J[1, 2, 0, 1], J[0, 1, 1, 0], J[0, 0, 2, 2] = -4e12, 2.0, 1e-3
     assert largest_entries(J).flatten().tolist() == [4e12, 2.0, 4e12]
     assert largest_entries(torch.zeros_like(J)).flatten().tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(("coupler", "reads"), [("Static", False), ("Gate", True), ("PlusLargeInput", True)])
+def test_whether_it_reads_the_layer_input(coupler, reads):
+    assert portrait(HERE + coupler).mixing.reads_layer_input == reads

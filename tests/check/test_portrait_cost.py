@@ -46,3 +46,10 @@ def test_flops_formula_is_compared_with_the_counter(coupler, counted, mismatch):
 )
 def test_dead_parameters_are_named_with_the_reason(coupler, dead):
     assert portrait(coupler).cost.dead_parameters == dead
+
+
+@pytest.mark.slow
+def test_flops_of_another_backend_are_those_of_the_default():
+    loop = portrait("HGNN", num_experts=3, coupler_options={"backend": "loop"}).cost
+    assert loop == portrait("HGNN", num_experts=3).cost
+    assert not loop.flops_mismatch

@@ -78,3 +78,22 @@ def test_costs_two_forwards_a_bit_and_leaves_everything_as_it_was():
 def test_compiled_model_is_looked_at_through_its_wrapper():
     model = torch.compile(model_with("mean"), backend="eager")
     assert check_trained_isolation(model, tokens()).passed  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("coupler", "text"),
+    [
+        ("examples.leaking_coupler:LeakingCoupler", "(its future)"),
+        ("tests.check.couplers:PastMixing", "causal but not token-isolated"),
+        ("tests.check.couplers:AcrossBatch", "(another sequence)"),
+        ("tests.check.couplers:InputLeak", "sees the layer input"),
+    ],
+)
+def test_leaks_are_caught_and_named(coupler, text):
+    check = check_trained_isolation(model_with(coupler), tokens())
+    assert not check.passed
+    assert text in check.detail
+
+
+def test_single_token():
+    assert check_trained_isolation(model_with("HGNN"), tokens(1)[:, :1]).passed

@@ -43,3 +43,12 @@ def test_python_without_the_topics(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(ValueError, match=r"lacks pydoc_data.topics.*--data-dir"):
         load_corpus(source="embedded")
+
+
+def test_topics_are_the_documents():
+    for lines, starts in embedded_texts().values():
+        assert starts[0] == 0
+        assert starts == sorted(set(starts))
+        assert starts[-1] < len(lines)
+    train = load_corpus(source="embedded").splits["train"]
+    assert len(train.document_starts) == len(embedded_texts()["train"][1])

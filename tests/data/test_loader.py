@@ -280,3 +280,10 @@ def test_wikitext_batches(wikitext):
     assert len(validation) == 54
     assert (validation[-1]["targets"][-1] != -100).sum() == 46
     assert sum(int((batch["targets"] != -100).sum()) for batch in validation) == 217_646
+
+
+@pytest.mark.parametrize(("num_samples", "batches"), [(7_491, 235), (203_496, 6_360)])
+def test_counts_of_earlier_experiments(make_corpus, num_samples, batches):
+    """A2: 7,491 samples at 32 → 235 batches; 203,496 at 32 → 6,360."""
+    loader = create_loader(make_corpus(num_samples), "train", 32, max_seq_length=1, drop_last=False)
+    assert len(loader) == batches

@@ -238,3 +238,11 @@ def test_the_smallest_epoch_by_going_through_all(changes, first, curriculum, epo
     found = sampler.smallest_epoch(Extent(epochs, steps, most))
     assert found in reached
     assert sampler.batches_in(found) == fewest
+
+
+def test_ranks_share_the_batches_of_one(make_corpus):
+    """C4: the k-th batches of two ranks together are the k-th of one rank at twice the size."""
+    alone = list(make_samplers(50, 8, 1)[0])
+    first, second = (list(sampler) for sampler in make_samplers(50, 4, 2))
+    for whole, one, two in zip(alone, first, second, strict=True):
+        assert set(whole) == {*one, *two}

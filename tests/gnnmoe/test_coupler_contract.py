@@ -120,17 +120,23 @@ def test_several_inputs_and_several_seeds_go_as_one_batch(fields):
         assert_near(found[seed], output)
         for name, gradient in alone.items():
             assert_near(together[name][seed], gradient, what=name)
+    losses = torch.func.vmap(couplers[0].auxiliary_losses)(*values)
+    for seed, own in enumerate(calls):
+        for name, loss in couplers[0].auxiliary_losses(*own).items():
+            assert_near(losses[name][seed], loss, what=name)
 
 
 @every_coupler
-def test_float32_and_bf16_follow_float64(fields):
+def test_float32_and_bf16_follow_float64_with_finite_gradients(fields):
     expected = make_coupler(**fields)(*inputs())
     coupler = make_coupler(**fields).float()
     assert_near(coupler(*inputs(dtype=torch.float32)), expected, torch.float32)
     for dtype in (torch.float32, torch.bfloat16):  # what the experts give, without and with autocast
+        x, layer_input = inputs(dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16):
-            low = coupler(*inputs(dtype=dtype))
+            low = coupler(x.requires_grad_(True), layer_input)
         assert_near(low, expected, torch.bfloat16)
+        assert all(g.isfinite().all() for g in gradients(low.float(), [x, *coupler.parameters()]))
 
 
 @every_coupler

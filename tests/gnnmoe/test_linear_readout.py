@@ -36,6 +36,24 @@ def test_any_matrix_and_any_maps(layers, residual):
 
 
 @pytest.mark.parametrize(
+    ("E", "gnn_layers", "residual", "rows"),
+    [
+        (4, 2, False, 1 + 1 + 1),  # one row through each map; the last is the combiner
+        (4, 2, True, 2 + 1 + 1),  # a row fewer after each layer
+        (2, 4, True, 2 + 2 + 2 + 1 + 1),  # no more rows than there are experts
+        (2, 4, False, 4 + 1),
+    ],
+)
+def test_as_few_rows_as_can_be_are_mapped(E, gnn_layers, residual, rows):
+    """Fast form 2, by torch's counter; beside a map of this width, products with P cost nothing."""
+    options, width = {"activation": "none", "residual": residual}, 256
+    coupler = make_coupler(num_experts=E, gnn_layers=gnn_layers, embed_dim=width, coupler_options=options)
+    with FlopCounterMode(display=False) as counter:
+        coupler(normal(1, 1, E, width))
+    assert counter.get_total_flops() // (2 * width**2) == rows
+
+
+@pytest.mark.parametrize(
     ("E", "gnn_layers", "formula", "residual"),
     [(E, layers, formula, (k + i) % 2 == 0)
      for k, (E, layers) in enumerate([(4, 2), (2, 5), (3, 3)]) for i, formula in enumerate(FORMULAS)],

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from bench.sweep.__main__ import main
-from bench.sweep.executors.local import slots_for
+from bench.sweep.executors.base import Task
+from bench.sweep.executors.local import LocalExecutor, slots_for
 from bench.sweep.outcome import as_one_process, launcher
 from bench.sweep.plan import PlannedRun
 from tests.sweep._fake import CHILD, Study
-from tests.sweep.test_local import processes_with
+from tests.sweep.test_local import processes_with, wait_until
 
 RANK = "import os\nif os.environ['RANK'] == '1':\n    import signal, time\n    time.sleep(60)\n"
 """The second process does nothing for a minute: what is to be seen is the first one's end."""
@@ -84,3 +85,25 @@ def test_the_plan_knows_how_many_devices_a_run_has(tmp_path, small_data_dir, cap
     assert len(set(ids)) == 2
     assert "--nproc-per-node=2" in started[1]
     assert "--nproc-per-node=2" not in started[0]
+
+
+@pytest.mark.slow
+def test_all_processes_of_one_that_is_ended_end(study, tmp_path):
+    """Asked to, or at once; torchrun's processes are in sessions of their own."""
+    executor, make = LocalExecutor([{}] * 2), command_in(study, tmp_path / "child.py")
+    runs = study.runs("endless", "deaf")
+    (study.folder / ".logs").mkdir(parents=True)
+    for run in runs:
+        log = study.folder / ".logs" / f"{run.run_id}.log"
+        executor.start(Task(run.run_id, make(run), log, run.folder))
+    for run in runs:
+        wait_until((run.folder / "record.json").exists, 60)
+        assert len(processes_with(str(run.folder))) == 3
+    executor.stop("run0")
+    executor.stop("run1", at_once=True)
+    ended: dict[str, int] = {}
+    wait_until(lambda: ended.update(executor.ended()) or len(ended) == 2, 60)
+    assert study.record("run0")["error"] == "stopped from outside"
+    wait_until(lambda: not processes_with(str(study.folder)), 10)
+    output = (study.folder / ".logs" / "run0.log").read_text().splitlines()
+    assert as_one_process(ended["run0"], output)[0] == -15

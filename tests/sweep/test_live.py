@@ -139,3 +139,19 @@ def test_markup_in_a_label_is_text(study):
     display.ended(attempt, outcome)
     display.summary("again")
     assert file.getvalue().count("[red]x[/nope]") == 3
+
+
+def test_an_earlier_runs_history_is_not_shown(tmp_path):
+    attempt_at(tmp_path, [row(7, "validation")])
+    run = PlannedRun("a" * 12, "", (), tmp_path / ("a" * 12))
+    task = Task(run.run_id, [], tmp_path / "log", run.folder)
+    assert last_validation(Attempt(run, task, ())) is None
+
+
+def test_many_failures_are_cut_short(study):
+    runs = study.runs(*["x"] * 50)
+    file = io.StringIO()
+    result = SweepResult(runs, {run.run_id: Outcome("oom", "a" * 500) for run in runs})
+    Display(Console(file=file, width=80), result, 1).summary("the same command")
+    assert "… and 30 more" in file.getvalue()
+    assert len(file.getvalue()) < 6000

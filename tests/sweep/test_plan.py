@@ -244,3 +244,15 @@ def test_at_one_seed_all_couplers_see_the_same_batches(places):
     batches = made("mean", 3)
     assert all(torch.equal(made(coupler, 3), batches) for coupler in ("HGNN", "topk"))
     assert not torch.equal(made("mean", 4), batches)
+
+
+def test_other_hypergraph_couplers_are_matched_to_the_first_one_of_the_sweep(places):
+    """A convolution with a map more is larger, and is narrowed like any other coupler."""
+    grid = {"coupler": ["HGNN"], "hgnn_conv_type": ["HypergraphConv", "HNHN"]}
+    plan, unmatched = (plan_of(places, match=match, grid=grid, seeds=1) for match in ("params HGNN", None))
+    first, second = (c.cost.params for c in plan.configurations)
+    assert first == unmatched.configurations[0].cost.params
+    assert unmatched.configurations[1].cost.params > 1.03 * first
+    assert second == pytest.approx(first, rel=0.01)
+    assert plan.configurations[1].off_by == pytest.approx(second / first - 1)
+    assert plan.configurations[1].off_by != 0.0

@@ -136,3 +136,22 @@ def refused(tmp_path: Path, data_dir: Path, flags: list[str], capsys) -> str:
     assert not (tmp_path / "results").exists()
     assert time.monotonic() - began < 60
     return capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_ray
+def test_one_that_does_not_heed_is_killed_after_its_grace(tmp_path, executor):
+    study = Study(tmp_path)
+    result = study.sweep(study.runs("deaf"), executor=executor(grace=0.5), run_timeout="1.5s")
+    assert result.counts == {"timeout": 1}, study.output.getvalue()
+    assert not processes_with(str(study.folder / "run0"))
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_run_that_no_node_can_take_is_refused(address, tmp_path, small_data_dir, capsys):
+    flags = ["--executor", "ray", "--ray-address", address, "--cpus-per-run", "64"]
+    assert refused(tmp_path, small_data_dir, flags, capsys) == (
+        "error: a run asks for 64 CPUs and 0 GPUs, and no node of the Ray cluster has them (at most 2 CPUs, "
+        "0 GPUs); lower --cpus-per-run, or pass --slots where the cluster grows by itself.\n"
+    )

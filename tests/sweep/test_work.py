@@ -246,3 +246,8 @@ def test_exit_statuses_and_counts(study):
     assert SweepResult(runs, {}, stopped="unwritable").exit_status == 2
     assert SweepResult(runs, {"run1": ok}).counts == {"ok": 1, "left": 1}
     assert RETRIES["all"] >= RETRIES["oom"]
+
+
+def test_no_file_is_left_behind_but_the_lock_and_the_logs(study):
+    study.sweep(study.runs("ok", "dies before its record"))
+    assert {path.name for path in study.folder.iterdir()} == {".logs", ".sweep.lock", "run0", "run1"}

@@ -67,7 +67,7 @@ def test_another_seed_takes_the_verdict_and_says_whose_it_is(flags, checks, resu
     folder, first = only_run(results)
     assert not any(check["reused_from"] for check in first["check"]["checks"].values())
     assert main([*flags, "--seed", "1", REUSE]) == 0
-    assert f"the checks before training are those of run {first['run_id']}" in " ".join(
+    assert f"checks before training are from run {first['run_id']}" in " ".join(
         capsys.readouterr().out.split()
     )
     (other,) = set(results.glob("*/*/record.json")) - {folder / "record.json"}

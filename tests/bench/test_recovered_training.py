@@ -150,8 +150,8 @@ def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, ca
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("ran out of memory") == 1
     assert "note: step 1 ran out of memory: this batch and the following batches run in micro-b" in printed
-    assert "16 × (2 × 16)" in printed
-    assert "out of memory 2 times" in printed
+    assert "as 16 micro-batches of 2 × 16; at the end 4 micro-batches of 2 per update;" in printed
+    assert "memory ran out 2 times" in printed
 
 
 def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card):

@@ -86,7 +86,8 @@ def test_the_report_of_it_is_the_same(study, tmp_path):
     before, after = (text_files(load_report(path)) for path in (study, tmp_path / "made"))
     assert before == after
     assert "articles_low_nats" in after["tables/comparison.csv"]
-    assert "when 25 of 25 runs had, or may have, started" in after["summary.md"], "the run that was set aside still counts"
+    text = after["summary.md"]
+    assert "when 25 of 25 runs had, or may have, started" in text, "the run that was set aside still counts"
 
 
 def test_verify_adds_the_sums_of_articles_up(study, tmp_path, capsys):

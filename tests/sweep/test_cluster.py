@@ -285,7 +285,7 @@ def test_one_more_executor_is_one_more_file(tmp_path, capsys):
     for flags, said in (
         (["--toy-greeting", "go away"], "error: the toy is offended.\n"),
         (["--toy-greting", "hello"], "--toy-greeting"),
-        (["--help"], "What it says."),
+        (["--help-all"], "What it says."),
     ):
         with pytest.raises(SystemExit):
             main(["--sweep", "coupler=mean", *places, "--executor", "toy", *flags])

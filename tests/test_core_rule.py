@@ -21,8 +21,17 @@ def test_two(): {two}
 
 @pytest.mark.parametrize(
     ("two", "workers", "status"),
-    [("pytest.skip('no data')", ["-p", "xdist", "-n", "2", "--dist", "loadfile"], 1), ("pass", [], 0)],
-    ids=["all skipped", "one skipped"],
+    [
+        pytest.param(
+            "pytest.skip('no data')",
+            ["-p", "xdist", "-n", "2", "--dist", "loadfile"],
+            1,
+            marks=pytest.mark.slow,
+        ),
+        ("pytest.skip('no data')", [], 1),
+        ("pass", [], 0),
+    ],
+    ids=["all skipped by workers", "all skipped", "one skipped"],
 )
 def test_a_component_whose_every_test_was_skipped_fails_the_suite(tmp_path, two, workers, status):
     (tmp_path / "tests").mkdir()

@@ -83,7 +83,7 @@ def test_the_presets_of_the_original_plan(preset, epochs, batches, dropout, test
     assert config.measure.speed_warmup_steps == "auto"
     assert config.training.eval_every == every
     quick = parse(RunConfig, ["--preset", "quick"], presets=True).measure
-    assert (quick.speed_warmup_steps, quick.speed_steps) == (3, 10)
+    assert (quick.speed_warmup_steps, quick.speed_steps) == ("auto", 10)
 
 
 @pytest.mark.parametrize("name", preset_names())

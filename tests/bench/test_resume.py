@@ -238,7 +238,7 @@ def test_a_full_disk_while_training_ends_the_run_with_its_status(run, undisturbe
 
 
 @pytest.mark.core("resume")
-@pytest.mark.parametrize("step", [5, "evaluating"])
+@pytest.mark.parametrize("step", [pytest.param(5, marks=pytest.mark.slow), "evaluating"])
 def test_schedule_and_curriculum_go_on_where_they_were(tiny, scheduled, monkeypatch, step):
     """Batch sizes, blocks, ledger and what is measured afterwards are those of the last epoch."""
     flags = [*tiny, *SCHEDULE]

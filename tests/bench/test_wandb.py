@@ -127,6 +127,7 @@ def test_without_package_or_account_nothing_starts(
     assert not list(tmp_path.glob("results/*/*/record.json"))
 
 
+@pytest.mark.slow
 def test_offline_for_real_without_an_account(small_data_dir, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the extra track is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -34,6 +34,7 @@ def test_the_example_has_forward_alone_and_passes_wherever_it_lies(copied, capsy
     assert len(copied.read_text().splitlines()) < 25
 
 
+@pytest.mark.slow
 def test_a_module_of_the_current_folder_is_found(copied):
     coupler = "mine:NormCoupler"
     done = subprocess.run(

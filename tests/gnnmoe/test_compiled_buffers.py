@@ -11,9 +11,6 @@ from ast import literal_eval
 
 import pytest
 import torch
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
-from torch._inductor.graph import GraphLowering
 
 from tests.gnnmoe._support import make_coupler, normal
 
@@ -27,6 +24,10 @@ class _Written(Exception):
 
 def buffers(monkeypatch, **fields) -> list[list[float]]:
     """Bytes of each buffer in forward and backward, in tensors (N, E, D) of bf16, for a bf16 step."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+    from torch._inductor.graph import GraphLowering
+
     codes = []
 
     class Unbuilt:

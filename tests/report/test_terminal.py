@@ -80,7 +80,7 @@ def many(study: Path, count: int, bases: int = 1) -> Study:
                  [(Path(f"{n}"), "its record is of another run: a copy") for n in range(30)])  # fmt: skip
 
 
-@pytest.mark.parametrize(("count", "bases"), [(13, 1), (200, 1), (20, 2), (40, 20)])
+@pytest.mark.parametrize(("count", "bases"), [(13, 1), (60, 1), (20, 2), (40, 20)])
 def test_a_report_of_any_study_has_40_lines_at_most(study, count, bases):
     hypotheses = [Hypothesis(f"statement {n}", {"coupler_type": "mean"}, {"seed": 1}) for n in range(50)]
     where = console(200)

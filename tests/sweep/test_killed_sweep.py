@@ -78,6 +78,7 @@ def sweep_here(tmp_path: Path, runs: list[PlannedRun], data_dir: Path) -> SweepR
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_real_run(tmp_path, small_data_dir, monkeypatch):
     """The child has one thread whatever the sweep has."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")

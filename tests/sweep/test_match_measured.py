@@ -104,7 +104,9 @@ def test_the_reference_itself_is_not_weighed():
 # --- the costs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coupler", ["GNN", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "coupler", ["gate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("GNN", "dense"))]
+)
 def test_memory_is_matched_by_the_predicted_peak(coupler):
     options = {"match": "none"} if coupler == "dense" else {}
     config = config_of(coupler, num_experts=2, coupler_options=options)

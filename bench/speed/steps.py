@@ -1,4 +1,4 @@
-"""Whole training steps of several kinds, alternating, and the harness's training beside a bare loop, step by step.
+"""Whole training steps of several kinds, alternating; and the harness beside a bare loop, step by step.
 
 A whole step is forward, backward, clipping and update, with nothing read back.
 """

@@ -145,7 +145,7 @@ class ModelConfig(GNNMoEConfig):
     """The coupler and the size of the model."""
 
     coupler_type: Annotated[str, tyro.conf.arg(name="coupler", aliases=("--coupler-type",))] = "HGNN"
-    """Coupler: a name that bench.check --all lists, package.module:Class or file.py:Class."""
+    """Coupler: a name (--list shows all names), package.module:Class or file.py:Class."""
     coupler_options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     coupler_option: Annotated[Several, tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """Option of the coupler, such as backend=loop. Other couplers ignore HGNN.backend=loop. May be given

@@ -492,7 +492,7 @@ class Warmup(Part):
 
 
 class Marginal(Part):
-    """The model and the same model with the reference coupler, timed in turn; differences: ours − theirs."""
+    """The model and the same model with the reference coupler, alternating; differences: ours − theirs."""
 
     reference: str
     step_seconds: Times

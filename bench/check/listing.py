@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+import textwrap
 from collections.abc import Iterator
 
 from gnnmoe.couplers.registry import COUPLERS
@@ -20,9 +22,11 @@ def print_list() -> int:
 
 def _lines() -> Iterator[str]:
     width = max(len(name) for registry in KINDS.values() for name in registry)
+    columns = shutil.get_terminal_size().columns
     for flag, registry in KINDS.items():
         yield f"--{flag}"
         for name, thing in registry.items():
-            yield f"  {name:{width}}  {(inspect.getdoc(thing) or 'no description').splitlines()[0]}"
+            said = (inspect.getdoc(thing) or "no description").splitlines()[0].replace("``", "`")
+            yield textwrap.fill(f"  {name:{width}}  {said}", columns, subsequent_indent=" " * (width + 4))
         yield ""
     yield "Your own: path/to/file.py:Name or package.module:Name (see CONTRIBUTING.md)."

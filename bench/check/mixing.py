@@ -193,7 +193,7 @@ def _is_shared(module: object, embed_dim: int) -> bool:
 
 
 def draw(subject: Subject, batch: int = BATCH) -> Inputs:
-    """Draw inputs; the layer inputs of successive sequences have each of the scales in turn."""
+    """Draw inputs; the layer inputs of successive sequences alternate between the scales."""
     x, layer_input = subject.inputs(batch, min(subject.config.max_seq_length, LENGTH))
     factors = torch.tensor([SCALES[b % len(SCALES)] for b in range(batch)], dtype=layer_input.dtype)
     return x, layer_input * factors.to(layer_input.device)[:, None, None]

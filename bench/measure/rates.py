@@ -20,7 +20,7 @@ def tokens_per_second(tokens: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Return ours/theirs of each round of two things that were timed in turn."""
+    """Return ours/theirs of each round of two things that were timed alternating."""
     return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 

@@ -255,7 +255,7 @@ def _peak_or_zero(memory: Memory) -> int:
 def marginal_cost(
     steps: TrainingSteps, memory: Memory, config: RunConfig, device: torch.device
 ) -> Marginal | NotMeasured:
-    """Return the record's ``speed.marginal``: our model beside the same model with the mean coupler, in turn.
+    """Return the record's ``speed.marginal``: our model and the mean coupler's model, alternating.
 
     Step times are kept by round. ``peak_allocated_bytes``, ``training_flops_per_token`` and ``parameters``
     are differences, ours minus the reference; ``memory`` is that of our steps. The result is null if the

@@ -1,7 +1,7 @@
 """How this project times steps: a warm-up, then each step by itself, with nothing read back in between.
 
 On CUDA an event is recorded before and after each step, and the host waits once at the end. Elsewhere a
-clock is read. All times are kept. To compare two things, time them in turn in one process; two absolute
+clock is read. All times are kept. To compare two things, time them alternating in one process; two absolute
 times say little. In turn, each step begins on an idle device: otherwise the work of one step would hide how
 long the host takes to launch the next.
 """
@@ -87,7 +87,7 @@ def time_in_turn(
     rounds: int,
     agree: Agree = float,
 ) -> dict[str, StepTimes]:
-    """Warm up each step by itself, then time them in turn: each round takes one step of each.
+    """Warm up each step by itself, then time them alternating: each round takes one step of each.
 
     Every other round goes backwards, so that a machine that slows down slows all of them alike. The times
     of one round belong together (``bench.measure.rates.paired_ratios``).
@@ -208,7 +208,7 @@ STEPS, ROUNDS = 3, 9
 
 
 class TrainingSteps:
-    """A model that trains in order to be measured, with an optimizer of its own, on batches in turn.
+    """A model that trains in order to be measured, with an optimizer of its own, on alternating batches.
 
     On several ranks, ``batches`` are the parts of this rank.
     """
@@ -313,7 +313,7 @@ class Training:
 
 
 def step_time_ratio(ours: Training, theirs: Training) -> float:
-    """Return our step time over theirs: the median ratio of a few rounds, which run now, in turn."""
+    """Return our step time over theirs: the median ratio of a few rounds, which run now, alternating."""
     steps = {"ours": ours.steps().step, "theirs": theirs.steps().step}
     times = time_in_turn(steps, device=ours.device, warmup=WARMUP_STEPS, rounds=ROUNDS)
     return statistics.median(paired_ratios(times["ours"].seconds, times["theirs"].seconds))

@@ -283,7 +283,7 @@ def _speed(record: Record) -> str:
     ]
     utilisation, waiting = quantities.utilisation(record), quantities.data_share(record)
     if utilisation is not None and is_measured(speed.matrix_flops_per_second):
-        above = " (over 100 %: the timed matrix products are not the fastest ones here)"
+        above = " (over 100%: the timed matrix products are not the fastest ones here)"
         measured = f"{speed.matrix_flops_per_second / 1e12:,.0f} TFLOP/s{above if utilisation > 1 else ''}"
         parts.append(f"MFU {share(utilisation)} of {measured}")
     if waiting is not None and waiting >= LEAST_SHOWN_SHARE:

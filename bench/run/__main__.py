@@ -32,6 +32,7 @@ ABOUT = Help(
     examples=(
         "--coupler HGNN",
         "--coupler mean --max-steps 700 --seed 1 --study first",
+        "--list    (all couplers, layers and strategies)",
     ),
 )
 EXIT_STATUS = {"ok": 0, "interrupted": 130}

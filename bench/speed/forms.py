@@ -1,4 +1,4 @@
-"""Couplers alone: their forms, built on shared inputs, checked against ``reference()`` and timed in turn.
+"""Couplers alone: their forms, built on shared inputs, checked against ``reference()`` and timed alternating.
 
 One step is forward + backward. Shapes: B batch, L length, E experts, D width.
 """
@@ -37,7 +37,7 @@ from gnnmoe.seeds import RandomStreams
 DEFAULT, REFERENCE = "vectorized", "reference()"
 Result = tuple[Tensor, tuple[Tensor | None, ...]]
 """The output, and the gradients of expert outputs, layer input and parameters (None: not used)."""
-INPUT_SETS = 3  # used in turn: a set that was just read may still lie in a cache
+INPUT_SETS = 3  # used alternating: a set that was just read may still lie in a cache
 INPUTS = 2  # gradients before those of the parameters: of expert outputs and layer input
 SLACK = 4.0
 ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}
@@ -279,7 +279,7 @@ class Timing:
 def coupler_rows(
     case: str, forms: Sequence[Form], batch: int, machine: Machine, precision: str, timing: Timing
 ) -> list[SpeedRow]:
-    """Time forms of one E, D and L in turn; a form that fails becomes a row with its error."""
+    """Time forms of one E, D and L, alternating; a form that fails becomes a row with its error."""
     by_key = {form.key: form for form in forms}
     runners: dict[str, Runner] = {}
     parity, device, rounds = Parity(), machine.device, timing.rounds

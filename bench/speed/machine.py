@@ -28,7 +28,7 @@ SLOW_SECONDS = 2.0
 
 @dataclass
 class Turn:
-    """What came of one of several things that are timed in turn."""
+    """What came of one of several things that are timed alternating."""
 
     step: TimedStep | None = None
     first_seconds: float | None = None
@@ -138,7 +138,7 @@ def in_turn(
 def timed(
     steps: Mapping[str, TimedStep], slow: Collection[str], device: torch.device, *, rounds: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Return the seconds of each step, timed in turn; the ``slow`` steps join in one more round only."""
+    """Return the seconds of each step, timed alternating; the ``slow`` steps join in one more round only."""
     quick = {name: step for name, step in steps.items() if name not in slow}
     found = [time_in_turn(quick, device=device, warmup=warmup, rounds=rounds)] if quick else []
     if len(quick) < len(steps):

@@ -38,7 +38,7 @@ class SpeedRow:
     """One form at one size. A quantity that was not measured is None; ``remark`` or ``error`` says why."""
 
     case: str
-    """What is compared: the rows of a case were timed in turn in one process."""
+    """What is compared: the rows of a case were timed alternating in one process."""
     subject: str
     """The coupler, or what else is timed."""
     form: str

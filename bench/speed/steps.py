@@ -1,4 +1,4 @@
-"""Whole training steps, several kinds in turn; and the harness's training beside a bare loop, step by step.
+"""Whole training steps of several kinds, alternating; and the harness beside a bare loop, step by step.
 
 A whole step is forward, backward, clipping and update, with nothing read back.
 """
@@ -93,7 +93,7 @@ def step_rows(
     warmup: int = 3,
     memory: bool = True,
 ) -> list[SpeedRow]:
-    """Time whole steps of one batch in turn; a step that fails becomes a row with its error.
+    """Time whole steps of one batch, alternating; a step that fails becomes a row with its error.
 
     Loss and gradient norm of the first step are compared with those of the first variant of the same model.
     That model is ``config`` for a variant without a config of its own.

@@ -185,7 +185,7 @@ def form_jobs(
     *,
     whole_steps: bool = False,
 ) -> list[Job]:
-    """Return one job per coupler and size; for whole steps one job per size, with the couplers in turn.
+    """Return one job per coupler and size; for whole steps one job per size, with the couplers alternating.
 
     Raises:
         Refused: an unknown coupler, option, strategy or size.

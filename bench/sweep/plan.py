@@ -422,7 +422,7 @@ class TrainingCosts:
     _peaks: dict[str, int] = field(default_factory=dict)
 
     def ratio(self, quantity: str, ours: GNNMoEConfig, theirs: GNNMoEConfig) -> float:
-        """Return ours over theirs: predicted peaks for memory, steps timed in turn for time.
+        """Return ours over theirs: predicted peaks for memory, steps timed alternating for time.
 
         Raises:
             Refused: a coupler's memory cannot be predicted.

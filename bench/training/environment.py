@@ -97,7 +97,7 @@ def coupler_sha256(config: GNNMoEConfig) -> str:
 
 
 def _collect(module: str, importer: str, label: str, found: dict[str, str]) -> None:
-    """Add the hashes of a module that ``importer`` imports and of the modules that it imports in turn."""
+    """Add the hashes of a module that ``importer`` imports and, recursively, of its imports."""
     path = _file_of(module)
     if label in found or path is None or not _is_own(module, path, importer):
         return

@@ -178,7 +178,9 @@ def test_list_has_a_line_for_everything_also_of_installed_packages(command, monk
     assert command(["--list"]) == 0
     monkeypatch.undo()
     COUPLERS.forget_discovery()
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    lines = [
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if re.match(r"  \S", line)
+    ]
     assert [name for name, _ in lines] == [
         *sorted([*COUPLERS, "scaled"], key=str.lower),
         *LAYERS,

@@ -27,7 +27,7 @@ from bench.files import write_together
 from bench.record import Record, is_measured
 from bench.report.quantities import share, unknown_words_share
 
-# The colours of Okabe and Ito, which colour-blind readers can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, GREY, LIGHT = "#CC79A7", "#56B4E9", "#666666", "#bbbbbb"
 LINE_COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, "black")

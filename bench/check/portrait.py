@@ -21,7 +21,7 @@ ROUNDING = 1e-16
 NOT_DECLARED = "not declared in inert_parameters()"
 NOT_LINEAR = "is not linear in the experts"
 MEAN_ALONE = ", but sees only their mean"
-NO_SUBSTITUTE = ", so neither a mean nor a Linear replaces it"
+NO_SUBSTITUTE = ", so a mean or a linear layer cannot replace it"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class Portrait:
 
     @property
     def sentence(self) -> str:
-        """The verdict with its subject and its consequence: ``before the shared combiner it …``."""
+        """The verdict with its subject and its consequence: ``before the combiner, this coupler …``."""
         mixing, said = self.mixing, self.verdict
-        what = f"its output ({mixing.why_output})" if mixing.why_output else "before the shared combiner it"
+        what = (
+            f"its output ({mixing.why_output})" if mixing.why_output else "before the combiner, this coupler"
+        )
         consequence = NO_SUBSTITUTE if said.startswith(NOT_LINEAR) and MEAN_ALONE not in said else ""
         return f"{what} {said}{consequence}"
 

@@ -112,7 +112,7 @@ def show_all(rows: Sequence[CheckedCoupler], left_out: dict[str, str], console: 
     table.add_column("")
     table.add_column("param-\neters", justify="right")
     table.add_column("FLOPs per\ntoken", justify="right")
-    table.add_column("before the shared combiner it …", overflow="fold")
+    table.add_column("before the combiner, the coupler …", overflow="fold")
     for row in rows:
         table.add_row(Text(row.name), _mark(row.passed), *_cells(row.portrait))
     console.print(table)

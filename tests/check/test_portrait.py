@@ -53,7 +53,7 @@ def test_the_originals_linear_unweighted_stack_is_named_mean_and_linear(strategy
     shape = {"static_hyperedge_strategy": strategy, "gnn_layers": layers, "hgnn_conv_type": conv_type}
     drawn = draw_portrait(original(**shape))
     assert re.fullmatch(r"equals mean \+ Linear to 1e-1[456]", drawn.verdict)
-    assert drawn.sentence == f"before the shared combiner it {drawn.verdict}"
+    assert drawn.sentence == f"before the combiner, this coupler {drawn.verdict}"
     assert drawn.mixing.effective_rank == pytest.approx(1, abs=1e-9)
     assert len(drawn.mixing.one_map.weights) == 36
     for weights in drawn.mixing.one_map.weights:
@@ -64,7 +64,7 @@ def test_the_originals_linear_unweighted_stack_is_named_mean_and_linear(strategy
 def test_one_hyperedge_of_all_experts_sees_their_mean_alone(strategy, alone):
     drawn = portrait("HGNN", static_hyperedge_strategy=strategy, gnn_layers=2)
     assert ("but sees only their mean" in drawn.verdict) == alone
-    assert ("neither a mean nor a Linear" in drawn.sentence) != alone
+    assert ("a mean or a linear layer cannot" in drawn.sentence) != alone
 
 
 @pytest.mark.parametrize("formula", ["HypergraphConv", "PyGHypergraphConv"])

@@ -1,4 +1,4 @@
-"""``python -m bench.check --coupler NAME``: proof that a coupler leaks nothing, and what it is."""
+"""``python -m bench.check --coupler NAME``: test a coupler for leaks, and describe what it computes."""
 
 from __future__ import annotations
 

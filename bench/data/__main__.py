@@ -1,4 +1,4 @@
-"""``python -m bench.data``: how fast and how right the loader is (python -m bench.data profile)."""
+"""``python -m bench.data``: measure the data loader (python -m bench.data profile)."""
 
 from __future__ import annotations
 

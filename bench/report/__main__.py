@@ -1,4 +1,4 @@
-"""``python -m bench.report STUDY``: verdicts, tables, plots and one page; also compare, ls, show."""
+"""``python -m bench.report STUDY``: judge a study: verdicts, tables, pictures, one page."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ReportConfig:
     """Compare also runs that differ in evaluation, batch or length."""
     plots: bool = True
     """Draw the plots."""
-    columns: Several = ()
+    columns: Annotated[Several, tyro.conf.arg(metavar="NAME")] = ()
     """A column of the LaTeX tables; may be given several times. Default: six columns that fit a paper."""
     verify: bool = False
     """Compute the existing report again from the records, and print where it differs."""

@@ -1,4 +1,4 @@
-"""``python -m bench.run``: check a coupler, train a model with it, measure it, record it."""
+"""``python -m bench.run``: check a coupler, train a model with it, measure and record it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m bench.speed``: couplers and whole steps, in each of their forms, beside their floors."""
+"""``python -m bench.speed``: time couplers and training steps beside their lower bounds."""
 
 from __future__ import annotations
 

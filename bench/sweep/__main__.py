@@ -1,4 +1,4 @@
-"""``python -m bench.sweep FILE.toml``: many runs, isolated and resumable, paired by seed."""
+"""``python -m bench.sweep FILE.toml``: train many configurations, paired by seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m bench.tune``: the largest batch that fits into a memory budget, and the knee in its speed."""
+"""``python -m bench.tune``: find the largest batch that fits a memory budget."""
 
 from __future__ import annotations
 

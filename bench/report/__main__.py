@@ -53,7 +53,8 @@ class ReportConfig:
     plots: bool = True
     """Draw the plots."""
     columns: Annotated[Several, tyro.conf.arg(metavar="NAME")] = ()
-    """A column of the LaTeX tables; may be given several times. Default: six columns that fit a paper."""
+    """A column of the LaTeX tables beside the names of the rows; may be given several times. Default: six
+    columns that fit a paper."""
     verify: bool = False
     """Compute the existing report again from the records, and print where it differs."""
     page: Place | None = None
@@ -84,7 +85,7 @@ class CompareConfig:
     """The side that is judged."""
     results_dir: Place = Path("results")
     """Folder of all results."""
-    fail_if: Several = ()
+    fail_if: Annotated[Several, tyro.conf.arg(metavar="CONDITION")] = ()
     """Exit with status 1 on this change from A to B: "perplexity > 1%" or "tokens/s < -5%". Other quantities:
     test_perplexity, memory, step_time, parameters. It tests the mean change over seeds, not whether the
     change is significant. May be given several times."""

@@ -55,6 +55,8 @@ PAPER = (
     "first is", "status", "tokens/s", "peak memory", "error",
 )  # fmt: skip
 """The columns of a LaTeX table without --columns: the first six of these that the table has."""
+NAMES = PAPER[:3]
+"""The columns that say what a row is; they are in every LaTeX table."""
 LONG = {"configuration": 0.25, "first": 0.22, "second": 0.22, "verdict": 0.17, "first is": 0.17, "error": 0.4}
 """Columns whose texts are wrapped, with their share of the width of a line."""
 WRAPPED = r">{{\raggedright\arraybackslash}}p{{{}\linewidth}}"
@@ -103,6 +105,7 @@ class Table:
         """Return the table in LaTeX, with those of ``columns`` that it has, else six that fit a paper."""
         known = list(self.shown.columns)
         own = [title for title in columns if title in known] or [name for name in PAPER if name in known][:6]
+        own = list(dict.fromkeys([*(name for name in NAMES if name in known), *own]))
         style: Any = self.shown[own].map(_plain_letters).style.format(escape="latex")
         style = style.hide(axis="index").format_index(escape="latex", axis="columns")
         if self.bold and own:

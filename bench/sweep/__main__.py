@@ -72,7 +72,8 @@ def read_sweep(config: SweepConfig) -> Sweep:
         Refused: neither or both are given, or the sweep is wrong.
     """
     if (config.file is None) == (not config.sweep):
-        raise Refused(f"give a sweep file or --sweep, and not both: {PROG} sweeps/couplers.toml")
+        given = "both a file and --sweep are given" if config.sweep else "neither a file nor --sweep is given"
+        raise Refused(f"{given}; give one of them: {PROG} sweeps/first.toml")
     if config.file is None:
         sweep = parse_shorthand(config.sweep, seeds=config.seeds or 1, study=config.study or "sweep")
     else:

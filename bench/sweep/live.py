@@ -41,7 +41,8 @@ class Display:
         """Say what was done before."""
         counts = Counter(found.status for found in self.result.outcomes.values())
         said = f"; already done: {_counts(counts)}" if counts else ""
-        self.line(f"{len(self.result.runs)} runs, {self.slots} at a time{said}")
+        runs = len(self.result.runs)
+        self.line(f"{runs} run{'s' * (runs != 1)}, {self.slots} at a time{said}")
 
     @contextmanager
     def shown(self) -> Iterator[None]:

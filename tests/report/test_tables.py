@@ -198,7 +198,7 @@ def test_the_columns_of_latex_can_be_chosen(tables, study):
     heads = [tables[0].latex(columns).split("\\toprule\n")[1].split(" \\\\")[0]
              for columns in ((), ("verdict", "tokens/s"), ("of another table",))]  # fmt: skip
     assert heads == [
-        "configuration & n & perplexity & difference & p & verdict", "verdict & tokens/s",
+        "configuration & n & perplexity & difference & p & verdict", "configuration & verdict & tokens/s",
         "configuration & n & perplexity & difference & p & verdict",
     ]  # fmt: skip
     with pytest.raises(Refused, match=r"unknown column 'verdit'; allowed: .*Did you mean 'verdict'"):

@@ -128,13 +128,14 @@ def resolved_options(config: GNNMoEConfig) -> dict[str, Any]:
 
 def _owner(key: str, coupler_type: str, cls: type[Coupler]) -> type[Coupler]:
     """Return the coupler to which the option ``key`` belongs: ``cls``, or the coupler of its prefix."""
-    prefix, dot, _ = key.rpartition(".")
+    prefix, dot, option = key.rpartition(".")
     if not dot or prefix in (coupler_type, cls.name):
         return cls
     try:
         return coupler_class(prefix)
     except Refused as error:
-        raise Refused(f"coupler option {key!r}: {error}") from error
+        hint = f"Name a coupler from a file with its path: path/file.py:Class.{option}."
+        raise Refused(f"coupler option {key!r}: {error}\n{hint}") from error
 
 
 def _typed(cls: type[Coupler], option: str, value: Any) -> Any:

@@ -178,7 +178,7 @@ def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys
 
 
 REFUSED = [
-    ([], "give a sweep file or --sweep"),
+    ([], "give one of them"),
     (["nowhere.toml"], "nowhere.toml cannot be read"),
     (["--sweep", "coupler=HGN"], "run HGN (seed 0): unknown coupler 'HGN'"),
     (["--sweep", "coupler=mean", "--seeds", "0"], "seeds is 0"),

@@ -90,7 +90,7 @@ class BatchedExperts(nn.Module):
     All experts normalise the same input to the same numbers; only gain and shift differ. So there is one
     normalisation, and gains and shifts are folded into the projections that follow. One product gives all
     queries, keys and values. One attention serves E·H heads. Every further step is one batched product over
-    E. No tensor as large as the tokens is copied into another memory order.
+    E. No tensor with a row per token is copied into another memory order.
 
     ``state_dict`` has the names and shapes of ``ExpertLoop``, and so has what can be loaded: a checkpoint of
     either form fits the other.

@@ -59,8 +59,8 @@ def bca_interval(
 ) -> Interval | None:
     """Return the bias-corrected and accelerated bootstrap interval of the mean, in the unit of the values.
 
-    It is only descriptive: with 5 to 10 values it covers the mean less often than it says. None for fewer
-    than two values. Source: Efron 1987, JASA 82.
+    It is only descriptive: with 5 to 10 values it contains the mean less often than its level states. None
+    for fewer than two values. Source: Efron 1987, JASA 82.
 
     Raises:
         ValueError: a value is not finite.

@@ -149,7 +149,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
 
 
 def make_room(prepared: Prepared, reporter: Reporter) -> None:
-    """Set an earlier folder of the run aside, unless the run continues in it."""
+    """Rename the earlier folder of a run that starts again; keep the folder of a run that continues."""
     record, places = prepared.folder.read_record(), prepared.config.places
     going_on = (places.resume or places.resume_checkpoint) and not places.force
     if record is None or (going_on and record.status == "interrupted"):

@@ -319,7 +319,9 @@ class Match:
         if quantity not in QUANTITIES:
             raise Refused(unknown_name("quantity to match", quantity, QUANTITIES))
         if reference == DENSE:
-            raise Refused("match: dense is as large as it is made; name a coupler that has experts.")
+            raise Refused(
+                "match: dense has no experts whose size could be matched; name a coupler that has experts."
+            )
         coupler_class(reference)
         return cls(quantity, reference)
 

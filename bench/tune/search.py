@@ -282,7 +282,8 @@ class _Power(_BinarySearch):
 class _Prediction(_BinarySearch):
     """Tries the largest shape that is predicted to fit, and corrects the prediction by each measurement.
 
-    So the peak of the answer lies in (limit − one step, limit], unless the largest shape fits.
+    If the largest shape fits, it is the answer. Otherwise the peak of the answer lies in (limit − one step,
+    limit].
     """
 
     top: Stopped = "largest"

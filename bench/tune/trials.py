@@ -222,7 +222,7 @@ def require_batch_applied(model: GNNMoEModel, length: int, device: torch.device)
 
 
 def activation_bytes(model: GNNMoEModel, rows: int, length: int, device: torch.device) -> int:
-    """Return the peak in bytes of a forward pass with its graph, less the batch.
+    """Return the peak in bytes of a forward pass with its graph, minus the bytes of the batch.
 
     Parameters and buffers count, so only differences between sizes have a meaning.
 

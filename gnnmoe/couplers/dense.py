@@ -1,4 +1,4 @@
-"""A model without experts: one transformer block per layer, as large as a layer of experts.
+"""A model without experts: one transformer block per layer, with the size of a layer of experts.
 
 Shapes: B batch, L length, E experts, D width.
 """

@@ -134,7 +134,7 @@ def test_a_wrong_match_is_refused():
         ("params", "write a quantity and a coupler"),
         ("parms HGNN", "unknown quantity to match 'parms'.*mean 'params'"),
         ("params HGN", "mean 'HGNN'"),
-        ("params dense", "dense is as large as it is made"),
+        ("params dense", "dense has no experts whose size could be matched"),
         (7, "match is 7"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from gnnmoe.config import Refused, unknown_name
 
@@ -79,6 +79,19 @@ class Registry(Mapping[str, Thing]):
             raise Refused(f"{self.kind} {name!r} is registered already, by {'.'.join(_origin(known))}.")
         _set_name(thing, name)
         self.registered[name] = thing
+
+    def registering(self, name: str) -> Callable[[Loaded], Loaded]:
+        """Return a decorator that registers a class or a function under ``name``.
+
+        Raises:
+            Refused: as ``register``.
+        """
+
+        def register(thing: Loaded) -> Loaded:
+            self.register(name, cast(Any, thing))
+            return thing
+
+        return register
 
     def __getitem__(self, name: str) -> Thing:
         self.discovered()

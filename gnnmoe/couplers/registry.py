@@ -9,20 +9,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.couplers.base import COUPLER_FIELDS, FIELDS_ARE, Coupler, are_fields, check_contract
-from gnnmoe.discovery import Registry
+from gnnmoe.discovery import Loaded, Registry
 from gnnmoe.experts import init_weights
 from gnnmoe.hypergraph.strategies import strategy_function, strategy_identity
 from gnnmoe.layers.base import LAYERS
 from gnnmoe.process_state import unchanged_state
-
-CouplerClass = TypeVar("CouplerClass", bound=type[Coupler])
 
 COUPLERS: Registry[type[Coupler]] = Registry(
     "coupler", "gnnmoe.couplers", "gnnmoe.couplers", check_contract,
@@ -31,18 +29,13 @@ COUPLERS: Registry[type[Coupler]] = Registry(
 """The values of ``coupler_type``."""
 
 
-def register_coupler(name: str) -> Callable[[CouplerClass], CouplerClass]:
+def register_coupler(name: str) -> Callable[[Loaded], Loaded]:
     """Return a decorator that makes a class available as ``--coupler name``.
 
     Raises:
         Refused: another class has this name, or the class breaks the contract.
     """
-
-    def register(cls: CouplerClass) -> CouplerClass:
-        COUPLERS.register(name, cls)
-        return cls
-
-    return register
+    return COUPLERS.registering(name)
 
 
 def coupler_names() -> list[str]:

@@ -22,7 +22,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from gnnmoe.config import Refused
-from gnnmoe.discovery import Registry
+from gnnmoe.discovery import Loaded, Registry
 
 Members = tuple[int, ...]  # sorted
 Strategy = Callable[..., list[Members]]
@@ -57,7 +57,7 @@ STRATEGIES: Registry[Strategy] = Registry(
 )
 
 
-def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
+def register_strategy(name: str) -> Callable[[Loaded], Loaded]:
     """Return a decorator that makes a named strategy of a function from E to member lists.
 
     The function's keyword-only parameters, annotated int, int | None or str, are the strategy's arguments.
@@ -66,12 +66,7 @@ def register_strategy(name: str) -> Callable[[Strategy], Strategy]:
     Raises:
         Refused: another function has this name, or the function has other parameters.
     """
-
-    def register(strategy: Strategy) -> Strategy:
-        STRATEGIES.register(name, strategy)
-        return strategy
-
-    return register
+    return STRATEGIES.registering(name)
 
 
 @register_strategy("all_pairs")

@@ -9,7 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gnnmoe.config import Refused
-from gnnmoe.discovery import Registry, forget_inherited
+from gnnmoe.discovery import Loaded, Registry, forget_inherited
 from gnnmoe.hypergraph.propagation import hyperedge_index, incidence, propagation_matrix, safe_reciprocal
 from gnnmoe.hypergraph.strategies import Members
 from gnnmoe.mixing import mean_over_experts, mix
@@ -126,7 +126,6 @@ class HypergraphLayer(nn.Module, ABC):
 
 
 FORWARD = ["self", "x_NED", "from_weights", "start_NED"]
-Layer = TypeVar("Layer", bound=type[HypergraphLayer])
 
 
 def check_layer(cls: Any, name: str) -> None:
@@ -157,18 +156,13 @@ LAYERS: Registry[type[HypergraphLayer]] = Registry(
 """The values of ``hgnn_conv_type``."""
 
 
-def register_layer(name: str) -> Callable[[Layer], Layer]:
+def register_layer(name: str) -> Callable[[Loaded], Loaded]:
     """Return a decorator that makes a class available as ``--hgnn-conv-type name``.
 
     Raises:
         Refused: another class has this name, or the class breaks the contract.
     """
-
-    def register(cls: Layer) -> Layer:
-        LAYERS.register(name, cls)
-        return cls
-
-    return register
+    return LAYERS.registering(name)
 
 
 def naive_mean(values: list[Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Place, Several, flags
+from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class ShowConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the first word; return the exit status."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(USAGE, file=sys.stderr)

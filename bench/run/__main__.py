@@ -12,6 +12,7 @@ from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_firs
 from bench.config import RunConfig
 from bench.files import without_places
 from bench.help import Help
+from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ EXIT_STATUS = {"ok": 0, "interrupted": 130}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; return the exit status (0 ok, 2 wrong input, 130 stopped, else 1)."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--list" in arguments:
         from bench.check.listing import print_list

@@ -206,7 +206,9 @@ class Environment(Part):
     omp_wait_policy: str | None = None
     git_commit: str | None = None
     git_changes_sha256: str | None = None
-    """Hash of the changes to the commit; None: there were no changes."""
+    """Hash of the changes to the commit; None: there were no changes, or they are not known."""
+    git_remark: str | None = None
+    """Why git did not tell the commit or the changes."""
     code_sha256: str | None = None
     """Hash of all code: only in records from before the two hashes below existed."""
     project_sha256: str | None = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bench.report.contents import Report
 
 PROG = "python -m bench.report"
-STOPPED, BROKEN_PIPE = 130, 141
+STOPPED = 130
 USAGE = f"""\
 {PROG} STUDY         verdicts, tables, plots and one page of a study
 {PROG} compare A B   two studies, configurations (STUDY:LABEL) or runs
@@ -128,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.on_broken_pipe = lambda: sys.exit(BROKEN_PIPE)  # as any command before "| head"
     try:
         return act(config, console)
     except Refused as error:

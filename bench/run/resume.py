@@ -485,7 +485,7 @@ def _refuse_history(text: str, steps: int, sampled: list[int]) -> None:
 # --- the leak check of another seed ---------------------------------------------------------------
 
 SEEDS_LOOKED_AT = 100  # seeds 0 to 99; runs with other seeds are always checked
-OF_COMMITS = ("git_commit", "git_changes_sha256")  # the code hashes already say which code ran
+OF_COMMITS = ("git_commit", "git_changes_sha256", "git_remark")  # the code hashes already say which code ran
 
 
 def leak_check_of(prepared: Prepared, environment: Environment | NotMeasured) -> CheckReport:

@@ -50,7 +50,17 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[Path, Field(strict=False)]  # also from text
+
+
+def _from_home(path: Path) -> Path:
+    """Return the path with the home folder in place of ~, which a shell replaces only in some places."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # there is no such user, or the user has no home
+        return path
+
+
+Place = Annotated[Path, Field(strict=False), AfterValidator(_from_home)]  # also from text
 Texts = Annotated[tuple[str, ...], Field(strict=False)]  # also from a list
 Several = Annotated[Texts, tyro.conf.UseAppendAction]
 """A flag that may be given several times; the values of all layers add up."""
@@ -66,6 +76,9 @@ def flags(cls: type[Group]) -> type[Group]:
 
     @wraps(construct)
     def refusing(self: Any, **values: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, str | Path) and "\0" in str(value):
+                raise Refused(f"{name} is {str(value)!r}; it must not hold a zero byte.")
         try:
             construct(self, **values)
         except ValidationError as error:

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from typing_extensions import TypeIs
 from bench.files import (
     Busy,
     cannot_write,
+    kind_of,
     lock,
     read_json_text,
     remove_left_over,
@@ -46,6 +46,7 @@ from bench.files import (
     shown,
     utc_now,
     without_places,
+    writing,
 )
 from gnnmoe.config import Refused
 from gnnmoe.discovery import is_file
@@ -701,7 +702,7 @@ class RunFolder:
             Refused: the study's folder cannot be written.
         """
         study = self.path.parent
-        made = [folder for folder in (study, study.parent) if not folder.exists()]
+        made = [folder for folder in (study, study.parent) if kind_of(folder) is None]
         try:
             study.mkdir(parents=True, exist_ok=True)
             held = lock(self.lock)
@@ -743,7 +744,7 @@ class RunFolder:
 
     def read_record(self) -> Record | Damaged | None:
         """Return the record, or why it cannot be read; None where there is no folder."""
-        if not self.path.exists():
+        if kind_of(self.path) is None:
             return None
         try:
             return read_record(self.path)
@@ -753,7 +754,7 @@ class RunFolder:
     def set_aside(self) -> Path:
         """Rename the folder to the first free ``run_id.1``, ``run_id.2``, … and return its new path."""
         number = 1
-        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+        while kind_of(target := self.path.with_name(f"{self.path.name}.{number}")) is not None:
             number += 1
         return self.path.rename(target)
 
@@ -785,14 +786,15 @@ class RunFolder:
     def read_log(self) -> str:
         """Return the text of log.txt, empty where there is no such file."""
         path = self.path / "log.txt"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if kind_of(path) == "file" else ""
 
     def log(self, line: str) -> None:
         """Add one line, with the time in UTC and without places, to log.txt."""
         self._append("log.txt", f"{utc_now()} {without_places(line)}\n")
 
     def _append(self, name: str, text: str) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        path = self.path / name
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
@@ -826,22 +828,6 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing."""
 
 
-def check_writable(results_dir: Path) -> None:
-    """Check that ``results_dir`` can be written; nothing is left behind.
-
-    Raises:
-        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written.
-    """
-    nearest = results_dir.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise Refused(cannot_write(results_dir, error)) from error
-
-
 # --- Reading a record
 
 
@@ -853,7 +839,7 @@ def read_record(folder: Path) -> Record:
             record; the message names the file and the key.
     """
     path = folder / "record.json"
-    if not path.is_file():
+    if kind_of(path) != "file":
         raise Refused(f"{folder} is no run folder: it holds no record.json.")
     text, stored = read_json_text(path)
     try:
@@ -1012,7 +998,7 @@ def refuse_another_file(
     for ours, (theirs, _) in itertools.product(classes, known):
         (path, _, name), (there, _, its_name) = ours.rpartition(":"), theirs.rpartition(":")
         here, other = Path(path).expanduser(), Path(there).expanduser()
-        elsewhere = other.parent != Path() and other.is_file() and not here.samefile(other)
+        elsewhere = other.parent != Path() and kind_of(other) == "file" and not here.samefile(other)
         if name == its_name and (here.name != other.name or elsewhere):
             raise Refused(
                 f"the study has runs of a class {name} from {there} already, and {path} is another file; "

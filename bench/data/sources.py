@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.data.tokenizer import SPLITS
+from bench.files import kind_of
 from gnnmoe.config import Refused, unknown_name
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
@@ -85,8 +86,9 @@ def read_folder(folder: Path, text_column: str) -> Text:
     Raises:
         Refused: naming the files of the folder and the remedy.
     """
-    if not folder.is_dir():
-        state = "is not a folder" if folder.exists() else "does not exist"
+    kind = kind_of(folder)
+    if kind != "folder":
+        state = "does not exist" if kind is None else "is not a folder"
         raise Refused(f"data folder {folder} {state}; {REMEDY}")
     form, paths = _files_of(folder)
     contents = {split: [(path, _read_bytes(path)) for path in paths[split]] for split in SPLITS}

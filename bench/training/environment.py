@@ -219,7 +219,7 @@ class NoOutput(Exception):
 
 
 def code_state() -> dict[str, str | None]:
-    """Return the git commit, a hash of the uncommitted changes (None: no changes), and why they are unknown."""
+    """Return the git commit, the hash of the uncommitted changes, if any, and why they are unknown."""
     found: dict[str, str | None] = {"git_commit": None, "git_changes_sha256": None, "git_remark": None}
     try:
         if not _output(*GIT, "ls-files", Path(__file__).name):  # an installed copy inside another project

@@ -12,7 +12,8 @@ import pytest
 
 from bench import files
 from bench.config import ModelConfig, RunConfig, TrainingConfig, config_of, run_flags
-from bench.record import Damaged, Record, RunFolder, check_writable, is_measured
+from bench.files import check_writable
+from bench.record import Damaged, Record, RunFolder, is_measured
 from bench.run.prepare import configuration_id, identity, settings_in_record
 from bench.run.prepare import run_id as schema_run_id
 from gnnmoe.couplers.registry import coupler_identity

@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = (
-    "import bench.report.plots.style as s; from matplotlib import rcParams; print(rcParams['font.size'])"
-)
+PROGRAM = "import bench.report.plots.style; from matplotlib import rcParams; print(rcParams['font.size'])"
 
 
 def test_a_matplotlibrc_that_is_not_utf_8_is_left_out_with_a_note(tmp_path):

@@ -31,9 +31,9 @@ from typing import (
 
 import pydantic.dataclasses
 import tyro
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 
-from bench.files import read_toml
+from bench.files import from_home, read_toml
 from gnnmoe.config import GNNMoEConfig, Refused, nearest_name, unknown_name
 
 DEFAULT_MAX_STEPS = 120
@@ -52,12 +52,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _from_home(path: Path) -> Path:
-    """Return the path with the home folder in place of ~, which a shell replaces only in some places."""
-    try:
-        return path.expanduser()
-    except RuntimeError:  # there is no such user, or the user has no home
-        return path
+def _from_home(path: Path, about: ValidationInfo) -> Path:
+    return from_home(path, str(about.field_name))
 
 
 Place = Annotated[Path, Field(strict=False), AfterValidator(_from_home)]  # also from text

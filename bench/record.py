@@ -780,8 +780,9 @@ class RunFolder:
         self._write("history.jsonl", lambda file: file.write(text.encode()))
 
     def append_history(self, row: dict[str, Any]) -> None:
-        """Add one line to history.jsonl."""
-        self._append("history.jsonl", json.dumps(row) + "\n")
+        """Add one line to history.jsonl; a number that is NaN or infinite becomes null, as JSON has neither."""
+        plain = {name: None if _is_no_json(value) else value for name, value in row.items()}
+        self._append("history.jsonl", json.dumps(plain, allow_nan=False) + "\n")
 
     def read_log(self) -> str:
         """Return the text of log.txt, empty where there is no such file."""
@@ -800,6 +801,10 @@ class RunFolder:
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         with replacing(self.path / name) as file:
             write(file)
+
+
+def _is_no_json(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class ReadOnlyFolder(RunFolder):

@@ -13,6 +13,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -363,7 +364,7 @@ def hub_reachable() -> bool:
         try:
             with urllib.request.urlopen(request, timeout=PROBE_SECONDS):  # uses the environment's proxies
                 answered.append(True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):  # HTTPException: what answers is no hub
             pass
 
     # A name look-up ignores the timeout, so it runs in a thread that nothing has to wait for.

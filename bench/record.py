@@ -780,7 +780,7 @@ class RunFolder:
         self._write("history.jsonl", lambda file: file.write(text.encode()))
 
     def append_history(self, row: dict[str, Any]) -> None:
-        """Add one line to history.jsonl; a number that is NaN or infinite becomes null, as JSON has neither."""
+        """Add one line to history.jsonl; NaN and infinity become null, because JSON has neither."""
         plain = {name: None if _is_no_json(value) else value for name, value in row.items()}
         self._append("history.jsonl", json.dumps(plain, allow_nan=False) + "\n")
 

@@ -112,7 +112,7 @@ def remove_left_over(path: Path, seconds: float = 0.0) -> None:
     """
     for part in path.parent.glob(f".{path.name}.*"):
         with suppress(OSError):  # another process was quicker
-            if time.time() - part.stat().st_mtime >= seconds:
+            if not seconds or time.time() - part.stat().st_mtime >= seconds:
                 part.unlink()
 
 

@@ -65,6 +65,16 @@ def test_a_path_that_cannot_be_used_is_refused_before_anything_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_current_folder_that_is_gone_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("bench.run.__main__").main([])
+    assert end.value.code == 2
+    assert "the current folder cannot be used (No such file or directory)" in capsys.readouterr().err
+
+
 def test_a_zero_byte_in_a_path_is_refused(tmp_path, capsys):
     (tmp_path / "config.toml").write_text('results_dir = "a\\u0000b"\n')
     with pytest.raises(SystemExit):

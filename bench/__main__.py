@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.cli import fail
+from bench.screen import guard_screen
 from gnnmoe.config import unknown_name
 
 WIDTH = 80
@@ -18,6 +19,7 @@ BENCH = Path(__file__).parent
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the first word, or print the commands; refuse any other word with status 2."""
+    guard_screen()
     found, arguments = commands(BENCH), list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in found:
         return importlib.import_module(f"bench.{arguments[0]}.__main__").main(arguments[1:])

@@ -71,6 +71,10 @@ def parse(
         print(help_text(config_type, prog, LAYERS_HELP if presets else (), about, everything=everything))
         raise SystemExit(0)
     try:
+        Path.cwd()  # torch ends the process where it is gone
+    except OSError as error:
+        fail(f"the current folder cannot be used ({error.strerror}); change to another folder.")
+    try:
         return config_from(config_type, arguments, presets)
     except Refused as error:
         fail(str(error))

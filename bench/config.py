@@ -31,9 +31,9 @@ from typing import (
 
 import pydantic.dataclasses
 import tyro
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 
-from bench.files import read_toml
+from bench.files import from_home, read_toml
 from gnnmoe.config import GNNMoEConfig, Refused, nearest_name, unknown_name
 
 DEFAULT_MAX_STEPS = 120
@@ -50,7 +50,13 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[Path, Field(strict=False)]  # also from text
+
+
+def _from_home(path: Path, about: ValidationInfo) -> Path:
+    return from_home(path, str(about.field_name))
+
+
+Place = Annotated[Path, Field(strict=False), AfterValidator(_from_home)]  # also from text
 Texts = Annotated[tuple[str, ...], Field(strict=False)]  # also from a list
 Several = Annotated[Texts, tyro.conf.UseAppendAction]
 """A flag that may be given several times; the values of all layers add up."""
@@ -66,6 +72,9 @@ def flags(cls: type[Group]) -> type[Group]:
 
     @wraps(construct)
     def refusing(self: Any, **values: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, str | Path) and "\0" in str(value):
+                raise Refused(f"{name} is {str(value)!r}; it must not hold a zero byte.")
         try:
             construct(self, **values)
         except ValidationError as error:

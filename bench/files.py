@@ -12,6 +12,8 @@ import os
 import platform
 import re
 import secrets
+import stat
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from gnnmoe.config import Refused
 
@@ -30,24 +32,57 @@ if TYPE_CHECKING:
 # --- Written whole, or not at all
 
 
+CANNOT_WRITE = "cannot be written"
+"""In every message about a file or folder that cannot be written; a sweep stops where a run says so."""
+NOT_WRITTEN = 74  # EX_IOERR of sysexits.h
+"""The exit status of a run whose results cannot be written; ``--resume`` continues the run."""
+
+
+class NotWritten(OSError):
+    """A file cannot be written; the message names the file and the reason."""
+
+    def __str__(self) -> str:
+        return f"{Path(str(self.filename)).name} {CANNOT_WRITE}: {self.strerror}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in the error of a block that writes it.
+
+    Raises:
+        NotWritten: the disk refuses.
+    """
+    try:
+        yield
+    except NotWritten:
+        raise
+    except OSError as error:
+        raise NotWritten(error.errno, error.strerror or str(error), str(path)) from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a new file, which replaces ``path`` when the block ends: all of it or nothing.
 
-    The umask gives the file's mode. The contents are on the disk before the file gets its name.
+    The new file has the mode of the old file; without an old file, the umask gives the mode. The contents are
+    on the disk before the file gets its name.
 
     Raises:
-        OSError: the disk refuses; the old file stays, and no half-written file is left.
+        NotWritten: the disk refuses; the old file stays, and no half-written file is left.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with part.open("x+b") as file:
-            yield file
-            _sync(file)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        try:
+            with part.open("x+b") as file:
+                with suppress(OSError):  # there is no old file, or the file system has no modes
+                    part.chmod(path.stat().st_mode & 0o777)
+                yield file
+                _sync(file)
+            part.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -77,37 +112,55 @@ def remove_left_over(path: Path, seconds: float = 0.0) -> None:
     """
     for part in path.parent.glob(f".{path.name}.*"):
         with suppress(OSError):  # another process was quicker
-            if time.time() - part.stat().st_mtime >= seconds:
+            if not seconds or time.time() - part.stat().st_mtime >= seconds:
                 part.unlink()
 
 
-def cannot_write(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError, flag: str = "--results-dir") -> str:
     """Return the message that ``path`` cannot be written, why, and what to do."""
-    return (
-        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
-    )
+    what = flag.removeprefix("--").removesuffix("-dir")
+    return f"the {what} folder {path} {CANNOT_WRITE} ({error.strerror}); choose another with {flag}."
+
+
+def check_writable(folder: Path, flag: str = "--results-dir") -> None:
+    """Check that ``folder``, which ``flag`` names, can be written; nothing is left behind.
+
+    Raises:
+        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written.
+    """
+    try:
+        nearest = folder.absolute()
+        while not _is_there(nearest):
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise Refused(cannot_write(folder, error, flag)) from error
 
 
 def write_between(path: Path, put: Callable[[str], str]) -> None:
     """Write a page whole, with the text that ``put`` makes from its old text.
 
+    A page behind a link is written where the link points. The page keeps its mode and its line ends.
+
     Raises:
         Refused: the page cannot be read or written; and what ``put`` raises.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        path = path.resolve()
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: links in a circle
         why = getattr(error, "strerror", None) or "it is no text"
         raise Refused(f"--page {path} cannot be read ({why}).") from error
     data = put(text).encode()
     try:
         write_whole(path, data)
     except OSError as error:
-        raise Refused(f"--page {path} cannot be written ({error.strerror}).") from error
+        raise Refused(f"--page {path} {CANNOT_WRITE} ({error.strerror}).") from error
 
 
 def between(text: str, marks: tuple[str, str], content: str) -> str:
-    """Return a page's text with ``content`` between its marks.
+    """Return a page's text with ``content`` between its marks, with the page's own line ends.
 
     Raises:
         Refused: the page has no such marks.
@@ -117,7 +170,8 @@ def between(text: str, marks: tuple[str, str], content: str) -> str:
     if not begin or not end:
         lines = "\n".join(marks)
         raise Refused(f"the page has no place for tables; put these two lines in it:\n{lines}")
-    return f"{before}{begin}\n\n{content}\n{end}{after}"
+    line_end = "\r\n" if rest.startswith("\r\n") else "\n"
+    return before + begin + f"\n\n{content}\n".replace("\n", line_end) + end + after
 
 
 def utc_now(form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
@@ -158,6 +212,44 @@ def lock(path: Path, give_up: Callable[[], bool] | None = None) -> BaseFileLock 
 # --- Read
 
 
+def kind_of(path: Path) -> Literal["file", "folder", "other"] | None:
+    """Return what is at a path, behind links; None: nothing is there, or a link points nowhere.
+
+    ``Path.exists`` and its like raise where a folder may not be searched, and say False where links form a
+    circle or a name is too long.
+
+    Raises:
+        Refused: the path cannot be looked at; the message says why.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise Refused(f"{path} cannot be read ({getattr(error, 'strerror', error)}).") from error
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
+
+
+def from_home(path: Path, what: str) -> Path:
+    """Return a path with the home folder in place of ~, which a shell replaces only in some places.
+
+    Raises:
+        Refused: no home folder is known; the message begins with ``what``, the flag or variable of the path.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise Refused(f"{what} is {str(path)!r}; this home folder is not known.") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read_toml(what: str, path: Path) -> dict[str, Any]:
     """Return the entries of a TOML file; messages call it ``what``: ``--config``, ``sweep``, …
 
@@ -165,7 +257,7 @@ def read_toml(what: str, path: Path) -> dict[str, Any]:
         Refused: the file cannot be read, or is not TOML; the message names the file.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         reason = error.strerror if str(path) != "." else "name a TOML file"
         raise Refused(f"{what} {path} cannot be read: {reason}.") from error

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from typing_extensions import TypeIs
 from bench.files import (
     Busy,
     cannot_write,
+    kind_of,
     lock,
     read_json_text,
     remove_left_over,
@@ -46,6 +46,7 @@ from bench.files import (
     shown,
     utc_now,
     without_places,
+    writing,
 )
 from gnnmoe.config import Refused
 from gnnmoe.discovery import is_file
@@ -206,7 +207,9 @@ class Environment(Part):
     omp_wait_policy: str | None = None
     git_commit: str | None = None
     git_changes_sha256: str | None = None
-    """Hash of the changes to the commit; None: there were no changes."""
+    """Hash of the changes to the commit; None: there were no changes, or they are not known."""
+    git_remark: str | None = None
+    """Why git did not tell the commit or the changes."""
     code_sha256: str | None = None
     """Hash of all code: only in records from before the two hashes below existed."""
     project_sha256: str | None = None
@@ -699,7 +702,7 @@ class RunFolder:
             Refused: the study's folder cannot be written.
         """
         study = self.path.parent
-        made = [folder for folder in (study, study.parent) if not folder.exists()]
+        made = [folder for folder in (study, study.parent) if kind_of(folder) is None]
         try:
             study.mkdir(parents=True, exist_ok=True)
             held = lock(self.lock)
@@ -741,7 +744,7 @@ class RunFolder:
 
     def read_record(self) -> Record | Damaged | None:
         """Return the record, or why it cannot be read; None where there is no folder."""
-        if not self.path.exists():
+        if kind_of(self.path) is None:
             return None
         try:
             return read_record(self.path)
@@ -751,7 +754,7 @@ class RunFolder:
     def set_aside(self) -> Path:
         """Rename the folder to the first free ``run_id.1``, ``run_id.2``, … and return its new path."""
         number = 1
-        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+        while kind_of(target := self.path.with_name(f"{self.path.name}.{number}")) is not None:
             number += 1
         return self.path.rename(target)
 
@@ -777,25 +780,31 @@ class RunFolder:
         self._write("history.jsonl", lambda file: file.write(text.encode()))
 
     def append_history(self, row: dict[str, Any]) -> None:
-        """Add one line to history.jsonl."""
-        self._append("history.jsonl", json.dumps(row) + "\n")
+        """Add one line to history.jsonl; NaN and infinity become null, because JSON has neither."""
+        plain = {name: None if _is_no_json(value) else value for name, value in row.items()}
+        self._append("history.jsonl", json.dumps(plain, allow_nan=False) + "\n")
 
     def read_log(self) -> str:
         """Return the text of log.txt, empty where there is no such file."""
         path = self.path / "log.txt"
-        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if kind_of(path) == "file" else ""
 
     def log(self, line: str) -> None:
         """Add one line, with the time in UTC and without places, to log.txt."""
         self._append("log.txt", f"{utc_now()} {without_places(line)}\n")
 
     def _append(self, name: str, text: str) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        path = self.path / name
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         with replacing(self.path / name) as file:
             write(file)
+
+
+def _is_no_json(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class ReadOnlyFolder(RunFolder):
@@ -824,22 +833,6 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing."""
 
 
-def check_writable(results_dir: Path) -> None:
-    """Check that ``results_dir`` can be written; nothing is left behind.
-
-    Raises:
-        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written.
-    """
-    nearest = results_dir.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise Refused(cannot_write(results_dir, error)) from error
-
-
 # --- Reading a record
 
 
@@ -851,7 +844,7 @@ def read_record(folder: Path) -> Record:
             record; the message names the file and the key.
     """
     path = folder / "record.json"
-    if not path.is_file():
+    if kind_of(path) != "file":
         raise Refused(f"{folder} is no run folder: it holds no record.json.")
     text, stored = read_json_text(path)
     try:
@@ -1010,7 +1003,7 @@ def refuse_another_file(
     for ours, (theirs, _) in itertools.product(classes, known):
         (path, _, name), (there, _, its_name) = ours.rpartition(":"), theirs.rpartition(":")
         here, other = Path(path).expanduser(), Path(there).expanduser()
-        elsewhere = other.parent != Path() and other.is_file() and not here.samefile(other)
+        elsewhere = other.parent != Path() and kind_of(other) == "file" and not here.samefile(other)
         if name == its_name and (here.name != other.name or elsewhere):
             raise Refused(
                 f"the study has runs of a class {name} from {there} already, and {path} is another file; "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ModelConfig, flags
 from bench.help import Help
+from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class CheckConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the coupler that the flags name, or all couplers; print the verdicts, return the exit status."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--list" in arguments:
         from bench.check.listing import print_list

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, Place, flags
+from bench.screen import guard_screen
 from gnnmoe.config import Refused, unknown_name
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class ProfileConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile the loader; print two tables and return the exit status."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("python -m bench.data profile: how fast and how right the loader is; --help lists its flags")

@@ -36,6 +36,7 @@ from bench.data.tokenizer import (
     tokenize,
     tokenizer_version,
 )
+from bench.files import from_home
 from gnnmoe.config import Refused, unknown_name
 
 SOURCES = ("auto", "folder", "hub", "embedded")
@@ -206,7 +207,7 @@ def _find(
     if source == "embedded":
         return _embedded("you asked for it")
     if source != "hub" and folder is not None:
-        text = read_folder(Path(folder).expanduser(), text_column)
+        text = read_folder(from_home(Path(folder), "GNNMOE_DATA_DIR"), text_column)
         return _Found("local text", "", "folder", text.digest, text)
     refuse_path(dataset_name)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.data.blocks import TrainBlocks
 from bench.data.tokenizer import Vocabulary
+from bench.files import kind_of
 from gnnmoe.config import Refused, unknown_name
 from gnnmoe.seeds import stream_seed
 
@@ -126,7 +127,7 @@ def make_curriculum(
     source = kind
     if kind == "rarity":
         scores = rarity_scores(blocks, vocabulary)
-    elif path and Path(path).is_file():
+    elif path and kind_of(Path(path)) == "file":
         assert score_by_checkpoint is not None, "whoever allows a model as scorer says how it scores"
         scores = score_by_checkpoint(Path(path), blocks)
     else:

@@ -13,11 +13,14 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from bench.data.tokenizer import SPLITS
+from bench.files import kind_of
 from gnnmoe.config import Refused, unknown_name
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
@@ -85,8 +88,9 @@ def read_folder(folder: Path, text_column: str) -> Text:
     Raises:
         Refused: naming the files of the folder and the remedy.
     """
-    if not folder.is_dir():
-        state = "is not a folder" if folder.exists() else "does not exist"
+    kind = kind_of(folder)
+    if kind != "folder":
+        state = "does not exist" if kind is None else "is not a folder"
         raise Refused(f"data folder {folder} {state}; {REMEDY}")
     form, paths = _files_of(folder)
     contents = {split: [(path, _read_bytes(path)) for path in paths[split]] for split in SPLITS}
@@ -107,13 +111,17 @@ def read_folder(folder: Path, text_column: str) -> Text:
 def _files_of(folder: Path) -> tuple[str, dict[str, list[Path]]]:
     """Return the one form in which ``folder`` holds all three splits, and the files of each split."""
     try:
-        found = {
-            form: {s: sorted(p for name in names for p in folder.glob(name)) for s, names in patterns.items()}
-            for form, patterns in _FORMS.items()
-        }
-        listing = _shorten(sorted(path.name for path in folder.iterdir()))
+        there = sorted(path.name for path in folder.iterdir())  # with links that point nowhere
     except OSError as error:
         raise Refused(f"data folder {folder} cannot be read ({error.strerror}); {REMEDY}") from error
+    found = {
+        form: {
+            split: [folder / name for name in there if any(fnmatchcase(name, one) for one in of_split)]
+            for split, of_split in patterns.items()
+        }
+        for form, patterns in _FORMS.items()
+    }
+    listing = _shorten(there)
     complete = [form for form, files in found.items() if all(files.values())]
     if len(complete) > 1:
         raise Refused(
@@ -152,6 +160,11 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
+    kind = kind_of(path)
+    if kind is None:
+        raise Refused(f"{path} is a link whose target does not exist; {REMEDY}")
+    if kind == "other":  # a pipe would be waited for
+        raise Refused(f"{path} is a pipe or a device, not a file; {REMEDY}")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -170,20 +183,47 @@ def _decode(path: Path, raw: bytes, text_column: str) -> str:
             ) from error
     if not text.strip():
         raise Refused(f"{path} holds no text; fetch the file again")
+    _refuse_zero_bytes(str(path), text)
     return text
 
 
+def _refuse_zero_bytes(where: str, text: str) -> None:
+    """Refuse an archive, UTF-16 without a mark, and other files that are no text.
+
+    Raises:
+        UnfitDataset: names the place of the first zero byte.
+    """
+    place = text.find("\0")
+    if place >= 0:
+        line = text.count("\n", 0, place) + 1
+        raise UnfitDataset(
+            f"{where} is no text: line {line} holds a zero byte, at letter {place + 1:,} of the whole. "
+            "It may be an archive, or UTF-16; unpack it, or save it as UTF-8"
+        )
+
+
 def _decode_parquet(path: Path, raw: bytes, text_column: str) -> str:
-    import pandas as pd
+    from pyarrow import types
+    from pyarrow.parquet import ParquetFile
 
     try:
-        frame = pd.read_parquet(BytesIO(raw))
+        file = ParquetFile(BytesIO(raw))
+        fields = list(file.schema_arrow)
     except Exception as error:  # pyarrow raises several kinds for a damaged file
         raise Refused(f"{path} is not a parquet file ({error}); fetch the file again") from error
-    columns = [name for name in frame.columns if pd.api.types.is_string_dtype(frame[name].dropna())]
+    columns = [
+        field.name for field in fields if types.is_string(field.type) or types.is_large_string(field.type)
+    ]
     if text_column not in columns:
         raise Refused(_no_text_column(str(path), text_column, columns))
-    return join_rows(frame[text_column].fillna(""))
+    if sum(field.name == text_column for field in fields) > 1:
+        raise Refused(
+            f"{path} has several columns {text_column!r}; rename them, or name another by --text-column"
+        )
+    try:
+        return join_rows(file.read(columns=[text_column])[text_column].to_pylist())
+    except Exception as error:  # as above
+        raise Refused(f"{path} is damaged ({error}); fetch the file again") from error
 
 
 # --- a data set by its name: from the local cache of ``datasets``, or from the hub -------------------
@@ -345,6 +385,7 @@ def _text_of(rows: Any, name: str, split: str, text_column: str) -> str:
     text = join_rows(rows.select_columns([text_column])[:][text_column])
     if not text.strip():
         raise UnfitDataset(f"{name} has no text in column {text_column!r} of split {split}")
+    _refuse_zero_bytes(f"{name}, split {split},", text)
     return text
 
 
@@ -361,7 +402,7 @@ def hub_reachable() -> bool:
         try:
             with urllib.request.urlopen(request, timeout=PROBE_SECONDS):  # uses the environment's proxies
                 answered.append(True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, HTTPException):  # HTTPException: what answers is no hub
             pass
 
     # A name look-up ignores the timeout, so it runs in a thread that nothing has to wait for.

@@ -31,6 +31,8 @@ MAX_PIECES = 1_000_000
 _SPEC = re.compile(r"bpe:([0-9]+)")
 _TITLE = re.compile(r" = (?!=)(.*[^=]|[^=]) = ")
 _WORD = re.compile(r"\S+")  # the same whitespace as str.split()
+LONGEST_WORD = 1000
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)")
 
 Documents = Mapping[str, tuple[Sequence[str], Sequence[int]]]
 """The lines of each split, and the indices of the lines at which documents begin, the first 0."""
@@ -431,8 +433,13 @@ def _train(lines: Iterable[str], size: int) -> Any:
 
 
 def _training_text(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the words of each line; the search for merges sees a longer word than ``LONGEST_WORD`` in parts.
+
+    The time of that search is quadratic in the length of a word.
+    """
     for line in lines:
-        yield " ".join(["", *(word for word in line.split() if word not in (EOS, UNK))])
+        text = " ".join(["", *(word for word in line.split() if word not in (EOS, UNK))])
+        yield from _LONG_WORD.sub(r"\g<0>\n", text).split("\n")
 
 
 def _cut(table: Iterable[str], bpe: Any, tokens: Sequence[str]) -> _Pieces:

@@ -11,6 +11,7 @@ import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Place, Several, flags
+from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from bench.report.contents import Report
 
 PROG = "python -m bench.report"
-STOPPED, BROKEN_PIPE = 130, 141
+STOPPED = 130
 USAGE = f"""\
 {PROG} STUDY         verdicts, tables, plots and one page of a study
 {PROG} compare A B   two studies, configurations (STUDY:LABEL) or runs
@@ -115,6 +116,7 @@ class ShowConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the first word; return the exit status."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(USAGE, file=sys.stderr)
@@ -126,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.on_broken_pipe = lambda: sys.exit(BROKEN_PIPE)  # as any command before "| head"
     try:
         return act(config, console)
     except Refused as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from bench.files import between, cannot_write, visible, write_between, write_whole
+from bench.files import between, visible, write_between, write_whole
 from bench.record import exp_or_infinity, number
 from bench.report.comparison import (
     Answered,
@@ -230,7 +230,7 @@ def write_image(path: Path, report: Report) -> None:
     try:
         write_whole(path, drawing)
     except OSError as error:
-        raise Refused(cannot_write(path, error)) from error
+        raise Refused(f"--image {path} cannot be written ({error.strerror}).") from error
 
 
 def _when(study: Study, time: str | None) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.files import not_linked_out
+from bench.files import kind_of, not_linked_out
 from bench.record import read_record
 from bench.study.run_files import (
     ARTICLES,
@@ -134,6 +134,7 @@ def _sha256(array: np.ndarray) -> str:
 
 
 def _refuse_target(study: Path, target: Path) -> None:
+    kind_of(target)  # refuses links in a circle
     there, here = target.resolve(), study.resolve()
     if there == here or here in there.parents or there in here.parents:
         raise Refused(f"{target} and the study lie in each other; name a folder beside {study}.")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_first_rank
 from bench.config import RunConfig
-from bench.files import without_places
+from bench.files import CANNOT_WRITE, NOT_WRITTEN, without_places
 from bench.help import Help
+from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ EXIT_STATUS = {"ok": 0, "interrupted": 130}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one configuration; return the exit status (0 ok, 2 wrong input, 130 stopped, else 1)."""
+    """Run one configuration; return the exit status (0 ok, 2 wrong input, 74 not written, 130 stopped)."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--list" in arguments:
         from bench.check.listing import print_list
@@ -102,6 +104,8 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
     except Refused as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console, again=command)
+    if record.status == "interrupted" and CANNOT_WRITE in (record.error or ""):
+        return NOT_WRITTEN
     return EXIT_STATUS.get(record.status, 1)
 
 

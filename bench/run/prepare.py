@@ -21,8 +21,8 @@ from bench.check.leak_check import refuse_wrong_names
 from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, MeasureConfig, RunConfig, TrainingConfig, plain
 from bench.data.corpus import Corpus, say_unknown_words
 from bench.data.loader import BlockLoader
-from bench.files import without_places
-from bench.record import OF_CLASSES, ReadOnlyFolder, RecordedConfig, RunFolder, check_writable
+from bench.files import check_writable, without_places
+from bench.record import OF_CLASSES, ReadOnlyFolder, RecordedConfig, RunFolder
 from bench.training.environment import code_hashes
 from bench.training.evaluation import probe_tokens
 from bench.training.loaders import (
@@ -130,6 +130,8 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
     start = time.perf_counter()
     if ranks.first:
         check_writable(config.places.results_dir)
+        if config.places.checkpoint_dir is not None:
+            check_writable(config.places.checkpoint_dir, "--checkpoint-dir")
     else:
         config = replace(config, places=replace(config.places, quiet=True, plots=False, track=None))
     execution = Execution.of(config, ranks)

@@ -23,6 +23,7 @@ import gnnmoe
 from bench.check.leak_check import CHECKS, run_leak_check
 from bench.check.subject import Check, CheckReport
 from bench.data.blocks import EvalWindows
+from bench.files import kind_of
 from bench.measure.ledger import COUNTED, EpochAccount
 from bench.record import (
     CODE_WORDS,
@@ -125,7 +126,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
             f"run {prepared.run_id} ended as {status}; only interrupted runs are continued. "
             "Without --resume it runs again, and the earlier record is kept."
         )
-        if status in ("crashed", "oom", "timeout") and prepared.checkpoint.exists():
+        if status in ("crashed", "oom", "timeout") and kind_of(prepared.checkpoint):
             words += f" --resume-checkpoint {prepared.checkpoint} goes on from its last checkpoint."
         raise Refused(words)
     if status == "interrupted" and not places.resume and not places.force:
@@ -138,7 +139,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
         )
     if not places.resume or places.force:
         return NOTHING
-    if not prepared.checkpoint.exists():
+    if kind_of(prepared.checkpoint) is None:
         reporter.line(f"there is no checkpoint {prepared.checkpoint} yet; the run starts at the beginning")
         return Earlier(parts=parts)
     environment = record.environment if isinstance(record, Record) else None
@@ -485,7 +486,7 @@ def _refuse_history(text: str, steps: int, sampled: list[int]) -> None:
 # --- the leak check of another seed ---------------------------------------------------------------
 
 SEEDS_LOOKED_AT = 100  # seeds 0 to 99; runs with other seeds are always checked
-OF_COMMITS = ("git_commit", "git_changes_sha256")  # the code hashes already say which code ran
+OF_COMMITS = ("git_commit", "git_changes_sha256", "git_remark")  # the code hashes already say which code ran
 
 
 def leak_check_of(prepared: Prepared, environment: Environment | NotMeasured) -> CheckReport:

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from bench.config import in_steps
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
-from bench.files import utc_now
+from bench.files import CANNOT_WRITE, NotWritten, utc_now
 from bench.measure.ledger import Ledger
 from bench.measure.speed_pass import SpeedPass, speed_pass_steps
 from bench.measure.timing import training_flops_per_token
@@ -79,6 +79,8 @@ def _end_of(error: BaseException) -> End:
         return End("diverged", str(error))
     if not isinstance(error, Exception):
         return End("interrupted", "stopped from outside")
+    if isinstance(error, NotWritten):
+        return End("interrupted", f"{error}. Once it can be written, --resume continues the run.")
     oom = is_out_of_memory(error) or isinstance(error, NoFeasibleBatch)
     log = "".join(traceback.format_exception(error))
     return End("oom" if oom else "crashed", f"{type(error).__name__}: {error}", log)
@@ -183,10 +185,13 @@ class Session:
             print(log, file=sys.stderr)
         try:
             folder.write_record(record)
-            folder.log(log + f"status {status}" + (f": {error}" if error else ""))
-        except (OSError, ValueError) as failure:
+        except OSError as failure:  # the record on the disk says interrupted
+            record.status, record.error = "interrupted", f"{error or status}; {failure}"
+        except ValueError as failure:
             record.status = "crashed"
-            record.error = f"{error or status}; the record cannot be written: {failure}"
+            record.error = f"{error or status}; the record {CANNOT_WRITE}: {failure}"
+        with suppress(OSError):
+            folder.log(log + f"status {status}" + (f": {error}" if error else ""))
         for tracker in self.trackers:
             tracker.finish(record)
 

@@ -16,6 +16,7 @@ from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags, seconds_of
 from bench.files import utc_now
 from bench.help import Help
+from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class SpeedConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or print what was measured; return the exit status (2: wrong input)."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(SpeedConfig, arguments or ["--help"], prog=PROG, about=ABOUT)
     show_warnings_plainly()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.files import cannot_write, shown, utc_now, write_whole
+from bench.files import cannot_write, kind_of, shown, utc_now, write_whole
 from bench.measure.rates import paired_ratios, tokens_per_second, utilisation
 from gnnmoe.config import Refused
 
@@ -192,7 +192,7 @@ class SpeedRecord:
         Raises:
             Refused: the folder has a record already, or cannot be written.
         """
-        if (self.path / FILE).exists():
+        if kind_of(self.path / FILE):
             raise Refused(f"{self.path} holds a record already; give another --name.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ def read_speed_record(place: Path) -> tuple[dict[str, Any], list[SpeedRow]]:
     Raises:
         Refused: there is no record, or it cannot be read.
     """
-    path = place / FILE if place.is_dir() else place
+    path = place / FILE if kind_of(place) == "folder" else place
     try:
         data = shown(json.loads(path.read_text()))
         if data["schema_version"] != VERSION:

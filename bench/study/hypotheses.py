@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import FlagTable, by_field, complete, run_flags
-from bench.files import cannot_write, not_linked_out, read_toml, refusals_name, utc_now, write_whole
+from bench.files import cannot_write, kind_of, not_linked_out, read_toml, refusals_name, utc_now, write_whole
 from gnnmoe.config import Refused, unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
@@ -118,10 +118,10 @@ def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
     """
     path = study / STATED
     try:
-        if not hypotheses or (path.exists() and stated(study)[0] == list(hypotheses)):
+        if not hypotheses or (kind_of(path) and stated(study)[0] == list(hypotheses)):
             return
-        if path.exists():
-            number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.json").exists())
+        if kind_of(path):
+            number = next(n for n in itertools.count(1) if not kind_of(path.with_suffix(f".{n}.json")))
             path.rename(path.with_suffix(f".{number}.json"))
         now = utc_now()
         text = json.dumps({"stated": now, "hypotheses": [asdict(found) for found in hypotheses]}, indent=2)
@@ -137,7 +137,7 @@ def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
         Refused: the file cannot be read.
     """
     path = not_linked_out(study, STATED)
-    if not path.exists():
+    if kind_of(path) is None:
         return [], None
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -247,7 +248,8 @@ def _rows(lines: Iterable[str]) -> Iterable[Row]:
         except ValueError:  # no JSON, or an integer of 5,000 digits
             continue
         if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
-            yield row
+            numbers = row["kind"] in ("train", "validation")  # null was NaN or infinite
+            yield {name: math.nan if numbers and value is None else value for name, value in row.items()}
 
 
 def _trace(path: Path) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.config import FlagTable
-from bench.files import visible
+from bench.files import kind_of, visible
 from bench.record import Record, is_measured, read_record
 from bench.study.labels import Key, flags_that_count, labels
 from bench.study.run_files import RunData, article_sums, damaged_arrays, read_run
@@ -369,7 +369,12 @@ def _rows(runs: Iterable[Run]) -> dict[Key, list[Run]]:
 
 
 def studies_in(results_dir: Path) -> list[Path]:
-    """Return the folders of the studies in ``results_dir`` and in its folder of reference studies."""
+    """Return the folders of the studies in ``results_dir`` and in its folder of reference studies.
+
+    Raises:
+        Refused: the path cannot be looked at.
+    """
+    kind_of(results_dir)
     folders = [*results_dir.glob("*"), *results_dir.glob(f"{REFERENCE}/*")]
     return sorted(path for path in folders if _is_study(path))
 

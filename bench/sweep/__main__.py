@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import as_flags
 from bench.help import Help
+from bench.screen import guard_screen
 from bench.sweep.executors.base import (
     LOCAL,
     Resources,
@@ -40,6 +41,7 @@ ABOUT = Help(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan and run what the flags ask for; return the exit status."""
+    guard_screen()
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(with_options(SweepConfig), arguments, prog=PROG, about=ABOUT)
     show_warnings_plainly()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from bench.device import OUT_OF_MEMORY_OUTPUT
-from bench.files import Busy, cannot_write, utc_now
+from bench.files import CANNOT_WRITE, NOT_WRITTEN, Busy, cannot_write, kind_of, utc_now
 from bench.record import (
     BUSY,
     NOT_REACHED,
@@ -128,7 +128,7 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool =
     made is run again from its beginning, unless ``keep_stale``.
     """
     record = folder_of(run).read_record()
-    if record is None or not (run.folder / "record.json").exists():  # or it was killed before its record
+    if record is None or kind_of(run.folder / "record.json") is None:  # or it was killed before its record
         return FolderState(None, ())
     outcome, status = outcome_of(record), record.status
     stale = is_stale(record, run.code)
@@ -271,7 +271,7 @@ def judge_child(attempt: Attempt, exit_status: int) -> Outcome | Again:
     Every other end is a crash, or out of memory where its last lines say so.
 
     Raises:
-        Unwritable: the status cannot be written; the record stays as it was.
+        Unwritable: the run or its status cannot be written; the record stays as it was.
     """
     run = attempt.run
     record = folder_of(run).read_record()
@@ -285,6 +285,9 @@ def judge_child(attempt: Attempt, exit_status: int) -> Outcome | Again:
     if attempt.stopped == "timeout":
         error = f"stopped after its time limit of {attempt.time_limit:g} s"
         return _written(attempt, "timeout", error, tail, changed)
+    if exit_status == NOT_WRITTEN:
+        said = record.error if isinstance(record, Record) and changed else None
+        raise Unwritable(f"run {run.label}: {said or 'its results ' + CANNOT_WRITE + '.'}")
     if exit_status == 130 or -exit_status in ASKED_TO_END:
         return Outcome("interrupted", "stopped from outside")
     if exit_status == 2 and not changed:
@@ -300,6 +303,8 @@ def _refused(attempt: Attempt, tail: Sequence[str]) -> Outcome | Again:
     message = " ".join(tail[starts[-1] :])[len("error: ") :] if starts else _cause(2, tail)
     if BUSY in message:
         return Again(attempt.flags, "busy")
+    if CANNOT_WRITE in message:
+        raise Unwritable(message)
     if "--resume" in attempt.flags:
         return Again(("--force",), "checkpoint", message)
     return Outcome("refused", message)
@@ -380,7 +385,7 @@ def _record_of_none(run: PlannedRun, part: TimePart, status: str, error: str) ->
 
 def _create(store: RunFolder, record: Record) -> None:
     """Make the folder whole or not at all; an earlier folder is set aside, as the child would have done."""
-    if store.path.exists():
+    if kind_of(store.path) is not None:
         store.set_aside()
     try:
         store.create(record)

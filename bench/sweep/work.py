@@ -219,7 +219,7 @@ class _RunningSweep:
                 verdict = judge_child(attempt, exit_status)
             except Unwritable as error:
                 self._stop("unwritable", str(error))
-                verdict = Outcome("interrupted", "its end could not be recorded")
+                verdict = Outcome("interrupted", str(error))
             if isinstance(verdict, Again):
                 self._queue_again(attempt, verdict)
                 continue

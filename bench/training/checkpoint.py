@@ -6,6 +6,7 @@ the comment. ``torch.load`` checks nothing; ``load_checkpoint`` checks every byt
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.device import is_out_of_memory
-from bench.files import remove_left_over, replacing
+from bench.files import remove_left_over, replacing, writing
 from gnnmoe.config import Refused
 
 CHECKPOINT_SCHEMA = 3
@@ -27,20 +28,25 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` (tensors, numbers, text, lists, dicts) whole or not at all.
 
     Raises:
-        OSError: the file cannot be written; the old file stays.
+        NotWritten: the file cannot be written; the old file stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_left_over(path)
-    try:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_over(path)
         with replacing(path) as file:
-            torch.save({"schema": CHECKPOINT_SCHEMA, **state}, file)
+            _write_zip(file, {"schema": CHECKPOINT_SCHEMA, **state})
             _append_digest(file)
+
+
+def _write_zip(file: IO[bytes], state: dict[str, Any]) -> None:
+    try:
+        torch.save(state, file)
     except RuntimeError as error:
-        if "inline_container" not in str(error):  # of torch's zip writer
+        if "inline_container" not in str(error):  # of torch's zip writer, raised over the error of the disk
             raise
         cause = error.__context__
-        why = cause.strerror if isinstance(cause, OSError) else error
-        raise OSError(f"{path.name} cannot be written: {why}") from error
+        known = isinstance(cause, OSError)
+        raise OSError(cause.errno if known else errno.EIO, cause.strerror if known else str(error)) from error
 
 
 def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[str, Any]:

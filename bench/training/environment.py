@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,7 @@ import torch
 import bench
 import gnnmoe
 from bench.data.cache import syntax_sha256
+from bench.files import without_places
 from bench.record import Environment
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.registry import coupler_class, coupler_names, made_of, resolved_options
@@ -168,6 +170,7 @@ def _installed() -> tuple[Path, ...]:
     return tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
+COMMAND_SECONDS = 10
 PACKAGES = ("torch_geometric", "torch_scatter", "torch_sparse", "numpy", "datasets")
 
 
@@ -197,35 +200,58 @@ def device_name(device: torch.device) -> str:
     """Return the model name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 
+OF_ANOTHER_REPOSITORY = frozenset(
+    {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX"}
+)
+"""What git sets for its hooks; it names the repository that git works on, not the repository of this code."""
+GIT = "git --no-optional-locks -c safe.directory=*".split()  # this code may belong to another user
+
+
+class NoOutput(Exception):
+    """A command is missing, failed or took too long; the message says which."""
+
+
 def code_state() -> dict[str, str | None]:
-    """Return the git commit, and a hash of the uncommitted changes (None if there are none)."""
-    tracked = _output(
-        "git", "ls-files", Path(__file__).name
-    )  # an installed copy may lie inside another project
-    commit = _output("git", "rev-parse", "HEAD") if tracked else None
-    if commit is None:
-        return {"git_commit": None, "git_changes_sha256": None}
-    changes = (_output("git", "diff", "HEAD") or "") + (_output("git", "status", "--porcelain") or "")
-    digest = hashlib.sha256(changes.encode()).hexdigest() if changes else None
-    return {"git_commit": commit.strip(), "git_changes_sha256": digest}
-
-
-def _output(*command: str) -> str | None:
-    """Return what a command prints in this folder; None if it is missing, fails or takes ten seconds."""
-    folder = Path(__file__).parent
+    """Return the git commit, the hash of the uncommitted changes, if any, and why they are unknown."""
+    found: dict[str, str | None] = {"git_commit": None, "git_changes_sha256": None, "git_remark": None}
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+        if not _output(*GIT, "ls-files", Path(__file__).name):  # an installed copy inside another project
+            return {**found, "git_remark": "git does not track this code"}
+        found["git_commit"] = _output(*GIT, "rev-parse", "HEAD").decode().strip()
+        changes = _output(*GIT, "diff", "--no-ext-diff", "--no-textconv", "HEAD")
+        changes += _output(*GIT, "status", "--porcelain")
+    except NoOutput as error:
+        return {**found, "git_remark": str(error)}
+    return {**found, "git_changes_sha256": hashlib.sha256(changes).hexdigest() if changes else None}
+
+
+def _output(*command: str) -> bytes:
+    """Return what a command prints in this folder.
+
+    Raises:
+        NoOutput: the command is missing, fails or takes ten seconds.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in OF_ANOTHER_REPOSITORY}
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, env=environment, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=COMMAND_SECONDS,
+        )  # fmt: skip
+    except OSError as error:
+        raise NoOutput(f"{command[0]} cannot be started: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise NoOutput(f"{command[0]} took more than {COMMAND_SECONDS} s") from error
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().partition("\n")[0]
+        raise NoOutput(f"{command[0]} failed: {without_places(said)}")
+    return done.stdout
 
 
 def _version(package: str) -> str | None:
@@ -236,5 +262,8 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    said = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return said.splitlines()[0].strip() if said else None
+    try:
+        said = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    except NoOutput:
+        return None
+    return said.decode(errors="replace").strip().partition("\n")[0] or None

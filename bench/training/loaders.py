@@ -26,6 +26,7 @@ from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum, ScoreBlocks, make_curriculum, model_scores
 from bench.data.loader import BlockLoader, Extent, create_loader, validate_first_batch
 from bench.data.sources import known_as
+from bench.files import kind_of
 from bench.training.checkpoint import load_checkpoint
 from bench.training.environment import couplers_sha256, project_sha256
 from bench.training.ranks import ALONE, Ranks
@@ -227,10 +228,13 @@ def scorer_identity(training: TrainingConfig) -> str | None:
     kind, _, path = training.curriculum.partition(":")
     if kind != "model":
         return kind
-    if not path or not Path(path).is_file():
+    if not path or kind_of(Path(path)) != "file":
         return "random"
-    with Path(path).open("rb") as file:
-        return f"model:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    try:
+        with Path(path).open("rb") as file:
+            return f"model:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise Refused(f"--curriculum: {path} cannot be read ({error.strerror}).") from error
 
 
 def difficulty_scores(

@@ -15,6 +15,7 @@ from rich.text import Text
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
 from bench.help import Help
+from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ ABOUT = Help(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Search for the config that the flags name; return the exit status."""
+    guard_screen()
     config = parse(TuneConfig, argv, prog="python -m bench.tune", presets=True, about=ABOUT)
     show_warnings_plainly()
     try:

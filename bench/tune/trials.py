@@ -286,7 +286,7 @@ def search_in_child(
     """
     context = multiprocessing.get_context("spawn")  # a fork cannot use CUDA
     ours, theirs = context.Pipe(duplex=False)
-    deadline = time.time() + request.max_seconds
+    deadline = time.monotonic() + request.max_seconds  # one clock for all processes of the machine
     child = context.Process(target=_child, args=(theirs, work, request, deadline), daemon=True)
     child.start()
     theirs.close()
@@ -310,7 +310,7 @@ def search_in_child(
 
 def _answer_of(ours: Connection, child: BaseProcess, deadline: float, keep: OnTrial) -> Found | None:
     """Return the child's answer, None at the deadline; ``keep`` receives each trial before."""
-    while ours.poll(max(0.0, deadline - time.time())):
+    while ours.poll(max(0.0, deadline - time.monotonic())):
         try:
             message = ours.recv()
         except (EOFError, OSError):  # at the end of a message, or within one
@@ -336,7 +336,7 @@ def _child(
         if device.type == "cuda":
             share = request.budget_bytes / device_memory_bytes(device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device.index)
-        left = replace(request, max_seconds=max(1.0, deadline - time.time()))
+        left = replace(request, max_seconds=max(1.0, deadline - time.monotonic()))
         theirs.send(work(left, theirs.send))
     except (SearchFailed, ParametersNotApplied) as known:
         theirs.send(known)

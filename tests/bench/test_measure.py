@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from bench.device import resolve_device
 from bench.measure.memory import meter_for
 from bench.measure.speed_pass import fetched, measure_speed, peak_memory
 from bench.measure.timing import TrainingSteps, training_flops_per_token
+from bench.training import environment
 from bench.training.environment import code_state, describe_environment
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 
@@ -113,7 +115,46 @@ def test_the_environment_names_versions_and_code_but_no_place():
     assert found["threads"] == torch.get_num_threads()
     assert str(Path.cwd()) not in text
     assert socket.gethostname() not in text.replace(found["device_name"], "")
-    assert set(code_state()) == {"git_commit", "git_changes_sha256"}
+
+
+FAKE_GIT = {
+    "not UTF-8": (r"case $* in *diff*) printf 'caf\351\n';; *) echo abc;; esac", "abc", None),
+    "of another user": (
+        "echo 'fatal: detected dubious ownership' >&2; exit 128",
+        None,
+        "git failed: fatal: det",
+    ),
+    "slow": ("exec sleep 5", None, "git took more"),
+    "slow with changes": (
+        "case $* in *diff*) exec sleep 5;; *) echo abc;; esac",
+        "abc",
+        "git took more",
+    ),
+    "missing": (None, None, "git cannot be started: No such file"),
+    "not here": ("true", None, "git does not track this code"),
+}
+
+
+@pytest.mark.parametrize(("script", "commit", "remark"), FAKE_GIT.values(), ids=FAKE_GIT)
+def test_git_never_keeps_a_run_from_starting(script, commit, remark, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "COMMAND_SECONDS", 0.2)
+    if script is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "git").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = code_state()
+    assert found["git_commit"] == commit
+    assert (found["git_changes_sha256"] is not None) == (commit is not None and remark is None)
+    assert (found["git_remark"] or "").startswith(remark or "")
+    assert (found["git_remark"] is None) == (remark is None)
+
+
+def test_the_commit_is_of_this_code_where_a_hook_of_another_repository_runs(monkeypatch, tmp_path):
+    expected = code_state()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert code_state()["git_commit"] == expected["git_commit"]
 
 
 def test_auto_takes_what_there_is(monkeypatch):

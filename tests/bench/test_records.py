@@ -12,9 +12,11 @@ import pytest
 
 from bench import files
 from bench.config import ModelConfig, RunConfig, TrainingConfig, config_of, run_flags
-from bench.record import Damaged, Record, RunFolder, check_writable, is_measured
+from bench.files import check_writable
+from bench.record import Damaged, Record, RunFolder, is_measured
 from bench.run.prepare import configuration_id, identity, settings_in_record
 from bench.run.prepare import run_id as schema_run_id
+from bench.study.run_files import train_rows
 from gnnmoe.couplers.registry import coupler_identity
 from tests._records import made_record, record_json
 
@@ -264,6 +266,17 @@ def test_a_run_is_locked_for_everybody_else(tmp_path):
     with second.locked():
         pass
     assert not list(tmp_path.iterdir()), "neither a lock nor an empty folder stays"
+
+
+def test_the_history_is_json_where_a_number_is_not_finite(tmp_path):
+    folder = RunFolder(tmp_path, "study", "id")
+    folder.path.mkdir(parents=True)
+    folder.append_history({"kind": "train", "step": 1, "loss": math.inf, "gradient_norm": math.nan})
+    expected = '{"kind": "train", "step": 1, "loss": null, "gradient_norm": null}\n'
+    assert folder.read_history() == expected
+    (row,) = train_rows(folder.path)
+    assert math.isnan(row["loss"])
+    assert math.isnan(row["gradient_norm"])
 
 
 def test_a_study_that_is_a_file_is_refused(tmp_path):

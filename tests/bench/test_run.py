@@ -17,6 +17,7 @@ import torch
 from bench.cli import parse
 from bench.config import RunConfig
 from bench.data.corpus import load_corpus
+from bench.files import NOT_WRITTEN, NotWritten
 from bench.record import Record, RunFolder, record_of
 from bench.report import quantities
 from bench.report.plots.run import plot_run
@@ -222,13 +223,13 @@ def test_a_full_disk_ends_the_run_with_a_message(tiny, monkeypatch, capsys):
     def full(self, record):
         calls.append(record.status)
         if len(calls) > 1:
-            raise OSError(28, "No space left on device")
+            raise NotWritten(28, "No space left on device", "record.json")
         write(self, record)
 
     monkeypatch.setattr(RunFolder, "write_record", full)
-    assert main(tiny) == 1
+    assert main(tiny) == NOT_WRITTEN
     assert calls == ["interrupted", "ok"]
-    assert "cannot be written: [Errno 28] No space left" in " ".join(capsys.readouterr().out.split())
+    assert "record.json cannot be written: No space left" in " ".join(capsys.readouterr().out.split())
     folder, record = only_run(results_of(tiny))
     assert record["status"] == "interrupted"
     assert not list(folder.glob(".*"))

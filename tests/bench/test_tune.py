@@ -548,7 +548,7 @@ def test_a8_what_goes_wrong_in_a_child_is_a_failed_search_or_what_it_is(forked, 
 def test_b6_at_the_deadline_the_answer_is_what_ran_before_it(forked, monkeypatch):
     def late(trial: Trial) -> None:
         if not trial.ran:  # the last message: from here on the time is up
-            monkeypatch.setattr(trials, "time", SimpleNamespace(time=lambda: float("inf")))
+            monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=lambda: float("inf")))
 
     found = search_in_child(REQUEST, late, never_ends)
     assert (found.shape, found.stopped, len(found.trials)) == (Shape(1, 8), "max_seconds", 2)

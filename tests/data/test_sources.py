@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +79,11 @@ def test_no_such_column_names_those_there_are(tmp_path, column):
         ({"valid.txt": b"e"}, "validation split needs one file, and there are 2: valid.txt, validation.txt"),
         ({"test.txt": b" \n\t\n"}, "test.txt holds no text; fetch"),
         ({"test.txt": "b ü\n".encode("utf-16")}, "test.txt is not UTF-8 text .*save it as UTF-8"),
+        ({"test.txt": b"", "train.txt": b""}, "train.txt holds no text; fetch"),
+        ({"test.txt": "b a\n".encode("utf-16-le")}, "test.txt is no text: line 1 holds a zero byte"),
+        ({"test.txt": b"a b\nc\n" + bytes(9)}, "test.txt is no text: line 3 holds a zero byte, at letter 7 "),
+        ({"test.txt": "link"}, "test.txt is a link whose target does not exist; pass --data-dir"),
+        ({"test.txt": "pipe"}, "test.txt is a pipe or a device, not a file; pass --data-dir"),
         ({"test.txt": "folder"}, r"test.txt cannot be read \(Is a directory\); pass --data-dir"),
     ],
 )  # fmt: skip
@@ -84,6 +93,10 @@ def test_a_folder_of_wrong_text_files_is_refused(tmp_path, changes, message):
         (tmp_path / name).unlink(missing_ok=True)
         if content == "folder":
             (tmp_path / name).mkdir()
+        elif content == "link":
+            (tmp_path / name).symlink_to("nowhere")
+        elif content == "pipe":
+            os.mkfifo(tmp_path / name)
         elif content is not None:
             (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -105,6 +118,42 @@ def test_a_damaged_shard_or_a_part_of_them_is_refused(tmp_path, files, message):
         (tmp_path / f"{files[0]}.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=message):
         load_corpus(data_dir=tmp_path)
+
+
+def test_a_parquet_file_with_two_text_columns_of_one_name_is_refused_by_its_name(tmp_path):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    for split in ("train", "validation", "test"):
+        table = pa.table([["a b"], ["c d"], ["e f"]], names=["text", "twice", "twice"])
+        write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    assert load_corpus(data_dir=tmp_path).splits["train"].num_words == 2
+    with pytest.raises(ValueError, match="has several columns 'twice'; rename them"):
+        load_corpus(data_dir=tmp_path, text_column="twice")
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9\r\n", b"", b"HTTP/1.1 302 x\r\nLocation: /\r\n\r\n"])
+def test_what_is_no_hub_is_not_reachable_and_prints_no_traceback(answer, monkeypatch, capfd):
+    """The answer of another server, silence, and a redirect to itself."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=_answer, args=(server, answer), daemon=True).start()
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
+        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(sources, "PROBE_SECONDS", 0.3)
+        assert not sources.hub_reachable()
+    assert capfd.readouterr().err == ""
+
+
+def _answer(server: socket.socket, answer: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            connection.recv(4096)
+            if answer:
+                connection.sendall(answer)
+                connection.close()
 
 
 def _hub(monkeypatch, splits: dict[str, dict[str, list]]) -> None:

@@ -67,6 +67,10 @@ elif behaviour == "runs out of memory":
     begin(); sys.exit("Traceback (most recent call last):\\ntorch.OutOfMemoryError: CUDA out of memory.")
 elif behaviour == "raises":
     begin(); print("\\n".join(f"line {n}" for n in range(50))); sys.exit("KeyError: 'x'\\nrecord: /a/path")
+elif behaviour == "fills the disk":
+    begin(); write("interrupted", "checkpoint.pt cannot be written: No space left on device. …"); sys.exit(74)
+elif behaviour == "finds a full disk":
+    print("error: the results folder x cannot be written (No space left on device); …"); sys.exit(2)
 elif behaviour == "leaves nothing":
     pass
 elif behaviour == "refused" or (behaviour == "needs a checkpoint" and "--resume" in flags):

@@ -228,6 +228,16 @@ def test_an_unwritable_folder_is_one_message_and_starts_nothing(study, tmp_path)
     assert sorted(path.name for path in study.folder.iterdir()) == [".logs", ".sweep.lock"]
 
 
+@pytest.mark.parametrize("behaviour", ["fills the disk", "finds a full disk"])
+def test_the_first_run_that_cannot_be_written_stops_the_sweep(study, behaviour):
+    result = study.sweep(study.runs(behaviour, "ok"))
+    assert (result.exit_status, result.counts) == (2, {"interrupted": 1, "left": 1})
+    said = study.output.getvalue()
+    assert "cannot be written" in said.partition("error: ")[2]
+    assert "No space left on device" in said.partition("error: ")[2]
+    assert "To continue" in said
+
+
 def test_a_child_that_cannot_be_started_stops_the_sweep(study):
     result = study.sweep(study.runs("ok", "ok"), command=lambda _: ["/no/such/program"])
     assert result.exit_status == 2

@@ -265,6 +265,24 @@ class TestCommand:
         assert {path.name for path in folder.glob("steps.*")} == {"steps.svg", "steps.png", "steps.csv"}
         assert "step, E 5, D 8, B 2, L 4, fp32, cpu" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(("asked", "remark"), [
+        ([], "faster than its floor: "),
+        (["--whole-steps"], "the steps did more FLOP/s than the matrix products"),
+    ])  # fmt: skip
+    def test_a_machine_whose_rates_are_too_low_ends_no_measurement(
+        self, asked, remark, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setattr("bench.speed.machine.matrix_rate", lambda *_: 2.0)
+        monkeypatch.setattr("bench.speed.suites.VOCABULARY", 50)
+        arguments = [*TINY, *asked, "--coupler", "static", "--results-dir", str(tmp_path), "--name", "low"]
+        assert speed.main(arguments) == 0
+        data, rows = read_speed_record(tmp_path / "speed" / "low")
+        assert data["status"] == "ok"
+        assert [row.error for row in rows] == [None] * len(rows)
+        assert rows[0].mfu > 1
+        assert remark in rows[0].remark
+        assert remark in " ".join(capsys.readouterr().out.split())
+
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments]) == 0

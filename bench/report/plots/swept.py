@@ -188,12 +188,12 @@ def _answer(comparison: Comparison, flag: str, lines: list[Line]) -> str:
     if not at:
         return f"No {flag} is significantly better than every other value"
     found = ", ".join(f"{plain(x)} ({', '.join(names)})" for x, names in at.items())
-    rest = len(lines) - sum(map(len, at.values()))
-    if len(found) >= 100:
-        return f"Which {flag} gives the lowest perplexity?"
-    return f"Lowest perplexity at {flag} {found}" + (
-        f"; not resolved for {counted(rest, 'line')}" if rest else ""
-    )
+    told = [name for names in at.values() for name in names]
+    rest = [line.name for line in lines if line.name not in told]
+    subject = f"Lowest perplexity at {flag} {found}"
+    if rest:
+        subject += f"; not resolved for {', '.join(rest) if len(rest) < 4 else counted(len(rest), 'line')}"
+    return subject if len(subject) < 160 else f"Which {flag} gives the lowest perplexity?"
 
 
 def _looks(lines: list[Line]) -> dict[str, Look]:

@@ -330,7 +330,11 @@ class ExecutionConfig:
             )
 
     def experts_on(self, device_type: str) -> str:
-        """Return the form of the experts on this device: ``auto`` takes the form that was measured faster."""
+        """Return the form of the experts on this device.
+
+        ``auto`` depends on the type of the device alone. The form is part of a run's identity, so a choice by
+        measurement could give the runs of one sweep different ids.
+        """
         if self.experts == "auto":
             return "batched" if device_type == "cuda" else "loop"
         return self.experts

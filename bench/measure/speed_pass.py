@@ -28,6 +28,7 @@ from bench.measure.timing import (
     WINDOW_STEPS,
     TrainingSteps,
     matrix_rate,
+    products_beside,
     time_in_turn,
     time_steps,
     training_flops_per_token,
@@ -108,7 +109,10 @@ class SpeedPass:
         speed = measure_speed(steps, self.config.measure, self.device)
         memory = self._memory(steps)
         steps.forget()
-        speed.matrix_flops_per_second, speed.compile_seconds = self._matrix_rate(), self._compiling(speed)
+        speed.matrix_flops_per_second, speed.compile_seconds = (
+            self._matrix_rate(steps),
+            self._compiling(speed),
+        )
         self._remark_on_utilisation(speed, copied)
         return steps, speed, memory
 
@@ -128,10 +132,11 @@ class SpeedPass:
         memory.peak_allocated_bytes = memory.by_part = unseen
         return memory
 
-    def _matrix_rate(self) -> float | NotMeasured:
+    def _matrix_rate(self, steps: TrainingSteps) -> float | NotMeasured:
         if self.device.type != "cuda":
             return not_measured("a run measures it on CUDA only; python -m bench.speed does everywhere")
-        rate = matrix_rate(self.device, self.execution.autocast_dtype or torch.float32)
+        products = products_beside(steps.model.config, steps.batches[0]["input_ids"].numel(), self.device)
+        rate = matrix_rate(self.device, self.execution.autocast_dtype or torch.float32, products)
         return sum(self.ranks.gather(rate))
 
     def _remark_on_utilisation(self, speed: Speed, model: GNNMoEModel) -> None:

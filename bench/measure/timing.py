@@ -9,8 +9,9 @@ long the host takes to launch the next.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
@@ -34,11 +35,13 @@ TimedStep = Callable[[int], object]
 """One step, given its number: warm-up steps are 0, 1, …, and the timed steps go on from there."""
 WarmupSteps = int | Literal["auto"]
 """How many warm-up steps; auto: until the median of ten steps moves by less than 2%, at most 50 steps."""
+Product = tuple[int, int, int]
+"""A matrix product: rows, inner size and columns."""
 Agree = Callable[[float], float]
 """Makes one number of the numbers of several ranks, so that all ranks warm up equally long."""
 
 WINDOW_STEPS, MOST_WARMUP_STEPS, TOLERANCE = 10, 50, 0.02
-CUDA_SIZES, CPU_SIZES = (4096, 8192), (512, 1024, 2048, 4096)  # rows of the matrices of ``matrix_rate``
+CUDA_SIZES, CPU_SIZES = (4096, 8192), (512, 1024, 2048, 4096)  # rows of the square matrices that are timed
 MOST_PRODUCT_SECONDS = 1.0
 CUDA_COPY_BYTES, CPU_COPY_BYTES = 2**30, 2**28  # well beyond any cache
 
@@ -167,27 +170,42 @@ def _seconds_by_events(
     return [before.elapsed_time(after) / 1e3 for before, after in events]
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the highest FLOP/s that a square matrix product of ``dtype`` reaches on this device now.
+def matrix_rate(device: torch.device, dtype: torch.dtype, products: Iterable[Product]) -> float:
+    """Return the highest FLOP/s that one of ``products`` of ``dtype`` reaches on this device now.
 
-    A product of n rows is 2·n³ FLOPs over its median time, under the settings of the process (tf32,
-    threads). The best of several sizes counts, since the processor decides which size is fastest. A size is
-    left out if one product would take more than a second at the rate of the size before.
+    The FLOPs of a product are divided by its median time, under the settings of the process (tf32, threads).
+    A product is left out if it would take more than a second at the rate of the next smaller one.
     """
     rates: list[float] = []
-    for size in CUDA_SIZES if device.type == "cuda" else CPU_SIZES:
-        flops = 2 * size**3
+    for product in sorted(set(products), key=math.prod):
+        flops = 2 * math.prod(product)
         if rates and flops / rates[-1] > MOST_PRODUCT_SECONDS:
             break
-        rates.append(flops / _product_seconds(size, device, dtype))
+        rates.append(flops / _product_seconds(product, device, dtype))
     return max(rates)
 
 
-def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+def _product_seconds(product: Product, device: torch.device, dtype: torch.dtype) -> float:
     generator = torch.Generator(device).manual_seed(0)  # zeros would draw less power and run faster
-    left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, device=device, dtype=dtype)
+    rows, inner, columns = product
+    left, right = (
+        torch.randn(shape, device=device, generator=generator).to(dtype)
+        for shape in ((rows, inner), (inner, columns))
+    )
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
     return time_steps(lambda _: torch.mm(left, right, out=out), device=device, warmup=1, steps=5).median
+
+
+def products_beside(model: GNNMoEConfig, tokens: int, device: torch.device) -> list[Product]:
+    """Return the products whose rate a step of ``model`` on ``tokens`` tokens is compared with.
+
+    These are large square products of several sizes, since the processor decides which size is fastest, and
+    products of the step itself: maps of the experts and the coupler, and the gradient of a weight.
+    """
+    squares = [(size, size, size) for size in (CUDA_SIZES if device.type == "cuda" else CPU_SIZES)]
+    D, F = model.embed_dim, model.expert_width
+    maps = [(tokens, D, D), (model.num_experts * tokens, D, D), (tokens, D, F), (tokens, F, D)]
+    return [*squares, *maps, (D, tokens, F)]
 
 
 def copy_bandwidth(device: torch.device) -> float:

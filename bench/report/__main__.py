@@ -52,7 +52,7 @@ class ReportConfig:
     allow_unequal: bool = False
     """Compare also runs that differ in evaluation, batch or length."""
     plots: bool = True
-    """Draw the plots."""
+    """Draw the plots. Without plots, the plots of an earlier report in the folder are deleted."""
     columns: Annotated[Several, tyro.conf.arg(metavar="NAME")] = ()
     """A column of the LaTeX tables beside the names of the rows; may be given several times. Default: six
     columns that fit a paper."""
@@ -166,12 +166,19 @@ def report(config: ReportConfig, console: Console) -> int:
         for text in made.doubled():
             print(f"error: {text}", file=sys.stderr)
         return 1 if made.doubled() else 0
-    from bench.report.files import PAGE, SUMMARY, write_report
+    from bench.report.files import OPTIONS, PAGE, SUMMARY, read_options, write_report
     from bench.report.terminal import print_report
 
+    earlier = read_options(folder)["files"] if (folder / OPTIONS).is_file() else {}
+    outdated = not config.plots and any(name.startswith("plots/") for name in earlier)
     with console.status("drawing and writing …"):
         write_report(made, options, folder, plots=config.plots)
-    print_report(made, console, [f"page: {folder / PAGE}", f"tables, plots, {SUMMARY}: {folder}"])
+    places = [f"page: {folder / PAGE}", f"tables, plots, {SUMMARY}: {folder}"]
+    if not config.plots:
+        places[1] = f"tables, {SUMMARY}: {folder}"
+    if outdated:
+        places.append("--no-plots deleted the plots of the earlier report, which may not fit these records.")
+    print_report(made, console, places)
     return 1 if made.doubled() else 0
 
 
@@ -245,12 +252,18 @@ def list_studies(config: ListConfig, console: Console) -> int:
 
 def show(config: ShowConfig, console: Console) -> int:
     """Show the record of one run."""
+    from bench.files import visible
     from bench.report.summary import print_summary
+    from bench.study.labels import files_named
     from bench.study.runs import find_run
 
     run = find_run(config.run_id, config.results_dir)
     print_summary(run.record, run.folder, console)
-    console.print(f"command: {run.record.command}", markup=False, highlight=False, soft_wrap=True)
+    lines = [f"command: {run.record.command}"]
+    if names := files_named(run.record.config):
+        lines.append(f"A record keeps no absolute paths: start the command where {names} can be found.")
+    for line in lines:
+        console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -89,12 +89,10 @@ def _write(path: Path, options: ReportOptions) -> None:
 
 
 def text_files(report: Report) -> dict[str, str]:
-    """Return the contents of the summary and of every table, by path."""
-    columns = report.columns
-    tables = {
-        f"tables/{name}": text for table in report.tables for name, text in table.files(columns).items()
-    }
-    return {**tables, SUMMARY: summary_markdown(report)}
+    """Return the contents of the summary and of every table that has a row, by path."""
+    tables = [table.files(report.columns) for table in report.tables if len(table.figures)]
+    contents = {f"tables/{name}": text for files in tables for name, text in files.items()}
+    return {**contents, SUMMARY: summary_markdown(report)}
 
 
 def read_options(folder: Path) -> ReportOptions:

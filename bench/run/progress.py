@@ -39,11 +39,10 @@ class Workload:
             return 0
         return math.ceil(self.steps / self.eval_every) - step // self.eval_every
 
-    def seconds_left(self, step: int, step_seconds: float, batch_seconds: float | None) -> float:
+    def seconds_left(self, step: int, step_seconds: float, batch_seconds: float) -> float:
         """Return the seconds after ``step`` of training, evaluations and speed pass."""
-        forward = step_seconds * FORWARD_SHARE if batch_seconds is None else batch_seconds
         batches = self.evaluations_after(step) * self.eval_batches + AUDITED * self.final_batches
-        return (self.steps - step + self.speed_steps) * step_seconds + batches * forward
+        return (self.steps - step + self.speed_steps) * step_seconds + batches * batch_seconds
 
 
 class Reporter:
@@ -54,7 +53,7 @@ class Reporter:
         self._bar: Progress | None = None
         self._work = Workload(0, 1)
         self._first, self._step, self._tokens, self._started = 0, 0, 0, 0.0
-        self._step_seconds, self._trained = 0.0, False
+        self._step_seconds = 0.0
         self._eval_seconds, self._eval_batches, self._last_batch = 0.0, 0, 0.0
         self._validation = ""
 
@@ -96,25 +95,27 @@ class Reporter:
             self._eval_seconds += now - self._last_batch
             self._eval_batches += 1
         self._last_batch = now
-        self._show(done, batches, "evaluating", self._left(batches - done))
+        left = f"{_clock((batches - done) * self._batch_seconds())} left"
+        self._show(done, batches, "evaluating", left)
 
     def evaluated(self, row: dict[str, Any]) -> None:
         """Show one evaluation."""
         perplexity = number(exp_or_infinity(row["nll_sum"] / row["tokens"]))
         self._validation = f" · val ppl {perplexity}"
         elapsed, self._step = time.perf_counter() - self._started, row["step"]
-        self._trained = self._step >= self._work.steps
         self.line(f"  step {row['step']}/{self._work.steps}: validation perplexity {perplexity}, "
                   f"{_clock(elapsed)}, about {self._left()}")  # fmt: skip
 
-    def _left(self, batches: int | None = None) -> str:
-        """Return the time left with evaluations and speed pass; ``batches`` are left of an evaluation."""
-        each = self._eval_seconds / self._eval_batches if self._eval_batches else None
-        if self._trained and batches is not None:
-            seconds = self._work.speed_steps * self._step_seconds
-        else:
-            seconds = self._work.seconds_left(self._step, self._step_seconds, each)
-        return f"{_clock(seconds + (batches or 0) * (each or self._step_seconds * FORWARD_SHARE))} left"
+    def _batch_seconds(self) -> float:
+        """Return the seconds of a batch in an evaluation, estimated until the first batch is done."""
+        if self._eval_batches:
+            return self._eval_seconds / self._eval_batches
+        return self._step_seconds * FORWARD_SHARE
+
+    def _left(self) -> str:
+        """Return the time left of the whole run, with evaluations and speed pass."""
+        seconds = self._work.seconds_left(self._step, self._step_seconds, self._batch_seconds())
+        return f"{_clock(seconds)} left"
 
     def _show(self, completed: int, total: int, text: str, left: str) -> None:
         if self.quiet or not self.console.is_terminal:

@@ -41,6 +41,9 @@ INPUT_SETS = 3  # used alternating: a set that was just read may still lie in a 
 INPUTS = 2  # gradients before those of the parameters: of expert outputs and layer input
 SLACK = 4.0
 ELEMENT_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2}
+BELOW_FLOOR = (
+    "faster than its floor: its tensors stay in a cache, or this machine has a faster product or copy"
+)
 
 
 # --- forms -----------------------------------------------------------------------------------------
@@ -284,7 +287,9 @@ def coupler_rows(
     runners: dict[str, Runner] = {}
     parity, device, rounds = Parity(), machine.device, timing.rounds
     with products_in(precision):
-        inputs, rates = FormInputs(forms[0].config, batch, precision, device), machine.rates(precision)
+        config = forms[0].config
+        inputs = FormInputs(config, batch, precision, device)
+        rates = machine.rates(precision, config, batch * config.max_seq_length)
 
         def make(key: str) -> TimedStep:
             runners[key] = Runner(by_key[key], inputs, precision)
@@ -303,10 +308,8 @@ def coupler_rows(
             forward = timed(steps, slow, device, rounds=rounds, warmup=1)
         rows = {}
         for key, form in by_key.items():
-            subject, config = form.subject, form.config
-            row = machine.row(
-                case, subject, form.name, precision, batch, config, config.gnn_layers, turns[key]
-            )
+            layers, turn = form.config.gnn_layers, turns[key]
+            row = machine.row(case, form.subject, form.name, precision, batch, form.config, layers, turn)
             row.forward_seconds = forward.get(key, [])
             row.largest_difference = parity.differences.get(key)
             rows[key] = row
@@ -347,7 +350,10 @@ def _measure_memory(row: SpeedRow, runner: Runner, slow: bool) -> None:
 
 
 def _add_bounds(rows: dict[str, SpeedRow], forms: dict[str, Form], experts: int, rates: Rates) -> None:
-    """Add the rates and bounds; a form that computes more than another form does not raise the floor."""
+    """Add the rates and bounds; a form that computes more than another form does not raise the floor.
+
+    A form that is faster than its floor gets a remark.
+    """
     for key, row in rows.items():
         size = ELEMENT_BYTES[row.precision]
         row.floor_bytes = floor_bytes(row.tokens, experts, row.width, size)
@@ -357,3 +363,5 @@ def _add_bounds(rows: dict[str, SpeedRow], forms: dict[str, Form], experts: int,
             of_subject = [one.flops for one in rows.values() if one.subject == row.subject and one.flops]
             row.floor_seconds = rates.seconds(min(of_subject, default=0), row.floor_bytes)
             row.roofline_seconds = roofline_seconds(forms[key].config, row.tokens, size, rates)
+        if row.median and row.floor_seconds and row.median < row.floor_seconds:
+            row.remark = "; ".join(filter(None, [row.remark, BELOW_FLOOR]))

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from bench.device import is_out_of_memory, recover
 from bench.measure.memory import Owner, built_bytes, meter_for
-from bench.measure.timing import TimedStep, copy_bandwidth, matrix_rate, time_in_turn
+from bench.measure.timing import (
+    Product,
+    TimedStep,
+    copy_bandwidth,
+    matrix_rate,
+    products_beside,
+    time_in_turn,
+)
 from bench.record import is_measured
 from bench.speed.floors import Rates
 from bench.speed.record import SpeedRow
@@ -43,25 +50,30 @@ class Machine:
     def __init__(self, device: torch.device) -> None:
         self.device, self.name = device, device_name(device)
         self._bandwidth: float | None = None
-        self._rates: dict[str, Rates] = {}
+        self._flops: dict[str, float] = {}
+        self._timed: set[tuple[str, Product]] = set()
 
-    def rates(self, precision: str) -> Rates:
-        """Return FLOP/s of matrix products in this precision, and bytes/s of a copy."""
+    def rates(self, precision: str, model: GNNMoEConfig, tokens: int) -> Rates:
+        """Return the highest FLOP/s of matrix products in this precision so far, and bytes/s of a copy.
+
+        The products of a step of ``model`` on ``tokens`` tokens are timed too, if they are new.
+        """
         if self._bandwidth is None:
             self._bandwidth = copy_bandwidth(self.device)
-        if precision not in self._rates:
+        products = {(precision, product) for product in products_beside(model, tokens, self.device)}
+        if new := products - self._timed:
             with products_in(precision):
-                rate = matrix_rate(self.device, DTYPES[precision])
-            self._rates[precision] = Rates(rate, self._bandwidth)
-        return self._rates[precision]
+                rate = matrix_rate(self.device, DTYPES[precision], [product for _, product in new])
+            self._flops[precision] = max(rate, self._flops.get(precision, 0.0))
+            self._timed |= new
+        return Rates(self._flops[precision], self._bandwidth)
 
     def to_record(self) -> dict[str, Any]:
         """Return what was measured of the device."""
-        flops = {precision: rates.flops_per_second for precision, rates in self._rates.items()}
         return {
             "device": self.name,
             "copy_bytes_per_second": self._bandwidth,
-            "matrix_flops_per_second": flops,
+            "matrix_flops_per_second": self._flops,
         }
 
     def row(

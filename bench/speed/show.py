@@ -34,6 +34,8 @@ Column = Callable[[SpeedRow, dict[str, Any]], str]
 """From a row, and what follows from it, to the text of one column."""
 SpeedRecords = Sequence[tuple[dict[str, Any], list[SpeedRow]]]
 MIB = 2**20
+NARROW = 72
+"""Columns below which a table would break its numbers."""
 MARKS = (
     "<!-- begin of what bench.speed --page writes -->",
     "<!-- end of what bench.speed --page writes -->",
@@ -176,7 +178,7 @@ def print_rows(rows: Rows, console: Console) -> None:
 def _print(
     rows: Sequence[tuple[SpeedRow, dict[str, Any]]], columns: dict[str, Column], console: Console
 ) -> None:
-    """Print a table for each case and size, with columns of the same width."""
+    """Print a table for each case and size, with columns of the same width; sentences if it is narrow."""
     lines = [(row, {name: text(row, found) for name, text in columns.items()}) for row, found in rows]
     widths = {
         name: max(len(name), *(len(cells[name]) for _, cells in lines))
@@ -185,6 +187,11 @@ def _print(
     }
     for (_, place), group in groupby(lines, lambda line: (line[0].case, heading(line[0]))):
         console.print(place, style="italic", markup=False)
+        if console.width < NARROW:
+            for _, cells in group:
+                values = [f"{name} {cells[name]}" for name in widths if name != "form" and cells[name]]
+                console.print(f"{cells['form']}: {', '.join(values)}", markup=False)
+            continue
         table = PlainTable()
         for name, width in widths.items():
             if name == "form":

@@ -133,7 +133,8 @@ def _measure_beside(
     """Add the FLOPs of a step, the matrix rate, and the peak of one more step to its row."""
     own = steps.model.flops(row.batch, row.length)
     row.flops = None if own is None else TRAINING * own
-    row.matrix_flops_per_second = machine.rates(row.precision).flops_per_second
+    rates = machine.rates(row.precision, steps.model.config, row.tokens)
+    row.matrix_flops_per_second = rates.flops_per_second
     row.remark = over_the_rate(row.mfu or 0.0)
     if memory and variant.execution.compile_mode == "reduce-overhead":
         unseen = "CUDA graphs hold their memory in a pool of their own: no peak of the step is known"

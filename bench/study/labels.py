@@ -35,6 +35,8 @@ IN_NO_IDENTITY = (
 """Fields in which the runs of one configuration may differ."""
 DIGITS = 8
 """Digits of a hash in a label; a label has more digits where 8 do not tell two hashes apart."""
+OF_SAMPLES = ("num_train_samples", "num_eval_samples")
+"""Fields of which None means all."""
 SHORT = {
     "hgnn_learnable_edge_weights": {True: "learned weights", False: "no weights"},
     "initialization": {"original": "original start"},
@@ -94,6 +96,13 @@ def name_parts(config: RecordedConfig) -> list[str]:
     return [part_text(name, value) for name, value in parts.items() if value]
 
 
+def files_named(config: RecordedConfig) -> str:
+    """Return the files of the coupler, the layer and the strategy in words; empty if none is from a file."""
+    values = [str(config.model.get(name, "")) for name in (*OF_CLASSES, STRATEGY)]
+    found = [value.partition(".py:")[0] + ".py" for value in values if ".py:" in value]
+    return " and ".join(dict.fromkeys(found))
+
+
 def labels(configurations: Sequence[FlagTable], keys: Sequence[Key]) -> list[str]:
     """Return a label for each configuration: its coupler, and the fields that differ between configurations.
 
@@ -142,7 +151,12 @@ def _label(flags: FlagTable, names: Sequence[str]) -> str:
 
 
 def part_text(name: str, value: Any) -> str:
-    """Return a field and its value as a part of a label: ``learning_rate 0.004``, ``learned weights``."""
+    """Return a field and its value as a part of a label: ``learning_rate 0.004``, ``learned weights``.
+
+    The text is empty for a field that was not given, such as ``max_steps`` beside ``epochs``.
+    """
+    if value is None:
+        return f"{name} all" if name in OF_SAMPLES else ""
     if name in SHORT:
         return SHORT[name].get(value, str(value))
     if name in OF_CLASSES:

@@ -564,7 +564,10 @@ def show_expected(plan: Plan, console: Console) -> None:
     if any(configuration.training.config.execution.compile for configuration in shown):
         console.print(COMPILED_PEAK)
     rest = "" if len(shown) == len(plan.configurations) else f" of these {len(shown)} configurations"
-    console.print(f"The training of all runs{rest}, one after another, takes about {time_words(total)}.")
+    console.print(
+        f"The training of all runs{rest}, one after another, takes about {time_words(total)}. "
+        "Each run also takes time for its start-up, evaluations and measurements."
+    )
 
 
 def expected(configuration: PlannedConfiguration) -> tuple[str, float]:

@@ -25,8 +25,6 @@ def test_the_evaluations_that_come(work, step, expected):
 def test_the_time_left_counts_evaluations_and_the_speed_pass():
     assert WORK.seconds_left(120, 2.0, 0.5) == pytest.approx(30 * 2.0 + 1.15 * 20 * 0.5)
     assert WORK.seconds_left(40, 2.0, 0.5) == pytest.approx((80 + 30) * 2.0 + (2 * 10 + 1.15 * 20) * 0.5)
-    before = WORK.seconds_left(40, 3.0, None)  # a forward pass is a third of a step
-    assert before == WORK.seconds_left(40, 3.0, 1.0)
 
 
 class Clock:
@@ -57,16 +55,19 @@ def test_an_evaluation_moves_the_bar_and_is_no_training_time(reporter):
             clock.now += 0.5
             found.evaluating(batch, 10)
             task = found._bar.tasks[0]
-            seen.append((task.completed, task.total, task.description))
-        assert seen == [(batch, 10, "evaluating") for batch in range(1, 11)]
-        assert found._bar.tasks[0].fields["left"] == "4 min 2 s left"  # 220 s of steps and 43 batches
+            seen.append((task.completed, task.total, task.description, task.fields["left"]))
+        left = [f"{round((10 - batch) * 0.5)} s left" for batch in range(1, 11)]
+        assert seen == [(batch, 10, "evaluating", left[batch - 1]) for batch in range(1, 11)], (
+            "the time left is that of the evaluation, as the bar is"
+        )
         found.evaluated({"step": 40, "nll_sum": 10.0, "tokens": 10})
         clock.now += 2.0
         found.step({"step": 41, "tokens": 100, "loss": 5.0})
         assert "50 tokens/s" in found._bar.tasks[0].description
+        assert found._bar.tasks[0].fields["left"] == "4 min 0 s left", "of the run: 109 steps, 43 batches"
         found.evaluated({"step": 120, "nll_sum": 10.0, "tokens": 10})
         found.evaluating(20, 20)
-        assert found._bar.tasks[0].fields["left"] == "1 min 0 s left", "the speed pass alone"
+        assert found._bar.tasks[0].fields["left"] == "0 s left"
     assert found._bar is None
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from bench.config import ModelConfig, PlacesConfig
 from bench.speed import __main__ as speed
+from bench.speed import suites
 from bench.speed.forms import Form, Timing, coupler_rows, forms_of
 from bench.speed.machine import Machine, saved_bytes
 from bench.speed.record import FILE, SpeedRecord, read_speed_record
@@ -264,6 +265,41 @@ class TestCommand:
             assert row.largest_difference == 0, "held against itself, not against the other model"
         assert {path.name for path in folder.glob("steps.*")} == {"steps.svg", "steps.png", "steps.csv"}
         assert "step, E 5, D 8, B 2, L 4, fp32, cpu" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("asked", "remark"), [
+        ([], "faster than its floor: "),
+        (["--whole-steps"], "the steps did more FLOP/s than the matrix products"),
+    ])  # fmt: skip
+    def test_a_machine_whose_rates_are_too_low_ends_no_measurement(
+        self, asked, remark, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setattr("bench.speed.machine.matrix_rate", lambda *_: 2.0)
+        monkeypatch.setattr("bench.speed.suites.VOCABULARY", 50)
+        arguments = [*TINY, *asked, "--coupler", "static", "--results-dir", str(tmp_path), "--name", "low"]
+        assert speed.main(arguments) == 0
+        data, rows = read_speed_record(tmp_path / "speed" / "low")
+        assert data["status"] == "ok"
+        assert [row.error for row in rows] == [None] * len(rows)
+        assert rows[0].mfu > 1
+        assert remark in rows[0].remark
+        assert remark in " ".join(capsys.readouterr().out.split())
+
+    def test_ctrl_c_keeps_the_rows_and_says_stopped(self, tmp_path, capsys, monkeypatch):
+        real = suites._of_forms
+
+        def of_forms(case, *rest):
+            if case == "GNN":
+                raise KeyboardInterrupt
+            return real(case, *rest)
+
+        monkeypatch.setattr(suites, "_of_forms", of_forms)
+        arguments = ["--couplers", "static,GNN", "--results-dir", str(tmp_path), "--name", "half"]
+        assert speed.main([*TINY, *arguments]) == 130
+        data, rows = read_speed_record(tmp_path / "speed" / "half")
+        assert (data["status"], {row.subject for row in rows}) == ("stopped", {"static"})
+        found = capsys.readouterr()
+        assert found.err.endswith("stopped\n")
+        assert "record: " in found.out
 
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]

@@ -14,7 +14,7 @@ from bench.cli import parse
 from bench.config import ExecutionConfig, MeasureConfig, RunConfig, preset_names
 from bench.measure import speed_pass
 from bench.measure.speed_pass import SNAPSHOT, TRACE, SpeedPass, on_host, profile_steps
-from bench.measure.timing import TrainingSteps
+from bench.measure.timing import TrainingSteps, products_beside
 from bench.record import Memory, NotMeasured, Speed
 from bench.run.__main__ import main
 from bench.training.step import Execution
@@ -87,11 +87,11 @@ def test_the_model_waits_on_the_host_and_comes_back_whatever_happens(monkeypatch
 
 def test_steps_faster_than_the_products_timed_are_a_note_and_end_nothing(tmp_path, monkeypatch):
     """MFU over 100 %; 2 FLOP/s is what any model surpasses."""
-    monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self: 2.0)
+    monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self, steps: 2.0)
     speed, _, [note] = passed(model_of(), tmp_path)
     assert speed["matrix_flops_per_second"] == 2.0
     assert "the steps did more FLOP/s than the matrix products" in note
-    monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self: 1e18)
+    monkeypatch.setattr(SpeedPass, "_matrix_rate", lambda self, steps: 1e18)
     speed, _, said = passed(model_of(), tmp_path)
     assert speed["matrix_flops_per_second"] == 1e18
     assert said == []
@@ -274,8 +274,10 @@ def test_the_matrix_rate_is_of_the_runs_precision(precision, dtype, tmp_path, mo
     asked = []
     monkeypatch.setattr(speed_pass, "matrix_rate", lambda *found: asked.append(found) or 1.0)
     config = RunConfig(execution=ExecutionConfig(precision=precision))
-    assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate() == 1.0
-    assert asked == [(CUDA, dtype)]
+    steps, model = TrainingSteps(model_of(), batches(1), config.training), model_of().config
+    assert SpeedPass(config, CUDA, tmp_path, print)._matrix_rate(steps) == 1.0
+    tokens = batches(1)[0]["input_ids"].numel()
+    assert asked == [(CUDA, dtype, products_beside(model, tokens, CUDA))]
 
 
 def test_any_other_failure_of_the_speed_pass_comes_out(tmp_path, monkeypatch):

@@ -255,6 +255,13 @@ def test_the_tables_fit_into_80_columns_and_name_what_is_wrong(capsys):
         assert text in words, text
 
 
+def test_a_narrow_terminal_gets_whole_numbers_in_sentences(capsys):
+    print_rows(made_rows(), Console(width=40, highlight=False))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 40
+    assert "vectorized: fwd ms 4.00, ms 4,200, floor 1.00, ×floor 4,200" in " ".join(shown.split())
+
+
 def test_the_plot_has_a_line_for_each_coupler_and_the_floor():
     plot = cost_plot(made_rows(), "a processor")
     assert plot is not None

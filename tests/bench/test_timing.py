@@ -14,9 +14,11 @@ from bench.measure.timing import (
     WarmupSteps,
     copy_bandwidth,
     matrix_rate,
+    products_beside,
     time_in_turn,
     time_steps,
 )
+from gnnmoe.config import GNNMoEConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CLOCK = "bench.measure.timing.perf_counter"
@@ -193,11 +195,11 @@ def test_in_turn_each_begins_on_an_idle_device(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_matrix_rate_is_the_best_over_sizes_of_flops_over_time(dtype, monkeypatch):
-    """Of three sizes the middle one is the fastest here; the largest would take longer than is waited for."""
-    monkeypatch.setattr("bench.measure.timing.CPU_SIZES", (32, 64, 48, 128))
+def test_the_matrix_rate_is_the_best_over_products_of_flops_over_time(dtype, monkeypatch):
+    """Of three products the middle one is the fastest; the largest would take longer than is waited for."""
     monkeypatch.setattr("bench.measure.timing.MOST_PRODUCT_SECONDS", 5.0)
-    seconds, seen = {32: 0.5, 64: 2.0, 48: 1.0}, []
+    products = [(128, 128, 128), (64, 64, 64), (32, 32, 32), (96, 8, 64)]
+    seconds, seen = {32: 0.5, 96: 0.1, 64: 2.0}, []
 
     def timed(step, *, device, warmup, steps):
         seen.append(step(0))
@@ -205,10 +207,18 @@ def test_the_matrix_rate_is_the_best_over_sizes_of_flops_over_time(dtype, monkey
         return StepTimes([0.5 * median, median, 3.0 * median], [], False, None)
 
     monkeypatch.setattr("bench.measure.timing.time_steps", timed)
-    assert matrix_rate(CPU, dtype) == 2 * 64**3 / 2.0
-    assert [len(product) for product in seen] == [32, 64, 48]
+    assert matrix_rate(CPU, dtype, products) == 2 * 96 * 8 * 64 / 0.1
+    assert [tuple(product.shape) for product in seen] == [(32, 32), (96, 64), (64, 64)]
     assert seen[0].dtype == dtype
     assert seen[0].abs().min() > 0  # not zeros, which a processor multiplies more easily
+
+
+def test_a_step_is_compared_with_large_squares_and_with_its_own_products():
+    """One size alone is slow on some processors: 1,024 rows reach 62 GFLOP/s there, and 4,096 rows 95."""
+    model = GNNMoEConfig(embed_dim=8, num_experts=3)
+    products = products_beside(model, 40, CPU)
+    assert {(1024, 1024, 1024), (4096, 4096, 4096)} < set(products)
+    assert {(40, 8, 8), (120, 8, 8), (40, 8, 32), (40, 32, 8), (8, 40, 32)} < set(products)
 
 
 def test_the_copy_bandwidth_counts_what_is_read_and_what_is_written(monkeypatch):
@@ -236,7 +246,7 @@ def test_gpu_events_time_the_work_and_not_its_launch():
     times = time_in_turn({"1": products(1), "4": products(4)}, device=CUDA, warmup="auto", rounds=20)
     ratio = statistics.median(paired_ratios(times["4"].seconds, times["1"].seconds))
     assert ratio == pytest.approx(4.0, rel=0.2)
-    assert times["1"].median > 1e-3 or matrix_rate(CUDA, torch.float32) > 1e14
+    assert times["1"].median > 1e-3 or matrix_rate(CUDA, torch.float32, [(8192, 8192, 8192)]) > 1e14
 
 
 def test_the_clock_is_not_read_on_cuda(monkeypatch):
@@ -269,5 +279,6 @@ def test_gpu_nothing_waits_between_the_steps():
 @pytest.mark.gpu
 @needs_gpu
 def test_gpu_bf16_products_are_faster_than_float32_and_a_copy_is_as_fast_as_memory():
-    assert matrix_rate(CUDA, torch.bfloat16) > 2 * matrix_rate(CUDA, torch.float32)
+    large = [(8192, 8192, 8192)]
+    assert matrix_rate(CUDA, torch.bfloat16, large) > 2 * matrix_rate(CUDA, torch.float32, large)
     assert 1e11 < copy_bandwidth(CUDA) < 2e13

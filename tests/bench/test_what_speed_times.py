@@ -33,7 +33,7 @@ class MadeUp(Machine):
         super().__init__(CPU)
         self.made_up = Rates(flops_per_second, bytes_per_second)
 
-    def rates(self, precision: str) -> Rates:
+    def rates(self, precision: str, model: GNNMoEConfig, tokens: int) -> Rates:
         return self.made_up
 
 

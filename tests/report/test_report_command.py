@@ -168,7 +168,7 @@ def test_verify_names_a_run_whose_losses_are_not_those_of_its_record(tmp_path, c
     line, result = capsys.readouterr().out.splitlines()
     assert line.startswith(f"differs: run {run.name}: ")
     assert says in line
-    assert result.startswith("NOT verified: 14 files of ")
+    assert result.startswith("NOT verified: 11 files of ")
     assert result.endswith(
         "; of 3 records, 1 by the losses of their tokens, 1 NOT verified, 1 without a measured quality"
     )
@@ -284,11 +284,20 @@ def test_what_an_earlier_report_left_over_goes_and_a_changed_drawing_is_seen(dra
         assert main([str(study), "--verify"]) == 1
         assert "plots/perplexity.png is not what the report wrote" in capsys.readouterr().out
         assert main([str(study), "--no-plots"]) == 0
+        assert "--no-plots deleted the plots of the earlier report" in capsys.readouterr().out
         assert not list((folder / "plots").iterdir())
         assert main([str(study), "--verify"]) == 0
     finally:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "kept", folder)
+
+
+def test_a_table_without_a_row_is_not_written(tmp_path, capsys):
+    """LaTeX cannot read an empty table."""
+    study = made_study(tmp_path / "bare", {"mean": 0.0}, seeds=1, arrays=False)
+    assert main([str(study), "--no-plots"]) == 0
+    assert "deleted the plots" not in capsys.readouterr().out
+    assert {path.stem for path in (study / "report" / "tables").iterdir()} == {"comparison", "runs"}
 
 
 def test_a_report_that_cannot_be_written_leaves_the_earlier_one_and_what_lies_beside_it(
@@ -382,6 +391,10 @@ def test_ls_and_show(report, results):
     assert status == 0
     assert name in out
     assert "command: python -m bench.run" in out
+    assert "can be found" not in out
+    change(results / "small" / name, config__model__coupler_type="mine.py:Mine")
+    _, out, _ = report("show", name[:8])
+    assert "start the command where mine.py can be found." in out
 
 
 def test_an_empty_results_folder_is_said(tmp_path, capsys):

@@ -14,13 +14,25 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy import stats
 
 from bench.report.comparison import Comparison, compare
 from bench.report.contents import load_report, main_plot
 from bench.report.plots.cost import Point, front
-from bench.report.plots.frame import BEST, Curve, Frame, short_names, usual_reach, value_range
+from bench.report.plots.frame import (
+    ARROWS,
+    BEST,
+    SIDE_BY_SIDE,
+    Curve,
+    Frame,
+    intervals,
+    shifts_apart,
+    short_names,
+    usual_reach,
+    value_range,
+)
 from bench.report.plots.run import smooth
 from bench.report.plots.study import PALE, study_plots
 from bench.report.plots.style import COUPLERS, Look, Plot
@@ -299,20 +311,47 @@ def test_quality_is_drawn_against_a_swept_number_with_a_line_a_coupler(study, re
     assert (row["line"], row["num_experts"], row["perplexity"]) == ("GNN", 8, None)
 
 
-def test_a_learning_rate_has_a_logarithmic_axis_and_no_cost(tmp_path):
+@pytest.mark.parametrize(("seeds", "answer"), [
+    (2, "No learning_rate is significantly better than every other value"),
+    (9, "Lowest perplexity at learning_rate 0.001 (mean, gate)"),
+])  # fmt: skip
+def test_a_learning_rate_has_a_logarithmic_axis_and_no_cost_and_its_title_claims_what_is_resolved(
+    seeds, answer, tmp_path
+):
     settings = {f"{coupler} {rate}": {"learning_rate": rate, "static_hyperedge_strategy": "all_pairs"}
                 for coupler in ("mean", "gate") for rate in (0.001, 0.002, 0.008)}  # fmt: skip
     effects = {key: 0.01 * place for place, key in enumerate(settings)}
-    plots = drawn(made_study(tmp_path / "rates", effects, seeds=2, settings=settings, noise=0, seed_noise=0))[
-        1
-    ]
+    study = made_study(tmp_path / "rates", effects, seeds=seeds, settings=settings, noise=1e-4, seed_noise=0)
+    plots = drawn(study)[1]
     figure = plots["perplexity_by_learning_rate"].figure
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0.001", "0.002", "0.008"]
-    assert figure.texts[0].get_text() == "Lowest perplexity at learning_rate 0.001 (mean, gate)"
-    colours = {text.get_text(): text.get_color() for text in axes.texts}
+    assert figure.texts[0].get_text() == answer
+    colours = {text.get_text(): text.get_color() for text in axes.texts if text.get_gid() is None}
     assert colours == {"mean": COUPLERS["mean"][0], "gate": COUPLERS["gate"][0]}
+
+
+def test_marks_at_one_place_stand_side_by_side_and_a_cut_interval_is_explained():
+    figure = Figure(figsize=(5, 5))
+    left, right = figure.subplots(1, 2)
+    for axes in (left, right):
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+    places = [(0.5, 0.5), (0.5, 0.5), (0.5, 0.501), (0.1, 0.5)]
+    assert shifts_apart(left, places[:1] + places[3:], 7.0) == [0, 0]
+    assert not list(left.texts), "nothing was moved"
+    assert shifts_apart(left, places, 7.0) == [0, 7, -7, 0]
+    intervals(left, [0.2, 0.4], [(0.1, 0.9), None], vertical=True)
+    assert [text.get_text() for text in left.texts] == [SIDE_BY_SIDE]
+    intervals(left, [0.2], [(0.1, 1.9)], vertical=True, shift=7.0)
+    intervals(right, [0.2], [(-0.1, 1.9)])
+    assert [text.get_text() for text in left.texts] == [SIDE_BY_SIDE, ARROWS]
+    assert not list(right.texts), "once in a figure"
+    at = [
+        line.get_transform().transform((0.2, 1)) - left.transData.transform((0.2, 1)) for line in left.lines
+    ]
+    assert np.allclose(at, [(7 * figure.dpi / 72, 0)])
 
 
 def test_cost_is_paired_and_the_floor_runs_at_the_models_own_rate(study, records):

@@ -11,7 +11,7 @@ import pytest
 from bench.config import FlagTable, RunConfig
 from bench.record import RecordedConfig
 from bench.run.prepare import settings_in_record
-from bench.study.labels import Key, flags_that_count, name_parts
+from bench.study.labels import Key, files_named, flags_that_count, name_parts
 from bench.study.labels import labels as labels_of
 
 ONE, OTHER = "1a2b3c4d5e6f", "9a8b7c6d5e4f"
@@ -43,6 +43,23 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 def test_only_what_differs_is_named():
     assert labels([settings(), settings(num_experts=8)]) == ["HGNN · num_experts 4", "HGNN · num_experts 8"]
+
+
+def test_a_flag_that_was_not_given_is_in_no_label():
+    found = labels([settings(max_steps=5, epochs=None), settings(max_steps=None, epochs=2)])
+    assert found == ["HGNN · max_steps 5", "HGNN · epochs 2"]
+    found = labels([settings(num_eval_samples=5), settings(num_eval_samples=None)])
+    assert found == ["HGNN · num_eval_samples 5", "HGNN · num_eval_samples all"]
+
+
+def test_the_files_of_a_config_are_named():
+    assert files_named(recorded()) == ""
+    model = {
+        "coupler_type": "a.py:One",
+        "hgnn_conv_type": "a.py:Two",
+        "static_hyperedge_strategy": "b.py:star:hub=1",
+    }
+    assert files_named(recorded(model=model)) == "a.py and b.py"
 
 
 def test_fields_of_hypergraphs_are_named_only_for_couplers_in_which_they_vary():

@@ -25,6 +25,8 @@ from bench.report.plots.frame import (
     name_rows,
     scale_of,
     set_scale,
+    shifted,
+    shifts_apart,
     value_range,
     write_beside,
 )
@@ -46,6 +48,7 @@ PARETO_COLUMNS = (
     "peak_memory_mebibytes step_time_percent step_time_low_95_percent step_time_high_95_percent parameters "
     "on_memory_front on_step_time_front on_parameters_front status"
 ).split()
+MARK_POINTS = 7.0
 MEMORY, STEP_TIME, SIZE = "peak memory (MiB)", "step time over the baseline (%)", "parameters (millions)"
 
 
@@ -160,15 +163,19 @@ def front(points: Sequence[Point]) -> list[Point]:
 def _draw_points(axes: Axes, frame: Frame, points: list[Point]) -> None:
     set_scale(axes, "x", scale_of([one.x for one in points], [one.x_ends for one in points], ratio=8))
     axes.axhline(0, color="black", lw=0.8, zorder=1)
+    coloured = [one for one in points if one.label in frame.looks]
     for one in points:
-        look = frame.looks.get(one.label)
-        if look is None:
+        if one not in coloured:
             axes.plot(one.x, one.y, ".", ms=4, color=LIGHT, zorder=1)
-            continue
-        bars = {"colors": look.colour, "linewidths": 1.0, "zorder": 3, "alpha": 0.7}
+    shifts = shifts_apart(axes, [(one.x, one.y) for one in coloured], MARK_POINTS)
+    for one, shift in zip(coloured, shifts, strict=True):
+        look = frame.looks[one.label]
+        bars = {"colors": look.colour, "linewidths": 1.0, "zorder": 3, "alpha": 0.7, "shift": shift}
         intervals(axes, [one.y], [one.x_ends], **bars)
         intervals(axes, [one.x], [one.y_ends], vertical=True, **bars)
-        axes.plot(one.x, one.y, ls="", **look.of_marker(7), zorder=4)
+        axes.plot(
+            one.x, one.y, ls="", transform=shifted(axes, shift), **look.of_marker(MARK_POINTS), zorder=4
+        )
 
 
 def _draw_front(axes: Axes, points: list[Point]) -> None:

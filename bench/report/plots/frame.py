@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation, Transform
 from scipy.signal import lfilter
 from scipy.stats import t as student
 
@@ -24,6 +25,7 @@ from bench.record import MINUS
 from bench.report.comparison import Comparison, ComparisonRow
 from bench.report.plots.run import smoothing_span
 from bench.report.plots.style import (
+    GREY,
     NAME_LENGTH,
     Look,
     corpus_words,
@@ -47,6 +49,10 @@ MOST_STEPS = 400
 """The most steps of a curve that a picture can show."""
 Ends = tuple[float, float]
 """The ends of an interval or of an axis."""
+ARROWS = "arrow: the interval goes on beyond the axis"
+SIDE_BY_SIDE = "marks that would cover each other stand side by side"
+NOTES = (ARROWS, SIDE_BY_SIDE)
+"""Notes below a panel that only some pictures need."""
 
 
 @dataclass(frozen=True)
@@ -282,14 +288,19 @@ class Scale(NamedTuple):
 
 
 def intervals(
-    axes: Axes, places: Sequence[float], ends: Sequence[Ends | None], vertical: bool = False, **settings: Any
+    axes: Axes,
+    places: Sequence[float],
+    ends: Sequence[Ends | None],
+    vertical: bool = False,
+    shift: float = 0.0,
+    **settings: Any,
 ) -> None:
     """Draw a horizontal or vertical line for the interval at each place; None means no interval.
 
-    Set the scale first: an end beyond the axis has an arrow.
+    Set the scale first: an end beyond the axis has an arrow. ``shift`` moves everything sideways, in points.
     """
     low, high = sorted(axes.get_ylim() if vertical else axes.get_xlim())
-    segments = []
+    segments, moved = [], shifted(axes, shift)
     for place, both in zip(places, ends, strict=True):
         if both is None:
             continue
@@ -297,9 +308,45 @@ def intervals(
         for beyond, edge, arrow in ((both[0] < low, low, "<v"), (both[1] > high, high, ">^")):
             if beyond:
                 at = (place, edge) if vertical else (edge, place)
-                axes.plot(*at, arrow[vertical], ms=5, color=settings.get("colors"), clip_on=False, zorder=5)
+                look = {"ms": 5, "color": settings.get("colors"), "clip_on": False, "zorder": 5}
+                axes.plot(*at, arrow[vertical], transform=moved, **look)
+                note_below(axes, ARROWS)
     if segments:
-        axes.add_collection(LineCollection(segments, **settings), autolim=False)
+        axes.add_collection(LineCollection(segments, transform=moved, **settings), autolim=False)
+
+
+def shifted(axes: Axes, points: float) -> Transform:
+    """Return the transform of the data of a panel, moved sideways by some points."""
+    return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+
+
+def shifts_apart(axes: Axes, places: Sequence[tuple[float, float]], size: float) -> list[float]:
+    """Return by how many points to move each mark of ``size`` sideways, so that it covers no earlier mark.
+
+    Set the scale first. A mark that covers none stays where it is.
+    """
+    taken: list[tuple[float, float]] = []
+    found: list[float] = []
+    for x, y in axes.transData.transform(places) * 72 / axes.figure.dpi:
+        tries = (side * step * size for step in range(len(places)) for side in (1, -1))
+        free = (
+            shift for shift in tries if not any(math.hypot(x + shift - a, y - b) < size for a, b in taken)
+        )
+        shift = next(free, 0.0)
+        taken.append((x + shift, y))
+        found.append(shift)
+    if any(found):
+        note_below(axes, SIDE_BY_SIDE)
+    return found
+
+
+def note_below(axes: Axes, text: str) -> None:
+    """Write a small note below a panel, at its right end; once in a figure."""
+    if any(other.get_gid() == text for panel in axes.figure.axes for other in panel.texts):
+        return
+    above = sum(other.get_gid() in NOTES for other in axes.texts)
+    place = {"xytext": (0, -32 - 9 * above), "textcoords": "offset points", "ha": "right", "va": "top"}
+    axes.annotate(text, (1, 0), xycoords="axes fraction", fontsize=6.5, color=GREY, gid=text, **place)
 
 
 def usual_reach(distances: Sequence[float], gap: float, least: float = 0.0) -> float:

@@ -13,16 +13,19 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bench.record import exp_or_infinity
-from bench.report.comparison import ComparisonRow
+from bench.report.comparison import Comparison, ComparisonRow
 from bench.report.plots.frame import (
     BEST,
     MAX_LOOKS,
+    SIDE_BY_SIDE,
     Ends,
     Frame,
     intervals,
     mean_and_ends,
+    note_below,
     scale_of,
     set_scale,
+    shifted,
 )
 from bench.report.plots.style import (
     LIGHT,
@@ -35,12 +38,21 @@ from bench.report.plots.style import (
     printable,
     shorten,
 )
-from bench.report.quantities import PEAK_MEMORY, TOKENS_PER_SECOND, TRAINING_FLOPS, Quantity, perplexities
+from bench.report.quantities import (
+    PEAK_MEMORY,
+    TOKENS_PER_SECOND,
+    TRAINING_FLOPS,
+    Quantity,
+    counted,
+    perplexities,
+)
 from bench.report.statistics import Summary
 from bench.study.labels import DERIVED, Key, labels
 
 BEYOND = 1e9
 """A perplexity that no scale shows."""
+SIDEWAYS, MOST_SIDEWAYS = 5.0, 20.0
+"""Points between neighbouring lines, so that equal values do not cover each other, and of all lines."""
 COSTS = (PEAK_MEMORY, TOKENS_PER_SECOND)
 """What a value of the parameter costs, drawn beside the perplexity where the model changes with it."""
 Flags = dict[str, Any]
@@ -138,16 +150,11 @@ def swept_plot(frame: Frame, flag: str) -> Plot | None:
         return None
     lines.sort(key=lambda line: line.lowest)
     looks = _looks(lines)
-    best = [(line.name, line.values[line.best]) for line in lines if line.best is not None]
     at_edge = [line.name for line in lines if line.best in (0, len(line.rows) - 1) and line.name in looks]
-    edge = f"The best value is at an end of the range for {', '.join(at_edge)}." if at_edge else ""
-    subject = f"Which {flag} gives the lowest perplexity?"
-    if len(best) <= 6:
-        at = {x: ", ".join(name for name, other in best if other == x) for _, x in best}
-        found = ", ".join(f"{plain(x)} ({names})" for x, names in at.items())
-        subject = f"Lowest perplexity at {flag} {found}" if len(found) < 100 else subject
+    edge = f"The lowest mean is at an end of the range for {', '.join(at_edge)}." if at_edge else ""
     costs = [found for found in COSTS if any(row.means[found].n for line in lines for row in line.rows)]
     panels: list[Quantity | None] = [None, *(costs if _model_changes(lines) else ())]
+    subject = _answer(frame.comparison, flag, lines)
     figure = frame.figure(subject, 3.8, edge, width=10.0 if len(panels) > 1 else 7.5)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, quantity in zip(grid, panels, strict=True):
@@ -164,6 +171,29 @@ def swept_plot(frame: Frame, flag: str) -> Plot | None:
     columns = ["configuration", "line", flag, "seeds", *_columns("perplexity"), *_columns(PEAK_MEMORY.name)]
     columns += [*_columns(TOKENS_PER_SECOND.name), "status"]
     return Plot(f"perplexity_by_{flag}", figure, columns, [row for line in lines for row in _cells(line)])
+
+
+def _answer(comparison: Comparison, flag: str, lines: list[Line]) -> str:
+    """Return the value of the flag that is significantly better than all others, or that there is none."""
+    better = {(one.candidate.label, one.reference.label) for one in comparison.pairs
+              if one.verdict.kind == "better"}  # fmt: skip
+    better |= {(one.reference.label, one.candidate.label) for one in comparison.pairs
+               if one.verdict.kind == "worse"}  # fmt: skip
+    at: dict[float, list[str]] = {}
+    for line in lines:
+        best, *others = sorted(line.rows, key=lambda row: (row.loss.mean is None, row.loss.mean))
+        rivals = [row for row in others if row.loss.mean is not None]
+        if rivals and all((best.configuration.label, row.configuration.label) in better for row in rivals):
+            at.setdefault(line.values[line.rows.index(best)], []).append(line.name)
+    if not at:
+        return f"No {flag} is significantly better than every other value"
+    found = ", ".join(f"{plain(x)} ({', '.join(names)})" for x, names in at.items())
+    told = [name for names in at.values() for name in names]
+    rest = [line.name for line in lines if line.name not in told]
+    subject = f"Lowest perplexity at {flag} {found}"
+    if rest:
+        subject += f"; not resolved for {', '.join(rest) if len(rest) < 4 else counted(len(rest), 'line')}"
+    return subject if len(subject) < 160 else f"Which {flag} gives the lowest perplexity?"
 
 
 def _looks(lines: list[Line]) -> dict[str, Look]:
@@ -213,14 +243,19 @@ def _draw(axes: Axes, lines: list[Line], looks: dict[str, Look], quantity: Quant
     if every:
         ratio = 3 if quantity is None else 8
         set_scale(axes, "y", scale_of([y for _, y, _ in every], [ends for *_, ends in every], ratio))
-    for line in lines:
+    apart = min(SIDEWAYS, MOST_SIDEWAYS / max(1, len(looks)))
+    for place, line in enumerate(lines):
+        shift = apart * (place - (len(looks) - 1) / 2)
         xs, ys, ends = zip(*points[line.name], strict=True) if points[line.name] else ((), (), ())
         look = looks.get(line.name)
         if look is None:
             axes.plot(xs, ys, color=LIGHT, lw=0.7, marker=".", ms=3, zorder=1)
             continue
-        intervals(axes, xs, ends, vertical=True, colors=look.colour, linewidths=1.0, alpha=0.6, zorder=2)
-        axes.plot(xs, ys, **look.of_line(), **look.of_marker(5.5), zorder=3)
+        bars = {"colors": look.colour, "linewidths": 1.0, "alpha": 0.6, "zorder": 2}
+        intervals(axes, xs, ends, vertical=True, shift=shift, **bars)
+        axes.plot(xs, ys, transform=shifted(axes, shift), **look.of_line(), **look.of_marker(5.5), zorder=3)
+    if len(looks) > 1:
+        note_below(axes, SIDE_BY_SIDE)
     axes.set_ylabel("perplexity per token (lower is better)" if quantity is None else quantity.axis_label)
 
 

@@ -34,7 +34,8 @@ from gnnmoe.config import Refused, unknown_name
 RATIOS = ("perplexity", "tokens_per_second", "peak_memory")
 """Quantities of which one direction is better; two runs are compared by their ratio."""
 OF_EXPERTS = (
-    "expert_cosine", "expert_cka", "effective_rank", "ablation_nats", "mutual_information", "effective_experts",
+    "expert_cosine", "expert_cka", "effective_rank", "ablation_nats", "mutual_information",
+    "effective_experts",
 )  # fmt: skip
 """Quantities of which no direction is better; two runs are compared by their difference."""
 QUANTITIES = (*RATIOS, *OF_EXPERTS)

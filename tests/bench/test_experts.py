@@ -165,7 +165,8 @@ def test_pieces_change_nothing_and_the_mode_and_the_random_state_stay():
     state = torch.get_rng_state()
     whole, features = concluded(model)
     parts, _ = concluded(model, rows=3)
-    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
     assert parts.expert_cka == pytest.approx(whole.expert_cka, abs=1e-5)
     assert parts.layers[1].ablation_nats == pytest.approx(whole.layers[1].ablation_nats, abs=1e-6)
     sampled = Experts(batch_of(), None).sample(model)
@@ -184,7 +185,7 @@ def test_without_weights_by_token_and_with_one_expert_the_reason_is_stated():
 
 @pytest.mark.parametrize("shape", [(8, 2048, 64), (16, 2048, 256), (64, 2048, 512), (768, 2048, 1024)])
 def test_the_features_of_a_run_take_at_most_300_kilobytes_and_show_the_permutation(shape):
-    experts, tokens, width = shape
+    experts, _, width = shape
     n, d = feature_shape(*shape)
     assert experts * n * d * 2 <= FEATURE_BYTES <= 300_000
     assert n >= 30

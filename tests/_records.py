@@ -108,3 +108,10 @@ def made_record(**known: Any) -> Record:
 def record_json(**known: Any) -> dict[str, Any]:
     """Return ``made_record`` as JSON has it."""
     return made_record(**known).model_dump(mode="json")
+
+
+def without_diagnostic_times(record: dict) -> dict:
+    """Return the JSON of a record without the seconds that measuring the experts took."""
+    times = ("seconds", "share_of_run")
+    kept = {name: value for name, value in record["diagnostics"].items() if name not in times}
+    return {**record, "diagnostics": kept}

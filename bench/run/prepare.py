@@ -91,10 +91,8 @@ class Prepared:
         batch = windows.__getitems__(list(range(min(rows, len(windows)))))
         return probe_tokens(batch["input_ids"]).to(self.device)
 
-    def experts(self, micro_batch_size: int | None) -> Experts | None:
-        """Return what measures the experts, on fixed validation tokens; None with ``--no-diagnostics``."""
-        if not self.config.measure.diagnostics:
-            return None
+    def experts(self, micro_batch_size: int | None) -> Experts:
+        """Return what measures the experts, on the first validation tokens, in such micro-batches."""
         windows = self.loaders["val"].dataset_obj
         rows = min(-(-TOKENS // self.model_config.max_seq_length), len(windows))
         batch = to_device(windows.__getitems__(list(range(rows))), self.device)

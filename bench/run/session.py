@@ -399,7 +399,8 @@ class TrainingRun:
         windows = loaders["val"].dataset
         assert isinstance(windows, EvalWindows)
         self._validation_tokens = windows.num_scored
-        self.experts = prepared.experts(self.steps.micro_batch_size)
+        asked, rows = prepared.config.measure.diagnostics, self.steps.micro_batch_size
+        self.experts = prepared.experts(rows) if asked else None
         self.trace = CommunicationTrace(prepared.probe(), self.experts.sample if self.experts else None)
         self.ledger = Ledger(tuned["micro_batch_size"] if tuned else None, ranks)
         every = in_steps(config.eval_every, self.trainer.plan.total_steps)

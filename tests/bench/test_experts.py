@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -19,7 +20,10 @@ from bench.measure.similarity import (
     matched,
     projection,
 )
+from bench.run.__main__ import main
 from gnnmoe import GNNMoEConfig, GNNMoEModel
+from tests.bench._runs import only_folder
+from tests.bench.conftest import TINY
 
 E, D, L, ROWS = 4, 16, 16, 8
 
@@ -199,3 +203,25 @@ def test_the_features_of_a_run_take_at_most_300_kilobytes_and_show_the_permutati
     order = random.permutation(8)
     similarity = cka_between((updates @ onto).astype(np.float16), (noisy[order] @ onto).astype(np.float16))
     assert matched(similarity) == tuple(np.argsort(order))
+
+
+def test_a_run_without_diagnostics_has_the_same_losses_and_run_id(tmp_path, small_data_dir):
+    words = [*TINY, "--coupler", "gate", "--no-speed", "--data-dir", str(small_data_dir)]
+    folders = []
+    for place, more in ((tmp_path / "with", []), (tmp_path / "without", ["--no-diagnostics"])):
+        assert main([*words, *more, "--results-dir", str(place)]) == 0
+        folders.append(only_folder(place))
+    ours, without_it = (json.loads((folder / "record.json").read_text()) for folder in folders)
+    assert ours["run_id"] == without_it["run_id"]
+    assert ours["quality"] == without_it["quality"]
+    assert (folders[0] / "history.jsonl").read_text() == (folders[1] / "history.jsonl").read_text()
+    assert without_it["diagnostics"] == {"value": None, "reason": "left out by --no-diagnostics"}
+    assert not (folders[1] / "experts.npz").exists()
+    found, total = ours["diagnostics"], ours["time"]["seconds"]["total"]
+    assert found["share_of_run"] == pytest.approx(found["seconds"] / total)
+    assert 0 < found["seconds"] < total
+    sampled = np.load(folders[0] / "communication.npz")
+    assert len(sampled["layer_0.effective_rank"]) == len(sampled["step"])
+    ranks = sampled["layer_0.effective_rank"]
+    assert ranks[-1] == pytest.approx(found["layers"][0]["effective_rank"], rel=0.2)
+    assert np.load(folders[0] / "experts.npz")["layer_0.features"].dtype == np.float16

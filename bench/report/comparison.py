@@ -388,7 +388,9 @@ class Answered:
             return f"inconclusive: {self.unclear or self._why_not()}."
         value, ends = found
         raw = self.hypothesis.quantity in EXPERTS
-        show, digits = (signed, digits_for(ends[1] - ends[0] if ends else abs(value))) if raw else (percent, 2)
+        show, digits = (
+            (signed, digits_for(ends[1] - ends[0] if ends else abs(value))) if raw else (percent, 2)
+        )
         about = f" (95% interval {show(ends[0], digits)} to {show(ends[1], digits)})" if ends else ""
         quantity = WORDS[self.hypothesis.quantity]
         sides = " against ".join(_side(labels) for labels in (self.better, self.than))

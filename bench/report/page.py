@@ -181,6 +181,8 @@ def _section(report: Report, place: int, plots: list[View]) -> View:
         "comparison": _view(section.comparison_table),
         "pairs": _view(section.pairs_table),
         "plots": plots,
+        "experts": section.experts.sentences() if section.experts else [],
+        "experts_table": section.experts_table and _view(section.experts_table),
         "weights": [_headed(one.sentence(), [one.configuration.label]) for one in section.weights],
     }
 

@@ -11,10 +11,11 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bench.measure import rates
 from bench.record import (
+    Diagnostics,
     Marginal,
     NotMeasured,
     Record,
@@ -221,6 +222,26 @@ def of_experts(record: Record, name: str) -> float | NotMeasured:
     """Return a figure of ``record.diagnostics`` by its name, or the reason why there is none."""
     found = record.diagnostics
     return getattr(found, name) if is_measured(found) else found
+
+
+class Rise(NamedTuple):
+    """By how much the loss rises when the mean of the other experts replaces one expert."""
+
+    nats: float
+    standard_error: float
+    layer: int
+    expert: int
+
+
+def rises(found: Diagnostics) -> list[Rise]:
+    """Return the rise of the loss for every expert of every layer."""
+    return [
+        Rise(nats, error, number, expert)
+        for number, layer in enumerate(found.layers)
+        for expert, (nats, error) in enumerate(
+            zip(layer.ablation_nats, layer.ablation_standard_error, strict=True)
+        )
+    ]
 
 
 def _diagnostics_share(record: Record) -> float | None:

@@ -58,8 +58,9 @@ MOST_NAMED = 4
 """Configurations that an answer names; of more it gives the number."""
 ANSWERED = {"tokens_per_second": TOKENS_PER_SECOND, "peak_memory": PEAK_MEMORY, **EXPERTS}
 """The quantities of hypotheses, except for the perplexity."""
+IN_NATS = " (nats)"
 WORDS = {"perplexity": "perplexity", "tokens_per_second": "tokens/s", "peak_memory": "peak memory of a step"}
-WORDS |= {name: found.axis for name, found in EXPERTS.items()}
+WORDS |= {name: found.axis.removesuffix(IN_NATS) for name, found in EXPERTS.items()}
 
 
 def over_seeds(configuration: Configuration, quantity: Quantity) -> Summary:
@@ -388,16 +389,15 @@ class Answered:
             return f"inconclusive: {self.unclear or self._why_not()}."
         value, ends = found
         raw = self.hypothesis.quantity in EXPERTS
-        show, digits = (
-            (signed, digits_for(ends[1] - ends[0] if ends else abs(value))) if raw else (percent, 2)
-        )
+        digits = digits_for(max(abs(value), ends[1] - ends[0] if ends else 0)) if raw else 2
+        show, quantity = signed if raw else percent, WORDS[self.hypothesis.quantity]
+        unit = " nats" if raw and EXPERTS[self.hypothesis.quantity].axis.endswith(IN_NATS) else ""
         about = f" (95% interval {show(ends[0], digits)} to {show(ends[1], digits)})" if ends else ""
-        quantity = WORDS[self.hypothesis.quantity]
         sides = " against ".join(_side(labels) for labels in (self.better, self.than))
         seeds, p = counted(self.answer.paired.n, "paired seed"), p_value(self.answer.p_adjusted)
         if self.family > 1:
             p += f" of {self.family} hypotheses"
-        return f"{self.kind}: {quantity} {show(value, digits)}{about}, {sides}, {seeds}, p {p}."
+        return f"{self.kind}: {quantity} {show(value, digits)}{unit}{about}, {sides}, {seeds}, p {p}."
 
     def _why_not(self) -> str:
         sides = {self.hypothesis.first_key: self.better, "than": self.than}

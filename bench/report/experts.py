@@ -16,7 +16,7 @@ from scipy import special
 
 from bench.record import Diagnostics, is_measured, number
 from bench.report.comparison import Comparison, ComparisonRow
-from bench.report.quantities import EXPERTS, Rise, counted, digits_for, p_value, rises
+from bench.report.quantities import EXPERTS, Rise, counted, digits_for, largest_rise, p_value, rises
 from bench.report.statistics import Paired, holm, paired_family, significant_side
 from bench.report.tables import Cells, Table, make_table
 from bench.study.hypotheses import ALPHA
@@ -129,7 +129,8 @@ class ExpertsReading:
         text = f"experts: cosine of their updates {cosine} with {first}"
         if sides:
             more, less = sides.count(1), sides.count(-1)
-            text += f"; significantly more alike with {more} of the {len(sides)} others, less with {less}"
+            text += f"; of {counted(len(sides), 'other configuration')}, {more} make them significantly "
+            text += f"more alike and {less} less alike"
         rise = RISE.show(self._largest().largest.largest.nats)
         return f"{text}; without one expert the loss rises by at most {rise} nats"
 
@@ -194,6 +195,10 @@ class ExpertsReading:
             (mean, row.label) for row in self.rows if (mean := row.row.means[EFFECTIVE].mean) is not None
         ]
         if found:
+            known = {EFFECTIVE.show(value) for value, _ in found}
+            if len(known) == 1:
+                yield f"The effective number of experts is {known.pop()} with every configuration."
+                return
             ends = [f"{EFFECTIVE.show(value)} ({label})" for value, label in (min(found), max(found))]
             yield f"The effective number of experts is between {' and '.join(ends)}."
 
@@ -229,7 +234,7 @@ def ablation(seed: int, found: Diagnostics) -> Ablation:
     """
     every = rises(found)
     p_values = [float(special.ndtr(-nats / error)) if error > 0 else 1.0 for nats, error, *_ in every]
-    return Ablation(seed, max(every), sum(p <= ALPHA for p in holm(p_values)), len(every))
+    return Ablation(seed, largest_rise(found), sum(p <= ALPHA for p in holm(p_values)), len(every))
 
 
 def _learned(configuration: Configuration) -> dict[int, Diagnostics]:
@@ -290,6 +295,6 @@ def _texts(row: ExpertsRow) -> Cells:
         "configuration": row.label,
         "n": str(len(row.learned)),
         **{quantity.title: text(name) for name, quantity in EXPERTS.items()},
-        "largest rise": RISE.show(row.largest.largest.nats),
+        "largest rise (nats)": RISE.show(row.largest.largest.nats),
         "experts that matter": f"{sum(matter)} of {sum(one.of for one in row.ablations)}",
     }

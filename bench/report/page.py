@@ -234,6 +234,8 @@ SORTED_BY = {found.title: (found.name,) for found in QUANTITIES if found.title} 
     "seeds": ("seeds_paired",),
     "table": ("table",),
     "seconds": ("seconds",),
+    "largest rise (nats)": ("largest_rise_nats",),
+    "experts that matter": ("experts_that_matter",),
     "difference (nats)": ("difference_nats",),
     "difference": ("difference_nats",),
     "p": ("p_holm",),

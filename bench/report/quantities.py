@@ -244,6 +244,11 @@ def rises(found: Diagnostics) -> list[Rise]:
     ]
 
 
+def largest_rise(found: Diagnostics) -> Rise:
+    """Return the largest rise of the loss over all experts and layers."""
+    return max(rises(found), key=lambda rise: rise.nats)
+
+
 def _diagnostics_share(record: Record) -> float | None:
     return record.diagnostics.share_of_run if is_measured(record.diagnostics) else None
 
@@ -302,8 +307,8 @@ EXPERTS = {
         _of_experts("expert_cosine", "cosine", "cosine of experts' updates"),
         _of_experts("expert_cka", "CKA", "CKA of experts' updates"),
         _of_experts("effective_rank", "effective rank", "effective rank of experts' updates"),
-        _of_experts("ablation_nats", "rise of the loss", "rise of the loss without an expert (nats)", 4),
-        _of_experts("mutual_information", "mutual information", "mutual information (nats)", 3),
+        _of_experts("ablation_nats", "mean rise (nats)", "rise of the loss without an expert (nats)", 4),
+        _of_experts("mutual_information", "mutual information (nats)", "mutual information (nats)", 3),
         _of_experts("effective_experts", "effective experts", "effective number of experts"),
     )
 }

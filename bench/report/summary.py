@@ -367,12 +367,12 @@ def _experts(found: Diagnostics | NotMeasured) -> str:
     """Return how alike the experts are, which one matters most, and the time of the measurement."""
     if not is_measured(found):
         return ""
-    most, of = max(quantities.rises(found)), len(found.layers[0].cosine)
+    most, of = quantities.largest_rise(found), len(found.layers[0].cosine)
     rank = f"effective rank {number(found.effective_rank, 2)} of {of}"
     alike = f"cosine {number(found.expert_cosine, 2)}, CKA {number(found.expert_cka, 2)}, {rank}"
     rise = f"{signed(most.nats)} ± {number(most.standard_error, 4)} nats"
-    taken = f"; measured in {share(found.share_of_run)} of the time" if found.share_of_run else ""
-    return f"{alike}{taken}\nlargest rise of the loss {rise}, without E{most.expert} of layer {most.layer}"
+    taken = f" ({share(found.share_of_run)} of the time)" if found.share_of_run else ""
+    return f"{alike}{taken}\nlargest rise of the loss {rise} (layer {most.layer}, E{most.expert})"
 
 
 def _check(found: LeakCheck) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from bench.config import RunConfig
@@ -86,6 +87,22 @@ def made_memory(peak: int, process_peak: int) -> dict[str, Any]:
                "nvml_used_bytes", "by_part", "by_phase")  # fmt: skip
     return {"meter": "tracked_tensors", "peak_allocated_bytes": peak, "peak_by_part_bytes": parts,
             "process_peak_bytes": process_peak, **dict.fromkeys(unknown, NOT_READ)}  # fmt: skip
+
+
+def made_diagnostics(
+    alike: float, rises: Sequence[float] = (0.02, 0.0, 0.0), error: float = 0.002,
+    information: float | None = None, layers: int = 2,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the ``diagnostics`` of experts whose updates all have one cosine; ``rises`` are by expert."""
+    of = range(len(rises))
+    missing = {"value": None, "reason": "the coupler has no weights that depend on the token"}
+    similar = [[1.0 if one == other else alike for other in of] for one in of]
+    layer = {"cosine": similar, "cka": similar, "effective_rank": len(of) - alike,
+             "ablation_nats": list(rises), "ablation_standard_error": [error] * len(of),
+             "load": missing if information is None else [1 / len(of)] * len(of),
+             "mutual_information": missing if information is None else information,
+             "effective_experts": float(len(of))}  # fmt: skip
+    return {"tokens": 2048, "layers": [layer] * layers, "seconds": 1.2, "share_of_run": 0.018}
 
 
 def measured(quantity: Any) -> bool:

@@ -367,6 +367,8 @@ class MeasureConfig:
     audit: Literal["sample", "full"] = "sample"
     """sample: evaluate one batch in ten again at the end, with the later tokens replaced; no loss may change.
     full: evaluate every batch again."""
+    diagnostics: bool = True
+    """Measure what the experts learned: how alike they are, and whether the loss rises without one."""
     allow_failed_check: bool = False
     """Train a coupler that fails the leak check. The record has the status check_failed."""
 

@@ -621,6 +621,93 @@ class LeakCheck(Part):
     audit: AuditCounts | None = None
 
 
+class ExpertsOfLayer(Part):
+    """What the experts of one layer learned; an update is an expert's output minus the layer's input."""
+
+    cosine: list[list[float]]
+    """The cosine of each two experts' updates of a token, centred over the tokens; the mean over tokens."""
+    cka: list[list[float]]
+    """The debiased linear CKA of each two experts' updates."""
+    effective_rank: float
+    """The effective rank of the experts' updates of a token, from 1 to E; the mean over tokens."""
+    ablation_nats: list[float]
+    """By how much the validation loss rises when an expert's output is the mean of the other experts."""
+    ablation_standard_error: list[float]
+    """Of the mean over the tokens, paired."""
+    load: Measured[list[float]]
+    """The mean weight of each expert; they add up to 1."""
+    mutual_information: Measured[float]
+    """Of token and expert, in nats: entropy of the mean weights minus mean entropy."""
+    effective_experts: Measured[float]
+    """exp of the entropy of the mixing, from 1 to E."""
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Self:
+        experts = len(self.ablation_nats)
+        loads = self.load if is_measured(self.load) else self.ablation_nats
+        rows = [self.ablation_standard_error, loads, self.cosine, self.cka, *self.cosine, *self.cka]
+        if experts < 2 or any(len(row) != experts for row in rows):
+            raise ValueError(f"a list has another length than the {experts} experts of ablation_nats")
+        return self
+
+
+class Diagnostics(Derived):
+    """What the experts of all layers learned, on fixed validation tokens and with the best weights."""
+
+    tokens: PositiveInt
+    layers: Annotated[list[ExpertsOfLayer], Field(min_length=1)]
+    seconds: float
+    """The time of all measurements, also of those during the training."""
+    share_of_run: float | None = None
+    """``seconds`` as a share of the run; None: the run has not ended."""
+
+    @computed_field
+    @property
+    def expert_cosine(self) -> float:
+        """The mean cosine of two different experts, over all layers."""
+        return statistics.fmean(_between(layer.cosine) for layer in self.layers)
+
+    @computed_field
+    @property
+    def expert_cka(self) -> float:
+        """The mean debiased CKA of two different experts, over all layers."""
+        return statistics.fmean(_between(layer.cka) for layer in self.layers)
+
+    @computed_field
+    @property
+    def effective_rank(self) -> float:
+        """The mean over the layers."""
+        return statistics.fmean(layer.effective_rank for layer in self.layers)
+
+    @computed_field
+    @property
+    def ablation_nats(self) -> float:
+        """The mean rise of the loss over all experts and layers."""
+        return statistics.fmean(rise for layer in self.layers for rise in layer.ablation_nats)
+
+    @computed_field
+    @property
+    def mutual_information(self) -> Measured[float]:
+        """The mean over the layers."""
+        return _mean_measured([layer.mutual_information for layer in self.layers])
+
+    @computed_field
+    @property
+    def effective_experts(self) -> Measured[float]:
+        """The mean over the layers."""
+        return _mean_measured([layer.effective_experts for layer in self.layers])
+
+
+def _between(matrix: Sequence[Sequence[float]]) -> float:
+    """Return the mean of a symmetric matrix without its diagonal."""
+    return statistics.fmean(value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j)
+
+
+def _mean_measured(values: Sequence[float | NotMeasured]) -> float | NotMeasured:
+    missing = [value for value in values if isinstance(value, NotMeasured)]
+    return missing[0] if missing else statistics.fmean(value for value in values if is_measured(value))
+
+
 LayerName = Annotated[str, Field(pattern=r"^layer_\d+$")]
 Communication = dict[LayerName, dict[str, dict[str, float] | list[Any]]]
 """By layer_0 and name: values by member, or a matrix."""
@@ -659,6 +746,8 @@ class Record(Part):
     check: Measured[LeakCheck] = not_measured(NOT_REACHED)
     communication: Measured[Communication] = not_measured(NOT_REACHED)
     """What the couplers report about themselves, by layer."""
+    diagnostics: Measured[Diagnostics] = not_measured("the run is older than this measurement")
+    """What the experts learned."""
 
     @property
     def embedded(self) -> bool:

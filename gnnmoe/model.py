@@ -135,8 +135,8 @@ class GNNMoEModel(nn.Module):
                 right, or sequences longer than ``max_seq_length``.
         """
         targets = _shifted_targets(attention_mask, labels, targets)
-        with self._autocast(input_ids.device):
-            hidden_BLD, auxiliary = self._hidden(input_ids)
+        with self.autocast(input_ids.device):
+            hidden_BLD, auxiliary = self._hidden(self.embed(input_ids))
             embedding = self.token_embedding.weight
             loss = None
             if targets is not None:
@@ -147,26 +147,36 @@ class GNNMoEModel(nn.Module):
     @torch.no_grad()
     def token_nll(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Return the nll (B, L) in nats of each target, 0 where it is −100; no gradient."""
-        with self._autocast(input_ids.device):
-            hidden_BLD, _ = self._hidden(input_ids)
+        with self.autocast(input_ids.device):
+            return self.nll_from(self.embed(input_ids), 0, targets)
+
+    @torch.no_grad()
+    def nll_from(self, x_BLD: Tensor, layer: int, targets: Tensor) -> Tensor:
+        """Return ``token_nll`` (B, L) of the model from layer number ``layer`` on, whose input is ``x``."""
+        with self.autocast(x_BLD.device):
+            hidden_BLD, _ = self._hidden(x_BLD, layer)
             embedding = self.token_embedding.weight
             nll_N = self.head.token_nll(hidden_BLD.flatten(0, 1), embedding, targets.flatten())
         return nll_N.view(targets.shape)
 
-    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the autocast of bf16. With another precision the caller's own context stays in force."""
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
 
-    def _hidden(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        x_BLD = self._embed(input_ids)
+    def _hidden(self, x_BLD: Tensor, first_layer: int = 0) -> tuple[Tensor, Tensor]:
         auxiliary = x_BLD.new_zeros(())
-        for layer in self.layers:
+        for layer in self.layers[first_layer:]:
             x_BLD, losses = layer.forward_with_auxiliary(x_BLD)
             for value in losses.values():
                 auxiliary = auxiliary + value
         return self.output_norm(x_BLD), auxiliary
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the input of the first layer (B, L, D).
+
+        Raises:
+            ValueError: the sequences are longer than ``max_seq_length``.
+        """
         L = input_ids.shape[1]
         if self.config.max_seq_length < L:
             raise ValueError(f"input_ids has length {L}; max_seq_length is {self.config.max_seq_length}.")
@@ -233,7 +243,7 @@ class GNNMoEModel(nn.Module):
 
         With ``input_ids`` (B, L), also the parts that depend on the content, averaged over these tokens.
         """
-        x_BLD = None if input_ids is None else self._embed(input_ids)
+        x_BLD = None if input_ids is None else self.embed(input_ids)
         found = {}
         for number, layer in enumerate(self.layers):
             outputs = None if x_BLD is None else layer.expert_outputs(x_BLD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 from bench.config import RunConfig
@@ -88,6 +89,22 @@ def made_memory(peak: int, process_peak: int) -> dict[str, Any]:
             "process_peak_bytes": process_peak, **dict.fromkeys(unknown, NOT_READ)}  # fmt: skip
 
 
+def made_diagnostics(
+    alike: float, rises: Sequence[float] = (0.02, 0.0, 0.0), error: float = 0.002,
+    information: float | None = None, layers: int = 2,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the ``diagnostics`` of experts whose updates all have one cosine; ``rises`` are by expert."""
+    of = range(len(rises))
+    missing = {"value": None, "reason": "the coupler has no weights that depend on the token"}
+    similar = [[1.0 if one == other else alike for other in of] for one in of]
+    layer = {"cosine": similar, "cka": similar, "effective_rank": len(of) - alike,
+             "ablation_nats": list(rises), "ablation_standard_error": [error] * len(of),
+             "load": missing if information is None else [1 / len(of)] * len(of),
+             "mutual_information": missing if information is None else information,
+             "effective_experts": float(len(of))}  # fmt: skip
+    return {"tokens": 2048, "layers": [layer] * layers, "seconds": 1.2, "share_of_run": 0.018}
+
+
 def measured(quantity: Any) -> bool:
     """Say whether a quantity, as JSON has it, is a reading."""
     return not (isinstance(quantity, dict) and set(quantity) == {"value", "reason"})
@@ -108,3 +125,10 @@ def made_record(**known: Any) -> Record:
 def record_json(**known: Any) -> dict[str, Any]:
     """Return ``made_record`` as JSON has it."""
     return made_record(**known).model_dump(mode="json")
+
+
+def without_diagnostic_times(record: dict) -> dict:
+    """Return the JSON of a record without the seconds that measuring the experts took."""
+    times = ("seconds", "share_of_run")
+    kept = {name: value for name, value in record["diagnostics"].items() if name not in times}
+    return {**record, "diagnostics": kept}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -17,7 +17,16 @@ from bench.files import visible
 from bench.record import exp_or_infinity, number
 from bench.report.comparison import Difference, difference_family, losses, over_seeds
 from bench.report.provenance import code_note
-from bench.report.quantities import QUANTITIES, UNKNOWN_WORDS, Quantity, p_value, percent, share
+from bench.report.quantities import (
+    EXPERTS,
+    QUANTITIES,
+    UNKNOWN_WORDS,
+    Quantity,
+    p_value,
+    percent,
+    share,
+    signed,
+)
 from bench.report.tables import difference_words
 from bench.report.terminal import WIDTH
 from bench.study.labels import DIGITS
@@ -206,13 +215,15 @@ def ratio_of(name: str, difference: Difference) -> float | None:
     return None if found is None else found[1] / found[0]
 
 
-def measured(difference: Difference, quantity: Quantity) -> tuple[float, float] | None:
-    """Return the geometric means of A and B over the seeds that both have; None where not measured."""
+def measured(
+    difference: Difference, quantity: Quantity, mean: Callable[[list[float]], float] = geometric_mean
+) -> tuple[float, float] | None:
+    """Return the means of A and B over the seeds that both have; None where not measured."""
     ours, theirs = (over_seeds(one, quantity).values for one in (difference.reference, difference.candidate))
     seeds = [seed for seed in difference.by_seed if seed in ours and seed in theirs]
     if not seeds:
         return None
-    return geometric_mean(ours[seed] for seed in seeds), geometric_mean(theirs[seed] for seed in seeds)
+    return mean([ours[seed] for seed in seeds]), mean([theirs[seed] for seed in seeds])
 
 
 def print_differences(first: Side, second: Side, compared: Compared, console: Console) -> None:
@@ -280,6 +291,12 @@ def _rows(difference: Difference) -> list[list[str]]:
         found = measured(difference, quantity)
         if found is not None:
             rows.append([name, *map(quantity.show, found), percent(found[1] / found[0], 2)])
+    for quantity in EXPERTS.values():
+        found = measured(difference, quantity, fmean)
+        if found is not None:
+            rows.append(
+                [f"experts: {quantity.title}", *map(quantity.show, found), signed(found[1] - found[0])]
+            )
     return rows
 
 

@@ -21,6 +21,7 @@ from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.record import exp_or_infinity, is_measured
 from bench.report import quantities
 from bench.report.quantities import (
+    EXPERTS,
     PARAMETERS,
     PEAK_MEMORY,
     QUANTITIES,
@@ -30,8 +31,11 @@ from bench.report.quantities import (
     Interval,
     Quantity,
     counted,
+    digits_for,
+    of_experts,
     p_value,
     percent,
+    signed,
 )
 from bench.report.statistics import (
     Answer,
@@ -52,9 +56,11 @@ OF_COUPLERS = {*OF_HYPERGRAPHS, "coupler_type", "coupler_option", "coupler_optio
 """Flags in which a model may differ from the same model with the mean coupler."""
 MOST_NAMED = 4
 """Configurations that an answer names; of more it gives the number."""
-ANSWERED = {"tokens_per_second": TOKENS_PER_SECOND, "peak_memory": PEAK_MEMORY}
+ANSWERED = {"tokens_per_second": TOKENS_PER_SECOND, "peak_memory": PEAK_MEMORY, **EXPERTS}
 """The quantities of hypotheses, except for the perplexity."""
+IN_NATS = " (nats)"
 WORDS = {"perplexity": "perplexity", "tokens_per_second": "tokens/s", "peak_memory": "peak memory of a step"}
+WORDS |= {name: found.axis.removesuffix(IN_NATS) for name, found in EXPERTS.items()}
 
 
 def over_seeds(configuration: Configuration, quantity: Quantity) -> Summary:
@@ -342,9 +348,12 @@ class Answered:
     """Labels of the configurations that are better by the hypothesis."""
     than: tuple[str, ...]
     unclear: str
-    """Why it cannot be answered: a side selects configurations that no flag tells apart. Else empty."""
+    """Why it cannot be answered: no flag tells some configurations apart, or nothing was measured."""
     differences: tuple[float, ...]
-    """By seed: ln of the ratio of the two sides; below 0 where the ``better`` side is better."""
+    """By seed: ln of the ratio of the two sides, or for ``EXPERTS`` their difference.
+
+    Below 0 where the ``better`` side is better, or higher.
+    """
     answer: Answer | None
     family: int = 1
     """The number of hypotheses that were judged together."""
@@ -354,33 +363,44 @@ class Answered:
         """Supported, refuted or inconclusive."""
         return "inconclusive" if self.answer is None else self.answer.kind
 
-    def ratio(self) -> tuple[float, Interval | None] | None:
-        """Return the ratio of the quantity, better over than, with its 95% interval."""
+    def effect(self) -> tuple[float, Interval | None] | None:
+        """Return the quantity of ``better`` against ``than``, with its 95% interval.
+
+        It is their difference for ``EXPERTS``, else their ratio.
+        """
         if self.answer is None:
             return None
         sign, paired, margin = _sign(self.hypothesis), self.answer.paired, _margin(self.hypothesis)
-        value = exp_or_infinity(sign * (paired.mean - margin))
+        raw = self.hypothesis.quantity in EXPERTS
+
+        def unshifted(value: float) -> float:
+            found = sign * (value - margin)
+            return found if raw else exp_or_infinity(found)
+
         if paired.interval is None:
-            return value, None
-        low, high = sorted(exp_or_infinity(sign * (end - margin)) for end in paired.interval)
-        return value, (low, high)
+            return unshifted(paired.mean), None
+        low, high = sorted(map(unshifted, paired.interval))
+        return unshifted(paired.mean), (low, high)
 
     def words(self) -> str:
         """Return the answer and its evidence in a sentence."""
-        found = self.ratio()
+        found = self.effect()
         if found is None or self.answer is None:
             return f"inconclusive: {self.unclear or self._why_not()}."
-        ratio, ends = found
-        about = f" (95% interval {percent(ends[0], 2)} to {percent(ends[1], 2)})" if ends else ""
-        quantity = WORDS[self.hypothesis.quantity]
+        value, ends = found
+        raw = self.hypothesis.quantity in EXPERTS
+        digits = digits_for(max(abs(value), ends[1] - ends[0] if ends else 0)) if raw else 2
+        show, quantity = signed if raw else percent, WORDS[self.hypothesis.quantity]
+        unit = " nats" if raw and EXPERTS[self.hypothesis.quantity].axis.endswith(IN_NATS) else ""
+        about = f" (95% interval {show(ends[0], digits)} to {show(ends[1], digits)})" if ends else ""
         sides = " against ".join(_side(labels) for labels in (self.better, self.than))
         seeds, p = counted(self.answer.paired.n, "paired seed"), p_value(self.answer.p_adjusted)
         if self.family > 1:
             p += f" of {self.family} hypotheses"
-        return f"{self.kind}: {quantity} {percent(ratio, 2)}{about}, {sides}, {seeds}, p {p}."
+        return f"{self.kind}: {quantity} {show(value, digits)}{unit}{about}, {sides}, {seeds}, p {p}."
 
     def _why_not(self) -> str:
-        sides = {"better": self.better, "than": self.than}
+        sides = {self.hypothesis.first_key: self.better, "than": self.than}
         missing = [side for side, labels in sides.items() if not labels]
         return f"no run is selected by {' and '.join(missing)}" if missing else "no seed counts on both sides"
 
@@ -420,6 +440,8 @@ def _evidence(hypothesis: Hypothesis, groups: Sequence[Group]) -> Evidence:
         differences = tuple(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
         labels = [tuple(one.label for one in side) for side in (better, than)]
         unclear = "; ".join(filter(None, map(_unclear, (better, than))))
+        if not differences:
+            unclear = unclear or _unmeasured([*better, *than], hypothesis.quantity)
         found = Evidence(labels[0], labels[1], unclear, () if unclear else differences)
         if differences:
             return found
@@ -436,6 +458,14 @@ def _unclear(side: Sequence[Configuration]) -> str:
     return f"no flag tells {' from '.join(alike)}" if alike else ""
 
 
+def _unmeasured(sides: Sequence[Configuration], quantity: str) -> str:
+    """Return why runs that count lack a quantity of the experts; empty where none lacks it."""
+    records = [run.record for one in sides for run in one.counted.values()] if quantity in EXPERTS else []
+    found = [of_experts(record, quantity) for record in records]
+    why = dict.fromkeys(value.reason for value in found if not is_measured(value))
+    return f"{WORDS[quantity]} was not measured: {'; '.join(why)}" if why else ""
+
+
 def _selected(flags: FlagTable, group: Group) -> list[Configuration]:
     return [found for found in group.configurations if selects(flags, _values(found))]
 
@@ -447,25 +477,30 @@ def _values(configuration: Configuration) -> dict[str, Any]:
 
 
 def _by_seed(side: Sequence[Configuration], hypothesis: Hypothesis) -> dict[int, float]:
-    """Return ln of the quantity by seed, with the sign that makes less better; the mean over a side."""
+    """Return the quantity by seed on the scale of the differences, where less is better; the side's mean."""
     if hypothesis.quantity == "perplexity":
         values = [losses(found).values for found in side]
     else:
         found = [over_seeds(one, ANSWERED[hypothesis.quantity]).values for one in side]
-        sign = _sign(hypothesis)
-        values = [{seed: sign * math.log(value) for seed, value in some.items()} for some in found]
+        sign, raw = _sign(hypothesis), hypothesis.quantity in EXPERTS
+        values = [
+            {seed: sign * (value if raw else math.log(value)) for seed, value in some.items()}
+            for some in found
+        ]
     seeds = set.intersection(*map(set, values)) if values else set()
     return {seed: statistics.fmean(some[seed] for some in values) for seed in seeds}
 
 
 def _sign(hypothesis: Hypothesis) -> int:
-    """Return −1 where a higher value of the quantity is better."""
+    """Return −1 where the stated side has the higher value."""
     quantity = ANSWERED.get(hypothesis.quantity)
-    return -1 if quantity is not None and quantity.better == "higher" else 1
+    return -1 if quantity is not None and quantity.better != "lower" else 1
 
 
 def _margin(hypothesis: Hypothesis) -> float:
-    """Return by how much ln of the ratio must be below 0."""
+    """Return by how much a difference must be below 0."""
+    if hypothesis.quantity in EXPERTS:
+        return hypothesis.by
     return math.log1p(hypothesis.by) if _sign(hypothesis) < 0 else -math.log1p(-hypothesis.by)
 
 

@@ -24,6 +24,7 @@ from bench.report.comparison import (
     answer_hypotheses,
     compare,
 )
+from bench.report.experts import ExpertsReading, read_experts
 from bench.report.plots.frame import Frame
 from bench.report.plots.study import perplexity_plot, study_plots
 from bench.report.plots.style import Plot, plot_style
@@ -76,6 +77,8 @@ class Section:
     comparison_table: Table
     pairs_table: Table
     weights: list[WeightsReading]
+    experts: ExpertsReading | None
+    experts_table: Table | None
 
     @property
     def file(self) -> str:
@@ -108,8 +111,12 @@ class Report:
     @property
     def tables(self) -> list[Table]:
         """All tables: those of each section, then those of the study."""
-        both = [(section.comparison_table, section.pairs_table) for section in self.sections]
-        return [*(table for pair in both for table in pair), self.runs_table, self.failures_table]
+        found = [
+            table
+            for section in self.sections
+            for table in (section.comparison_table, section.pairs_table, section.experts_table)
+        ]
+        return [table for table in (*found, self.runs_table, self.failures_table) if table is not None]
 
     def headline(self) -> str:
         """Return the size of the study in one line."""
@@ -170,7 +177,10 @@ def make_report(
         suffix = f"_{place}" if place > 1 else ""
         comparison = compare(group, reference if has_it else None)
         tables = comparison_table(comparison, suffix), pairs_table(comparison, suffix)
-        sections.append(Section(suffix, comparison, *tables, read_weights(comparison)))
+        experts = read_experts(comparison)
+        of_experts = experts and experts.table(suffix)
+        weights = read_weights(comparison)
+        sections.append(Section(suffix, comparison, *tables, weights, experts, of_experts))
     readable = [replace(found, statement=visible(found.statement)) for found in hypotheses]
     answers = answer_hypotheses(readable, study.groups)
     when = _when(study, stated_at) if hypotheses else None
@@ -413,6 +423,11 @@ def summary_markdown(report: Report) -> str:
         lines += [section.answer(), "", section.comparison_table.markdown()]
         lines += [f"- {text}" for text in (*explanations(section.comparison), *section.sentences())] + [""]
         lines += [f"- {reading.sentence()}" for reading in section.weights] + [""]
+    for section in report.sections:
+        if section.experts and section.experts_table:
+            lines += [f"## What the experts learned{section.suffix.replace('_', ', table ')}", ""]
+            lines += [section.experts_table.markdown()]
+            lines += [f"- {text}" for text in section.experts.sentences()] + [""]
     if report.answers:
         lines += [f"## Hypotheses ({report.stated})", ""]
         lines += [f"- {answered.hypothesis.statement}: {answered.words()}" for answered in report.answers]
@@ -461,6 +476,9 @@ def study_markdown(report: Report, *, answers: bool = True) -> str:
             words = ", ".join(filter(None, (codes.words(), codes.silent())))
             parts.append(f"Versions of the code: {words}.")
         parts.append(_table(section.comparison))
+        if answers and section.experts:
+            said = "\n".join(f"- {text}" for text in section.experts.sentences())
+            parts.append(f"What the experts learned:\n\n{said}")
     if answers and report.answers:
         said = [
             f"- {found.hypothesis.statement}: **{found.kind}**{found.words().removeprefix(found.kind)}"

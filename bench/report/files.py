@@ -12,7 +12,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def _own_path(folder: Path, name: str) -> Path:
 
 def _write(path: Path, options: ReportOptions) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {**options, "hypotheses": [asdict(found) for found in options["hypotheses"]]}
+    stored = {**options, "hypotheses": [found.to_table() for found in options["hypotheses"]]}
     write_whole(path, (json.dumps(stored, indent=2) + "\n").encode())
 
 

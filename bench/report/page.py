@@ -181,6 +181,8 @@ def _section(report: Report, place: int, plots: list[View]) -> View:
         "comparison": _view(section.comparison_table),
         "pairs": _view(section.pairs_table),
         "plots": plots,
+        "experts": section.experts.sentences() if section.experts else [],
+        "experts_table": section.experts_table and _view(section.experts_table),
         "weights": [_headed(one.sentence(), [one.configuration.label]) for one in section.weights],
     }
 
@@ -232,6 +234,8 @@ SORTED_BY = {found.title: (found.name,) for found in QUANTITIES if found.title} 
     "seeds": ("seeds_paired",),
     "table": ("table",),
     "seconds": ("seconds",),
+    "largest rise (nats)": ("largest_rise_nats",),
+    "experts that matter": ("experts_that_matter",),
     "difference (nats)": ("difference_nats",),
     "difference": ("difference_nats",),
     "p": ("p_holm",),

@@ -7,13 +7,25 @@ that a definition can be corrected without a new run.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bench.measure import rates
-from bench.record import Marginal, Record, SplitQuality, Time, exp_or_infinity, is_measured, number
+from bench.record import (
+    Diagnostics,
+    Marginal,
+    NotMeasured,
+    Record,
+    SplitQuality,
+    Time,
+    exp_or_infinity,
+    is_measured,
+    number,
+)
+from bench.study.hypotheses import OF_EXPERTS
 
 Interval = tuple[float, float]
 Column = Literal["", "figures", "where measured", "shown"]
@@ -23,6 +35,11 @@ Column = Literal["", "figures", "where measured", "shown"]
 def signed(value: float | None, digits: int = 4) -> str:
     """Return a number with its sign: +0.0123."""
     return number(value, digits, sign="+")
+
+
+def digits_for(width: float) -> int:
+    """Return the digits after the point that show two digits of a difference this large, from 2 to 6."""
+    return 2 if width <= 0 else min(6, max(2, 1 - math.floor(math.log10(width))))
 
 
 def percent(ratio: float | None, digits: int = 1) -> str:
@@ -201,6 +218,41 @@ def training_flops_per_token(record: Record) -> float | None:
     return record.flops.training_flops_per_token if is_measured(record.flops) else None
 
 
+def of_experts(record: Record, name: str) -> float | NotMeasured:
+    """Return a figure of ``record.diagnostics`` by its name, or the reason why there is none."""
+    found = record.diagnostics
+    return getattr(found, name) if is_measured(found) else found
+
+
+class Rise(NamedTuple):
+    """By how much the loss rises when the mean of the other experts replaces one expert."""
+
+    nats: float
+    standard_error: float
+    layer: int
+    expert: int
+
+
+def rises(found: Diagnostics) -> list[Rise]:
+    """Return the rise of the loss for every expert of every layer."""
+    return [
+        Rise(nats, error, number, expert)
+        for number, layer in enumerate(found.layers)
+        for expert, (nats, error) in enumerate(
+            zip(layer.ablation_nats, layer.ablation_standard_error, strict=True)
+        )
+    ]
+
+
+def largest_rise(found: Diagnostics) -> Rise:
+    """Return the largest rise of the loss over all experts and layers."""
+    return max(rises(found), key=lambda rise: rise.nats)
+
+
+def _diagnostics_share(record: Record) -> float | None:
+    return record.diagnostics.share_of_run if is_measured(record.diagnostics) else None
+
+
 @dataclass(frozen=True)
 class Quantity:
     """One quantity of a run."""
@@ -222,20 +274,46 @@ class Quantity:
     limit: str = ""
     """Its name in ``compare`` and ``--fail-if``; empty: it is not compared."""
     axis: str = ""
-    """The label of its axis in plots."""
+    """The label of its axis in plots, and its name in sentences."""
     scale: float = 1.0
     """By which a value is multiplied on that axis."""
 
     @property
     def axis_label(self) -> str:
         """The label of its axis, with the direction that is better."""
-        return f"{self.axis}; {self.better} is better"
+        return f"{self.axis}; {self.better} is better" if self.better else self.axis
 
 
 def _of_test(read: Callable[[Record, str], float | None]) -> Callable[[Record], float | None]:
     return lambda record: read(record, "test")
 
 
+def _of_experts(name: str, title: str, words: str, digits: int = 2) -> Quantity:
+    """Return a quantity of the experts, which is compared by its difference: no direction is better."""
+
+    def read(record: Record) -> float | None:
+        value = of_experts(record, name)
+        return value if is_measured(value) else None
+
+    def show(value: float | None) -> str:
+        return number(value, digits)
+
+    return Quantity(name, title, read, show, runs="figures", comparison="figures", axis=words)
+
+
+EXPERTS = {
+    found.name: found
+    for found in (
+        _of_experts("expert_cosine", "cosine", "cosine of experts' updates"),
+        _of_experts("expert_cka", "CKA", "CKA of experts' updates"),
+        _of_experts("effective_rank", "effective rank", "effective rank of experts' updates"),
+        _of_experts("ablation_nats", "mean rise (nats)", "rise of the loss without an expert (nats)", 4),
+        _of_experts("mutual_information", "mutual information (nats)", "mutual information (nats)", 3),
+        _of_experts("effective_experts", "effective experts", "effective number of experts"),
+    )
+}
+"""The quantities of what the experts learned, by name: those of a hypothesis (``OF_EXPERTS``)."""
+assert tuple(EXPERTS) == OF_EXPERTS
 UNKNOWN_WORDS = Quantity(
     "unknown_words_share", "unknown words", unknown_words_share, share, runs="where measured"
 )
@@ -329,5 +407,7 @@ QUANTITIES = (
         of_model=True,
     ),
     TRAINING_FLOPS,
+    *EXPERTS.values(),
+    Quantity("diagnostics_share_of_run", "time for the experts", _diagnostics_share, share, runs="figures"),
 )
 """Every quantity, in the order in which tables have their columns."""

@@ -251,7 +251,7 @@ def judge(paired: Paired, p_adjusted: float, comparisons: int) -> Verdict:
        each at 5%, not adjusted over the family.
     3. Not resolved: all else.
     """
-    side = _significant_side(paired, p_adjusted)
+    side = significant_side(paired, p_adjusted)
     if side:
         return Verdict("worse" if side > 0 else "better", abs(paired.mean) < MINIMUM_EFFECT_NATS)
     if paired.interval_90 is None or paired.standard_deviation is None:
@@ -264,7 +264,7 @@ def judge(paired: Paired, p_adjusted: float, comparisons: int) -> Verdict:
     return Verdict("not resolved", seeds=_seeds_for(effect, paired.standard_deviation, comparisons, first))
 
 
-def _significant_side(paired: Paired, p_adjusted: float) -> int:
+def significant_side(paired: Paired, p_adjusted: float) -> int:
     """Return the sign of the mean if the adjusted p and the interval both say that it is not 0, else 0."""
     if paired.interval is None or p_adjusted > ALPHA:
         return 0
@@ -302,9 +302,9 @@ def compare_family(differences: Sequence[np.ndarray]) -> list[tuple[Paired, floa
     Raises:
         ValueError: a comparison has no differences, or a difference is not finite.
     """
-    family, adjusted = _family(differences)
-    comparisons = sum(member.n > 1 for member in family)
-    return [(member, p, judge(member, p, comparisons)) for member, p in zip(family, adjusted, strict=True)]
+    family = paired_family(differences)
+    comparisons = sum(member.n > 1 for member, _ in family)
+    return [(member, p, judge(member, p, comparisons)) for member, p in family]
 
 
 @dataclass(frozen=True)
@@ -329,15 +329,11 @@ def answer_claims(shifted: Sequence[np.ndarray]) -> list[Answer]:
     """
     kinds: dict[int, Literal["supported", "refuted", "inconclusive"]]
     kinds = {-1: "supported", 0: "inconclusive", 1: "refuted"}
-    family, adjusted = _family(shifted)
-    return [
-        Answer(kinds[_significant_side(member, p)], member, p)
-        for member, p in zip(family, adjusted, strict=True)
-    ]
+    return [Answer(kinds[significant_side(member, p)], member, p) for member, p in paired_family(shifted)]
 
 
-def _family(differences: Sequence[np.ndarray]) -> tuple[list[Paired], list[float]]:
-    """Return each member's statistics and adjusted p; a member of one seed has p 1, outside the family."""
+def paired_family(differences: Sequence[np.ndarray]) -> list[tuple[Paired, float]]:
+    """Return each member's statistics and p by Holm; a member of one seed has p 1, outside the family."""
     samples = [finite(values) for values in differences]
     p_values = np.empty(len(samples))
     for n in {len(sample_n) for sample_n in samples}:
@@ -345,7 +341,7 @@ def _family(differences: Sequence[np.ndarray]) -> tuple[list[Paired], list[float
         p_values[members] = sign_flip_ps(np.stack([samples[index] for index in members], axis=1))
     family = [_paired(sample_n, float(p)) for sample_n, p in zip(samples, p_values, strict=True)]
     adjusted = iter(holm([member.p for member in family if member.n > 1]))
-    return family, [next(adjusted) if member.n > 1 else 1.0 for member in family]
+    return [(member, next(adjusted) if member.n > 1 else 1.0) for member in family]
 
 
 def article_interval(

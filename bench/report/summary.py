@@ -17,6 +17,7 @@ from bench.measure.rates import difference_of_medians, paired_ratios
 from bench.record import (
     Communication,
     Data,
+    Diagnostics,
     LeakCheck,
     NotMeasured,
     Record,
@@ -82,6 +83,7 @@ def _details(record: Record, steps: Sequence[dict[str, Any]]) -> list[tuple[str,
         ("training", _training(record, steps)),
         ("parameters", _parameters(record)),
         *_communication(record.communication),
+        ("experts", _experts(record.diagnostics)),
         ("coupler", _marginal(record)),
         ("counts", _counts(record.used)),
     ]
@@ -359,6 +361,18 @@ def _range(name: str, values: dict[str, float]) -> str:
         ends = f"{values[low]:.3f} (E{low}) to {values[high]:.3f} (E{high})"
         return f"expert shares {ends}; equal shares are {1 / len(values):.3f}"
     return f"{name.replace('_', ' ')} {values[low]:.3f} ({low}) to {values[high]:.3f} ({high})"
+
+
+def _experts(found: Diagnostics | NotMeasured) -> str:
+    """Return how alike the experts are, which one matters most, and the time of the measurement."""
+    if not is_measured(found):
+        return ""
+    most, of = quantities.largest_rise(found), len(found.layers[0].cosine)
+    rank = f"effective rank {number(found.effective_rank, 2)} of {of}"
+    alike = f"cosine {number(found.expert_cosine, 2)}, CKA {number(found.expert_cka, 2)}, {rank}"
+    rise = f"{signed(most.nats)} ± {number(most.standard_error, 4)} nats"
+    taken = f" ({share(found.share_of_run)} of the time)" if found.share_of_run else ""
+    return f"{alike}{taken}\nlargest rise of the loss {rise} (layer {most.layer}, E{most.expert})"
 
 
 def _check(found: LeakCheck) -> str:

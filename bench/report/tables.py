@@ -52,7 +52,8 @@ AWD_LSTM = ("AWD-LSTM (Merity et al. 2017), test split", "published", 65.8)
 FULL_TEST_TOKENS = 245_569
 PAPER = (
     "configuration", "first", "second", "n", "seed", "seeds", "perplexity", "difference", "p", "verdict",
-    "first is", "status", "tokens/s", "peak memory", "error",
+    "first is", "cosine", "CKA", "effective rank",
+    "experts that matter", "status", "tokens/s", "peak memory", "error",
 )  # fmt: skip
 """The columns of a LaTeX table without --columns: the first six of these that the table has."""
 NAMES = PAPER[:3]

@@ -71,7 +71,7 @@ def print_report(report: Report, console: Console, places: Sequence[str] = ()) -
     shown = report.sections[:MOST_TABLES]
     left_out = len(report.sections) - len(shown)
     end = [Text(f"{counted(left_out, 'more table')}: see the page")] if left_out else []
-    end += [found for found in (_weights(shown), _answers(report)) if found] + [code]
+    end += [found for found in (_weights(shown), _experts(shown), _answers(report)) if found] + [code]
     left = MOST_LINES - _lines([headline, *warnings, *end]) - len(places) - 1
     sections = [_section(section, left // len(shown)) for section in shown]
     full = [Text(f"- {found.hypothesis.statement}: {found.words()}") for found in report.answers]
@@ -119,6 +119,10 @@ def _weights(sections: Sequence[Section]) -> Text | None:
         return None
     agree = sum(one.reproducible for one in found)
     return Text(f"hyperedge weights: the seeds agree in {agree} of {counted(len(found), 'layer')}")
+
+
+def _experts(sections: Sequence[Section]) -> Text | None:
+    return next((Text(section.experts.line()) for section in sections if section.experts), None)
 
 
 def _answers(report: Report) -> Text | None:

@@ -22,6 +22,7 @@ from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, MeasureConfig, RunCon
 from bench.data.corpus import Corpus, say_unknown_words
 from bench.data.loader import BlockLoader
 from bench.files import check_writable, without_places
+from bench.measure.experts import TOKENS, Experts
 from bench.record import OF_CLASSES, ReadOnlyFolder, RecordedConfig, RunFolder
 from bench.training.environment import code_hashes
 from bench.training.evaluation import probe_tokens
@@ -39,7 +40,7 @@ from bench.training.loaders import (
 )
 from bench.training.loop import TrainingPlan
 from bench.training.ranks import ALONE, Ranks
-from bench.training.step import Execution
+from bench.training.step import Execution, to_device
 from bench.tune.find import Say, refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes, request_for
 from bench.tune.trials import Request
 from gnnmoe.config import GNNMoEConfig
@@ -89,6 +90,13 @@ class Prepared:
         windows, rows = self.loaders["val"].dataset_obj, self.config.training.batch_size
         batch = windows.__getitems__(list(range(min(rows, len(windows)))))
         return probe_tokens(batch["input_ids"]).to(self.device)
+
+    def experts(self, micro_batch_size: int | None) -> Experts:
+        """Return what measures the experts, on the first validation tokens, in such micro-batches."""
+        windows = self.loaders["val"].dataset_obj
+        rows = min(-(-TOKENS // self.model_config.max_seq_length), len(windows))
+        batch = to_device(windows.__getitems__(list(range(rows))), self.device)
+        return Experts(batch, micro_batch_size or self.config.training.batch_size)
 
     @property
     def checkpoint(self) -> Path:
@@ -219,7 +227,7 @@ def identity(
     training, measure = groups["training"], groups["measure"]
     if training["epochs"] is None and training["max_steps"] is None:
         training["max_steps"] = DEFAULT_MAX_STEPS
-    for name in ("allow_failed_check", "audit", "marginal", "profile", "speed"):
+    for name in ("allow_failed_check", "audit", "diagnostics", "marginal", "profile", "speed"):
         del measure[name]  # they change no number
     measure |= FORMER_SPEED_PASS if measure == DEFAULT_SPEED_PASS else {}
     for name in ("min_steps_per_epoch", "strict_curriculum"):

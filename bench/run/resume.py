@@ -279,7 +279,7 @@ STATE = {
         "recovering": {"micro_batch_size": MAYBE_INT, "recoveries": [get_type_hints(Recovery)]},
         "control": dict | None, "random": [Tensor], "random_cuda": [Tensor | None],
     },
-    "trace": {"steps": [int], "samples": {str: [Tensor]}},
+    "trace": {"steps": [int], "samples": {str: [Tensor]}, "seconds": float},
     "ledger": {
         "tuned_micro_batch_size": MAYBE_INT,
         "epochs": [get_type_hints(EpochAccount) | {"asked": COUNTS, "got": COUNTS}],
@@ -422,13 +422,16 @@ def _refuse_trace(there: dict[str, Any], steps: int, model: GNNMoEModel, prepare
     """Refuse samples of another coupler, and a number of samples other than the steps."""
     trace = CommunicationTrace(prepared.probe())
     trace.sample(0, model)
-    samples = trace.state_dict()["samples"]
-    refuse_unlike(there["samples"], {name: [values[0]] for name, values in samples.items()}, "trace.samples")
+    always = trace.state_dict()["samples"]
+    perhaps = prepared.experts(None).sample(model)  # both parts of the run may have --no-diagnostics
+    known = {name: [value.float().cpu()] for name, value in perhaps.items()} | always
+    expected = {name: values for name, values in known.items() if name in always or name in there["samples"]}
+    refuse_unlike(there["samples"], expected, "trace.samples")
     at = there["steps"]
     if at[:1] != [0] or at[-1] > steps or any(before >= after for before, after in pairwise(at)):
         raise Refused(f"trace.steps do not rise from 0 to at most {steps}")
     for name, values in there["samples"].items():
-        if len(values) != len(at):
+        if len(values) != len(at) and (name in always or len(values) > len(at)):
             raise Refused(f"trace.samples.{name} has {len(values)} samples of {len(at)} steps")
 
 

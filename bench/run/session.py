@@ -32,6 +32,7 @@ from bench.measure.ledger import Ledger
 from bench.measure.speed_pass import SpeedPass, speed_pass_steps
 from bench.measure.timing import training_flops_per_token
 from bench.record import (
+    NOT_REACHED,
     Accounts,
     Data,
     ExecutionUsed,
@@ -129,7 +130,7 @@ class Session:
             data=Data(**prepared.corpus.to_record(), training_blocks=_subset(prepared)),
             time=Time.of(self.parts(end=None)),
             tuned=not_measured("no batch-size search was asked for"),
-            requested=requested(config),
+            requested=requested(config), diagnostics=not_measured(NOT_REACHED),
         )  # fmt: skip
 
     def begin(self) -> None:
@@ -181,6 +182,8 @@ class Session:
         folder, record = self.prepared.folder, self.record
         record.status, record.error = status, error
         record.time = Time.of(self.parts(utc_now()))
+        if is_measured(record.diagnostics):
+            record.diagnostics.share_of_run = record.diagnostics.seconds / record.time.seconds["total"]
         if status == "crashed":
             print(log, file=sys.stderr)
         try:
@@ -338,7 +341,16 @@ class Session:
             self.record.used.ledger = Accounts.model_validate(learning.ledger.to_record())
         self.record.quality = quality
         prepared.folder.write_arrays("nll.npz", arrays)
-        self.record.communication = summarize_communication(model, prepared.probe())
+        communication = summarize_communication(model, prepared.probe())
+        self.record.communication = communication
+        if learning.experts is None:
+            self.record.diagnostics = not_measured("left out by --no-diagnostics")
+            return
+        self.record.diagnostics, features = learning.experts.conclude(
+            model, communication, learning.trace.seconds
+        )
+        if features:
+            prepared.folder.write_arrays("experts.npz", features)
 
 
 def _subset(prepared: Prepared) -> TrainingBlocks:
@@ -392,7 +404,9 @@ class TrainingRun:
         windows = loaders["val"].dataset
         assert isinstance(windows, EvalWindows)
         self._validation_tokens = windows.num_scored
-        self.trace = CommunicationTrace(prepared.probe())
+        asked, rows = prepared.config.measure.diagnostics, self.steps.micro_batch_size
+        self.experts = prepared.experts(rows) if asked else None
+        self.trace = CommunicationTrace(prepared.probe(), self.experts.sample if self.experts else None)
         self.ledger = Ledger(tuned["micro_batch_size"] if tuned else None, ranks)
         every = in_steps(config.eval_every, self.trainer.plan.total_steps)
         self.every = prepared.config.places.checkpoint_every or every

@@ -10,8 +10,11 @@
 
 ``better`` and ``than`` select runs by their flags. Each must select at least one configuration of the sweep.
 ``by`` is the share by which the ``quantity`` must be better, 0 by default. The quantity is the perplexity
-(lower is better), the tokens_per_second, or the peak_memory of a training step (lower is better). Before its
-first run, a sweep writes the hypotheses and the time into ``hypotheses.json`` in the study's folder.
+(lower is better), the tokens_per_second, or the peak_memory of a training step (lower is better).
+
+For a quantity of the experts (``OF_EXPERTS``) ``higher`` stands in place of ``better``: the runs in which the
+quantity is higher by the hypothesis, by at least ``by`` in its own unit. Before its first run, a sweep writes
+the hypotheses and the time into ``hypotheses.json`` in the study's folder.
 """
 
 from __future__ import annotations
@@ -28,9 +31,15 @@ from bench.config import FlagTable, by_field, complete, run_flags
 from bench.files import cannot_write, kind_of, not_linked_out, read_toml, refusals_name, utc_now, write_whole
 from gnnmoe.config import Refused, unknown_name
 
-QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")
+RATIOS = ("perplexity", "tokens_per_second", "peak_memory")
+"""Quantities of which one direction is better; two runs are compared by their ratio."""
+OF_EXPERTS = (
+    "expert_cosine", "expert_cka", "effective_rank", "ablation_nats", "mutual_information",
+    "effective_experts",
+)  # fmt: skip
+"""Quantities of which no direction is better; two runs are compared by their difference."""
+QUANTITIES = (*RATIOS, *OF_EXPERTS)
 STATED = "hypotheses.json"
-KEYS = ("statement", "better", "than", "by", "quantity")
 ALPHA = 0.05
 """The rate at which a family of comparisons may find a difference where there is none."""
 
@@ -41,11 +50,21 @@ class Hypothesis:
 
     statement: str
     better: FlagTable
-    """Flags, by field, of the runs that are better by the hypothesis."""
+    """Flags, by field, of the runs that are better by the hypothesis; for ``OF_EXPERTS``, that are higher."""
     than: FlagTable
     """Flags, by field, of the runs with which they are compared."""
     by: float = 0.0
+    """The least difference: a share for ``RATIOS``, else in the quantity's unit."""
     quantity: str = "perplexity"
+
+    @property
+    def first_key(self) -> str:
+        """The key of the first side in a file: better, or higher."""
+        return _first_key(self.quantity)
+
+    def to_table(self) -> dict[str, Any]:
+        """Return the hypothesis as a file states it."""
+        return {(self.first_key if key == "better" else key): value for key, value in asdict(self).items()}
 
 
 def load_hypotheses(path: Path) -> list[Hypothesis]:
@@ -96,15 +115,12 @@ def check_against(hypotheses: Sequence[Hypothesis], configurations: Sequence[Fla
     """
     values = [complete(flags) for flags in configurations]
     for number, hypothesis in enumerate(hypotheses, 1):
-        chosen = {
-            side: [v for v in values if selects(getattr(hypothesis, side), v)] for side in ("better", "than")
-        }
+        sides = {hypothesis.first_key: hypothesis.better, "than": hypothesis.than}
+        chosen = {side: [v for v in values if selects(flags, v)] for side, flags in sides.items()}
         for side, some in chosen.items():
             if not some:
-                raise Refused(
-                    f"hypothesis {number}: {side} = {getattr(hypothesis, side)} selects no run of the sweep."
-                )
-        if any(value in chosen["than"] for value in chosen["better"]):
+                raise Refused(f"hypothesis {number}: {side} = {sides[side]} selects no run of the sweep.")
+        if any(value in chosen["than"] for value in chosen[hypothesis.first_key]):
             raise Refused(f"hypothesis {number}: a run is on both sides; select more closely.")
 
 
@@ -124,7 +140,7 @@ def state(hypotheses: Sequence[Hypothesis], study: Path) -> None:
             number = next(n for n in itertools.count(1) if not kind_of(path.with_suffix(f".{n}.json")))
             path.rename(path.with_suffix(f".{number}.json"))
         now = utc_now()
-        text = json.dumps({"stated": now, "hypotheses": [asdict(found) for found in hypotheses]}, indent=2)
+        text = json.dumps({"stated": now, "hypotheses": [found.to_table() for found in hypotheses]}, indent=2)
         write_whole(path, f"{text}\n".encode())
     except OSError as error:
         raise Refused(cannot_write(path, error)) from error
@@ -153,22 +169,31 @@ def selects(flags: FlagTable, values: FlagTable) -> bool:
     return all(values[name] == value for name, value in flags.items())
 
 
+def _first_key(quantity: str) -> str:
+    return "higher" if quantity in OF_EXPERTS else "better"
+
+
 def _hypothesis(table: FlagTable) -> Hypothesis:
-    for key in table:
-        if key not in KEYS:
-            raise Refused(unknown_name("key", key, KEYS))
-    missing = [key for key in KEYS[:3] if key not in table]
-    if missing:
-        raise Refused(f"{' and '.join(missing)} missing; it needs {', '.join(KEYS[:3])}.")
-    statement, by, quantity = table["statement"], table.get("by", 0.0), table.get("quantity", QUANTITIES[0])
-    if not isinstance(statement, str) or not statement.strip():
-        raise Refused(f"statement is {statement!r}; it must be a sentence.")
-    if isinstance(by, bool) or not isinstance(by, int | float) or not 0 <= by < 1:
-        raise Refused(f"by is {by!r}; it must be a share, from 0 to less than 1 (0.01 is one percent).")
+    quantity = table.get("quantity", QUANTITIES[0])
     if quantity not in QUANTITIES:
         raise Refused(unknown_name("quantity", quantity, QUANTITIES))
-    sides = {side: _selection(side, table[side]) for side in ("better", "than")}
-    return Hypothesis(statement.strip(), sides["better"], sides["than"], float(by), quantity)
+    first = _first_key(quantity)
+    needed = ("statement", first, "than")
+    for key in table:
+        if key not in (*needed, "by", "quantity"):
+            raise Refused(unknown_name("key", key, (*needed, "by", "quantity")))
+    missing = [key for key in needed if key not in table]
+    if missing:
+        raise Refused(f"{' and '.join(missing)} missing; it needs {', '.join(needed)}.")
+    statement, by = table["statement"], table.get("by", 0.0)
+    if not isinstance(statement, str) or not statement.strip():
+        raise Refused(f"statement is {statement!r}; it must be a sentence.")
+    most = 1 if quantity in RATIOS else math.inf
+    if isinstance(by, bool) or not isinstance(by, int | float) or not 0 <= by < most:
+        what = "a share, from 0 to less than 1 (0.01 is one percent)" if most == 1 else "a number, 0 or more"
+        raise Refused(f"by is {by!r}; it must be {what}.")
+    sides = {side: _selection(side, table[side]) for side in (first, "than")}
+    return Hypothesis(statement.strip(), sides[first], sides["than"], float(by), quantity)
 
 
 def _selection(side: str, table: Any) -> FlagTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,34 +96,53 @@ def communication_by_layer(model: GNNMoEModel, input_ids: Tensor) -> dict[str, d
     return found
 
 
-class CommunicationTrace:
-    """Samples of the ``communication`` of every layer, always on the same tokens (B, L)."""
+Sample = Callable[[GNNMoEModel], dict[str, Tensor]]
 
-    def __init__(self, input_ids: Tensor) -> None:
-        self.input_ids = input_ids
+
+class CommunicationTrace:
+    """Samples of the ``communication`` of every layer, always on the same tokens (B, L).
+
+    ``experts`` measures more of the model, by name, at the same steps (``bench.measure.experts``).
+    """
+
+    def __init__(self, input_ids: Tensor, experts: Sample | None = None) -> None:
+        self.input_ids, self._experts = input_ids, experts
         self._steps: list[int] = []
         self._samples: dict[str, list[np.ndarray]] = {}
+        self.seconds = 0.0
+        """The time that ``experts`` took."""
 
     def sample(self, step: int, model: GNNMoEModel) -> None:
         """Add a sample after ``step`` steps."""
         self._steps.append(step)
         for layer, parts in communication_by_layer(model, self.input_ids).items():
-            for name, value in parts.items():
-                self._samples.setdefault(f"{layer}.{name}", []).append(value.float().cpu().numpy().copy())
+            self._add({f"{layer}.{name}": value for name, value in parts.items()})
+        if self._experts is not None:
+            start = time.perf_counter()
+            self._add(self._experts(model))
+            self.seconds += time.perf_counter() - start
+
+    def _add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._samples.setdefault(name, []).append(value.float().cpu().numpy().copy())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the samples as tensors, for a checkpoint."""
         samples = {name: [torch.from_numpy(v) for v in values] for name, values in self._samples.items()}
-        return {"steps": list(self._steps), "samples": samples}
+        return {"steps": list(self._steps), "samples": samples, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the samples of a checkpoint."""
-        self._steps = list(state["steps"])
+        self._steps, self.seconds = list(state["steps"]), state["seconds"]
         self._samples = {name: [v.numpy() for v in values] for name, values in state["samples"].items()}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return ``step`` (T,) and, by names such as ``layer_0.mixing``, the values (T, …)."""
-        stacked = {name: np.stack(values) for name, values in self._samples.items()}
+        """Return ``step`` (T,) and, by names such as ``layer_0.mixing``, the values (T, …).
+
+        What only a part of a resumed run sampled is left out.
+        """
+        whole = {name: v for name, v in self._samples.items() if len(v) == len(self._steps)}
+        stacked = {name: np.stack(values) for name, values in whole.items()}
         return {"step": np.array(self._steps, dtype=np.int64), **stacked}
 
 

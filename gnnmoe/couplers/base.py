@@ -102,6 +102,13 @@ class Coupler(nn.Module, ABC):
             parts["mixing"] = effective_mixing(self, expert_outputs, layer_input)
         return parts
 
+    def token_weights(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor | None:
+        """Return the weight of each expert for each token (B, L, E), 0 or more.
+
+        None where the coupler has no weights that depend on the token.
+        """
+        return None
+
     def get_expert_communication_matrices(self) -> list[Tensor]:
         """Return the static parts of ``communication`` as a list, as the original experiments did."""
         return list(self.communication().values())
@@ -160,7 +167,9 @@ def _accumulation_dtype(device: torch.device) -> torch.dtype:
 EMPTY = inspect.Parameter.empty
 OPTION_TYPES = (bool, int, float, str, type(None))
 FIELDS_ARE = f"None, or a tuple of some of {', '.join(COUPLER_FIELDS)}"
-METHODS = "forward reference auxiliary_losses communication flops fields_read canonical_options".split()
+METHODS = (
+    "forward reference auxiliary_losses communication token_weights flops fields_read canonical_options"
+).split()
 """The methods that the harness calls: their parameters must be those of ``Coupler``."""
 
 

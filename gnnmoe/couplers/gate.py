@@ -41,7 +41,7 @@ class GateCoupler(Coupler):
 
     def forward(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
         """Mix ``expert_outputs`` (B, L, E, D) into (B, L, D), by ``layer_input`` (B, L, D)."""
-        weights_BLE = self._weights(self._logits(layer_input))
+        weights_BLE = self.token_weights(expert_outputs, layer_input)
         return self.combiner(weighted_sum(weights_BLE, expert_outputs))
 
     def _logits(self, layer_input: Tensor | None) -> Tensor:
@@ -84,6 +84,10 @@ class GateCoupler(Coupler):
         """Count the logits, the weighted sum over all experts and the combiner."""
         E, D = self.config.num_experts, self.config.embed_dim
         return linear_flops(tokens, D, E) + linear_flops(tokens, E, D) + linear_flops(tokens, D, D)
+
+    def token_weights(self, expert_outputs: Tensor, layer_input: Tensor | None = None) -> Tensor:
+        """Return the weight of each expert for each token (B, L, E), by ``layer_input``."""
+        return self._weights(self._logits(layer_input))
 
     @torch.no_grad()
     def communication(

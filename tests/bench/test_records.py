@@ -44,7 +44,7 @@ VALUES = {
     "batch_schedule": "0:16,1:32", "initialization": "original",
 }  # fmt: skip
 BY_OTHER_MEANS = {"vocab_size", "coupler_option", "dataset_name", "dataset_config_name", "allow_failed_check",
-                  "audit", "marginal", "profile", "speed",  # checked and measured besides
+                  "audit", "diagnostics", "marginal", "profile", "speed",  # checked and measured besides
                   "text_column", "tokenizer",  # the data count by their content
                   "curriculum", "curriculum_pacing", "curriculum_start",  # by the order they give
                   "strict_curriculum", "min_steps_per_epoch"}  # fmt: skip
@@ -61,7 +61,13 @@ def test_a_run_id_changes_with_everything_that_can_change_a_number():
             name = run_id(with_field(group, field.name, changed), DATA, "cpu")
             assert name not in seen, f"{group}.{field.name} does not count"
             seen.add(name)
-    for name, value in (("audit", "full"), ("marginal", True), ("profile", True), ("speed", False)):
+    for name, value in (
+        ("audit", "full"),
+        ("marginal", True),
+        ("profile", True),
+        ("speed", False),
+        ("diagnostics", False),
+    ):
         assert run_id(with_field("measure", name, value), DATA, "cpu") in seen
     assert run_id(RunConfig(), "1" * 64, "cpu") not in seen
     assert run_id(RunConfig(), DATA, "cuda") not in seen

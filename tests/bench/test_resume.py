@@ -15,6 +15,7 @@ import torch
 
 from bench.run.__main__ import main
 from bench.training.checkpoint import differing_fields, load_checkpoint
+from tests._records import without_diagnostic_times
 from tests.bench._forked import fork_context
 from tests.bench._runs import act_at_step, interrupt, only_folder, refusal, results_of
 from tests.bench.conftest import TINY
@@ -50,13 +51,16 @@ def scheduled(small_data_dir, tmp_path_factory) -> Path:
 def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
     """Losses, weights, batches, communication and record are equal, bit for bit."""
     assert (folder / "history.jsonl").read_text() == (expected / "history.jsonl").read_text()
-    for name in ("nll.npz", "communication.npz"):
+    for name in ("nll.npz", "communication.npz", "experts.npz"):
         ours, theirs = np.load(folder / name), np.load(expected / name)
         assert set(ours) == set(theirs)
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (load_checkpoint(path / "checkpoint.pt")["model"] for path in (folder, expected))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, expected))
+    ours, theirs = (
+        without_diagnostic_times(json.loads((path / "record.json").read_text()))
+        for path in (folder, expected)
+    )
     for record in (ours, theirs):
         del record["environment"]["git_changes_sha256"]  # of a file that someone edits meanwhile
     for key in set(theirs) - {"time", "speed", "memory", "check", "command", "config"}:

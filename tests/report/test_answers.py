@@ -55,7 +55,7 @@ def test_answers(groups, hypothesis, kind):
 def test_the_evidence_is_the_ratio_itself_not_the_shifted_one(groups):
     """The margin moves the test, not the figure that is told."""
     plain, shifted = answer_hypotheses([asked(PAIRS, MEAN), asked(PAIRS, MEAN, by=0.02)], groups)
-    (ratio, ends), other = plain.ratio() or (0.0, None), shifted.ratio()
+    (ratio, ends), other = plain.effect() or (0.0, None), shifted.effect()
     assert other is not None
     assert ratio == pytest.approx(other[0])
     assert ends == pytest.approx(other[1])

@@ -29,6 +29,7 @@ from bench.sweep.outcome import SweepResult
 from bench.sweep.plan import PlannedRun
 from bench.sweep.specification import SweepConfig
 from bench.sweep.work import execute
+from tests._records import without_diagnostic_times
 from tests.bench.conftest import TINY
 from tests.sweep.test_local import processes_with, wait_until
 
@@ -133,14 +134,17 @@ def steps_begun(runs: list[PlannedRun]) -> int:
 
 
 def assert_equal_but_for_times(folder: Path, expected: Path) -> None:
-    ours, theirs = (json.loads((path / "record.json").read_text()) for path in (folder, expected))
+    ours, theirs = (
+        without_diagnostic_times(json.loads((path / "record.json").read_text()))
+        for path in (folder, expected)
+    )
     assert ours["status"] == "ok"
     for key in set(theirs) - MAY_DIFFER:
         assert ours[key] == theirs[key], key
     for group in ("model", "data", "training", "measure"):
         assert ours["config"][group] == theirs["config"][group]
     assert (folder / "history.jsonl").read_text() == (expected / "history.jsonl").read_text()
-    for name in ("nll.npz", "communication.npz"):
+    for name in ("nll.npz", "communication.npz", "experts.npz"):
         found, wanted = np.load(folder / name), np.load(expected / name)
         assert all(np.array_equal(found[key], wanted[key]) for key in wanted)
 

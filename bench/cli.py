@@ -198,7 +198,7 @@ def show_warnings_plainly() -> None:
         if str(message) not in shown:
             shown.add(str(message))
             word = "note" if issubclass(category, UserWarning) else "warning"
-            print(f"{word}: {message}", file=sys.stderr)
+            print(f"{word}: {visible(str(message))}", file=sys.stderr)
 
     warnings.showwarning = show
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from gnnmoe.config import Refused
+from gnnmoe.reading import read_bytes
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -165,7 +166,7 @@ def read_toml(what: str, path: Path) -> dict[str, Any]:
         Refused: the file cannot be read, or is not TOML; the message names the file.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_bytes(path).decode())
     except OSError as error:
         reason = error.strerror if str(path) != "." else "name a TOML file"
         raise Refused(f"{what} {path} cannot be read: {reason}.") from error
@@ -180,7 +181,7 @@ def read_json_text(path: Path) -> tuple[str, Any]:
         Refused: the file cannot be read, is cut short or nested too deeply; the message names the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
         return text, json.loads(text)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}.") from error

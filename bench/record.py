@@ -47,7 +47,7 @@ from bench.files import (
     utc_now,
     without_places,
 )
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief, shortened
 from gnnmoe.discovery import is_file
 
 SCHEMA_VERSION = "2.0"
@@ -186,7 +186,7 @@ class RecordedConfig(Part):
         for group, name, kind, words in NEEDED:
             found = getattr(self, group).get(name)
             if type(found) is not kind:
-                raise ValueError(f"{group}.{name} is {_short(found)}; it must be {words}")
+                raise ValueError(f"{group}.{name} is {brief(found)}; it must be {words}")
         return self
 
 
@@ -544,7 +544,7 @@ class Speed(Warmup, Derived):
 def _refuse_unlike(place: Part, first: str, second: str) -> None:
     ours, theirs = getattr(place, first), getattr(place, second)
     if len(ours) != len(theirs):
-        raise ValueError(f"{second} is {_short(theirs)}; it must be as long as {first}, {len(ours)}")
+        raise ValueError(f"{second} is {brief(theirs)}; it must be as long as {first}, {len(ours)}")
 
 
 class Memory(Part):
@@ -875,7 +875,7 @@ def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
     try:
         return Record.model_validate(value if shown_as_it_is else shown(value))
     except ValidationError as error:
-        raise Refused(_words(error)) from error
+        raise Refused(first_error(error)) from error
 
 
 MUST = {
@@ -896,10 +896,11 @@ MUST = {
 """What a value must be, by pydantic's name of the error."""
 
 
-def _words(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     """Return the first error in words: the key, its value and what it must be."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(key) for key in first["loc"] if key not in (READING, NULL, "[key]"))
+    keys = [str(key) for key in first["loc"] if key not in (READING, NULL, "[key]")]
+    place = shortened(".".join(keys))
     if first["type"] == "missing":
         return f"it lacks {place}"
     if first["type"] == "extra_forbidden":
@@ -907,12 +908,7 @@ def _words(error: ValidationError) -> str:
     if first["type"] == "value_error":  # a validator above raised it and named the field
         return ".".join(filter(None, (place, str(first["ctx"]["error"]))))  # pyright: ignore
     must = MUST.get(first["type"], first["msg"])
-    return f"{place or 'it'} is {_short(first['input'])}; it must be {must}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return f"{place or 'it'} is {brief(first['input'])}; it must be {must}"
 
 
 def study_records(study: Path) -> list[Record]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from bench.data.tokenizer import SPLITS, Content, Split, Vocabulary
 from bench.files import remove_left_over, replacing
+from gnnmoe.reading import read_bytes
 
 MADE_BY = ("cache", "tokenizer")  # modules that prepare a text and store it
 LEFT_OVER_SECONDS = 3600.0  # an older temporary file belongs to a writer that was killed
@@ -30,6 +31,7 @@ HERE = Path(__file__).parent
 NO_CODE = frozenset({"ctx", "kind", "type_comment", "type_ignores"})  # fields of a node that change nothing
 _NUMBERS = ("num_tokens", "num_words", "num_lines", "num_bytes", "sha256")
 _MASKS = ("ends_word", "unknown")
+MOST_CACHED = 2**34  # bytes
 _SEAL_BYTES = len("\nsha256 \n") + 64
 Made = TypeVar("Made")
 
@@ -142,7 +144,7 @@ def kept(path: Path, what: str, read: Callable[[IO[bytes]], Made]) -> Made | Non
     with its hash, or if ``read`` raises.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, MOST_CACHED)
     except OSError:
         return None  # absent, or not readable: then writing fails too, with a message
     contents = raw[:-_SEAL_BYTES]

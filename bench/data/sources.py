@@ -19,6 +19,7 @@ from typing import Any
 
 from bench.data.tokenizer import SPLITS
 from gnnmoe.config import Refused, unknown_name
+from gnnmoe.reading import open_file
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
@@ -153,7 +154,8 @@ def _shorten(names: Sequence[str], most: int = 8) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bench.device import is_out_of_memory
 from bench.files import remove_left_over, replacing
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
+from gnnmoe.reading import open_file
 
 CHECKPOINT_SCHEMA = 3
 DIGEST_BYTES = 64  # a SHA-256 in hex
@@ -51,7 +52,7 @@ def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[st
             with the ``remedy``.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             damage = _damage(file)
             state = _read(file) if damage is None else None
     except FileNotFoundError as error:
@@ -165,8 +166,7 @@ def _described(value: Any) -> str:
         return f"a {type(value).__name__}"
     if isinstance(value, type):
         return "None" if value is type(None) else f"a value of type {value.__name__}"
-    shown = str(value) if hasattr(value, "__args__") else repr(value)  # a union of types, or a value
-    return shown if len(shown) <= 60 else f"{shown[:59]}…"
+    return str(value) if hasattr(value, "__args__") else brief(value)  # a union of types, or a value
 
 
 def differing_fields(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -679,6 +679,10 @@ class Damaged:
     status: Literal["damaged"] = "damaged"
 
 
+WRITTEN_WHOLE = ("record.json", "history.jsonl", "*.npz", "checkpoint.pt", "plots/*")
+"""The files of a run that ``replacing`` writes."""
+
+
 class RunFolder:
     """``results_dir/study/run_id``: record.json, history.jsonl, the npz files and log.txt."""
 
@@ -692,7 +696,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out of this run in the block.
+        """Keep every other process out of this run in the block, and remove what killed processes left.
 
         Raises:
             Busy: another process works on the run.
@@ -707,6 +711,8 @@ class RunFolder:
             raise Refused(cannot_write(self.path, error)) from error
         if held is None:
             raise Busy(f"{BUSY} {self.path.name}; wait for it.")
+        for name in WRITTEN_WHOLE:
+            remove_left_over(self.path / name)  # of processes that were killed
         try:
             yield
         finally:
@@ -726,8 +732,6 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
-                remove_left_over(self.path / name)  # of processes that were killed; the run is locked
             (self.path / "history.jsonl").touch()
             (self.path / "log.txt").touch()
             there = self.read_log()

@@ -293,7 +293,7 @@ def in_state(path: Path, draw: random.Random) -> str:
     """Change one value of a checkpoint, whose SHA-256 is then right."""
     state = load_checkpoint(path)
     where = [(holder, key) for holder, key in places_in(state) if key != "schema"]
-    shallow = [found for found in where if found[0] is state or found[0] is state["trainer"]]
+    shallow = [found for found in where if found[0] is state or found[0] is state.get("trainer")]
     holder, key = draw.choice(shallow if draw.random() < 0.5 else where)
     how = draw.choice(["deleted", "nasty", "tensor"])
     if how == "deleted":

@@ -42,7 +42,7 @@ from bench.record import (
 )
 from bench.run.prepare import Prepared, run_id
 from bench.run.progress import Reporter
-from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
+from bench.training.checkpoint import differing_fields, is_sound, load_checkpoint, refuse_unlike
 from bench.training.evaluation import CommunicationTrace
 from bench.training.loop import Trained, TrainingPlan
 from bench.training.step import make_optimizer
@@ -125,7 +125,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
             f"run {prepared.run_id} ended as {status}; only interrupted runs are continued. "
             "Without --resume it runs again, and the earlier record is kept."
         )
-        if status in ("crashed", "oom", "timeout") and prepared.checkpoint.exists():
+        if status in ("crashed", "oom", "timeout") and is_sound(prepared.checkpoint):
             words += f" --resume-checkpoint {prepared.checkpoint} goes on from its last checkpoint."
         raise Refused(words)
     if status == "interrupted" and not places.resume and not places.force:

@@ -70,6 +70,14 @@ def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[st
     return state
 
 
+def is_sound(path: Path) -> bool:
+    """Return whether there is a checkpoint that ``load_checkpoint`` reads."""
+    try:
+        return bool(load_checkpoint(path))
+    except Refused:
+        return False
+
+
 def _read(file: IO[bytes]) -> Any:
     """Return what ``torch.save`` wrote; None if the file is not from ``torch.save`` or holds other objects.
 

@@ -876,10 +876,7 @@ def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
     Raises:
         Refused: the message names the first key that is missing or wrong, its value and what it must be.
     """
-    try:
-        return Record.model_validate(value if shown_as_it_is else shown(value))
-    except ValidationError as error:
-        raise Refused(first_error(error)) from error
+    return part_of(Record, value if shown_as_it_is else shown(value))
 
 
 MUST = {
@@ -900,7 +897,22 @@ MUST = {
 """What a value must be, by pydantic's name of the error."""
 
 
-def first_error(error: ValidationError) -> str:
+PartType = TypeVar("PartType", bound=Part)
+
+
+def part_of(kind: type[PartType], value: Any) -> PartType:
+    """Return a value of JSON as the part ``kind``.
+
+    Raises:
+        Refused: the message names the first key that is missing or wrong, its value and what it must be.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise Refused(_first_error(error)) from error
+
+
+def _first_error(error: ValidationError) -> str:
     """Return the first error in words: the key, its value and what it must be."""
     first = error.errors(include_url=False)[0]
     keys = [str(key) for key in first["loc"] if key not in (READING, NULL, "[key]")]
@@ -908,7 +920,7 @@ def first_error(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"it lacks {place}"
     if first["type"] == "extra_forbidden":
-        return f"{place} is no field of a record"
+        return f"{place} is no known field"
     if first["type"] == "value_error":  # a validator above raised it and named the field
         return ".".join(filter(None, (place, str(first["ctx"]["error"]))))  # pyright: ignore
     must = MUST.get(first["type"], first["msg"])

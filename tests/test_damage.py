@@ -213,7 +213,7 @@ WHOLE = [
     b"\xef\xbb\xbf{}", b"PK\x03\x04 cut short", b"\x1f\x8b\x08 cut short", b"a = [" * 5000, b"a = nan\n",
     b"seeds = 1979-05-27\n", b"\x80\x04K\x03.",
 ]  # fmt: skip
-LARGE = 2**30
+LARGE = 2**28
 
 
 def places_in(value: Any) -> list[tuple[Any, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bench.files import inside, read_json
-from bench.record import Record, is_measured, read_record
+from bench.record import Part, Record, is_measured, part_of, read_record
 from gnnmoe.config import Refused, shortened
 from gnnmoe.reading import read_bytes
 
@@ -196,20 +196,30 @@ def publication(study: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     said = read_json(path)
-    aside = said.get("set_aside") if isinstance(said, dict) else None
-    sound = isinstance(aside, list) and all(
-        isinstance(run, dict) and isinstance(run.get("start"), str | None) for run in aside
-    )
-    if not sound or not is_names(said.get("files")):
-        raise Refused(f"{path} is not what --publish writes; fetch the study again, or delete that file.")
+    try:
+        part_of(_Publication, said)
+    except Refused as error:
+        remedy = "fetch the study again, or delete that file"
+        raise Refused(f"{path} is not what --publish writes: {error}; {remedy}.") from error
     for name in said["files"]:
         inside(study, name, path)
     return said
 
 
-def is_names(files: Any) -> bool:
-    """Return whether a JSON value is a table of texts by file name."""
-    return isinstance(files, dict) and all(isinstance(text, str) for text in files.values())
+class _SetAside(Part):
+    run_id: str
+    status: str
+    start: str | None
+
+
+class _Publication(Part):
+    """What ``--publish`` wrote about a study."""
+
+    format: int
+    made_by: str
+    set_aside: list[_SetAside]
+    left_out: dict[str, dict[str, dict[str, str]]]
+    files: dict[str, str]
 
 
 def damaged_arrays(folder: Path) -> list[str]:

@@ -47,7 +47,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("speed__fetch_seconds", [], "speed.fetch_seconds is .*not empty"),
     ("speed__matrix_flops_per_second", 0, "speed.matrix_flops_per_second is 0; it must be a number above 0"),
     ("speed__marginal", {"step_seconds": [1.0]}, "it lacks speed.marginal.reference"),
-    ("speed__more", 1, "speed.more is no field of a record"),
+    ("speed__more", 1, "speed.more is no known field"),
     ("memory__peak_allocated_bytes", "much", "memory.peak_allocated_bytes is 'much'"),
     ("parameters", {"total": 5}, "it lacks parameters.expert"),
     ("flops", 5, "flops is 5"),

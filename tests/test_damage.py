@@ -417,8 +417,10 @@ def trial(place: Place, seed: int, counts: Counter[str]) -> list[str]:
     shutil.rmtree(place.root, ignore_errors=True)
     shutil.copytree(place.root.with_name("sound"), place.root)
     path, what = damage(place, draw)
-    names, faults = list(place.commands()), []
-    for name in [*names[:-2], draw.choice(names[-2:])]:
+    *names, in_a_sweep, alone = place.commands()
+    trains = draw.choice([in_a_sweep, alone]) if place.interrupted in path.parts or draw.random() < 0.3 else None
+    faults = []
+    for name in [*names, *filter(None, [trains])]:
         answer = asked(place, name)
         counts[f"exit status {answer.status}"] += 1
         faults += [f"seed {seed}, {path.relative_to(place.root)}, {what}, {name}: {why}" for why in answer.faults()]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.device import is_out_of_memory
 from bench.files import remove_left_over, replacing
-from gnnmoe.config import Refused, brief
+from gnnmoe.config import Refused, brief, shortened
 from gnnmoe.reading import open_file
 
 CHECKPOINT_SCHEMA = 3
@@ -155,7 +155,7 @@ def _refuse_other_keys(found: dict[Any, Any], expected: dict[Any, Any], name: st
     before = f"{name}." if name else ""
     missing = [f"{before}{key}" for key in expected if key not in found]
     if missing:
-        raise Refused(f"it lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}")
+        raise Refused(f"it lacks {', '.join(missing[:2])}{', …' if len(missing) > 2 else ''}")
     unknown = [f"{before}{key}" for key in found if key not in expected]
     if unknown:
         raise Refused(f"it holds {unknown[0]}, which this run does not have")
@@ -180,10 +180,14 @@ def _described(value: Any) -> str:
 def differing_fields(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
     """Return ``name: value there → value here`` for every field in which two nested dicts differ."""
     found = []
-    for key in sorted(set(there) | set(here), key=str):
+    for key in sorted(set(there) | set(here), key=brief):
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differing_fields(a, b, prefix)
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} there, {b} here")
+        elif isinstance(a, Tensor) or a != b:
+            found.append(f"{prefix}{_plain(key)}: {_plain(a)} there, {_plain(b)} here")
     return found
+
+
+def _plain(value: Any) -> str:
+    return shortened(value) if isinstance(value, str) else brief(value)

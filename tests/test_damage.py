@@ -31,9 +31,9 @@ import bench.report.__main__ as report
 import bench.run.__main__ as run
 import bench.sweep.__main__ as sweep
 from bench.data.cache import replace_file
+from bench.study.hypotheses import load_hypotheses, state
 from bench.sweep.executors.base import Executor, Task
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
-from bench.study.hypotheses import load_hypotheses, state
 from gnnmoe.config import Refused
 from tests.bench._runs import act_at_step, interrupt
 from tests.bench.conftest import TINY
@@ -45,9 +45,7 @@ Command = Callable[[list[str]], int]
 
 # --- the study, and the commands that read it
 
-RUN = "\n".join(
-    f"{name.strip('-')} = {value}" for name, value in zip(TINY[:-1:2], TINY[1:-1:2], strict=True)
-)
+RUN = "\n".join(f"{name.strip('-')} = {value}" for name, value in zip(TINY[:-1:2], TINY[1:-1:2], strict=True))
 HGNN = 'coupler = "HGNN"\nstatic_hyperedge_strategy = "file:{edges}"'
 SWEEP = f"""
 seeds = 2
@@ -203,8 +201,9 @@ def in_process(run_plan: Callable[..., int]) -> Callable[..., int]:
 # --- damage
 
 NASTY: list[Any] = [
-    None, True, 0, -1, 1.5, 10**400, 2**31 - 1, 2**63, float("nan"), float("inf"), 1e308, 1e-308, "x", "512", "",
-    "\x1b[31mred", "\ud800", "x" * 100_000, [], {}, [[]], {"x": 1}, [None], ["x"], {"value": None, "reason": 1},
+    None, True, 0, -1, 1.5, 10**400, 2**31 - 1, 2**63, float("nan"), float("inf"), 1e308, 1e-308, "x", "512",
+    "", "\x1b[31mred", "\ud800", "x" * 100_000, [], {}, [[]], {"x": 1}, [None], ["x"],
+    {"value": None, "reason": 1},
     json.loads("[" * 90 + "]" * 90),
 ]  # fmt: skip
 WHOLE = [
@@ -344,12 +343,12 @@ def no_plain_file(path: Path, draw: random.Random) -> str:
 
 INSIDE = {".json": in_json, ".jsonl": in_lines, ".gz": in_lines, ".npz": in_arrays, ".pt": in_state}
 ANY = (cut_short, flipped, another, no_plain_file)
-READ = ("results/made/*/*", "results/made/*.json", "results/made/report/options.json", "published/*", "published/*/*",
-        "cache/**/*", "*.json", "*.toml")  # fmt: skip
+READ = ("results/made/*/*", "results/made/*.json", "results/made/report/options.json", "published/*",
+        "published/*/*",        "cache/**/*", "*.json", "*.toml")  # fmt: skip
 
 
-ALWAYS_READ = ("record.json", "nll.npz", "articles.npz", "communication.npz", "options.json", "published.json",
-               "hypotheses.json", "hypotheses.toml", "sweep.toml", "edges.json")  # fmt: skip
+ALWAYS_READ = ("record.json", "nll.npz", "articles.npz", "communication.npz", "options.json",
+               "published.json", "hypotheses.json", "hypotheses.toml", "sweep.toml", "edges.json")  # fmt: skip
 
 
 def damage(place: Place, draw: random.Random) -> tuple[Path, str]:
@@ -422,7 +421,9 @@ def trial(place: Place, seed: int, counts: Counter[str]) -> list[str]:
     shutil.copytree(place.root.with_name("sound"), place.root)
     path, what = damage(place, draw)
     *names, in_a_sweep, alone = place.commands()
-    trains = draw.choice([in_a_sweep, alone]) if place.interrupted in path.parts or draw.random() < 0.3 else None
+    trains = (
+        draw.choice([in_a_sweep, alone]) if place.interrupted in path.parts or draw.random() < 0.3 else None
+    )
     answers = [asked(place, name) for name in [*names, *filter(None, [trains])]]
     counts.update(f"exit status {answer.status}" for answer in answers)
     faults = [f"{answer.name}: {why}" for answer in answers for why in answer.faults()]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.files import inside, not_linked_out, read_json, write_whole
+from bench.record import Part, part_of
 from bench.report.contents import Report, make_plots, summary_markdown
 from bench.report.page import render_page
 from bench.report.quantities import counted
-from bench.record import Part, part_of
 from bench.study.hypotheses import read_hypotheses
 from bench.study.run_files import ARTICLES, NLL, SPLITS, article_sums, publication
 from bench.study.runs import Run

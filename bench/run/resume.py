@@ -253,7 +253,6 @@ def _nothing_to_resume(prepared: Prepared) -> str:
     return f"{message}; the nearest, {run_id}, differs: {_first(differing) or 'in its data or device'}."
 
 
-
 def _first(differing: Sequence[str]) -> str:
     """Return the first differences, and how many more there are."""
     more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []

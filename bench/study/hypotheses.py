@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import FlagTable, by_field, complete, run_flags
-from bench.files import cannot_write, not_linked_out, read_json, read_toml, refusals_name, utc_now, write_whole
+from bench.files import (
+    cannot_write,
+    not_linked_out,
+    read_json,
+    read_toml,
+    refusals_name,
+    utc_now,
+    write_whole,
+)
 from gnnmoe.config import Refused, unknown_name
 
 QUANTITIES = ("perplexity", "tokens_per_second", "peak_memory")

@@ -8,7 +8,6 @@ import json
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -95,7 +94,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             unpacked = sum(part.file_size for part in archive.infolist())
         if unpacked > MOST_UNPACKED:
-            raise Refused(f"{path} has arrays of {unpacked >> 20:,} MiB, more than {MOST_UNPACKED >> 20:,} MiB")
+            raise Refused(
+                f"{path} has arrays of {unpacked >> 20:,} MiB, more than {MOST_UNPACKED >> 20:,} MiB"
+            )
         with np.load(io.BytesIO(data)) as arrays:
             return dict(arrays)
     except zipfile.BadZipFile as error:  # np.load would read a .npy file, which has no arrays by name

@@ -109,11 +109,24 @@ def test_every_committed_record_is_sound():
 def test_lines_of_a_history_that_are_no_rows_are_passed_over(study):
     run = runs_of(study, "mean")[0]
     before = read_run(run)
-    path, (first, *rest) = run / "history.jsonl", (run / "history.jsonl").read_bytes().splitlines(keepends=True)
+    path, (first, *rest) = (
+        run / "history.jsonl",
+        (run / "history.jsonl").read_bytes().splitlines(keepends=True),
+    )
     row = {**before.train[0], "kind": "train"}
-    changes: list[dict[str, Any]] = [{"loss": "x"}, {"tokens": 0}, {"step": True}, {"epoch": 2**63}, {"loss": 1}]
+    changes: list[dict[str, Any]] = [
+        {"loss": "x"},
+        {"tokens": 0},
+        {"step": True},
+        {"epoch": 2**63},
+        {"loss": 1},
+    ]
     wrong = b"".join(json.dumps({**row, **change}).encode() + b"\n" for change in changes)
-    wrong += b'12\nnull\n[]\n{"kind": "train"}\n{"step": 1}\n{"kind": [], "step": 1}\n\xff\xfe\n' + b"[" * 9999 + b"\n"
+    wrong += (
+        b'12\nnull\n[]\n{"kind": "train"}\n{"step": 1}\n{"kind": [], "step": 1}\n\xff\xfe\n'
+        + b"[" * 9999
+        + b"\n"
+    )
     path.write_bytes(first + wrong + b"".join(rest) + b'{"kin')
     lines = path.read_bytes().count(b"\n") + 1
     message = f"{path} is damaged: 13 of {lines} lines are no rows of a history; the first is line 2"

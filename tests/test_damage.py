@@ -348,7 +348,8 @@ READ = ("results/made/*/*", "results/made/*.json", "results/made/report/options.
 
 
 ALWAYS_READ = ("record.json", "nll.npz", "articles.npz", "communication.npz", "options.json",
-               "published.json", "hypotheses.json", "hypotheses.toml", "sweep.toml", "edges.json")  # fmt: skip
+               "published.json", "hypotheses.json", "hypotheses.toml", "sweep.toml",
+               "edges.json")  # fmt: skip
 
 
 def damage(place: Place, draw: random.Random) -> tuple[Path, str]:

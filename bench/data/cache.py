@@ -221,11 +221,27 @@ def _read(file: IO[bytes]) -> Content:
         about = json.loads(arrays["about"].tobytes())
         words = arrays["words"].tobytes().decode()
         vocabulary = Vocabulary(tuple(words.split("\n")), arrays["counts"])
-        splits = {name: _read_split(name, arrays, about["splits"][name]) for name in SPLITS}
+        size = vocabulary.size
+        splits = {name: _read_split(name, arrays, about["splits"][name], size) for name in SPLITS}
         return Content(vocabulary, splits, about["num_distinct_words"], about["merges_sha256"])
 
 
-def _read_split(name: str, arrays: Any, numbers: dict[str, Any]) -> Split:
+def _read_split(name: str, arrays: Any, numbers: dict[str, Any], size: int) -> Split:
+    """Return a split of a vocabulary of ``size`` words.
+
+    Raises:
+        ValueError: an array has another type or shape than the split, or an id that no word has.
+    """
+    lengths = {"stream": 1, "target_bytes": 0}
+    for part, more in lengths.items():
+        values = arrays[f"{name}.{part}"]
+        if values.dtype.kind not in "iu" or values.shape != (numbers["num_tokens"] + more,):
+            raise ValueError(f"{name}.{part} is {values.dtype} of shape {values.shape}")
+    if (
+        arrays[f"{name}.document_starts"].dtype.kind not in "iu"
+        or int(arrays[f"{name}.stream"].max()) >= size
+    ):
+        raise ValueError(f"{name} has an id that no word has, or documents without a start")
     packed = {mask: arrays[f"{name}.{mask}"] for mask in _MASKS if f"{name}.{mask}" in arrays}
     count = numbers["num_tokens"]
     return Split(

@@ -114,7 +114,7 @@ def read_options(folder: Path) -> ReportOptions:
         found = read_hypotheses(options["hypotheses"]) if options["hypotheses"] else []
     except Refused as error:
         why = str(error).rstrip(".")
-        raise Refused(f"{path} is not what a report of this version writes: {why}; {ANEW}") from error
+        raise Refused(f"{path} is not what a report writes: {why}; {ANEW}") from error
     for name in options["files"]:
         inside(folder, name, path)
     return {**options, "hypotheses": found}

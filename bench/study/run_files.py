@@ -245,8 +245,7 @@ def history_text(folder: Path) -> str | None:
     Raises:
         Refused: the compressed file cannot be read; names it.
     """
-    path = folder / HISTORY
-    path = path if path.is_file() else folder / PACKED_HISTORY
+    path = _history_path(folder)
     if not path.is_file():
         return None
     try:
@@ -260,6 +259,11 @@ def history_text(folder: Path) -> str | None:
     if len(data) > MOST_UNPACKED:
         raise Refused(f"{path} has more than {MOST_UNPACKED >> 20:,} MiB")
     return data.decode(errors="replace")
+
+
+def _history_path(folder: Path) -> Path:
+    plain = folder / HISTORY
+    return plain if plain.is_file() else folder / PACKED_HISTORY
 
 
 def _history(folder: Path) -> dict[str, list[Row]]:
@@ -277,7 +281,7 @@ def _history(folder: Path) -> dict[str, list[Row]]:
         wrong = [number for number, row in enumerate(read[:-1], 1) if row is None]
         if wrong:
             many = f"{len(wrong):,} of {len(read):,} lines are no rows of a history"
-            raise Refused(f"{folder / HISTORY} is damaged: {many}; the first is line {wrong[0]:,}")
+            raise Refused(f"{_history_path(folder)} is damaged: {many}; the first is line {wrong[0]:,}")
     return {kind: [found[step] for step in sorted(found)] for kind, found in rows.items()}
 
 

@@ -24,7 +24,8 @@ def test_what_is_no_file_of_a_normal_size_is_refused(tmp_path, kind):
             "large": lambda: (path.touch(), os.truncate(path, 2**30)), "folder": path.mkdir,
             "circle": lambda: path.symlink_to(path)}  # fmt: skip
     why = {"pipe": "it is a pipe or a device", "device": "it is a pipe or a device",
-           "large": "more than 64 MiB", "folder": "Is a directory", "circle": "Too many levels of symbolic links"}  # fmt: skip
+           "large": "more than 64 MiB", "folder": "Is a directory",
+           "circle": "Too many levels of symbolic links"}  # fmt: skip
     make[kind]()
     with pytest.raises(
         ValueError, match=rf"edges\.json: the file of hyperedges cannot be read \(.*{why[kind]}"

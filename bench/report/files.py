@@ -27,7 +27,7 @@ from bench.study.runs import Run
 from gnnmoe.config import Refused
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
-ANEW = "delete it with its folder, or make the report in another one with --out."
+ANEW = "delete it with its folder, or choose another with --out."
 ReportOptions = dict[str, Any]
 """The options of a report: baseline, columns, allow_unequal, hypotheses, time stated; and file hashes."""
 

@@ -36,7 +36,7 @@ from bench.config import (
 from bench.files import read_toml, refusals_name, visible
 from bench.help import ALL_FLAGS, Help, help_text
 from bench.help import LAYERS as LAYERS_HELP
-from gnnmoe.config import Refused, nearest_name
+from gnnmoe.config import Refused, nearest_name, shortened
 
 LAYERS = {entry.flag.field: entry.flag for entry in LAYERS_HELP}
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
@@ -49,6 +49,8 @@ NAMES_ELSEWHERE = {
 }  # fmt: skip
 """Flags of other tools, and the flag here."""
 OTHERS_WAIT_SECONDS = 10.0
+LONGEST_WORD = 250
+"""A value of more letters is cut in a message; a path may be nearly as long."""
 Config = TypeVar("Config")
 
 
@@ -171,7 +173,8 @@ def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[st
 
 def fail(message: str) -> NoReturn:
     """Print ``error: message`` and exit with status 2: wrong input, nothing written."""
-    print("error:", visible(message, keep="\n"), file=sys.stderr)
+    short = re.sub(rf"\S{{{LONGEST_WORD},}}", lambda word: shortened(word[0]), message)
+    print("error:", visible(short, keep="\n"), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -202,7 +205,7 @@ def show_warnings_plainly() -> None:
         if str(message) not in shown:
             shown.add(str(message))
             word = "note" if issubclass(category, UserWarning) else "warning"
-            print(f"{word}: {message}", file=sys.stderr)
+            print(f"{word}: {visible(str(message))}", file=sys.stderr)
 
     warnings.showwarning = show
 

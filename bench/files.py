@@ -23,7 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, shortened
+from gnnmoe.reading import read_bytes
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -257,12 +258,12 @@ def read_toml(what: str, path: Path) -> dict[str, Any]:
         Refused: the file cannot be read, or is not TOML; the message names the file.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_bytes(path).decode("utf-8-sig"))
     except OSError as error:
         reason = error.strerror if str(path) != "." else "name a TOML file"
         raise Refused(f"{what} {path} cannot be read: {reason}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(f"{what} {path} is not TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{what} {path} is not TOML: {_wrong(error)}.") from error
 
 
 def read_json_text(path: Path) -> tuple[str, Any]:
@@ -272,14 +273,21 @@ def read_json_text(path: Path) -> tuple[str, Any]:
         Refused: the file cannot be read, is cut short or nested too deeply; the message names the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
         return text, json.loads(text)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise Refused(f"{path} is cut short or no JSON: {error}.") from error
-    except RecursionError as error:
-        raise Refused(f"{path} is nested too deeply to be read.") from error
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{path} is cut short or no JSON: {_wrong(error)}.") from error
+
+
+def _wrong(error: ValueError | RecursionError) -> str:
+    """Return what is wrong with a text that a parser of the standard library does not read."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return (
+        "it has an integer of too many digits" if "int_max_str" in str(error) else shortened(str(error), 120)
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -48,7 +48,7 @@ from bench.files import (
     without_places,
     writing,
 )
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief, shortened
 from gnnmoe.discovery import is_file
 
 SCHEMA_VERSION = "2.0"
@@ -187,7 +187,7 @@ class RecordedConfig(Part):
         for group, name, kind, words in NEEDED:
             found = getattr(self, group).get(name)
             if type(found) is not kind:
-                raise ValueError(f"{group}.{name} is {_short(found)}; it must be {words}")
+                raise ValueError(f"{group}.{name} is {brief(found)}; it must be {words}")
         return self
 
 
@@ -547,7 +547,7 @@ class Speed(Warmup, Derived):
 def _refuse_unlike(place: Part, first: str, second: str) -> None:
     ours, theirs = getattr(place, first), getattr(place, second)
     if len(ours) != len(theirs):
-        raise ValueError(f"{second} is {_short(theirs)}; it must be as long as {first}, {len(ours)}")
+        raise ValueError(f"{second} is {brief(theirs)}; it must be as long as {first}, {len(ours)}")
 
 
 class Memory(Part):
@@ -771,6 +771,10 @@ class Damaged:
     status: Literal["damaged"] = "damaged"
 
 
+WRITTEN_WHOLE = ("record.json", "history.jsonl", "*.npz", "checkpoint.pt", "plots/*")
+"""The files of a run that ``replacing`` writes."""
+
+
 class RunFolder:
     """``results_dir/study/run_id``: record.json, history.jsonl, the npz files and log.txt."""
 
@@ -784,7 +788,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out of this run in the block.
+        """Keep every other process out of this run in the block, and remove what killed processes left.
 
         Raises:
             Busy: another process works on the run.
@@ -799,6 +803,8 @@ class RunFolder:
             raise Refused(cannot_write(self.path, error)) from error
         if held is None:
             raise Busy(f"{BUSY} {self.path.name}; wait for it.")
+        for name in WRITTEN_WHOLE:
+            remove_left_over(self.path / name)  # of processes that were killed
         try:
             yield
         finally:
@@ -818,8 +824,6 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in ("record.json", "history.jsonl", "*.npz", "checkpoint.pt"):
-                remove_left_over(self.path / name)  # of processes that were killed; the run is locked
             (self.path / "history.jsonl").touch()
             (self.path / "log.txt").touch()
             there = self.read_log()
@@ -954,10 +958,7 @@ def record_of(value: Any, shown_as_it_is: bool = False) -> Record:
     Raises:
         Refused: the message names the first key that is missing or wrong, its value and what it must be.
     """
-    try:
-        return Record.model_validate(value if shown_as_it_is else shown(value))
-    except ValidationError as error:
-        raise Refused(_words(error)) from error
+    return part_of(Record, value if shown_as_it_is else shown(value))
 
 
 MUST = {
@@ -978,23 +979,34 @@ MUST = {
 """What a value must be, by pydantic's name of the error."""
 
 
-def _words(error: ValidationError) -> str:
+PartType = TypeVar("PartType", bound=Part)
+
+
+def part_of(kind: type[PartType], value: Any) -> PartType:
+    """Return a value of JSON as the part ``kind``.
+
+    Raises:
+        Refused: the message names the first key that is missing or wrong, its value and what it must be.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise Refused(_first_error(error)) from error
+
+
+def _first_error(error: ValidationError) -> str:
     """Return the first error in words: the key, its value and what it must be."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(key) for key in first["loc"] if key not in (READING, NULL, "[key]"))
+    keys = [str(key) for key in first["loc"] if key not in (READING, NULL, "[key]")]
+    place = shortened(".".join(keys))
     if first["type"] == "missing":
         return f"it lacks {place}"
     if first["type"] == "extra_forbidden":
-        return f"{place} is no field of a record"
+        return f"{place} is no known field"
     if first["type"] == "value_error":  # a validator above raised it and named the field
         return ".".join(filter(None, (place, str(first["ctx"]["error"]))))  # pyright: ignore
     must = MUST.get(first["type"], first["msg"])
-    return f"{place or 'it'} is {_short(first['input'])}; it must be {must}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return f"{place or 'it'} is {brief(first['input'])}; it must be {must}"
 
 
 def study_records(study: Path) -> list[Record]:

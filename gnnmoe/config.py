@@ -31,6 +31,23 @@ def nearest_name(name: object, allowed: Iterable[str]) -> str:
     return f" Did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
 
 
+SHOWN = 60
+"""The most letters of a value in a message."""
+
+
+def brief(value: object) -> str:
+    """Return a value as Python writes it, at most ``SHOWN`` letters of it."""
+    try:
+        return shortened(repr(value))
+    except (ValueError, RecursionError):  # an integer of 5,000 digits; lists nested in lists
+        return f"a value of type {type(value).__name__} that is too long to show"
+
+
+def shortened(text: str, most: int = SHOWN) -> str:
+    """Return a text with at most ``most`` letters; "…" stands for the rest."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 @dataclass(kw_only=True)
 class GNNMoEConfig:
     """A model: ``num_layers`` layers of ``num_experts`` transformer experts and one coupler.

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from gnnmoe.config import Refused, unknown_name
+from gnnmoe.reading import read_bytes
 
 Thing = TypeVar("Thing")
 Loaded = TypeVar("Loaded")
@@ -310,7 +311,7 @@ def _file(text: str, kind: str) -> LoadedFile:
     if _READ_ONCE is not None and path in _READ_ONCE:
         return _FILES[path]
     try:
-        source = path.read_bytes()
+        source = read_bytes(path)
     except FileNotFoundError:
         raise Refused(
             f"{what}: there is no file {path}; give its path from the current folder or in full."

@@ -23,6 +23,7 @@ import numpy as np
 
 from bench.data.tokenizer import SPLITS, Content, Split, Vocabulary
 from bench.files import remove_left_over, replacing
+from gnnmoe.reading import read_bytes
 
 MADE_BY = ("cache", "tokenizer")  # modules that prepare a text and store it
 LEFT_OVER_SECONDS = 3600.0  # an older temporary file belongs to a writer that was killed
@@ -30,6 +31,7 @@ HERE = Path(__file__).parent
 NO_CODE = frozenset({"ctx", "kind", "type_comment", "type_ignores"})  # fields of a node that change nothing
 _NUMBERS = ("num_tokens", "num_words", "num_lines", "num_bytes", "sha256")
 _MASKS = ("ends_word", "unknown")
+MOST_CACHED = 2**34  # bytes
 _SEAL_BYTES = len("\nsha256 \n") + 64
 Made = TypeVar("Made")
 
@@ -142,7 +144,7 @@ def kept(path: Path, what: str, read: Callable[[IO[bytes]], Made]) -> Made | Non
     with its hash, or if ``read`` raises.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, MOST_CACHED)
     except OSError:
         return None  # absent, or not readable: then writing fails too, with a message
     contents = raw[:-_SEAL_BYTES]
@@ -219,11 +221,27 @@ def _read(file: IO[bytes]) -> Content:
         about = json.loads(arrays["about"].tobytes())
         words = arrays["words"].tobytes().decode()
         vocabulary = Vocabulary(tuple(words.split("\n")), arrays["counts"])
-        splits = {name: _read_split(name, arrays, about["splits"][name]) for name in SPLITS}
+        size = vocabulary.size
+        splits = {name: _read_split(name, arrays, about["splits"][name], size) for name in SPLITS}
         return Content(vocabulary, splits, about["num_distinct_words"], about["merges_sha256"])
 
 
-def _read_split(name: str, arrays: Any, numbers: dict[str, Any]) -> Split:
+def _read_split(name: str, arrays: Any, numbers: dict[str, Any], size: int) -> Split:
+    """Return a split of a vocabulary of ``size`` words.
+
+    Raises:
+        ValueError: an array has another type or shape than the split, or an id that no word has.
+    """
+    lengths = {"stream": 1, "target_bytes": 0}
+    for part, more in lengths.items():
+        values = arrays[f"{name}.{part}"]
+        if values.dtype.kind not in "iu" or values.shape != (numbers["num_tokens"] + more,):
+            raise ValueError(f"{name}.{part} is {values.dtype} of shape {values.shape}")
+    if (
+        arrays[f"{name}.document_starts"].dtype.kind not in "iu"
+        or int(arrays[f"{name}.stream"].max()) >= size
+    ):
+        raise ValueError(f"{name} has an id that no word has, or documents without a start")
     packed = {mask: arrays[f"{name}.{mask}"] for mask in _MASKS if f"{name}.{mask}" in arrays}
     count = numbers["num_tokens"]
     return Split(

@@ -22,6 +22,7 @@ from typing import Any
 from bench.data.tokenizer import SPLITS
 from bench.files import kind_of
 from gnnmoe.config import Refused, unknown_name
+from gnnmoe.reading import open_file
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
 WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
@@ -166,7 +167,8 @@ def _read_bytes(path: Path) -> bytes:
     if kind == "other":  # a pipe would be waited for
         raise Refused(f"{path} is a pipe or a device, not a file; {REMEDY}")
     try:
-        return path.read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror}); {REMEDY}") from error
 

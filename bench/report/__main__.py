@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -199,7 +200,13 @@ def _options(config: ReportConfig, path: Path) -> dict[str, Any]:
     from bench.study.hypotheses import load_hypotheses, stated
 
     given = config.hypotheses
-    hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
+    try:
+        hypotheses, when = stated(path) if given is None else (load_hypotheses(given), None)
+    except Refused as error:
+        if given is not None:
+            raise
+        warnings.warn(f"{error} The report is made without hypotheses.", stacklevel=2)
+        hypotheses, when = [], None
     return {
         "baseline": config.baseline,
         "allow_unequal": config.allow_unequal,

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from bench.files import inside, not_linked_out, read_json, write_whole
+from bench.record import Part, part_of
 from bench.report.contents import Report, make_plots, summary_markdown
 from bench.report.page import render_page
 from bench.report.quantities import counted
 from bench.study.hypotheses import read_hypotheses
-from bench.study.run_files import ARTICLES, NLL, SPLITS, article_sums, is_names, publication
+from bench.study.run_files import ARTICLES, NLL, SPLITS, article_sums, publication
 from bench.study.runs import Run
 from gnnmoe.config import Refused
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
-ANEW = "delete it with its folder, or make the report in another one with --out."
+ANEW = "delete it with its folder, or choose another with --out."
 ReportOptions = dict[str, Any]
 """The options of a report: baseline, columns, allow_unequal, hypotheses, time stated; and file hashes."""
 
@@ -105,22 +106,24 @@ def read_options(folder: Path) -> ReportOptions:
     if not path.is_file():
         raise Refused(f"{folder} holds no report; make one first, without --verify.")
     options = read_json(path)
-    kinds = {"baseline": str | None, "allow_unequal": bool, "stated": str | None, "hypotheses": list}
-    wrong = (
-        not isinstance(options, dict)
-        or not is_names(options.get("files"))
-        or not isinstance(options.get("columns"), list)
-        or any(not isinstance(options.get(key, ...), kind) for key, kind in kinds.items())
-    )
-    if wrong:
-        raise Refused(f"{path} is not what a report of this version writes; {ANEW}")
-    for name in options["files"]:
-        inside(folder, name, path)
     try:
+        part_of(_Options, options)
         found = read_hypotheses(options["hypotheses"]) if options["hypotheses"] else []
     except Refused as error:
-        raise Refused(f"{path}: {error} {ANEW.capitalize()}") from error
+        why = str(error).rstrip(".")
+        raise Refused(f"{path} is not what a report writes: {why}; {ANEW}") from error
+    for name in options["files"]:
+        inside(folder, name, path)
     return {**options, "hypotheses": found}
+
+
+class _Options(Part):
+    baseline: str | None
+    columns: list[str]
+    allow_unequal: bool
+    stated: str | None
+    hypotheses: list[dict[str, Any]]
+    files: dict[str, str]
 
 
 def verify(
@@ -228,8 +231,13 @@ def _changed(study: Path, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]
         path = study / name
         if not path.is_file():
             yield name, f"{name} is missing"
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        elif _sha256(path) != sha256:
             yield name, f"{name} is not what was published"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _problems_of_report(report: Report, options: ReportOptions, folder: Path) -> Iterator[str]:
@@ -248,7 +256,7 @@ def _problems_of_report(report: Report, options: ReportOptions, folder: Path) ->
     for name, sha256 in files.items():
         if not (folder / name).is_file():
             yield f"{name} is missing"
-        elif name not in expected and hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+        elif name not in expected and _sha256(folder / name) != sha256:
             yield f"{name} is not what the report wrote"
     for name, data in expected.items():
         if (folder / name).is_file() and (written := (folder / name).read_bytes()) != data:

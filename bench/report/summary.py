@@ -109,12 +109,15 @@ def _places(record: Record, folder: Path, again: str) -> Iterator[str]:
         yield f"plots:  {folder / 'plots'} ({quantities.counted(plots, 'picture')})"
     if (page := folder.parent / "report" / "report.html").is_file():
         yield f"page:   {page} (of an earlier bench.report)"
-    if again and (command := _next(record, folder.parent, again)):
+    if again and (command := _next(record, folder, again)):
         yield f"next:   {command}"
 
 
-def _next(record: Record, study: Path, again: str) -> str:
+def _next(record: Record, folder: Path, again: str) -> str:
     """Return the command that most users need after a run with this end."""
+    study, checkpoint = folder.parent, folder / "checkpoint.pt"
+    if record.status in ("crashed", "timeout") and checkpoint.is_file():
+        return _with(again, f"--resume-checkpoint {shlex.quote(str(checkpoint))}")
     training, coupler = record.config.training, record.config.model["coupler_type"]
     if record.status == "ok" and len(list(study.glob("*/record.json"))) > 1:
         return f"python -m bench.report {study}"

@@ -94,13 +94,14 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
             prepared = ranks.in_turn(lambda: prepare(config, ranks))
             reporter.quiet = prepared.config.places.quiet
             record, earlier = ranks.from_first(lambda: _look(prepared, reporter, stack))
+            drawn = record is not None and any((prepared.folder.path / "plots").glob("[!.]*"))
             if record is None:
                 session = Session(prepared, without_places(command), reporter, interruption, earlier)
                 ranks.from_first(session.begin)
                 _announce(prepared, reporter)
                 record = _run_session(session)
-                if prepared.config.places.plots:
-                    _draw(prepared, reporter)
+            if prepared.config.places.plots and not drawn:  # it may have been killed while drawing
+                _draw(prepared, reporter)
     except Refused as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console, again=command)

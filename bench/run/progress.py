@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from bench.files import visible
 from bench.record import exp_or_infinity, number
 
 FORWARD_SHARE = 1 / 3
@@ -60,7 +61,7 @@ class Reporter:
     def line(self, text: str) -> None:
         """Print one line."""
         if not self.quiet:
-            self.console.print(text, markup=False, highlight=False)
+            self.console.print(visible(text), markup=False, highlight=False)
 
     @contextmanager
     def phase(self, description: str) -> Iterator[None]:

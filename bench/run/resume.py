@@ -43,13 +43,13 @@ from bench.record import (
 )
 from bench.run.prepare import Prepared, run_id
 from bench.run.progress import Reporter
-from bench.training.checkpoint import differing_fields, load_checkpoint, refuse_unlike
+from bench.training.checkpoint import differing_fields, is_sound, load_checkpoint, refuse_unlike
 from bench.training.evaluation import CommunicationTrace
 from bench.training.loop import Trained, TrainingPlan
 from bench.training.step import make_optimizer
 from bench.tune.control import Decision, Recovery, shapes_of
 from bench.tune.search import Shape
-from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.config import GNNMoEConfig, Refused, shortened
 from gnnmoe.couplers.registry import made_of
 from gnnmoe.model import GNNMoEModel
 
@@ -126,7 +126,7 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
             f"run {prepared.run_id} ended as {status}; only interrupted runs are continued. "
             "Without --resume it runs again, and the earlier record is kept."
         )
-        if status in ("crashed", "oom", "timeout") and kind_of(prepared.checkpoint):
+        if status in ("crashed", "oom", "timeout") and is_sound(prepared.checkpoint):
             words += f" --resume-checkpoint {prepared.checkpoint} goes on from its last checkpoint."
         raise Refused(words)
     if status == "interrupted" and not places.resume and not places.force:
@@ -199,8 +199,8 @@ def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> No
         )
     differing = differing_fields(state["identity"], prepared.identity)
     if differing or state["run_id"] != prepared.run_id:
-        ids = f"run_id: {state['run_id']} there, {prepared.run_id} here"
-        raise Refused(f"checkpoint {path} is of another run: {'; '.join(differing or [ids])}.")
+        ids = f"run_id: {shortened(state['run_id'])} there, {prepared.run_id} here"
+        raise Refused(f"checkpoint {path} is of another run: {_first(differing or [ids])}.")
     changed = stale_code(state["code"], prepared.code)
     if changed and not prepared.config.places.keep_stale:
         raise Refused(
@@ -251,7 +251,13 @@ def _nothing_to_resume(prepared: Prepared) -> str:
     if not others:
         return f"{message}, nor with another; drop --resume to start."
     differing, run_id = min(others, key=lambda other: len(other[0]))
-    return f"{message}; the nearest, {run_id}, differs: {'; '.join(differing) or 'in its data or device'}."
+    return f"{message}; the nearest, {run_id}, differs: {_first(differing) or 'in its data or device'}."
+
+
+def _first(differing: Sequence[str]) -> str:
+    """Return the first differences, and how many more there are."""
+    more = [f"and {len(differing) - 3} more"] if len(differing) > 3 else []
+    return "; ".join([*differing[:3], *more])
 
 
 def _ranks(record: Record, prepared: Prepared) -> list[str]:

@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import FlagTable, by_field, complete, run_flags
-from bench.files import cannot_write, kind_of, not_linked_out, read_toml, refusals_name, utc_now, write_whole
+from bench.files import (
+    cannot_write,
+    kind_of,
+    not_linked_out,
+    read_json,
+    read_toml,
+    refusals_name,
+    utc_now,
+    write_whole,
+)
 from gnnmoe.config import Refused, unknown_name
 
 RATIOS = ("perplexity", "tokens_per_second", "peak_memory")
@@ -155,13 +164,11 @@ def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
     path = not_linked_out(study, STATED)
     if kind_of(path) is None:
         return [], None
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = read_json(path)
+    with refusals_name(f"{path} is damaged; a sweep writes it anew if you delete it"):
         if not isinstance(kept, dict) or not isinstance(kept.get("stated"), str):
-            raise Refused("it does not say when the hypotheses were stated")
+            raise Refused("it does not say when the hypotheses were stated.")
         return read_hypotheses(kept.get("hypotheses")), kept["stated"]
-    except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} cannot be read: {error}; a sweep writes it anew once it is gone.") from error
 
 
 def selects(flags: FlagTable, values: FlagTable) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import re
+import warnings
 import zipfile
-import zlib
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from bench.files import inside, read_json
-from bench.record import Record, is_measured, read_record
-from gnnmoe.config import Refused
+from bench.record import Part, Record, is_measured, part_of, read_record
+from gnnmoe.config import Refused, shortened
+from gnnmoe.reading import read_bytes
 
 Row = dict[str, Any]
 NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
@@ -27,8 +29,11 @@ ARTICLES, PACKED_HISTORY, PUBLISHED = "articles.npz", "history.jsonl.gz", "publi
 SPLITS = ("validation", "test")
 MOST_ARTICLES = 2**20
 """The largest number of articles in a file of losses; a file with more tokens may have one per token."""
-DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""The errors of reading arrays from a damaged file."""
+MOST_UNPACKED = 2**30
+"""The most bytes of a compressed file, packed or unpacked; a larger file is damaged, or a trap."""
+COLUMNS = {"train": ("epoch", "tokens", "loss", "learning_rate", "gradient_norm"),
+           "validation": ("epoch", "tokens", "nll_sum")}  # fmt: skip
+"""The numbers in a row of a history, beside its step, by the kind of row."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,25 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         Refused: it is not there, is cut short or is no npz file; names it.
     """
-    if not zipfile.is_zipfile(path):  # a .npy file would be read too, and be no arrays by name
-        raise Refused(f"{path} is missing, cut short or no npz file")
     try:
-        with np.load(path) as arrays:
+        data = read_bytes(path, MOST_UNPACKED)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+        if unpacked > MOST_UNPACKED:
+            raise Refused(
+                f"{path} has arrays of {unpacked >> 20:,} MiB, more than {MOST_UNPACKED >> 20:,} MiB"
+            )
+        with np.load(io.BytesIO(data)) as arrays:
             return dict(arrays)
-    except DAMAGE as error:
-        raise Refused(f"{path} cannot be read: {error}") from error
+    except zipfile.BadZipFile as error:  # np.load would read a .npy file, which has no arrays by name
+        raise Refused(f"{path} is cut short or no npz file") from error
+    except Refused:
+        raise
+    except Exception as error:  # garbage fails in many ways
+        raise Refused(f"{path} cannot be read: {shortened(str(error))}") from error
 
 
 def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -109,6 +126,7 @@ def article_sums(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray] | No
     why = _unlike_losses(nll, article)
     if why or article is None:
         raise Refused(f"{folder / NLL} holds no usable losses of {split}: {why}")
+    article = article.astype(np.int64)
     return np.bincount(article, weights=nll.astype(np.float64)), np.bincount(article).astype(np.float64)
 
 
@@ -180,20 +198,30 @@ def publication(study: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     said = read_json(path)
-    aside = said.get("set_aside") if isinstance(said, dict) else None
-    sound = isinstance(aside, list) and all(
-        isinstance(run, dict) and isinstance(run.get("start"), str | None) for run in aside
-    )
-    if not sound or not is_names(said.get("files")):
-        raise Refused(f"{path} is not what --publish writes; fetch the study again, or delete that file.")
+    try:
+        part_of(_Publication, said)
+    except Refused as error:
+        remedy = "fetch the study again, or delete that file"
+        raise Refused(f"{path} is not what --publish writes: {error}; {remedy}.") from error
     for name in said["files"]:
         inside(study, name, path)
     return said
 
 
-def is_names(files: Any) -> bool:
-    """Return whether a JSON value is a table of texts by file name."""
-    return isinstance(files, dict) and all(isinstance(text, str) for text in files.values())
+class _SetAside(Part):
+    run_id: str
+    status: str
+    start: str | None
+
+
+class _Publication(Part):
+    """What ``--publish`` wrote about a study."""
+
+    format: int
+    made_by: str
+    set_aside: list[_SetAside]
+    left_out: dict[str, dict[str, dict[str, str]]]
+    files: dict[str, str]
 
 
 def damaged_arrays(folder: Path) -> list[str]:
@@ -218,47 +246,81 @@ def history_text(folder: Path) -> str | None:
     Raises:
         Refused: the compressed file cannot be read; names it.
     """
-    packed = folder / PACKED_HISTORY
-    if (folder / HISTORY).is_file():
-        return (folder / HISTORY).read_text(encoding="utf-8", errors="replace")
-    if not packed.is_file():
+    path = _history_path(folder)
+    if not path.is_file():
         return None
     try:
-        return gzip.decompress(packed.read_bytes()).decode(errors="replace")
-    except DAMAGE as error:
-        raise Refused(f"{packed} cannot be read: {error}") from error
+        data = read_bytes(path, MOST_UNPACKED)
+        if path.name == PACKED_HISTORY:
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(MOST_UNPACKED + 1)
+    except Exception as error:  # as of arrays
+        why = getattr(error, "strerror", None) or shortened(str(error))
+        raise Refused(f"{path} cannot be read: {why}") from error
+    if len(data) > MOST_UNPACKED:
+        raise Refused(f"{path} has more than {MOST_UNPACKED >> 20:,} MiB")
+    return data.decode(errors="replace")
+
+
+def _history_path(folder: Path) -> Path:
+    plain = folder / HISTORY
+    return plain if plain.is_file() else folder / PACKED_HISTORY
 
 
 def _history(folder: Path) -> dict[str, list[Row]]:
     """Return the rows by kind, in the order of steps; if a step has two rows, the later row counts.
 
-    A killed process can leave a last line cut short. Such lines are skipped.
+    A killed process can leave a last line cut short, which is skipped. Other lines that are no rows are
+    skipped with a warning.
     """
-    rows: dict[str, dict[int, Row]] = {"train": {}, "validation": {}}
-    with suppress(Refused):
-        for row in _rows((history_text(folder) or "").splitlines()):
-            rows.setdefault(row["kind"], {})[row["step"]] = row
+    rows: dict[str, dict[int, Row]] = {kind: {} for kind in COLUMNS}
+    with left_out():
+        lines = (history_text(folder) or "").splitlines()
+        read = [_row(line) for line in lines]
+        for row in filter(None, read):
+            rows[row["kind"]][row["step"]] = row
+        wrong = [number for number, row in enumerate(read[:-1], 1) if row is None]
+        if wrong:
+            many = f"{len(wrong):,} of {len(read):,} lines are no rows of a history"
+            raise Refused(f"{_history_path(folder)} is damaged: {many}; the first is line {wrong[0]:,}")
     return {kind: [found[step] for step in sorted(found)] for kind, found in rows.items()}
 
 
-def _rows(lines: Iterable[str]) -> Iterable[Row]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # no JSON, or an integer of 5,000 digits
-            continue
-        if isinstance(row, dict) and isinstance(row.get("kind"), str) and type(row.get("step")) is int:
-            numbers = row["kind"] in ("train", "validation")  # null was NaN or infinite
-            yield {name: math.nan if numbers and value is None else value for name, value in row.items()}
+def _row(line: str) -> Row | None:
+    """Return a row of a history, or None where a line holds none."""
+    try:
+        row = json.loads(line)
+        found = {name: row[name] for name in ("kind", "step", *COLUMNS[row["kind"]])}
+    except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: also an integer of 5,000 digits
+        return None
+    found = {name: math.nan if value is None else value for name, value in found.items()}  # null: not finite
+    counts = [found[name] for name in ("step", "epoch", "tokens")]
+    sums = [found[name] for name in COLUMNS[found["kind"]][2:]]
+    whole = all(type(count) is int and 0 <= count < 2**63 for count in counts) and found["tokens"]
+    return found if whole and all(type(value) is float for value in sums) else None
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Warn of a file that is refused in the block, and go on without it."""
+    try:
+        yield
+    except Refused as error:
+        warnings.warn(f"{error}; it is left out.", stacklevel=4)
 
 
 def _trace(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays over time, without arrays that are not as long as the steps."""
-    try:
-        arrays = read_arrays(path)
-    except Refused:
+    arrays: dict[str, np.ndarray] = {}
+    if path.is_file():
+        with left_out():
+            arrays = read_arrays(path)
+    steps = arrays.get("step", np.array(None))
+    shape = steps.shape
+    if len(shape) != 1 or not shape[0] or steps.dtype.kind not in "iu":
         return {}
-    shape = arrays["step"].shape if "step" in arrays else ()
-    if len(shape) != 1 or not shape[0]:
-        return {}
-    return {name: values for name, values in arrays.items() if values.shape[:1] == shape}
+    return {
+        name: values
+        for name, values in arrays.items()
+        if values.shape[:1] == shape and values.dtype.kind in "fiu"
+    }

@@ -19,7 +19,7 @@ from bench.config import FlagTable
 from bench.files import kind_of, visible
 from bench.record import Record, is_measured, read_record
 from bench.study.labels import Key, flags_that_count, labels
-from bench.study.run_files import RunData, article_sums, damaged_arrays, read_run
+from bench.study.run_files import ARTICLES, NLL, RunData, article_sums, damaged_arrays, left_out, read_run
 from gnnmoe.config import Refused, unknown_name
 
 REFERENCE = "reference"
@@ -165,11 +165,12 @@ class Run:
 
     @cached_property
     def articles(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Σ nll and tokens of each article of the final validation, each (A,); None if damaged."""
-        try:
-            return article_sums(self.folder, "validation")
-        except (Refused, KeyError, TypeError):  # the file is missing, damaged or has no articles
-            return None
+        """Σ nll and tokens of each article of the final validation, each (A,); None if missing or damaged."""
+        found = None
+        if any((self.folder / name).is_file() for name in (NLL, ARTICLES)):
+            with left_out():
+                found = article_sums(self.folder, "validation")
+        return found
 
     @property
     def key(self) -> Key:

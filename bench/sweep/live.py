@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bench.files import visible
 from bench.record import exp_or_infinity, number
 from bench.sweep.outcome import Attempt, Outcome, SweepResult, written_at
 from bench.sweep.plan import time_words
@@ -35,7 +36,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print one line, above the table where there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(text), markup=False, highlight=False, soft_wrap=True)
 
     def found(self) -> None:
         """Say what was done before."""

@@ -169,7 +169,7 @@ def remove_left_over_locks(study: Path, done: Container[str]) -> None:
 def outcome_of(record: Record | Damaged) -> Outcome:
     """Return what a record says of its run."""
     if isinstance(record, Damaged):
-        return Outcome(record.status, "record.json cannot be read")
+        return Outcome(record.status, record.why)
     scored = record.split()
     whole = record.status == "ok" and len(record.time.parts) < 2
     return Outcome(

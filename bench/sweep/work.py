@@ -411,6 +411,7 @@ def sweep_lock(
     try:
         yield True
     finally:
+        path.unlink(missing_ok=True)
         held.release()
 
 

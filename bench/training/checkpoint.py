@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bench.device import is_out_of_memory
 from bench.files import remove_left_over, replacing, writing
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief, shortened
+from gnnmoe.reading import open_file
 
 CHECKPOINT_SCHEMA = 3
 DIGEST_BYTES = 64  # a SHA-256 in hex
@@ -57,7 +58,7 @@ def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[st
             with the ``remedy``.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             damage = _damage(file)
             state = _read(file) if damage is None else None
     except FileNotFoundError as error:
@@ -73,6 +74,14 @@ def load_checkpoint(path: Path, remedy: str = "--force starts again") -> dict[st
         known = f"this version reads {CHECKPOINT_SCHEMA}"
         raise Refused(f"checkpoint {path} has schema {schema}; {known}; {remedy}.")
     return state
+
+
+def is_sound(path: Path) -> bool:
+    """Return whether there is a checkpoint that ``load_checkpoint`` reads."""
+    try:
+        return bool(load_checkpoint(path))
+    except Refused:
+        return False
 
 
 def _read(file: IO[bytes]) -> Any:
@@ -152,7 +161,7 @@ def _refuse_other_keys(found: dict[Any, Any], expected: dict[Any, Any], name: st
     before = f"{name}." if name else ""
     missing = [f"{before}{key}" for key in expected if key not in found]
     if missing:
-        raise Refused(f"it lacks {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}")
+        raise Refused(f"it lacks {', '.join(missing[:2])}{', …' if len(missing) > 2 else ''}")
     unknown = [f"{before}{key}" for key in found if key not in expected]
     if unknown:
         raise Refused(f"it holds {unknown[0]}, which this run does not have")
@@ -171,17 +180,20 @@ def _described(value: Any) -> str:
         return f"a {type(value).__name__}"
     if isinstance(value, type):
         return "None" if value is type(None) else f"a value of type {value.__name__}"
-    shown = str(value) if hasattr(value, "__args__") else repr(value)  # a union of types, or a value
-    return shown if len(shown) <= 60 else f"{shown[:59]}…"
+    return str(value) if hasattr(value, "__args__") else brief(value)  # a union of types, or a value
 
 
 def differing_fields(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
     """Return ``name: value there → value here`` for every field in which two nested dicts differ."""
     found = []
-    for key in sorted(set(there) | set(here), key=str):
+    for key in sorted(set(there) | set(here), key=brief):
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differing_fields(a, b, prefix)
-        elif a != b:
-            found.append(f"{prefix}{key}: {a} there, {b} here")
+        elif isinstance(a, Tensor) or a != b:
+            found.append(f"{prefix}{_plain(key)}: {_plain(a)} there, {_plain(b)} here")
     return found
+
+
+def _plain(value: Any) -> str:
+    return shortened(value) if isinstance(value, str) else brief(value)

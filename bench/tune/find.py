@@ -515,5 +515,14 @@ def _key(request: Request) -> str:
 
 
 def _read(file: IO[bytes]) -> list[dict[str, Any]]:
-    """Return the answers in a file."""
-    return json.load(file)
+    """Return the answers in a file.
+
+    Raises:
+        ValueError: the file has another form.
+    """
+    answers = json.load(file)
+    for answer in answers if isinstance(answers, list) else [None]:
+        if not isinstance(answer, dict) or not isinstance(answer.get("place"), dict):
+            raise ValueError("it is no list of answers")
+        Found.from_json(answer["found"])
+    return answers

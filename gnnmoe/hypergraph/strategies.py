@@ -17,12 +17,12 @@ import re
 import warnings
 from collections.abc import Callable
 from itertools import combinations
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, shortened
 from gnnmoe.discovery import Loaded, Registry
+from gnnmoe.reading import read_bytes
 
 Members = tuple[int, ...]  # sorted
 Strategy = Callable[..., list[Members]]
@@ -357,10 +357,9 @@ def read_hyperedges(path: str, num_experts: float = math.inf) -> list[tuple[int,
 
 def _text(path: str) -> str:
     try:
-        data = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        reason = getattr(error, "strerror", None) or error
-        raise Refused(f"{path}: the file of hyperedges cannot be read ({reason}).") from None
+        data = read_bytes(path)
+    except OSError as error:
+        raise Refused(f"{path}: the file of hyperedges cannot be read ({error.strerror}).") from None
     try:
         return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -396,14 +395,14 @@ def _elements(path: str, text: str) -> list[tuple[int, Any]]:
 def _problem(element: Any, num_experts: float) -> str:
     """Return what is wrong with one hyperedge, or no text where it is valid."""
     if not isinstance(element, list):
-        return f"{json.dumps(element)} is not a list; the file must be a list of lists of experts"
+        return f"{shortened(json.dumps(element))} is not a list; the file must be a list of lists of experts"
     for member in element:  # all types first: in Python, true equals 1
         if type(member) is not int:
-            return f"member {json.dumps(member)} is not an integer"
+            return f"member {shortened(json.dumps(member))} is not an integer"
     for member in element:
         if not 0 <= member < num_experts:
             count = "" if num_experts == math.inf else f" for {num_experts} experts"
-            return f"member {member} is out of range{count}; experts are counted from 0"
+            return f"member {shortened(str(member))} is out of range{count}; experts are counted from 0"
         if element.count(member) > 1:
             return f"member {member} is there more than once"
     return "" if element else "the hyperedge is empty"

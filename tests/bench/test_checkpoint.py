@@ -259,7 +259,7 @@ WRONG: dict[str, list[tuple[str, Any, str]]] = {
         ("tuned/length", 8, "tuned.length is 8, which the run cannot have"),
         ("tuned/micro_batch_size", None, "tuned.micro_batch_size is None"),
         ("tuned", {}, "it lacks tuned.status"),
-        ("tuned", {"status": "failed"}, "it lacks tuned.micro_batch_size, tuned.length, tuned.error"),
+        ("tuned", {"status": "failed"}, "it lacks tuned.micro_batch_size, tuned.length, …"),
         ("tuned/micro_batch_size", 2, "ledger.tuned_micro_batch_size is not that of tuned"),
     ],
 }

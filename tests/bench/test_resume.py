@@ -235,6 +235,7 @@ def test_a_full_disk_while_training_ends_the_run_with_its_status(run, undisturbe
     assert load_checkpoint(folder / "checkpoint.pt")["trainer"]["done"]["steps"] == 3
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     way = ["--resume-checkpoint", str(folder / "checkpoint.pt")]
+    assert f"next: python -m bench.run {' '.join([*run, *way])}" in " ".join(capsys.readouterr().out.split())
     assert f"{' '.join(way)} goes on from its last checkpoint" in refusal(capsys, [*run, "--resume"])
     assert main([*run, *way]) == 0
     assert_equal_but_for_times(folder, undisturbed)

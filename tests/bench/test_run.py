@@ -17,14 +17,14 @@ import torch
 from bench.cli import parse
 from bench.config import RunConfig
 from bench.data.corpus import load_corpus
-from bench.files import NOT_WRITTEN, NotWritten
+from bench.files import NOT_WRITTEN, NotWritten, lock
 from bench.record import Record, RunFolder, record_of
 from bench.report import quantities
 from bench.report.plots.run import plot_run
 from bench.run.__main__ import main
 from bench.run.prepare import prepare
 from gnnmoe.couplers.registry import coupler_names
-from tests.bench._runs import only_run, results_of
+from tests.bench._runs import only_run, refusal, results_of
 from tests.bench.conftest import TINY
 
 QUICK = ("HGNN", "dense", "topk")  # weights of hyperedges, other blocks, and losses of the coupler's own
@@ -86,6 +86,29 @@ def test_plots_are_drawn_at_the_end_and_a_failure_of_theirs_is_a_note(tiny, monk
     folder, _ = only_run(results_of(tiny))
     assert {"training.svg", "training.png", "training.csv"} <= {p.name for p in (folder / "plots").iterdir()}
     assert "note: the plots could not be drawn: RuntimeError: no fonts" in capsys.readouterr().err
+
+
+def test_what_a_kill_while_drawing_left_is_mended_by_the_next_call(tiny, tmp_path, capsys):
+    """Plots are drawn without training, and half-written files go, but not those of a living process."""
+    flags = [*tiny, "--coupler", "mean", "--max-steps", "2"]
+    assert main(flags) == 0
+    folder, record = only_run(results_of(tiny))
+    (folder / "plots").mkdir()
+    parts = [folder / ".checkpoint.pt.1a2b3c4d", folder / "plots" / ".training.png.1a2b3c4d"]
+    for part in parts:
+        part.write_text("half")
+    living = lock(RunFolder(tmp_path / "results", "default", folder.name).lock)
+    assert living is not None
+    assert "another process is at run" in refusal(capsys, [*flags, "--plots"])
+    assert all(part.exists() for part in parts)
+    living.release()
+    assert main([*flags, "--plots"]) == 0
+    assert not any(part.exists() for part in parts)
+    assert {"training.svg", "training.png", "training.csv"} <= {p.name for p in (folder / "plots").iterdir()}
+    drawn = (folder / "plots" / "training.svg").stat().st_mtime_ns
+    assert main([*flags, "--plots"]) == 0
+    assert (folder / "plots" / "training.svg").stat().st_mtime_ns == drawn, "once is enough"
+    assert only_run(results_of(tiny))[1] == record
 
 
 def test_what_is_reported_is_what_was_used(written):

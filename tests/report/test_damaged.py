@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from bench.record import read_record, record_of
 from bench.report.__main__ import main
 from bench.report.contents import make_plots, make_report
 from bench.report.page import render_page
-from bench.study.run_files import read_arrays, read_run
+from bench.study.run_files import history_text, read_arrays, read_run
 from bench.study.runs import load_study
 from tests.report._made_studies import made_study
 from tests.study.test_study import change, runs_of
@@ -47,7 +49,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("speed__fetch_seconds", [], "speed.fetch_seconds is .*not empty"),
     ("speed__matrix_flops_per_second", 0, "speed.matrix_flops_per_second is 0; it must be a number above 0"),
     ("speed__marginal", {"step_seconds": [1.0]}, "it lacks speed.marginal.reference"),
-    ("speed__more", 1, "speed.more is no field of a record"),
+    ("speed__more", 1, "speed.more is no known field"),
     ("memory__peak_allocated_bytes", "much", "memory.peak_allocated_bytes is 'much'"),
     ("parameters", {"total": 5}, "it lacks parameters.expert"),
     ("flops", 5, "flops is 5"),
@@ -107,10 +109,30 @@ def test_every_committed_record_is_sound():
 def test_lines_of_a_history_that_are_no_rows_are_passed_over(study):
     run = runs_of(study, "mean")[0]
     before = read_run(run)
-    with (run / "history.jsonl").open("ab") as file:
-        file.write(b'12\nnull\n[]\n{"kind": "train"}\n{"step": 1}\n{"kind": [], "step": 1}\n\xff\xfe\n{"kin')
-    assert read_run(run).train == before.train
-    assert read_run(run).validation == before.validation
+    path, (first, *rest) = (
+        run / "history.jsonl",
+        (run / "history.jsonl").read_bytes().splitlines(keepends=True),
+    )
+    row = {**before.train[0], "kind": "train"}
+    changes: list[dict[str, Any]] = [
+        {"loss": "x"},
+        {"tokens": 0},
+        {"step": True},
+        {"epoch": 2**63},
+        {"loss": 1},
+    ]
+    wrong = b"".join(json.dumps({**row, **change}).encode() + b"\n" for change in changes)
+    wrong += (
+        b'12\nnull\n[]\n{"kind": "train"}\n{"step": 1}\n{"kind": [], "step": 1}\n\xff\xfe\n'
+        + b"[" * 9999
+        + b"\n"
+    )
+    path.write_bytes(first + wrong + b"".join(rest) + b'{"kin')
+    lines = path.read_bytes().count(b"\n") + 1
+    message = f"{path} is damaged: 13 of {lines} lines are no rows of a history; the first is line 2"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        after = read_run(run)
+    assert (after.train, after.validation) == (before.train, before.validation)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +156,18 @@ def test_arrays_that_cannot_be_read_are_left_out_and_told(study, name, data):
     if data == b"junk":
         assert make_plots(report)
     assert name in render_page(report, {})
+
+
+@pytest.mark.parametrize("name", ["nll.npz", "history.jsonl.gz"])
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(study, monkeypatch, name):
+    run = runs_of(study, "HGNN")[0]
+    monkeypatch.setattr("bench.study.run_files.MOST_UNPACKED", 2**20)
+    np.savez_compressed(run / "nll.npz", validation_nll=np.zeros(2**18))
+    (run / "history.jsonl.gz").write_bytes(gzip.compress(bytes(2**21)))
+    (run / "history.jsonl").unlink()
+    read = read_arrays if name == "nll.npz" else lambda path: history_text(path.parent)
+    with pytest.raises(ValueError, match=rf"{name} has .*more than 1 MiB"):
+        read(run / name)
 
 
 def test_arrays_that_do_not_fit_together_are_left_out(study):

@@ -225,7 +225,7 @@ def test_an_unwritable_folder_is_one_message_and_starts_nothing(study, tmp_path)
     result = study.sweep(study.runs("ok", "ok"))
     assert (result.exit_status, result.counts) == (2, {"left": 2})
     assert study.output.getvalue().count("cannot be written") == 1
-    assert sorted(path.name for path in study.folder.iterdir()) == [".logs", ".sweep.lock"]
+    assert [path.name for path in study.folder.iterdir()] == [".logs"]
 
 
 @pytest.mark.parametrize("behaviour", ["fills the disk", "finds a full disk"])
@@ -258,6 +258,6 @@ def test_exit_statuses_and_counts(study):
     assert RETRIES["all"] >= RETRIES["oom"]
 
 
-def test_no_file_is_left_behind_but_the_lock_and_the_logs(study):
+def test_no_file_is_left_behind_but_the_logs(study):
     study.sweep(study.runs("ok", "dies before its record"))
-    assert {path.name for path in study.folder.iterdir()} == {".logs", ".sweep.lock", "run0", "run1"}
+    assert {path.name for path in study.folder.iterdir()} == {".logs", "run0", "run1"}

@@ -8,7 +8,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import ModelConfig, flags
+from bench.config import ModelConfig, Seed, flags
 from bench.help import Help
 from gnnmoe.config import Refused
 
@@ -35,7 +35,7 @@ class CheckConfig:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the numbers that the checks draw."""
     all: bool = False
     """Check every coupler: HGNN with each conv type (on all_pairs) and each strategy (in HypergraphConv),

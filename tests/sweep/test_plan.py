@@ -193,7 +193,7 @@ REFUSED = [
     (["--executor", "ray", "--device", "mps"], "must be cpu or cuda"),
     (
         ["--executor", "ray", "--cpus-per-run", "0"],
-        "--cpus-per-run is 0; it must be a whole number of at least 1",
+        "--cpus-per-run is 0; it must be a whole number from 1 to 1,000,000,000",
     ),
     (["--executor", "slurm", "--devices-per-run", "2", "--cpus-per-run", "3"], "evenly by 2 devices"),
     (["--devices-per-run", "0"], "--devices-per-run is 0"),

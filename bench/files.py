@@ -81,11 +81,10 @@ def remove_left_over(path: Path, seconds: float = 0.0) -> None:
                 part.unlink()
 
 
-def cannot_write(path: Path, error: OSError) -> str:
-    """Return the message that ``path`` cannot be written, why, and what to do."""
-    return (
-        f"the results folder {path} cannot be written ({error.strerror}); choose another with --results-dir."
-    )
+def cannot_write(path: Path, error: OSError, flag: str = "results_dir") -> str:
+    """Return the message that the folder ``path`` of a flag cannot be written, why, and what to do."""
+    kind, option = flag.removesuffix("_dir"), flag.replace("_", "-")
+    return f"the {kind} folder {path} cannot be written ({error.strerror}); choose another with --{option}."
 
 
 def write_between(path: Path, put: Callable[[str], str]) -> None:

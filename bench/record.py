@@ -824,20 +824,20 @@ class ReadOnlyFolder(RunFolder):
         """Do nothing."""
 
 
-def check_writable(results_dir: Path) -> None:
-    """Check that ``results_dir`` can be written; nothing is left behind.
+def check_writable(folder: Path, flag: str = "results_dir") -> None:
+    """Check that the folder of a flag can be written; nothing is left behind.
 
     Raises:
         Refused: it, or the nearest folder above it that exists, is no folder or cannot be written.
     """
-    nearest = results_dir.absolute()
+    nearest = folder.absolute()
     while not nearest.exists():
         nearest = nearest.parent
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise Refused(cannot_write(results_dir, error)) from error
+        raise Refused(cannot_write(folder, error, flag)) from error
 
 
 # --- Reading a record

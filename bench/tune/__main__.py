@@ -96,25 +96,19 @@ def _search(config: RunConfig, start: int | None) -> int:
 
 def request_of(config: RunConfig, start: int | None, say: Say) -> Request:
     """Return the search, after everything that a run with this config would be refused for."""
-    from bench.check.leak_check import refuse_wrong_names
     from bench.data.corpus import say_unknown_words
-    from bench.training.loaders import load_text, make_loaders, model_for, refuse_curriculum_without_epochs
     from bench.training.ranks import ALONE
     from bench.training.step import Execution
-    from bench.tune.find import refuse_wrong_sizes, request_for
+    from bench.tune.find import checked, request_for
 
     say("loading the data …")
     device = Execution.of(config).device
-    refuse_wrong_names(config.model.resolved(1))  # before the data are read
-    refuse_curriculum_without_epochs(config.training)
-    corpus = load_text(config)
-    say_unknown_words(corpus.splits)
-    model = model_for(config, corpus)
-    refuse_wrong_sizes(config, model, device, ALONE)
-    samples = make_loaders(config, corpus, device)["train"].sampler_obj.samples_in(0)
+    found = checked(config, device)
+    say_unknown_words(found.corpus.splits)
+    samples = found.loaders["train"].sampler_obj.samples_in(0)
     say("trying batch sizes …")
     sizes = {"epoch_samples": samples, "any_size": not config.memory.fit_shape, "start": start}
-    return request_for(config, model, corpus, device, ALONE, say=say, **sizes)
+    return request_for(config, found.model, found.corpus, device, ALONE, say=say, **sizes)
 
 
 # --- The answer on the screen, in 80 columns

@@ -55,7 +55,7 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
     ("module", "called", "arguments"),
     [
         ("bench.run.__main__", "bench.run.prepare.prepare", []),
-        ("bench.tune.__main__", "bench.training.loaders.load_text", []),
+        ("bench.tune.__main__", "bench.tune.find.checked", []),
         ("bench.sweep.__main__", "bench.sweep.__main__.read_sweep", ["sweep.toml"]),
         ("bench.report.__main__", "bench.study.runs.the_study", ["study"]),
         ("bench.speed.__main__", "bench.speed.show.print_records", ["--table", "record"]),

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.cli import fail
+from bench.interruption import interruptible
 from gnnmoe.config import unknown_name
 
 WIDTH = 80
 BENCH = Path(__file__).parent
 
 
+@interruptible("nothing is kept.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the first word, or print the commands; refuse any other word with status 2."""
     found, arguments = commands(BENCH), list(sys.argv[1:] if argv is None else argv)

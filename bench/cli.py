@@ -1,7 +1,7 @@
 """From the command line to a config: tyro reads the words, ``bench.config`` checks them.
 
 The order of the layers is preset < ``--config`` files < command line. A refusal ends with exit status 2. Also
-here: warnings for users, and interruption by signals.
+here: warnings for users.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypedDict, TypeVar
@@ -201,55 +199,3 @@ def show_warnings_plainly() -> None:
             print(f"{word}: {message}", file=sys.stderr)
 
     warnings.showwarning = show
-
-
-@contextmanager
-def handling(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Handle signals by ``handler`` in the block; in another thread than the main thread, do nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-class Interruption:
-    """Turns SIGINT and SIGTERM into a request while a block defers them, else into KeyboardInterrupt.
-
-    A second signal always interrupts at once. After ``over``, signals do nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._deferring = False
-        self._over = False
-
-    def over(self) -> None:
-        """Ignore all later signals: the end of the run is known, and is being written."""
-        self._over = True
-
-    @contextmanager
-    def installed(self) -> Iterator[Interruption]:
-        """Handle both signals in the block; in another thread than the main thread, do nothing."""
-        with handling((signal.SIGINT, signal.SIGTERM), self._handle):
-            yield self
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let a signal in the block only set ``requested``; the block looks where it can stop."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
-    def _handle(self, *_: Any) -> None:
-        if self._over:
-            return
-        if not self._deferring or self.requested:
-            raise KeyboardInterrupt
-        self.requested = True

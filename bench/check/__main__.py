@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import ModelConfig, Seed, flags
 from bench.help import Help
+from bench.interruption import interruptible
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class CheckConfig:
     """List couplers, hypergraph layers and hyperedge strategies, one line each, and stop."""
 
 
+@interruptible("a check keeps nothing.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the coupler that the flags name, or all couplers; print the verdicts, return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, Length, Place, Workers, flags
+from bench.interruption import interruptible
 from gnnmoe.config import Refused, unknown_name
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ProfileConfig:
     """Device to which each batch is copied; the copy is part of the measured time."""
 
 
+@interruptible("a profile keeps nothing.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile the loader; print two tables and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -12,10 +12,10 @@ from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_firs
 from bench.config import RunConfig
 from bench.files import without_places
 from bench.help import Help
+from bench.interruption import INTERRUPTED, Interruption, interruptible
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
-    from bench.cli import Interruption
     from bench.record import Record
     from bench.run.prepare import Prepared
     from bench.run.progress import Reporter
@@ -35,9 +35,10 @@ ABOUT = Help(
         "--list    (all couplers, layers and strategies)",
     ),
 )
-EXIT_STATUS = {"ok": 0, "interrupted": 130}
+EXIT_STATUS = {"ok": 0, "interrupted": INTERRUPTED}
 
 
+@interruptible("the run had not begun.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; return the exit status (0 ok, 2 wrong input, 130 stopped, else 1)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -48,14 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with silent_but_on_the_first_rank():
         config = parse(RunConfig, arguments, prog=PROG, presets=True, about=ABOUT)
         show_warnings_plainly()
-        from bench.cli import Interruption
-
-        try:
-            with Interruption().installed() as interruption:
-                return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            return EXIT_STATUS["interrupted"]
+        with Interruption().installed() as interruption:
+            return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
 
 
 def _run(config: RunConfig, command: str, interruption: Interruption) -> int:

@@ -16,6 +16,7 @@ from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags, seconds_of
 from bench.files import utc_now
 from bench.help import Help
+from bench.interruption import interruptible
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from bench.speed.suites import Job
 
-STOPPED = 130
 PROG = "python -m bench.speed"
 ABOUT = Help(
     usual=("coupler_type couplers sizes batch_size whole_steps suite time_budget device name table").split(),
@@ -116,6 +116,7 @@ class SpeedConfig:
         return ExecutionConfig(precision=self.precision, compile=self.compile, compile_mode=self.compile_mode)
 
 
+@interruptible("a record that was begun keeps what was measured.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or print what was measured; return the exit status (2: wrong input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -137,9 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _say_what_needs_a_gpu(console)
     except Refused as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return STOPPED
     return 0
 
 

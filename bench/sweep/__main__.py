@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import as_flags
 from bench.help import Help
+from bench.interruption import interruptible
 from bench.sweep.executors.base import (
     LOCAL,
     Resources,
@@ -38,6 +39,7 @@ ABOUT = Help(
 )
 
 
+@interruptible("finished runs are kept; the same command continues.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan and run what the flags ask for; return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)

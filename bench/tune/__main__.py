@@ -15,6 +15,7 @@ from rich.text import Text
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
 from bench.help import Help
+from bench.interruption import interruptible
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ ABOUT = Help(
 )
 
 
+@interruptible("the search keeps no answer.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Search for the config that the flags name; return the exit status."""
     config = parse(TuneConfig, argv, prog="python -m bench.tune", presets=True, about=ABOUT)
@@ -41,9 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _search(replace(config, memory=replace(memory, tune_init=None)), memory.tune_init)
     except Refused as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
 
 
 def _switched_on(memory: MemoryConfig) -> MemoryConfig:

@@ -222,7 +222,7 @@ REFUSED = [
     (["--devices-per-run", "0"], "--devices-per-run is 0"),
     (["--executor", "slurm", "--plan"], "--plan asks one device of this machine, and runs are on slurm"),
     (["--devices-per-run", "2", "--match", "time mean"], "--match time asks one device of this machine"),
-    (["--devices-per-run", "3"], "a batch of 16 cannot be shared evenly by 3 ranks"),
+    (["--devices-per-run", "3"], "a batch of 4 cannot be shared evenly by 3 ranks"),
 ]
 
 
@@ -247,9 +247,8 @@ def test_hypotheses_that_no_run_answers_are_refused_before_any_run(places, tmp_p
     (tmp_path / "h.toml").write_text(
         '[[hypothesis]]\nstatement = "x"\nbetter = {coupler = "GNN"}\nthan = {coupler = "mean"}\n'
     )
-    (tmp_path / "s.toml").write_text(
-        'hypotheses = "h.toml"\n[base]\nmax_seq_length = 16\nbatch_size = 4\n[grid]\ncoupler = ["mean", "HGNN"]\n'
-    )
+    base, grid = "\n".join(["[base]", *SIZES]), '[grid]\ncoupler = ["mean", "HGNN"]\n'
+    (tmp_path / "s.toml").write_text(f'hypotheses = "h.toml"\n{base}\n{grid}')
     with pytest.raises(SystemExit):
         main([str(tmp_path / "s.toml"), "--data-dir", places["data_dir"], "--dry-run"])
     assert "hypothesis 1: better = {'coupler_type': 'GNN'} selects no run" in capsys.readouterr().err

@@ -64,6 +64,7 @@ def interruptible(kept: str) -> Callable[[Main], Main]:
                 if not _came and not isinstance(error, KeyboardInterrupt):
                     raise
                 say(kept)
+                exec("")  # else, where the interrupt came in an exec, Python would end by the signal again
                 return INTERRUPTED
 
         return ending

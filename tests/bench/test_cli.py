@@ -10,6 +10,7 @@ import pytest
 
 from bench.cli import parse
 from bench.config import RunConfig
+from bench.sweep.__main__ import main as sweep
 from gnnmoe.config import Refused
 from tests.bench._runs import refusal
 
@@ -144,6 +145,27 @@ def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, small_da
     for part in said:
         assert part in message
     assert not (tmp_path / "results").exists()
+
+
+WORLD = "WORLD_SIZE is 2 in the environment, but"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("WORLD_SIZE=2", f"{WORLD} RANK is not set; unset WORLD_SIZE"),
+        ("WORLD_SIZE=2 RANK=1", f"{WORLD} MASTER_PORT is not set"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_PORT=29500", f"{WORLD} MASTER_ADDR is not set"),
+        ("WORLD_SIZE=abc RANK=0", "WORLD_SIZE is 'abc' in the environment; it must be a whole number from 1"),
+        ("WORLD_SIZE=2 RANK=2", "RANK is '2' in the environment; it must be a whole number from 0 to 1"),
+        ("WORLD_SIZE=0", "WORLD_SIZE is '0'"),
+    ],
+)
+def test_half_of_the_variables_of_torchrun_are_refused(capsys, monkeypatch, variables, said):
+    for name, value in (pair.split("=") for pair in variables.split()):
+        monkeypatch.setenv(name, value)
+    assert said in refusal(capsys, ["--data-source", "embedded"])
+    assert "WORLD_SIZE" in refusal(capsys, ["--sweep", "coupler=mean"], sweep)
 
 
 def test_a_results_folder_that_cannot_be_written_is_refused(capsys, tmp_path):

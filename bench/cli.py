@@ -30,6 +30,7 @@ from bench.config import (
     flags_of,
     layered,
     preset,
+    run_flags,
 )
 from bench.files import read_toml, refusals_name, visible
 from bench.help import ALL_FLAGS, Help, help_text
@@ -47,6 +48,7 @@ NAMES_ELSEWHERE = {
 }  # fmt: skip
 """Flags of other tools, and the flag here."""
 OTHERS_WAIT_SECONDS = 10.0
+LONGEST_WORD = 240  # characters of a message without a blank
 Config = TypeVar("Config")
 
 
@@ -143,12 +145,18 @@ def _without_value(known: Mapping[str, Flag], printed: str) -> Refused:
 def _unknown(known: Mapping[str, Flag], words: Sequence[str]) -> Refused:
     first = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if first is None:
-        return Refused(f"{words[0]!r} belongs to no flag; --help-all lists all flags.")
+        return Refused(f"{said(words[0])} belongs to no flag; --help-all lists all flags.")
     options = {f"--{name}" for flag in known.values() for name in flag.names}
     options |= {f"--no-{name}" for flag in known.values() if flag.kinds == (bool,) for name in flag.names}
     meant = NAMES_ELSEWHERE.get(first.lstrip("-").replace("_", "-"))
     near = f" Did you mean '--{meant}'?" if f"--{meant}" in options else nearest_name(first, options)
-    return Refused(f"unknown flag {first!r}; --help-all lists all flags.{near}")
+    of_a_run = run_flags().get(first.lstrip("-").replace("-", "_"))
+    if of_a_run is not None and "sweep" in known:
+        return Refused(
+            f"{said(first)} is a flag of a run, not of bench.sweep; set {of_a_run.field} for all runs under "
+            f"[base] in the sweep file, or as {of_a_run.field}=VALUE after --sweep."
+        )
+    return Refused(f"unknown flag {said(first)}; --help-all lists all flags.{near}")
 
 
 def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[str, str]]:
@@ -164,7 +172,11 @@ def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[st
 
 
 def fail(message: str) -> NoReturn:
-    """Print ``error: message`` and exit with status 2: wrong input, nothing written."""
+    """Print ``error: message`` and exit with status 2: wrong input, nothing written.
+
+    Of a word that is longer than any path of a person, only the beginning is printed.
+    """
+    message = re.sub(rf"(\S{{{LONGEST_WORD // 2}}})\S{{{LONGEST_WORD // 2},}}", r"\1…", message)
     print("error:", visible(message, keep="\n"), file=sys.stderr)
     raise SystemExit(2)
 

@@ -15,13 +15,13 @@ LARGEST = {
     "embed_dim": 2**20,
     "num_layers": 10_000,
     "num_heads": 2**20,
-    "gnn_layers": 10_000,
+    "gnn_layers": 1_000,
     "max_seq_length": 2**20,
     "vocab_size": 10**8,
     "ffn_dim": 2**24,
 }
 """The largest value of each size of a model; a larger value is a slip."""
-MOST_SHOWN = 100  # characters of a list of names, and twice those of a value, in a message
+MOST_SHOWN = 80  # characters of a list of names, and twice those of a value, in a message
 OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda"}
 """Names of other tools, and the name here."""
 

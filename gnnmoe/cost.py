@@ -65,6 +65,20 @@ def least_training_bytes(config: GNNMoEConfig, *, rows: int = 1, number_bytes: i
     return 16 * params + number_bytes * config.num_layers * rows * config.max_seq_length * kept
 
 
+def least_coupler_parameters(config: GNNMoEConfig) -> int:
+    """Return the parameters of the coupler; 0 where it cannot be built without numbers.
+
+    Raises:
+        Refused: as ``model_cost``.
+    """
+    try:
+        return cost_of_coupler(config).params
+    except Refused:
+        raise
+    except Exception:  # the coupler may be anybody's
+        return 0
+
+
 def matched_ffn_dim(config: GNNMoEConfig, target: Cost, quantity: str) -> int:
     """Return the hidden width H of the experts at which ``config`` costs as much as ``target``.
 

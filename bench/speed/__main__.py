@@ -188,6 +188,7 @@ def _asked(config: SpeedConfig) -> Iterator[tuple[str, list[Job], torch.device]]
             config.precision,
             config.rounds,
             compile_mode,
+            execution.device,
             whole_steps=config.whole_steps,
         )
         yield config.couplers or config.model.coupler_type, jobs, execution.device

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import NoReturn
+import io
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from bench.check.__main__ import CheckConfig
 from bench.cli import parse
-from bench.config import RunConfig
+from bench.config import RunConfig, TuneConfig, flags_of
+from bench.data.__main__ import ProfileConfig
+from bench.interruption import Interruption, interruptible
+from bench.report.__main__ import CompareConfig, ReportConfig
+from bench.speed.__main__ import SpeedConfig
 from bench.sweep.__main__ import main as sweep
+from bench.sweep.executors.base import with_options
+from bench.sweep.specification import SweepConfig
 from gnnmoe.config import Refused
 from tests.bench._runs import refusal
 
@@ -145,6 +161,128 @@ def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, small_da
     for part in said:
         assert part in message
     assert not (tmp_path / "results").exists()
+
+
+COMMANDS = {
+    "run": RunConfig,
+    "tune": TuneConfig,
+    "check": CheckConfig,
+    "data": ProfileConfig,
+    "speed": SpeedConfig,
+    "sweep": with_options(SweepConfig),
+    "report": ReportConfig,
+    "compare": CompareConfig,
+}
+WRONG = ("", "abc", "-5", "0", str(10**30), str(2**63), "1e400", "nan", "inf", "1.5", "x" * 3000, "9" * 5000,
+         "~nobody/x")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_refuses_a_wrong_value_in_one_short_message(command):
+    """No number beyond 64 bits, no NaN and no infinity gets past a flag, and no library speaks."""
+    refused = 0
+    for flag in set(flags_of(COMMANDS[command]).values()):
+        for value in WRONG:
+            words = [f"{flag.option()}={value}"] if flag.option().startswith("--") else [value]
+            printed = io.StringIO()
+            try:
+                with redirect_stderr(printed):
+                    config = parse(COMMANDS[command], words, presets=command in ("run", "tune", "check"))
+            except SystemExit as stopped:
+                refused += 1
+                message = printed.getvalue()
+                assert stopped.code == 2
+                assert message.startswith("error: "), (flag.field, value)
+                assert len(message) <= 241, (flag.field, value, message)
+                assert not re.search("literal|Error|could not convert", message), (flag.field, message)
+            else:
+                assert all(abs(number) <= 10**18 for number in numbers_in(config)), (flag.field, value)
+    assert refused > 0
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    if is_dataclass(value):
+        value = tuple(vars(value).values())
+    if isinstance(value, tuple):
+        for item in value:
+            yield from numbers_in(item)
+    elif isinstance(value, int):
+        yield value
+    elif isinstance(value, float):
+        yield value if math.isfinite(value) else math.inf
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--embed-dim", "99999999999999999999"], "it must be a whole number from 1 to 1,048,576"),
+        (["--gnn-layers", "999999"], "it must be a whole number from 1 to 1,000"),
+        (["--embed-dim", str(2**20)], "a training step of this model needs at least"),
+        (["--gnn-layers", "400", "--embed-dim", str(2**14)], "GiB of memory, and device cpu has"),
+        (["--checkpoint-dir", "/dev/null"], "the checkpoint folder /dev/null cannot be written"),
+        (["--text-column", "x"], "text_column is 'x', but the embedded text has no columns; drop it"),
+        (["--device", "gpu"], "Did you mean 'cuda'?"),
+        (["--preset", "fast"], "it must be one of 'baseline'"),
+        (["--max-steps", "x" * 9000], "--max-steps is 'xxx"),
+    ],
+)
+def test_what_is_too_much_is_refused_before_anything_is_built(capsys, tmp_path, flags, said):
+    places = ["--data-source", "embedded", "--device", "cpu", "--results-dir", str(tmp_path / "results")]
+    message = refusal(capsys, [*places, *flags])
+    assert said in message
+    assert len(message) <= 240
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_flag_of_a_run_is_no_flag_of_a_sweep_and_says_where_it_belongs(capsys):
+    message = refusal(capsys, ["sweeps/first.toml", "--max-steps", "5"], sweep)
+    assert "set max_steps for all runs under [base]" in message
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), None], ids=["itself", "as another error"])
+def test_an_interrupted_command_says_so_in_one_line(capsys, error):
+    """Also where a library makes another error of the interrupt."""
+
+    @interruptible("nothing is kept.")
+    def command(_argv: object = None) -> int:
+        if error is not None:
+            raise error
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise ImportError("half imported")
+
+    assert command(None) == 130
+    assert capsys.readouterr().err == "interrupted: nothing is kept.\n"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_run_heeds_a_closed_terminal_unless_it_is_ignored():
+    interruption = Interruption()
+    with interruption.installed(), interruption.deferred():
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.requested
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption().installed() as ignoring:
+            signal.raise_signal(signal.SIGHUP)  # as under nohup
+            assert not ignoring.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_is_interrupted_while_it_is_imported():
+    """Python imports torch here, in a process of its own; its first line says that the import began."""
+    script = (
+        "import sys; sys.argv[:1] = ['-m']; import bench; print(1, flush=True); import time; time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, cwd=Path(__file__).parents[2])  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == "1\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60)[1] == "interrupted: nothing is kept.\n"
+    assert child.returncode == 130
 
 
 WORLD = "WORLD_SIZE is 2 in the environment, but"

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 INTERRUPTED = 130
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a run or a sweep to save its state and end."""
-Main = Callable[[Sequence[str] | None], int]
+Main = Callable[..., int]
 
 
 _came: list[bool] = []

@@ -307,6 +307,6 @@ def identified(found: Checked, device: torch.device, world_size: int = 1) -> Ide
     order, fields = order_of(loaders["train"]), coupler_identity(model)
     if model.vocab_size != corpus.vocabulary.size:  # else it follows from the data
         fields["vocab_size"] = model.vocab_size
-    found = identity(config, fields, corpus.sha256, device.type, world_size, curriculum=order)
-    shared = configuration_id(found, scorer_identity(config.training))
-    return Identified(found, model, corpus, shared, code_hashes(model))
+    known = identity(config, fields, corpus.sha256, device.type, world_size, curriculum=order)
+    shared = configuration_id(known, scorer_identity(config.training))
+    return Identified(known, model, corpus, shared, code_hashes(model))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.cli import fail
+from bench.interruption import interruptible
 from bench.screen import guard_screen
 from gnnmoe.config import unknown_name
 
@@ -17,6 +18,7 @@ WIDTH = 80
 BENCH = Path(__file__).parent
 
 
+@interruptible("nothing is kept.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the first word, or print the commands; refuse any other word with status 2."""
     guard_screen()

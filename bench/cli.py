@@ -1,7 +1,7 @@
 """From the command line to a config: tyro reads the words, ``bench.config`` checks them.
 
 The order of the layers is preset < ``--config`` files < command line. A refusal ends with exit status 2. Also
-here: warnings for users, and interruption by signals.
+here: warnings for users.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypedDict, TypeVar
@@ -32,11 +30,12 @@ from bench.config import (
     flags_of,
     layered,
     preset,
+    run_flags,
 )
 from bench.files import read_toml, refusals_name, visible
 from bench.help import ALL_FLAGS, Help, help_text
 from bench.help import LAYERS as LAYERS_HELP
-from gnnmoe.config import Refused, nearest_name, shortened
+from gnnmoe.config import Refused, nearest_name, said, shortened
 
 LAYERS = {entry.flag.field: entry.flag for entry in LAYERS_HELP}
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
@@ -151,12 +150,18 @@ def _without_value(known: Mapping[str, Flag], printed: str) -> Refused:
 def _unknown(known: Mapping[str, Flag], words: Sequence[str]) -> Refused:
     first = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if first is None:
-        return Refused(f"{words[0]!r} belongs to no flag; --help-all lists all flags.")
+        return Refused(f"{said(words[0])} belongs to no flag; --help-all lists all flags.")
     options = {f"--{name}" for flag in known.values() for name in flag.names}
     options |= {f"--no-{name}" for flag in known.values() if flag.kinds == (bool,) for name in flag.names}
     meant = NAMES_ELSEWHERE.get(first.lstrip("-").replace("_", "-"))
     near = f" Did you mean '--{meant}'?" if f"--{meant}" in options else nearest_name(first, options)
-    return Refused(f"unknown flag {first!r}; --help-all lists all flags.{near}")
+    of_a_run = run_flags().get(first.lstrip("-").replace("-", "_"))
+    if of_a_run is not None and "sweep" in known:
+        return Refused(
+            f"{said(first)} is a flag of a run, not of bench.sweep; set {of_a_run.field} for all runs under "
+            f"[base] in the sweep file, or as {of_a_run.field}=VALUE after --sweep."
+        )
+    return Refused(f"unknown flag {said(first)}; --help-all lists all flags.{near}")
 
 
 def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[str, str]]:
@@ -178,6 +183,46 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+MOST_PROCESSES, MOST_PORT = 100_000, 65_535
+UNSET = "unset WORLD_SIZE for a run of one process, or start the run with torchrun."
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int] | None:
+    """Return the world size, rank, local rank and local world size that torchrun gave this process.
+
+    Return None where it is the only process.
+
+    Raises:
+        Refused: a variable is missing or no number, as where WORLD_SIZE is left of another program.
+    """
+    world = _number(environment, "WORLD_SIZE", 1, MOST_PROCESSES, "1")
+    if world == 1:
+        return None
+    rank = _number(environment, "RANK", 0, world - 1)
+    local_world = _number(environment, "LOCAL_WORLD_SIZE", 1, world, "1")
+    local = _number(environment, "LOCAL_RANK", 0, local_world - 1, "0")
+    _number(environment, "MASTER_PORT", 1, MOST_PORT)
+    if not environment.get("MASTER_ADDR"):
+        raise Refused(f"WORLD_SIZE is {world} in the environment, but MASTER_ADDR is not set; {UNSET}")
+    return world, rank, local, local_world
+
+
+def _number(
+    environment: Mapping[str, str], name: str, least: int, most: int, default: str | None = None
+) -> int:
+    text = environment.get(name, default)
+    if text is None:
+        raise Refused(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but {name} is not set; {UNSET}"
+        )
+    if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
+        raise Refused(
+            f"{name} is {said(text)} in the environment; it must be a whole number from {least} to {most:,}. "
+            f"Otherwise, {UNSET}"
+        )
+    return int(text)
+
+
 @contextmanager
 def silent_but_on_the_first_rank() -> Iterator[None]:
     """Print nothing in a process that torchrun started as another rank than 0.
@@ -185,7 +230,11 @@ def silent_but_on_the_first_rank() -> Iterator[None]:
     Wrong input is wrong on all ranks. Rank 0 prints the message. The other ranks wait until torchrun ends
     them: it ends all ranks as soon as one rank has ended.
     """
-    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+    try:
+        found = launched()
+    except Refused:  # there may be no rank 0 that prints it
+        found = None
+    if found is None or found[1] == 0:
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123
@@ -208,55 +257,3 @@ def show_warnings_plainly() -> None:
             print(f"{word}: {visible(str(message))}", file=sys.stderr)
 
     warnings.showwarning = show
-
-
-@contextmanager
-def handling(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Handle signals by ``handler`` in the block; in another thread than the main thread, do nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-class Interruption:
-    """Turns SIGINT and SIGTERM into a request while a block defers them, else into KeyboardInterrupt.
-
-    A second signal always interrupts at once. After ``over``, signals do nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._deferring = False
-        self._over = False
-
-    def over(self) -> None:
-        """Ignore all later signals: the end of the run is known, and is being written."""
-        self._over = True
-
-    @contextmanager
-    def installed(self) -> Iterator[Interruption]:
-        """Handle both signals in the block; in another thread than the main thread, do nothing."""
-        with handling((signal.SIGINT, signal.SIGTERM), self._handle):
-            yield self
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let a signal in the block only set ``requested``; the block looks where it can stop."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
-    def _handle(self, *_: Any) -> None:
-        if self._over:
-            return
-        if not self._deferring or self.requested:
-            raise KeyboardInterrupt
-        self.requested = True

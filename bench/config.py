@@ -34,7 +34,7 @@ import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 
 from bench.files import from_home, read_toml
-from gnnmoe.config import GNNMoEConfig, Refused, nearest_name, unknown_name
+from gnnmoe.config import LARGEST, GNNMoEConfig, Refused, listed, nearest_name, said, unknown_name
 
 DEFAULT_MAX_STEPS = 120
 PRESETS = Path(__file__).parent / "presets"
@@ -45,8 +45,13 @@ FlagTable = dict[str, Any]
 """Values of flags, by field."""
 Group = TypeVar("Group")
 
+
 # Types of flags: a text is never a number, true is not 1, and infinity and NaN are refused.
-Count = Annotated[int, Field(ge=1)]
+MOST = 10**9  # of what is counted: more than any run needs, and far below the 64 bits of torch
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Length = Annotated[int, Field(ge=1, le=LARGEST["max_seq_length"])]
+Seed = Annotated[int, Field(ge=-(10**18), le=10**18)]
+Workers = Annotated[int, Field(ge=0, le=256)] | Literal["auto"]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -104,16 +109,16 @@ def seconds_of(name: str, text: str | None) -> float | None:
     """
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]+(?:[.][0-9]+)?)([smh]?)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,9}(?:[.][0-9]{1,9})?)([smh]?)", text.strip())
     seconds = float(found[1]) * {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}[found[2]] if found else 0.0
     if seconds <= 0:
-        raise Refused(f"{name} is {text!r}; write a duration such as 90s, 9m or 1.5h.")
+        raise Refused(f"{name} is {said(text)}; write a duration such as 90s, 9m or 1.5h.")
     return seconds
 
 
 def refused(name: str, value: Any, hint: Any) -> Refused:
     """Return the refusal of a flag's value: the value, what is allowed, and the nearest choice."""
-    shown = "a table" if isinstance(value, dict) else repr(value)
+    shown = "a table" if isinstance(value, dict) else said(value)
     choices = [choice for kind in _kinds(hint) if get_origin(kind) is Literal for choice in get_args(kind)]
     return Refused(f"{name} is {shown}; it must be {allowed(hint)}.{nearest_name(value, choices)}")
 
@@ -126,27 +131,34 @@ def allowed(hint: Any) -> str:
 def _allowed_by(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(map(_allowed_by, schema["anyOf"]))
-    if "enum" in schema or "const" in schema:
-        return ", ".join(map(repr, schema.get("enum") or [schema["const"]]))
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return f"one of {listed([repr(choice) for choice in schema['enum']])}"
     kind = schema.get("type")
     if kind == "array":
         return "a list of " + " and ".join(map(_allowed_by, schema.get("prefixItems") or [schema["items"]]))
     if kind in ("integer", "number"):
+        if kind == "integer":
+            return f"a whole number{_range(schema)}"
         bounded = "maximum" in schema or "exclusiveMaximum" in schema
-        number = "a whole number" if kind == "integer" else "a number" if bounded else "a finite number"
-        return number + _range(schema)
+        return f"a number{_interval(schema)}" if bounded else f"a finite number{_range(schema)}"
     return {"boolean": "true or false", "null": '"None"', "object": "a table"}.get(str(kind), "text")
 
 
 def _range(schema: Mapping[str, Any]) -> str:
-    least, above = schema.get("minimum"), schema.get("exclusiveMinimum")
-    most, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    if (most, below) != (None, None):
-        start = f"({above}" if least is None else f"[{least}"
-        return f" in {start}, {below})" if most is None else f" in {start}, {most}]"
+    least, most, above = (schema.get(key) for key in ("minimum", "maximum", "exclusiveMinimum"))
+    if most is not None:
+        return f" from {least:,} to {most:,}".replace("-", "−")
     if above is not None:
         return f" greater than {above}"
     return "" if least is None else f" of at least {least}"
+
+
+def _interval(schema: Mapping[str, Any]) -> str:
+    start = f"[{schema['minimum']:,g}" if "minimum" in schema else f"({schema['exclusiveMinimum']:,g}"
+    end = f"{schema['maximum']:,g}]" if "maximum" in schema else f"{schema['exclusiveMaximum']:,g})"
+    return f" in {start}, {end}"
 
 
 @flags
@@ -165,7 +177,7 @@ class ModelConfig(GNNMoEConfig):
     def __post_init__(self) -> None:
         for option in self.coupler_option:
             if "=" not in option:
-                raise Refused(f"coupler option {option!r} has no value; write NAME=VALUE.")
+                raise Refused(f"coupler option {said(option)} has no value; write NAME=VALUE.")
         self.resolved(1)  # to refuse wrong sizes
 
     def resolved(self, vocab_size: int) -> GNNMoEConfig:
@@ -215,18 +227,18 @@ class BatchSchedule:
     def __post_init__(self) -> None:
         epochs = [epoch for epoch, _ in self.sizes]
         if epochs[:1] != [0] or epochs != sorted(set(epochs)):
-            raise Refused(f"batch schedule {self} has the epochs {epochs}; {SCHEDULE_FORM}")
+            raise Refused(f"batch_schedule is {said(str(self))}; {SCHEDULE_FORM}.")
         small = [size for _, size in self.sizes if size < 1]
         if small:
-            raise Refused(f"batch schedule {self} has the size {small[0]}; a size must be 1 or more")
+            raise Refused(f"batch_schedule is {said(str(self))}; a size must be 1 or more.")
 
     @classmethod
     def parse(cls, text: str) -> BatchSchedule:
         """Return the schedule of a text such as ``"0:16,2:32"``: 16 from epoch 0 on, 32 from epoch 2 on."""
         pairs = []
         for part in text.split(","):
-            if not re.fullmatch(r"\s*[0-9]+\s*:\s*[0-9]+\s*", part):
-                raise Refused(f"batch schedule {text!r}: {part!r} is no epoch:size; {SCHEDULE_FORM}")
+            if not re.fullmatch(r"\s*[0-9]{1,9}\s*:\s*[0-9]{1,9}\s*", part):
+                raise Refused(f"batch_schedule has {said(part)}, which is no epoch:size; {SCHEDULE_FORM}.")
             epoch, size = part.split(":")
             pairs.append((int(epoch), int(size)))
         return cls(tuple(pairs))
@@ -281,7 +293,7 @@ class TrainingConfig:
     """AdamW's betas."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW's weight decay, on matrices only."""
-    warmup_steps: Annotated[int, Field(ge=0)] | Share = 0.125
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] | Share = 0.125
     """Steps of linear warm-up, or a share of all steps, such as 0.1. A cosine to min_lr_ratio follows
     (default: 0.125)."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -291,7 +303,7 @@ class TrainingConfig:
     eval_every: Count | Share = 1 / 3
     """Steps between evaluations on validation, or a share of all steps, such as 0.1. The run keeps the best
     weights (default: a third)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of all random numbers."""
 
     @property
@@ -409,9 +421,9 @@ class MemoryConfig:
     control_memory: bool = False
     """During training, measure the peak memory of each step. Change the micro-batch, and between epochs the
     length, to stay within memory_target of memory_budget."""
-    shape_min_length: Count | None = None
+    shape_min_length: Length | None = None
     """Shortest length of --fit-shape and --control-memory (default: a quarter of max_seq_length)."""
-    shape_max_length: Count | None = None
+    shape_max_length: Length | None = None
     """Longest length of --fit-shape (default: max_seq_length)."""
     shape_length_step: Count = 16
     """Difference between two lengths that are tried, in tokens."""
@@ -424,8 +436,8 @@ class MemoryConfig:
 def _folder_name(study: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", study):
         raise Refused(
-            f"study is {study!r}; it must be a plain folder name of at most 100 letters, digits, "
-            "'_', '-' and '.'."
+            f"study is {said(study)}; it must be a plain folder name of at most 100 letters, digits, '_', "
+            "'-' and '.', that begins with a letter or a digit."
         )
     return study
 
@@ -459,9 +471,9 @@ class PlacesConfig:
     """Folder of the checkpoint (default: the folder of the run)."""
     checkpoint_every: Count | None = None
     """Steps between checkpoints (default: eval_every)."""
-    num_workers_dataloader: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    num_workers_dataloader: Workers = 0
     """Processes that load data during training. auto: half the cores, at most 4."""
-    rank_timeout: Positive = 600.0
+    rank_timeout: Annotated[float, Field(gt=0, le=10**7)] = 600.0
     """With torchrun: seconds that a rank waits for the other ranks. Then the run ends as crashed."""
     plots: bool = True
     """Draw the plots of the run at its end."""

@@ -90,6 +90,24 @@ def device_memory_bytes(device: torch.device) -> int:
     return host_memory_bytes()
 
 
+def refuse_too_large(needed_bytes: int, device: torch.device, what: str, sharing: int = 1) -> None:
+    """Refuse ``what`` (such as "a training step") where it needs more than the whole memory of the device.
+
+    ``sharing`` processes have that memory together, in equal parts.
+
+    Raises:
+        Refused: naming both amounts.
+    """
+    memory = device_memory_bytes(device) if device.type == "cuda" else host_memory_bytes()
+    has = memory // sharing
+    if needed_bytes > has:
+        raise Refused(
+            f"{what} needs at least {format_bytes(needed_bytes)} of memory, and device {device.type} has "
+            f"{format_bytes(has)}{' per process' if sharing > 1 else ''}; lower embed_dim, num_experts, "
+            "num_layers, max_seq_length or vocab_size."
+        )
+
+
 def host_memory_bytes() -> int:
     """Return the host's physical memory in bytes, or the lowest limit of this process's control groups.
 

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Literal, get_args
 
 Initialization = Literal["project", "original"]
 VOCABULARY_MULTIPLE = 64  # rows of the embedding and of the head; aligned matrix products are faster
+LARGEST = {
+    "num_experts": 10_000,
+    "embed_dim": 2**20,
+    "num_layers": 10_000,
+    "num_heads": 2**20,
+    "gnn_layers": 1_000,
+    "max_seq_length": 2**20,
+    "vocab_size": 10**8,
+    "ffn_dim": 2**24,
+}
+"""The largest value of each size of a model; a larger value is a slip."""
+MOST_SHOWN = 80  # characters of a list of names, and twice those of a value, in a message
+OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda"}
+"""Names of other tools, and the name here."""
 
 
 class Refused(ValueError):
@@ -21,13 +36,29 @@ class Refused(ValueError):
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
     """Return the sentence that refuses ``name``, lists the allowed names and suggests the nearest."""
     names = sorted(allowed)
-    return f"unknown {kind} {name!r}; allowed: {', '.join(names) or 'none'}.{nearest_name(name, names)}"
+    return f"unknown {kind} {said(name)}; allowed: {listed(names) or 'none'}.{nearest_name(name, names)}"
+
+
+def said(value: object) -> str:
+    """Return the ``repr`` of a user's value for a message; of a long value the beginning."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN // 2 else f"{text[: MOST_SHOWN // 2]}…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the names for a message: ``a, b, c``, or of a long list the beginning and how many follow."""
+    shown = names if len(", ".join(names)) <= MOST_SHOWN else names[:1]
+    while len(shown) < len(names) and len(", ".join(names[: len(shown) + 1])) <= MOST_SHOWN:
+        shown = names[: len(shown) + 1]
+    rest = f" … and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return ", ".join(shown) + rest
 
 
 def nearest_name(name: object, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest allowed name, or no text where none is near."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(allowed)}
-    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.5)
+    asked = str(name).lower()[:MOST_SHOWN]
+    nearest = difflib.get_close_matches(OTHER_NAMES.get(asked, asked), by_lower, n=1, cutoff=0.5)
     return f" Did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
 
 
@@ -53,8 +84,8 @@ class GNNMoEConfig:
     """A model: ``num_layers`` layers of ``num_experts`` transformer experts and one coupler.
 
     Raises:
-        Refused: a size is not positive, the dropout is outside [0, 1), the number of heads does not
-            divide the width, or ``initialization`` is unknown. The names of couplers and strategies are
+        Refused: a size is not from 1 to ``LARGEST``, the dropout is outside [0, 1), the number of heads does
+            not divide the width, or ``initialization`` is unknown. The names of couplers and strategies are
             checked where they are looked up.
     """
 
@@ -93,22 +124,21 @@ class GNNMoEConfig:
     """Words in the vocabulary (the published figure of WikiText-2)."""
 
     def __post_init__(self) -> None:
-        sizes = "num_experts embed_dim num_layers num_heads gnn_layers max_seq_length vocab_size"
-        for name in sizes.split():
+        for name, most in LARGEST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise Refused(f"{name} is {value!r}; it must be a whole number of at least 1.")
-        if self.ffn_dim is not None and self.ffn_dim < 1:
-            raise Refused(f"ffn_dim is {self.ffn_dim}; it must be at least 1 (None: 4 × embed_dim).")
+            if name == "ffn_dim" and value is None:
+                continue
+            if type(value) is not int or not 1 <= value <= most:
+                raise Refused(f"{name} is {said(value)}; it must be a whole number from 1 to {most:,}.")
         if self.initialization not in get_args(Initialization):
             raise Refused(unknown_name("initialization", self.initialization, get_args(Initialization)))
         if not 0.0 <= self.dropout_rate < 1.0:
             raise Refused(f"dropout_rate is {self.dropout_rate!r}; it must lie in [0, 1).")
         if self.embed_dim % self.num_heads:
-            divisors = [n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0]
+            divisors = (n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0)
             raise Refused(
                 f"num_heads is {self.num_heads} and does not divide embed_dim {self.embed_dim}; "
-                f"heads that do: {', '.join(map(str, divisors[:12]))}."
+                f"heads that do: {', '.join(map(str, islice(divisors, 12)))}."
             )
 
     @property

@@ -36,13 +36,47 @@ def model_cost(config: GNNMoEConfig) -> Cost:
         Refused: there is no such coupler, strategy or option.
     """
     L, D, V = config.max_seq_length, config.embed_dim, config.vocab_size
-    coupler = _coupler_cost(json.dumps(config.to_dict(), sort_keys=True))
+    coupler = cost_of_coupler(config)
     block = _block_cost(config, coupler.ffn_dim)
     trunk = Cost(config.padded_vocab_size * D + L * D + 2 * D + V, 2 * L * D * V)
     params = trunk.params + config.num_layers * (coupler.params + coupler.count * block.params)
     if coupler.flops is None or block.flops is None or trunk.flops is None:
         return Cost(params, None)
     return Cost(params, trunk.flops + config.num_layers * (coupler.flops + coupler.count * block.flops))
+
+
+def least_training_bytes(config: GNNMoEConfig, *, rows: int = 1, number_bytes: int = 4) -> int:
+    """Return bytes that a training step on ``rows`` sequences of full length takes at least, under AdamW.
+
+    Parameters are float32 and have a gradient and two moments. Each expert keeps its normalised inputs and
+    its hidden layer for the backward pass, in numbers of ``number_bytes``. A coupler that cannot be built
+    without numbers counts nothing.
+
+    Raises:
+        Refused: as ``model_cost``.
+    """
+    try:
+        coupler, params = cost_of_coupler(config), model_cost(config).params
+    except Refused:
+        raise
+    except Exception:  # the coupler may be anybody's
+        return 16 * config.padded_vocab_size * config.embed_dim
+    kept = coupler.count * (2 * config.embed_dim + coupler.ffn_dim)
+    return 16 * params + number_bytes * config.num_layers * rows * config.max_seq_length * kept
+
+
+def least_coupler_parameters(config: GNNMoEConfig) -> int:
+    """Return the parameters of the coupler; 0 where it cannot be built without numbers.
+
+    Raises:
+        Refused: as ``model_cost``.
+    """
+    try:
+        return cost_of_coupler(config).params
+    except Refused:
+        raise
+    except Exception:  # the coupler may be anybody's
+        return 0
 
 
 def matched_ffn_dim(config: GNNMoEConfig, target: Cost, quantity: str) -> int:
@@ -70,19 +104,26 @@ def _block_cost(config: GNNMoEConfig, ffn_dim: int) -> Cost:
 
 
 @dataclass(frozen=True)
-class _CouplerCost:
+class CouplerCost:
+    """The cost of one coupler alone, and the experts under it: how many, and their hidden width."""
+
     params: int
     flops: int | None
     count: int
     ffn_dim: int
 
 
+def cost_of_coupler(config: GNNMoEConfig) -> CouplerCost:
+    """Return the cost of the coupler that ``config`` names; raises as ``model_cost``."""
+    return _coupler_cost(json.dumps(config.to_dict(), sort_keys=True))
+
+
 @cache
-def _coupler_cost(config_json: str) -> _CouplerCost:
+def _coupler_cost(config_json: str) -> CouplerCost:
     """Return the cost of the coupler of a config, given as JSON, so that each coupler is built once."""
     config = GNNMoEConfig(**json.loads(config_json))
-    with torch.device("meta"):
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         coupler = build_coupler(config)
     count, ffn_dim = coupler.expert_shape()
     params = sum(p.numel() for p in coupler.parameters())
-    return _CouplerCost(params, coupler.flops(config.max_seq_length), count, ffn_dim)
+    return CouplerCost(params, coupler.flops(config.max_seq_length), count, ffn_dim)

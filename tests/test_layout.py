@@ -13,8 +13,8 @@ from tools.figures import circles
 
 REPOSITORY = Path(__file__).parents[1]
 ORDER = (
-    "screen files config help cli device record study data check training measure tune report run speed sweep"
-    " __main__"
+    "screen interruption files config help cli device record study data check training measure tune report"
+    " run speed sweep __main__"
 ).split()
 """Each part imports only from parts before it."""
 

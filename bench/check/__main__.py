@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import ModelConfig, flags
+from bench.config import ModelConfig, Seed, flags
 from bench.help import Help
+from bench.interruption import interruptible
 from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
@@ -36,7 +37,7 @@ class CheckConfig:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the numbers that the checks draw."""
     all: bool = False
     """Check every coupler: HGNN with each conv type (on all_pairs) and each strategy (in HypergraphConv),
@@ -45,6 +46,7 @@ class CheckConfig:
     """List couplers, hypergraph layers and hyperedge strategies, one line each, and stop."""
 
 
+@interruptible("a check keeps nothing.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the coupler that the flags name, or all couplers; print the verdicts, return the exit status."""
     guard_screen()
@@ -75,6 +77,7 @@ def check_one(model: GNNMoEConfig, seed: int, console: Console) -> int:
     from bench.device import is_out_of_memory
 
     refuse_wrong_names(model)
+    refuse_too_large_to_check(model)
     try:
         row = checked(model.coupler_type, model, seed)
     except Exception as error:
@@ -96,6 +99,7 @@ def check_all(model: GNNMoEConfig, seed: int, console: Console) -> int:
     from bench.check.leak_check import list_couplers, refuse_wrong_hypergraph
     from bench.check.show import show_all
 
+    refuse_too_large_to_check(model)
     refuse_wrong_hypergraph(model)  # names that the flags give and no entry has
     entries, left_out = list_couplers(model)
     rows: list[CheckedCoupler] = []
@@ -105,6 +109,22 @@ def check_all(model: GNNMoEConfig, seed: int, console: Console) -> int:
             rows.append(checked(entry.name, entry.config, seed))
     show_all(rows, left_out, console)
     return 0 if all(row.passed for row in rows) else 1
+
+
+def refuse_too_large_to_check(model: GNNMoEConfig) -> None:
+    """Refuse a coupler whose parameters fill the memory, with the layer of float64 experts that is checked.
+
+    Raises:
+        Refused: naming what it needs and what there is.
+    """
+    import torch
+
+    from bench.device import refuse_too_large
+    from gnnmoe.cost import least_training_bytes
+
+    one_layer = replace(model, num_layers=1, max_seq_length=1)
+    needed = least_training_bytes(one_layer) // 2  # float64, without gradients: half of a training step
+    refuse_too_large(needed, torch.device("cpu"), "a check of this model")
 
 
 def checked(name: str, model: GNNMoEConfig, seed: int) -> CheckedCoupler:

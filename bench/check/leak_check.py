@@ -55,15 +55,15 @@ def run_leak_check(config: GNNMoEConfig, *, seed: int = 0, device: torch.device 
 def refuse_wrong_names(config: GNNMoEConfig) -> None:
     """Refuse a configuration that names a coupler, strategy or option that does not exist.
 
-    The function builds the coupler once, for the messages about its name and options. Any other exception of
-    the coupler's constructor is the coupler's fault, and the leak check reports it.
+    The function builds the coupler once, without memory, for the messages about its name and options. Any
+    other exception of the coupler's constructor is the coupler's fault, and the leak check reports it.
 
     Raises:
         Refused: there is no such coupler, strategy or option.
     """
     refuse_wrong_hypergraph(config)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
             build_coupler(config)
     except ValueError as error:  # also of a coupler from elsewhere that refuses an option
         raise Refused(str(error)) from error

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Literal
 
 from bench.cli import fail, parse, show_warnings_plainly
-from bench.config import Count, Place, flags
+from bench.config import Count, Length, Place, Workers, flags
+from bench.interruption import interruptible
 from bench.screen import guard_screen
 from gnnmoe.config import Refused, unknown_name
 
@@ -35,9 +34,9 @@ class ProfileConfig:
     """Where the text comes from; auto: a folder, a local cache, the hub, else the embedded text."""
     batch_size: Count = 32
     """Samples in a batch."""
-    max_seq_length: Count = 128
+    max_seq_length: Length = 128
     """Tokens in a sample."""
-    num_workers_dataloader: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    num_workers_dataloader: Workers = 0
     """Processes that load data (0: none; auto: half the cores, at most 4)."""
     batches: Count = 200
     """Batches to time."""
@@ -45,6 +44,7 @@ class ProfileConfig:
     """Device to which each batch is copied; the copy is part of the measured time."""
 
 
+@interruptible("a profile keeps nothing.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile the loader; print two tables and return the exit status."""
     guard_screen()

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.data.tokenizer import SPLITS
 from bench.files import kind_of
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused, listed, said, unknown_name
 from gnnmoe.reading import open_file
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
@@ -29,9 +29,8 @@ WIKITEXT = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-1
 """The configurations of wikitext, the default first."""
 TOKEN_FILES = {"train": "wiki.train.tokens", "validation": "wiki.valid.tokens", "test": "wiki.test.tokens"}
 REMEDY = (
-    "pass --data-dir DIR or set GNNMOE_DATA_DIR to a folder with wiki.train.tokens, wiki.valid.tokens and "
-    "wiki.test.tokens (or with train.txt, validation.txt and test.txt, or with the parquet files "
-    "train-*.parquet, validation-*.parquet and test-*.parquet)"
+    "pass --data-dir DIR, a folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens "
+    "(or train.txt …, or train-*.parquet …)"
 )
 EMBEDDED_MIN_COUNT = 2  # in the embedded text, a word seen once in training becomes <unk>
 _EMBEDDED_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
@@ -134,7 +133,7 @@ def _files_of(folder: Path) -> tuple[str, dict[str, list[Path]]]:
         missing = [" or ".join(_FORMS[form][split]) for split in SPLITS if not found[form][split]]
         raise Refused(
             f"data folder {folder} lacks {', '.join(missing)}; it holds {listing}; "
-            f"all three must be of one kind; {REMEDY}"
+            "all three must be of one kind; name another --data-dir."
         )
     files = found[complete[0]]
     for split in SPLITS:
@@ -155,9 +154,8 @@ def _refuse_wrong_number(folder: Path, split: str, files: Sequence[Path]) -> Non
         )
 
 
-def _shorten(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
+def _shorten(names: Sequence[str]) -> str:
+    return listed([said(name)[1:-1] for name in names]) or "nothing"
 
 
 def _read_bytes(path: Path) -> bytes:

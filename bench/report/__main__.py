@@ -12,6 +12,7 @@ import tyro
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Place, Several, flags
+from bench.interruption import interruptible
 from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from bench.report.contents import Report
 
 PROG = "python -m bench.report"
-STOPPED = 130
 USAGE = f"""\
 {PROG} STUDY         verdicts, tables, plots and one page of a study
 {PROG} compare A B   two studies, configurations (STUDY:LABEL) or runs
@@ -115,6 +115,7 @@ class ShowConfig:
     """Folder of all results."""
 
 
+@interruptible("files that were written stay; the same command writes all of them again.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of the first word; return the exit status."""
     guard_screen()
@@ -135,9 +136,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'a file'} cannot be used ({error.strerror}).")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return STOPPED
 
 
 def report(config: ReportConfig, console: Console) -> int:

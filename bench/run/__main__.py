@@ -12,11 +12,11 @@ from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_firs
 from bench.config import RunConfig
 from bench.files import CANNOT_WRITE, NOT_WRITTEN, without_places
 from bench.help import Help
+from bench.interruption import INTERRUPTED, Interruption, interruptible
 from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
 if TYPE_CHECKING:
-    from bench.cli import Interruption
     from bench.record import Record
     from bench.run.prepare import Prepared
     from bench.run.progress import Reporter
@@ -36,9 +36,10 @@ ABOUT = Help(
         "--list    (all couplers, layers and strategies)",
     ),
 )
-EXIT_STATUS = {"ok": 0, "interrupted": 130}
+EXIT_STATUS = {"ok": 0, "interrupted": INTERRUPTED}
 
 
+@interruptible("the run had not begun.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one configuration; return the exit status (0 ok, 2 wrong input, 74 not written, 130 stopped)."""
     guard_screen()
@@ -50,14 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with silent_but_on_the_first_rank():
         config = parse(RunConfig, arguments, prog=PROG, presets=True, about=ABOUT)
         show_warnings_plainly()
-        from bench.cli import Interruption
-
-        try:
-            with Interruption().installed() as interruption:
-                return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            return EXIT_STATUS["interrupted"]
+        with Interruption().installed() as interruption:
+            return _run(config, shlex.join([*PROG.split(), *arguments]), interruption)
 
 
 def _run(config: RunConfig, command: str, interruption: Interruption) -> int:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.check.leak_check import refuse_wrong_names
 from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, MeasureConfig, RunConfig, TrainingConfig, plain
 from bench.data.corpus import Corpus, say_unknown_words
 from bench.data.loader import BlockLoader
@@ -31,17 +31,13 @@ from bench.training.loaders import (
     corpus_arguments,
     load_text,
     make_loaders,
-    model_for,
     order_of,
-    refuse_curriculum_without_epochs,
     scorer_identity,
-    training_loader,
     validate_first_batches,
 )
-from bench.training.loop import TrainingPlan
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Execution, to_device
-from bench.tune.find import Say, refuse_uneven_pieces, refuse_wrong_flags, refuse_wrong_sizes, request_for
+from bench.tune.find import Checked, Say, checked, request_for
 from bench.tune.trials import Request
 from gnnmoe.config import GNNMoEConfig
 from gnnmoe.couplers.registry import coupler_identity
@@ -143,17 +139,10 @@ def prepare(config: RunConfig, ranks: Ranks = ALONE) -> Prepared:
     else:
         config = replace(config, places=replace(config.places, quiet=True, plots=False, track=None))
     execution = Execution.of(config, ranks)
-    device = execution.device
-    refuse_wrong_names(config.model.resolved(1))  # before the data are read
-    refuse_curriculum_without_epochs(config.training)
-    corpus = load_text(config)
+    found = checked(config, execution.device, ranks)
+    config, model_config, corpus, loaders = found
     say_unknown_words(corpus.splits)
-    model_config = model_for(config, corpus)
-    refuse_wrong_sizes(config, model_config, device, ranks)
-    loaders = make_loaders(config, corpus, device, ranks)
-    validate_first_batches(loaders)
-    config = settled(config, loaders["train"])
-    known_by = identified(config, model_config, corpus, device, order_of(loaders["train"]), ranks.world_size)
+    known_by = identified(found, execution.device, ranks.world_size)
     name = run_id(known_by.identity)
     folder = (RunFolder if ranks.first else ReadOnlyFolder)(
         config.places.results_dir, config.places.study, name
@@ -183,12 +172,6 @@ class Identified(NamedTuple):
     """The id that all its seeds share: ``configuration_id``."""
     code: dict[str, str]
     """The hashes of today's code: ``bench.training.environment.code_hashes``."""
-
-
-def settled(config: RunConfig, train: BlockLoader) -> RunConfig:
-    """Return the config with steps in place of shares of the training, whose batches ``train`` has."""
-    steps = TrainingPlan(train, config.training).total_steps
-    return replace(config, training=config.training.settled(steps))
 
 
 def config_dict(config: RunConfig) -> dict[str, Any]:
@@ -295,7 +278,7 @@ def configuration_id(identity: dict[str, Any], scorer: str | None = None) -> str
 
 
 class Identifier:
-    """Gives the identity of many configs, as ``prepare`` does, and loads each text once.
+    """Gives the identity of many configs, checked as ``prepare`` does, and loads each text once.
 
     ``device`` is the device of runs on other machines; this machine need not have it. None: each config's own
     device. ``world_size`` processes share each batch.
@@ -309,38 +292,29 @@ class Identifier:
         """Return the identity of a config.
 
         Raises:
-            Refused: as ``prepare``, for everything that can be seen without building the model.
+            Refused: as ``checked``, and for what the device cannot do.
         """
-        refuse_wrong_flags(config.memory)
-        refuse_curriculum_without_epochs(config.training)
-        refuse_uneven_pieces(config.training.batch_sizes, 1, self._world_size)
+        here = None if self._device is not None else Execution.of(config).device
+        ranks = Ranks(world_size=self._world_size, local_world_size=self._world_size)
+        device = self._device or here or torch.device("cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each run gives its own notes
+            found = checked(config, here, ranks, self._text)
+        return identified(found, device, self._world_size)
+
+    def _text(self, config: RunConfig) -> Corpus:
         key = repr((corpus_arguments(config), asked_by_name(config)))
         if key not in self._corpora:
             self._corpora[key] = load_text(config)
-        corpus, device = self._corpora[key], self._device or Execution.of(config).device
-        model, training, order = model_for(config, corpus), config.training, None
-        if training.curriculum is None and training.epochs is None:
-            steps = training.max_steps or DEFAULT_MAX_STEPS
-            config = replace(config, training=training.settled(steps))
-        else:
-            here = device if self._device is None else torch.device("cpu")
-            train = training_loader(config, corpus, here)
-            config, order = settled(config, train), order_of(train)
-        return identified(config, model, corpus, device, order, self._world_size)
+        return self._corpora[key]
 
 
-def identified(
-    config: RunConfig,
-    model: GNNMoEConfig,
-    corpus: Corpus,
-    device: torch.device,
-    order: dict[str, Any] | None,
-    world_size: int = 1,
-) -> Identified:
-    """Return the identity of a config; ``order`` is the result of ``order_of``."""
-    fields = coupler_identity(model)
+def identified(found: Checked, device: torch.device, world_size: int = 1) -> Identified:
+    """Return the identity of a config that is ``checked``."""
+    config, model, corpus, loaders = found
+    order, fields = order_of(loaders["train"]), coupler_identity(model)
     if model.vocab_size != corpus.vocabulary.size:  # else it follows from the data
         fields["vocab_size"] = model.vocab_size
-    found = identity(config, fields, corpus.sha256, device.type, world_size, curriculum=order)
-    shared = configuration_id(found, scorer_identity(config.training))
-    return Identified(found, model, corpus, shared, code_hashes(model))
+    known = identity(config, fields, corpus.sha256, device.type, world_size, curriculum=order)
+    shared = configuration_id(known, scorer_identity(config.training))
+    return Identified(known, model, corpus, shared, code_hashes(model))

@@ -22,12 +22,12 @@ import torch
 from bench.check.audit import Scored, audit_evaluation, audit_training
 from bench.check.isolation import check_trained_isolation, rows_to_judge
 from bench.check.subject import Check, CheckFailed, CheckReport, run_check
-from bench.cli import Interruption
 from bench.config import in_steps
 from bench.data.blocks import EvalWindows
 from bench.data.reference_lines import reference_nll
 from bench.device import attempt, is_out_of_memory
 from bench.files import CANNOT_WRITE, NotWritten, utc_now
+from bench.interruption import Interruption
 from bench.measure.ledger import Ledger
 from bench.measure.speed_pass import SpeedPass, speed_pass_steps
 from bench.measure.timing import training_flops_per_token

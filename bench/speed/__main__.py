@@ -16,6 +16,7 @@ from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags, seconds_of
 from bench.files import utc_now
 from bench.help import Help
+from bench.interruption import interruptible
 from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from bench.speed.suites import Job
 
-STOPPED = 130
 PROG = "python -m bench.speed"
 ABOUT = Help(
     usual=("coupler_type couplers sizes batch_size whole_steps suite time_budget device name table").split(),
@@ -117,6 +117,7 @@ class SpeedConfig:
         return ExecutionConfig(precision=self.precision, compile=self.compile, compile_mode=self.compile_mode)
 
 
+@interruptible("a record that was begun keeps what was measured.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or print what was measured; return the exit status (2: wrong input)."""
     guard_screen()
@@ -139,9 +140,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _say_what_needs_a_gpu(console)
     except Refused as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return STOPPED
     return 0
 
 
@@ -192,6 +190,7 @@ def _asked(config: SpeedConfig) -> Iterator[tuple[str, list[Job], torch.device]]
             config.precision,
             config.rounds,
             compile_mode,
+            execution.device,
             whole_steps=config.whole_steps,
         )
         yield config.couplers or config.model.coupler_type, jobs, execution.device

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from bench.cli import Interruption
 from bench.config import ExecutionConfig, RunConfig, TrainingConfig
+from bench.interruption import Interruption
 from bench.measure.rates import over_the_rate
 from bench.measure.timing import TRAINING, TimedStep, TrainingSteps, random_batch
 from bench.run.prepare import Prepared, prepare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,13 @@ import torch
 
 from bench.check.leak_check import refuse_wrong_hypergraph, refuse_wrong_names
 from bench.config import DataConfig, ExecutionConfig, ModelConfig, PlacesConfig, RunConfig, TrainingConfig
-from bench.device import recover
+from bench.device import recover, refuse_too_large
 from bench.speed.forms import Form, Timing, compiled_name, coupler_rows, forms_of, parity_rows
 from bench.speed.machine import Machine, failure_text
 from bench.speed.record import CURVE, PARITY, STEPS, SpeedRecord, SpeedRow
 from bench.speed.steps import Variant, executed, harness_rows, step_rows
-from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, said, unknown_name
+from gnnmoe.cost import least_coupler_parameters, least_training_bytes
 from gnnmoe.couplers.registry import coupler_names
 from gnnmoe.layers.base import LAYERS
 
@@ -129,13 +131,13 @@ def _size(part: str, config: GNNMoEConfig, batch: int) -> Size:
     for one in part.split(","):
         letter, equals, number = (piece.strip() for piece in one.partition("="))
         if not equals:
-            raise Refused(f"--sizes: {one.strip() or part!r} is no size; {how}.")
+            raise Refused(f"--sizes: {said(one.strip() or part)} is no size; {how}.")
         if letter not in LETTERS:
             raise Refused(f"--sizes: {unknown_name('size', letter, LETTERS)}")
         if letter in values:
             raise Refused(f"--sizes: {letter} stands twice in {part!r}.")
-        if not number.isdecimal() or int(number) < 1:
-            raise Refused(f"--sizes: {letter} is {number!r}; it must be a whole number of at least 1.")
+        if not re.fullmatch("[0-9]{1,9}", number) or int(number) < 1:
+            raise Refused(f"--sizes: {letter} is {said(number)}; it must be a whole number of at least 1.")
         values[letter] = int(number)
     named = {LETTERS[letter]: value for letter, value in values.items()}
     batch = named.pop("batch", batch)
@@ -182,13 +184,14 @@ def form_jobs(
     precision: str,
     rounds: int,
     compile_mode: str | None,
+    device: torch.device,
     *,
     whole_steps: bool = False,
 ) -> list[Job]:
     """Return one job per coupler and size; for whole steps one job per size, with the couplers alternating.
 
     Raises:
-        Refused: an unknown coupler, option, strategy or size.
+        Refused: an unknown coupler, option, strategy or size, or a size for which the memory is too small.
     """
     refuse_wrong_hypergraph(config)
     modes = () if compile_mode is None else (compile_mode,)
@@ -198,6 +201,7 @@ def form_jobs(
     ]
     for _, size in chain(*by_coupler):
         refuse_wrong_names(size.config)
+        refuse_too_large_to_time(size, device, whole_steps)
     if whole_steps:
         by_size = zip(*by_coupler, strict=True)
         return [_job_of_steps(of_one_size, precision, rounds, modes) for of_one_size in by_size]
@@ -207,6 +211,21 @@ def form_jobs(
         rows = partial(_of_forms, name, forms, size.batch, precision, timing)
         jobs.append(Job(f"{name}, {size}", rows))
     return jobs
+
+
+def refuse_too_large_to_time(size: Size, device: torch.device, whole_steps: bool) -> None:
+    """Refuse a size of which neither a whole step nor a coupler with its inputs fits into the memory.
+
+    Raises:
+        Refused: naming what it needs and what there is.
+    """
+    config = size.config
+    if whole_steps:
+        needed, what = least_training_bytes(config, rows=size.batch, number_bytes=2), "a step of this size"
+    else:
+        inputs = size.batch * config.max_seq_length * config.num_experts * config.embed_dim
+        needed, what = 8 * least_coupler_parameters(config) + 2 * inputs, "a coupler of this size"
+    refuse_too_large(needed, device, what)
 
 
 def _of_forms(

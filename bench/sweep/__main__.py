@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bench.cli import fail, parse, show_warnings_plainly
+from bench.cli import fail, launched, parse, show_warnings_plainly
 from bench.config import as_flags
 from bench.help import Help
+from bench.interruption import interruptible
 from bench.screen import guard_screen
 from bench.sweep.executors.base import (
     LOCAL,
@@ -39,6 +40,7 @@ ABOUT = Help(
 )
 
 
+@interruptible("finished runs are kept; the same command continues.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan and run what the flags ask for; return the exit status."""
     guard_screen()
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(highlight=False)
     try:
+        refuse_ranks()
         config, resources = on_its_devices(config)
         sweep = read_sweep(config)
         config = replace(config, study=sweep.study)
@@ -65,6 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_plan(config, plan, hypotheses, resources, command)
     except Refused as error:
         fail(str(error))
+
+
+def refuse_ranks() -> None:
+    """Refuse to be one process of several: the runs of a sweep would take themselves for its ranks.
+
+    Raises:
+        Refused: ``WORLD_SIZE`` is more than 1.
+    """
+    found = launched()
+    if found is not None:
+        raise Refused(
+            f"WORLD_SIZE is {found[0]} in the environment, but a sweep starts the processes of its runs "
+            "itself; unset WORLD_SIZE, and give --devices-per-run."
+        )
 
 
 def read_sweep(config: SweepConfig) -> Sweep:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench.cli import handling
 from bench.config import seconds_of
 from bench.files import Busy, cannot_write, lock
+from bench.interruption import STOPPING, handling
 from bench.record import Environment, stale_notes
 from bench.sweep.executors.base import Executor, Task
 from bench.sweep.live import Display
@@ -372,10 +371,7 @@ def _processor() -> str:
 def signals_noted() -> Iterator[list[int]]:
     """Yield the list of SIGINT, SIGTERM and SIGHUP that came; outside the main thread none is noted."""
     came: list[int] = []
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup: the sweep outlives its terminal
-        numbers.append(signal.SIGHUP)
-    with handling(numbers, lambda number, _: came.append(number)):
+    with handling(STOPPING, lambda number, _: came.append(number)):
         yield came
 
 

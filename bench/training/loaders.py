@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.config import DEFAULT_MAX_STEPS, BatchSchedule, ExecutionConfig, RunConfig, TrainingConfig
+from bench.config import (
+    DEFAULT_MAX_STEPS,
+    BatchSchedule,
+    DataConfig,
+    ExecutionConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from bench.data.blocks import TrainBlocks
 from bench.data.cache import cache_folder, cached, key_of
 from bench.data.corpus import Corpus, load_corpus
@@ -31,7 +38,7 @@ from bench.training.checkpoint import load_checkpoint
 from bench.training.environment import couplers_sha256, project_sha256
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Execution
-from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.config import GNNMoEConfig, Refused, said
 from gnnmoe.model import GNNMoEModel
 
 _REMEDY = "name the checkpoint.pt of a finished run"
@@ -41,10 +48,18 @@ def load_text(config: RunConfig) -> Corpus:
     """Return the text that a config asks for.
 
     Raises:
-        Refused: as ``load_corpus``, or the text is not the data set that was asked for by name.
+        Refused: as ``load_corpus``, the text is not the data set that was asked for by name, or it has no
+            columns and one is named.
     """
     corpus = load_corpus(**corpus_arguments(config))
     _refuse_another_text(config, corpus)
+    has_columns = corpus.source in ("hub", "cache") or any(name.endswith(".parquet") for name in corpus.files)
+    column = config.data.text_column
+    if column != DataConfig.text_column and not has_columns:
+        raise Refused(
+            f"text_column is {said(column)}, but the {corpus.source} text has no columns; drop it, or name a "
+            "--dataset or a folder of parquet files."
+        )
     return corpus
 
 

@@ -32,6 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from bench.cli import launched
 from bench.data.loader import Shard
 from gnnmoe.config import Refused
 
@@ -71,11 +72,10 @@ class Ranks:
             Refused: more ranks on this machine than it has GPUs, a device that cannot be shared, or
                 a launcher that does not say all.
         """
-        world_size = int(environment.get("WORLD_SIZE", "1"))
-        if world_size == 1:
+        found = launched(environment)
+        if found is None:
             return ALONE
-        rank = int(environment["RANK"])
-        local = int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+        world_size, rank, *local = found
         on_cuda = device in ("auto", "cuda") and torch.cuda.is_available()
         refuse_shared_device(device, local[1], torch.cuda.device_count() if on_cuda else None)
         if on_cuda:
@@ -86,7 +86,7 @@ class Ranks:
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo", store=PrefixStore("collectives", store),
             rank=rank, world_size=world_size, timeout=timeout,
         )  # fmt: skip
-        return cls(rank, world_size, *local, "nccl" if on_cuda else "gloo", store)
+        return cls(rank, world_size, local[0], local[1], "nccl" if on_cuda else "gloo", store)
 
     def leave(self) -> None:
         """Leave the group, after all ranks have finished."""

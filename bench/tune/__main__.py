@@ -15,6 +15,7 @@ from rich.text import Text
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
 from bench.help import Help
+from bench.interruption import interruptible
 from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
@@ -33,6 +34,7 @@ ABOUT = Help(
 )
 
 
+@interruptible("the search keeps no answer.")
 def main(argv: Sequence[str] | None = None) -> int:
     """Search for the config that the flags name; return the exit status."""
     guard_screen()
@@ -43,9 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _search(replace(config, memory=replace(memory, tune_init=None)), memory.tune_init)
     except Refused as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
 
 
 def _switched_on(memory: MemoryConfig) -> MemoryConfig:
@@ -98,25 +97,19 @@ def _search(config: RunConfig, start: int | None) -> int:
 
 def request_of(config: RunConfig, start: int | None, say: Say) -> Request:
     """Return the search, after everything that a run with this config would be refused for."""
-    from bench.check.leak_check import refuse_wrong_names
     from bench.data.corpus import say_unknown_words
-    from bench.training.loaders import load_text, make_loaders, model_for, refuse_curriculum_without_epochs
     from bench.training.ranks import ALONE
     from bench.training.step import Execution
-    from bench.tune.find import refuse_wrong_sizes, request_for
+    from bench.tune.find import checked, request_for
 
     say("loading the data …")
     device = Execution.of(config).device
-    refuse_wrong_names(config.model.resolved(1))  # before the data are read
-    refuse_curriculum_without_epochs(config.training)
-    corpus = load_text(config)
-    say_unknown_words(corpus.splits)
-    model = model_for(config, corpus)
-    refuse_wrong_sizes(config, model, device, ALONE)
-    samples = make_loaders(config, corpus, device)["train"].sampler_obj.samples_in(0)
+    found = checked(config, device)
+    say_unknown_words(found.corpus.splits)
+    samples = found.loaders["train"].sampler_obj.samples_in(0)
     say("trying batch sizes …")
     sizes = {"epoch_samples": samples, "any_size": not config.memory.fit_shape, "start": start}
-    return request_for(config, model, corpus, device, ALONE, say=say, **sizes)
+    return request_for(config, found.model, found.corpus, device, ALONE, say=say, **sizes)
 
 
 # --- The answer on the screen, in 80 columns

@@ -9,18 +9,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from math import gcd
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from bench.check.leak_check import refuse_wrong_names
 from bench.config import DataConfig, MemoryConfig, RunConfig, TrainingConfig
 from bench.data.cache import cache_folder, kept, key_of, replace_file
 from bench.data.corpus import Corpus
-from bench.device import UNITS, device_memory_bytes, format_bytes
+from bench.data.loader import BlockLoader
+from bench.device import UNITS, device_memory_bytes, format_bytes, refuse_too_large
 from bench.record import Requested
 from bench.training.environment import code_hashes, device_name
-from bench.training.ranks import Ranks
+from bench.training.loaders import (
+    load_text,
+    make_loaders,
+    model_for,
+    refuse_curriculum_without_epochs,
+    validate_first_batches,
+)
+from bench.training.loop import TrainingPlan
+from bench.training.ranks import ALONE, Ranks
 from bench.tune.search import Found, SearchFailed, Shape, Trial, divisors
 from bench.tune.trials import (
     OnTrial,
@@ -30,6 +40,7 @@ from bench.tune.trials import (
     search_in_child,
 )
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.cost import least_training_bytes
 from gnnmoe.model import GNNMoEModel
 
 Say = Callable[[str], object]
@@ -183,21 +194,56 @@ def refuse_wrong_flags(memory: MemoryConfig) -> None:
             )
 
 
-def refuse_wrong_sizes(config: RunConfig, model: GNNMoEConfig, device: torch.device, ranks: Ranks) -> None:
+class Checked(NamedTuple):
+    """A config that a run can have, with shares of the training as steps, and what was made of it."""
+
+    config: RunConfig
+    model: GNNMoEConfig
+    corpus: Corpus
+    loaders: dict[str, BlockLoader]
+
+
+def checked(
+    config: RunConfig,
+    device: torch.device | None,
+    ranks: Ranks = ALONE,
+    text: Callable[[RunConfig], Corpus] = load_text,
+) -> Checked:
+    """Refuse everything that can be seen to be wrong before the model is built, and load the data.
+
+    ``device`` None: the run is for another machine, whose memory is not known. ``text`` loads the corpus.
+
+    Raises:
+        Refused: with what was wrong, what is allowed and what to do.
+    """
+    refuse_wrong_names(config.model.resolved(1))  # before the data are read
+    refuse_curriculum_without_epochs(config.training)
+    refuse_wrong_flags(config.memory)
+    corpus = text(config)
+    model = model_for(config, corpus)
+    refuse_wrong_sizes(config, model, device, ranks)
+    loaders = make_loaders(config, corpus, device or torch.device("cpu"), ranks)
+    validate_first_batches(loaders)
+    steps = TrainingPlan(loaders["train"], config.training).total_steps
+    return Checked(replace(config, training=config.training.settled(steps)), model, corpus, loaders)
+
+
+def refuse_wrong_sizes(
+    config: RunConfig, model: GNNMoEConfig, device: torch.device | None, ranks: Ranks
+) -> None:
     """Refuse what cannot be done about batch, length and memory, before anything is done.
+
+    ``device`` None: its memory is not known.
 
     Raises:
         Refused: saying what was wrong, and what is possible.
     """
     memory, full = config.memory, config.model.max_seq_length
-    refuse_wrong_flags(memory)
     sizes, world = config.training.batch_sizes, ranks.world_size
     refuse_uneven_pieces(sizes, 1, world)
     for name in ("micro_batch_size", "tune_init"):
         if getattr(memory, name) is not None:
             refuse_uneven_pieces(sizes, getattr(memory, name), world, name=name)
-    if not any(getattr(memory, switch) for switch in SWITCHES):
-        return
     if memory.control_memory and config.execution.compile:
         raise Refused(
             "control_memory changes the shape of the steps, and each would be compiled anew: "
@@ -208,26 +254,37 @@ def refuse_wrong_sizes(config: RunConfig, model: GNNMoEConfig, device: torch.dev
     if memory.fit_shape and config.training.curriculum is not None:
         raise Refused("a curriculum orders blocks of one length: drop --fit-shape or --curriculum.")
     shortest, longest = length_bounds(config)
-    if not 1 <= shortest <= full <= longest:
+    if (memory.fit_shape or memory.control_memory) and not 1 <= shortest <= full <= longest:
         raise Refused(
             f"shape_min_length {shortest}, max_seq_length {full} and shape_max_length {longest} must rise."
         )
-    with torch.device("meta"):
-        needed = training_state_bytes(GNNMoEModel(model, seed=0))
-    refuse_small_budget(limit_of(memory, device, ranks)[0], needed)
+    if device is not None:
+        refuse_too_little_memory(config, model, device, ranks)
 
 
-def refuse_small_budget(budget_bytes: int, needed_bytes: int) -> None:
-    """Refuse a budget that is smaller than the model's ``training_state_bytes``.
+def refuse_too_little_memory(
+    config: RunConfig, model: GNNMoEConfig, device: torch.device, ranks: Ranks
+) -> None:
+    """Refuse a model whose training step on one sequence fits neither the device nor the memory budget.
+
+    A sequence counts with the shortest length that the run may choose.
 
     Raises:
-        Refused: the budget is smaller; the message names both sizes.
+        Refused: naming both sizes.
     """
-    if budget_bytes < needed_bytes:
+    memory = config.memory
+    shaped = memory.fit_shape or memory.control_memory
+    length = length_bounds(config)[0] if shaped else model.max_seq_length
+    number_bytes = 2 if config.execution.precision == "bf16" else 4
+    needed = least_training_bytes(replace(model, max_seq_length=length), number_bytes=number_bytes)
+    refuse_too_large(needed, device, "a training step of this model", ranks.sharing(device))
+    searching = any(getattr(memory, switch) for switch in SWITCHES)
+    budget = limit_of(memory, device, ranks)[0] if searching else needed
+    if budget < needed:
         raise Refused(
-            f"the memory budget of {format_bytes(budget_bytes)} is smaller than the "
-            f"{format_bytes(needed_bytes)} of parameters, gradients and optimizer state, before any batch; "
-            "raise it, or lower embed_dim, num_layers, num_experts or vocab_size."
+            f"the memory budget of {format_bytes(budget)} is smaller than the {format_bytes(needed)} that a "
+            "training step on one sequence needs at least; raise it, or lower embed_dim, num_layers, "
+            "num_experts or vocab_size."
         )
 
 

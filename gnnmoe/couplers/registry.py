@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, said, unknown_name
 from gnnmoe.couplers.base import COUPLER_FIELDS, FIELDS_ARE, Coupler, are_fields, check_contract
 from gnnmoe.discovery import Loaded, Registry
 from gnnmoe.experts import init_weights
@@ -27,6 +27,8 @@ COUPLERS: Registry[type[Coupler]] = Registry(
     lambda thing: inspect.isclass(thing) and issubclass(thing, Coupler) and thing is not Coupler,
 )  # fmt: skip
 """The values of ``coupler_type``."""
+MOST = 10**9
+"""The largest option of a coupler that is a whole number."""
 
 
 def register_coupler(name: str) -> Callable[[Loaded], Loaded]:
@@ -147,13 +149,17 @@ def _as_type_of(default: Any, value: Any, what: str) -> Any:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
         read = words.__getitem__ if expected is bool else expected
         try:
-            return read(value.lower() if expected is bool else value)
+            found = read(value.lower() if expected is bool else value)
         except (KeyError, TypeError, ValueError):
-            pass
+            found = None
+        if type(found) is int and abs(found) > MOST:
+            raise Refused(f"{what} is {said(found)}; it must be a whole number of at most {MOST:,}.")
+        if found is not None:
+            return found
     elif expected is float and type(value) is int:
         return float(value)
     kind = "true or false" if expected is bool else f"of type {expected.__name__}"
-    raise Refused(f"{what} is {value!r}; it must be {kind}.")
+    raise Refused(f"{what} is {said(value)}; it must be {kind}.")
 
 
 # --- identity ------------------------------------------------------------------------------------------

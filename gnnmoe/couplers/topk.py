@@ -6,7 +6,6 @@ Shapes: B batch, L length, E experts, D width.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers.gate import GateCoupler
 from gnnmoe.couplers.registry import register_coupler
+
+DEFAULT_K = 2
 
 
 @register_coupler("topk")
@@ -50,21 +51,18 @@ class TopKCoupler(GateCoupler):
         self,
         config: GNNMoEConfig,
         *,
-        k: int = 2,
+        k: int = DEFAULT_K,
         load_balance_alpha: float = 1e-2,
         z_loss_weight: float = 1e-3,
     ) -> None:
         super().__init__(config)
-        if k < 1:
-            raise Refused(f"topk: k is {k}; it must be a whole number of at least 1.")
+        if not 1 <= k <= max(config.num_experts, DEFAULT_K):  # the default fits a single expert too
+            raise Refused(
+                f"topk: k is {k}; it must be a whole number from 1 to num_experts {config.num_experts}."
+            )
         for name, value in (("load_balance_alpha", load_balance_alpha), ("z_loss_weight", z_loss_weight)):
             if not 0.0 <= value < math.inf:
                 raise Refused(f"topk: {name} is {value}; it must be a finite number of at least 0.")
-        if k > config.num_experts:
-            warnings.warn(
-                f"topk: k is {k}, more than num_experts {config.num_experts}; all experts are used.",
-                stacklevel=2,
-            )
         self.k = min(k, config.num_experts)
         self.load_balance_alpha, self.z_loss_weight = load_balance_alpha, z_loss_weight
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import NoReturn
+import math
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
+from bench.check.__main__ import CheckConfig
 from bench.cli import parse
-from bench.config import RunConfig
+from bench.config import Flag, RunConfig, TuneConfig, build, flags_of
+from bench.data.__main__ import ProfileConfig
+from bench.interruption import Interruption, interruptible
+from bench.report.__main__ import CompareConfig, ReportConfig
+from bench.speed.__main__ import SpeedConfig
+from bench.sweep.__main__ import main as sweep
+from bench.sweep.executors.base import with_options
+from bench.sweep.specification import SweepConfig
 from gnnmoe.config import Refused
 from tests.bench._runs import refusal
 
@@ -55,7 +70,7 @@ def test_help_is_quick_because_it_imports_no_torch(run_command):
     ("module", "called", "arguments"),
     [
         ("bench.run.__main__", "bench.run.prepare.prepare", []),
-        ("bench.tune.__main__", "bench.training.loaders.load_text", []),
+        ("bench.tune.__main__", "bench.tune.find.checked", []),
         ("bench.sweep.__main__", "bench.sweep.__main__.read_sweep", ["sweep.toml"]),
         ("bench.report.__main__", "bench.study.runs.the_study", ["study"]),
         ("bench.speed.__main__", "bench.speed.show.print_records", ["--table", "record"]),
@@ -97,17 +112,17 @@ def failing(error: Exception) -> Callable[..., NoReturn]:
         (["--preset"], ["--preset has no value", "'baseline', 'full'"]),
         (["--num-expert", "4"], ["unknown flag '--num-expert'", "Did you mean '--num-experts'?"]),
         (["--num-heads", "3"], ["--num-heads is 3", "does not divide embed_dim 64", "1, 2, 4"]),
-        (["--num-experts", "0"], ["--num-experts is 0", "at least 1"]),
+        (["--num-experts", "0"], ["--num-experts is 0", "from 1 to 10,000"]),
         (["--num-experts", "-2"], ["--num-experts is -2"]),
         (["--batch-size", "0"], ["--batch-size is 0"]),
         (["--learning-rate", "-1"], ["--learning-rate is -1", "greater than 0"]),
-        (["--max-steps", "many"], ["--max-steps is 'many'", "a whole number of at least 1 or"]),
+        (["--max-steps", "many"], ["--max-steps is 'many'", "a whole number from 1 to 1,000,000,000 or"]),
         (["--max-steps"], ["--max-steps has no value", "a whole number"]),
         (["--seed=1", "more"], ["'more' belongs to no flag"]),
         (["--num-eval-samples", "0"], ["--num-eval-samples is 0"]),
         (["--device", "tpu"], ["--device is 'tpu'", "'cpu', 'cuda'"]),
-        (["--vocab-size", "0"], ["--vocab-size is 0", "at least 1"]),
-        (["--num-workers-dataloader", "-1"], ["is -1", "a whole number of at least 0 or 'auto'"]),
+        (["--vocab-size", "0"], ["--vocab-size is 0", "from 1 to 100,000,000"]),
+        (["--num-workers-dataloader", "-1"], ["is -1", "a whole number from 0 to 256 or 'auto'"]),
         (["--num-workers-dataloader", "many"], ["--num-workers-dataloader is 'many'"]),
         (["--coupler", ":Class"], ["package.module:Name"]),
         (["--learning-rate", "inf"], ["--learning-rate is inf", "a finite number"]),
@@ -118,7 +133,6 @@ def failing(error: Exception) -> Callable[..., NoReturn]:
         (["--data-source", "folder"], ["needs a folder", "--data-dir"]),
         *((["--speed-warmup-steps", steps], [f"--speed-warmup-steps is {steps}"]) for steps in ("0", "-3")),
         (["--speed-warmup-steps", "soon"], ["soon"]),
-        (["--vocab-size", "0"], ["vocab-size is 0; it must be a whole number of at least 1"]),
         (["--curriculum", "rarity"], ["error: a curriculum paces itself by epochs; say how many"]),
         (["--device", "cuda"], ["'cuda' is not available", "available: cpu"]),
         (["--data-dir", "DATA", "--max-seq-length", "5000"], ["one block needs 5000"]),
@@ -145,6 +159,149 @@ def test_wrong_flags_are_refused_with_what_is_allowed(capsys, tmp_path, small_da
     for part in said:
         assert part in message
     assert not (tmp_path / "results").exists()
+
+
+COMMANDS = {
+    "run": RunConfig,
+    "tune": TuneConfig,
+    "check": CheckConfig,
+    "data": ProfileConfig,
+    "speed": SpeedConfig,
+    "sweep": with_options(SweepConfig),
+    "report": ReportConfig,
+    "compare": CompareConfig,
+}
+WRONG = ("", "abc", "-5", "0", str(10**30), str(2**63), "1e400", "nan", "inf", "1.5", "x" * 3000, "9" * 5000,
+         "~nobody/x")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_refuses_a_wrong_value_in_one_short_message(command):
+    """No number beyond 64 bits, no NaN and no infinity gets past a flag, and no library speaks."""
+    for flag in set(flags_of(COMMANDS[command]).values()):
+        for value in WRONG:
+            found = outcome(COMMANDS[command], flag, value)
+            if isinstance(found, str):
+                assert len(found) <= 230, (flag.field, value, found)
+                assert not re.search("literal|Error|could not convert", found), (flag.field, found)
+            else:
+                assert all(math.isfinite(number) for number in numbers_in(found)), (flag.field, value)
+
+
+def outcome(config_type: type, flag: Flag, value: str) -> Any:
+    """Return the config with this value of a flag, or its refusal."""
+    words = [value] if flag.is_list else value
+    try:
+        return build(config_type, {flag.field: flag.read(words)}, {flag.field: flag.option()})
+    except Refused as error:
+        return str(error)
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Yield all numbers of a config; a whole number beyond 64 bits as infinity."""
+    if is_dataclass(value):
+        value = tuple(vars(value).values())
+    if isinstance(value, tuple):
+        for item in value:
+            yield from numbers_in(item)
+    elif isinstance(value, int):
+        yield value if abs(value) < 2**63 else math.inf
+    elif isinstance(value, float):
+        yield value
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--embed-dim", "99999999999999999999"], "it must be a whole number from 1 to 1,048,576"),
+        (["--gnn-layers", "999999"], "it must be a whole number from 1 to 1,000"),
+        (["--embed-dim", str(2**20)], "a training step of this model needs at least"),
+        (["--gnn-layers", "400", "--embed-dim", str(2**14)], "GiB of memory, and device cpu has"),
+        (["--checkpoint-dir", "/dev/null"], "the checkpoint folder /dev/null cannot be written"),
+        (["--text-column", "x"], "text_column is 'x', but the embedded text has no columns; drop it"),
+        (["--device", "gpu"], "Did you mean 'cuda'?"),
+        (["--preset", "fast"], "it must be one of 'baseline'"),
+        (["--max-steps", "x" * 9000], "--max-steps is 'xxx"),
+    ],
+)
+def test_what_is_too_much_is_refused_before_anything_is_built(capsys, tmp_path, flags, said):
+    places = ["--data-source", "embedded", "--device", "cpu", "--results-dir", str(tmp_path / "results")]
+    message = refusal(capsys, [*places, *flags])
+    assert said in message
+    assert len(message) <= 240
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_flag_of_a_run_is_no_flag_of_a_sweep_and_says_where_it_belongs(capsys):
+    message = refusal(capsys, ["sweeps/first.toml", "--max-steps", "5"], sweep)
+    assert "set max_steps for all runs under [base]" in message
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), None], ids=["itself", "as another error"])
+def test_an_interrupted_command_says_so_in_one_line(capsys, error):
+    """Also where a library makes another error of the interrupt."""
+
+    @interruptible("nothing is kept.")
+    def command(_argv: object = None) -> int:
+        if error is not None:
+            raise error
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise ImportError("half imported")
+
+    assert command(None) == 130
+    assert capsys.readouterr().err == "interrupted: nothing is kept.\n"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_run_heeds_a_closed_terminal_unless_it_is_ignored():
+    interruption = Interruption()
+    with interruption.installed(), interruption.deferred():
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.requested
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption().installed() as ignoring:
+            signal.raise_signal(signal.SIGHUP)  # as under nohup
+            assert not ignoring.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_is_interrupted_while_it_is_imported():
+    """Python imports torch here, in a process of its own; its first line says that the import began."""
+    script = (
+        "import sys; sys.argv[:1] = ['-m']; import bench; print(1, flush=True); import time; time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, cwd=Path(__file__).parents[2])  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == "1\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60)[1] == "interrupted: nothing is kept.\n"
+    assert child.returncode == 130
+
+
+WORLD = "WORLD_SIZE is 2 in the environment, but"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("WORLD_SIZE=2", f"{WORLD} RANK is not set; unset WORLD_SIZE"),
+        ("WORLD_SIZE=2 RANK=1", f"{WORLD} MASTER_PORT is not set"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_PORT=29500", f"{WORLD} MASTER_ADDR is not set"),
+        ("WORLD_SIZE=abc RANK=0", "WORLD_SIZE is 'abc' in the environment; it must be a whole number from 1"),
+        ("WORLD_SIZE=2 RANK=2", "RANK is '2' in the environment; it must be a whole number from 0 to 1"),
+        ("WORLD_SIZE=0", "WORLD_SIZE is '0'"),
+    ],
+)
+def test_half_of_the_variables_of_torchrun_are_refused(capsys, monkeypatch, variables, said):
+    for name, value in (pair.split("=") for pair in variables.split()):
+        monkeypatch.setenv(name, value)
+    assert said in refusal(capsys, ["--data-source", "embedded"])
+    assert "WORLD_SIZE" in refusal(capsys, ["--sweep", "coupler=mean"], sweep)
 
 
 def test_a_results_folder_that_cannot_be_written_is_refused(capsys, tmp_path):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import Store
 
-from bench.cli import Interruption
+from bench.interruption import Interruption
 from bench.training import ranks as ranks_module
 from bench.training.ranks import ALONE, End, Ranks, agreed_end, watched, why
 

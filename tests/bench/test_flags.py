@@ -128,6 +128,7 @@ def test_a_larger_vocabulary_pads_and_counts_for_the_run_id(small_data_dir, tmp_
 def test_pinning_follows_the_device_of_the_run(small_data_dir, tmp_path, monkeypatch):
     """C2: a GPU in the machine does not matter to a run on the CPU."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("bench.device.device_memory_bytes", lambda _: 2**40)
     flags = ["--evaluate-test", "--num-eval-samples", "4", "--device"]
     found = prepared(small_data_dir, tmp_path, *flags, "cpu")
     assert [loader.pin_memory for loader in found.loaders.values()] == [False] * 4

@@ -283,7 +283,7 @@ ALL_SWITCHES = f"{TUNE}, {FIT} or {CONTROL}"
     [
         ("--micro-batch-size 3", "does not divide the batch of 4; the nearest that does is 2"),
         ("--micro-batch-size 4 --batch-schedule 0:4,1:6", "4 and 6; the nearest that does is 2"),
-        ("--micro-batch-size 0", "--micro-batch-size is 0; it must be a whole number of at least 1"),
+        ("--micro-batch-size 0", "--micro-batch-size is 0; it must be a whole number from 1 to"),
         (f"{TUNE} --memory-target 1.5", "--memory-target is 1.5; it must be a number in (0, 1]"),
         (f"{TUNE} --memory-budget apples", "apples"),
         (f"{TUNE} --memory-budget 1KiB", "memory budget of 1.0 KiB is smaller than the "),

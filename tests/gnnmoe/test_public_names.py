@@ -76,8 +76,8 @@ SIZES = ["num_experts", "embed_dim", "num_layers", "num_heads", "gnn_layers", "m
 
 @pytest.mark.parametrize("name", SIZES)
 def test_config_refuses_sizes_that_are_no_positive_whole_number(name):
-    for value in (0, -1, True, 2.0, "4", None):
-        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be a whole number of at least 1\.$"):
+    for value in (0, -1, True, 2.0, "4", None, 2**63):
+        with pytest.raises(ValueError, match=rf"^{name} is .*; it must be a whole number from 1 to "):
             small_config(**{name: value})
 
 

@@ -8,17 +8,19 @@ import pytest
 import torch
 
 from bench.cli import parse
-from bench.config import RunConfig, seconds_of
+from bench.config import RunConfig, config_of, seconds_of
 from bench.record import RunFolder
 from bench.run.prepare import Identifier, prepare
 from bench.sweep.__main__ import main
 from bench.sweep.plan import Match, Plan, make_plan, matched, reference_for
 from bench.sweep.specification import sweep_of
 from gnnmoe import GNNMoEConfig
+from gnnmoe.config import Refused
 from gnnmoe.cost import model_cost
 
 BASE = {"embed_dim": 8, "max_seq_length": 16, "batch_size": 4, "max_steps": 6, "num_layers": 1}
 GRID = {"coupler": ["mean", "HGNN", "dense"], "num_experts": [2, 4]}
+SIZES = ["max_seq_length=16", "batch_size=4"]  # with which the small text gives enough batches
 
 
 @pytest.fixture
@@ -152,10 +154,31 @@ def test_what_is_there_already_is_counted(places):
 
 
 def test_a_run_that_cannot_be_is_named(places):
-    with pytest.raises(ValueError, match=r"run HGNN · num_experts 2 \(seed 0\): unknown hgnn_conv_type"):
+    with pytest.raises(ValueError, match=r"run mean · num_experts 2 \(seed 0\): unknown hgnn_conv_type"):
         plan_of(places, base={**BASE, "hgnn_conv_type": "HNNH"})
     with pytest.raises(ValueError, match="num_heads is 3 and does not divide"):
         plan_of(places, base={**BASE, "num_heads": 3})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"coupler": "GNN", "hgnn_conv_type": "x"}, "unknown hgnn_conv_type 'x'"),
+        ({"micro_batch_size": 3}, "micro_batch_size is 3, which does not divide the batch of 4"),
+        ({"min_steps_per_epoch": 1000}, "1000 are needed"),
+        ({"max_seq_length": 10_000}, "one block needs 10000"),
+        ({"batch_size": 10**6}, "batch_size 1000000 with drop_last"),
+        ({"embed_dim": 2**20}, "a training step of this model needs at least"),
+        ({"coupler": "topk", "coupler_option": ["k=5"]}, "k is 5; it must be a whole number from 1 to"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_plan_refuses_at_once_what_a_run_refuses(places, flags, message):
+    base = {"coupler": "mean", **BASE, **flags}
+    with pytest.raises(Refused, match=message):
+        plan_of(places, base=base, grid=None)
+    with pytest.raises(Refused, match=message):
+        prepare(config_of({**base, "coupler_type": base.pop("coupler"), **places}))
 
 
 def test_the_seeds_that_comparisons_need():
@@ -169,7 +192,7 @@ def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys
     monkeypatch.setenv("COLUMNS", "80")
     flags = ["--results-dir", places["results_dir"], "--data-dir", places["data_dir"], "--dry-run"]
     words = ["coupler=mean,HGNN,topk", "static_hyperedge_strategy=all_pairs,all_triplets", "gnn_layers=1,2"]
-    assert main(["--sweep", *words, "--seeds", "2", "--match", "params HGNN", *flags]) == 0
+    assert main(["--sweep", *words, *SIZES, "--seeds", "2", "--match", "params HGNN", *flags]) == 0
     shown = capsys.readouterr().out
     assert "8 configurations × 2 seeds" in shown, "mean and topk differ in the width they are matched to"
     assert "Warning: 2 seeds cannot give a significant result" in shown
@@ -193,13 +216,13 @@ REFUSED = [
     (["--executor", "ray", "--device", "mps"], "must be cpu or cuda"),
     (
         ["--executor", "ray", "--cpus-per-run", "0"],
-        "--cpus-per-run is 0; it must be a whole number of at least 1",
+        "--cpus-per-run is 0; it must be a whole number from 1 to 1,000,000,000",
     ),
     (["--executor", "slurm", "--devices-per-run", "2", "--cpus-per-run", "3"], "evenly by 2 devices"),
     (["--devices-per-run", "0"], "--devices-per-run is 0"),
     (["--executor", "slurm", "--plan"], "--plan asks one device of this machine, and runs are on slurm"),
     (["--devices-per-run", "2", "--match", "time mean"], "--match time asks one device of this machine"),
-    (["--devices-per-run", "3"], "a batch of 16 cannot be shared evenly by 3 ranks"),
+    (["--devices-per-run", "3"], "a batch of 4 cannot be shared evenly by 3 ranks"),
 ]
 
 
@@ -207,7 +230,9 @@ def test_wrong_input_is_one_line_and_status_2(places, tmp_path, capsys):
     own = ["--data-dir", places["data_dir"], "--results-dir", places["results_dir"]]
     for flags, message in REFUSED:
         given = {word.partition("=")[0] for word in flags}
-        sweep = [] if not flags or {"nowhere.toml", "--sweep"} & given else ["--sweep", "coupler=mean"]
+        sweep = (
+            [] if not flags or {"nowhere.toml", "--sweep"} & given else ["--sweep", "coupler=mean", *SIZES]
+        )
         with pytest.raises(SystemExit) as stopped:
             main([*sweep, *flags, *own])
         assert stopped.value.code == 2
@@ -222,7 +247,8 @@ def test_hypotheses_that_no_run_answers_are_refused_before_any_run(places, tmp_p
     (tmp_path / "h.toml").write_text(
         '[[hypothesis]]\nstatement = "x"\nbetter = {coupler = "GNN"}\nthan = {coupler = "mean"}\n'
     )
-    (tmp_path / "s.toml").write_text('hypotheses = "h.toml"\n[grid]\ncoupler = ["mean", "HGNN"]\n')
+    base, grid = "\n".join(["[base]", *SIZES]), '[grid]\ncoupler = ["mean", "HGNN"]\n'
+    (tmp_path / "s.toml").write_text(f'hypotheses = "h.toml"\n{base}\n{grid}')
     with pytest.raises(SystemExit):
         main([str(tmp_path / "s.toml"), "--data-dir", places["data_dir"], "--dry-run"])
     assert "hypothesis 1: better = {'coupler_type': 'GNN'} selects no run" in capsys.readouterr().err

@@ -38,7 +38,7 @@ GRID = "[grid]\nnum_experts = [2, 4]\n"
         ("[base]\nnum_expert = 3", "[base]: unknown key 'num_expert'; python -m bench.run --help-all lists"),
         ("[grid]\nnum_expert = [3]", "Did you mean 'num_experts'?"),
         ("[base]\nnum_experts = 'four'", "[base]: num_experts is 'four'; it must be a whole number"),
-        ("[base]\npreset = 'basline'", "[base]: preset is 'basline'; it must be 'baseline', 'full'"),
+        ("[base]\npreset = 'basline'", "[base]: preset is 'basline'; it must be one of 'baseline', 'full'"),
         ("[grid]\npreset = ['quick', 'ful']", "[grid]: item 2 of preset is 'ful'; it must be"),
         ("[grid]\nnum_experts = 4", "[grid]: num_experts is 4; it must be a list of values, each a"),
         ("[grid]\nnum_experts = []", "[grid]: num_experts is an empty list; give it at least one value"),

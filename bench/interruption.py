@@ -1,0 +1,129 @@
+"""How a signal ends a command: with one line and exit status 130. Imports the standard library only.
+
+``bench/__init__.py`` calls ``guard`` before anything else is imported. The ``main`` of every command is
+``interruptible``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, NoReturn
+
+INTERRUPTED = 130
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that ask a run or a sweep to save its state and end."""
+Main = Callable[..., int]
+
+
+_came: list[bool] = []
+"""KeyboardInterrupt was raised here; a library may have made another error of it."""
+
+
+def guard() -> None:
+    """Let SIGINT end this process at once, while its command is imported."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    show = sys.unraisablehook
+    # Python drops an exception in a destructor: the signal would be lost.
+    sys.unraisablehook = lambda lost: _end() if lost.exc_type is KeyboardInterrupt else show(lost)
+
+
+def _end(*_: Any) -> None:
+    say("nothing is kept.")
+    os._exit(INTERRUPTED)  # out of an import, an exception may come as any other exception
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    _came.append(True)
+    raise KeyboardInterrupt
+
+
+def say(kept: str) -> None:
+    """Print that the command was interrupted, and what is kept; of several ranks, only the first prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"interrupted: {kept}", file=sys.stderr, flush=True)
+
+
+def interruptible(kept: str) -> Callable[[Main], Main]:
+    """Return a decorator for the ``main`` of a command: SIGINT ends it with one line that says ``kept``."""
+
+    def decorate(main: Main) -> Main:
+        @wraps(main)
+        def ending(argv: Sequence[str] | None = None) -> int:
+            _came.clear()
+            try:
+                with handling((signal.SIGINT,), _interrupt):
+                    return main(argv)
+            except BaseException as error:
+                if not _came and not isinstance(error, KeyboardInterrupt):
+                    raise
+                say(kept)
+                exec("")  # else, where the interrupt came in an exec, Python would end by the signal again
+                return INTERRUPTED
+
+        return ending
+
+    return decorate
+
+
+@contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Handle signals by ``handler`` in the block; in another thread than the main thread, do nothing.
+
+    SIGHUP stays ignored where it is ignored, as under nohup: the process outlives its terminal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [number for number in numbers if number != signal.SIGHUP or not ignored]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+class Interruption:
+    """Turns a stopping signal into a request while a block defers it, else into KeyboardInterrupt.
+
+    A second signal always interrupts at once. After ``over``, signals do nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferring = False
+        self._over = False
+
+    def over(self) -> None:
+        """Ignore all later signals: the end of the run is known, and is being written."""
+        self._over = True
+
+    @contextmanager
+    def installed(self) -> Iterator[Interruption]:
+        """Handle the signals in the block; in another thread than the main thread, do nothing."""
+        with handling(STOPPING, self._handle):
+            yield self
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let a signal in the block only set ``requested``; the block looks where it can stop."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, *_: Any) -> None:
+        if self._over:
+            return
+        if not self._deferring or self.requested:
+            _interrupt()
+        self.requested = True

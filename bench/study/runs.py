@@ -19,7 +19,7 @@ from bench.config import FlagTable
 from bench.files import visible
 from bench.record import Record, is_measured, read_record
 from bench.study.labels import Key, flags_that_count, labels
-from bench.study.run_files import RunData, article_sums, damaged_arrays, read_run
+from bench.study.run_files import RunData, article_sums, damaged_arrays, expert_features, read_run
 from gnnmoe.config import Refused, unknown_name
 
 REFERENCE = "reference"
@@ -170,6 +170,14 @@ class Run:
             return article_sums(self.folder, "validation")
         except (Refused, KeyError, TypeError):  # the file is missing, damaged or has no articles
             return None
+
+    @cached_property
+    def features(self) -> dict[int, np.ndarray] | str:
+        """By layer the features (E, n, D) of the experts; in words why they cannot be used if damaged."""
+        try:
+            return expert_features(self.folder)
+        except Refused as error:
+            return visible(str(error))
 
     @property
     def key(self) -> Key:

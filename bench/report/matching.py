@@ -1,7 +1,7 @@
 """Which experts of two seeds correspond: the numbers of experts mean nothing across seeds.
 
-The experts of two seeds are matched by the debiased CKA of their updates on the same validation tokens, so that
-the total CKA is the largest. Each two seeds have their own matching. Letters: E experts.
+The experts of two seeds are matched by the debiased CKA of their updates on the same validation tokens: the
+total CKA is the largest. Each two seeds have their own matching. Letters: E experts.
 """
 
 from __future__ import annotations

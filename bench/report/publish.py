@@ -1,8 +1,8 @@
 """Publishing a study: copies of records, histories, weights over time and hypotheses, without large files.
 
-Of each run it keeps ``record.json``, ``history.jsonl`` (compressed), ``communication.npz``, ``experts.npz`` and
-``log.txt``, which hold no path, host name or user name. ``experts.npz`` has at most 300 kB. A report matches the
-experts of different seeds with it. The losses per token become ``articles.npz``: their float64 sums
+Of each run it keeps ``record.json``, ``history.jsonl`` (compressed), ``communication.npz``, ``experts.npz``
+and ``log.txt``, which hold no path, host name or user name. A report matches the experts of different seeds
+with ``experts.npz``, of at most 300 kB. The losses per token become ``articles.npz``: their float64 sums
 by article, about 1 kB per run. A report needs only these sums, and ``--verify`` still compares them with the
 record's sum.
 

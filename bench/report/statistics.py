@@ -450,7 +450,8 @@ def agreement(weights_SM: np.ndarray, partners: Partners | None = None) -> Agree
     second). p comes from 2,000 permutations with a fixed seed, which shuffle each seed's weights
     independently; the observed order counts once. ``partners`` stay as they are, since they do not depend on
     the weights. Above 64 hyperedges p is Friedman's χ² approximation, whose cost does not grow with the
-    square of M. It tests the mean rank correlation, or Kendall's W. With ``partners`` the permutations test it.
+    square of M. It tests the mean rank correlation, or Kendall's W. With ``partners`` the permutations test
+    the mean rank correlation.
 
     None for fewer than two seeds or hyperedges, and where fewer than two seeds have weights that differ.
     Source: Kendall 1945, Biometrika 33 (τ-b); Friedman 1937; Kendall & Babington Smith 1939 (W).

@@ -24,8 +24,8 @@ from bench.study.runs import Configuration, Run
 
 WEIGHTS, MIXING = "hyperedge_weights", "mixing"
 MATCHING_NOTE = (
-    "CKA: debiased linear CKA of the experts' updates. Matched experts have the largest total, so they exceed "
-    "all pairs even by chance. τ: mean Kendall rank correlation of the hyperedge weights of two seeds."
+    "CKA: debiased linear CKA of the experts' updates. Matched experts have the largest total, so their CKA "
+    "is larger even by chance. τ: mean Kendall rank correlation of the hyperedge weights of two seeds."
 )
 NOT_CLOSED = "the hypergraph has no hyperedge for the partners of some hyperedge"
 MOVED = 1e-5
@@ -153,7 +153,7 @@ def matching_table(
 ) -> Table | None:
     """Return how well the experts of two seeds match, by configuration and layer; None without a match.
 
-    Configurations with hyperedge weights (``weights``) also have the agreement by name and on matched experts.
+    Configurations with hyperedge weights (``weights``) also have both agreements.
     """
     learned = {(one.configuration.label, one.layer): one for one in weights}
     rows: list[tuple[Cells, Cells]] = []
@@ -166,12 +166,12 @@ def matching_table(
             figures = {
                 "configuration": label, "layer": layer, "seeds": seeds,
                 "cka_of_matched_experts": match.matched_cka, "cka_of_all_pairs": match.all_cka,
-                **{f"{name}_{key}": getattr(found, name, None)
-                   for name in ("tau", "p") for key, found in (("by_name", by_name), ("matched", on_matched))},
+                "tau_by_name": by_name and by_name.tau, "p_by_name": by_name and by_name.p,
+                "tau_matched": on_matched and on_matched.tau, "p_matched": on_matched and on_matched.p,
             }  # fmt: skip
             shown = {
                 "configuration": label, "layer": layer, "seeds": seeds,
-                "CKA, matched": number(match.matched_cka), "CKA, all pairs": number(match.all_cka),
+                "CKA, matched": number(match.matched_cka, 2), "CKA, all pairs": number(match.all_cka, 2),
                 "τ by name": _tau(by_name), "τ, matched": _tau(on_matched),
             }  # fmt: skip
             rows.append((figures, shown))

@@ -1,4 +1,4 @@
-"""What the experts of a made study learned, added to its runs: diagnostics, samples over the steps, features."""
+"""What the experts of a made study learned, added to its runs: diagnostics, samples, features."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MATTER = {"gate": 0.02, "HGNN": 0.001}
 def add_experts(study: Path, *, same: float = 0.8) -> Path:
     """Add what the experts learned to every run of ``study`` that ended well, and return ``study``.
 
-    The last expert differs most from the others and matters most. The experts of two seeds correspond by their
-    numbers; ``same`` is the share of their updates that all seeds have in common.
+    The last expert differs most from the others and matters most. The experts of two seeds correspond by
+    their numbers; ``same`` is the share of their updates that all seeds have in common.
     """
     for path in sorted(study.glob("*/record.json")):
         record = json.loads(path.read_text())

@@ -181,8 +181,8 @@ def test_the_published_study_has_the_same_matching_and_verify_recomputes_it(stud
     assert before["tables/matching.csv"] == after["tables/matching.csv"]
     table = before["tables/matching.csv"].splitlines()
     assert table[0] == (
-        "configuration,layer,seeds,cka_of_matched_experts,cka_of_all_pairs,tau_by_name,tau_matched,"
-        "p_by_name,p_matched"
+        "configuration,layer,seeds,cka_of_matched_experts,cka_of_all_pairs,tau_by_name,p_by_name,"
+        "tau_matched,p_matched"
     )
     assert len(table) == 1 + 2 * 2
     assert "Experts matched over seeds" in render_page(load_report(study), {})

@@ -26,9 +26,8 @@ from bench.report.plots.frame import (
     usual_reach,
     value_range,
 )
-from bench.report.plots.maps import LEAST_RANGE, Map, Texts, maps_figure
+from bench.report.plots.maps import LEAST_RANGE, Map, Texts, maps_figure, two_digits
 from bench.report.plots.style import LIGHT, VERMILLION, Plot, label_ends, lay_out, shorten, step_axis
-from bench.report.quantities import number
 from bench.report.statistics import t_interval
 from bench.study.runs import Configuration
 
@@ -37,10 +36,11 @@ SIMILARITY_NOTE = (
     "seed, expert 1 is most like the other experts."
 )
 ABLATION_NOTE = (
-    "The mean of the other experts replaces an expert. Experts are sorted in each seed. {}"
+    "The mean of the other experts replaces an expert. Experts are sorted by the rise in each seed. {}"
     "Grey: ±1.96 standard errors over the tokens."
 )
-RANK_NOTE = "Effective rank of the E updates of a token, mean over tokens and layers. Bands: 95% over seeds."
+RANK_NOTE = "Effective rank of the E updates of a token, mean over tokens, layers and seeds."
+BANDS = " Bands: 95% intervals over seeds."
 NORMAL_95 = 1.96
 LEAST_RISE, LEAST_RANK_RANGE = 1e-4, 0.05
 """Smaller ranges of the rise of the loss in nats, and of the effective rank, show no difference."""
@@ -126,7 +126,7 @@ def _joined(cosine_EE: np.ndarray, cka_EE: np.ndarray) -> np.ndarray:
 
 
 def _title(frame: Frame, layer: Layer, means: tuple[float, float]) -> str:
-    cosine, cka = (number(value, 2) for value in means)
+    cosine, cka = map(two_digits, means)
     name = shorten(frame.names[layer.configuration.label], 34)
     return f"{name}\nlayer {layer.number}: cosine {cosine}, CKA {cka}"
 
@@ -140,7 +140,7 @@ def _subject(frame: Frame, layers: Sequence[Layer], means: Sequence[tuple[float,
     question = "How alike are the experts?"
     if len(by_mean) < 2:
         return question
-    ends = [f"{number(mean, 2)} ({frame.names[label]})" for mean, label in (by_mean[0], by_mean[-1])]
+    ends = [f"{two_digits(mean)} ({frame.names[label]})" for mean, label in (by_mean[0], by_mean[-1])]
     return f"{question} Mean cosine {' to '.join(ends)}"
 
 
@@ -231,7 +231,7 @@ def _draw_ablation(
         axes.text(0.01, 0.99, f"above ↑: {', '.join(above[:4])}", transform=axes.transAxes, va="top",
                   fontsize=7, color=VERMILLION)  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    axes.set_xlabel("expert, from the smallest to the largest rise")
+    axes.set_xlabel("expert, sorted")
 
 
 def _has_bars(layers: Sequence[Layer]) -> bool:
@@ -241,7 +241,7 @@ def _has_bars(layers: Sequence[Layer]) -> bool:
 def _labels(frame: Frame, last: Sequence[tuple[Layer, np.ndarray]]) -> list[tuple[float, str, str]]:
     """Return the ends of the lines with a look, their names and their colours."""
     return [
-        (float(rises_SE.mean(0)[-1]), frame.names[label], look.colour)
+        (float(rises_SE.mean(0)[-1]), shorten(frame.names[label], 34), look.colour)
         for layer, rises_SE in last
         if (look := frame.looks.get(label := layer.configuration.label))
     ]
@@ -268,7 +268,8 @@ def effective_rank_plot(frame: Frame) -> Plot | None:
     if not curves or max(map(len, values)) < 2 or np.ptp(np.concatenate(values)) < LEAST_RANK_RANGE:
         return None
     subject = "How many directions do the experts' updates of a token span?"
-    figure = frame.figure(subject, 3.8, RANK_NOTE, frame.about_looks())
+    bands = any(curve.half_T is not None for curve in curves.values())
+    figure = frame.figure(subject, 3.8, RANK_NOTE + BANDS * bands, frame.about_looks())
     axes = figure.subplots()
     step_axis(axes, [int(curve.steps_T[-1]) for curve in curves.values()])
     _draw_experts(axes, frame, list(curves))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from bench.record import MINUS
 from bench.report.plots.frame import Frame
 
 MOST_MAPS = 24
@@ -73,6 +74,11 @@ def scale_of_maps(maps: Sequence[Map], middle: float | None) -> Normalize:
     return TwoSlopeNorm(middle, middle - reach, middle + reach)
 
 
+def two_digits(value: float) -> str:
+    """Return a number of a map with two decimals."""
+    return f"{value:z.2f}".replace("-", MINUS)
+
+
 def _draw_map(axes: Axes, one: Map, norm: Normalize) -> None:
     colours = "PuOr_r" if isinstance(norm, TwoSlopeNorm) else "cividis"
     image = axes.imshow(one.values, cmap=colours, norm=norm, aspect="auto")
@@ -90,4 +96,4 @@ def _draw_map(axes: Axes, one: Map, norm: Normalize) -> None:
             continue
         red, green, blue, _ = image.cmap(image.norm(value))
         colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=colour)
+        axes.text(column, row, two_digits(value), ha="center", va="center", fontsize=5.5, color=colour)

@@ -51,9 +51,11 @@ def weights_plot(frame: Frame) -> Plot | None:
         "Do the seeds agree on which hyperedges matter?" if several else "Hyperedge weights after training"
     )
     if learned and all(one.agreement for one in readings):
-        subject = (
-            f"The seeds agree on which hyperedges matter in {agreeing} of {counted(len(learned), 'layer')}"
-        )
+        layers = counted(len(learned), "layer")
+        subject = f"The seeds agree on which hyperedges matter in {agreeing} of {layers}"
+        matched = [one.matched_agreement for one in readings if one.matched_agreement]
+        if matched:
+            subject += f" by name, and in {sum(one.reproducible for one in matched)} on matched experts"
     middle = 1.0 if all(one.from_one for one in readings) else None
     unit = "weight" if middle is None else "weight (1 at the start)"
     texts = Texts(subject, WEIGHTS_NOTE * several, "seed", "hyperedge", unit)
@@ -66,7 +68,7 @@ def _words(reading: WeightsReading) -> str:
         f"τ {found.tau:+z.2f}, p {p_value(found.p)}".replace("-", MINUS) if found else ""
         for found in (reading.agreement, reading.matched_agreement)
     )
-    return "\n".join(filter(None, (by_name, f"matched: {on_matched}" if on_matched else "")))
+    return f"by name: {by_name}\nmatched: {on_matched}" if on_matched else by_name
 
 
 def mixing_plot(frame: Frame) -> Plot | None:

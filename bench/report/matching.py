@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench.measure.similarity import cka_directions, matched
-from bench.record import is_measured
+from bench.record import is_measured, number
 from bench.report.comparison import Comparison
 from bench.study.run_files import EXPERTS
 from bench.study.runs import Configuration, Run
@@ -34,9 +34,10 @@ class LayerMatch:
     all_cka: float
     """The mean debiased CKA of every expert of one seed with every expert of another seed."""
 
-    def words(self) -> str:
-        """Return how good the match is, in words."""
-        return f"mean CKA is {self.matched_cka:.2f} for matched experts and {self.all_cka:.2f} for all pairs"
+    def sentence(self) -> str:
+        """Return how good the match is, in a sentence."""
+        matched, every = number(self.matched_cka, 2), number(self.all_cka, 2)
+        return f"The mean CKA is {matched} for matched experts and {every} for all pairs."
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class WeightsReading:
         if self.matched_agreement is None:
             why = "no order to compare" if self._partners is not None else NOT_CLOSED
             return f" On matched experts nothing is compared: {why}.{notes}"
-        return f" On matched experts {self.matched_agreement.words()}; {match.words()}.{notes}"
+        return f" On matched experts {self.matched_agreement.words()}. {match.sentence()}{notes}"
 
 
 @dataclass(frozen=True)

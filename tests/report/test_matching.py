@@ -94,8 +94,8 @@ def test_a_permutation_of_the_experts_is_found_and_undone(study):
         assert not by_name.reproducible
         assert reading.sentence() == (
             f"HGNN, layer {reading.layer}: weights between 0.91 and 1.09 (all 1 at the start); by name "
-            f"{by_name.words()}. On matched experts {on_matched.words()}; "
-            f"{matching.layers[reading.layer].words()}."
+            f"{by_name.words()}. On matched experts {on_matched.words()}. "
+            f"{matching.layers[reading.layer].sentence()}"
         )
 
 

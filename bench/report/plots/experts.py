@@ -312,14 +312,14 @@ def _numbers_of_experts(frame: Frame, labels: Sequence[str]) -> list[int]:
 
 
 def _set_rank_scale(axes: Axes, frame: Frame, curves: dict[str, Curve]) -> None:
-    """Scale the panel so that all means, the lines at E and most bands fit."""
+    """Scale the panel within the possible values, 1 to E, so that all means and most bands fit."""
     means = np.concatenate([curve.mean_T for curve in curves.values()])
     ends = [(mean - half, mean + half)
             for curve in curves.values() if curve.half_T is not None
             for mean, half in zip(curve.mean_T.tolist(), curve.half_T.tolist(), strict=True)]  # fmt: skip
-    low, high = value_range(means.tolist(), ends)
     most = _numbers_of_experts(frame, list(curves))[-1]
-    axes.set_ylim(low, max(most + 0.08 * (most - low), high))
+    low = max(1.0, value_range(means.tolist(), ends)[0])
+    axes.set_ylim(low, most + 0.08 * (most - low))
 
 
 def _draw_rank(axes: Axes, frame: Frame, label: str, curve: Curve) -> None:

@@ -52,7 +52,7 @@ from bench.report.tables import (
     pairs_table,
     runs_table,
 )
-from bench.report.weights import WeightsReading, read_weights
+from bench.report.weights import WeightsReading, matching_table, read_weights
 from bench.study.hypotheses import Hypothesis, seeds_needed, stated
 from bench.study.run_files import set_aside
 from bench.study.runs import Configuration, Study, doubled_words, load_study, statuses, text_warnings
@@ -79,6 +79,8 @@ class Section:
     weights: list[WeightsReading]
     experts: ExpertsReading | None
     experts_table: Table | None
+    matching_table: Table | None
+    """The experts matched over seeds; None where no two runs of a configuration kept their features."""
 
     @property
     def file(self) -> str:
@@ -111,12 +113,12 @@ class Report:
     @property
     def tables(self) -> list[Table]:
         """All tables: those of each section, then those of the study."""
-        found = [
-            table
+        own = [
+            (section.comparison_table, section.pairs_table, section.experts_table, section.matching_table)
             for section in self.sections
-            for table in (section.comparison_table, section.pairs_table, section.experts_table)
         ]
-        return [table for table in (*found, self.runs_table, self.failures_table) if table is not None]
+        of_sections = [table for some in own for table in some if table is not None]
+        return [*of_sections, self.runs_table, self.failures_table]
 
     def headline(self) -> str:
         """Return the size of the study in one line."""
@@ -177,10 +179,10 @@ def make_report(
         suffix = f"_{place}" if place > 1 else ""
         comparison = compare(group, reference if has_it else None)
         tables = comparison_table(comparison, suffix), pairs_table(comparison, suffix)
-        experts = read_experts(comparison)
+        experts, weights = read_experts(comparison), read_weights(comparison)
         of_experts = experts and experts.table(suffix)
-        weights = read_weights(comparison)
-        sections.append(Section(suffix, comparison, *tables, weights, experts, of_experts))
+        matching = matching_table(comparison, weights, suffix)
+        sections.append(Section(suffix, comparison, *tables, weights, experts, of_experts, matching))
     readable = [replace(found, statement=visible(found.statement)) for found in hypotheses]
     answers = answer_hypotheses(readable, study.groups)
     when = _when(study, stated_at) if hypotheses else None

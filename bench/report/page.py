@@ -38,6 +38,9 @@ TITLES = {
     "memory": ("Memory by part", "peak memory of a training step of every configuration, by part"),
     "hyperedge_weights": ("Hyperedge weights", "learned weight of each hyperedge by seed"),
     "mixing": ("Experts in the output", "share of each expert in the output of each layer by seed"),
+    "expert_similarity": ("How alike the experts are", "cosine and CKA of every two experts by layer"),
+    "expert_ablation": ("What an expert is worth", "rise of the loss without each expert by layer"),
+    "effective_rank": ("Effective rank", "effective rank of the experts' updates over the steps"),
 }
 
 
@@ -183,6 +186,7 @@ def _section(report: Report, place: int, plots: list[View]) -> View:
         "plots": plots,
         "experts": section.experts.sentences() if section.experts else [],
         "experts_table": section.experts_table and _view(section.experts_table),
+        "matching": section.matching_table and _view(section.matching_table),
         "weights": [_headed(one.sentence(), [one.configuration.label]) for one in section.weights],
     }
 

@@ -1,7 +1,8 @@
 """Publishing a study: copies of records, histories, weights over time and hypotheses, without large files.
 
-Of each run it keeps ``record.json``, ``history.jsonl`` (compressed), ``communication.npz`` and ``log.txt``,
-which hold no path, host name or user name. The losses per token become ``articles.npz``: their float64 sums
+Of each run it keeps ``record.json``, ``history.jsonl`` (compressed), ``communication.npz``, ``experts.npz``
+and ``log.txt``, which hold no path, host name or user name. A report matches the experts of different seeds
+with ``experts.npz``, of at most 300 kB. The losses per token become ``articles.npz``: their float64 sums
 by article, about 1 kB per run. A report needs only these sums, and ``--verify`` still compares them with the
 record's sum.
 
@@ -30,12 +31,14 @@ from bench.files import kind_of, not_linked_out
 from bench.record import read_record
 from bench.study.run_files import (
     ARTICLES,
+    EXPERTS,
     NLL,
     PACKED_HISTORY,
     PUBLISHED,
     SPLITS,
     TRACE,
     article_sums,
+    expert_features,
     history_text,
     publication,
     read_arrays,
@@ -83,9 +86,10 @@ def _published(study: Path) -> Files:
     files: Files = {}
     left_out = dict((publication(study) or {}).get("left_out", {}))
     for folder in [folder for folder in folders if read_record(folder).run_id == folder.name]:
-        for name in ("record.json", TRACE, LOG):
+        for name in ("record.json", TRACE, EXPERTS, LOG):
             if (folder / name).is_file():
                 files[f"{folder.name}/{name}"] = (folder / name).read_bytes()
+        expert_features(folder)
         if (folder / TRACE).is_file():
             read_arrays(folder / TRACE)
         history = history_text(folder)

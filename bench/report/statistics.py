@@ -16,8 +16,9 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Literal
 
@@ -432,13 +433,21 @@ class Agreement:
         return f"{self.seeds} seeds {verdict} on the order (mean Kendall τ {tau}, p {self.p:.2g})"
 
 
-def agreement(weights_SM: np.ndarray) -> Agreement | None:
-    """Return how far S seeds agree on the order of M hyperedge weights, named alike in every seed.
+Partners = Mapping[tuple[int, int], Sequence[int]]
+"""For each two seeds, by their places s < t: the hyperedge of t that corresponds to each hyperedge of s."""
+
+
+def agreement(weights_SM: np.ndarray, partners: Partners | None = None) -> Agreement | None:
+    """Return how far S seeds agree on the order of M hyperedge weights.
+
+    Without ``partners`` the hyperedges of two seeds correspond if they have the same name.
 
     τ-b of two seeds is (concordant − discordant pairs of hyperedges) / √(untied pairs of the first · of the
     second). p comes from 2,000 permutations with a fixed seed, which shuffle each seed's weights
-    independently; the observed order counts once. Above 64 hyperedges p is Friedman's χ² approximation, whose
-    cost does not grow with the square of M. It tests the mean rank correlation, or Kendall's W.
+    independently; the observed order counts once. ``partners`` stay as they are, since they do not depend on
+    the weights. Above 64 hyperedges p is Friedman's χ² approximation, whose cost does not grow with the
+    square of M. It tests the mean rank correlation, or Kendall's W. With ``partners`` the permutations test
+    the mean rank correlation.
 
     None for fewer than two seeds or hyperedges, and where fewer than two seeds have weights that differ.
     Source: Kendall 1945, Biometrika 33 (τ-b); Friedman 1937; Kendall & Babington Smith 1939 (W).
@@ -450,38 +459,46 @@ def agreement(weights_SM: np.ndarray) -> Agreement | None:
     if (weights_SM != weights_SM[:, :1]).any(axis=1).sum() < 2:
         return None
     seeds, members = weights_SM.shape
-    pairs = list(combinations(weights_SM, 2))
-    method = "auto" if members <= MAX_KENDALL_MEMBERS else "asymptotic"  # for its p, which is not used
-    taus = [stats.kendalltau(one, other, method=method)[0] for one, other in pairs]
-    tau = float(np.nan_to_num(taus).mean())  # NaN: a seed whose weights are all equal
     many = members > MAX_KENDALL_MEMBERS
-    p = float(stats.friedmanchisquare(*weights_SM.T)[1]) if many else _permutation_p(weights_SM)
+    taus = [
+        stats.kendalltau(
+            weights_SM[s],
+            weights_SM[t] if partners is None else weights_SM[t][list(partners[s, t])],
+            method="asymptotic" if many else "auto",  # for its p, which is not used
+        )[0]
+        for s, t in combinations(range(seeds), 2)
+    ]
+    tau = float(np.nan_to_num(taus).mean())  # NaN: a seed whose weights are all equal
+    if partners is not None:
+        p = _permutation_p(weights_SM, partial(_matched, partners=partners, by_rank=many))
+    else:
+        p = float(stats.friedmanchisquare(*weights_SM.T)[1]) if many else _permutation_p(weights_SM, _kendall)
     return Agreement(tau, p, seeds, members)
 
 
-def _permutation_p(weights_SM: np.ndarray) -> float:
+def _permutation_p(weights_SM: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> float:
     """Return p of the mean correlation over the pairs of seeds, (1 + #{shuffled ≥ observed}) / (1 + R).
 
-    Each seed has a unit vector u, and the inner products of these vectors are the correlations. Their mean
-    over the pairs grows with ‖Σ u‖², so no loop over pairs is needed.
+    ``statistic`` grows with the mean correlation, from ranks (S, M, R) to (R,).
     """
     random = np.random.default_rng(0)
     ranks_SM1 = stats.rankdata(weights_SM, axis=1)[:, :, None]
-    observed = _kendall(ranks_SM1)[0]
+    observed = statistic(ranks_SM1)[0]
     at_once = max(1, RANKS_AT_ONCE // weights_SM.size)
     larger, tolerance = 0, 1e-9 * len(weights_SM) ** 2  # equal values differ by rounding
     for start in range(0, PERMUTATIONS, at_once):
         copies = min(at_once, PERMUTATIONS - start)
         shuffled_SMR = random.permuted(np.repeat(ranks_SM1, copies, axis=2), axis=1)
-        larger += int((_kendall(shuffled_SMR) >= observed - tolerance).sum())
+        larger += int((statistic(shuffled_SMR) >= observed - tolerance).sum())
     return (1 + larger) / (1 + PERMUTATIONS)
 
 
 def _kendall(ranks_SMR: np.ndarray) -> np.ndarray:
-    """Return ‖Σ over seeds of u‖², (R,), with u the signs of the M(M − 1) / 2 differences: u·v is τ-b."""
-    first_SM = ranks_SMR[:, :, 0]  # a shuffle changes no norm
-    untied_S = (first_SM[:, :, None] != first_SM[:, None, :]).sum(axis=(1, 2)) / 2
-    scale_S = 1 / np.sqrt(np.where(untied_S > 0, untied_S, np.inf))
+    """Return ‖Σ over seeds of u‖², (R,), with u the signs of the M(M − 1) / 2 differences: u·v is τ-b.
+
+    The mean of u·v over the pairs of seeds grows with it, so no loop over the pairs is needed.
+    """
+    scale_S = _kendall_scale(ranks_SMR)
     concordance_R = np.zeros(ranks_SMR.shape[2])
     for member in range(ranks_SMR.shape[1] - 1):  # one at a time fits in the cache
         total = sum(
@@ -490,3 +507,33 @@ def _kendall(ranks_SMR: np.ndarray) -> np.ndarray:
         )
         concordance_R += np.square(total).sum(axis=0)
     return concordance_R
+
+
+def _kendall_scale(ranks_SMR: np.ndarray) -> np.ndarray:
+    """Return 1 / √(untied pairs of hyperedges) of each seed (S,); 0 where all weights are equal."""
+    first_SM = ranks_SMR[:, :, 0]  # a shuffle changes no norm
+    untied_S = (first_SM[:, :, None] != first_SM[:, None, :]).sum(axis=(1, 2)) / 2
+    return 1 / np.sqrt(np.where(untied_S > 0, untied_S, np.inf))
+
+
+def _matched(ranks_SMR: np.ndarray, partners: Partners, by_rank: bool) -> np.ndarray:
+    """Return 2 Σ over the pairs of seeds of τ-b, (R,), on hyperedges that correspond by ``partners``.
+
+    ``by_rank``: of the rank correlation in place of τ-b, whose cost grows with the square of M.
+    """
+    total_R = np.zeros(ranks_SMR.shape[2])
+    if by_rank:
+        units_SMR = ranks_SMR - ranks_SMR.mean(axis=1, keepdims=True)
+        norms_SR = np.linalg.norm(units_SMR, axis=1)
+        units_SMR /= np.where(norms_SR > 0, norms_SR, np.inf)[:, None]
+        for (s, t), partner in partners.items():
+            total_R += 2 * (units_SMR[s] * units_SMR[t][list(partner)]).sum(axis=0)
+        return total_R
+    scale_S = _kendall_scale(ranks_SMR)
+    for (s, t), partner in partners.items():
+        one_MR, other_MR = ranks_SMR[s], ranks_SMR[t][list(partner)]
+        for member in range(len(one_MR) - 1):
+            alike = np.sign(one_MR[member] - one_MR[member + 1 :])
+            alike *= np.sign(other_MR[member] - other_MR[member + 1 :])
+            total_R += 2 * scale_S[s] * scale_S[t] * alike.sum(axis=0)
+    return total_R

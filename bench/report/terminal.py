@@ -117,8 +117,10 @@ def _weights(sections: Sequence[Section]) -> Text | None:
     found = [reading.agreement for section in sections for reading in section.weights if reading.agreement]
     if not found:
         return None
-    agree = sum(one.reproducible for one in found)
-    return Text(f"hyperedge weights: the seeds agree in {agree} of {counted(len(found), 'layer')}")
+    matched = [one.matched_agreement for section in sections for one in section.weights]
+    agree, on_matched = (sum(one.reproducible for one in some if one) for some in (found, matched))
+    beside = f"; on matched experts in {on_matched}" if any(matched) else ""
+    return Text(f"hyperedge weights: the seeds agree in {agree} of {counted(len(found), 'layer')}{beside}")
 
 
 def _experts(sections: Sequence[Section]) -> Text | None:

@@ -7,18 +7,27 @@ the run was scored. Letters: S seeds, M members (hyperedges), T steps, L layers,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import numpy as np
 
+from bench.record import MINUS
 from bench.report.comparison import Comparison
-from bench.report.quantities import number
+from bench.report.matching import Matching, match_experts, partner_hyperedges, read_matching
+from bench.report.quantities import number, p_value
 from bench.report.statistics import Agreement, agreement
+from bench.report.tables import Cells, Table, make_table
 from bench.study.runs import Configuration, Run
 
 WEIGHTS, MIXING = "hyperedge_weights", "mixing"
+MATCHING_NOTE = (
+    "CKA: debiased linear CKA of the experts' updates. Matched experts have the largest total, so their CKA "
+    "is larger even by chance. τ: mean Kendall rank correlation of the hyperedge weights of two seeds."
+)
+NOT_CLOSED = "the hypergraph has no hyperedge for the partners of some hyperedge"
 MOVED = 1e-5
 """A weight that changed by more has moved; records round to 1e-6."""
 
@@ -36,17 +45,47 @@ class WeightsReading:
     """The weights of every run that counts."""
     from_one: bool
     """Whether a trace shows that all weights were 1 at the start."""
+    matching: Matching | None = None
+    """The experts of the configuration, matched over the seeds; None where no run measured them."""
 
     @cached_property
     def agreement(self) -> Agreement | None:
         """The agreement of the seeds on the order of the hyperedges by name.
 
         The experts of different seeds start from different random numbers, so that expert 0 of one seed need
-        not be expert 0 of another: agreement is expected only if a position itself matters.
+        not be expert 0 of another: agreement is expected only if a position itself matters
+        (``matched_agreement`` compares the hyperedges of corresponding experts).
 
         None for one seed or one hyperedge, and where fewer than two seeds have weights that differ.
         """
         return agreement(self.weights_SM)
+
+    @cached_property
+    def matched_agreement(self) -> Agreement | None:
+        """The agreement of the seeds on the hyperedges of matched experts.
+
+        The hyperedge {a, b} of a seed is compared with the hyperedge of the partners of a and b. None where
+        the experts are not matched, a partner hyperedge does not exist, or ``agreement`` has no order.
+        """
+        partners = self._partners
+        if not partners:
+            return None
+        seeds = sorted({seed for pair in partners for seed in pair}, key=self.seeds.index)
+        by_place = {(seeds.index(s), seeds.index(t)): found for (s, t), found in partners.items()}
+        return agreement(self.weights_SM[[self.seeds.index(seed) for seed in seeds]], by_place)
+
+    @cached_property
+    def _partners(self) -> dict[tuple[int, int], list[int]] | None:
+        """By two seeds, the partner of each hyperedge; None where one does not exist."""
+        match = self.matching and self.matching.layers.get(self.layer)
+        pairs = combinations(self.seeds, 2) if match else ()
+        found = {
+            pair: partner_hyperedges(self.members, match.partners[pair])
+            for pair in pairs
+            if match and pair in match.partners
+        }
+        known = {pair: one for pair, one in found.items() if one is not None}
+        return known if len(known) == len(found) else None
 
     @property
     def range(self) -> tuple[float, float]:
@@ -70,7 +109,21 @@ class WeightsReading:
             f"weights between {low} and {high}" if len(self.members) > 1 or low != high else f"weight {low}"
         )
         start = " (all 1 at the start)" if self.from_one else ""
-        return f"{self.configuration.label}, layer {self.layer}: {where}{start}; {self.agreement_words()}."
+        matched = self._matched_words() if self.agreement else ""
+        head = f"{self.configuration.label}, layer {self.layer}: {where}{start}"
+        return f"{head}; {'by name ' * bool(matched)}{self.agreement_words()}.{matched}"
+
+    def _matched_words(self) -> str:
+        """Return sentences on the agreement on matched experts; empty where no run measured its experts."""
+        if self.matching is None:
+            return ""
+        match, notes = self.matching.layers.get(self.layer), "".join(f" {one}" for one in self.matching.notes)
+        if match is None:
+            return notes
+        if self.matched_agreement is None:
+            why = "no order to compare" if self._partners is not None else NOT_CLOSED
+            return f" On matched experts nothing is compared: {why}.{notes}"
+        return f" On matched experts {self.matched_agreement.words()}. {match.sentence()}{notes}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +148,42 @@ def read_weights(comparison: Comparison) -> list[WeightsReading]:
     return [reading for row in comparison.rows for reading in _weights(row.configuration)]
 
 
+def matching_table(
+    comparison: Comparison, weights: Sequence[WeightsReading], suffix: str = ""
+) -> Table | None:
+    """Return how well the experts of two seeds match, by configuration and layer; None without a match.
+
+    Configurations with hyperedge weights (``weights``) also have both agreements.
+    """
+    learned = {(one.configuration.label, one.layer): one for one in weights}
+    rows: list[tuple[Cells, Cells]] = []
+    for matching in read_matching(comparison):
+        label = matching.configuration.label
+        for layer, match in matching.layers.items():
+            reading = learned.get((label, layer))
+            by_name, on_matched = (reading.agreement, reading.matched_agreement) if reading else (None, None)
+            seeds = len({seed for pair in match.partners for seed in pair})
+            figures = {
+                "configuration": label, "layer": layer, "seeds": seeds,
+                "cka_of_matched_experts": match.matched_cka, "cka_of_all_pairs": match.all_cka,
+                "tau_by_name": by_name and by_name.tau, "p_by_name": by_name and by_name.p,
+                "tau_matched": on_matched and on_matched.tau, "p_matched": on_matched and on_matched.p,
+            }  # fmt: skip
+            shown = {
+                "configuration": label, "layer": layer, "seeds": seeds,
+                "CKA, matched": number(match.matched_cka, 2), "CKA, all pairs": number(match.all_cka, 2),
+                "τ by name": _tau(by_name), "τ, matched": _tau(on_matched),
+            }  # fmt: skip
+            rows.append((figures, shown))
+    if not rows:
+        return None
+    return make_table(f"matching{suffix}", "Experts matched over seeds", rows, notes=[MATCHING_NOTE])
+
+
+def _tau(found: Agreement | None) -> str:
+    return "" if found is None else f"{found.tau:z.2f} (p {p_value(found.p)})".replace("-", MINUS)
+
+
 def read_mixing(comparison: Comparison) -> list[MixingReading]:
     """Return the shares of the experts for each configuration that recorded them, in the rows' order."""
     readings = (_mixing(row.configuration) for row in comparison.rows)
@@ -108,6 +197,7 @@ def _weights(configuration: Configuration) -> Iterator[WeightsReading]:
             weights = parts.get(WEIGHTS)
             if isinstance(weights, dict) and weights:
                 found.setdefault(layer, {})[seed] = weights
+    matching = match_experts(configuration) if found else None
     for layer, by_seed in sorted(found.items()):
         members = tuple(next(iter(by_seed.values())))
         alike = {seed: weights for seed, weights in by_seed.items() if tuple(weights) == members}
@@ -118,7 +208,8 @@ def _weights(configuration: Configuration) -> Iterator[WeightsReading]:
         first_SM = np.array([starts.get(seed, np.ones(len(members))) for seed in alike])
         if np.abs(weights_SM - first_SM).max() > MOVED:
             from_one = bool(starts) and bool(np.allclose(list(starts.values()), 1, atol=MOVED))
-            yield WeightsReading(configuration, layer, members, tuple(alike), weights_SM, from_one)
+            seeds = tuple(alike)
+            yield WeightsReading(configuration, layer, members, seeds, weights_SM, from_one, matching)
 
 
 def _trace(run: Run, layer: int, members: int) -> tuple[np.ndarray, np.ndarray] | None:

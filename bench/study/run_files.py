@@ -1,4 +1,7 @@
-"""Reading the files of a run folder beside its record: history, losses by article, weights over time."""
+"""Reading the files of a run folder beside its record.
+
+They hold the history, the losses by article, the weights over time, and the features of the experts.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.files import inside, read_json
+from bench.files import inside, read_json, visible
 from bench.record import Part, Record, is_measured, part_of, read_record
 from gnnmoe.config import Refused, shortened
 from gnnmoe.reading import read_bytes
 
 Row = dict[str, Any]
-NLL, TRACE, HISTORY = "nll.npz", "communication.npz", "history.jsonl"
+NLL, TRACE, EXPERTS, HISTORY = "nll.npz", "communication.npz", "experts.npz", "history.jsonl"
 ARTICLES, PACKED_HISTORY, PUBLISHED = "articles.npz", "history.jsonl.gz", "published.json"
 """The files of a published study in place of ``NLL`` and ``HISTORY``, and the file that marks it."""
 SPLITS = ("validation", "test")
@@ -170,6 +173,28 @@ def _kept_sums(path: Path, split: str) -> tuple[np.ndarray, np.ndarray] | None:
     return sums.astype(np.float64), tokens.astype(np.float64)
 
 
+def expert_features(folder: Path) -> dict[int, np.ndarray]:
+    """Return by layer the features (E, n, D) that a run keeps of its experts; nothing without their file.
+
+    E experts, n of the fixed validation tokens, D dimensions; float16.
+
+    Raises:
+        Refused: the file cannot be read, or an array of it is no such features; names the file.
+    """
+    if not (folder / EXPERTS).is_file():
+        return {}
+    found = {}
+    for name, features in read_arrays(folder / EXPERTS).items():
+        layer = re.fullmatch(r"layer_(\d{1,6})\.features", name)
+        if layer is None or features.ndim != 3 or 0 in features.shape or features.dtype != np.float16:
+            what = f"{visible(name)}, {features.dtype} of shape {features.shape}"
+            raise Refused(f"{folder / EXPERTS} holds no usable features of experts: {what}")
+        if not np.isfinite(features).all():
+            raise Refused(f"{folder / EXPERTS} holds features of experts that are not all finite")
+        found[int(layer[1])] = features
+    return found
+
+
 def set_aside(study: Path) -> list[dict[str, Any]]:
     """Return run_id, status and start of the runs that were set aside, also of runs not published.
 
@@ -226,7 +251,7 @@ class _Publication(Part):
 
 def damaged_arrays(folder: Path) -> list[str]:
     """Return why compressed files of a run folder cannot be read; of an npz file only its end is checked."""
-    paths = [folder / name for name in (NLL, ARTICLES, TRACE)]
+    paths = [folder / name for name in (NLL, ARTICLES, TRACE, EXPERTS)]
     found = [
         f"{path} is cut short or no npz file; the report is made without it"
         for path in paths

@@ -19,7 +19,16 @@ from bench.config import FlagTable
 from bench.files import kind_of, visible
 from bench.record import Record, is_measured, read_record
 from bench.study.labels import Key, flags_that_count, labels
-from bench.study.run_files import ARTICLES, NLL, RunData, article_sums, damaged_arrays, left_out, read_run
+from bench.study.run_files import (
+    ARTICLES,
+    NLL,
+    RunData,
+    article_sums,
+    damaged_arrays,
+    expert_features,
+    left_out,
+    read_run,
+)
 from gnnmoe.config import Refused, unknown_name
 
 REFERENCE = "reference"
@@ -171,6 +180,14 @@ class Run:
             with left_out():
                 found = article_sums(self.folder, "validation")
         return found
+
+    @cached_property
+    def features(self) -> dict[int, np.ndarray] | str:
+        """By layer the features (E, n, D) of the experts; in words why they cannot be used if damaged."""
+        try:
+            return expert_features(self.folder)
+        except Refused as error:
+            return visible(str(error))
 
     @property
     def key(self) -> Key:

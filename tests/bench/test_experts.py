@@ -20,8 +20,10 @@ from bench.measure.similarity import (
     matched,
     projection,
 )
+from bench.record import Communication, Diagnostics, NotMeasured, is_measured
 from bench.run.__main__ import main
 from gnnmoe import GNNMoEConfig, GNNMoEModel
+from gnnmoe.experts import ExpertLoop
 from tests.bench._runs import only_folder
 from tests.bench.conftest import TINY
 
@@ -45,16 +47,20 @@ def batch_of(seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
 
 
-def concluded(model: GNNMoEModel, rows: int | None = None):
-    mixing = {f"layer_{number}": {"mixing": dict.fromkeys("0123", 0.25)} for number in range(2)}
+def concluded(model: GNNMoEModel, rows: int | None = None) -> tuple[Diagnostics, dict[str, np.ndarray]]:
+    mixing: Communication = {
+        f"layer_{number}": {"mixing": dict.fromkeys("0123", 0.25)} for number in range(2)
+    }
     found, arrays = Experts(batch_of(), rows).conclude(model, mixing, 0.0)
+    assert is_measured(found)
     return found, arrays
 
 
 def naive_hsic(x: np.ndarray, y: np.ndarray) -> float:
     """The definition: the mean of a kernel over all ordered quadruples of different tokens."""
     K, L_, n = x @ x.T, y @ y.T, len(x)
-    np.fill_diagonal(K, 0), np.fill_diagonal(L_, 0)
+    np.fill_diagonal(K, 0)
+    np.fill_diagonal(L_, 0)
     one = np.ones(n)
     return (
         np.trace(K @ L_)
@@ -104,6 +110,7 @@ def test_cka_of_independent_updates_is_zero_where_plain_cka_is_a_half():
 def test_copies_are_alike_and_none_matters():
     model = model_of()
     for layer in model.layers:
+        assert isinstance(layer.experts, ExpertLoop)
         for expert in layer.experts:
             expert.load_state_dict(layer.experts[0].state_dict())
     found, _ = concluded(model)
@@ -145,7 +152,7 @@ def test_a_gate_that_depends_on_nothing_has_no_mutual_information():
     model = model_of("gate")
     with torch.no_grad():
         for layer in model.layers:
-            layer.coupler.router.weight.zero_()
+            layer.coupler.get_parameter("router.weight").zero_()
     found, _ = concluded(model)
     assert found.mutual_information == pytest.approx(0, abs=1e-12)
     assert found.layers[0].load == pytest.approx([1 / E] * E)
@@ -180,9 +187,11 @@ def test_pieces_change_nothing_and_the_mode_and_the_random_state_stay():
 
 def test_without_weights_by_token_and_with_one_expert_the_reason_is_stated():
     found, _ = concluded(model_of("GNN"))
+    assert isinstance(found.mutual_information, NotMeasured)
     assert found.mutual_information.reason == "the coupler has no weights that depend on the token"
     dense = model_of("dense")
     found, arrays = Experts(batch_of(), None).conclude(dense, {}, 0.0)
+    assert isinstance(found, NotMeasured)
     assert (found.reason, arrays) == ("a layer has one expert", {})
     assert Experts(batch_of(), None).sample(dense) == {}
 

@@ -153,3 +153,57 @@ def test_in_words(tau, p, words):
     result = Agreement(tau, p, seeds=8, members=6)
     assert result.words() == words
     assert result.reproducible == words.startswith("8 seeds agree on the")
+
+
+def test_on_partners_that_are_the_names_everything_is_as_by_name():
+    weights = np.random.default_rng(3).normal(size=(5, 6)) + 0.3 * np.arange(6)
+    names = dict.fromkeys(itertools.combinations(range(5), 2), tuple(range(6)))
+    assert agreement(weights, names) == agreement(weights)
+    tied = weights.round(0)
+    assert agreement(tied, names) == agreement(tied)
+
+
+def test_partners_undo_a_permutation_of_the_hyperedges():
+    random = np.random.default_rng(8)
+    learned, orders = random.normal(size=6), [random.permutation(6) for _ in range(4)]
+    weights = np.stack([learned[order] for order in orders])  # hyperedge m of a seed is order[m]
+    partners = {
+        (s, t): np.argsort(orders[t])[orders[s]].tolist() for s, t in itertools.combinations(range(4), 2)
+    }
+    result = agreement(weights, partners)
+    assert result is not None
+    assert (result.tau, result.p) == (pytest.approx(1), 1 / 2001)
+    assert found(weights).tau < 0.5
+
+
+def test_p_on_partners_is_the_share_of_orders_that_agree_as_much():
+    weights = np.array([[1, 2, 3], [1, 3, 2], [3, 1, 2]], float)
+    partners = {(0, 1): [1, 2, 0], (0, 2): [2, 1, 0], (1, 2): [0, 1, 2]}  # not transitive
+
+    def tau(rows) -> float:
+        taus: list[Any] = [stats.kendalltau(rows[s], rows[t][to])[0] for (s, t), to in partners.items()]
+        return float(np.mean(taus))
+
+    orders = itertools.product(itertools.permutations(range(3)), repeat=3)
+    shuffled = [tau([row[list(order)] for row, order in zip(weights, own, strict=True)]) for own in orders]
+    expected = np.mean(np.array(shuffled) >= tau(weights) - 1e-9)
+    result = agreement(weights, partners)
+    assert result is not None
+    assert result.tau == pytest.approx(tau(weights))
+    assert result.p == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / 2000))
+
+
+@pytest.mark.parametrize("members", [6, pytest.param(70, marks=pytest.mark.slow)])
+def test_p_on_partners_is_uniform_where_there_is_nothing(members, monkeypatch):
+    monkeypatch.setattr(statistics, "PERMUTATIONS", 199)
+    random = np.random.default_rng(5)
+    p_values = []
+    for _ in range(150):
+        partners = {
+            pair: random.permutation(members).tolist() for pair in itertools.combinations(range(4), 2)
+        }
+        result = agreement(random.normal(size=(4, members)), partners)
+        assert result is not None
+        p_values.append(result.p)
+    assert 0.03 < np.mean(np.array(p_values) <= 0.1) < 0.18
+    assert np.mean(p_values) == pytest.approx(0.5, abs=0.1)

@@ -227,7 +227,7 @@ def test_the_maps_are_the_weights_by_seed_with_one_in_the_middle(made, plots):
 
 
 def test_of_many_maps_the_best_are_drawn_and_the_figure_says_so(made, monkeypatch):
-    monkeypatch.setattr("bench.report.plots.weights.MOST_MAPS", 2)
+    monkeypatch.setattr("bench.report.plots.maps.MOST_MAPS", 2)
     plot = plots_of(made)["hyperedge_weights"]
     assert "Drawn: 2 of 4 maps, the best configurations." in " ".join(texts_of(plot.figure))
     assert len({tuple(row[:2]) for row in plot.rows}) == 4, "the table has all"

@@ -38,7 +38,7 @@ from bench.report.plots.style import (
 from bench.report.quantities import counted, share
 from bench.report.statistics import Summary
 from bench.study.labels import OF_HYPERGRAPHS, part_text
-from bench.study.run_files import Row
+from bench.study.run_files import Row, RunData
 from bench.study.runs import Configuration, Run
 
 MAX_LOOKS, BEST = 20, 12
@@ -263,6 +263,19 @@ def training_curve(configuration: Configuration, key: str) -> Curve | None:
 def validation_curve(configuration: Configuration) -> Curve | None:
     """Return the validation loss in nats over the runs that count; None without an evaluation."""
     return _curve(configuration, lambda run: run.validation, lambda row: row["nll_sum"] / row["tokens"])
+
+
+def sampled_curve(configuration: Configuration, name: str) -> Curve | None:
+    """Return the mean over the layers of a sampled number, such as effective_rank; None without samples."""
+    return _curve(configuration, lambda run: _samples(run, name), lambda row: row["value"])
+
+
+def _samples(run: RunData, name: str) -> list[Row]:
+    of_layers = [values for key, values in run.trace.items() if key.partition(".")[2] == name]
+    if not of_layers or any(values.ndim != 1 for values in of_layers):
+        return []
+    pairs = zip(run.trace["step"].tolist(), np.mean(of_layers, axis=0).tolist(), strict=True)
+    return [{"step": step, "value": value} for step, value in pairs]
 
 
 def _curve(configuration: Configuration, rows_of: Callable, value: Callable[[Row], float]) -> Curve | None:

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from bench.record import MINUS
 from bench.report.comparison import Comparison, ComparisonRow, Difference, simple_models
 from bench.report.plots.cost import coupler_cost_plot, memory_plot, pareto_plot
+from bench.report.plots.experts import ablation_plot, effective_rank_plot, similarity_plot
 from bench.report.plots.frame import (
     BEST,
     Curve,
@@ -57,8 +58,9 @@ def study_plots(study_name: str, comparison: Comparison) -> list[Plot]:
     """Return the plots of a comparison; none without a run that counts.
 
     In this order: ``perplexity``, ``perplexity_by_FLAG`` for each flag with several numbers, ``loss_curves``,
-    ``verdicts``, ``pareto``, ``coupler_cost``, ``memory``, ``hyperedge_weights`` and ``mixing``. A plot whose
-    quantity was not measured, or that shows no difference, is left out.
+    ``verdicts``, ``pareto``, ``coupler_cost``, ``memory``, ``hyperedge_weights``, ``mixing``,
+    ``expert_similarity``, ``expert_ablation`` and ``effective_rank``. A plot whose quantity was not measured,
+    or that shows no difference, is left out.
     """
     frame = Frame(study_name, comparison)
     if not frame.measured:
@@ -66,6 +68,7 @@ def study_plots(study_name: str, comparison: Comparison) -> list[Plot]:
     with plot_style():
         others: list[Callable[[Frame], Plot | None]] = [loss_curves_plot, verdicts_plot, pareto_plot]
         others += [coupler_cost_plot, memory_plot, weights_plot, mixing_plot]
+        others += [similarity_plot, ablation_plot, effective_rank_plot]
         plots = [perplexity_plot(frame), *swept_plots(frame), *(draw(frame) for draw in others)]
     return [plot for plot in plots if plot is not None]
 

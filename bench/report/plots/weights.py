@@ -11,21 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, TwoSlopeNorm
 
 from bench.record import MINUS
 from bench.report.plots.frame import Frame
+from bench.report.plots.maps import LEAST_RANGE, MOST_MAPS, Map, Texts, maps_figure, scale_of_maps
 from bench.report.plots.style import Plot
 from bench.report.quantities import counted, p_value
 from bench.report.weights import WeightsReading, read_mixing, read_weights
 from bench.study.runs import Configuration
 
-MOST_MAPS = 24
-MOST_NAMES, MOST_VALUES, WIDE = 40, 120, 12
-"""The most names below a map, and the most cells and columns of a map that shows its values."""
-LEAST_RANGE = 0.03
-"""Shares whose root mean square distance from the middle is less than this show no difference."""
 WEIGHTS_NOTE = (
     "Columns of one colour: the seeds agree. τ: mean Kendall rank correlation of two seeds. Experts of "
     "different seeds start from different random numbers."
@@ -33,8 +27,8 @@ WEIGHTS_NOTE = (
 
 
 @dataclass(frozen=True)
-class Map:
-    """One heat map: the values of a layer of a configuration."""
+class Learned:
+    """What the seeds of a configuration learned in one layer."""
 
     configuration: Configuration
     layer: int
@@ -47,8 +41,8 @@ class Map:
 def weights_plot(frame: Frame) -> Plot | None:
     """Return ``hyperedge_weights``, the learned weights by seed; None where no weight was learned."""
     readings = read_weights(frame.comparison)
-    maps = [
-        Map(one.configuration, one.layer, one.members, one.seeds, one.weights_SM, _words(one))
+    learned = [
+        Learned(one.configuration, one.layer, one.members, one.seeds, one.weights_SM, _words(one))
         for one in readings
     ]
     agreeing = sum(one.agreement is not None and one.agreement.reproducible for one in readings)
@@ -56,97 +50,64 @@ def weights_plot(frame: Frame) -> Plot | None:
     subject = (
         "Do the seeds agree on which hyperedges matter?" if several else "Hyperedge weights after training"
     )
-    if maps and all(one.agreement for one in readings):
-        subject = f"The seeds agree on which hyperedges matter in {agreeing} of {counted(len(maps), 'layer')}"
+    if learned and all(one.agreement for one in readings):
+        layers = counted(len(learned), "layer")
+        subject = f"The seeds agree on which hyperedges matter in {agreeing} of {layers}"
+        matched = [one.matched_agreement for one in readings if one.matched_agreement]
+        if matched:
+            subject += f" by name, and in {sum(one.reproducible for one in matched)} on matched experts"
     middle = 1.0 if all(one.from_one for one in readings) else None
     unit = "weight" if middle is None else "weight (1 at the start)"
-    return _maps_plot(
-        frame, "hyperedge_weights", maps, (subject, WEIGHTS_NOTE * several), ("hyperedge", unit), middle
-    )
+    texts = Texts(subject, WEIGHTS_NOTE * several, "seed", "hyperedge", unit)
+    return _maps_plot(frame, "hyperedge_weights", learned, texts, middle)
 
 
 def _words(reading: WeightsReading) -> str:
     """Return the agreement of the seeds, short enough for the title of a map."""
-    found = reading.agreement
-    return "" if found is None else f"τ {found.tau:+z.2f}, p {p_value(found.p)}".replace("-", MINUS)
+    by_name, on_matched = (
+        f"τ {found.tau:+z.2f}, p {p_value(found.p)}".replace("-", MINUS) if found else ""
+        for found in (reading.agreement, reading.matched_agreement)
+    )
+    return f"by name: {by_name}\nmatched: {on_matched}" if on_matched else by_name
 
 
 def mixing_plot(frame: Frame) -> Plot | None:
     """Return ``mixing``, the share of each expert in the output; None where all shares are 1/E."""
-    maps = []
+    learned = []
     for one in read_mixing(frame.comparison):
         experts = one.shares_SLE.shape[2]
         members = [str(expert) for expert in range(experts)]
-        maps += [
-            Map(one.configuration, layer, members, one.seeds, one.shares_SLE[:, place] * experts)
+        learned += [
+            Learned(one.configuration, layer, members, one.seeds, one.shares_SLE[:, place] * experts)
             for place, layer in enumerate(one.layers)
             if np.sqrt(np.mean((one.shares_SLE * experts - 1) ** 2)) > LEAST_RANGE
         ]
     subject = "Which experts does a coupler prefer?"
     note = "Share of the output by gradient, times the number of experts: 1 where all experts count equally."
-    return _maps_plot(frame, "mixing", maps, (subject, note), ("expert", "share × E"), 1.0)
+    return _maps_plot(frame, "mixing", learned, Texts(subject, note, "seed", "expert", "share × E"), 1.0)
 
 
 def _maps_plot(
-    frame: Frame, name: str, maps: list[Map], texts: tuple[str, str], units: tuple[str, str],
-    middle: float | None,
-) -> Plot | None:  # fmt: skip
-    """Return a plot with a map for each layer of the best configurations, with one scale for all."""
-    if not maps:
+    frame: Frame, name: str, learned: list[Learned], texts: Texts, middle: float | None
+) -> Plot | None:
+    """Return a plot with a map of seeds by members for each layer of the best configurations."""
+    if not learned:
         return None
-    drawn, layers = maps[:MOST_MAPS], len({one.layer for one in maps})
+    maps = [Map(_title(frame, one), list(map(str, one.seeds)), one.members, one.values_SM) for one in learned]
+    layers = len({one.layer for one in learned})
     columns = 2 * layers if layers < 3 else min(layers, 6)
-    columns = min(columns, len(drawn), 4 if max(len(one.members) for one in drawn) <= 8 else 2)
-    left_out = (
-        f"Drawn: {MOST_MAPS} of {len(maps)} maps, the best configurations." if len(maps) > MOST_MAPS else ""
-    )
-    rows = -(-len(drawn) // columns)
-    most = max(len(one.seeds) for one in drawn)
-    height = (min(max(0.2 * most, 1.1 if rows == 1 else 0.2), 2.4) + 0.85) * rows
-    figure = frame.figure(texts[0], height, texts[1], left_out)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat[len(drawn) :]:
-        figure.delaxes(axes)
-    norm = _scale(drawn, middle)
-    for place, (axes, one) in enumerate(zip(grid.flat, drawn, strict=False)):
-        _draw_map(axes, one, norm, "cividis" if middle is None else "PuOr_r")
-        title = f"{frame.names[one.configuration.label]}, layer {one.layer}"
-        axes.set_title("\n".join(filter(None, (title, one.words))), loc="left", fontsize=7.5)
-        axes.set_ylabel("seed" if place % columns == 0 else "")
-        axes.set_xlabel(units[0] if place + columns >= len(drawn) else "")
-    panels = list(grid.flat[: len(drawn)])
-    figure.colorbar(panels[0].images[0], ax=panels, label=units[1], aspect=30, pad=0.02, fraction=0.04)
+    columns = min(columns, 4 if max(len(one.members) for one in learned[:MOST_MAPS]) <= 8 else 2)
+    figure = maps_figure(frame, maps, texts, scale_of_maps(maps, middle), columns)
     table: list[list[Any]] = [
         [one.configuration.label, one.layer, seed, member, float(one.values_SM[y, x])]
-        for one in maps
+        for one in learned
         for y, seed in enumerate(one.seeds)
         for x, member in enumerate(one.members)
     ]
-    return Plot(name, figure, ("configuration", "layer", "seed", units[0], units[1].split(" (")[0]), table)
+    headings = ("configuration", "layer", "seed", texts.column, texts.unit.split(" (")[0])
+    return Plot(name, figure, headings, table)
 
 
-def _scale(maps: Sequence[Map], middle: float | None) -> Normalize:
-    """Return one colour scale for all maps, with ``middle`` in its middle, and not finer than noise."""
-    values = np.concatenate([one.values_SM.ravel() for one in maps])
-    low, high = float(values.min()), float(values.max())
-    if middle is None:
-        return Normalize(low, max(high, low + LEAST_RANGE))
-    reach = max(LEAST_RANGE, middle - low, high - middle)
-    return TwoSlopeNorm(middle, middle - reach, middle + reach)
-
-
-def _draw_map(axes: Axes, one: Map, norm: Normalize, colours: str) -> None:
-    image = axes.imshow(one.values_SM, cmap=colours, norm=norm, aspect="auto")
-    axes.grid(False)
-    every = -(-len(one.members) // MOST_NAMES)
-    names = list(one.members)[::every]
-    turned = sum(map(len, names)) > 45
-    axes.set_xticks(range(0, len(one.members), every), names, rotation=90 if turned else 0, fontsize=6.5)
-    step = -(-len(one.seeds) // 12)
-    axes.set_yticks(range(0, len(one.seeds), step), [str(seed) for seed in one.seeds[::step]], fontsize=6.5)
-    if one.values_SM.size > MOST_VALUES or len(one.members) > WIDE:
-        return
-    for (row, column), value in np.ndenumerate(one.values_SM):
-        red, green, blue, _ = image.cmap(image.norm(value))
-        colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5.5, color=colour)
+def _title(frame: Frame, one: Learned) -> str:
+    title = f"{frame.names[one.configuration.label]}, layer {one.layer}"
+    return "\n".join(filter(None, (title, one.words)))

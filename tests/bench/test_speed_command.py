@@ -280,7 +280,9 @@ class TestCommand:
         data, rows = read_speed_record(tmp_path / "speed" / "low")
         assert data["status"] == "ok"
         assert [row.error for row in rows] == [None] * len(rows)
-        assert rows[0].mfu > 1
+        mfu = rows[0].mfu
+        assert mfu is not None
+        assert mfu > 1
         assert remark in rows[0].remark
         assert remark in " ".join(capsys.readouterr().out.split())
 

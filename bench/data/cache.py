@@ -232,18 +232,16 @@ def _read_split(name: str, arrays: Any, numbers: dict[str, Any], size: int) -> S
     Raises:
         ValueError: an array has another type or shape than the split, or an id that no word has.
     """
-    lengths = {"stream": 1, "target_bytes": 0}
-    for part, more in lengths.items():
-        values = arrays[f"{name}.{part}"]
-        if values.dtype.kind not in "iu" or values.shape != (numbers["num_tokens"] + more,):
-            raise ValueError(f"{name}.{part} is {values.dtype} of shape {values.shape}")
-    if (
-        arrays[f"{name}.document_starts"].dtype.kind not in "iu"
-        or int(arrays[f"{name}.stream"].max()) >= size
-    ):
-        raise ValueError(f"{name} has an id that no word has, or documents without a start")
-    packed = {mask: arrays[f"{name}.{mask}"] for mask in _MASKS if f"{name}.{mask}" in arrays}
     count = numbers["num_tokens"]
+    starts = arrays[f"{name}.document_starts"]
+    lengths = {"stream": count + 1, "target_bytes": count, "document_starts": starts.size}
+    for part, length in lengths.items():
+        values = arrays[f"{name}.{part}"]
+        if values.dtype.kind not in "iu" or values.shape != (length,) or values.min(initial=0) < 0:
+            raise ValueError(f"{name}.{part} is {values.dtype} of shape {values.shape}")
+    if int(arrays[f"{name}.stream"].max()) >= size:
+        raise ValueError(f"{name} has an id that no word has")
+    packed = {mask: arrays[f"{name}.{mask}"] for mask in _MASKS if f"{name}.{mask}" in arrays}
     return Split(
         name=name,
         stream=arrays[f"{name}.stream"].astype(np.int64),

@@ -32,6 +32,7 @@ from bench.record import read_record
 from bench.study.run_files import (
     ARTICLES,
     EXPERTS,
+    MOST_UNPACKED,
     NLL,
     PACKED_HISTORY,
     PUBLISHED,
@@ -45,6 +46,7 @@ from bench.study.run_files import (
     set_aside,
 )
 from gnnmoe.config import Refused
+from gnnmoe.reading import read_bytes
 
 FORMAT = 2
 LOG, HYPOTHESES = "log.txt", "hypotheses*.json"
@@ -88,7 +90,7 @@ def _published(study: Path) -> Files:
     for folder in [folder for folder in folders if read_record(folder).run_id == folder.name]:
         for name in ("record.json", TRACE, EXPERTS, LOG):
             if (folder / name).is_file():
-                files[f"{folder.name}/{name}"] = (folder / name).read_bytes()
+                files[f"{folder.name}/{name}"] = _read(folder / name)
         expert_features(folder)
         if (folder / TRACE).is_file():
             read_arrays(folder / TRACE)
@@ -100,7 +102,7 @@ def _published(study: Path) -> Files:
             files[f"{folder.name}/{ARTICLES}"] = sums
         if hashes:
             left_out[folder.name] = hashes
-    files |= {path.name: path.read_bytes() for path in sorted(study.glob(HYPOTHESES))}
+    files |= {path.name: _read(path) for path in sorted(study.glob(HYPOTHESES))}
     about = {
         "format": FORMAT,
         "made_by": "python -m bench.report STUDY --publish DIR",
@@ -109,6 +111,13 @@ def _published(study: Path) -> Files:
     }
     about["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     return {**files, PUBLISHED: (json.dumps(about, indent=2) + "\n").encode()}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_bytes(path, MOST_UNPACKED)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _whole_lines(text: str) -> bytes:
@@ -120,7 +129,7 @@ def _articles(folder: Path) -> tuple[bytes | None, dict[str, Any]]:
     """Return the file of sums by article, and the sha256 of each array that it replaces."""
     if not (folder / NLL).is_file():
         path = folder / ARTICLES
-        return (path.read_bytes() if path.is_file() and read_arrays(path) else None), {}
+        return (_read(path) if path.is_file() and read_arrays(path) else None), {}
     arrays, sums = read_arrays(folder / NLL), {}
     for split in SPLITS:
         found = article_sums(folder, split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,13 @@ def test_a_wrong_list_of_published_files_is_one_message(study, capsys):
     for text in BAD_LISTS:
         (study / "published.json").write_text(text)
         assert str(study / "published.json") in refused(capsys, study, "--verify"), text
+
+
+def test_a_pipe_in_a_study_is_not_waited_for(study, tmp_path, capsys):
+    os.mkfifo(study / "hypotheses.json")
+    assert command(capsys, study, "--no-plots")[0] == 0
+    said = refused(capsys, study, "--publish", tmp_path / "out")
+    assert f"{study / 'hypotheses.json'} cannot be read: it is a pipe" in said
 
 
 @pytest.mark.parametrize("name", ["log.txt", "record.json", "hypotheses.json", ""])

@@ -135,7 +135,15 @@ def test_a_verdict_that_is_damaged_or_did_not_pass_is_never_taken(checks, result
 def test_a_sweep_asks_for_it(monkeypatch, tmp_path, small_data_dir):
     asked, done = [], SimpleNamespace(exit_status=0)
     monkeypatch.setattr("bench.sweep.work.execute", lambda *a, **k: asked.append(k["places"]) or done)
-    flags = ["--sweep", "coupler=mean", "--results-dir", str(tmp_path), "--data-dir", str(small_data_dir)]
+    flags = [
+        "--sweep",
+        "coupler=mean",
+        "min_steps_per_epoch=1",
+        "--results-dir",
+        str(tmp_path),
+        "--data-dir",
+        str(small_data_dir),
+    ]
     assert sweep([*flags]) == sweep([*flags, "--force"]) == 0
     assert [REUSE in places for places in asked] == [True, False], "--force: all runs again, and all of each"
 

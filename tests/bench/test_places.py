@@ -21,7 +21,7 @@ from bench.training.checkpoint import load_checkpoint, save_checkpoint
 from gnnmoe.config import Refused
 from tests.bench.conftest import TINY
 
-SWEEP = "sweep --sweep coupler=mean max_steps=4"
+SWEEP = "sweep --sweep coupler=mean max_steps=4 min_steps_per_epoch=1"
 FLAGS = [
     ("run", "--data-dir"),
     ("run", "--results-dir"),

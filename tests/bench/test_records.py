@@ -277,8 +277,9 @@ def test_a_run_is_locked_for_everybody_else(tmp_path):
 def test_the_history_is_json_where_a_number_is_not_finite(tmp_path):
     folder = RunFolder(tmp_path, "study", "id")
     folder.path.mkdir(parents=True)
-    folder.append_history({"kind": "train", "step": 1, "loss": math.inf, "gradient_norm": math.nan})
-    expected = '{"kind": "train", "step": 1, "loss": null, "gradient_norm": null}\n'
+    row = {"kind": "train", "step": 1, "epoch": 0, "tokens": 4, "learning_rate": 0.1}
+    folder.append_history(row | {"loss": math.inf, "gradient_norm": math.nan})
+    expected = json.dumps(row | {"loss": None, "gradient_norm": None}) + "\n"
     assert folder.read_history() == expected
     (row,) = train_rows(folder.path)
     assert math.isnan(row["loss"])

@@ -286,7 +286,7 @@ class TestCommand:
         assert remark in rows[0].remark
         assert remark in " ".join(capsys.readouterr().out.split())
 
-    def test_ctrl_c_keeps_the_rows_and_says_stopped(self, tmp_path, capsys, monkeypatch):
+    def test_ctrl_c_keeps_the_rows_and_says_so(self, tmp_path, capsys, monkeypatch):
         real = suites._of_forms
 
         def of_forms(case, *rest):
@@ -300,7 +300,7 @@ class TestCommand:
         data, rows = read_speed_record(tmp_path / "speed" / "half")
         assert (data["status"], {row.subject for row in rows}) == ("stopped", {"static"})
         found = capsys.readouterr()
-        assert found.err.endswith("stopped\n")
+        assert found.err.endswith("interrupted: a record that was begun keeps what was measured.\n")
         assert "record: " in found.out
 
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):

@@ -61,7 +61,7 @@ def test_changes_of_what_is_computed_count_and_comments_docstrings_and_layout_do
 
 SHOWS_ONLY = (
     "bench/__init__.py bench/run/resume.py"
-    " bench/config.py bench/files.py"
+    " bench/config.py bench/files.py bench/interruption.py"
     " bench/cli.py bench/help.py bench/run/progress.py bench/run/trackers/__init__.py bench/record.py"
 ).split()
 """Modules of a run that change no number: flags (which the identity has), texts and files."""

@@ -92,8 +92,8 @@ def test_missing_file_names_it_what_is_there_and_the_remedy(tiny_dir):
 
 def test_a_long_listing_is_cut(tmp_path):
     for i in range(11):
-        (tmp_path / f"f{i:02d}").touch()
-    with pytest.raises(ValueError, match="f06, f07 and 3 more;"):
+        (tmp_path / f"a_file_with_a_name_{i:02d}").touch()
+    with pytest.raises(ValueError, match=r"name_01, .* … and \d more;"):
         load_corpus(data_dir=tmp_path)
 
 
@@ -129,7 +129,7 @@ def test_auto_without_network_serves_the_embedded_text_loudly(monkeypatch):
     assert corpus.source == "embedded"
     assert corpus.verdict == "other"
     warning = corpus.to_record()["warning"]
-    for part in ("NOT WIKITEXT-2", "hub cannot be reached", "--data-dir", "GNNMOE_DATA_DIR"):
+    for part in ("NOT WIKITEXT-2", "hub cannot be reached", "--data-dir"):
         assert part in warning
     with pytest.raises(ValueError, match=r"Salesforce/wikitext .* cannot be reached; pass --data-dir"):
         load_corpus(source="hub")  # never falls back

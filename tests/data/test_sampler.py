@@ -164,14 +164,14 @@ def test_another_world_size_goes_on_too(make_corpus):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is no epoch:size"),
-        ("0:16,x:32", "'x:32' is no epoch:size"),
-        ("16", "'16' is no epoch:size; write .* such as \"0:16,2:32\""),
-        ("1:16", r"has the epochs \[1\]"),
-        ("0:16,2:32,1:8", r"has the epochs \[0, 2, 1\]"),
-        ("0:16,0:8", r"has the epochs \[0, 0\]"),
-        ("0:16,2:0", "has the size 0; a size must be 1 or more"),
-        ("0:-4", "'0:-4' is no epoch:size"),
+        ("", "'', which is no epoch:size"),
+        ("0:16,x:32", "'x:32', which is no epoch:size"),
+        ("16", "'16', which is no epoch:size; write .* such as \"0:16,2:32\""),
+        ("1:16", "is '1:16'; write .* in rising order from epoch 0"),
+        ("0:16,2:32,1:8", "is '0:16,2:32,1:8'; write"),
+        ("0:16,0:8", "is '0:16,0:8'; write"),
+        ("0:16,2:0", "is '0:16,2:0'; a size must be 1 or more"),
+        ("0:-4", "'0:-4', which is no epoch:size"),
     ],
 )
 def test_wrong_schedules(text, message):

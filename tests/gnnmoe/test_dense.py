@@ -27,7 +27,7 @@ def dense(experts: int = 4, **options) -> GNNMoEModel:
 def test_a_dense_layer_is_one_transformer_block():
     found = make_model(coupler_type="dense", num_layers=2)
     ids = token_ids(2, 8)
-    x = found._embed(ids)
+    x = found.embed(ids)
     for layer in found.layers:
         assert len(layer.experts) == 1
         assert not list(layer.coupler.parameters())

@@ -80,7 +80,7 @@ def test_the_plan_knows_how_many_devices_a_run_has(tmp_path, small_data_dir, cap
     places = ["--results-dir", str(tmp_path / "results"), "--data-dir", str(small_data_dir)]
     for devices in ("1", "2"):
         with pytest.raises(ZeroDivisionError):
-            main(["--sweep", "coupler=mean", *places, "--devices-per-run", devices])
+            main(["--sweep", "coupler=mean", "min_steps_per_epoch=1", *places, "--devices-per-run", devices])
     ids = [path.stem for path in (tmp_path / "results" / "sweep" / ".logs").glob("*.log")]
     assert len(set(ids)) == 2
     assert "--nproc-per-node=2" in started[1]

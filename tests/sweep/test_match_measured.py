@@ -242,7 +242,9 @@ def test_the_plan_of_a_compiled_run_says_that_its_peak_is_of_the_uncompiled_step
     monkeypatch.setattr(Training, "step_seconds", lambda self: 1.0)
     monkeypatch.setattr(Training, "peak_bytes", lambda self: 1024)
     flags = ["--results-dir", str(tmp_path / "results"), "--data-dir", str(small_data_dir), "--plan"]
-    words = "coupler=mean compile=true,false embed_dim=8 num_layers=1 max_seq_length=16 max_steps=6"
+    words = (
+        "coupler=mean compile=true,false embed_dim=8 num_layers=1 max_seq_length=16 max_steps=6 batch_size=4"
+    )
     assert main(["--sweep", *words.split(), *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80

@@ -131,7 +131,7 @@ def refused(tmp_path: Path, data_dir: Path, flags: list[str], capsys) -> str:
     places = ["--results-dir", str(tmp_path / "results"), "--data-dir", str(data_dir)]
     began = time.monotonic()
     with pytest.raises(SystemExit) as stopped:
-        main(["--sweep", "coupler=mean", *places, *flags])
+        main(["--sweep", "coupler=mean", "min_steps_per_epoch=1", *places, *flags])
     assert stopped.value.code == 2
     assert not (tmp_path / "results").exists()
     assert time.monotonic() - began < 60

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_warnings_plainly()
     from rich.console import Console
 
-    from bench.sweep.plan import show_expected, show_plan
+    from bench.sweep.plan import show_expected, show_plan, warn_of_few_seeds
 
     console = Console(highlight=False)
     try:
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = replace(config, study=sweep.study)
         with console.status("planning …"):
             plan, match, hypotheses = plan_sweep(config, sweep)
+        warn_of_few_seeds(plan, hypotheses, console)
         if config.dry_run or config.plan:
             show_plan(plan, match, console, config.keep_stale)
             if config.plan:

@@ -33,7 +33,7 @@ from bench.record import (
     study_records,
 )
 from bench.run.prepare import Identified, config_dict, run_id, settings_in_record
-from bench.study.hypotheses import seeds_needed
+from bench.study.hypotheses import Hypothesis, seeds_needed
 from bench.study.labels import flags_that_count, labels
 from bench.sweep.executors.local import slots_for
 from bench.sweep.specification import RunRequest, Sweep
@@ -519,6 +519,14 @@ def show_plan(plan: Plan, match: Match | None, console: Console, keep_stale: boo
             text = f"Warning: {seeds} cannot give a significant result; comparing with {others} at p ≤ 0.05 "
             text += f"needs {needed}."
         console.print(text)
+
+
+def warn_of_few_seeds(plan: Plan, hypotheses: Sequence[Hypothesis], console: Console) -> None:
+    """Print a warning where no hypothesis can be supported, whatever the runs give."""
+    needed = seeds_needed(len(hypotheses)) if hypotheses else 0
+    if len(plan.seeds) < needed:
+        need = f"{len(hypotheses)} at p ≤ 0.05 need {needed}"
+        console.print(f"Warning: {len(plan.seeds)} seeds cannot support a hypothesis; {need}.")
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:

@@ -66,7 +66,10 @@ def test_the_table_by_the_number_of_experts_is_that_of_the_record():
 def test_every_figure_of_an_answer_is_in_a_committed_study():
     """Signed and decimal numbers: in a report's text, or one of those that the other tests here recompute."""
     answers = PAGE.split("## Answers")[1].split("## By the number of experts")[0]
-    reports = [load_report(REFERENCE / name) for name in ("reference-cpu", "reference-tuned", "baseline")]
+    reports = [
+        load_report(REFERENCE / name)
+        for name in ("reference-cpu", "reference-tuned", "reference-experts", "baseline")
+    ]
     said = "\n".join(text_files(report)["summary.md"] + study_markdown(report) for report in reports)
     [memory] = [found for found in reports[0].answers if found.hypothesis.quantity == "peak_memory"]
     assert "peak memory of a step −5.88%" in memory.words()  # 5.9 in the answer

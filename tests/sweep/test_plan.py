@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench.cli import parse
 from bench.config import RunConfig, config_of, seconds_of
 from bench.record import RunFolder
 from bench.run.prepare import Identifier, prepare
 from bench.sweep.__main__ import main
-from bench.sweep.plan import Match, Plan, make_plan, matched, reference_for
+from bench.sweep.plan import Match, Plan, make_plan, matched, reference_for, warn_of_few_seeds
 from bench.sweep.specification import sweep_of
 from gnnmoe import GNNMoEConfig
 from gnnmoe.config import Refused
@@ -186,6 +187,15 @@ def test_the_seeds_that_comparisons_need():
     for configurations, needed in ((2, 6), (4, 7), (9, 9), (13, 9), (14, 10), (26, 10)):
         plan = Plan("s", [0], [None] * configurations, [])  # pyright: ignore[reportArgumentType]
         assert plan.seeds_needed() == needed
+
+
+def test_seeds_that_cannot_support_a_hypothesis_are_named(capsys):
+    for seeds, hypotheses, warned in ((8, 6, False), (8, 7, True), (9, 7, False), (3, 0, False)):
+        plan = Plan("s", list(range(seeds)), [], [])
+        warn_of_few_seeds(plan, [None] * hypotheses, Console())  # pyright: ignore[reportArgumentType]
+        shown = " ".join(capsys.readouterr().out.split())
+        expected = "Warning: 8 seeds cannot support a hypothesis; 7 at p ≤ 0.05 need 9."
+        assert shown == (expected if warned else "")
 
 
 def test_the_dry_run_fits_80_columns_and_writes_nothing(places, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -146,6 +146,9 @@ def to_resume(prepared: Prepared, reporter: Reporter) -> Earlier:
     if is_measured(environment) and environment.threads != torch.get_num_threads():
         reporter.line("note: another number of threads than before; sums may round differently")
     remedy = f"--force starts again and keeps the run as {prepared.run_id}.1"
+    if _is_finished(load_checkpoint(prepared.checkpoint, remedy)):
+        reporter.line("the run was stopped while its last record was written; it starts at the beginning")
+        return Earlier(parts=parts)
     return _from_checkpoint(prepared.checkpoint, remedy, prepared, parts)
 
 
@@ -181,6 +184,11 @@ def _refusing(path: Path, remedy: str) -> Iterator[None]:
         raise Refused(f"checkpoint {path} cannot be continued: {words}; {remedy}.") from error
 
 
+def _is_finished(state: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint has the best weights only, which a run keeps at its end."""
+    return "trainer" not in state and "model" in state
+
+
 def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> None:
     """Refuse the checkpoint of another run, or of a finished one.
 
@@ -193,7 +201,7 @@ def _refuse_another(path: Path, state: dict[str, Any], prepared: Prepared) -> No
             f"checkpoint {path} is of another text or tokenizer (vocabulary and text {there[:12]} there, "
             f"{here[:12]} here); name the data that it was trained on."
         )
-    if "trainer" not in state and "model" in state:
+    if _is_finished(state):
         raise Refused(
             f"checkpoint {path} of run {state['run_id']} is of a finished run; nothing is left to do."
         )

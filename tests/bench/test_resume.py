@@ -107,6 +107,16 @@ def test_cut_off_inside_a_step_and_continued(run, undisturbed, monkeypatch, step
     assert later[-1].endswith("status ok")
 
 
+def test_killed_between_its_last_checkpoint_and_its_record_it_runs_again(run, undisturbed, capsys):
+    folder = results_of(run) / "default" / undisturbed.name
+    shutil.copytree(undisturbed, folder)
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    assert main([*run, "--resume"]) == 0
+    assert "it starts at the beginning" in " ".join(capsys.readouterr().out.split())
+    assert_equal_but_for_times(folder, undisturbed)
+
+
 @pytest.mark.slow
 def test_interrupted_twice_and_in_the_last_evaluation(run, undisturbed, monkeypatch):
     for step, sent in ((2, signal.SIGINT), (5, signal.SIGTERM)):

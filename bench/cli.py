@@ -35,7 +35,7 @@ from bench.config import (
 from bench.files import read_toml, refusals_name, visible
 from bench.help import ALL_FLAGS, Help, help_text
 from bench.help import LAYERS as LAYERS_HELP
-from gnnmoe.config import Refused, nearest_name, said, shortened
+from gnnmoe.config import Refused, brief, nearest_name, shortened
 
 LAYERS = {entry.flag.field: entry.flag for entry in LAYERS_HELP}
 HELP, HELP_ALL = {"-h", "--help"}, {"--help-all", "--help_all"}
@@ -150,7 +150,7 @@ def _without_value(known: Mapping[str, Flag], printed: str) -> Refused:
 def _unknown(known: Mapping[str, Flag], words: Sequence[str]) -> Refused:
     first = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
     if first is None:
-        return Refused(f"{said(words[0])} belongs to no flag; --help-all lists all flags.")
+        return Refused(f"{brief(words[0])} belongs to no flag; --help-all lists all flags.")
     options = {f"--{name}" for flag in known.values() for name in flag.names}
     options |= {f"--no-{name}" for flag in known.values() if flag.kinds == (bool,) for name in flag.names}
     meant = NAMES_ELSEWHERE.get(first.lstrip("-").replace("_", "-"))
@@ -158,10 +158,10 @@ def _unknown(known: Mapping[str, Flag], words: Sequence[str]) -> Refused:
     of_a_run = run_flags().get(first.lstrip("-").replace("-", "_"))
     if of_a_run is not None and "sweep" in known:
         return Refused(
-            f"{said(first)} is a flag of a run, not of bench.sweep; set {of_a_run.field} for all runs under "
+            f"{brief(first)} is a flag of a run, not of bench.sweep; set {of_a_run.field} for all runs under "
             f"[base] in the sweep file, or as {of_a_run.field}=VALUE after --sweep."
         )
-    return Refused(f"unknown flag {said(first)}; --help-all lists all flags.{near}")
+    return Refused(f"unknown flag {brief(first)}; --help-all lists all flags.{near}")
 
 
 def read_file(path: Path, known: Mapping[str, Flag]) -> tuple[FlagTable, dict[str, str]]:
@@ -217,8 +217,8 @@ def _number(
         )
     if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
         raise Refused(
-            f"{name} is {said(text)} in the environment; it must be a whole number from {least} to {most:,}. "
-            f"Otherwise, {UNSET}"
+            f"{name} is {brief(text)} in the environment; it must be a whole number from {least} to "
+            f"{most:,}. Otherwise, {UNSET}"
         )
     return int(text)
 

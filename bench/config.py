@@ -34,7 +34,7 @@ import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 
 from bench.files import from_home, read_toml
-from gnnmoe.config import LARGEST, GNNMoEConfig, Refused, listed, nearest_name, said, unknown_name
+from gnnmoe.config import LARGEST, GNNMoEConfig, Refused, brief, listed, nearest_name, unknown_name
 
 DEFAULT_MAX_STEPS = 120
 PRESETS = Path(__file__).parent / "presets"
@@ -112,13 +112,13 @@ def seconds_of(name: str, text: str | None) -> float | None:
     found = re.fullmatch(r"([0-9]{1,9}(?:[.][0-9]{1,9})?)([smh]?)", text.strip())
     seconds = float(found[1]) * {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}[found[2]] if found else 0.0
     if seconds <= 0:
-        raise Refused(f"{name} is {said(text)}; write a duration such as 90s, 9m or 1.5h.")
+        raise Refused(f"{name} is {brief(text)}; write a duration such as 90s, 9m or 1.5h.")
     return seconds
 
 
 def refused(name: str, value: Any, hint: Any) -> Refused:
     """Return the refusal of a flag's value: the value, what is allowed, and the nearest choice."""
-    shown = "a table" if isinstance(value, dict) else said(value)
+    shown = "a table" if isinstance(value, dict) else brief(value)
     choices = [choice for kind in _kinds(hint) if get_origin(kind) is Literal for choice in get_args(kind)]
     return Refused(f"{name} is {shown}; it must be {allowed(hint)}.{nearest_name(value, choices)}")
 
@@ -177,7 +177,7 @@ class ModelConfig(GNNMoEConfig):
     def __post_init__(self) -> None:
         for option in self.coupler_option:
             if "=" not in option:
-                raise Refused(f"coupler option {said(option)} has no value; write NAME=VALUE.")
+                raise Refused(f"coupler option {brief(option)} has no value; write NAME=VALUE.")
         self.resolved(1)  # to refuse wrong sizes
 
     def resolved(self, vocab_size: int) -> GNNMoEConfig:
@@ -227,10 +227,10 @@ class BatchSchedule:
     def __post_init__(self) -> None:
         epochs = [epoch for epoch, _ in self.sizes]
         if epochs[:1] != [0] or epochs != sorted(set(epochs)):
-            raise Refused(f"batch_schedule is {said(str(self))}; {SCHEDULE_FORM}.")
+            raise Refused(f"batch_schedule is {brief(str(self))}; {SCHEDULE_FORM}.")
         small = [size for _, size in self.sizes if size < 1]
         if small:
-            raise Refused(f"batch_schedule is {said(str(self))}; a size must be 1 or more.")
+            raise Refused(f"batch_schedule is {brief(str(self))}; a size must be 1 or more.")
 
     @classmethod
     def parse(cls, text: str) -> BatchSchedule:
@@ -238,7 +238,7 @@ class BatchSchedule:
         pairs = []
         for part in text.split(","):
             if not re.fullmatch(r"\s*[0-9]{1,9}\s*:\s*[0-9]{1,9}\s*", part):
-                raise Refused(f"batch_schedule has {said(part)}, which is no epoch:size; {SCHEDULE_FORM}.")
+                raise Refused(f"batch_schedule has {brief(part)}, which is no epoch:size; {SCHEDULE_FORM}.")
             epoch, size = part.split(":")
             pairs.append((int(epoch), int(size)))
         return cls(tuple(pairs))
@@ -436,7 +436,7 @@ class MemoryConfig:
 def _folder_name(study: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", study):
         raise Refused(
-            f"study is {said(study)}; it must be a plain folder name of at most 100 letters, digits, '_', "
+            f"study is {brief(study)}; it must be a plain folder name of at most 100 letters, digits, '_', "
             "'-' and '.', that begins with a letter or a digit."
         )
     return study

@@ -21,7 +21,8 @@ LARGEST = {
     "ffn_dim": 2**24,
 }
 """The largest value of each size of a model; a larger value is a slip."""
-MOST_SHOWN = 80  # characters of a list of names, and twice those of a value, in a message
+MOST_SHOWN = 72
+"""The most letters of a list of names in a message, and twice those of a value."""
 OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda"}
 """Names of other tools, and the name here."""
 
@@ -36,13 +37,20 @@ class Refused(ValueError):
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
     """Return the sentence that refuses ``name``, lists the allowed names and suggests the nearest."""
     names = sorted(allowed)
-    return f"unknown {kind} {said(name)}; allowed: {listed(names) or 'none'}.{nearest_name(name, names)}"
+    return f"unknown {kind} {brief(name)}; allowed: {listed(names) or 'none'}.{nearest_name(name, names)}"
 
 
-def said(value: object) -> str:
-    """Return the ``repr`` of a user's value for a message; of a long value the beginning."""
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN // 2 else f"{text[: MOST_SHOWN // 2]}…"
+def brief(value: object) -> str:
+    """Return a value as Python writes it, or its beginning."""
+    try:
+        return shortened(repr(value), MOST_SHOWN // 2)
+    except (ValueError, RecursionError):  # an integer of 5,000 digits; lists nested in lists
+        return f"a value of type {type(value).__name__} that is too long to show"
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """Return a text with at most ``most`` letters; "…" stands for the rest."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -60,23 +68,6 @@ def nearest_name(name: object, allowed: Iterable[str]) -> str:
     asked = str(name).lower()[:MOST_SHOWN]
     nearest = difflib.get_close_matches(OTHER_NAMES.get(asked, asked), by_lower, n=1, cutoff=0.5)
     return f" Did you mean {by_lower[nearest[0]]!r}?" if nearest else ""
-
-
-SHOWN = 60
-"""The most letters of a value in a message."""
-
-
-def brief(value: object) -> str:
-    """Return a value as Python writes it, at most ``SHOWN`` letters of it."""
-    try:
-        return shortened(repr(value))
-    except (ValueError, RecursionError):  # an integer of 5,000 digits; lists nested in lists
-        return f"a value of type {type(value).__name__} that is too long to show"
-
-
-def shortened(text: str, most: int = SHOWN) -> str:
-    """Return a text with at most ``most`` letters; "…" stands for the rest."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 @dataclass(kw_only=True)
@@ -129,7 +120,7 @@ class GNNMoEConfig:
             if name == "ffn_dim" and value is None:
                 continue
             if type(value) is not int or not 1 <= value <= most:
-                raise Refused(f"{name} is {said(value)}; it must be a whole number from 1 to {most:,}.")
+                raise Refused(f"{name} is {brief(value)}; it must be a whole number from 1 to {most:,}.")
         if self.initialization not in get_args(Initialization):
             raise Refused(unknown_name("initialization", self.initialization, get_args(Initialization)))
         if not 0.0 <= self.dropout_rate < 1.0:

@@ -157,7 +157,7 @@ class Registry(Mapping[str, Thing]):
             with self._all_or_nothing():
                 return self._from_outside(text)
         if text not in self:
-            own = "--list shows all; your own: package.module:Name or path/to/file.py:Name."
+            own = "--list shows all; your own: module:Name or file.py:Name."
             raise Refused(f"{unknown_name(self.kind, text, self)} {own}")
         return self[text]
 

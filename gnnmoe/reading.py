@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import BinaryIO
 
 MOST_BYTES = 2**26
 """The most bytes of a text that is read whole, 64 MiB; records and sweep files have less than 1 MiB."""
+
+PART_BYTES = 2**20
 
 
 def open_file(path: str | Path) -> BinaryIO:
@@ -38,7 +41,19 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
         OSError: as ``open_file``, or the file has more than ``most`` bytes.
     """
     with open_file(path) as file:
-        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
-    if data is None or len(data) > most:
+        data = read_at_most(file, most) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None:
         raise OSError(errno.EFBIG, f"it has more than {most >> 20:,} MiB", str(path))
     return data
+
+
+def read_at_most(file: BinaryIO | io.BufferedIOBase, most: int) -> bytes | None:
+    """Return the rest of a file; None if it has more than ``most`` bytes.
+
+    ``file.read(most)`` would ask for ``most`` bytes of memory, however short the file is.
+    """
+    parts, left = [], most + 1
+    while left and (part := file.read(min(left, PART_BYTES))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts) if left else None

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.data.tokenizer import SPLITS
 from bench.files import kind_of
-from gnnmoe.config import Refused, listed, said, unknown_name
+from gnnmoe.config import Refused, brief, listed, unknown_name
 from gnnmoe.reading import open_file
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
@@ -132,8 +132,8 @@ def _files_of(folder: Path) -> tuple[str, dict[str, list[Path]]]:
         form = max(found, key=lambda form: sum(map(bool, found[form].values())))
         missing = [" or ".join(_FORMS[form][split]) for split in SPLITS if not found[form][split]]
         raise Refused(
-            f"data folder {folder} lacks {', '.join(missing)}; it holds {listing}; "
-            "all three must be of one kind; name another --data-dir."
+            f"data folder {folder} lacks {', '.join(missing)} (all three of one kind); it holds {listing}; "
+            "name another --data-dir."
         )
     files = found[complete[0]]
     for split in SPLITS:
@@ -155,7 +155,7 @@ def _refuse_wrong_number(folder: Path, split: str, files: Sequence[Path]) -> Non
 
 
 def _shorten(names: Sequence[str]) -> str:
-    return listed([said(name)[1:-1] for name in names]) or "nothing"
+    return listed([brief(name)[1:-1] for name in names]) or "nothing"
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -20,7 +20,7 @@ from bench.speed.forms import Form, Timing, compiled_name, coupler_rows, forms_o
 from bench.speed.machine import Machine, failure_text
 from bench.speed.record import CURVE, PARITY, STEPS, SpeedRecord, SpeedRow
 from bench.speed.steps import Variant, executed, harness_rows, step_rows
-from gnnmoe.config import GNNMoEConfig, Refused, said, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, brief, unknown_name
 from gnnmoe.cost import least_coupler_parameters, least_training_bytes
 from gnnmoe.couplers.registry import coupler_names
 from gnnmoe.layers.base import LAYERS
@@ -131,13 +131,13 @@ def _size(part: str, config: GNNMoEConfig, batch: int) -> Size:
     for one in part.split(","):
         letter, equals, number = (piece.strip() for piece in one.partition("="))
         if not equals:
-            raise Refused(f"--sizes: {said(one.strip() or part)} is no size; {how}.")
+            raise Refused(f"--sizes: {brief(one.strip() or part)} is no size; {how}.")
         if letter not in LETTERS:
             raise Refused(f"--sizes: {unknown_name('size', letter, LETTERS)}")
         if letter in values:
             raise Refused(f"--sizes: {letter} stands twice in {part!r}.")
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) < 1:
-            raise Refused(f"--sizes: {letter} is {said(number)}; it must be a whole number of at least 1.")
+            raise Refused(f"--sizes: {letter} is {brief(number)}; it must be a whole number of at least 1.")
         values[letter] = int(number)
     named = {LETTERS[letter]: value for letter, value in values.items()}
     batch = named.pop("batch", batch)

@@ -23,7 +23,7 @@ import numpy as np
 from bench.files import inside, read_json, visible
 from bench.record import Part, Record, is_measured, part_of, read_record
 from gnnmoe.config import Refused, shortened
-from gnnmoe.reading import read_bytes
+from gnnmoe.reading import read_at_most, read_bytes
 
 Row = dict[str, Any]
 NLL, TRACE, EXPERTS, HISTORY = "nll.npz", "communication.npz", "experts.npz", "history.jsonl"
@@ -275,14 +275,14 @@ def history_text(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        data = read_bytes(path, MOST_UNPACKED)
+        data: bytes | None = read_bytes(path, MOST_UNPACKED)
         if path.name == PACKED_HISTORY:
             with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(MOST_UNPACKED + 1)
+                data = read_at_most(file, MOST_UNPACKED)
     except Exception as error:  # as of arrays
         why = getattr(error, "strerror", None) or shortened(str(error))
         raise Refused(f"{path} cannot be read: {why}") from error
-    if len(data) > MOST_UNPACKED:
+    if data is None:
         raise Refused(f"{path} has more than {MOST_UNPACKED >> 20:,} MiB")
     return data.decode(errors="replace")
 
@@ -315,14 +315,15 @@ def _row(line: str) -> Row | None:
     """Return a row of a history, or None where a line holds none."""
     try:
         row = json.loads(line)
-        found = {name: row[name] for name in ("kind", "step", *COLUMNS[row["kind"]])}
+        kind, columns = row["kind"], COLUMNS[row["kind"]]
+        found = {name: row[name] for name in ("step", *columns)}
     except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: also an integer of 5,000 digits
         return None
     found = {name: math.nan if value is None else value for name, value in found.items()}  # null: not finite
     counts = [found[name] for name in ("step", "epoch", "tokens")]
-    sums = [found[name] for name in COLUMNS[found["kind"]][2:]]
+    sums = [found[name] for name in columns[2:]]
     whole = all(type(count) is int and 0 <= count < 2**63 for count in counts) and found["tokens"]
-    return found if whole and all(type(value) is float for value in sums) else None
+    return {"kind": kind, **found} if whole and all(type(value) is float for value in sums) else None
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from bench.training.checkpoint import load_checkpoint
 from bench.training.environment import couplers_sha256, project_sha256
 from bench.training.ranks import ALONE, Ranks
 from bench.training.step import Execution
-from gnnmoe.config import GNNMoEConfig, Refused, said
+from gnnmoe.config import GNNMoEConfig, Refused, brief
 from gnnmoe.model import GNNMoEModel
 
 _REMEDY = "name the checkpoint.pt of a finished run"
@@ -57,8 +57,8 @@ def load_text(config: RunConfig) -> Corpus:
     column = config.data.text_column
     if column != DataConfig.text_column and not has_columns:
         raise Refused(
-            f"text_column is {said(column)}, but the {corpus.source} text has no columns; drop it, or name a "
-            "--dataset or a folder of parquet files."
+            f"text_column is {brief(column)}, but the {corpus.source} text has no columns; drop it, or name "
+            "a --dataset or a folder of parquet files."
         )
     return corpus
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gnnmoe.config import GNNMoEConfig, Refused, said, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, brief, unknown_name
 from gnnmoe.couplers.base import COUPLER_FIELDS, FIELDS_ARE, Coupler, are_fields, check_contract
 from gnnmoe.discovery import Loaded, Registry
 from gnnmoe.experts import init_weights
@@ -153,13 +153,13 @@ def _as_type_of(default: Any, value: Any, what: str) -> Any:
         except (KeyError, TypeError, ValueError):
             found = None
         if type(found) is int and abs(found) > MOST:
-            raise Refused(f"{what} is {said(found)}; it must be a whole number of at most {MOST:,}.")
+            raise Refused(f"{what} is {brief(found)}; it must be a whole number of at most {MOST:,}.")
         if found is not None:
             return found
     elif expected is float and type(value) is int:
         return float(value)
     kind = "true or false" if expected is bool else f"of type {expected.__name__}"
-    raise Refused(f"{what} is {said(value)}; it must be {kind}.")
+    raise Refused(f"{what} is {brief(value)}; it must be {kind}.")
 
 
 # --- identity ------------------------------------------------------------------------------------------

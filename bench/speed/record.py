@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from bench.files import cannot_write, kind_of, shown, utc_now, write_whole
+from bench.files import cannot_write, kind_of, read_json, shown, utc_now, write_whole
 from bench.measure.rates import paired_ratios, tokens_per_second, utilisation
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 FOLDER, FILE, TABLE = "speed", "speed.json", "rows.csv"
 VERSION = 1
@@ -236,6 +237,9 @@ def _cells(row: SpeedRow, rows: Rows) -> dict[str, Any]:
     return {**found, **derived(row, rows)}
 
 
+ROWS = TypeAdapter(list[SpeedRow])
+
+
 def read_speed_record(place: Path) -> tuple[dict[str, Any], list[SpeedRow]]:
     """Return a record and its rows by the path of its folder or file, with texts that are safe to show.
 
@@ -244,13 +248,15 @@ def read_speed_record(place: Path) -> tuple[dict[str, Any], list[SpeedRow]]:
     """
     path = place / FILE if kind_of(place) == "folder" else place
     try:
-        data = shown(json.loads(path.read_text()))
+        data = shown(read_json(path))
         if data["schema_version"] != VERSION:
-            raise Refused(f"it is of version {data['schema_version']}, this is {VERSION}")
-        return data, [SpeedRow(**found) for found in data["rows"]]
-    except OSError as error:
+            raise Refused(f"it is of version {brief(data['schema_version'])}, this is {VERSION}")
+        return data, ROWS.validate_json(json.dumps(data["rows"]), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, ("rows", *first["loc"])))
+        raise Refused(f"{path} is damaged: {where} is {brief(first['input'])}.") from error
+    except (KeyError, TypeError, Refused) as error:
         raise Refused(
-            f"{place} holds no record of bench.speed ({error.strerror}); name a folder with a {FILE}."
+            f"{place} holds no record of bench.speed ({error}); name a folder with a {FILE}."
         ) from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise Refused(f"{path} is no record of bench.speed that can be read ({error}).") from error

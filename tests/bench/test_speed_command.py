@@ -331,6 +331,15 @@ class TestCommand:
         assert message in refusal(capsys, arguments.split(), speed.main)
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize(("text", "message"), [
+        ("[" * 99_999, "it is nested too deeply"),
+        ('{"schema_version": 1, "rows": [{"case": 5}]}', "speed.json is damaged: rows.0.case is 5"),
+        ('{"schema_version": 9}', "it is of version 9"),
+    ])  # fmt: skip
+    def test_a_damaged_record_is_named(self, text, message, tmp_path, capsys):
+        (tmp_path / "speed.json").write_text(text)
+        assert message in refusal(capsys, ["--table", str(tmp_path)], speed.main)
+
     def test_without_flags_it_shows_its_help_and_measures_nothing(self, monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stopped:

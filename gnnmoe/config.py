@@ -21,8 +21,8 @@ LARGEST = {
     "ffn_dim": 2**24,
 }
 """The largest value of each size of a model; a larger value is a slip."""
-MOST_SHOWN = 72
-"""The most letters of a list of names in a message, and twice those of a value."""
+MOST_SHOWN = 80
+"""The most letters of a list of names in a message."""
 OTHER_NAMES = {"gpu": "cuda", "nvidia": "cuda"}
 """Names of other tools, and the name here."""
 
@@ -43,7 +43,7 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> str:
 def brief(value: object) -> str:
     """Return a value as Python writes it, or its beginning."""
     try:
-        return shortened(repr(value), MOST_SHOWN // 2)
+        return shortened(repr(value), 36)
     except (ValueError, RecursionError):  # an integer of 5,000 digits; lists nested in lists
         return f"a value of type {type(value).__name__} that is too long to show"
 

@@ -212,7 +212,7 @@ def test_an_edit_that_breaks_the_file_keeps_what_was_loaded_importable(mine):
 
 
 def test_a_file_without_a_class_is_told_how():
-    with pytest.raises(ValueError, match=r"unknown coupler 'mine\.py'; .* or path/to/file\.py:Name\."):
+    with pytest.raises(ValueError, match=r"unknown coupler 'mine\.py'; .* or file\.py:Name\."):
         coupler_class("mine.py")
 
 

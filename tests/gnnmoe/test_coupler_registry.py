@@ -132,7 +132,7 @@ def test_unknown_name_lists_all_and_the_nearest():
         build("hgn")
     message = str(caught.value)
     assert "Did you mean 'HGNN'?" in message
-    assert "package.module:Name" in message
+    assert "module:Name or file.py:Name" in message
     assert all(name in message for name in coupler_names())
 
 

@@ -606,8 +606,15 @@ def test_the_same_study_gives_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_the_committed_image_shows_the_committed_records():
-    (image,) = (REPOSITORY / "docs/images").glob("*.png")
+    image = REPOSITORY / "docs/images/reference-cpu.png"
     plot = main_plot(load_report(REPOSITORY / "results/reference" / image.stem))
     assert plot.mark().encode() in image.read_bytes(), (
         f"python -m bench.report {image.stem} --results-dir results/reference --image {image}"
     )
+
+
+def test_the_committed_picture_of_the_experts_is_that_of_its_report():
+    """It is report/plots/expert_similarity.png of the study."""
+    comparison = load_report(REPOSITORY / "results/reference/reference-experts").sections[0].comparison
+    (plot,) = [one for one in study_plots("reference-experts", comparison) if one.name == "expert_similarity"]
+    assert plot.mark().encode() in (REPOSITORY / "docs/images/reference-experts.png").read_bytes()

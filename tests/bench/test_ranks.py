@@ -37,7 +37,15 @@ from tests.bench._runs import only_folder, refusal
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node=2".split()]
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}  # float64
-FILES = {"record.json", "history.jsonl", "communication.npz", "nll.npz", "log.txt", "checkpoint.pt"}
+FILES = {
+    "record.json",
+    "history.jsonl",
+    "communication.npz",
+    "experts.npz",
+    "nll.npz",
+    "log.txt",
+    "checkpoint.pt",
+}
 
 
 def variables() -> dict[str, str]:

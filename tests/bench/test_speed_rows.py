@@ -143,7 +143,7 @@ def test_a_record_comes_back_as_it_was_and_its_csv_has_the_ratios(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "is no record"), ('{"rows": []}', "is no record"),
+    ("{", "holds no record"), ('{"rows": []}', "holds no record"),
     ('{"schema_version": 9, "rows": []}', "of version 9"),
 ])  # fmt: skip
 def test_a_damaged_record_is_refused(tmp_path, text, message):

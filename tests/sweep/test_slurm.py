@@ -226,7 +226,7 @@ def test_a_waiting_job_of_a_killed_sweep_is_taken_over(tmp_path, real):
 def test_what_sbatch_refuses_stops_the_sweep_with_its_words(cluster, tmp_path, small_data_dir, capsys):
     places = ["--results-dir", str(tmp_path / "results"), "--data-dir", str(small_data_dir)]
     flags = ["--executor", "slurm", "--slurm-partition", "nowhere"]
-    assert main(["--sweep", "coupler=mean,GNN", *places, *flags]) == 2
+    assert main(["--sweep", "coupler=mean,GNN", "min_steps_per_epoch=1", *places, *flags]) == 2
     shown = capsys.readouterr().out
     assert "invalid partition specified: nowhere" in shown
     assert "1 runs in" not in shown

@@ -143,7 +143,7 @@ class Experts:
             seen.layer.coupler.token_weights(out, x) for x, out in zip(seen.inputs, seen.outputs, strict=True)
         ]
         parts = [weights.flatten(0, 1) for weights in found if weights is not None]
-        return torch.cat(parts)[self._chosen_N].double() if len(parts) == len(found) else None
+        return torch.cat(parts)[self._chosen_N].cpu().double() if len(parts) == len(found) else None
 
     def _nll(self, model: GNNMoEModel, hidden: list[Tensor], first_layer: int) -> Tensor:
         """Return the nll (N,) in nats when ``hidden`` enters the layer ``first_layer``."""
@@ -201,7 +201,8 @@ def effective_rank(updates_NED: Tensor) -> float:
 
     Source: Roy and Vetterli, "The effective rank", 2007.
     """
-    x_NED = updates_NED.double() if updates_NED.device.type != "mps" else updates_NED
+    on_mps = updates_NED.device.type == "mps"  # which has neither float64 nor eigenvalues
+    x_NED = (updates_NED.cpu() if on_mps else updates_NED).double()
     squares_NE = torch.linalg.eigvalsh(x_NED @ x_NED.mT).clamp_min(0)
     rounding = squares_NE.amax(-1, keepdim=True) * 1e-12  # a root would make much of the rounding
     values_NE = torch.where(squares_NE > rounding, squares_NE, 0).sqrt()

@@ -129,6 +129,9 @@ def test_orthogonal_updates_have_cosine_zero_and_full_rank():
     assert torch.allclose(cosines(basis), torch.eye(E), atol=1e-5)
     assert effective_rank(basis) == pytest.approx(E, rel=1e-5)
     assert effective_rank(torch.zeros(5, E, D)) == pytest.approx(1)
+    unequal = torch.diag(torch.tensor([3.0, 1.0])).expand(5, 2, 2)  # shares 3/4 and 1/4
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert effective_rank(unequal) == pytest.approx(math.exp(entropy), rel=1e-6)
 
 
 def test_ablation_is_the_rise_of_the_loss_of_a_model_whose_expert_is_replaced(monkeypatch):

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,32 @@ COLUMNS = {"train": ("epoch", "tokens", "loss", "learning_rate", "gradient_norm"
 
 @dataclass(frozen=True)
 class RunData:
-    """The record of one run, its history by kind of row, and the weights of its couplers over time."""
+    """The record of one run, and its other files, each read when it is first asked for.
 
+    A file that is missing gives an empty history or trace.
+    """
+
+    folder: Path
     record: Record
-    train: list[Row]
-    validation: list[Row]
-    trace: dict[str, np.ndarray]
-    """``step`` (T,) and, by ``layer_0.name``, values with time as first axis; empty if damaged."""
+
+    @cached_property
+    def train(self) -> list[Row]:
+        """The rows of the training steps in order; none if the run has no history."""
+        return self._history["train"]
+
+    @cached_property
+    def validation(self) -> list[Row]:
+        """The rows of the evaluations in order."""
+        return self._history["validation"]
+
+    @cached_property
+    def trace(self) -> dict[str, np.ndarray]:
+        """``step`` (T,) and, by ``layer_0.name``, values with time as first axis; empty if damaged."""
+        return _trace(self.folder / TRACE)
+
+    @cached_property
+    def _history(self) -> dict[str, list[Row]]:
+        return _history(self.folder)
 
     def parts(self, prefix: str) -> dict[int, dict[str, Any]]:
         """Return layer → name → value of the record's communication, for names with this prefix."""
@@ -70,13 +90,12 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read a run folder; a file that is missing gives an empty history or trace.
+    """Read the record of a run folder, and offer its other files.
 
     Raises:
         Refused: as ``read_record``.
     """
-    record, history = read_record(folder), _history(folder)
-    return RunData(record, history["train"], history["validation"], _trace(folder / TRACE))
+    return RunData(folder, read_record(folder))
 
 
 def train_rows(folder: Path) -> list[Row]:
@@ -307,7 +326,8 @@ def _history(folder: Path) -> dict[str, list[Row]]:
         wrong = [number for number, row in enumerate(read[:-1], 1) if row is None]
         if wrong:
             many = f"{len(wrong):,} of {len(read):,} lines are no rows of a history"
-            raise Refused(f"{_history_path(folder)} is damaged: {many}; the first is line {wrong[0]:,}")
+            where = f"{_history_path(folder)} is damaged"
+            warnings.warn(f"{where}: {many} and are left out; the first is line {wrong[0]:,}.", stacklevel=4)
     return {kind: [found[step] for step in sorted(found)] for kind, found in rows.items()}
 
 

@@ -27,7 +27,6 @@ from bench.study.run_files import (
     damaged_arrays,
     expert_features,
     left_out,
-    read_run,
 )
 from gnnmoe.config import Refused, unknown_name
 
@@ -170,7 +169,7 @@ class Run:
     @cached_property
     def data(self) -> RunData:
         """The history, and the weights over time."""
-        return read_run(self.folder)
+        return RunData(self.folder, self.record)
 
     @cached_property
     def articles(self) -> tuple[np.ndarray, np.ndarray] | None:

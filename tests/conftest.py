@@ -6,6 +6,7 @@ skipped fails the suite, so that a missing part cannot look like a passing one.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import defaultdict
@@ -59,6 +60,11 @@ def small_data_dir(tmp_path_factory) -> Path:
             lines += [" \n", f" = Title w{article % 40} = \n", " \n", " " + " ".join(words) + " <unk> \n"]
         (folder / f"wiki.{name}.tokens").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays, and need not be looked through again in each test
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -38,7 +38,7 @@ from gnnmoe.config import Refused
 from tests.bench._runs import act_at_step, interrupt
 from tests.bench.conftest import TINY
 
-FEW, MANY = 6, 30
+FEW, MANY = 3, 30
 MOST_SECONDS, MOST_LINES, WIDTH = 10.0, 3, 80
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 Command = Callable[[list[str]], int]

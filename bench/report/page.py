@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +123,7 @@ def study_arguments(path: Path) -> str:
     return f"{shlex.quote(place.name)} --results-dir {shlex.quote(str(place.parent))}"
 
 
+@cache
 def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("bench.report"),

@@ -15,6 +15,8 @@ from bench.help import WIDTH, entries
 from bench.run.__main__ import ABOUT
 from gnnmoe.config import Refused
 
+FLAGS = {flag.field: flag for flag in flags_of(RunConfig).values()}
+DEFAULTS = {entry.flag.field: entry.default for entry in entries(RunConfig)}
 COMMANDS = ("run", "tune", "sweep", "speed", "check", "report")
 
 
@@ -61,10 +63,9 @@ def other_value(flag: Flag, default: Any) -> str:
     return words.get(flag.field, number if {int, float} & set(flag.kinds) else "other")
 
 
-@pytest.mark.parametrize("name", sorted({flag.field for flag in flags_of(RunConfig).values()}))
+@pytest.mark.parametrize("name", sorted(FLAGS))
 def test_every_flag_is_accepted_whether_help_shows_it_or_not(name, capsys):
-    flag = {flag.field: flag for flag in flags_of(RunConfig).values()}[name]
-    default = {entry.flag.field: entry.default for entry in entries(RunConfig)}[name]
+    flag, default = FLAGS[name], DEFAULTS[name]
     words = [f"--no-{flag.names[0]}" if default else flag.option()]
     if flag.kinds != (bool,):
         words = [flag.option(), *[other_value(flag, default)] * (2 if name == "adam_betas" else 1)]

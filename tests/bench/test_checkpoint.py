@@ -29,7 +29,18 @@ from bench.tune.search import Shape, ladder
 from tests.bench._runs import act_at_step, interrupt, only_folder, refusal
 from tests.bench.conftest import TINY
 
-FLAGS = [*TINY, "--max-steps", "9", "--eval-every", "3", "--epochs", "3", "--max-batches-per-epoch", "4"]
+FLAGS = [
+    *TINY,
+    "--no-speed",
+    "--max-steps",
+    "9",
+    "--eval-every",
+    "3",
+    "--epochs",
+    "3",
+    "--max-batches-per-epoch",
+    "4",
+]
 FLAGS += ["--min-steps-per-epoch", "1", "--dropout-rate", "0.1", "--num-experts", "2"]
 Change = Callable[[dict[str, Any]], object]
 

@@ -30,7 +30,16 @@ REUSE = "--reuse-check"
 @pytest.fixture(scope="module")
 def _run_of_seed_0(small_data_dir, tmp_path_factory) -> list[str]:
     results = tmp_path_factory.mktemp("checked") / "results"
-    flags = [*TINY, "--device", "cpu", "--data-dir", str(small_data_dir), "--results-dir", str(results)]
+    flags = [
+        *TINY,
+        "--no-speed",
+        "--device",
+        "cpu",
+        "--data-dir",
+        str(small_data_dir),
+        "--results-dir",
+        str(results),
+    ]
     assert main([*flags, "--seed", "0", REUSE]) == 0
     return flags
 

@@ -136,7 +136,7 @@ def small_card(monkeypatch) -> None:
 
 def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, capsys):
     """E3: asked and used stand side by side, in the record and in the final table."""
-    assert main([*tiny, "--batch-size", "8"]) == 0
+    assert main([*tiny, "--no-speed", "--batch-size", "8"]) == 0
     _, record = only_run(results_of(tiny))
     used = record["used"]
     assert record["status"] == "ok"
@@ -157,7 +157,7 @@ def test_d7_everything_is_in_the_record_and_it_is_said_once(tiny, small_card, ca
 def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card):
     """Three steps, of the first size: what a recovery may run is what a controller may."""
     schedule = "--coupler mean --batch-size 4 --batch-schedule 0:4,3:6 --epochs 2 --max-steps 3"
-    assert main([*tiny, "--control-memory", *schedule.split()]) == 0
+    assert main([*tiny, "--no-speed", "--control-memory", *schedule.split()]) == 0
     _, record = only_run(results_of(tiny))
     (size,) = record["used"]["batch_sizes"]
     assert record["used"]["micro_batch_shapes"] == {"2x16": 3 * size // 2}
@@ -166,7 +166,7 @@ def test_d7_a_schedule_that_is_cut_off_early_has_one_unit(tiny, small_card):
 
 
 def test_d7_a_resumed_run_goes_on_with_its_smaller_pieces(tiny, small_card, monkeypatch):
-    flags = [*tiny, "--batch-size", "8"]
+    flags = [*tiny, "--no-speed", "--batch-size", "8"]
     steps = act_at_step(monkeypatch, 6, interrupt)  # two attempts that failed, then the fourth step
     assert main(flags) == 130
     assert main([*flags, "--resume"]) == 0

@@ -34,7 +34,7 @@ def run(data: Path, results: Path, *flags: str) -> int:
 
 
 def given(data: Path, results: Path) -> list[str]:
-    return [*TINY, *SHAPE, "--data-dir", str(data), "--results-dir", str(results)]
+    return [*TINY, "--no-speed", *SHAPE, "--data-dir", str(data), "--results-dir", str(results)]
 
 
 def read(folder: Path) -> tuple[Scalars, dict[str, list[tuple[int, str]]]]:

@@ -98,7 +98,17 @@ def cache_dir(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def tuned(tiny, words) -> list[str]:
     """A run with a batch of 16 of which 8 rows at once fit: the trial of 16 fails, that of 8 runs."""
-    flags = [*tiny, *MEAN, "--batch-size", "16", "--min-steps-per-epoch", "2", "--dropout-rate", "0.1"]
+    flags = [
+        *tiny,
+        "--no-speed",
+        *MEAN,
+        "--batch-size",
+        "16",
+        "--min-steps-per-epoch",
+        "2",
+        "--dropout-rate",
+        "0.1",
+    ]
     limit = (peak_of(8, 16, words, 0.1) + peak_of(16, 16, words, 0.1)) // 2
     return [*flags, "--tune-batch-size", "--memory-target", "1.0", "--memory-budget", f"{limit}B"]
 

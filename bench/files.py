@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 CANNOT_WRITE = "cannot be written"
 """In every message about a file or folder that cannot be written; a sweep stops where a run says so."""
+TEMPORARY = re.compile(r"\.[0-9a-f]{1,8}")
+"""The end of the name of a temporary file."""
 NOT_WRITTEN = 74  # EX_IOERR of sysexits.h
 """The exit status of a run whose results cannot be written; ``--resume`` continues the run."""
 
@@ -109,11 +111,12 @@ def _sync(file: IO[bytes]) -> None:
 def remove_left_over(path: Path, seconds: float = 0.0) -> None:
     """Remove temporary files that killed writers of ``path`` left behind at least ``seconds`` ago.
 
-    The name of ``path`` may be a pattern such as ``*.npz``.
+    The name of ``path`` may be a pattern such as ``*.npz``. Other hidden files stay.
     """
     for part in path.parent.glob(f".{path.name}.*"):
         with suppress(OSError):  # another process was quicker
-            if not seconds or time.time() - part.stat().st_mtime >= seconds:
+            old = not seconds or time.time() - part.stat().st_mtime >= seconds
+            if old and TEMPORARY.fullmatch(part.suffix):
                 part.unlink()
 
 

@@ -621,25 +621,31 @@ class LeakCheck(Part):
     audit: AuditCounts | None = None
 
 
+ROUNDING = 1e-3
+Correlation = Annotated[float, Field(ge=-1 - ROUNDING, le=1 + ROUNDING)]
+AtLeastOne = Annotated[float, Field(ge=1 - ROUNDING, le=1e9)]
+Nats = Annotated[float, Field(ge=-1e39, le=1e39)]  # losses are float32
+
+
 class ExpertsOfLayer(Part):
     """What the experts of one layer learned; an update is an expert's output minus the layer's input."""
 
-    cosine: list[list[float]]
+    cosine: list[list[Correlation]]
     """The cosine of each two experts' updates of a token, centred over the tokens; the mean over tokens."""
-    cka: list[list[float]]
+    cka: list[list[Correlation]]
     """The debiased linear CKA of each two experts' updates."""
-    effective_rank: float
+    effective_rank: AtLeastOne
     """The effective rank of the experts' updates of a token, from 1 to E; the mean over tokens."""
-    ablation_nats: list[float]
+    ablation_nats: list[Nats]
     """By how much the validation loss rises when an expert's output is the mean of the other experts."""
-    ablation_standard_error: list[float]
+    ablation_standard_error: list[Annotated[Nats, Field(ge=0)]]
     """Of the mean over the tokens, paired."""
-    load: Measured[list[float]]
+    load: Measured[list[Annotated[float, Field(ge=0, le=1 + ROUNDING)]]]
     """The mean weight of each expert; they add up to 1."""
-    mutual_information: Measured[float]
+    mutual_information: Measured[Annotated[Nats, Field(ge=0)]]
     """Of token and expert, in nats: entropy of the mean weights minus mean entropy."""
-    effective_experts: Measured[float]
-    """exp of the entropy of the mixing, from 1 to E."""
+    effective_experts: Measured[AtLeastOne]
+    """exp of the entropy of the mixing, from 1 to E; the mixing is measured on about 128 tokens."""
 
     @model_validator(mode="after")
     def _shapes(self) -> Self:
@@ -708,7 +714,7 @@ def _mean_measured(values: Sequence[float | NotMeasured]) -> float | NotMeasured
     return missing[0] if missing else statistics.fmean(value for value in values if is_measured(value))
 
 
-LayerName = Annotated[str, Field(pattern=r"^layer_\d+$")]
+LayerName = Annotated[str, Field(pattern=r"^layer_\d{1,6}$")]
 Communication = dict[LayerName, dict[str, dict[str, float] | list[Any]]]
 """By layer_0 and name: values by member, or a matrix."""
 
@@ -771,7 +777,8 @@ class Damaged:
     status: Literal["damaged"] = "damaged"
 
 
-WRITTEN_WHOLE = ("record.json", "history.jsonl", "*.npz", "checkpoint.pt", "plots/*")
+WRITTEN_WHOLE = ("record.json", "history.jsonl", "*.npz", "checkpoint.pt",
+                 *(f"plots/*.{kind}" for kind in ("svg", "png", "csv")))  # fmt: skip
 """The files of a run that ``replacing`` writes."""
 
 

@@ -12,10 +12,12 @@ from functools import cache
 import torch
 
 from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers.registry import build_coupler
+from gnnmoe.couplers.registry import build_coupler, without_memory
 from gnnmoe.experts import ExpertBlock
 
 QUANTITIES = ("params", "flops")
+BLOCK_BYTES = 24 * 1024
+"""What the Python objects of one expert's block take beside its parameters, measured with torch 2.13."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def least_training_bytes(config: GNNMoEConfig, *, rows: int = 1, number_bytes: i
     """Return bytes that a training step on ``rows`` sequences of full length takes at least, under AdamW.
 
     Parameters are float32 and have a gradient and two moments. Each expert keeps its normalised inputs and
-    its hidden layer for the backward pass, in numbers of ``number_bytes``. A coupler that cannot be built
-    without numbers counts nothing.
+    its hidden layer for the backward pass, in numbers of ``number_bytes``, and takes ``BLOCK_BYTES`` as an
+    object. A coupler that cannot be built without numbers counts nothing.
 
     Raises:
         Refused: as ``model_cost``.
@@ -62,7 +64,8 @@ def least_training_bytes(config: GNNMoEConfig, *, rows: int = 1, number_bytes: i
     except Exception:  # the coupler may be anybody's
         return 16 * config.padded_vocab_size * config.embed_dim
     kept = coupler.count * (2 * config.embed_dim + coupler.ffn_dim)
-    return 16 * params + number_bytes * config.num_layers * rows * config.max_seq_length * kept
+    objects = BLOCK_BYTES * config.num_layers * coupler.count
+    return 16 * params + objects + number_bytes * config.num_layers * rows * config.max_seq_length * kept
 
 
 def least_coupler_parameters(config: GNNMoEConfig) -> int:
@@ -122,7 +125,7 @@ def cost_of_coupler(config: GNNMoEConfig) -> CouplerCost:
 def _coupler_cost(config_json: str) -> CouplerCost:
     """Return the cost of the coupler of a config, given as JSON, so that each coupler is built once."""
     config = GNNMoEConfig(**json.loads(config_json))
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with without_memory(config):
         coupler = build_coupler(config)
     count, ffn_dim = coupler.expert_shape()
     params = sum(p.numel() for p in coupler.parameters())

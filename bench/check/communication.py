@@ -1,4 +1,4 @@
-"""What a coupler tells the harness: communication, names, inert parameters, auxiliary losses and FLOPs.
+"""What a coupler tells the harness: communication, names, weights of tokens, inert parameters, losses, FLOPs.
 
 Without this check a wrong value would show only in the middle of a run, or in its record.
 Shapes: B batch, L length, E experts, D width.
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.check.subject import CheckFailed, Inputs, Subject, seed_global_generator
 from bench.device import is_out_of_memory
+from gnnmoe.config import brief
 from gnnmoe.couplers.base import Coupler
 
 BATCH, LENGTH = 2, 2
@@ -37,6 +38,7 @@ def communication(subject: Subject) -> str:
                 f"communication: the shape of {name} changes with the tokens; give a mean over them"
             )
     _mixing(full, experts)
+    _token_weights(coupler, inputs, experts)
     _member_names(coupler, full, experts)
     _inert_parameters(coupler)
     _auxiliary_losses(coupler, inputs)
@@ -115,6 +117,20 @@ def _mixing(full: dict[str, Tensor], experts: int) -> None:
             f"communication(x, u): mixing has shape {tuple(full['mixing'].shape)}; it must be one share an "
             f"expert, ({experts},)"
         )
+
+
+def _token_weights(coupler: Coupler, inputs: Inputs, experts: int) -> None:
+    what = "token_weights(x, u)"
+    with torch.no_grad():
+        found = _asked(what, coupler.token_weights, *inputs)
+    if found is None:
+        return
+    shape = (*inputs[0].shape[:2], experts)
+    if not isinstance(found, Tensor) or found.shape != shape:
+        given = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise CheckFailed(f"{what} gives {brief(given)}; it must be None or a tensor (B, L, E), here {shape}")
+    if not torch.isfinite(found).all() or (found < 0).any():
+        raise CheckFailed(f"{what} has weights that are below 0 or not finite; each must be 0 or more")
 
 
 def _member_names(coupler: Coupler, full: dict[str, Tensor], experts: int) -> None:

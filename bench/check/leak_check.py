@@ -19,7 +19,7 @@ from bench.check.communication import communication
 from bench.check.isolation import token_isolation
 from bench.check.subject import CheckReport, Subject, global_random_state_kept, run_check
 from gnnmoe.config import GNNMoEConfig, Refused
-from gnnmoe.couplers.registry import build_coupler, coupler_class, coupler_names
+from gnnmoe.couplers.registry import build_coupler, coupler_class, coupler_names, without_memory
 from gnnmoe.hypergraph.strategies import STRATEGIES, strategy_identity
 from gnnmoe.layers.base import LAYERS
 
@@ -63,7 +63,7 @@ def refuse_wrong_names(config: GNNMoEConfig) -> None:
     """
     refuse_wrong_hypergraph(config)
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with without_memory(config):
             build_coupler(config)
     except ValueError as error:  # also of a coupler from elsewhere that refuses an option
         raise Refused(str(error)) from error

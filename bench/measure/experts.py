@@ -1,7 +1,7 @@
 """What the experts of a model learned: how alike they are, whether one matters, and which tokens they serve.
 
-All of it is measured on the same fixed validation tokens, in eval mode. Letters: B batch, L length, N tokens,
-E experts, D width.
+All of it is measured on the same fixed validation tokens, in eval mode. Only the effective number of experts
+follows from the mixing of the record. Letters: B batch, L length, N tokens, E experts, D width.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.measure.similarity import LEAST_TOKENS, debiased_cka, feature_shape, projection
+from bench.measure.similarity import debiased_cka, feature_shape, projection
 from bench.record import Communication, Diagnostics, ExpertsOfLayer, NotMeasured, not_measured
+from bench.study.run_files import LEAST_TOKENS
 from bench.training.step import Batch, split
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoELayer, GNNMoEModel
@@ -130,11 +131,16 @@ class Experts:
         return model.autocast(self._chosen_N.device)
 
     def _updates(self, seen: Seen) -> Tensor:
-        """Return each expert's output minus the layer's input, centred over tokens: (N, E, D), float32."""
+        """Return each expert's output minus the layer's input, centred over tokens: (N, E, D), float64.
+
+        In float64 nothing that follows is rounded by the model's precision. MPS has no float64, so there the
+        updates move to the CPU.
+        """
         parts = [
             (out - x[:, :, None]).flatten(0, 1) for x, out in zip(seen.inputs, seen.outputs, strict=True)
         ]
-        updates_NED = torch.cat(parts)[self._chosen_N].float()
+        updates_NED = torch.cat(parts)[self._chosen_N]
+        updates_NED = (updates_NED.cpu() if updates_NED.device.type == "mps" else updates_NED).double()
         return updates_NED - updates_NED.mean(0)
 
     def _weights(self, seen: Seen) -> Tensor | None:
@@ -201,12 +207,10 @@ def effective_rank(updates_NED: Tensor) -> float:
 
     Source: Roy and Vetterli, "The effective rank", 2007.
     """
-    on_mps = updates_NED.device.type == "mps"  # which has neither float64 nor eigenvalues
-    x_NED = (updates_NED.cpu() if on_mps else updates_NED).double()
-    squares_NE = torch.linalg.eigvalsh(x_NED @ x_NED.mT).clamp_min(0)
+    squares_NE = torch.linalg.eigvalsh(updates_NED @ updates_NED.mT).clamp_min(0)
     rounding = squares_NE.amax(-1, keepdim=True) * 1e-12  # a root would make much of the rounding
     values_NE = torch.where(squares_NE > rounding, squares_NE, 0).sqrt()
-    shares_NE = values_NE / values_NE.sum(-1, keepdim=True).clamp_min(torch.finfo(x_NED.dtype).tiny)
+    shares_NE = values_NE / values_NE.sum(-1, keepdim=True).clamp_min(torch.finfo(values_NE.dtype).tiny)
     return float(entropy(shares_NE).exp().mean())
 
 
@@ -225,7 +229,7 @@ def _routing(weights_NE: Tensor | None) -> dict[str, Any]:
     shares_NE = weights_NE / weights_NE.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_NE.dtype).tiny)
     load_E = shares_NE.mean(0)
     information = entropy(load_E) - entropy(shares_NE).mean()
-    return {"load": load_E, "mutual_information": max(0.0, float(information))}
+    return {"load": load_E, "mutual_information": float(information.clamp_min(0))}
 
 
 def _of_layer(
@@ -256,7 +260,8 @@ def _features(updates_NED: Tensor, experts: int) -> np.ndarray:
     N, _, D = updates_NED.shape
     tokens, kept = feature_shape(experts, N, D)
     chosen = np.linspace(0, N - 1, tokens).astype(int)
-    features_END = updates_NED[torch.from_numpy(chosen).to(updates_NED.device)].transpose(0, 1).cpu().numpy()
+    features_NED = updates_NED[torch.from_numpy(chosen).to(updates_NED.device)]
+    features_END = features_NED.transpose(0, 1).float().cpu().numpy()
     onto = projection(D, kept)
     if onto is not None:
         features_END = features_END @ onto

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from bench.study.run_files import FEATURE_BYTES
+
 Array = Any
 """A tensor of torch or an array of numpy; a function returns the kind that it was given."""
-LEAST_TOKENS = 4
-"""The unbiased estimate of HSIC divides by N − 3."""
-FEATURE_BYTES = 280_000
-"""Bytes of all features that a run keeps for the matching."""
 TOKENS_PER_DIMENSION = 4
 PROJECTION_SEED = 20_260_407
 
@@ -63,36 +61,6 @@ def debiased_cka(x: list[Array], y: list[Array]) -> list[list[float]]:
                 both = own_x[i] if same and i == j else float(hsic(one, other))
                 found[i][j] = both / math.sqrt(own_x[i] * own_y[j])
     return found
-
-
-def cka_between(features_END: np.ndarray, others_END: np.ndarray) -> np.ndarray:
-    """Return the debiased CKA (E, E) of the kept features of two runs on the same tokens."""
-    return cka_directions(features_END) @ cka_directions(others_END).T
-
-
-def cka_directions(features_END: np.ndarray) -> np.ndarray:
-    """Return a unit vector (E, N²) for each expert; the debiased CKA of two experts is their inner product.
-
-    The vector is the U-centred matrix of the inner products of the tokens: the inner product of two such
-    matrices is the unbiased estimate of HSIC, times N (N − 3). It is 0 where an expert shows no structure.
-
-    Source: Székely and Rizzo, "Partial distance correlation", 2014, section 2.
-    """
-    features_END = features_END.astype(np.float64)
-    features_END -= features_END.mean(1, keepdims=True)
-    E, N, _ = features_END.shape
-    if N < LEAST_TOKENS:
-        return np.zeros((E, N * N))
-    inner_ENN = features_END @ features_END.transpose(0, 2, 1)
-    of_itself = np.eye(N, dtype=bool)
-    inner_ENN[:, of_itself] = 0
-    rows_EN = inner_ENN.sum(2)
-    inner_ENN -= (rows_EN[:, :, None] + rows_EN[:, None]) / (N - 2)
-    inner_ENN += rows_EN.sum(1)[:, None, None] / ((N - 1) * (N - 2))
-    inner_ENN[:, of_itself] = 0
-    directions = inner_ENN.reshape(E, N * N)
-    norms_E1 = np.linalg.norm(directions, axis=1, keepdims=True)
-    return np.divide(directions, norms_E1, out=np.zeros_like(directions), where=norms_E1 > 0)
 
 
 def matched(similarity_EE: np.ndarray) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.similarity import cka_directions, matched
+from bench.measure.similarity import debiased_cka, matched
 from bench.record import is_measured, number
 from bench.report.comparison import Comparison
 from bench.study.run_files import EXPERTS
@@ -94,14 +94,20 @@ def _tokens(run: Run, features: dict[int, np.ndarray]) -> Any:
 
 def _match(features: dict[int, np.ndarray]) -> LayerMatch:
     """Match the experts of each two seeds, from the features (E, n, D) by seed."""
-    directions = {seed: cka_directions(found) for seed, found in features.items()}
+    centred = {seed: _centred(found) for seed, found in features.items()}
     partners, chosen, every = {}, [], []
-    for one, other in combinations(directions, 2):
-        cka_EE = directions[one] @ directions[other].T
+    for one, other in combinations(centred, 2):
+        cka_EE = np.array(debiased_cka(centred[one], centred[other]))
         partners[one, other] = matched(cka_EE)
         chosen.append(cka_EE[range(len(cka_EE)), partners[one, other]].mean())
         every.append(cka_EE.mean())
     return LayerMatch(partners, float(np.mean(chosen)), float(np.mean(every)))
+
+
+def _centred(features_END: np.ndarray) -> list[np.ndarray]:
+    """Return the features (n, D) of each expert, centred over the tokens, float64."""
+    features_END = features_END.astype(np.float64)
+    return list(features_END - features_END.mean(1, keepdims=True))
 
 
 def partner_hyperedges(members: Sequence[str], experts: Sequence[int]) -> list[int] | None:

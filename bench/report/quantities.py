@@ -39,7 +39,7 @@ def signed(value: float | None, digits: int = 4) -> str:
 
 def digits_for(width: float) -> int:
     """Return the digits after the point that show two digits of a difference this large, from 2 to 6."""
-    return 2 if width <= 0 else min(6, max(2, 1 - math.floor(math.log10(width))))
+    return 2 if width <= 0 or not math.isfinite(width) else min(6, max(2, 1 - math.floor(math.log10(width))))
 
 
 def percent(ratio: float | None, digits: int = 1) -> str:

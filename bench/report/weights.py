@@ -6,7 +6,6 @@ the run was scored. Letters: S seeds, M members (hyperedges), T steps, L layers,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ import numpy as np
 from bench.record import MINUS
 from bench.report.comparison import Comparison
 from bench.report.matching import Matching, match_experts, partner_hyperedges, read_matching
-from bench.report.quantities import number, p_value
+from bench.report.quantities import digits_for, number, p_value
 from bench.report.statistics import Agreement, agreement
 from bench.report.tables import Cells, Table, make_table
 from bench.study.runs import Configuration, Run
@@ -103,7 +102,7 @@ class WeightsReading:
     def sentence(self) -> str:
         """Return the range of the weights and whether the seeds agree on them, in a sentence."""
         low, high = self.range
-        digits = 2 if high - low < MOVED else min(6, max(2, 1 - math.floor(math.log10(high - low))))
+        digits = digits_for(high - low) if high - low >= MOVED else 2
         low, high = number(low, digits), number(high, digits)
         where = (
             f"weights between {low} and {high}" if len(self.members) > 1 or low != high else f"weight {low}"

@@ -35,6 +35,10 @@ MOST_ARTICLES = 2**20
 """The largest number of articles in a file of losses; a file with more tokens may have one per token."""
 MOST_UNPACKED = 2**30
 """The most bytes of a compressed file, packed or unpacked; a larger file is damaged, or a trap."""
+FEATURE_BYTES = 280_000
+"""The most bytes of all features of experts that a run keeps."""
+LEAST_TOKENS = 4
+"""The fewest tokens of which experts can be compared: the unbiased estimate of HSIC divides by N − 3."""
 COLUMNS = {"train": ("epoch", "tokens", "loss", "learning_rate", "gradient_norm"),
            "validation": ("epoch", "tokens", "nll_sum")}  # fmt: skip
 """The numbers in a row of a history, beside its step, by the kind of row."""
@@ -205,12 +209,15 @@ def expert_features(folder: Path) -> dict[int, np.ndarray]:
     found = {}
     for name, features in read_arrays(folder / EXPERTS).items():
         layer = re.fullmatch(r"layer_(\d{1,6})\.features", name)
-        if layer is None or features.ndim != 3 or 0 in features.shape or features.dtype != np.float16:
+        fits = features.ndim == 3 and 0 not in features.shape and features.shape[1] >= LEAST_TOKENS
+        if layer is None or not fits or features.dtype != np.float16:
             what = f"{visible(name)}, {features.dtype} of shape {features.shape}"
             raise Refused(f"{folder / EXPERTS} holds no usable features of experts: {what}")
         if not np.isfinite(features).all():
             raise Refused(f"{folder / EXPERTS} holds features of experts that are not all finite")
         found[int(layer[1])] = features
+    if sum(features.nbytes for features in found.values()) > FEATURE_BYTES:
+        raise Refused(f"{folder / EXPERTS} holds more than {FEATURE_BYTES:,} bytes of features of experts")
     return found
 
 

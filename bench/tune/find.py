@@ -41,6 +41,7 @@ from bench.tune.trials import (
 )
 from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
 from gnnmoe.cost import least_training_bytes
+from gnnmoe.couplers.registry import without_memory
 from gnnmoe.model import GNNMoEModel
 
 Say = Callable[[str], object]
@@ -389,7 +390,7 @@ def largest_allowed(maximum: int | None, epoch_samples: int, min_steps: int, wor
 
 def exchange_bytes(model: GNNMoEConfig) -> int:
     """Return the bytes in which a rank sums its gradients with other ranks: the size of all parameters."""
-    with torch.device("meta"):
+    with without_memory(model):
         return sum(p.numel() * p.element_size() for p in GNNMoEModel(model, seed=0).parameters())
 
 

@@ -7,7 +7,8 @@ or ``path/to/file.py:Class``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from gnnmoe.config import GNNMoEConfig, Refused, brief, unknown_name
 from gnnmoe.couplers.base import COUPLER_FIELDS, FIELDS_ARE, Coupler, are_fields, check_contract
-from gnnmoe.discovery import Loaded, Registry
+from gnnmoe.discovery import Loaded, Registry, executed_again
 from gnnmoe.experts import init_weights
 from gnnmoe.hypergraph.strategies import strategy_function, strategy_identity
 from gnnmoe.layers.base import LAYERS
@@ -79,6 +80,22 @@ def build_coupler(config: GNNMoEConfig) -> Coupler:
         )
     refuse_other_types(coupler, torch.get_default_dtype(), f"coupler {name!r}")
     return coupler.apply(init_weights) if config.initialization == "original" else coupler
+
+
+@contextmanager
+def without_memory(config: GNNMoEConfig) -> Iterator[None]:
+    """Build modules of ``config`` without numbers inside the block: on torch's device ``meta``.
+
+    Files of the user are executed again for the block, so that a tensor without numbers which they keep, as
+    in a cache, is not met outside it. torch's random state stays.
+
+    Raises:
+        Refused: there is no such coupler.
+    """
+    coupler_class(config.coupler_type)  # a module that is not imported yet makes its tensors with numbers
+    outside = config.coupler_type, config.hgnn_conv_type, config.static_hyperedge_strategy
+    with executed_again(*outside), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        yield
 
 
 def refuse_other_types(module: nn.Module, wanted: torch.dtype, whose: str) -> None:

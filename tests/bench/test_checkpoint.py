@@ -324,13 +324,17 @@ def test_a_refusal_leaves_the_run_as_it_was_and_a_sound_checkpoint_goes_on(run, 
 def test_what_a_killed_save_left_is_removed(run, tmp_path):
     """Temporary files of the run go when it goes on, and at each save; those of others stay."""
     path = tmp_path / "checkpoint.pt"
-    left, others = tmp_path / ".checkpoint.pt.123", tmp_path / ".other.pt.123"
-    for name in (left, others):
+    names = ("checkpoint.pt.123", "other.pt.123", "checkpoint.pt.x.conf")
+    left, *others = (tmp_path / f".{name}" for name in names)
+    for name in (left, *others):
         name.write_bytes(b"half")
     save_checkpoint(path, {"value": 1})
-    assert {found.name for found in tmp_path.iterdir() if found.is_file()} == {path.name, others.name}
+    assert {found.name for found in tmp_path.iterdir() if found.is_file()} == {
+        path.name,
+        *(other.name for other in others),
+    }
     folder, flags = run
-    for name in (".checkpoint.pt.9", ".record.json.x1", ".history.jsonl.x2", ".nll.npz.x3"):
+    for name in (".checkpoint.pt.9", ".record.json.a1", ".history.jsonl.a2", ".nll.npz.a3"):
         (folder / name).write_bytes(b"half")
     assert main([*flags, "--resume", "--quiet"]) == 0
     assert not [found for found in folder.iterdir() if found.name.startswith(".")]

@@ -12,8 +12,6 @@ from scipy.stats import special_ortho_group
 
 from bench.measure.experts import Experts, cosines, effective_rank, without
 from bench.measure.similarity import (
-    FEATURE_BYTES,
-    cka_between,
     debiased_cka,
     feature_shape,
     hsic,
@@ -22,6 +20,7 @@ from bench.measure.similarity import (
 )
 from bench.record import Communication, Diagnostics, NotMeasured, is_measured
 from bench.run.__main__ import main
+from bench.study.run_files import FEATURE_BYTES
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.experts import ExpertLoop
 from tests.bench._runs import only_folder
@@ -124,12 +123,12 @@ def test_copies_are_alike_and_none_matters():
 
 
 def test_orthogonal_updates_have_cosine_zero_and_full_rank():
-    updates_NED = torch.randn(50, E, D, generator=torch.Generator().manual_seed(0))
+    updates_NED = torch.randn(50, E, D, generator=torch.Generator().manual_seed(0)).double()
     basis = torch.linalg.qr(updates_NED.mT).Q.mT * 3.0  # (N, E, D): equal lengths, orthogonal
-    assert torch.allclose(cosines(basis), torch.eye(E), atol=1e-5)
+    assert torch.allclose(cosines(basis), torch.eye(E).double(), atol=1e-12)
     assert effective_rank(basis) == pytest.approx(E, rel=1e-5)
-    assert effective_rank(torch.zeros(5, E, D)) == pytest.approx(1)
-    unequal = torch.diag(torch.tensor([3.0, 1.0])).expand(5, 2, 2)  # shares 3/4 and 1/4
+    assert effective_rank(torch.zeros(5, E, D).double()) == pytest.approx(1)
+    unequal = torch.diag(torch.tensor([3.0, 1.0])).double().expand(5, 2, 2)  # shares 3/4 and 1/4
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert effective_rank(unequal) == pytest.approx(math.exp(entropy), rel=1e-6)
 
@@ -185,7 +184,31 @@ def test_pieces_change_nothing_and_the_mode_and_the_random_state_stay():
     assert parts.layers[1].ablation_nats == pytest.approx(whole.layers[1].ablation_nats, abs=1e-6)
     sampled = Experts(batch_of(), None).sample(model)
     assert np.allclose(sampled["layer_1.cka"], whole.layers[1].cka, atol=1e-6)
-    assert features["layer_0.features"].shape == (E, ROWS * L, D)
+    for number, layer in enumerate(whole.layers):
+        kept = features[f"layer_{number}.features"].astype(float)
+        assert kept.shape == (E, ROWS * L, D)
+        assert (kept**2).mean((1, 2)) == pytest.approx(1, abs=1e-3)
+        of_kept = debiased_cka(list(kept - kept.mean(1, keepdims=True)), list(kept))
+        assert np.allclose(of_kept, layer.cka, atol=1e-3)  # the features are those of the experts, in order
+
+
+def test_similarity_is_not_rounded_to_the_precision_of_the_model():
+    """In bf16 the cosines of near copies would be multiples of 1/256, and their CKA could exceed 1."""
+    model = model_of("gate")
+    rough = GNNMoEModel(model.config, seed=3, precision="bf16")
+    rough.load_state_dict(model.state_dict())
+    for layer in rough.layers:
+        assert isinstance(layer.experts, ExpertLoop)
+        for number, expert in enumerate(layer.experts):
+            expert.load_state_dict(layer.experts[0].state_dict())
+            with torch.no_grad():
+                noise = torch.Generator().manual_seed(number)
+                for parameter in expert.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.02)
+    found, _ = concluded(rough)
+    between = [layer.cosine[i][j] for layer in found.layers for i in range(E) for j in range(i)]
+    assert all(256 * value % 1 for value in between)
+    assert max(value for layer in found.layers for row in layer.cka for value in row) <= 1 + 1e-9
 
 
 def test_without_weights_by_token_and_with_one_expert_the_reason_is_stated():
@@ -213,8 +236,9 @@ def test_the_features_of_a_run_take_at_most_300_kilobytes_and_show_the_permutati
     onto = projection(width, d)
     onto = np.eye(width) if onto is None else onto
     order = random.permutation(8)
-    similarity = cka_between((updates @ onto).astype(np.float16), (noisy[order] @ onto).astype(np.float16))
-    assert matched(similarity) == tuple(np.argsort(order))
+    kept = [(found @ onto).astype(np.float16).astype(float) for found in (updates, noisy[order])]
+    ours, theirs = (list(found - found.mean(1, keepdims=True)) for found in kept)
+    assert matched(np.array(debiased_cka(ours, theirs))) == tuple(np.argsort(order))
 
 
 def test_a_run_without_diagnostics_has_the_same_losses_and_run_id(tmp_path, small_data_dir):

@@ -46,6 +46,38 @@ def test_a_module_of_the_current_folder_is_found(copied):
     assert "passed: NormCoupler at 4 experts" in done.stdout
 
 
+CACHING = """
+from functools import cache
+
+import torch
+
+from gnnmoe import Coupler
+
+ONES = torch.ones(1)
+
+
+@cache
+def mean_matrix(n):
+    return torch.full((n, n), 1.0 / n)
+
+
+class Averaging(Coupler):
+    def __init__(self, config):
+        super().__init__(config)
+        self.matrix = mean_matrix(config.num_experts) * ONES
+
+    def forward(self, expert_outputs, layer_input=None):
+        return self.combiner(torch.einsum("fe,bled->bld", self.matrix.to(expert_outputs), expert_outputs))
+"""
+
+
+def test_a_file_that_keeps_a_tensor_of_its_constructor_passes(tmp_path, capsys):
+    """Its cost is found by building it without numbers, and no such tensor may come back from its cache."""
+    (tmp_path / "mine.py").write_text(CACHING)
+    assert check.main([*SMALL, "--coupler", f"{tmp_path / 'mine.py'}:Averaging"]) == 0
+    assert "passed: Averaging" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("honest", "broken", "clause"), [("def forward(", "def mix(", "it does not implement forward;")]
 )

@@ -37,7 +37,7 @@ from bench.report.plots.style import (
     warnings_of,
     write_plots,
 )
-from bench.report.quantities import exp_or_infinity, number
+from bench.report.quantities import digits_for, exp_or_infinity, number
 from bench.study.labels import name_parts
 from bench.study.run_files import Row, RunData, read_run
 
@@ -410,7 +410,7 @@ def _draw_bars(axes: Axes, names: Sequence[str], values_M: np.ndarray, base: flo
 
 def _write_values(axes: Axes, values_M: np.ndarray, base: float) -> None:
     smallest = max(float(np.ptp(np.append(values_M, base))), 1e-6)
-    digits = min(6, max(3, 1 - math.floor(math.log10(smallest))))
+    digits = max(3, digits_for(smallest))
     for x, value in enumerate(values_M):
         down = value < base
         place = {"xytext": (0, -2 if down else 2), "va": "top" if down else "bottom"}

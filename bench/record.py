@@ -621,9 +621,10 @@ class LeakCheck(Part):
     audit: AuditCounts | None = None
 
 
-ROUNDING = 1e-3
-Correlation = Annotated[float, Field(ge=-1 - ROUNDING, le=1 + ROUNDING)]
-AtLeastOne = Annotated[float, Field(ge=1 - ROUNDING, le=1e9)]
+SLACK = 1e-3
+"""A figure that is computed may lie so far beyond the range of its definition."""
+Correlation = Annotated[float, Field(ge=-1 - SLACK, le=1 + SLACK)]
+AtLeastOne = Annotated[float, Field(ge=1 - SLACK, le=1e9)]
 Nats = Annotated[float, Field(ge=-1e39, le=1e39)]  # losses are float32
 
 
@@ -640,7 +641,7 @@ class ExpertsOfLayer(Part):
     """By how much the validation loss rises when an expert's output is the mean of the other experts."""
     ablation_standard_error: list[Annotated[Nats, Field(ge=0)]]
     """Of the mean over the tokens, paired."""
-    load: Measured[list[Annotated[float, Field(ge=0, le=1 + ROUNDING)]]]
+    load: Measured[list[Annotated[float, Field(ge=0, le=1 + SLACK)]]]
     """The mean weight of each expert; they add up to 1."""
     mutual_information: Measured[Annotated[Nats, Field(ge=0)]]
     """Of token and expert, in nats: entropy of the mean weights minus mean entropy."""

@@ -127,8 +127,8 @@ def _token_weights(coupler: Coupler, inputs: Inputs, experts: int) -> None:
         return
     shape = (*inputs[0].shape[:2], experts)
     if not isinstance(found, Tensor) or found.shape != shape:
-        given = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
-        raise CheckFailed(f"{what} gives {brief(given)}; it must be None or a tensor (B, L, E), here {shape}")
+        given = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else brief(found)
+        raise CheckFailed(f"{what} gives {given}; it must be None or a tensor (B, L, E), here {shape}")
     if not torch.isfinite(found).all() or (found < 0).any():
         raise CheckFailed(f"{what} has weights that are below 0 or not finite; each must be 0 or more")
 

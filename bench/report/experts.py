@@ -16,6 +16,7 @@ from scipy import special
 
 from bench.record import Diagnostics, is_measured, number
 from bench.report.comparison import Comparison, ComparisonRow
+from bench.report.matching import read_matching
 from bench.report.quantities import EXPERTS, Rise, counted, digits_for, largest_rise, p_value, rises
 from bench.report.statistics import Paired, holm, paired_family, significant_side
 from bench.report.tables import Cells, Table, make_table
@@ -110,6 +111,8 @@ class ExpertsReading:
     comparison: Comparison
     rows: list[ExpertsRow]
     """The configurations with diagnostics, in the order of the comparison."""
+    uses_all: bool
+    """Whether the baseline gives all experts equal shares in every seed, as a mean does."""
 
     @property
     def baseline(self) -> str:
@@ -118,7 +121,14 @@ class ExpertsReading:
 
     def sentences(self) -> list[str]:
         """Return what the experts learned, in sentences."""
-        parts = self._changed(), self._matter(), self._specialised(), self._used(), self._missing()
+        parts = (
+            self._changed(),
+            self._matter(),
+            self._specialised(),
+            self._used(),
+            self._missing(),
+            self._unmatched(),
+        )
         return [_alike(self.rows[0]), *(text for part in parts for text in part)]
 
     def line(self) -> str:
@@ -136,15 +146,23 @@ class ExpertsReading:
 
     def table(self, suffix: str = "") -> Table:
         """Return a row for each configuration with the six quantities and the experts that matter."""
-        family = sum(bool(row.changes) for row in self.rows)
+        changes = [[row.changes.get(name) for row in self.rows] for name in EXPERTS]
+        family = max(sum(one is not None and one.paired.n > 1 for one in some) for some in changes)
         notes = [
             f"p is of the difference from {self.baseline}: a sign-flip test over paired seeds, with Holm's "
-            f"correction over {counted(family, 'comparison')} for each quantity.",
+            f"correction over all comparisons of a quantity (at most {family}).",
             "An expert matters if the validation loss rises significantly when the mean of the other experts "
             "replaces its output. Holm's correction is over all experts of a run.",
         ]
         rows = [(_figures(row), _texts(row)) for row in self.rows]
-        caption = f"Experts: means over layers and seeds, with p of the difference from {self.baseline}"
+        caption = "Experts: means over layers and seeds"
+        if family:
+            caption += f", with p of the difference from {self.baseline}"
+        if self.uses_all:
+            notes.append(
+                f"With {self.baseline} all {self.rows[0].experts} experts have equal shares by definition. "
+                "So a difference of the effective number is certain and not tested."
+            )
         return make_table(f"experts{suffix}", caption, rows, notes=notes if family else notes[1:])
 
     def _largest(self) -> ExpertsRow:
@@ -160,6 +178,12 @@ class ExpertsReading:
             if change := row.changes.get(COSINE.name):
                 verdict = f"the experts are {verdicts[change.side]} with {self.baseline}"
                 yield f"With {row.label} {verdict}: cosine {change.words()}."
+        judged = [(row.label, row.changes[CKA.name]) for row in self.rows if CKA.name in row.changes]
+        differ = [(label, change) for label, change in judged if change.side]
+        for label, change in differ:
+            yield f"With {label} the experts have another CKA than with {self.baseline}: {change.words()}."
+        if judged and not differ:
+            yield f"No configuration has a significantly different CKA of its experts than {self.baseline}."
 
     def _matter(self) -> Iterator[str]:
         row = self._largest()
@@ -172,8 +196,9 @@ class ExpertsReading:
         every = [row.label for row in self.rows if row.seeds_that_matter == len(row.learned)]
         none = [row.label for row in self.rows if not row.seeds_that_matter]
         parts = [f"{row.label} ({row.seeds_that_matter} of {len(row.learned)})" for row in some]
+        partly = any(len(row.learned) < len(row.row.configuration.counted) for row in self.rows)
         for head, labels in (
-            ("In every seed at least one expert matters with", every),
+            (f"In every {'measured ' * partly}seed at least one expert matters with", every),
             ("In some seeds at least one expert matters with", parts),
             ("No expert matters with", none),
         ):
@@ -203,18 +228,27 @@ class ExpertsReading:
             yield f"The effective number of experts is between {' and '.join(ends)}."
 
     def _missing(self) -> Iterator[str]:
-        known = {id(row.row) for row in self.rows}
         for row in self.comparison.rows:
-            records = [run.record for run in row.configuration.counted.values()]
-            why = dict.fromkeys(found.reason for one in records if not is_measured(found := one.diagnostics))
-            if why and id(row) not in known:
-                yield f"The experts of {row.configuration.label} were not measured: {'; '.join(why)}."
+            found = [run.record.diagnostics for run in row.configuration.counted.values()]
+            missing = [one.reason for one in found if not is_measured(one)]
+            seeds = counted(len(found), "seed")
+            many = f" in {len(missing)} of {seeds}" if len(missing) < len(found) else ""
+            if missing:
+                why = "; ".join(dict.fromkeys(missing))
+                yield f"The experts of {row.configuration.label} were not measured{many}: {why}."
+
+    def _unmatched(self) -> Iterator[str]:
+        for matching in read_matching(self.comparison):
+            if matching.notes:
+                yield f"Experts of {matching.configuration.label} over seeds: {' '.join(matching.notes)}"
 
 
 def read_experts(comparison: Comparison) -> ExpertsReading | None:
     """Return what the experts of a comparison learned; None where no run has diagnostics."""
     learned = [(row, _learned(row.configuration)) for row in comparison.rows]
-    changes = {name: _changes(comparison, name) for name in EXPERTS}
+    uses_all = _uses_all(learned[0][1])
+    tested = [name for name in EXPERTS if name != EFFECTIVE.name or not uses_all]
+    changes = {name: _changes(comparison, name) for name in tested}
     rows = [
         ExpertsRow(
             row,
@@ -224,7 +258,7 @@ def read_experts(comparison: Comparison) -> ExpertsReading | None:
         for row, found in learned
         if found
     ]
-    return ExpertsReading(comparison, rows) if rows else None
+    return ExpertsReading(comparison, rows, uses_all) if rows else None
 
 
 def ablation(seed: int, found: Diagnostics) -> Ablation:
@@ -240,6 +274,12 @@ def ablation(seed: int, found: Diagnostics) -> Ablation:
 def _learned(configuration: Configuration) -> dict[int, Diagnostics]:
     found = {seed: run.record.diagnostics for seed, run in configuration.counted.items()}
     return {seed: one for seed, one in found.items() if is_measured(one)}
+
+
+def _uses_all(learned: dict[int, Diagnostics]) -> bool:
+    layers = [layer for found in learned.values() for layer in found.layers]
+    used = [layer.effective_experts for layer in layers]
+    return bool(used) and all(is_measured(one) and one > len(layers[0].cosine) - 1e-6 for one in used)
 
 
 def _changes(comparison: Comparison, name: str) -> dict[int, Change]:

@@ -124,7 +124,9 @@ def _weights(sections: Sequence[Section]) -> Text | None:
 
 
 def _experts(sections: Sequence[Section]) -> Text | None:
-    return next((Text(section.experts.line()) for section in sections if section.experts), None)
+    found = [section.experts.line() for section in sections if section.experts]
+    others = f"; {counted(len(found) - 1, 'other table')} on the page" if len(found) > 1 else ""
+    return Text(found[0] + others) if found else None
 
 
 def _answers(report: Report) -> Text | None:

@@ -116,13 +116,13 @@ class WeightsReading:
         """Return sentences on the agreement on matched experts; empty where no run measured its experts."""
         if self.matching is None:
             return ""
-        match, notes = self.matching.layers.get(self.layer), "".join(f" {one}" for one in self.matching.notes)
+        match = self.matching.layers.get(self.layer)
         if match is None:
-            return notes
+            return ""
         if self.matched_agreement is None:
             why = "no order to compare" if self._partners is not None else NOT_CLOSED
-            return f" On matched experts nothing is compared: {why}.{notes}"
-        return f" On matched experts {self.matched_agreement.words()}. {match.sentence()}{notes}"
+            return f" On matched experts nothing is compared: {why}."
+        return f" On matched experts {self.matched_agreement.words()}. {match.sentence()}"
 
 
 @dataclass(frozen=True)

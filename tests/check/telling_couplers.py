@@ -58,6 +58,10 @@ def losses(make):
     return lambda self, expert_outputs, layer_input=None: {"size": make(expert_outputs)}
 
 
+def weighs(make):
+    return lambda self, expert_outputs, layer_input=None: make(expert_outputs)
+
+
 PAIRS = {"pairs": torch.ones(2)}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {  # class → its attributes, and what is said of it
     "ListOfParts": ({"communication": says([torch.ones(4)])},
@@ -89,6 +93,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {  # class → its attributes, an
                    "member_names() gives a list; it must be a dict of lists of names"),
     "RaisingNames": ({"member_names": lambda self: {}["no names"]},
                      "member_names() raised KeyError: 'no names'"),
+    "WideWeights": ({"token_weights": weighs(lambda x: torch.ones(*x.shape[:2], 5))},
+                    "token_weights(x, u) gives a tensor of shape (2, 2, 5); it must be None or a tensor"),
+    "NoWeights": ({"token_weights": weighs(lambda x: 3)}, "token_weights(x, u) gives 3; it must be None"),
+    "Logits": ({"token_weights": weighs(lambda x: x.mean(3) - 9)},
+               "token_weights(x, u) has weights that are below 0 or not finite; each must be 0 or more"),
     "InertNobody": ({"inert_parameters": lambda self: {"combiner.9.bias": "it was there once"}},
                     "inert_parameters() names 'combiner.9.bias', which is no parameter; known: combiner.0."),
     "InertForNoReason": ({"inert_parameters": lambda self: {"combiner.0.bias": None}},

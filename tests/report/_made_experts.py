@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.measure.similarity import cka_directions
+from bench.measure.similarity import debiased_cka
 from tests.report._made_traces import LAYERS, random_of
 
 TOKENS, WIDTH, RANK = 40, 8, 2
@@ -77,7 +77,7 @@ def _features(coupler: str, experts: int, layer: int, seed: int, same: float) ->
 def _layer(coupler: str, features_END: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
     experts = len(features_END)
     unit_END = features_END / np.linalg.norm(features_END, axis=2, keepdims=True)
-    directions = cka_directions(features_END)
+    centred = list(features_END - features_END.mean(1, keepdims=True))
     rises = MATTER.get(coupler, 0.005) * np.linspace(0, 1, experts) ** 2 + random.normal(0, 2e-4, experts)
     values_NE = np.linalg.svd(features_END.transpose(1, 0, 2), compute_uv=False)
     shares_NE = values_NE / values_NE.sum(1, keepdims=True)
@@ -85,7 +85,7 @@ def _layer(coupler: str, features_END: np.ndarray, random: np.random.Generator) 
     nothing = {"value": None, "reason": "the coupler has no weights that depend on the token"}
     return {
         "cosine": (np.einsum("ind,jnd->ij", unit_END, unit_END) / TOKENS).tolist(),
-        "cka": (directions @ directions.T).tolist(),
+        "cka": debiased_cka(centred, centred),
         "effective_rank": float(np.exp(entropy_N).mean()),
         "ablation_nats": rises.tolist(),
         "ablation_standard_error": [4e-4] * experts,

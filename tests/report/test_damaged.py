@@ -17,6 +17,7 @@ from bench.report.contents import make_plots, make_report
 from bench.report.page import render_page
 from bench.study.run_files import history_text, read_arrays, read_run
 from bench.study.runs import load_study
+from tests._records import made_diagnostics
 from tests.report._made_studies import made_study
 from tests.study.test_study import change, runs_of
 
@@ -58,6 +59,10 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("check__checks", [], r"check.checks is \[\]"),
     ("communication", {"first": {}}, "communication.first is .* the name of a layer"),
     ("communication__layer_0", [], r"communication.layer_0 is \[\]"),
+    ("communication", {"layer_" + "9" * 5000: {}}, r"communication.layer_9+"),
+    ("diagnostics", made_diagnostics(1e308), r"diagnostics.layers.0.cosine.0.1 is 1e\+308"),
+    ("diagnostics", made_diagnostics(0.5, (1e308, 1e308)), "diagnostics.layers.0.ablation_nats.0 is"),
+    ("diagnostics", made_diagnostics(0.5, error=-1.0), "diagnostics.layers.0.ablation_standard_error.0 is"),
 ]
 
 
@@ -76,6 +81,13 @@ def test_a_damaged_record_is_unreadable_and_says_where(study):
             read_record(run)
         assert [folder for folder, _ in load_study(study).unreadable] == [run], key
     assert len(make_report(load_study(study)).study.runs) == 3
+
+
+def test_huge_weights_are_shown(study):
+    for run in runs_of(study, "HGNN"):
+        change(run, communication__layer_0__hyperedge_weights={"{0,1}": -1e308, "{0,2}": 1e308})
+    report = make_report(load_study(study))
+    assert "HGNN, layer 0: weights between −1.0e+308 and 1.0e+308" in report.sections[0].weights[0].sentence()
 
 
 def test_what_is_no_record_is_unreadable(study):

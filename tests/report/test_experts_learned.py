@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_the_sentences_compare_each_coupler_with_the_mean(report):
     expected = [
         "With HGNN the experts are more alike than with mean: cosine 0.86 against 0.44, 8 seeds, p 0.023.",
         "With GNN the experts are less alike than with mean: cosine 0.24 against 0.44, 8 seeds, p 0.023.",
+        "With GNN the experts have another CKA than with mean: 0.24 against 0.44, 8 seeds, p 0.023.",
         "The loss rises most without expert 0 of layer 0 (gate, seed 3): by 0.0500 nats, "
         "standard error 0.0020.",
         "In some seeds at least one expert matters with: gate (1 of 8).",
@@ -79,6 +81,18 @@ def test_the_sentences_compare_each_coupler_with_the_mean(report):
     for head in heads:
         assert sum(sentence.startswith(head) for sentence in text) == 1, head
     assert max(len(one.split()) for sentence in text for one in sentence.split(". ")) <= 25
+
+
+def test_a_run_without_diagnostics_is_named_beside_those_that_have_them(study, tmp_path):
+    copy = Path(shutil.copytree(study, tmp_path / "learned"))
+    for run in runs_of(copy, "GNN")[1:3]:
+        change(run, diagnostics={"value": None, "reason": "left out by --no-diagnostics"})
+    reading = read_experts(compare(load_study(copy).groups[0]))
+    assert reading is not None
+    text = reading.sentences()
+    assert "The experts of GNN were not measured in 2 of 8 seeds: left out by --no-diagnostics." in text
+    assert any(one.startswith("With GNN the experts") and ", 6 seeds, p " in one for one in text)
+    assert any(one.startswith("No expert matters with: ") for one in text)
 
 
 def test_an_expert_matters_where_its_rise_is_significant_among_all_experts():
@@ -97,7 +111,8 @@ def test_the_table_has_the_means_and_the_paired_p(report):
     assert figures.expert_cosine["HGNN"] == pytest.approx(0.865)
     assert figures.expert_cosine_difference["HGNN"] == pytest.approx(0.42)
     assert figures.expert_cosine_p_holm["HGNN"] == pytest.approx(3 * 2 / 2**SEEDS)
-    assert figures.effective_experts_p_holm["HGNN"] == 1
+    assert figures.effective_experts_p_holm.isna().all()  # with the mean it is E by definition
+    assert "all 3 experts have equal shares by definition" in table.notes[-1]
     assert figures.mutual_information["gate"] == pytest.approx(0.12)
     assert figures[["expert_cosine_p_holm", "mutual_information"]].loc["mean"].isna().all()
     assert (figures.experts_that_matter["gate"], figures.experts_tested["gate"]) == (2, 6 * SEEDS)

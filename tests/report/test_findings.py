@@ -81,6 +81,31 @@ def test_every_figure_of_an_answer_is_in_a_committed_study():
     assert not missing
 
 
+def test_the_figures_of_experts_are_those_of_the_coupler_that_is_named():
+    table = load_report(REFERENCE / "reference-experts").sections[0].experts_table
+    assert table is not None
+    of = table.figures.set_index("configuration")
+    mean, gate, gnn = (of.loc[name] for name in ("mean", "gate", "GNN"))
+    hgnn, hnhn = of.loc["HGNN · HypergraphConv"], of.loc["HGNN · HNHN"]
+    page = " ".join(PAGE.split())
+    for text in (
+        f"of the mean have cosine {mean.expert_cosine:.2f} and CKA {mean.expert_cka:.2f}. "
+        f"Their effective rank is {mean.effective_rank:.2f} of 4",
+        f"With the gate the cosine is {gate.expert_cosine:.2f} (p {gate.expert_cosine_p_holm:.3f})",
+        f"With GNN the cosine is {gnn.expert_cosine:.3f} and with HNHN {hnhn.expert_cosine:.3f}, against "
+        f"{mean.expert_cosine:.3f} (p {gnn.expert_cosine_p_holm:.3f} for both)",
+        f"With HGNN it is {hgnn.expert_cosine:.3f}",
+        f"With the gate, too, it is {gate.expert_cka:.2f} (p {gate.expert_cka_p_holm:.3f})",
+        f"rises by {mean.ablation_nats:.4f} nats on average with the mean, and by "
+        f"{mean.largest_rise_nats:.4f} nats at most. "
+        f"The largest rise is {of.largest_rise_nats.max():.4f} nats, with the gate",
+        f"With HGNN and GNN it matters less: {hgnn.ablation_nats:.4f} and {gnn.ablation_nats:.4f} nats",
+    ):
+        assert text in page
+    assert of.largest_rise_nats.idxmax() == "gate"
+    assert of.expert_cka_p_holm.min() > 0.05
+
+
 def test_the_table_of_learning_rates_is_that_of_the_records():
     found: dict[str, dict[float, str]] = {}
     for path in (REFERENCE / "reference-learning-rate").glob("*/record.json"):

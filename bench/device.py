@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if "cuda" in available else "cpu")
     if name not in available:
-        raise Refused(f"device {name!r} is not available on this machine; available: {', '.join(available)}.")
+        raise Refused(
+            f"device {brief(name)} is not available on this machine; available: {', '.join(available)}."
+        )
     return torch.device(name)
 
 

@@ -49,7 +49,7 @@ from bench.files import (
     writing,
 )
 from gnnmoe.config import Refused, brief, shortened
-from gnnmoe.discovery import is_file
+from gnnmoe.discovery import is_file, path_in
 
 SCHEMA_VERSION = "2.0"
 """The only version that is read; committed records are migrated when it changes."""
@@ -1103,10 +1103,17 @@ def refuse_another_file(
     known = [(other, its_hash) for theirs, its_hash in others for other in theirs if its_hash != sha256]
     for ours, (theirs, _) in itertools.product(classes, known):
         (path, _, name), (there, _, its_name) = ours.rpartition(":"), theirs.rpartition(":")
-        here, other = Path(path).expanduser(), Path(there).expanduser()
-        elsewhere = other.parent != Path() and kind_of(other) == "file" and not here.samefile(other)
-        if name == its_name and (here.name != other.name or elsewhere):
+        if name == its_name and (Path(path).name != Path(there).name or _is_elsewhere(path_in(ours), theirs)):
             raise Refused(
                 f"the study has runs of a class {name} from {there} already, and {path} is another file; "
                 "give the class another name, or choose another --study."
             )
+
+
+def _is_elsewhere(here: Path, theirs: str) -> bool:
+    """Return whether the file of another run lies in another place; a file that is not there does not."""
+    try:
+        other = path_in(theirs)
+    except Refused:  # of a home folder that is not known, in the record of another machine
+        return False
+    return other.parent != Path() and kind_of(other) == "file" and not here.samefile(other)

@@ -220,7 +220,7 @@ def _decode_parquet(path: Path, raw: bytes, text_column: str) -> str:
         raise Refused(_no_text_column(str(path), text_column, columns))
     if sum(field.name == text_column for field in fields) > 1:
         raise Refused(
-            f"{path} has several columns {text_column!r}; rename them, or name another by --text-column"
+            f"{path} has several columns {brief(text_column)}; rename them, or name another by --text-column"
         )
     try:
         return join_rows(file.read(columns=[text_column])[text_column].to_pylist())
@@ -251,7 +251,7 @@ def refuse_path(dataset_name: str) -> None:
     if not _NAME.fullmatch(name) or ".." in name:
         raise Refused(
             f"--dataset takes the name of a data set, such as wikitext or owner/name, and never a path; got "
-            f"{dataset_name!r}. To read files, pass --data-dir DIR."
+            f"{brief(dataset_name)}. To read files, pass --data-dir DIR."
         )
     if name in formats:
         raise Refused(
@@ -386,7 +386,7 @@ def _text_of(rows: Any, name: str, split: str, text_column: str) -> str:
         raise UnfitDataset(_no_text_column(f"{name}, split {split},", text_column, columns))
     text = join_rows(rows.select_columns([text_column])[:][text_column])
     if not text.strip():
-        raise UnfitDataset(f"{name} has no text in column {text_column!r} of split {split}")
+        raise UnfitDataset(f"{name} has no text in column {brief(text_column)} of split {split}")
     _refuse_zero_bytes(f"{name}, split {split},", text)
     return text
 

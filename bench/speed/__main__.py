@@ -18,7 +18,7 @@ from bench.files import utc_now
 from bench.help import Help
 from bench.interruption import interruptible
 from bench.screen import guard_screen
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ class SpeedConfig:
         if self.page is not None and not self.table:
             raise Refused("--page writes the tables of --table RECORD; name a record.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise Refused(f"name is {self.name!r}; it must be a plain folder name.")
+            raise Refused(f"name is {brief(self.name)}; it must be a plain folder name.")
         self.execution()
 
     def _refuse_what_a_suite_decides(self) -> None:

@@ -135,7 +135,7 @@ def _size(part: str, config: GNNMoEConfig, batch: int) -> Size:
         if letter not in LETTERS:
             raise Refused(f"--sizes: {unknown_name('size', letter, LETTERS)}")
         if letter in values:
-            raise Refused(f"--sizes: {letter} stands twice in {part!r}.")
+            raise Refused(f"--sizes: {letter} stands twice in {brief(part)}.")
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) < 1:
             raise Refused(f"--sizes: {letter} is {brief(number)}; it must be a whole number of at least 1.")
         values[letter] = int(number)

@@ -971,10 +971,10 @@ MUST = {
     "finite_number": "a finite number",
     "greater_than": "a number above 0",
     "greater_than_equal": "a whole number, 0 or more",
+    "less_than": "a smaller number",
     "bool_type": "true or false",
     "string_pattern_mismatch": "the name of a layer, layer_0",
     "too_short": "a list that is not empty",
-    "literal_error": f"{SCHEMA_VERSION!r}, the only one that this program reads",
 }
 """What a value must be, by pydantic's name of the error."""
 
@@ -1005,7 +1005,7 @@ def _first_error(error: ValidationError) -> str:
         return f"{place} is no known field"
     if first["type"] == "value_error":  # a validator above raised it and named the field
         return ".".join(filter(None, (place, str(first["ctx"]["error"]))))  # pyright: ignore
-    must = MUST.get(first["type"], first["msg"])
+    must = MUST.get(first["type"]) or first.get("ctx", {}).get("expected", first["msg"])
     return f"{place or 'it'} is {brief(first['input'])}; it must be {must}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from gnnmoe.model import GNNMoEModel
 from tests.bench._runs import refusal
 from tools.speed_targets import CPU_TARGETS, GPU_TARGETS, verdicts
 
+RECORD = Path(__file__).parents[2] / "results/reference/speed/h100-experts"
 CPU = torch.device("cpu")
 SMALL = GNNMoEConfig(embed_dim=8, num_experts=3, max_seq_length=4, vocab_size=64, num_layers=1)
 QUICK = Timing(rounds=2, warmup=1)
@@ -202,7 +204,7 @@ class TestSuites:
         failed = [row for row in record.rows if row.error]
         assert [row.form for row in failed] == ["compiled, reduce-overhead"]
         assert not [row for row in record.rows if row.wrong]
-        on_gpu = [replace(row, device="cuda") for row in record.rows]
+        on_gpu = [row.model_copy(update={"device": "cuda"}) for row in record.rows]
         found = [one for one in verdicts(on_gpu) if one.device == "cuda"]
         assert len(found) == len(GPU_TARGETS)
         assert all(one.value is not None and math.isfinite(one.value) for one in found)
@@ -333,12 +335,33 @@ class TestCommand:
 
     @pytest.mark.parametrize(("text", "message"), [
         ("[" * 99_999, "it is nested too deeply"),
-        ('{"schema_version": 1, "rows": [{"case": 5}]}', "speed.json is damaged: rows.0.case is 5"),
-        ('{"schema_version": 9}', "it is of version 9"),
+        ("[]", "speed.json is damaged: it is []; it must be an object"),
+        ('{"schema_version": 1, "rows": []}', "speed.json is damaged: it lacks name"),
+        ('{"schema_version": 9}', "schema_version is 9; it must be 1"),
     ])  # fmt: skip
     def test_a_damaged_record_is_named(self, text, message, tmp_path, capsys):
         (tmp_path / "speed.json").write_text(text)
         assert message in refusal(capsys, ["--table", str(tmp_path)], speed.main)
+
+    @pytest.mark.parametrize(("place", "value", "message"), [
+        (["machine"], [], "machine is []; it must be an object"),
+        (["status"], "done", "status is 'done'; it must be 'running', 'ok' or 'stopped'"),
+        (["environment", "packages"], None, "environment.packages is None; it must be an object"),
+        (["rows", 0, "case"], 5, "rows.0.case is 5; it must be a text"),
+        (["rows", 0], {"case": "a"}, "it lacks rows.0.subject"),
+        (["rows", 0, "seconds"], [0.0], "rows.0.seconds.0 is 0.0; it must be a number above 0"),
+        (["rows", 0, "precision"], "fp8", "rows.0.precision is 'fp8'; it must be 'fp32', 'tf32' or 'bf16'"),
+        (["rows", 0, "flops"], 10**400, "it must be a smaller number"),
+    ])  # fmt: skip
+    def test_a_damaged_key_of_a_record_is_named(self, place, value, message, tmp_path, capsys):
+        data = json.loads((RECORD / FILE).read_text())
+        *parents, key = place
+        reduce(lambda inner, name: inner[name], parents, data)[key] = value
+        (tmp_path / FILE).write_text(json.dumps(data))
+        found = refusal(capsys, ["--table", str(tmp_path)], speed.main)
+        assert "speed.json is damaged: " in found
+        assert message in found
+        assert len(found) <= 240 + len(str(tmp_path))
 
     def test_without_flags_it_shows_its_help_and_measures_nothing(self, monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(tmp_path)

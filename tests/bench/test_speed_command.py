@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from bench.config import ModelConfig, PlacesConfig
+from bench.files import NOT_WRITTEN, NotWritten, write_whole
 from bench.speed import __main__ as speed
 from bench.speed import suites
 from bench.speed.forms import Form, Timing, coupler_rows, forms_of
@@ -304,6 +307,41 @@ class TestCommand:
         found = capsys.readouterr()
         assert found.err.endswith("interrupted: a record that was begun keeps what was measured.\n")
         assert "record: " in found.out
+
+    @pytest.mark.parametrize("when", ["a row", "the end", "a plot"])
+    def test_a_full_disk_is_one_line_and_its_own_status(self, when, tmp_path, capsys, monkeypatch):
+        def full(path: Path, data: Any) -> None:
+            sign = {"a row": b'"rows": [\n', "the end": b'"status": "ok"', "a plot": b"no such text"}[when]
+            if sign in data:
+                raise NotWritten(errno.ENOSPC, "No space left on device", str(path))
+            write_whole(path, data)
+
+        def full_for_plots(*_: object) -> None:
+            raise NotWritten(errno.ENOSPC, "No space left on device", "cost.png")
+
+        monkeypatch.setattr("bench.speed.record.write_whole", full)
+        monkeypatch.setattr("bench.speed.show.write_plots", full_for_plots)
+        arguments = ["--coupler", "static", "--results-dir", str(tmp_path), "--name", "full"]
+        plot = ["--plot"] if when == "a plot" else []
+        assert speed.main([*TINY, *arguments, *plot]) == NOT_WRITTEN
+        found = capsys.readouterr()
+        name = "cost.png" if plot else "speed.json"
+        assert found.err.endswith(
+            f"error: {name} cannot be written: No space left on device. The record keeps what was written "
+            "before; make room, and measure again under another --name.\n"
+        )
+        assert "Traceback" not in found.err
+        assert f"record: {tmp_path}" in found.out
+        status = "ok" if plot else "running"
+        assert read_speed_record(tmp_path / "speed" / "full")[0]["status"] == status
+
+    def test_a_full_disk_for_the_plots_of_a_table_is_one_line(self, tmp_path, capsys, monkeypatch):
+        def full(*_: object) -> None:
+            raise NotWritten(errno.ENOSPC, "No space left on device", "steps.png")
+
+        monkeypatch.setattr("bench.speed.show.write_plots", full)
+        assert speed.main(["--table", str(RECORD), "--plot"]) == NOT_WRITTEN
+        assert capsys.readouterr().err == "error: steps.png cannot be written: No space left on device.\n"
 
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]

@@ -353,6 +353,8 @@ class TestCommand:
     @pytest.mark.parametrize(("arguments", "message"), [
         ("--coupler mean --hgnn-conv-type nope", "'nope'; allowed: "),
         ("--sizes E=0", "--sizes: E is '0'"),
+        ("--coupler mean --sizes D=1048576", "lower embed_dim, num_experts, max_seq_length or batch_size."),
+        ("--whole-steps --coupler mean --sizes D=1048576", "max_seq_length, vocab_size or batch_size."),
         ("--suite gpu", "--suite gpu needs a CUDA device, and this machine has none; take --suite cpu."),
         ("--whole-steps --couplers GNN,nope", "--couplers: unknown coupler 'nope'"),
         ("--whole-steps --sizes E=2,D=7", "embed_dim"),

@@ -497,7 +497,7 @@ class PlacesConfig:
 class RunConfig:
     """Train one model, measure it and write its record.
 
-    Exit status: 0 ok, 2 wrong input, 130 interrupted, else 1.
+    Exit status: 0 ok, 2 wrong input, 74 a file cannot be written, 130 interrupted, else 1.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

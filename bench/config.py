@@ -79,7 +79,7 @@ def flags(cls: type[Group]) -> type[Group]:
     def refusing(self: Any, **values: Any) -> None:
         for name, value in values.items():
             if isinstance(value, str | Path) and "\0" in str(value):
-                raise Refused(f"{name} is {str(value)!r}; it must not hold a zero byte.")
+                raise Refused(f"{name} is {brief(str(value))}; it must not hold a zero byte.")
         try:
             construct(self, **values)
         except ValidationError as error:
@@ -409,7 +409,7 @@ class MemoryConfig:
     """Size of the first trial (default: batch_size)."""
     tune_max_trials: Count = 12
     """Largest number of trials, including trials that fail."""
-    tune_max_seconds: Positive = 110.0
+    tune_max_seconds: Annotated[float, Field(gt=0, le=10**6)] = 110.0
     """Start no trial that is expected to end later than this many seconds after the start of the search."""
     tune_max_batch_size: Count | None = None
     """Largest micro-batch of a search and of --control-memory."""
@@ -497,7 +497,7 @@ class PlacesConfig:
 class RunConfig:
     """Train one model, measure it and write its record.
 
-    Exit status: 0 ok, 2 wrong input, 130 interrupted, else 1.
+    Exit status: 0 ok, 2 wrong input, 74 a file cannot be written, 130 interrupted, else 1.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -675,7 +675,7 @@ def flag_named(key: str, known: Mapping[str, Flag]) -> Flag:
     flag = known.get(key.replace("-", "_"))
     if flag is None:
         near = nearest_name(key, known)
-        raise Refused(f"unknown key {key!r}; python -m bench.run --help-all lists all flags.{near}")
+        raise Refused(f"unknown key {brief(key)}; python -m bench.run --help-all lists all flags.{near}")
     return flag
 
 

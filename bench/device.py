@@ -10,13 +10,13 @@ import gc
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if "cuda" in available else "cpu")
     if name not in available:
-        raise Refused(f"device {name!r} is not available on this machine; available: {', '.join(available)}.")
+        raise Refused(
+            f"device {brief(name)} is not available on this machine; available: {', '.join(available)}."
+        )
     return torch.device(name)
 
 
@@ -90,10 +92,17 @@ def device_memory_bytes(device: torch.device) -> int:
     return host_memory_bytes()
 
 
-def refuse_too_large(needed_bytes: int, device: torch.device, what: str, sharing: int = 1) -> None:
+SIZES = ("embed_dim", "num_experts", "num_layers", "max_seq_length", "vocab_size")
+"""The flags that the memory of a training step depends on."""
+
+
+def refuse_too_large(
+    needed_bytes: int, device: torch.device, what: str, sharing: int = 1, lower: Sequence[str] = SIZES
+) -> None:
     """Refuse ``what`` (such as "a training step") where it needs more than the whole memory of the device.
 
-    ``sharing`` processes have that memory together, in equal parts.
+    ``sharing`` processes have that memory together, in equal parts. ``lower`` are the flags, two or more,
+    that the message tells the user to lower.
 
     Raises:
         Refused: naming both amounts.
@@ -103,8 +112,8 @@ def refuse_too_large(needed_bytes: int, device: torch.device, what: str, sharing
     if needed_bytes > has:
         raise Refused(
             f"{what} needs at least {format_bytes(needed_bytes)} of memory, and device {device.type} has "
-            f"{format_bytes(has)}{' per process' if sharing > 1 else ''}; lower embed_dim, num_experts, "
-            "num_layers, max_seq_length or vocab_size."
+            f"{format_bytes(has)}{' per process' if sharing > 1 else ''}; lower "
+            f"{', '.join(lower[:-1])} or {lower[-1]}."
         )
 
 

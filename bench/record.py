@@ -49,7 +49,7 @@ from bench.files import (
     writing,
 )
 from gnnmoe.config import Refused, brief, shortened
-from gnnmoe.discovery import is_file
+from gnnmoe.discovery import is_file, path_in
 
 SCHEMA_VERSION = "2.0"
 """The only version that is read; committed records are migrated when it changes."""
@@ -979,10 +979,10 @@ MUST = {
     "finite_number": "a finite number",
     "greater_than": "a number above 0",
     "greater_than_equal": "a whole number, 0 or more",
+    "less_than": "a smaller number",
     "bool_type": "true or false",
     "string_pattern_mismatch": "the name of a layer, layer_0",
     "too_short": "a list that is not empty",
-    "literal_error": f"{SCHEMA_VERSION!r}, the only one that this program reads",
 }
 """What a value must be, by pydantic's name of the error."""
 
@@ -1013,7 +1013,7 @@ def _first_error(error: ValidationError) -> str:
         return f"{place} is no known field"
     if first["type"] == "value_error":  # a validator above raised it and named the field
         return ".".join(filter(None, (place, str(first["ctx"]["error"]))))  # pyright: ignore
-    must = MUST.get(first["type"], first["msg"])
+    must = MUST.get(first["type"]) or first.get("ctx", {}).get("expected", first["msg"])
     return f"{place or 'it'} is {brief(first['input'])}; it must be {must}"
 
 
@@ -1111,10 +1111,17 @@ def refuse_another_file(
     known = [(other, its_hash) for theirs, its_hash in others for other in theirs if its_hash != sha256]
     for ours, (theirs, _) in itertools.product(classes, known):
         (path, _, name), (there, _, its_name) = ours.rpartition(":"), theirs.rpartition(":")
-        here, other = Path(path).expanduser(), Path(there).expanduser()
-        elsewhere = other.parent != Path() and kind_of(other) == "file" and not here.samefile(other)
-        if name == its_name and (here.name != other.name or elsewhere):
+        if name == its_name and (Path(path).name != Path(there).name or _is_elsewhere(path_in(ours), theirs)):
             raise Refused(
                 f"the study has runs of a class {name} from {there} already, and {path} is another file; "
                 "give the class another name, or choose another --study."
             )
+
+
+def _is_elsewhere(here: Path, theirs: str) -> bool:
+    """Return whether the file of another run lies in another place; a file that is not there does not."""
+    try:
+        other = path_in(theirs)
+    except Refused:  # of a home folder that is not known, in the record of another machine
+        return False
+    return other.parent != Path() and kind_of(other) == "file" and not here.samefile(other)

@@ -124,7 +124,7 @@ class GNNMoEConfig:
         if self.initialization not in get_args(Initialization):
             raise Refused(unknown_name("initialization", self.initialization, get_args(Initialization)))
         if not 0.0 <= self.dropout_rate < 1.0:
-            raise Refused(f"dropout_rate is {self.dropout_rate!r}; it must lie in [0, 1).")
+            raise Refused(f"dropout_rate is {brief(self.dropout_rate)}; it must lie in [0, 1).")
         if self.embed_dim % self.num_heads:
             divisors = (n for n in range(1, self.embed_dim + 1) if self.embed_dim % n == 0)
             raise Refused(

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused, brief, unknown_name
 from gnnmoe.reading import read_bytes
 
 Thing = TypeVar("Thing")
@@ -246,7 +246,7 @@ def executed_again(*texts: str) -> Iterator[None]:
 
 @contextmanager
 def _executed_again(text: str) -> Iterator[None]:
-    path, known = _path_of(text), _file(text, "file")
+    path, known = path_in(text).resolve(), _file(text, "file")
     _FILES[path] = LoadedFile(_executed(path, known.source, text), known.source)
     try:
         yield
@@ -307,7 +307,7 @@ def _imported(module_name: str, what: str) -> ModuleType:
 
 def _file(text: str, kind: str) -> LoadedFile:
     """Return the file of ``path/to/file.py:Name``; it is executed again only if its content changes."""
-    path, what = _path_of(text), f"{kind} {text!r}"
+    path, what = path_in(text).resolve(), f"{kind} {text!r}"
     if _READ_ONCE is not None and path in _READ_ONCE:
         return _FILES[path]
     try:
@@ -328,8 +328,16 @@ def _file(text: str, kind: str) -> LoadedFile:
     return known
 
 
-def _path_of(text: str) -> Path:
-    return Path(text.rpartition(":")[0]).expanduser().resolve()
+def path_in(text: str) -> Path:
+    """Return the path of ``path/to/file.py:Name``, with the home folder in place of ~.
+
+    Raises:
+        Refused: no home folder is known.
+    """
+    try:
+        return Path(text.rpartition(":")[0]).expanduser()
+    except RuntimeError as error:
+        raise Refused(f"{brief(text)}: this home folder is not known; give the path in full.") from error
 
 
 def _executed(path: Path, source: bytes, what: str) -> ModuleType:

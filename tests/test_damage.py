@@ -29,8 +29,10 @@ import torch
 import bench
 import bench.report.__main__ as report
 import bench.run.__main__ as run
+import bench.speed.__main__ as speed
 import bench.sweep.__main__ as sweep
 from bench.data.cache import replace_file
+from bench.speed.show import MARKS
 from bench.study.hypotheses import load_hypotheses, state
 from bench.sweep.executors.base import Executor, Task
 from bench.training.checkpoint import load_checkpoint, save_checkpoint
@@ -39,6 +41,7 @@ from tests.bench._runs import act_at_step, interrupt
 from tests.bench.conftest import TINY
 
 FEW, MANY = 3, 30
+SPEED = Path(__file__).parents[1] / "results/reference/speed/h100-experts/speed.json"
 MOST_SECONDS, MOST_LINES, WIDTH = 10.0, 3, 80
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 Command = Callable[[list[str]], int]
@@ -126,6 +129,9 @@ class Place:
                  "edges.json": "[[0, 1], [1, 2, 3]]\n"}  # fmt: skip
         for name, text in texts.items():
             (self.root / name).write_text(text)
+        (self.root / "speed").mkdir()
+        shutil.copy(SPEED, self.root / "speed")
+        (self.root / "speed/page.md").write_text("\n".join(MARKS))
 
     def runs(self) -> dict[str, str]:
         """Return the status of each run by its id."""
@@ -149,6 +155,7 @@ class Place:
             "verify published": (report.main, [published, "--verify"]),
             "report published": (report.main, [published, "--no-plots", "--out", self["out"]]),
             "publish": (report.main, ["made", "--publish", published, *results]),
+            "speed --table": (speed.main, ["--table", self["speed"], "--page", self["speed/page.md"]]),
             "frames": (frames, [self["results/made"]]),
             "sweep --dry-run": (sweep.main, [*planned, "--dry-run"]),
             "run": (run.main, own),
@@ -332,7 +339,7 @@ def no_plain_file(path: Path, draw: random.Random) -> str:
         "endless": lambda: path.symlink_to("/dev/zero"),
         "circle": lambda: path.symlink_to(path.name),
         "to nothing": lambda: path.symlink_to("nowhere"),
-        "1 GiB": lambda: (path.touch(), os.truncate(path, LARGE)),
+        "256 MiB": lambda: (path.touch(), os.truncate(path, LARGE)),
         "missing": lambda: None,
     }
     what = draw.choice(sorted(kinds))
@@ -344,12 +351,12 @@ def no_plain_file(path: Path, draw: random.Random) -> str:
 INSIDE = {".json": in_json, ".jsonl": in_lines, ".gz": in_lines, ".npz": in_arrays, ".pt": in_state}
 ANY = (cut_short, flipped, another, no_plain_file)
 READ = ("results/made/*/*", "results/made/*.json", "results/made/report/options.json", "published/*",
-        "published/*/*",        "cache/**/*", "*.json", "*.toml")  # fmt: skip
+        "published/*/*",        "cache/**/*", "*.json", "*.toml", "speed/*")  # fmt: skip
 
 
 ALWAYS_READ = ("record.json", "nll.npz", "articles.npz", "communication.npz", "options.json",
                "published.json", "hypotheses.json", "hypotheses.toml", "sweep.toml",
-               "edges.json")  # fmt: skip
+               "edges.json", "speed.json")  # fmt: skip
 
 
 def damage(place: Place, draw: random.Random) -> tuple[Path, str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.check.subject import CheckFailed, Inputs, Subject, seed_global_generator
 from bench.device import is_out_of_memory
-from gnnmoe.config import brief
+from gnnmoe.config import brief, listed
 from gnnmoe.couplers.base import Coupler
 
 BATCH, LENGTH = 2, 2
@@ -72,7 +72,9 @@ def _asked(what: str, method: Callable[..., Any], *arguments: Any) -> Any:
 def _num_experts(coupler: Coupler) -> int:
     shape = _asked("expert_shape()", coupler.expert_shape)
     if not isinstance(shape, tuple) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
-        raise CheckFailed(f"expert_shape() gives {shape!r}; it must be two positive integers: experts, width")
+        raise CheckFailed(
+            f"expert_shape() gives {brief(shape)}; it must be two positive integers: experts, width"
+        )
     return shape[0]
 
 
@@ -89,7 +91,7 @@ def _tensors(what: str, found: Any, *, detached: bool = True) -> dict[str, Tenso
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckFailed(
-                f"{what} gives {name!r}: a {type(value).__name__}; it must be a name and a tensor"
+                f"{what} gives {brief(name)}: a {type(value).__name__}; it must be a name and a tensor"
             )
         if detached and value.requires_grad:
             raise CheckFailed(f"{what}: {name} is not detached; give {name}.detach()")
@@ -150,7 +152,7 @@ def _member_names(coupler: Coupler, full: dict[str, Tensor], experts: int) -> No
             continue
         names = found[name]
         if not isinstance(names, list) or not all(isinstance(member, str) for member in names):
-            raise CheckFailed(f"member_names(): {name} is {names!r}; it must be a list of texts")
+            raise CheckFailed(f"member_names(): {name} is {brief(names)}; it must be a list of texts")
         if len(names) != count or len(set(names)) != count:
             raise CheckFailed(
                 f"member_names(): {name} has {len(set(names))} different names for {count} entries of "
@@ -166,11 +168,12 @@ def _inert_parameters(coupler: Coupler) -> None:
     for name, reason in found.items():
         if name not in parameters:
             raise CheckFailed(
-                f"inert_parameters() names {name!r}, which is no parameter; known: {', '.join(parameters)}"
+                f"inert_parameters() names {brief(name)}, which is no parameter; "
+                f"known: {listed(list(parameters))}"
             )
         if not isinstance(reason, str) or not reason.strip():
             raise CheckFailed(
-                f"inert_parameters() gives {reason!r} for {name}; it must be the reason, as text"
+                f"inert_parameters() gives {brief(reason)} for {name}; it must be the reason, as text"
             )
 
 
@@ -185,4 +188,4 @@ def _auxiliary_losses(coupler: Coupler, inputs: Inputs) -> None:
 def _flops(coupler: Coupler) -> None:
     found = _asked("flops(tokens)", coupler.flops, TOKENS)
     if found is not None and (type(found) is not int or found < 0):
-        raise CheckFailed(f"flops({TOKENS}) gives {found!r}; it must be a whole number, or None")
+        raise CheckFailed(f"flops({TOKENS}) gives {brief(found)}; it must be a whole number, or None")

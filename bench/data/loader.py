@@ -27,7 +27,7 @@ from bench.config import BatchSchedule
 from bench.data.blocks import EvalWindows, TrainBlocks, require_at_least
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import Curriculum
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused, brief, unknown_name
 from gnnmoe.head import IGNORED
 from gnnmoe.seeds import stream_seed
 
@@ -276,7 +276,7 @@ def _workers(asked: int | str) -> int:
     if asked == "auto":
         return min(4, (os.cpu_count() or 1) // 2)
     if not isinstance(asked, int) or asked < 0:
-        raise Refused(f"num_workers must be 0 or more, or 'auto'; got {asked!r}")
+        raise Refused(f"num_workers must be 0 or more, or 'auto'; got {brief(asked)}")
     return asked
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.data.tokenizer import SPLITS
 from bench.files import kind_of
-from gnnmoe.config import Refused, brief, listed, unknown_name
+from gnnmoe.config import Refused, brief, listed, shortened, unknown_name
 from gnnmoe.reading import open_file
 
 PROBE_SECONDS = 2.0  # within which the hub must answer
@@ -32,6 +32,8 @@ REMEDY = (
     "pass --data-dir DIR, a folder with wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens "
     "(or train.txt …, or train-*.parquet …)"
 )
+TEXT_TYPES = ("string", "large_string", "string_view")
+"""The types of a column of text, as pyarrow and ``datasets`` name them."""
 EMBEDDED_MIN_COUNT = 2  # in the embedded text, a word seen once in training becomes <unk>
 _EMBEDDED_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
@@ -67,8 +69,9 @@ def digest(*parts: Any) -> str:
 
 
 def _no_text_column(where: str, text_column: str, columns: Sequence[str]) -> str:
-    there = ", ".join(map(repr, columns)) or "none"
-    return f"{where} has no text column {text_column!r}; its text columns: {there}; name one by --text-column"
+    there = listed([repr(shortened(column)) for column in columns]) or "none"
+    asked = repr(shortened(text_column))
+    return f"{where} has no text column {asked}; its text columns: {there}; name one by --text-column"
 
 
 def join_rows(rows: Iterable[str | None]) -> str:
@@ -203,22 +206,21 @@ def _refuse_zero_bytes(where: str, text: str) -> None:
 
 
 def _decode_parquet(path: Path, raw: bytes, text_column: str) -> str:
-    from pyarrow import types
     from pyarrow.parquet import ParquetFile
+    from pyarrow.types import is_dictionary
 
     try:
         file = ParquetFile(BytesIO(raw))
         fields = list(file.schema_arrow)
     except Exception as error:  # pyarrow raises several kinds for a damaged file
         raise Refused(f"{path} is not a parquet file ({error}); fetch the file again") from error
-    columns = [
-        field.name for field in fields if types.is_string(field.type) or types.is_large_string(field.type)
-    ]
+    kinds = (field.type.value_type if is_dictionary(field.type) else field.type for field in fields)
+    columns = [field.name for field, kind in zip(fields, kinds, strict=True) if str(kind) in TEXT_TYPES]
     if text_column not in columns:
         raise Refused(_no_text_column(str(path), text_column, columns))
     if sum(field.name == text_column for field in fields) > 1:
         raise Refused(
-            f"{path} has several columns {text_column!r}; rename them, or name another by --text-column"
+            f"{path} has several columns {brief(text_column)}; rename them, or name another by --text-column"
         )
     try:
         return join_rows(file.read(columns=[text_column])[text_column].to_pylist())
@@ -249,7 +251,7 @@ def refuse_path(dataset_name: str) -> None:
     if not _NAME.fullmatch(name) or ".." in name:
         raise Refused(
             f"--dataset takes the name of a data set, such as wikitext or owner/name, and never a path; got "
-            f"{dataset_name!r}. To read files, pass --data-dir DIR."
+            f"{brief(dataset_name)}. To read files, pass --data-dir DIR."
         )
     if name in formats:
         raise Refused(
@@ -379,12 +381,12 @@ def _of_the_hub(dataset: Any, name: str, text_column: str) -> dict[str, str]:
 
 def _text_of(rows: Any, name: str, split: str, text_column: str) -> str:
     kinds = {name: getattr(feature, "dtype", "") for name, feature in rows.features.items()}
-    columns = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    columns = [name for name, kind in kinds.items() if kind in TEXT_TYPES]
     if text_column not in columns:
         raise UnfitDataset(_no_text_column(f"{name}, split {split},", text_column, columns))
     text = join_rows(rows.select_columns([text_column])[:][text_column])
     if not text.strip():
-        raise UnfitDataset(f"{name} has no text in column {text_column!r} of split {split}")
+        raise UnfitDataset(f"{name} has no text in column {brief(text_column)} of split {split}")
     _refuse_zero_bytes(f"{name}, split {split},", text)
     return text
 

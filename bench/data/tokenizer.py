@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 SPLITS = ("train", "validation", "test")
 EOS = "<eos>"
 UNK = "<unk>"
 MIN_PIECES = 256 + 2  # every byte, <eos> and <unk>
 MAX_PIECES = 1_000_000
-_SPEC = re.compile(r"bpe:([0-9]+)")
+_SPEC = re.compile(r"bpe:([0-9]{1,9})")
 _TITLE = re.compile(r" = (?!=)(.*[^=]|[^=]) = ")
 _WORD = re.compile(r"\S+")  # the same whitespace as str.split()
 LONGEST_WORD = 1000
@@ -215,11 +215,11 @@ def bpe_size(spec: str) -> int | None:
         return None
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise Refused(f"unknown tokenizer {spec!r}; allowed: word, or bpe:SIZE such as bpe:8000")
+        raise Refused(f"unknown tokenizer {brief(spec)}; allowed: word, or bpe:SIZE such as bpe:8000")
     size = int(match[1])
     if not MIN_PIECES <= size <= MAX_PIECES:
         raise Refused(
-            f"tokenizer {spec!r}: the size must lie in {MIN_PIECES}..{MAX_PIECES} "
+            f"tokenizer {brief(spec)}: the size must lie in {MIN_PIECES}..{MAX_PIECES} "
             f"(every byte, {EOS} and {UNK} are always in); such as bpe:8000"
         )
     tokenizer_version(spec)
@@ -238,8 +238,8 @@ def tokenizer_version(spec: str) -> str:
         import tokenizers
     except ImportError as error:
         raise Refused(
-            f"tokenizer {spec!r} needs the package `tokenizers`; install it with pip install 'gnnmoe[bpe]', "
-            "or use the tokenizer 'word'"
+            f"tokenizer {brief(spec)} needs the package `tokenizers`; install it with pip install "
+            "'gnnmoe[bpe]', or use the tokenizer 'word'"
         ) from error
     return tokenizers.__version__
 

@@ -41,7 +41,7 @@ from bench.study.runs import (
     load_study,
     study_folder,
 )
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused, brief, unknown_name
 
 Placed = tuple[Basis, Configuration]
 """A configuration, and the basis on which it was measured."""
@@ -101,7 +101,9 @@ def read_side(text: str, results_dir: Path) -> Side:
             return Side(text, runs, label)
     if ":" in text:
         study = text.partition(":")[0]
-        raise Refused(f"there is no study {study!r} in {results_dir}; python -m bench.report ls lists them.")
+        raise Refused(
+            f"there is no study {brief(study)} in {results_dir}; python -m bench.report ls lists them."
+        )
     run = find_run(text, results_dir)
     run_id = run.record.run_id
     if not is_of_run(run.folder, run_id) and not is_of_run(run.folder, run_id, set_aside=True):
@@ -187,7 +189,9 @@ class Limit:
         """
         found = re.fullmatch(r"\s*([\w/]+)\s*([<>])\s*([+-]?[0-9]+(?:\.[0-9]+)?)\s*%\s*", text)
         if not found:
-            raise Refused(f'--fail-if is {text!r}; write a quantity and a limit, such as "perplexity > 1%".')
+            raise Refused(
+                f'--fail-if is {brief(text)}; write a quantity and a limit, such as "perplexity > 1%".'
+            )
         known = [PERPLEXITY, *MEASURED]
         if found[1] not in known:
             raise Refused(unknown_name("quantity", found[1], known))

@@ -56,7 +56,7 @@ from bench.report.weights import WeightsReading, matching_table, read_weights
 from bench.study.hypotheses import Hypothesis, seeds_needed, stated
 from bench.study.run_files import set_aside
 from bench.study.runs import Configuration, Study, doubled_words, load_study, statuses, text_warnings
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused, brief, unknown_name
 
 COLUMNS = (
     "configuration|n|perplexity [95%]|unknown words|difference from {}|p|verdict|time per step, mean = 0%"
@@ -237,7 +237,9 @@ def write_image(path: Path, report: Report) -> None:
     """
     ending = path.suffix.removeprefix(".")
     if ending not in ("png", "svg"):
-        raise Refused(f"an image ends in .png or .svg, not in {path.suffix or path.name!r}: --image {path}")
+        raise Refused(
+            f"an image ends in .png or .svg, not in {brief(path.suffix or path.name)}: --image {path}"
+        )
     drawing = main_plot(report).drawing(ending)
     try:
         write_whole(path, drawing)

@@ -23,7 +23,7 @@ from bench.report.quantities import counted
 from bench.study.hypotheses import read_hypotheses
 from bench.study.run_files import ARTICLES, NLL, SPLITS, article_sums, publication
 from bench.study.runs import Run
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
 ANEW = "delete it with its folder, or choose another with --out."
@@ -270,7 +270,9 @@ def _first_difference(name: str, expected: str, written: str) -> str:
         for number, (right, wrong) in enumerate(zip(ours, theirs, strict=False), 1):
             for column, value in right.items():
                 if wrong.get(column) != value:
-                    return f"row {number}, {column}: {wrong.get(column)!r}, by the records {value!r}"
+                    return (
+                        f"row {number}, {column}: {brief(wrong.get(column))}, by the records {brief(value)}"
+                    )
         return f"{len(theirs)} rows, by the records {len(ours)}"
     lines = zip(expected.splitlines(), written.splitlines(), strict=False)
     number = next((n for n, (right, wrong) in enumerate(lines, 1) if right != wrong), None)

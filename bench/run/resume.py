@@ -49,7 +49,7 @@ from bench.training.loop import Trained, TrainingPlan
 from bench.training.step import make_optimizer
 from bench.tune.control import Decision, Recovery, shapes_of
 from bench.tune.search import Shape
-from gnnmoe.config import GNNMoEConfig, Refused, shortened
+from gnnmoe.config import GNNMoEConfig, Refused, brief, shortened
 from gnnmoe.couplers.registry import made_of
 from gnnmoe.model import GNNMoEModel
 
@@ -249,7 +249,7 @@ def refuse_another_class(prepared: Prepared) -> None:
 
 def _nothing_to_resume(prepared: Prepared) -> str:
     """Return the message that no run of this config was interrupted, with the nearest run."""
-    message = f"no run with this config was interrupted in study {prepared.config.places.study!r}"
+    message = f"no run with this config was interrupted in study {brief(prepared.config.places.study)}"
     ours = _comparable(prepared.record_config)
     others = [
         (differing_fields(_comparable(record.config), ours) + _ranks(record, prepared), record.run_id)

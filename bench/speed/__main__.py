@@ -14,11 +14,11 @@ from pydantic import Field
 
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import Count, ExecutionConfig, ModelConfig, Place, PlacesConfig, flags, seconds_of
-from bench.files import utc_now
+from bench.files import NOT_WRITTEN, NotWritten, utc_now
 from bench.help import Help
 from bench.interruption import interruptible
 from bench.screen import guard_screen
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,8 @@ class SpeedConfig:
     """Time couplers alone, in each of their forms, beside the least time that this machine allows.
 
     With --whole-steps: time whole training steps. With --suite: couplers, whole steps and the harness. All
-    figures are kept in results_dir/speed/name. Exit status: 0 measured, 2 wrong input.
+    figures are kept in results_dir/speed/name. Exit status: 0 measured, 2 wrong input, 74 a file cannot be
+    written.
     """
 
     model: ModelConfig = field(default_factory=_default_model)
@@ -97,7 +98,7 @@ class SpeedConfig:
         if self.page is not None and not self.table:
             raise Refused("--page writes the tables of --table RECORD; name a record.")
         if self.name is not None and (Path(self.name).name != self.name or self.name.startswith(".")):
-            raise Refused(f"name is {self.name!r}; it must be a plain folder name.")
+            raise Refused(f"name is {brief(self.name)}; it must be a plain folder name.")
         self.execution()
 
     def _refuse_what_a_suite_decides(self) -> None:
@@ -140,6 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _say_what_needs_a_gpu(console)
     except Refused as error:
         fail(str(error))
+    except NotWritten as error:
+        kept = "The record keeps what was written before; make room, and measure again under another --name."
+        print(f"error: {error}.", *([] if config.table else [kept]), file=sys.stderr)
+        return NOT_WRITTEN
     return 0
 
 
@@ -237,12 +242,14 @@ def _measure(
             on_row=lambda row: progress.print(f"  {one_line(row)}"),
         )
         status = "ok"
-    finally:  # after a Ctrl-C too
-        record.end(status)
-        show(record.data, record.rows, console)
+    finally:  # after a Ctrl-C and on a full disk too
+        try:
+            record.end(status)
+        finally:
+            show(record.data, record.rows, console)
+            console.print(f"record: {record.path}", markup=False, soft_wrap=True)
         if config.plot or what in ("cpu", "gpu"):
             write_plots_of(record.path, record.data, record.rows, console)
-        console.print(f"record: {record.path}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Machine:
             subject=subject,
             form=form,
             device=self.device.type,
-            precision=precision,
+            precision=precision,  # pyright: ignore[reportArgumentType]
             batch=batch,
             length=config.max_seq_length,
             experts=config.num_experts,

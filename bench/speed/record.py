@@ -10,16 +10,16 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from bench.files import cannot_write, kind_of, read_json, shown, utc_now, write_whole
 from bench.measure.rates import paired_ratios, tokens_per_second, utilisation
-from gnnmoe.config import Refused, brief
+from bench.record import Environment, Part, part_of
+from gnnmoe.config import Refused
 
 FOLDER, FILE, TABLE = "speed", "speed.json", "rows.csv"
 VERSION = 1
@@ -34,8 +34,11 @@ HARNESSED, BARE, FETCH = "harness", "bare loop", "fetching a batch"
 """The forms of the case ``HARNESS``."""
 
 
-@dataclass(kw_only=True)
-class SpeedRow:
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Bytes = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+
+
+class SpeedRow(Part):
     """One form at one size. A quantity that was not measured is None; ``remark`` or ``error`` says why."""
 
     case: str
@@ -44,33 +47,33 @@ class SpeedRow:
     """The coupler, or what else is timed."""
     form: str
     device: str
-    precision: str
-    batch: int = 0
-    length: int = 0
-    experts: int = 0
-    width: int = 0
-    layers: int = 0
+    precision: Literal["fp32", "tf32", "bf16"]
+    batch: Count = 0
+    length: Count = 0
+    experts: Count = 0
+    width: Count = 0
+    layers: Count = 0
     """Layers of the coupler if it is timed alone, otherwise of the model."""
-    forward_seconds: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    forward_seconds: list[PositiveFloat] = Field(default_factory=list)
+    seconds: list[PositiveFloat] = Field(default_factory=list)
     """Every timed forward + backward of a coupler, or every timed whole step."""
-    first_seconds: float | None = None
+    first_seconds: NonNegativeFloat | None = None
     """The first call alone, with any compilation."""
-    peak_bytes: int | None = None
+    peak_bytes: Bytes | None = None
     """Peak of the live tensors: of a coupler beyond its inputs and parameters, of a step all of them."""
-    saved_bytes: int | None = None
+    saved_bytes: Bytes | None = None
     """What the forward keeps for the backward, beyond inputs, parameters and the output."""
-    flops: int | None = None
+    flops: Count | None = None
     """FLOPs of forward + backward of this form, by formula."""
-    matrix_flops_per_second: float | None = None
+    matrix_flops_per_second: PositiveFloat | None = None
     """The best rate of large matrix products on this device in this process."""
-    copy_bytes_per_second: float | None = None
+    copy_bytes_per_second: PositiveFloat | None = None
     """The rate of a large copy, read and written, in this process."""
-    floor_bytes: int | None = None
+    floor_bytes: Count | None = None
     """What any form must move; ``floor_seconds`` takes the fewest FLOPs of the timed forms into account."""
-    floor_seconds: float | None = None
-    roofline_seconds: float | None = None
-    largest_difference: float | None = None
+    floor_seconds: NonNegativeFloat | None = None
+    roofline_seconds: NonNegativeFloat | None = None
+    largest_difference: NonNegativeFloat | None = None
     """Largest difference of output and gradients from the expected ones, over the largest expected value."""
     remark: str = ""
     error: str | None = None
@@ -204,7 +207,7 @@ class SpeedRecord:
     def add(self, rows: Rows, machine: dict[str, Any]) -> None:
         """Keep rows, and what is known of the machine by now."""
         self.rows += rows
-        self.data["rows"] = [asdict(row) for row in self.rows]
+        self.data["rows"] = [row.model_dump() for row in self.rows]
         self.data["machine"] = machine
         self._write()
 
@@ -231,32 +234,47 @@ class SpeedRecord:
 
 def _cells(row: SpeedRow, rows: Rows) -> dict[str, Any]:
     """Return a row and what follows from it, flat; of a list of times only the number of rounds."""
-    found = asdict(row)
+    found = row.model_dump()
     found["rounds"] = len(found.pop("seconds"))
     found.pop("forward_seconds")
     return {**found, **derived(row, rows)}
 
 
-ROWS = TypeAdapter(list[SpeedRow])
+class MachineMeasured(Part):
+    """The device and its rates; a record that has no row yet has none of them."""
+
+    device: str = ""
+    copy_bytes_per_second: PositiveFloat | None = None
+    matrix_flops_per_second: dict[str, PositiveFloat] = Field(default_factory=dict)
+
+
+class StoredRecord(Part):
+    """All that speed.json holds."""
+
+    schema_version: Literal[1]  # VERSION
+    name: str
+    status: Literal["running", "ok", "stopped"]
+    what: str
+    command: str
+    environment: Environment
+    start: str
+    end: str | None
+    machine: MachineMeasured
+    left_out: list[str]
+    rows: list[SpeedRow]
 
 
 def read_speed_record(place: Path) -> tuple[dict[str, Any], list[SpeedRow]]:
     """Return a record and its rows by the path of its folder or file, with texts that are safe to show.
 
     Raises:
-        Refused: there is no record, or it cannot be read.
+        Refused: there is no record, or it cannot be read; the message names the file and the key.
     """
     path = place / FILE if kind_of(place) == "folder" else place
+    if kind_of(path) != "file":
+        raise Refused(f"{place} holds no record of bench.speed; name a folder with a {FILE}.")
     try:
-        data = shown(read_json(path))
-        if data["schema_version"] != VERSION:
-            raise Refused(f"it is of version {brief(data['schema_version'])}, this is {VERSION}")
-        return data, ROWS.validate_json(json.dumps(data["rows"]), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, ("rows", *first["loc"])))
-        raise Refused(f"{path} is damaged: {where} is {brief(first['input'])}.") from error
-    except (KeyError, TypeError, Refused) as error:
-        raise Refused(
-            f"{place} holds no record of bench.speed ({error}); name a folder with a {FILE}."
-        ) from error
+        found = part_of(StoredRecord, shown(read_json(path)))
+    except Refused as error:
+        raise Refused(f"{path} is damaged: {error}.") from error
+    return found.model_dump(exclude={"rows"}), found.rows

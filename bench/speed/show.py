@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from tabulate import tabulate
 
 from bench.files import between, write_between
@@ -168,7 +169,8 @@ def print_rows(rows: Rows, console: Console) -> None:
         _print_curve(curve, console)
     if parity := [row for row in rows if row.case == PARITY]:
         good = [row for row in parity if not row.wrong and not row.error]
-        console.print(f"\nparity: {len(good)} of {len(parity)} agree on {parity[0].device}", style="bold")
+        agreeing = f"{len(good)} of {len(parity)} agree on {parity[0].device}"
+        console.print(f"\nparity: {agreeing}", style="bold", markup=False)
     for row in rows:
         remark = f"{_named(row)}: {row.remark}" if row.remark else ""
         for note in filter(None, (remark, failure_of(row))):
@@ -199,7 +201,7 @@ def _print(
             else:
                 table.add_column(name, justify="right", width=width)
         for _, cells in group:
-            table.add_row(*(cells[name] for name in widths))
+            table.add_row(*(Text(cells[name]) for name in widths))
         console.print(table)
 
 
@@ -225,8 +227,10 @@ def harness_sentence(rows: Rows) -> str:
     if not {HARNESSED, BARE, FETCH} <= by_form.keys():
         return ""
     ours, bare = by_form[HARNESSED], by_form[BARE]
-    spreads = spread(ours, bare)
-    found = f"{ratio(ours, bare):.3f} times a bare loop" + (f" ({spreads})" if spreads else "")
+    spreads, times = spread(ours, bare), ratio(ours, bare)
+    if times is None:
+        return ""
+    found = f"{times:.3f} times a bare loop" + (f" ({spreads})" if spreads else "")
     share = sum(by_form[FETCH].seconds) / sum(ours.seconds)
     return f"the harness takes {found}; fetching a batch is {share:.2%} of a step"
 
@@ -235,7 +239,7 @@ def _print_curve(rows: Rows, console: Console) -> None:
     console.print("\nforward + backward by experts and tokens, ms", style="bold")
     names, table = list(dict.fromkeys(row.subject for row in rows if row.form)), PlainTable()
     for column in ("E", "N", *names, "bytes' floor"):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     for (experts, tokens), group in groupby(rows, lambda row: (row.experts, row.tokens)):
         found = {row.subject: row for row in group}
         values = ["" if name not in found else _curve_time(found[name]) for name in names]
@@ -284,7 +288,8 @@ def _origin(data: dict[str, Any]) -> str:
         measured = f"copies {machine['copy_bytes_per_second'] / 1e9:,.3g} GB/s, multiplies {', '.join(rates)}"
     return (
         f"Job `{data['name']}`: **{machine.get('device', 'no device')}**{threads}, "
-        f"torch {environment['packages']['torch']}, {data['start'][:10]}: {measured}. `{data['command']}`\n"
+        f"torch {environment['packages'].get('torch')}, {data['start'][:10]}: {measured}. "
+        f"`{data['command']}`\n"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from bench.check.leak_check import refuse_wrong_hypergraph, refuse_wrong_names
 from bench.config import DataConfig, ExecutionConfig, ModelConfig, PlacesConfig, RunConfig, TrainingConfig
-from bench.device import recover, refuse_too_large
+from bench.device import SIZES, recover, refuse_too_large
 from bench.speed.forms import Form, Timing, compiled_name, coupler_rows, forms_of, parity_rows
 from bench.speed.machine import Machine, failure_text
 from bench.speed.record import CURVE, PARITY, STEPS, SpeedRecord, SpeedRow
@@ -135,7 +135,7 @@ def _size(part: str, config: GNNMoEConfig, batch: int) -> Size:
         if letter not in LETTERS:
             raise Refused(f"--sizes: {unknown_name('size', letter, LETTERS)}")
         if letter in values:
-            raise Refused(f"--sizes: {letter} stands twice in {part!r}.")
+            raise Refused(f"--sizes: {letter} stands twice in {brief(part)}.")
         if not re.fullmatch("[0-9]{1,9}", number) or int(number) < 1:
             raise Refused(f"--sizes: {letter} is {brief(number)}; it must be a whole number of at least 1.")
         values[letter] = int(number)
@@ -220,12 +220,14 @@ def refuse_too_large_to_time(size: Size, device: torch.device, whole_steps: bool
         Refused: naming what it needs and what there is.
     """
     config = size.config
+    lower: tuple[str, ...] = ("embed_dim", "num_experts", "max_seq_length", "batch_size")
     if whole_steps:
         needed, what = least_training_bytes(config, rows=size.batch, number_bytes=2), "a step of this size"
+        lower = (*SIZES, "batch_size")
     else:
         inputs = size.batch * config.max_seq_length * config.num_experts * config.embed_dim
         needed, what = 8 * least_coupler_parameters(config) + 2 * inputs, "a coupler of this size"
-    refuse_too_large(needed, device, what)
+    refuse_too_large(needed, device, what, lower=lower)
 
 
 def _of_forms(

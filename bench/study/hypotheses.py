@@ -38,7 +38,7 @@ from bench.files import (
     utc_now,
     write_whole,
 )
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused, brief, unknown_name
 
 RATIOS = ("perplexity", "tokens_per_second", "peak_memory")
 """Quantities of which one direction is better; two runs are compared by their ratio."""
@@ -194,18 +194,20 @@ def _hypothesis(table: FlagTable) -> Hypothesis:
         raise Refused(f"{' and '.join(missing)} missing; it needs {', '.join(needed)}.")
     statement, by = table["statement"], table.get("by", 0.0)
     if not isinstance(statement, str) or not statement.strip():
-        raise Refused(f"statement is {statement!r}; it must be a sentence.")
+        raise Refused(f"statement is {brief(statement)}; it must be a sentence.")
     most = 1 if quantity in RATIOS else math.inf
     if isinstance(by, bool) or not isinstance(by, int | float) or not 0 <= by < most:
         what = "a share, from 0 to less than 1 (0.01 is one percent)" if most == 1 else "a number, 0 or more"
-        raise Refused(f"by is {by!r}; it must be {what}.")
+        raise Refused(f"by is {brief(by)}; it must be {what}.")
     sides = {side: _selection(side, table[side]) for side in (first, "than")}
     return Hypothesis(statement.strip(), sides[first], sides["than"], float(by), quantity)
 
 
 def _selection(side: str, table: Any) -> FlagTable:
     if not isinstance(table, dict) or not table:
-        raise Refused(f'{side} is {table!r}; it must be a table of flags, such as {{ coupler = "GNN" }}.')
+        raise Refused(
+            f'{side} is {brief(table)}; it must be a table of flags, such as {{ coupler = "GNN" }}.'
+        )
     with refusals_name(side):
         values, names = by_field(table, run_flags())
         return {name: run_flags()[name].plain(value, names[name]) for name, value in values.items()}

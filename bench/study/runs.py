@@ -28,7 +28,7 @@ from bench.study.run_files import (
     expert_features,
     left_out,
 )
-from gnnmoe.config import Refused, unknown_name
+from gnnmoe.config import Refused, brief, unknown_name
 
 REFERENCE = "reference"
 """The folder in results/ that holds the reference studies, as results/ holds all other studies."""
@@ -435,11 +435,11 @@ def find_run(name: str, results_dir: Path) -> Run:
     current = exact or [path for path in folders if "." not in path.name] or folders
     if not current:
         raise Refused(
-            f"no study and no run in {results_dir} is called {name!r}; of the 12 hex digits of a run's id "
-            "the first few are enough. python -m bench.report ls lists what there is."
+            f"no study and no run in {results_dir} is called {brief(name)}; of the 12 hex digits of a run's "
+            "id the first few are enough. python -m bench.report ls lists what there is."
         )
     if len(current) > 1:
         places = ", ".join(f"{path.parent.name}/{path.name}" for path in current[:5])
         more = ", …" * (len(current) > 5)
-        raise Refused(f"{name!r} stands for {len(current)} runs: {places}{more}; name one of them so.")
+        raise Refused(f"{brief(name)} stands for {len(current)} runs: {places}{more}; name one of them so.")
     return Run(current[0], read_record(current[0]))

@@ -39,7 +39,7 @@ from bench.sweep.executors.local import slots_for
 from bench.sweep.specification import RunRequest, Sweep
 from bench.training.environment import code_hashes, device_name
 from bench.tune.find import format_bytes
-from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, brief, unknown_name
 from gnnmoe.cost import QUANTITIES as BY_FORMULA
 from gnnmoe.cost import Cost, matched_ffn_dim, model_cost
 from gnnmoe.couplers.registry import coupler_class
@@ -314,7 +314,7 @@ class Match:
         """
         words = text.split() if isinstance(text, str) else []
         if len(words) != 2:
-            raise Refused(f'match is {text!r}; write a quantity and a coupler, such as "params HGNN".')
+            raise Refused(f'match is {brief(text)}; write a quantity and a coupler, such as "params HGNN".')
         quantity, reference = words
         if quantity not in QUANTITIES:
             raise Refused(unknown_name("quantity to match", quantity, QUANTITIES))

@@ -44,7 +44,7 @@ from bench.config import (
     seconds_of,
 )
 from bench.files import read_toml, refusals_name
-from gnnmoe.config import Refused, nearest_name, unknown_name
+from gnnmoe.config import Refused, brief, nearest_name, unknown_name
 
 PART_KEYS = ("base", "grid", "zip", "where", "random")
 TOP_KEYS = (*PART_KEYS, "union", "seeds", "study", "match", "hypotheses")
@@ -184,7 +184,7 @@ def _read_word(word: str) -> tuple[str, list[Any]]:
     key, equals, text = word.partition("=")
     key = key.removeprefix("--")
     if not equals or not key:
-        raise Refused(f"{word!r} is not FLAG=VALUE,VALUE; write {EXAMPLE}.")
+        raise Refused(f"{brief(word)} is not FLAG=VALUE,VALUE; write {EXAMPLE}.")
     flag = flag_of_a_sweep(key)
     words = [value.split() if flag.is_list else value for value in split_values(text)]
     return key, [flag.plain(flag.read(each), key) for each in words]
@@ -198,7 +198,7 @@ def split_values(text: str) -> list[str]:
     """
     pieces = text.split('"')
     if len(pieces) % 2 == 0:
-        raise Refused(f"a double quote is not closed in {text!r}.")
+        raise Refused(f"a double quote is not closed in {brief(text)}.")
     separator = ";" if any(";" in piece for piece in pieces[::2]) else ","
     values, quoted = [""], [False]
     for place, piece in enumerate(pieces):
@@ -212,7 +212,7 @@ def split_values(text: str) -> list[str]:
     if separator == ";" and not values[-1] and not quoted[-1]:
         del values[-1]
     if not all(value or mark for value, mark in zip(values, quoted, strict=False)):
-        raise Refused(f"a value is missing in {text!r}; write {EXAMPLE}.")
+        raise Refused(f"a value is missing in {brief(text)}; write {EXAMPLE}.")
     return values
 
 
@@ -245,7 +245,7 @@ def sweep_of(entries: FlagTable, study: str) -> Sweep:
             raise Refused(unknown_name("key", key, TOP_KEYS) + _flag_hint(key))
     name = entries.get("study", study)
     if not isinstance(name, str):
-        raise Refused(f"study is {name!r}; it must be text.")
+        raise Refused(f"study is {brief(name)}; it must be text.")
     PlacesConfig(study=name)  # refuses what is no folder name
     seeds = read_seeds(entries.get("seeds", 1))
     top = read_blocks({key: value for key, value in entries.items() if key in PART_KEYS})
@@ -266,17 +266,17 @@ def read_seeds(value: Any) -> Sequence[int]:
     """
     numbers = value if isinstance(value, list) else [value]
     if any(type(number) is not int for number in numbers):
-        raise Refused(f"seeds is {value!r}; it must be {SEEDS}.")
+        raise Refused(f"seeds is {brief(value)}; it must be {SEEDS}.")
     if not numbers or value == 0:
-        raise Refused(f"seeds is {value!r}: a sweep of zero runs; it must be {SEEDS}.")
+        raise Refused(f"seeds is {brief(value)}: a sweep of zero runs; it must be {SEEDS}.")
     if len(numbers) > MOST_SEEDS or (not isinstance(value, list) and value > MOST_SEEDS):
         raise Refused(f"seeds gives more than {MOST_SEEDS} seeds; a sweep has at most so many.")
     negative = [number for number in numbers if number < 0]
     if negative:
-        raise Refused(f"seeds is {value!r}: {negative[0]} is negative; it must be {SEEDS}.")
+        raise Refused(f"seeds is {brief(value)}: {brief(negative[0])} is negative; it must be {SEEDS}.")
     double = [number for place, number in enumerate(numbers) if number in numbers[:place]]
     if double:
-        raise Refused(f"seeds is {value!r}: {double[0]} stands there twice; it must be {SEEDS}.")
+        raise Refused(f"seeds is {brief(value)}: {brief(double[0])} stands there twice; it must be {SEEDS}.")
     return numbers if isinstance(value, list) else range(value)
 
 
@@ -348,13 +348,13 @@ def read_blocks(entries: FlagTable, under: str = "") -> Blocks:
         block = f"[{under}{key}]"
         if key == "where":
             if not isinstance(value, str):
-                raise Refused(f"where is {value!r}; it must be text: a condition on flags.")
+                raise Refused(f"where is {brief(value)}; it must be text: a condition on flags.")
             blocks.where = Condition(value)
         elif key not in PART_KEYS:
             hint = " It stands at the top of the file, for all parts." if key in TOP_KEYS else _flag_hint(key)
             raise Refused(unknown_name("key", key, PART_KEYS) + hint)
         elif not isinstance(value, dict):
-            raise Refused(f"{key} is {value!r}; it must be a block, {block}.")
+            raise Refused(f"{key} is {brief(value)}; it must be a block, {block}.")
         elif key == "random":
             blocks.draw = _draw(block, value)
         else:
@@ -370,7 +370,7 @@ def _draw(block: str, entries: FlagTable) -> tuple[int, int]:
         raise Refused(f"{block} has no n; say how many configurations to draw, as in n = 20.")
     for key, value, least in (("n", entries["n"], 1), ("seed", entries.get("seed", 0), 0)):
         if type(value) is not int or value < least:
-            raise Refused(f"{block}: {key} is {value!r}; it must be a whole number of at least {least}.")
+            raise Refused(f"{block}: {key} is {brief(value)}; it must be a whole number of at least {least}.")
     return entries["n"], entries.get("seed", 0)
 
 
@@ -466,12 +466,12 @@ class Condition:
         parts = [node, *(part for part in ast.iter_child_nodes(node) if not isinstance(part, ast.expr))]
         odd_value = isinstance(node, ast.Constant) and type(node.value) not in (*KINDS, type(None))
         if odd_value or not all(isinstance(part, CAN_STAND) for part in parts):
-            self._refuse(f"{ast.unparse(node)!r} cannot stand there")
+            self._refuse(f"{brief(ast.unparse(node))} cannot stand there")
         if isinstance(node, ast.Name) and node.id not in ("true", "false"):
             if node.id in OWNED:
                 self._refuse(f"{node.id} cannot stand there: {OWNED[node.id]}")
             if node.id not in sweep_flags():
-                self._refuse(f"{node.id!r} is no flag of a run.{nearest_name(node.id, sweep_flags())}")
+                self._refuse(f"{brief(node.id)} is no flag of a run.{nearest_name(node.id, sweep_flags())}")
             self._fields[node.id] = sweep_flags()[node.id].field
 
     def _refuse(self, reason: str) -> NoReturn:
@@ -514,7 +514,7 @@ def _contains(item: Any, values: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return "None" if value is None else f"{value!r} ({KINDS[type(value)]})"
+    return "None" if value is None else f"{brief(value)} ({KINDS[type(value)]})"
 
 
 OF_NUMBERS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Mod, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -584,7 +584,7 @@ def _kept(found: Iterable[FlagTable], where: Condition) -> list[FlagTable]:
 
 
 def _none_left(where: Condition, looked: int) -> str:
-    return f"a sweep of zero runs: where = {where.text!r} removes all {looked} configurations."
+    return f"a sweep of zero runs: where = {brief(where.text)} removes all {looked} configurations."
 
 
 def _distinct(found: Iterable[FlagTable]) -> list[FlagTable]:

@@ -145,7 +145,7 @@ def refuse_unlike(found: Any, expected: Any, name: str = "") -> None:
             _refuse_other_keys(found, expected, name)
         for key, value in found.items():
             if form is not None and not isinstance(key, str):
-                raise Refused(f"{name or 'it'} has the key {key!r}; each key must be a text")
+                raise Refused(f"{name or 'it'} has the key {brief(key)}; each key must be a text")
             refuse_unlike(value, form or expected[key], f"{name}.{key}" if name else str(key))
     elif isinstance(expected, list) and isinstance(found, list | tuple):
         for place, value in enumerate(found):

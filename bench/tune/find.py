@@ -39,7 +39,7 @@ from bench.tune.trials import (
     search_here,
     search_in_child,
 )
-from gnnmoe.config import GNNMoEConfig, Refused, unknown_name
+from gnnmoe.config import GNNMoEConfig, Refused, brief, unknown_name
 from gnnmoe.cost import least_training_bytes
 from gnnmoe.couplers.registry import without_memory
 from gnnmoe.model import GNNMoEModel
@@ -79,17 +79,17 @@ class MemoryBudget:
         if text.strip().lower() == WHOLE_DEVICE:
             return cls(text)
         if found is None:
-            raise Refused(f"memory budget {text!r} is no amount of memory; {ALLOWED}")
+            raise Refused(f"memory budget {brief(text)} is no amount of memory; {ALLOWED}")
         number, unit = Decimal(found[1]), found[2]
         if not unit:
             if not 0 < number <= 1:
-                raise Refused(f"memory budget {text!r} has no unit and is no share in (0, 1]; {ALLOWED}")
+                raise Refused(f"memory budget {brief(text)} has no unit and is no share in (0, 1]; {ALLOWED}")
             return cls(text, share=float(number))
         factor = {name.lower(): factor for name, factor in UNITS.items()}.get(unit.lower())
         if factor is None:
-            raise Refused(f"memory budget {text!r}: {unknown_name('unit', unit, UNITS)}")
+            raise Refused(f"memory budget {brief(text)}: {unknown_name('unit', unit, UNITS)}")
         if number * factor < 1:
-            raise Refused(f"memory budget {text!r} is less than a byte; {ALLOWED}")
+            raise Refused(f"memory budget {brief(text)} is less than a byte; {ALLOWED}")
         return cls(text, explicit_bytes=int(number * factor))
 
     def resolve(self, device: torch.device, sharing: int = 1) -> int:

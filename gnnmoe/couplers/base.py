@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gnnmoe.config import GNNMoEConfig, Refused
+from gnnmoe.config import GNNMoEConfig, Refused, brief
 from gnnmoe.discovery import forget_inherited
 
 COUPLER_FIELDS = ("gnn_layers", "hgnn_conv_type", "static_hyperedge_strategy", "hgnn_learnable_edge_weights")
@@ -277,7 +277,7 @@ def _is_classmethod(cls: type[Coupler], method: str) -> bool:
 def _in_fields(cls: type[Coupler]) -> str | None:
     if are_fields(cls.config_fields):
         return None
-    return f"config_fields is {cls.config_fields!r}; it must be {FIELDS_ARE}."
+    return f"config_fields is {brief(cls.config_fields)}; it must be {FIELDS_ARE}."
 
 
 def are_fields(value: Any) -> bool:

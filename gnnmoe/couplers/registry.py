@@ -147,7 +147,7 @@ def _owner(key: str, coupler_type: str, cls: type[Coupler]) -> type[Coupler]:
         return coupler_class(prefix)
     except Refused as error:
         hint = f"Name a coupler from a file with its path: path/file.py:Class.{option}."
-        raise Refused(f"coupler option {key!r}: {error}\n{hint}") from error
+        raise Refused(f"coupler option {brief(key)}: {error}\n{hint}") from error
 
 
 def _typed(cls: type[Coupler], option: str, value: Any) -> Any:
@@ -242,7 +242,7 @@ def fields_read_by(cls: type[Coupler], options: dict[str, Any]) -> tuple[str, ..
         return vars(cls).get("config_fields")
     fields = cls.fields_read(options)
     if not are_fields(fields):
-        raise Refused(f"fields_read of coupler {cls.name} gives {fields!r}; it must be {FIELDS_ARE}.")
+        raise Refused(f"fields_read of coupler {cls.name} gives {brief(fields)}; it must be {FIELDS_ARE}.")
     return fields
 
 
@@ -253,6 +253,6 @@ def _canonical(cls: type[Coupler], config: GNNMoEConfig, options: dict[str, Any]
     found = cls.canonical_options(config, dict(options))
     if not isinstance(found, dict) or not found.keys() <= options.keys():
         raise Refused(
-            f"canonical_options of coupler {cls.name} gives {found!r}; it must be some of {options}."
+            f"canonical_options of coupler {cls.name} gives {brief(found)}; it must be some of {options}."
         )
     return found

@@ -20,7 +20,7 @@ from itertools import combinations
 from types import NoneType
 from typing import Any, get_args
 
-from gnnmoe.config import Refused, shortened
+from gnnmoe.config import Refused, brief, shortened
 from gnnmoe.discovery import Loaded, Registry
 from gnnmoe.reading import read_bytes
 
@@ -307,7 +307,7 @@ def _given(text: str, parameters: Parameters) -> dict[str, str]:
         if not equals and not given:
             key, value = first or key, key
         if key not in parameters:
-            raise Refused(f"there is no argument {key!r}")
+            raise Refused(f"there is no argument {brief(key)}")
         if key in given:
             raise Refused(f"{key} is given twice")
         given[key] = value
@@ -330,7 +330,7 @@ def _value(parameter: inspect.Parameter, text: str | None) -> Any:
         return int(text)
     except ValueError:
         kind = "a whole number or None" if NoneType in types else "a whole number"
-        raise Refused(f"{parameter.name} is {text!r}; it must be {kind}") from None
+        raise Refused(f"{parameter.name} is {brief(text)}; it must be {kind}") from None
 
 
 # --- a file of hyperedges ------------------------------------------------------------------------------

@@ -269,13 +269,23 @@ def test_a_run_heeds_a_closed_terminal_unless_it_is_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+WITHIN_TORCH = """
+import sys, time
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch.nn":
+            print(1, flush=True)
+            time.sleep(60)
+sys.argv[:1], sys.meta_path[:0] = ["-m"], [Finder]
+import bench, torch
+"""
+
+
 def test_a_command_is_interrupted_while_it_is_imported():
-    """Python imports torch here, in a process of its own; its first line says that the import began."""
-    script = (
-        "import sys; sys.argv[:1] = ['-m']; import bench; print(1, flush=True); import time; time.sleep(60)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, cwd=Path(__file__).parents[2])  # fmt: skip
+    """In a process of its own, the import of torch has come to torch.nn, and waits there for the signal."""
+    command = [sys.executable, "-c", WITHIN_TORCH]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             cwd=Path(__file__).parents[2])  # fmt: skip
     assert child.stdout is not None
     assert child.stdout.readline() == "1\n"
     child.send_signal(signal.SIGINT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -99,6 +100,13 @@ def test_the_command_may_stand_as_a_word_of_its_own(monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main(["runn"])
     assert stopped.value.code == 2
+
+
+def test_the_help_of_run_has_the_exit_statuses_of_the_page():
+    page = (Path(__file__).parents[2] / "docs/reading-a-run.md").read_text().partition("## Exit status")[2]
+    statuses = re.findall(r"^\| (\d+) \|", page.partition("\n## ")[0], re.MULTILINE)
+    told = str(RunConfig.__doc__).partition("Exit status:")[2]
+    assert sorted(re.findall(r"\d+", told)) == sorted(statuses)
 
 
 def test_no_speed_pass_and_its_parts_exclude_each_other():

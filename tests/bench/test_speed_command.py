@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from bench.config import ModelConfig, PlacesConfig
+from bench.files import NOT_WRITTEN, NotWritten, write_whole
 from bench.speed import __main__ as speed
 from bench.speed import suites
 from bench.speed.forms import Form, Timing, coupler_rows, forms_of
@@ -27,6 +31,7 @@ from gnnmoe.model import GNNMoEModel
 from tests.bench._runs import refusal
 from tools.speed_targets import CPU_TARGETS, GPU_TARGETS, verdicts
 
+RECORD = Path(__file__).parents[2] / "results/reference/speed/h100-experts"
 CPU = torch.device("cpu")
 SMALL = GNNMoEConfig(embed_dim=8, num_experts=3, max_seq_length=4, vocab_size=64, num_layers=1)
 QUICK = Timing(rounds=2, warmup=1)
@@ -202,7 +207,7 @@ class TestSuites:
         failed = [row for row in record.rows if row.error]
         assert [row.form for row in failed] == ["compiled, reduce-overhead"]
         assert not [row for row in record.rows if row.wrong]
-        on_gpu = [replace(row, device="cuda") for row in record.rows]
+        on_gpu = [row.model_copy(update={"device": "cuda"}) for row in record.rows]
         found = [one for one in verdicts(on_gpu) if one.device == "cuda"]
         assert len(found) == len(GPU_TARGETS)
         assert all(one.value is not None and math.isfinite(one.value) for one in found)
@@ -303,6 +308,41 @@ class TestCommand:
         assert found.err.endswith("interrupted: a record that was begun keeps what was measured.\n")
         assert "record: " in found.out
 
+    @pytest.mark.parametrize("when", ["a row", "the end", "a plot"])
+    def test_a_full_disk_is_one_line_and_its_own_status(self, when, tmp_path, capsys, monkeypatch):
+        def full(path: Path, data: Any) -> None:
+            sign = {"a row": b'"rows": [\n', "the end": b'"status": "ok"', "a plot": b"no such text"}[when]
+            if sign in data:
+                raise NotWritten(errno.ENOSPC, "No space left on device", str(path))
+            write_whole(path, data)
+
+        def full_for_plots(*_: object) -> None:
+            raise NotWritten(errno.ENOSPC, "No space left on device", "cost.png")
+
+        monkeypatch.setattr("bench.speed.record.write_whole", full)
+        monkeypatch.setattr("bench.speed.show.write_plots", full_for_plots)
+        arguments = ["--coupler", "static", "--results-dir", str(tmp_path), "--name", "full"]
+        plot = ["--plot"] if when == "a plot" else []
+        assert speed.main([*TINY, *arguments, *plot]) == NOT_WRITTEN
+        found = capsys.readouterr()
+        name = "cost.png" if plot else "speed.json"
+        assert found.err.endswith(
+            f"error: {name} cannot be written: No space left on device. The record keeps what was written "
+            "before; make room, and measure again under another --name.\n"
+        )
+        assert "Traceback" not in found.err
+        assert f"record: {tmp_path}" in found.out
+        status = "ok" if plot else "running"
+        assert read_speed_record(tmp_path / "speed" / "full")[0]["status"] == status
+
+    def test_a_full_disk_for_the_plots_of_a_table_is_one_line(self, tmp_path, capsys, monkeypatch):
+        def full(*_: object) -> None:
+            raise NotWritten(errno.ENOSPC, "No space left on device", "steps.png")
+
+        monkeypatch.setattr("bench.speed.show.write_plots", full)
+        assert speed.main(["--table", str(RECORD), "--plot"]) == NOT_WRITTEN
+        assert capsys.readouterr().err == "error: steps.png cannot be written: No space left on device.\n"
+
     def test_a_budget_leaves_out_by_name(self, tmp_path, capsys):
         arguments = ["--couplers", "static,GNN", "--time-budget", "0.000001s", "--results-dir", str(tmp_path)]
         assert speed.main([*TINY, *arguments]) == 0
@@ -313,6 +353,8 @@ class TestCommand:
     @pytest.mark.parametrize(("arguments", "message"), [
         ("--coupler mean --hgnn-conv-type nope", "'nope'; allowed: "),
         ("--sizes E=0", "--sizes: E is '0'"),
+        ("--coupler mean --sizes D=1048576", "lower embed_dim, num_experts, max_seq_length or batch_size."),
+        ("--whole-steps --coupler mean --sizes D=1048576", "max_seq_length, vocab_size or batch_size."),
         ("--suite gpu", "--suite gpu needs a CUDA device, and this machine has none; take --suite cpu."),
         ("--whole-steps --couplers GNN,nope", "--couplers: unknown coupler 'nope'"),
         ("--whole-steps --sizes E=2,D=7", "embed_dim"),
@@ -333,12 +375,33 @@ class TestCommand:
 
     @pytest.mark.parametrize(("text", "message"), [
         ("[" * 99_999, "it is nested too deeply"),
-        ('{"schema_version": 1, "rows": [{"case": 5}]}', "speed.json is damaged: rows.0.case is 5"),
-        ('{"schema_version": 9}', "it is of version 9"),
+        ("[]", "speed.json is damaged: it is []; it must be an object"),
+        ('{"schema_version": 1, "rows": []}', "speed.json is damaged: it lacks name"),
+        ('{"schema_version": 9}', "schema_version is 9; it must be 1"),
     ])  # fmt: skip
     def test_a_damaged_record_is_named(self, text, message, tmp_path, capsys):
         (tmp_path / "speed.json").write_text(text)
         assert message in refusal(capsys, ["--table", str(tmp_path)], speed.main)
+
+    @pytest.mark.parametrize(("place", "value", "message"), [
+        (["machine"], [], "machine is []; it must be an object"),
+        (["status"], "done", "status is 'done'; it must be 'running', 'ok' or 'stopped'"),
+        (["environment", "packages"], None, "environment.packages is None; it must be an object"),
+        (["rows", 0, "case"], 5, "rows.0.case is 5; it must be a text"),
+        (["rows", 0], {"case": "a"}, "it lacks rows.0.subject"),
+        (["rows", 0, "seconds"], [0.0], "rows.0.seconds.0 is 0.0; it must be a number above 0"),
+        (["rows", 0, "precision"], "fp8", "rows.0.precision is 'fp8'; it must be 'fp32', 'tf32' or 'bf16'"),
+        (["rows", 0, "flops"], 10**400, "it must be a smaller number"),
+    ])  # fmt: skip
+    def test_a_damaged_key_of_a_record_is_named(self, place, value, message, tmp_path, capsys):
+        data = json.loads((RECORD / FILE).read_text())
+        *parents, key = place
+        reduce(lambda inner, name: inner[name], parents, data)[key] = value
+        (tmp_path / FILE).write_text(json.dumps(data))
+        found = refusal(capsys, ["--table", str(tmp_path)], speed.main)
+        assert "speed.json is damaged: " in found
+        assert message in found
+        assert len(found) <= 240 + len(str(tmp_path))
 
     def test_without_flags_it_shows_its_help_and_measures_nothing(self, monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(tmp_path)

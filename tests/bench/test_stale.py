@@ -12,13 +12,14 @@ import pytest
 
 import bench.training.environment as code
 from bench.data.cache import syntax_sha256
+from bench.record import refuse_another_file
 from bench.run.__main__ import main
 from bench.run.prepare import Identifier
 from bench.sweep.outcome import look
 from bench.sweep.plan import make_plan
 from bench.sweep.specification import parse_shorthand
 from bench.training.environment import CHANGES_NUMBERS, coupler_sha256, project_sha256
-from gnnmoe.config import GNNMoEConfig
+from gnnmoe.config import GNNMoEConfig, Refused
 from tests.bench._runs import act_at_step, interrupt, only_run, refusal, results_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -249,6 +250,13 @@ def test_a_checkpoint_of_other_code_is_refused_or_continued_in_words(tiny, monke
     last = only_run(results_of(tiny))[1]
     assert last["status"] == "ok"
     assert last["environment"]["project_sha256"] == first["environment"]["project_sha256"]  # it stays stale
+
+
+def test_a_home_folder_that_is_not_known_is_no_traceback_beside_other_runs():
+    ours, theirs = f"{Path(__file__)}:C", f"~no-such-user/{Path(__file__).name}:C"
+    refuse_another_file([ours], "1", [([theirs], "2")])
+    with pytest.raises(Refused, match=r"this home folder is not known"):
+        refuse_another_file([theirs], "1", [([ours], "2")])
 
 
 @pytest.mark.slow

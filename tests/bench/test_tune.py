@@ -309,6 +309,7 @@ ALL_SWITCHES = f"{TUNE}, {FIT} or {CONTROL}"
         (f"{FIT} --curriculum rarity --epochs 2", "a curriculum orders blocks of one length"),
         (f"{FIT} --shape-min-length 17", "must rise"),
         (f"{FIT} --shape-length-step 0", "--shape-length-step is 0"),
+        (f"{TUNE} --tune-max-seconds 2147484", "it must be a number in (0, 1e+06]"),
         # A flag that would do nothing is refused with the switches that use it.
         ("--memory-budget 1GiB", f"memory_budget is for {ALL_SWITCHES}; add a switch, or drop what would do"),
         ("--tune-max-batch-size 2", f"tune_max_batch_size is for {ALL_SWITCHES};"),

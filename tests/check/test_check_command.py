@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from bench.check.__main__ import ANY_VOCABULARY, main
+from bench.check.__main__ import ANY_VOCABULARY, main, refuse_too_large_to_check
 from bench.check.leak_check import list_couplers
 from bench.config import ModelConfig
 from bench.run import __main__ as run
@@ -156,6 +156,20 @@ def test_wrong_input_is_one_message(arguments, text, capsys):
     assert shown.err.startswith("error: ")
     assert text in shown.err
     assert not shown.out
+
+
+TOO_LARGE = ["--coupler", "mean", "--embed-dim", "65536", "--num-experts", "1000"]
+
+
+def test_what_a_check_never_builds_counts_no_memory_and_is_no_advice(capsys, monkeypatch):
+    """A check has no embedding, one layer and few tokens."""
+    monkeypatch.setattr("bench.device.host_memory_bytes", lambda: 2**30)
+    refuse_too_large_to_check(ModelConfig(coupler_type="mean", embed_dim=64).resolved(10**8))
+    with pytest.raises(SystemExit):
+        main(TOO_LARGE)
+    said = capsys.readouterr().err
+    assert "a check of this model needs at least " in said
+    assert said.endswith("has 1.0 GiB; lower embed_dim or num_experts.\n")
 
 
 def test_running_out_of_memory_is_one_message(capsys, monkeypatch):

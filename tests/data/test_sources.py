@@ -120,6 +120,27 @@ def test_a_damaged_shard_or_a_part_of_them_is_refused(tmp_path, files, message):
         load_corpus(data_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "cast"),
+    [(name, name) for name in ("string", "large_string", "string_view")]
+    + [(f"dictionary of {name}", name) for name in ("string", "large_string")],
+)
+def test_a_text_column_of_each_type_of_text_is_read(tmp_path, kind, cast):
+    """A pandas category is a dictionary of texts."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    if not hasattr(pa, cast):
+        pytest.skip(f"this pyarrow has no {cast}")
+    column = pa.array(["a b", None, "c\nd\n", "a b"], getattr(pa, cast)())
+    table = pa.table({"label": [1, 2, 3, 4], "text": column.dictionary_encode() if kind != cast else column})
+    for split in SPLITS:
+        write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    corpus = load_corpus(data_dir=tmp_path)
+    words = [corpus.vocabulary.words[number] for number in corpus.splits["train"].stream[1:]]
+    assert words == "a b <eos> <eos> c <eos> d <eos> a b <eos>".split()
+
+
 def test_a_parquet_file_with_two_text_columns_of_one_name_is_refused_by_its_name(tmp_path):
     import pyarrow as pa
     from pyarrow.parquet import write_table

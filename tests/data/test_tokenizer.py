@@ -159,7 +159,8 @@ def test_the_merges_count_for_the_identity(tiny_dir):
         ("bpe:-1", "unknown tokenizer"),
         ("", "unknown tokenizer ''"),
         ("bpe:257", "the size must lie in 258..1000000"),
-        ("bpe:99999999999", "the size must lie in"),
+        ("bpe:999999999", "the size must lie in"),
+        (f"bpe:{'9' * 5000}", "^unknown tokenizer 'bpe:9{30}…; allowed: word, or bpe:SIZE such as bpe:8000$"),
     ],
 )
 def test_wrong_tokenizer_is_refused_before_the_text_is_read(tmp_path, spec, message):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gnnmoe import GNNMoEConfig, GNNMoEModel
+from gnnmoe.config import Refused
 from gnnmoe.couplers.base import Coupler
 from gnnmoe.couplers.registry import (
     COUPLERS,
@@ -18,6 +19,8 @@ from gnnmoe.couplers.registry import (
     coupler_names,
     resolved_options,
 )
+from gnnmoe.hypergraph.strategies import strategy_function
+from gnnmoe.layers.base import LAYERS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "twenty_line_coupler.py"
 MINE = '''
@@ -93,6 +96,12 @@ def test_a_file_is_loaded_once_however_its_path_is_written(mine, monkeypatch, ca
 def test_a_home_folder_is_understood(mine, monkeypatch):
     monkeypatch.setenv("HOME", str(mine.parent))
     assert coupler_class(f"~/{mine.name}:Scaled") is coupler_class(f"{mine}:Scaled")
+
+
+@pytest.mark.parametrize("load", [coupler_class, LAYERS.find, strategy_function])
+def test_a_home_folder_that_is_not_known_is_refused(load):
+    with pytest.raises(Refused, match=r"'~no-such-user/f.py:C': this home folder is not known; give the"):
+        load("~no-such-user/f.py:C")
 
 
 def test_nothing_is_left_beside_the_file(mine, monkeypatch):

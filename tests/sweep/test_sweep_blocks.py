@@ -97,6 +97,34 @@ def test_the_messages(refusal, text, said):
     assert said in refusal(text)
 
 
+LONG = "x" * 3000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"seeds = {[-1] * 3000}",
+        f"seeds = {[True] * 3000}",
+        f"seeds = [0x{'f' * 6000}, 0x{'f' * 6000}]",
+        f"seeds = '{LONG}'",
+        f"study = ['{LONG}']",
+        f"random = '{LONG}'",
+        f"[random]\nn = '{LONG}'",
+        f"where = ['{LONG}']",
+        f"where = '{LONG} > 2'",
+        f"where = 'lambda: {LONG}'",
+        f"where = \"num_experts > '{LONG}'\"",
+        f"where = \"coupler == '{LONG}'\"\n{GRID}",
+        f"{LONG} = 1",
+        f"[base]\n{LONG} = 1",
+        f"[base]\nnum_experts = '{LONG}'",
+    ],
+)
+def test_a_long_value_gives_no_long_message(refusal, text):
+    message = refusal(text).partition(": ")[2]
+    assert max(map(len, message.splitlines())) <= 240, message
+
+
 def test_too_large_a_sweep_is_refused_before_it_is_written_down(refusal):
     values = list(range(1, 1001))
     assert "1000000000 configurations; a sweep looks at no more than 200000" in refusal(

@@ -24,7 +24,7 @@ import tyro
 from bench.config import Several, flags, seconds_of
 from bench.sweep.executors.base import GRACE_SECONDS, SHARED, ClusterExecutor, Wanted, lost, refresh
 from bench.sweep.executors.child import ChildEnd, RemoteTask, do
-from gnnmoe.config import Refused
+from gnnmoe.config import Refused, brief
 
 SLOTS = 64
 SHORTEST_SECONDS = 300.0
@@ -82,8 +82,8 @@ def parameters_for(options: Options, wanted: Wanted) -> dict[str, Any]:
     seconds = seconds_of("slurm_time", options.slurm_time)
     if seconds is None or seconds < SHORTEST_SECONDS:
         raise Refused(
-            f"slurm_time is {options.slurm_time!r}; it must be 5m or more: the last {SAVING_SECONDS} s of a "
-            "job are for saving its state."
+            f"slurm_time is {brief(options.slurm_time)}; it must be 5m or more: the last "
+            f"{SAVING_SECONDS} s of a job are for saving its state."
         )
     extra: dict[str, Any] = {"requeue": True}
     for option in options.slurm_option:

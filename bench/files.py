@@ -6,6 +6,7 @@ What a run writes names no absolute path, no host and no user.
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -127,11 +128,14 @@ def check_writable(folder: Path, flag: str = "--results-dir") -> None:
     """Check that ``folder``, which ``flag`` names, can be written; nothing is left behind.
 
     Raises:
-        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written.
+        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written; or a link
+            on the way points nowhere.
     """
     try:
         nearest = folder.absolute()
         while not _is_there(nearest):
+            if nearest.is_symlink():  # no folder can be made there
+                raise OSError(errno.ENOENT, f"the link {nearest.name} points nowhere")
             nearest = nearest.parent
         with tempfile.TemporaryFile(dir=nearest):
             pass

@@ -294,6 +294,10 @@ def test_a_study_that_is_a_file_is_refused(tmp_path):
         check_writable(tmp_path / "study" / "results")
     check_writable(tmp_path / "new" / "results")
     assert [path.name for path in tmp_path.iterdir()] == ["study"], "checking leaves nothing"
+    (tmp_path / "link").symlink_to("nowhere/results")
+    for folder in (tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(ValueError, match=r"cannot be written .the link link points nowhere"):
+            check_writable(folder, "--checkpoint-dir")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "id").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):

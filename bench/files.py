@@ -235,18 +235,6 @@ def kind_of(path: Path) -> Literal["file", "folder", "other"] | None:
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
-def from_home(path: Path, what: str) -> Path:
-    """Return a path with the home folder in place of ~, which a shell replaces only in some places.
-
-    Raises:
-        Refused: no home folder is known; the message begins with ``what``, the flag or variable of the path.
-    """
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise Refused(f"{what} is {str(path)!r}; this home folder is not known.") from error
-
-
 def _is_there(path: Path) -> bool:
     try:
         path.stat()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1103,7 +1104,8 @@ def refuse_another_file(
     known = [(other, its_hash) for theirs, its_hash in others for other in theirs if its_hash != sha256]
     for ours, (theirs, _) in itertools.product(classes, known):
         (path, _, name), (there, _, its_name) = ours.rpartition(":"), theirs.rpartition(":")
-        here, other = Path(path).expanduser(), Path(there).expanduser()
+        here = Path(path).expanduser()
+        other = Path(os.path.expanduser(there))  # noqa: PTH111  # a stranger's ~ stays where it is unknown
         elsewhere = other.parent != Path() and kind_of(other) == "file" and not here.samefile(other)
         if name == its_name and (here.name != other.name or elsewhere):
             raise Refused(

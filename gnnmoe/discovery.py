@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from gnnmoe.config import Refused, unknown_name
-from gnnmoe.reading import read_bytes
+from gnnmoe.reading import from_home, read_bytes
 
 Thing = TypeVar("Thing")
 Loaded = TypeVar("Loaded")
@@ -329,7 +329,8 @@ def _file(text: str, kind: str) -> LoadedFile:
 
 
 def _path_of(text: str) -> Path:
-    return Path(text.rpartition(":")[0]).expanduser().resolve()
+    path = Path(text.rpartition(":")[0])
+    return from_home(path, "the file of code").resolve()
 
 
 def _executed(path: Path, source: bytes, what: str) -> ModuleType:

@@ -93,6 +93,8 @@ def test_a_file_is_loaded_once_however_its_path_is_written(mine, monkeypatch, ca
 def test_a_home_folder_is_understood(mine, monkeypatch):
     monkeypatch.setenv("HOME", str(mine.parent))
     assert coupler_class(f"~/{mine.name}:Scaled") is coupler_class(f"{mine}:Scaled")
+    with pytest.raises(ValueError, match="this home folder is not known"):
+        coupler_class("~nobody-has-this-name/mine.py:Scaled")
 
 
 def test_nothing_is_left_beside_the_file(mine, monkeypatch):

@@ -1,4 +1,6 @@
-"""How a signal ends a command: with one line and exit status 130. Imports the standard library only.
+"""How a signal ends a command: with one line of the first rank and exit status 130.
+
+Imports the standard library only.
 
 ``bench/__init__.py`` calls ``guard`` before anything else is imported. The ``main`` of every command is
 ``interruptible``.
@@ -10,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NoReturn
@@ -45,8 +47,8 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 def say(kept: str) -> None:
-    """Print that the command was interrupted, and what is kept; of several ranks, only the first prints."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print that the command was interrupted, and what is kept, where this process ``speaks``."""
+    if speaks():
         print(f"interrupted: {kept}", file=sys.stderr, flush=True)
 
 
@@ -127,3 +129,61 @@ class Interruption:
         if not self._deferring or self.requested:
             _interrupt()
         self.requested = True
+
+
+# --- One process of several
+
+MOST_PROCESSES, MOST_PORT = 100_000, 65_535
+UNSET = "unset WORLD_SIZE for a run of one process, or start the run with torchrun."
+
+
+class WrongRanks(ValueError):
+    """The variables of torchrun are wrong or incomplete; the message says which, and what to do."""
+
+
+def speaks(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process prints: of several ranks, only the first prints.
+
+    Where the variables are wrong, there may be no first rank, and each process prints.
+    """
+    try:
+        found = ranks_of(environment)
+    except WrongRanks:
+        return True
+    return found is None or found[1] == 0
+
+
+def ranks_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int] | None:
+    """Return the world size, rank, local rank and local world size that torchrun gave this process.
+
+    Return None where it is the only process.
+
+    Raises:
+        WrongRanks: a variable is missing or no number, as where WORLD_SIZE is left of another program.
+    """
+    world = _number(environment, "WORLD_SIZE", 1, MOST_PROCESSES, "1")
+    if world == 1:
+        return None
+    rank = _number(environment, "RANK", 0, world - 1)
+    local_world = _number(environment, "LOCAL_WORLD_SIZE", 1, world, "1")
+    local = _number(environment, "LOCAL_RANK", 0, local_world - 1, "0")
+    _number(environment, "MASTER_PORT", 1, MOST_PORT)
+    if not environment.get("MASTER_ADDR"):
+        raise WrongRanks(f"WORLD_SIZE is {world} in the environment, but MASTER_ADDR is not set; {UNSET}")
+    return world, rank, local, local_world
+
+
+def _number(
+    environment: Mapping[str, str], name: str, least: int, most: int, default: str | None = None
+) -> int:
+    text = environment.get(name, default)
+    if text is None:
+        raise WrongRanks(
+            f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but {name} is not set; {UNSET}"
+        )
+    if not (text.isascii() and text.isdecimal() and len(text) < 7) or not least <= int(text) <= most:
+        raise WrongRanks(
+            f"{name} is {text[:32]!r} in the environment; it must be a whole number from {least} to "
+            f"{most:,}. Otherwise, {UNSET}"
+        )
+    return int(text)

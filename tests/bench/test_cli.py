@@ -19,7 +19,7 @@ from bench.check.__main__ import CheckConfig
 from bench.cli import parse
 from bench.config import Flag, RunConfig, TuneConfig, build, flags_of
 from bench.data.__main__ import ProfileConfig
-from bench.interruption import Interruption, interruptible
+from bench.interruption import Interruption, interruptible, say
 from bench.report.__main__ import CompareConfig, ReportConfig
 from bench.speed.__main__ import SpeedConfig
 from bench.sweep.__main__ import main as sweep
@@ -253,6 +253,27 @@ def test_an_interrupted_command_says_so_in_one_line(capsys, error):
     assert command(None) == 130
     assert capsys.readouterr().err == "interrupted: nothing is kept.\n"
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "lines"),
+    [
+        ({"RANK": "3"}, 1),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, 1),
+        (TWO | {"RANK": "1"}, 0),
+        (TWO | {"RANK": "0"}, 1),
+    ],
+)
+def test_one_line_says_that_a_run_was_interrupted_whatever_is_left_of_other_ranks(
+    capsys, monkeypatch, variables, lines
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    say("nothing is kept.")
+    assert capsys.readouterr().err.count("\n") == lines
 
 
 def test_a_run_heeds_a_closed_terminal_unless_it_is_ignored():

@@ -134,6 +134,7 @@ class Interruption:
 # --- One process of several
 
 MOST_PROCESSES, MOST_PORT = 100_000, 65_535
+MISSING = {"LOCAL_WORLD_SIZE": "set it to the number of ranks on this machine, "}
 UNSET = "unset WORLD_SIZE for a run of one process, or start the run with torchrun."
 
 
@@ -156,7 +157,7 @@ def speaks(environment: Mapping[str, str] = os.environ) -> bool:
 def ranks_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int] | None:
     """Return the world size, rank, local rank and local world size that torchrun gave this process.
 
-    Return None where it is the only process.
+    Return None where it is the only process. Without both local variables, each machine has one rank.
 
     Raises:
         WrongRanks: a variable is missing or no number, as where WORLD_SIZE is left of another program.
@@ -165,8 +166,10 @@ def ranks_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int
     if world == 1:
         return None
     rank = _number(environment, "RANK", 0, world - 1)
-    local_world = _number(environment, "LOCAL_WORLD_SIZE", 1, world, "1")
-    local = _number(environment, "LOCAL_RANK", 0, local_world - 1, "0")
+    local_world = _number(
+        environment, "LOCAL_WORLD_SIZE", 1, world, None if "LOCAL_RANK" in environment else "1"
+    )
+    local = _number(environment, "LOCAL_RANK", 0, local_world - 1, "0" if local_world == 1 else None)
     _number(environment, "MASTER_PORT", 1, MOST_PORT)
     if not environment.get("MASTER_ADDR"):
         raise WrongRanks(f"WORLD_SIZE is {world} in the environment, but MASTER_ADDR is not set; {UNSET}")
@@ -178,8 +181,9 @@ def _number(
 ) -> int:
     text = environment.get(name, default)
     if text is None:
+        size = environment["WORLD_SIZE"]
         raise WrongRanks(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but {name} is not set; {UNSET}"
+            f"WORLD_SIZE is {size} in the environment, but {name} is not set; {MISSING.get(name, '')}{UNSET}"
         )
     if not (text.isascii() and text.isdecimal() and len(text) < 7) or not least <= int(text) <= most:
         raise WrongRanks(

@@ -304,6 +304,7 @@ def test_a_command_is_interrupted_while_it_is_imported():
     assert child.returncode == 130
 
 
+SRUN = "WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
 WORLD = "WORLD_SIZE is 2 in the environment, but"
 
 
@@ -313,6 +314,12 @@ WORLD = "WORLD_SIZE is 2 in the environment, but"
         ("WORLD_SIZE=2", f"{WORLD} RANK is not set; unset WORLD_SIZE"),
         ("WORLD_SIZE=2 RANK=1", f"{WORLD} MASTER_PORT is not set"),
         ("WORLD_SIZE=2 RANK=0 MASTER_PORT=29500", f"{WORLD} MASTER_ADDR is not set"),
+        (
+            f"{SRUN} LOCAL_RANK=1",
+            f"{WORLD} LOCAL_WORLD_SIZE is not set; set it to the number of ranks on thi",
+        ),
+        (f"{SRUN} LOCAL_RANK=0", f"{WORLD} LOCAL_WORLD_SIZE is not set"),
+        (f"{SRUN} LOCAL_WORLD_SIZE=2", f"{WORLD} LOCAL_RANK is not set"),
         ("WORLD_SIZE=abc RANK=0", "WORLD_SIZE is 'abc' in the environment; it must be a whole number from 1"),
         ("WORLD_SIZE=2 RANK=2", "RANK is '2' in the environment; it must be a whole number from 0 to 1"),
         ("WORLD_SIZE=0", "WORLD_SIZE is '0'"),

@@ -23,21 +23,42 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Main = Callable[..., int]
 
 
+AGAIN_SECONDS = 0.01
 _came: list[bool] = []
 """KeyboardInterrupt was raised here; a library may have made another error of it."""
+_kept: list[str] = ["nothing is kept."]
+"""What the last line of an interrupted command says."""
 
 
 def guard() -> None:
-    """Let SIGINT end this process at once, while its command is imported."""
+    """Let SIGINT end this process at once, while its command is imported; lose no SIGINT in a destructor."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
-    show = sys.unraisablehook
-    # Python drops an exception in a destructor: the signal would be lost.
-    sys.unraisablehook = lambda lost: _end() if lost.exc_type is KeyboardInterrupt else show(lost)
+    sys.unraisablehook = sending_again(sys.unraisablehook)
+
+
+def sending_again(show: Callable[[Any], object]) -> Callable[[Any], None]:
+    """Return a ``sys.unraisablehook`` that sends SIGINT again after a destructor; ``show`` does the rest.
+
+    Python drops an exception in a destructor, so that the signal would be lost.
+    """
+
+    def hook(lost: Any) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            show(lost)
+            return
+        main = threading.main_thread().ident
+        assert main is not None
+        # From a thread, and later: in this function, Python would drop it too.
+        again = threading.Timer(AGAIN_SECONDS, signal.pthread_kill, (main, signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    return hook
 
 
 def _end(*_: Any) -> None:
-    say("nothing is kept.")
+    say(_kept[0])
     os._exit(INTERRUPTED)  # out of an import, an exception may come as any other exception
 
 
@@ -52,20 +73,29 @@ def say(kept: str) -> None:
         print(f"interrupted: {kept}", file=sys.stderr, flush=True)
 
 
+def keeping(kept: str) -> None:
+    """Let ``kept`` be what a later interrupt says; an earlier interrupt has been dealt with."""
+    _kept[0] = kept
+    _came.clear()
+
+
 def interruptible(kept: str) -> Callable[[Main], Main]:
-    """Return a decorator for the ``main`` of a command: SIGINT ends it with one line that says ``kept``."""
+    """Return a decorator for the ``main`` of a command: SIGINT ends it with one line that says ``kept``.
+
+    ``keeping`` changes what it says. When the command has ended, its process ignores SIGINT.
+    """
 
     def decorate(main: Main) -> Main:
         @wraps(main)
         def ending(argv: Sequence[str] | None = None) -> int:
-            _came.clear()
+            keeping(kept)
             try:
                 with handling((signal.SIGINT,), _interrupt):
                     return main(argv)
             except BaseException as error:
                 if not _came and not isinstance(error, KeyboardInterrupt):
                     raise
-                say(kept)
+                say(_kept[0])
                 exec("")  # else, where the interrupt came in an exec, Python would end by the signal again
                 return INTERRUPTED
 
@@ -78,7 +108,8 @@ def interruptible(kept: str) -> Callable[[Main], Main]:
 def handling(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> Iterator[None]:
     """Handle signals by ``handler`` in the block; in another thread than the main thread, do nothing.
 
-    SIGHUP stays ignored where it is ignored, as under nohup: the process outlives its terminal.
+    SIGHUP stays ignored where it is ignored, as under nohup: the process outlives its terminal. The handler
+    of the import does not come back: nothing is left to interrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -90,7 +121,7 @@ def handling(numbers: Iterable[int], handler: Callable[[int, Any], object]) -> I
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            signal.signal(number, signal.SIG_IGN if earlier is _end else earlier)
 
 
 class Interruption:
@@ -105,8 +136,17 @@ class Interruption:
         self._over = False
 
     def over(self) -> None:
-        """Ignore all later signals: the end of the run is known, and is being written."""
+        """Ignore all later signals: the end of the run is known, and little is left to do."""
         self._over = True
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Ignore signals in the block, which writes the end of the run."""
+        before, self._over = self._over, True
+        try:
+            yield
+        finally:
+            self._over = before
 
     @contextmanager
     def installed(self) -> Iterator[Interruption]:

@@ -35,6 +35,7 @@ from bench.config import (
 from bench.files import read_toml, refusals_name, visible
 from bench.help import ALL_FLAGS, Help, help_text
 from bench.help import LAYERS as LAYERS_HELP
+from bench.interruption import WrongRanks, ranks_of, speaks
 from gnnmoe.config import Refused, brief, nearest_name, shortened
 
 LAYERS = {entry.flag.field: entry.flag for entry in LAYERS_HELP}
@@ -183,44 +184,16 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-MOST_PROCESSES, MOST_PORT = 100_000, 65_535
-UNSET = "unset WORLD_SIZE for a run of one process, or start the run with torchrun."
-
-
 def launched(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int, int] | None:
-    """Return the world size, rank, local rank and local world size that torchrun gave this process.
-
-    Return None where it is the only process.
+    """Return what ``ranks_of`` returns.
 
     Raises:
         Refused: a variable is missing or no number, as where WORLD_SIZE is left of another program.
     """
-    world = _number(environment, "WORLD_SIZE", 1, MOST_PROCESSES, "1")
-    if world == 1:
-        return None
-    rank = _number(environment, "RANK", 0, world - 1)
-    local_world = _number(environment, "LOCAL_WORLD_SIZE", 1, world, "1")
-    local = _number(environment, "LOCAL_RANK", 0, local_world - 1, "0")
-    _number(environment, "MASTER_PORT", 1, MOST_PORT)
-    if not environment.get("MASTER_ADDR"):
-        raise Refused(f"WORLD_SIZE is {world} in the environment, but MASTER_ADDR is not set; {UNSET}")
-    return world, rank, local, local_world
-
-
-def _number(
-    environment: Mapping[str, str], name: str, least: int, most: int, default: str | None = None
-) -> int:
-    text = environment.get(name, default)
-    if text is None:
-        raise Refused(
-            f"WORLD_SIZE is {environment['WORLD_SIZE']} in the environment, but {name} is not set; {UNSET}"
-        )
-    if not re.fullmatch("[0-9]{1,6}", text) or not least <= int(text) <= most:
-        raise Refused(
-            f"{name} is {brief(text)} in the environment; it must be a whole number from {least} to "
-            f"{most:,}. Otherwise, {UNSET}"
-        )
-    return int(text)
+    try:
+        return ranks_of(environment)
+    except WrongRanks as error:
+        raise Refused(str(error)) from error
 
 
 @contextmanager
@@ -230,11 +203,7 @@ def silent_but_on_the_first_rank() -> Iterator[None]:
     Wrong input is wrong on all ranks. Rank 0 prints the message. The other ranks wait until torchrun ends
     them: it ends all ranks as soon as one rank has ended.
     """
-    try:
-        found = launched()
-    except Refused:  # there may be no rank 0 that prints it
-        found = None
-    if found is None or found[1] == 0:
+    if speaks():
         yield
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # noqa: PTH123

@@ -33,8 +33,9 @@ import pydantic.dataclasses
 import tyro
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 
-from bench.files import from_home, read_toml
+from bench.files import read_toml
 from gnnmoe.config import LARGEST, GNNMoEConfig, Refused, brief, listed, nearest_name, unknown_name
+from gnnmoe.reading import from_home
 
 DEFAULT_MAX_STEPS = 120
 PRESETS = Path(__file__).parent / "presets"

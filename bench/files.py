@@ -6,6 +6,7 @@ What a run writes names no absolute path, no host and no user.
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -130,11 +131,14 @@ def check_writable(folder: Path, flag: str = "--results-dir") -> None:
     """Check that ``folder``, which ``flag`` names, can be written; nothing is left behind.
 
     Raises:
-        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written.
+        Refused: it, or the nearest folder above it that exists, is no folder or cannot be written; or a link
+            on the way points nowhere.
     """
     try:
         nearest = folder.absolute()
         while not _is_there(nearest):
+            if nearest.is_symlink():  # no folder can be made there
+                raise OSError(errno.ENOENT, f"the link {nearest.name} points nowhere")
             nearest = nearest.parent
         with tempfile.TemporaryFile(dir=nearest):
             pass
@@ -232,18 +236,6 @@ def kind_of(path: Path) -> Literal["file", "folder", "other"] | None:
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise Refused(f"{path} cannot be read ({getattr(error, 'strerror', error)}).") from error
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
-
-
-def from_home(path: Path, what: str) -> Path:
-    """Return a path with the home folder in place of ~, which a shell replaces only in some places.
-
-    Raises:
-        Refused: no home folder is known; the message begins with ``what``, the flag or variable of the path.
-    """
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise Refused(f"{what} is {str(path)!r}; this home folder is not known.") from error
 
 
 def _is_there(path: Path) -> bool:

@@ -845,10 +845,8 @@ class RunFolder:
 
     def read_record(self) -> Record | Damaged | None:
         """Return the record, or why it cannot be read; None where there is no folder."""
-        if kind_of(self.path) is None:
-            return None
         try:
-            return read_record(self.path)
+            return None if kind_of(self.path) is None else read_record(self.path)
         except Refused as error:
             return Damaged(str(error))
 

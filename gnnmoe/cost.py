@@ -9,8 +9,6 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 
-import torch
-
 from gnnmoe.config import GNNMoEConfig, Refused
 from gnnmoe.couplers.registry import build_coupler, without_memory
 from gnnmoe.experts import ExpertBlock

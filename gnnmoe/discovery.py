@@ -23,8 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
-from gnnmoe.config import Refused, brief, unknown_name
-from gnnmoe.reading import read_bytes
+from gnnmoe.config import Refused, unknown_name
+from gnnmoe.reading import from_home, read_bytes
 
 Thing = TypeVar("Thing")
 Loaded = TypeVar("Loaded")
@@ -334,10 +334,7 @@ def path_in(text: str) -> Path:
     Raises:
         Refused: no home folder is known.
     """
-    try:
-        return Path(text.rpartition(":")[0]).expanduser()
-    except RuntimeError as error:
-        raise Refused(f"{brief(text)}: this home folder is not known; give the path in full.") from error
+    return from_home(Path(text.rpartition(":")[0]), "the file of code")
 
 
 def _executed(path: Path, source: bytes, what: str) -> ModuleType:

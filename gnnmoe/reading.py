@@ -9,10 +9,25 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from gnnmoe.config import Refused, brief
+
 MOST_BYTES = 2**26
 """The most bytes of a text that is read whole, 64 MiB; records and sweep files have less than 1 MiB."""
 
 PART_BYTES = 2**20
+
+
+def from_home(path: Path, what: str) -> Path:
+    """Return a path with the home folder in place of ~, which a shell replaces only in some places.
+
+    Raises:
+        Refused: no home folder is known; the message begins with ``what``, the flag or variable of the path.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        why = "this home folder is not known; give the path in full."
+        raise Refused(f"{what} is {brief(str(path))}: {why}") from error
 
 
 def open_file(path: str | Path) -> BinaryIO:

@@ -36,8 +36,8 @@ from bench.data.tokenizer import (
     tokenize,
     tokenizer_version,
 )
-from bench.files import from_home
 from gnnmoe.config import Refused, unknown_name
+from gnnmoe.reading import from_home
 
 SOURCES = ("auto", "folder", "hub", "embedded")
 OFFICIAL_TOKENS = {"train": 2_088_628, "validation": 217_646, "test": 245_569}

@@ -20,6 +20,7 @@ from bench.data.blocks import TrainBlocks
 from bench.data.tokenizer import Vocabulary
 from bench.files import kind_of
 from gnnmoe.config import Refused, unknown_name
+from gnnmoe.reading import from_home
 from gnnmoe.seeds import stream_seed
 
 ScoreBlocks = Callable[[Tensor, Tensor], Tensor]
@@ -121,18 +122,27 @@ def make_curriculum(
         DifficultyModelMissing: the checkpoint is missing and ``strict`` is set.
         Refused: another wrong argument, or scores that are not finite.
     """
-    kind, _, path = scorer.partition(":")
-    if kind not in ("rarity", "model") or (kind == "rarity" and path):
-        raise Refused(unknown_name("curriculum scorer", scorer, ("rarity", "model:CHECKPOINT")))
-    source = kind
-    if kind == "rarity":
+    source, path = parts_of(scorer)
+    if source == "rarity":
         scores = rarity_scores(blocks, vocabulary)
-    elif path and kind_of(Path(path)) == "file":
+    elif path is not None and kind_of(path) == "file":
         assert score_by_checkpoint is not None, "whoever allows a model as scorer says how it scores"
-        scores = score_by_checkpoint(Path(path), blocks)
+        scores = score_by_checkpoint(path, blocks)
     else:
         scores, source = _random_scores(path, len(blocks), seed, strict), "random_fallback"
     return Curriculum(scores, pacing, epochs, start, source)
+
+
+def parts_of(scorer: str) -> tuple[str, Path | None]:
+    """Return "rarity" or "model", and the path of the model's checkpoint, where it has any.
+
+    Raises:
+        Refused: there is no such scorer, or the path begins with an unknown home folder.
+    """
+    kind, _, path = scorer.partition(":")
+    if kind not in ("rarity", "model") or (kind == "rarity" and path):
+        raise Refused(unknown_name("curriculum scorer", scorer, ("rarity", "model:CHECKPOINT")))
+    return kind, from_home(Path(path), "curriculum") if path else None
 
 
 def rarity_scores(blocks: TrainBlocks, vocabulary: Vocabulary) -> np.ndarray:
@@ -165,9 +175,9 @@ def _numbers(blocks: TrainBlocks, first: int, count: int) -> range:
     return range(first, min(first + count, len(blocks)))
 
 
-def _random_scores(path: str, blocks: int, seed: int, strict: bool) -> np.ndarray:
+def _random_scores(path: Path | None, blocks: int, seed: int, strict: bool) -> np.ndarray:
     missing = "the curriculum has no difficulty model"
-    if path:
+    if path is not None:
         missing = f"the curriculum's difficulty model {path} is not there"
     remedy = "pass model:CHECKPOINT with the checkpoint.pt of a finished run, or the scorer rarity"
     if strict:

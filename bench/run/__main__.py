@@ -12,7 +12,7 @@ from bench.cli import fail, parse, show_warnings_plainly, silent_but_on_the_firs
 from bench.config import RunConfig
 from bench.files import CANNOT_WRITE, NOT_WRITTEN, without_places
 from bench.help import Help
-from bench.interruption import INTERRUPTED, Interruption, interruptible
+from bench.interruption import INTERRUPTED, Interruption, interruptible, keeping, say
 from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
@@ -93,10 +93,13 @@ def _run_on(ranks: Ranks, config: RunConfig, command: str, interruption: Interru
             if record is None:
                 session = Session(prepared, without_places(command), reporter, interruption, earlier)
                 ranks.from_first(session.begin)
+                keeping("the run has begun; --resume continues it.")
                 _announce(prepared, reporter)
                 record = _run_session(session)
+            keeping("the run has ended.")
             if prepared.config.places.plots and not drawn:  # it may have been killed while drawing
-                _draw(prepared, reporter)
+                _draw(prepared, reporter, record)
+            interruption.over()
     except Refused as error:
         fail(str(error))
     print_summary(record, prepared.folder.path, console, again=command)
@@ -126,15 +129,20 @@ def _announce(prepared: Prepared, reporter: Reporter) -> None:
         reporter.console.print(f"WARNING: {prepared.corpus.warning}", style="bold yellow", markup=False)
 
 
-def _draw(prepared: Prepared, reporter: Reporter) -> None:
-    """Draw the plots; a run is no worse for one that fails."""
-    with reporter.phase("drawing"):
-        try:
+def _draw(prepared: Prepared, reporter: Reporter, record: Record) -> None:
+    """Draw the plots; a run is no worse for plots that fail, or that a signal stops."""
+    try:
+        with reporter.phase("drawing"):
             from bench.report.plots.run import plot_run
 
             plot_run(prepared.folder.path)
-        except Exception as error:
-            print(f"note: the plots could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"note: the plots could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        finished = "the run is finished; the same command draws its plots."
+        say(
+            finished if record.status == "ok" else f"the run stays {record.status}; its plots were not drawn."
+        )
 
 
 def _run_session(session: Session) -> Record:

@@ -169,13 +169,15 @@ class Session:
             if not self.prepared.ranks.alone:
                 self.interruption.over()  # torchrun sends a signal to all ranks when one ends
             end = agreed_end(self.prepared.ranks, _end_of(error), why(error))
-            self._end(end.status, end.error, end.log)
+            with self.interruption.ignored():
+                self._end(end.status, end.error, end.log)
             if not isinstance(error, Exception):
                 raise
         else:
             passed = is_measured(self.record.check) and self.record.check.passed
             status, why_not = ("ok", None) if passed else ("check_failed", "trained by --allow-failed-check")
-            self._end(status, why_not)
+            with self.interruption.ignored():
+                self._end(status, why_not)
         return self.record
 
     def _end(self, status: str, error: str | None, log: str = "") -> None:

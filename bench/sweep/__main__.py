@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bench.cli import fail, launched, parse, show_warnings_plainly
 from bench.config import as_flags
+from bench.files import check_writable
 from bench.help import Help
 from bench.interruption import interruptible
 from bench.screen import guard_screen
@@ -105,7 +106,7 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     """Return the plan and its hypotheses; a hypothesis that its runs cannot answer is refused.
 
     Raises:
-        Refused: a run cannot be, or a hypothesis is wrong.
+        Refused: a run cannot be, its folder cannot be written, or a hypothesis is wrong.
     """
     import torch
 
@@ -113,6 +114,7 @@ def plan_sweep(config: SweepConfig, sweep: Sweep) -> tuple[Plan, Match | None, l
     from bench.study.hypotheses import check_against, hypotheses_of
     from bench.sweep.plan import Match, make_plan
 
+    check_writable(config.results_dir / sweep.study)
     asked = config.match or sweep.match
     match = None if asked is None else Match.parse(asked)
     refuse_what_is_measured_here(config, match)

@@ -128,7 +128,7 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool =
     made is run again from its beginning, unless ``keep_stale``.
     """
     record = folder_of(run).read_record()
-    if record is None or kind_of(run.folder / "record.json") is None:  # or it was killed before its record
+    if record is None or _lacks_a_record(run.folder):  # or it was killed before its record
         return FolderState(None, ())
     outcome, status = outcome_of(record), record.status
     stale = is_stale(record, run.code)
@@ -140,6 +140,13 @@ def look(run: PlannedRun, retry: frozenset[str], force: bool, keep_stale: bool =
     if allowed and isinstance(record, Record) and not is_measured(record.speed):  # it was not allowed then
         return FolderState(outcome, (), stale)
     return FolderState(outcome, None, stale)
+
+
+def _lacks_a_record(folder: Path) -> bool:
+    try:
+        return kind_of(folder / "record.json") is None
+    except Refused:  # it is damaged, as where links form a circle
+        return False
 
 
 def is_busy(run: PlannedRun) -> bool:

@@ -412,5 +412,7 @@ def sweep_lock(
 
 
 def _holder(lock_file: Path) -> str:
-    text = lock_file.read_text(errors="replace").strip()
-    return f" (process {text})" if text.isdigit() else ""
+    with suppress(OSError):  # the holder may have left just now, with its file
+        text = lock_file.read_text(errors="replace").strip()
+        return f" (process {text})" if text.isdigit() else ""
+    return ""

@@ -46,6 +46,8 @@ def _write_zip(file: IO[bytes], state: dict[str, Any]) -> None:
         if "inline_container" not in str(error):  # of torch's zip writer, raised over the error of the disk
             raise
         cause = error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from error
         known = isinstance(cause, OSError)
         raise OSError(cause.errno if known else errno.EIO, cause.strerror if known else str(error)) from error
 

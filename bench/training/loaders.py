@@ -30,7 +30,7 @@ from bench.config import (
 from bench.data.blocks import TrainBlocks
 from bench.data.cache import cache_folder, cached, key_of
 from bench.data.corpus import Corpus, load_corpus
-from bench.data.curriculum import Curriculum, ScoreBlocks, make_curriculum, model_scores
+from bench.data.curriculum import Curriculum, ScoreBlocks, make_curriculum, model_scores, parts_of
 from bench.data.loader import BlockLoader, Extent, create_loader, validate_first_batch
 from bench.data.sources import known_as
 from bench.files import kind_of
@@ -240,13 +240,13 @@ def scorer_identity(training: TrainingConfig) -> str | None:
     """
     if training.curriculum is None:
         return None
-    kind, _, path = training.curriculum.partition(":")
+    kind, path = parts_of(training.curriculum)
     if kind != "model":
         return kind
-    if not path or kind_of(Path(path)) != "file":
+    if path is None or kind_of(path) != "file":
         return "random"
     try:
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             return f"model:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
         raise Refused(f"--curriculum: {path} cannot be read ({error.strerror}).") from error

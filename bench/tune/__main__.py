@@ -15,7 +15,7 @@ from rich.text import Text
 from bench.cli import fail, parse, show_warnings_plainly
 from bench.config import MemoryConfig, RunConfig, TuneConfig
 from bench.help import Help
-from bench.interruption import interruptible
+from bench.interruption import interruptible, keeping
 from bench.screen import guard_screen
 from gnnmoe.config import Refused
 
@@ -87,6 +87,7 @@ def _search(config: RunConfig, start: int | None) -> int:
     except SearchFailed as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    keeping("the search had ended; the same command shows its answer, or searches again.")
     if fits:
         progress.print(words_of(found))
         print_fit(found, console)

@@ -17,12 +17,13 @@ import re
 import warnings
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 from gnnmoe.config import Refused, brief, shortened
 from gnnmoe.discovery import Loaded, Registry
-from gnnmoe.reading import read_bytes
+from gnnmoe.reading import from_home, read_bytes
 
 Members = tuple[int, ...]  # sorted
 Strategy = Callable[..., list[Members]]
@@ -145,7 +146,7 @@ def random_subsets(num_experts: int, *, k: int = 3, m: int | None = None, seed: 
 def from_file(num_experts: int, *, path: str) -> list[Members]:
     """Read a JSON list of member lists, in the order of the file; a hyperedge may have one member.
 
-    A relative path starts at the current folder.
+    A relative path starts at the current folder, and ~ is the home folder.
 
     Raises:
         Refused: the file or one of its hyperedges is invalid; names the file and the line.
@@ -357,7 +358,7 @@ def read_hyperedges(path: str, num_experts: float = math.inf) -> list[tuple[int,
 
 def _text(path: str) -> str:
     try:
-        data = read_bytes(path)
+        data = read_bytes(from_home(Path(path), "the file of hyperedges"))
     except OSError as error:
         raise Refused(f"{path}: the file of hyperedges cannot be read ({error.strerror}).") from None
     try:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any, NoReturn
 
 import pytest
 
+from bench import interruption
 from bench.check.__main__ import CheckConfig
 from bench.cli import parse
 from bench.config import Flag, RunConfig, TuneConfig, build, flags_of
 from bench.data.__main__ import ProfileConfig
-from bench.interruption import Interruption, interruptible
+from bench.interruption import Interruption, interruptible, keeping, say, sending_again
 from bench.report.__main__ import CompareConfig, ReportConfig
 from bench.speed.__main__ import SpeedConfig
 from bench.sweep.__main__ import main as sweep
@@ -255,11 +257,66 @@ def test_an_interrupted_command_says_so_in_one_line(capsys, error):
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+def test_a_signal_in_a_destructor_interrupts_and_does_not_end_the_process_at_once(capsys, monkeypatch):
+    class Dying:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    @interruptible("nothing is kept.")
+    def command(_argv: object = None) -> int:
+        keeping("the table is kept.")
+        Dying()
+        time.sleep(5)
+        return 0
+
+    began = time.monotonic()
+    monkeypatch.setattr(sys, "unraisablehook", sending_again(sys.unraisablehook))
+    assert command(None) == 130
+    assert capsys.readouterr().err == "interrupted: the table is kept.\n"
+    assert time.monotonic() - began < 4
+
+
+def test_a_command_that_has_ended_is_not_interrupted(capsys):
+    """Its process has the handler of the import before ``main`` begins."""
+
+    @interruptible("nothing is kept.")
+    def command(_argv: object = None) -> int:
+        return 0
+
+    before = signal.signal(signal.SIGINT, interruption._end)
+    try:
+        assert command(None) == 0
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == ""
+
+
+TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "lines"),
+    [
+        ({"RANK": "3"}, 1),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, 1),
+        (TWO | {"RANK": "1"}, 0),
+        (TWO | {"RANK": "0"}, 1),
+    ],
+)
+def test_one_line_says_that_a_run_was_interrupted_whatever_is_left_of_other_ranks(
+    capsys, monkeypatch, variables, lines
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    say("nothing is kept.")
+    assert capsys.readouterr().err.count("\n") == lines
+
+
 def test_a_run_heeds_a_closed_terminal_unless_it_is_ignored():
-    interruption = Interruption()
-    with interruption.installed(), interruption.deferred():
+    with Interruption().installed() as heeding, heeding.deferred():
         signal.raise_signal(signal.SIGHUP)
-        assert interruption.requested
+        assert heeding.requested
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Interruption().installed() as ignoring:
@@ -293,6 +350,7 @@ def test_a_command_is_interrupted_while_it_is_imported():
     assert child.returncode == 130
 
 
+SRUN = "WORLD_SIZE=2 RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
 WORLD = "WORLD_SIZE is 2 in the environment, but"
 
 
@@ -302,6 +360,12 @@ WORLD = "WORLD_SIZE is 2 in the environment, but"
         ("WORLD_SIZE=2", f"{WORLD} RANK is not set; unset WORLD_SIZE"),
         ("WORLD_SIZE=2 RANK=1", f"{WORLD} MASTER_PORT is not set"),
         ("WORLD_SIZE=2 RANK=0 MASTER_PORT=29500", f"{WORLD} MASTER_ADDR is not set"),
+        (
+            f"{SRUN} LOCAL_RANK=1",
+            f"{WORLD} LOCAL_WORLD_SIZE is not set; set it to the number of ranks on thi",
+        ),
+        (f"{SRUN} LOCAL_RANK=0", f"{WORLD} LOCAL_WORLD_SIZE is not set"),
+        (f"{SRUN} LOCAL_WORLD_SIZE=2", f"{WORLD} LOCAL_RANK is not set"),
         ("WORLD_SIZE=abc RANK=0", "WORLD_SIZE is 'abc' in the environment; it must be a whole number from 1"),
         ("WORLD_SIZE=2 RANK=2", "RANK is '2' in the environment; it must be a whole number from 0 to 1"),
         ("WORLD_SIZE=0", "WORLD_SIZE is '0'"),

@@ -13,7 +13,7 @@ import pytest
 from bench import files
 from bench.config import ModelConfig, RunConfig, TrainingConfig, config_of, run_flags
 from bench.files import check_writable
-from bench.record import Damaged, Record, RunFolder, is_measured
+from bench.record import Damaged, Record, RunFolder, is_measured, refuse_another_file
 from bench.run.prepare import configuration_id, identity, settings_in_record
 from bench.run.prepare import run_id as schema_run_id
 from bench.study.run_files import train_rows
@@ -294,10 +294,20 @@ def test_a_study_that_is_a_file_is_refused(tmp_path):
         check_writable(tmp_path / "study" / "results")
     check_writable(tmp_path / "new" / "results")
     assert [path.name for path in tmp_path.iterdir()] == ["study"], "checking leaves nothing"
+    (tmp_path / "link").symlink_to("nowhere/results")
+    for folder in (tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(ValueError, match=r"cannot be written .the link link points nowhere"):
+            check_writable(folder, "--checkpoint-dir")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "id").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         RunFolder(tmp_path, "other", "id").create(made_record())
+
+
+def test_a_class_of_an_unknown_home_folder_is_just_another_class():
+    refuse_another_file(["mine.py:Mean"], "a", [(["~nobody-has-this-name/their.py:Sum"], "b")])
+    with pytest.raises(ValueError, match="is another file"):
+        refuse_another_file(["mine.py:Mean"], "a", [(["~nobody-has-this-name/their.py:Mean"], "b")])
 
 
 def test_a_coupler_option_counts_the_same_as_a_flag_and_as_a_dict():

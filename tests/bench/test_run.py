@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from bench.report.plots.run import plot_run
 from bench.run.__main__ import main
 from bench.run.prepare import prepare
 from gnnmoe.couplers.registry import coupler_names
-from tests.bench._runs import only_run, refusal, results_of
+from tests.bench._runs import act_at_step, interrupt, only_run, refusal, results_of
 from tests.bench.conftest import TINY
 
 QUICK = ("HGNN", "dense", "topk")  # weights of hyperedges, other blocks, and losses of the coupler's own
@@ -87,6 +88,41 @@ def test_plots_are_drawn_at_the_end_and_a_failure_of_theirs_is_a_note(tiny, monk
     folder, _ = only_run(results_of(tiny))
     assert {"training.svg", "training.png", "training.csv"} <= {p.name for p in (folder / "plots").iterdir()}
     assert "note: the plots could not be drawn: RuntimeError: no fonts" in capsys.readouterr().err
+
+
+def test_a_signal_while_drawing_changes_nothing_of_a_finished_run(finished, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.report.plots.run.plot_run", interrupt)
+        assert main([*finished, "--plots"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "interrupted: the run is finished; the same command draws its plots.\n"
+    assert "record:" in printed.out
+    drawn: list[Path] = []
+    monkeypatch.setattr("bench.report.plots.run.plot_run", drawn.append)
+    assert main([*finished, "--plots"]) == 0
+    assert drawn == [only_run(results_of(finished))[0]]
+
+
+def test_a_second_signal_while_drawing_leaves_the_run_interrupted(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("bench.report.plots.run.plot_run", interrupt)
+    act_at_step(monkeypatch, 1, interrupt)
+    assert main([*tiny, "--coupler", "mean", "--plots"]) == 130
+    said = "interrupted: the run stays interrupted; its plots were not drawn.\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert only_run(results_of(tiny))[1]["status"] == "interrupted"
+
+
+def test_a_signal_while_the_end_is_written_is_ignored(tiny, monkeypatch):
+    write = RunFolder.write_record
+
+    def signalled(self, record):
+        if record.status == "ok":
+            signal.raise_signal(signal.SIGINT)
+        write(self, record)
+
+    monkeypatch.setattr(RunFolder, "write_record", signalled)
+    assert main([*tiny, "--coupler", "mean", "--max-steps", "2"]) == 0
+    assert only_run(results_of(tiny))[1]["status"] == "ok"
 
 
 def test_what_a_kill_while_drawing_left_is_mended_by_the_next_call(tiny, tmp_path, capsys):

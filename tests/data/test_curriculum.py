@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.config import TrainingConfig
 from bench.data.blocks import TrainBlocks
 from bench.data.corpus import Corpus, load_corpus
 from bench.data.curriculum import (
@@ -19,6 +20,8 @@ from bench.data.curriculum import (
     rarity_scores,
 )
 from bench.data.loader import create_loader, set_epoch
+from bench.training.loaders import scorer_identity
+from gnnmoe.config import Refused
 
 pytestmark = pytest.mark.core("loader")
 FALLING = np.arange(50, 0, -1).astype(float)  # block 49 is the easiest
@@ -119,6 +122,25 @@ def test_a_model_orders_the_blocks(worded, tmp_path):
     assert curriculum.order_source == "model"
     assert sorted(loader.sampler_obj.served()) == list(range(blocks - round(0.3 * blocks), blocks))
     assert asked == [checkpoint]
+
+
+def test_a_model_in_the_home_folder_is_found(worded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "checkpoint.pt").write_bytes(b"weights")
+    blocks = TrainBlocks(worded.splits["train"], 4)
+
+    def score(path, blocks):
+        assert path == tmp_path / "checkpoint.pt"
+        return np.arange(len(blocks), dtype=float)
+
+    scorer = "model:~/checkpoint.pt"
+    options = {"pacing": "linear", "epochs": 2, "score_by_checkpoint": score}
+    assert make_curriculum(blocks, worded.vocabulary, scorer, **options).order_source == "model"
+    spelt_out = f"model:{tmp_path}/checkpoint.pt"
+    found = [scorer_identity(TrainingConfig(curriculum=text, epochs=2)) for text in (scorer, spelt_out)]
+    assert found[0] == found[1] != "random"
+    with pytest.raises(Refused, match=r"curriculum is '~nobody-has-this/x.pt'; this home folder is not kno"):
+        make_curriculum(blocks, worded.vocabulary, "model:~nobody-has-this/x.pt", **options)
 
 
 @pytest.mark.parametrize("scorer", ["model:", "model", "model:/nowhere/checkpoint.pt"])

@@ -100,7 +100,7 @@ def test_a_home_folder_is_understood(mine, monkeypatch):
 
 @pytest.mark.parametrize("load", [coupler_class, LAYERS.find, strategy_function])
 def test_a_home_folder_that_is_not_known_is_refused(load):
-    with pytest.raises(Refused, match=r"'~no-such-user/f.py:C': this home folder is not known; give the"):
+    with pytest.raises(Refused, match=r"'~no-such-user/f.py': this home folder is not known; give the"):
         load("~no-such-user/f.py:C")
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from gnnmoe.config import Refused
 from gnnmoe.hypergraph.strategies import static_hyperedges, strategy_identity
 from tests.gnnmoe._support import make_coupler
 
@@ -58,6 +59,15 @@ def test_file_refusals_name_the_file_and_the_line(tmp_path, monkeypatch, case):
 def test_file_that_cannot_be_read_is_refused(path, why):
     with pytest.raises(ValueError, match=f"the file of hyperedges cannot be read .*{why}"):
         static_hyperedges(4, f"file:{path}")
+
+
+def test_a_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "edges.json").write_text("[[0, 1]]")
+    assert static_hyperedges(4, "file:~/edges.json") == [(0, 1)]
+    assert strategy_identity("file:~/edges.json") == strategy_identity(f"file:{tmp_path}/edges.json")
+    with pytest.raises(Refused, match="this home folder is not known"):
+        static_hyperedges(4, "file:~nobody-has-this-name/edges.json")
 
 
 @pytest.mark.core("strategy:file")

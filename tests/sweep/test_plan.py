@@ -253,6 +253,18 @@ def test_wrong_input_is_one_line_and_status_2(places, tmp_path, capsys):
         assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("name", ["results", "results/sweep"])
+def test_the_plan_refuses_a_folder_that_no_run_can_write(places, tmp_path, capsys, name):
+    blocker = tmp_path / name
+    blocker.parent.mkdir(exist_ok=True)
+    blocker.write_text("")
+    own = ["--data-dir", places["data_dir"], "--results-dir", places["results_dir"]]
+    with pytest.raises(SystemExit):
+        main(["--sweep", "coupler=mean", *SIZES, *own, "--dry-run"])
+    assert "cannot be written (Not a directory); choose another with --results" in capsys.readouterr().err
+    assert blocker.read_text() == ""
+
+
 def test_hypotheses_that_no_run_answers_are_refused_before_any_run(places, tmp_path, capsys):
     (tmp_path / "h.toml").write_text(
         '[[hypothesis]]\nstatement = "x"\nbetter = {coupler = "GNN"}\nthan = {coupler = "mean"}\n'

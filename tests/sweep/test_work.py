@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from bench.record import Environment, RunFolder
+from bench.sweep import work
 from bench.sweep.executors.local import LocalExecutor
 from bench.sweep.outcome import Outcome, SweepResult
 from bench.sweep.work import RETRIES, Forecast, sweep_lock
@@ -142,6 +143,23 @@ def test_a_second_sweep_on_the_folder_leaves_or_waits(study):
         assert study.sweep(study.runs("ok"), wait=True).exit_status == 0
     with hold(study), later(send(signal.SIGINT), lambda: study.output.getvalue().count("waiting for it") > 1):
         assert study.sweep(study.runs("ok"), wait=True).exit_status == 130
+
+
+def test_a_sweep_whose_holder_leaves_just_now_is_not_called_unwritable(study, monkeypatch):
+    monkeypatch.setattr(work, "lock", lambda path, *_: path.unlink(missing_ok=True))
+    with pytest.raises(ValueError, match=r"another sweep is at .*study; wait for it"), hold(study):
+        pass
+
+
+def test_a_run_folder_that_links_to_itself_is_damaged_and_the_others_run(study):
+    study.folder.mkdir(parents=True)
+    (study.folder / "run0").symlink_to("run0")
+    result = study.sweep(study.runs("ok", "ok"))
+    assert result.counts == {"damaged": 1, "ok": 1}
+    assert study.calls() == ["run1"]
+    error = result.outcomes["run0"].error
+    assert error is not None
+    assert "run0 cannot be read (Too many levels of symbolic links)" in error
 
 
 def test_what_comes_before_the_runs_is_done_by_the_sweep_that_may_run(study):

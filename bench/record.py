@@ -621,6 +621,10 @@ class LeakCheck(Part):
     audit: AuditCounts | None = None
 
 
+FEATURE_BYTES = 280_000
+"""The most bytes of all features of experts that a run keeps."""
+LEAST_TOKENS = 4
+"""The fewest tokens of which experts can be compared: the unbiased estimate of HSIC divides by N − 3."""
 SLACK = 1e-3
 """A figure that is computed may lie so far beyond the range of its definition."""
 Correlation = Annotated[float, Field(ge=-1 - SLACK, le=1 + SLACK)]

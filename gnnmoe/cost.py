@@ -15,7 +15,7 @@ from gnnmoe.experts import ExpertBlock
 
 QUANTITIES = ("params", "flops")
 BLOCK_BYTES = 24 * 1024
-"""What the Python objects of one expert's block take beside its parameters, measured with torch 2.13."""
+"""What one expert's block takes as Python objects, beside its numbers; measured with torch 2.13."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def least_training_bytes(config: GNNMoEConfig, *, rows: int = 1, number_bytes: i
     """Return bytes that a training step on ``rows`` sequences of full length takes at least, under AdamW.
 
     Parameters are float32 and have a gradient and two moments. Each expert keeps its normalised inputs and
-    its hidden layer for the backward pass, in numbers of ``number_bytes``, and takes ``BLOCK_BYTES`` as an
-    object. A coupler that cannot be built without numbers counts nothing.
+    its hidden layer for the backward pass, in numbers of ``number_bytes``. A coupler that cannot be built
+    without numbers counts nothing.
 
     Raises:
         Refused: as ``model_cost``.
@@ -62,8 +62,22 @@ def least_training_bytes(config: GNNMoEConfig, *, rows: int = 1, number_bytes: i
     except Exception:  # the coupler may be anybody's
         return 16 * config.padded_vocab_size * config.embed_dim
     kept = coupler.count * (2 * config.embed_dim + coupler.ffn_dim)
-    objects = BLOCK_BYTES * config.num_layers * coupler.count
-    return 16 * params + objects + number_bytes * config.num_layers * rows * config.max_seq_length * kept
+    return 16 * params + number_bytes * config.num_layers * rows * config.max_seq_length * kept
+
+
+def expert_object_bytes(config: GNNMoEConfig) -> int:
+    """Return the bytes of host memory that the experts of a model take as Python objects, without numbers.
+
+    Raises:
+        Refused: as ``model_cost``.
+    """
+    try:
+        experts = cost_of_coupler(config).count
+    except Refused:
+        raise
+    except Exception:  # the coupler may be anybody's
+        experts = config.num_experts
+    return BLOCK_BYTES * config.num_layers * experts
 
 
 def least_coupler_parameters(config: GNNMoEConfig) -> int:

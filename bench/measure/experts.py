@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.measure.similarity import debiased_cka, feature_shape, projection
-from bench.record import Communication, Diagnostics, ExpertsOfLayer, NotMeasured, not_measured
-from bench.study.run_files import LEAST_TOKENS
+from bench.record import LEAST_TOKENS, Communication, Diagnostics, ExpertsOfLayer, NotMeasured, not_measured
 from bench.training.step import Batch, split
 from gnnmoe.head import IGNORED
 from gnnmoe.model import GNNMoELayer, GNNMoEModel

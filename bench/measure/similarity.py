@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from bench.study.run_files import FEATURE_BYTES
+from bench.record import FEATURE_BYTES
 
 Array = Any
 """A tensor of torch or an array of numpy; a function returns the kind that it was given."""

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from bench.files import inside, read_json, visible
-from bench.record import Part, Record, is_measured, part_of, read_record
+from bench.record import FEATURE_BYTES, LEAST_TOKENS, Part, Record, is_measured, part_of, read_record
 from gnnmoe.config import Refused, shortened
 from gnnmoe.reading import read_at_most, read_bytes
 
@@ -35,10 +35,6 @@ MOST_ARTICLES = 2**20
 """The largest number of articles in a file of losses; a file with more tokens may have one per token."""
 MOST_UNPACKED = 2**30
 """The most bytes of a compressed file, packed or unpacked; a larger file is damaged, or a trap."""
-FEATURE_BYTES = 280_000
-"""The most bytes of all features of experts that a run keeps."""
-LEAST_TOKENS = 4
-"""The fewest tokens of which experts can be compared: the unbiased estimate of HSIC divides by N − 3."""
 COLUMNS = {"train": ("epoch", "tokens", "loss", "learning_rate", "gradient_norm"),
            "validation": ("epoch", "tokens", "nll_sum")}  # fmt: skip
 """The numbers in a row of a history, beside its step, by the kind of row."""

@@ -40,7 +40,7 @@ from bench.tune.trials import (
     search_in_child,
 )
 from gnnmoe.config import GNNMoEConfig, Refused, brief, unknown_name
-from gnnmoe.cost import least_training_bytes
+from gnnmoe.cost import expert_object_bytes, least_training_bytes
 from gnnmoe.couplers.registry import without_memory
 from gnnmoe.model import GNNMoEModel
 
@@ -279,6 +279,11 @@ def refuse_too_little_memory(
     number_bytes = 2 if config.execution.precision == "bf16" else 4
     needed = least_training_bytes(replace(model, max_seq_length=length), number_bytes=number_bytes)
     refuse_too_large(needed, device, "a training step of this model", ranks.sharing(device))
+    host = torch.device("cpu")
+    objects = expert_object_bytes(model)
+    refuse_too_large(
+        objects, host, "building these experts", ranks.sharing(host), ("num_layers", "num_experts")
+    )
     searching = any(getattr(memory, switch) for switch in SWITCHES)
     budget = limit_of(memory, device, ranks)[0] if searching else needed
     if budget < needed:

@@ -18,9 +18,8 @@ from bench.measure.similarity import (
     matched,
     projection,
 )
-from bench.record import Communication, Diagnostics, NotMeasured, is_measured
+from bench.record import FEATURE_BYTES, Communication, Diagnostics, NotMeasured, is_measured
 from bench.run.__main__ import main
-from bench.study.run_files import FEATURE_BYTES
 from gnnmoe import GNNMoEConfig, GNNMoEModel
 from gnnmoe.experts import ExpertLoop
 from tests.bench._runs import only_folder

@@ -139,7 +139,7 @@ def test_a_model_in_the_home_folder_is_found(worded, tmp_path, monkeypatch):
     spelt_out = f"model:{tmp_path}/checkpoint.pt"
     found = [scorer_identity(TrainingConfig(curriculum=text, epochs=2)) for text in (scorer, spelt_out)]
     assert found[0] == found[1] != "random"
-    with pytest.raises(Refused, match=r"curriculum is '~nobody-has-this/x.pt'; this home folder is not kno"):
+    with pytest.raises(Refused, match=r"curriculum is '~nobody-has-this/x.pt': this home folder is not kno"):
         make_curriculum(blocks, worded.vocabulary, "model:~nobody-has-this/x.pt", **options)
 
 

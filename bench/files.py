@@ -156,7 +156,7 @@ def write_between(path: Path, put: Callable[[str], str]) -> None:
     """
     try:
         path = path.resolve()
-        text = path.read_bytes().decode("utf-8")
+        text = read_bytes(path).decode("utf-8")
     except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: links in a circle
         why = getattr(error, "strerror", None) or "it is no text"
         raise Refused(f"--page {path} cannot be read ({why}).") from error

@@ -7,6 +7,7 @@ them. They are written for readers; a record whose figures contradict its sums i
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -50,6 +51,7 @@ from bench.files import (
 )
 from gnnmoe.config import Refused, brief, shortened
 from gnnmoe.discovery import is_file, path_in
+from gnnmoe.reading import read_bytes
 
 SCHEMA_VERSION = "2.0"
 """The only version that is read; committed records are migrated when it changes."""
@@ -876,7 +878,7 @@ class RunFolder:
 
     def read_history(self) -> str:
         """Return the text of history.jsonl."""
-        return (self.path / "history.jsonl").read_text()
+        return read_bytes(self.path / "history.jsonl").decode(errors="replace")
 
     def write_history(self, text: str) -> None:
         """Replace history.jsonl by ``text``."""
@@ -898,8 +900,11 @@ class RunFolder:
 
     def _append(self, name: str, text: str) -> None:
         path = self.path / name
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with writing(path):
+            if kind_of(path) == "other":
+                raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
 
     def _write(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         with replacing(self.path / name) as file:

@@ -99,6 +99,20 @@ def test_the_kind_of_a_path(tmp_path, monkeypatch):
         kind_of(Path("private"))
 
 
+def test_no_pipe_is_waited_for(tmp_path):
+    """In place of a page, and of a history or a log that a run goes on with."""
+    page, folder = tmp_path / "page.md", RunFolder(tmp_path, "study", "id")
+    folder.path.mkdir(parents=True)
+    for path in (page, folder.path / "history.jsonl", folder.path / "log.txt"):
+        os.mkfifo(path)
+    with pytest.raises(Refused, match="page.md cannot be read .it is a pipe or a device"):
+        write_between(page, str.upper)
+    with pytest.raises(OSError, match="it is a pipe or a device"):
+        folder.read_history()
+    with pytest.raises(NotWritten, match=r"log.txt cannot be written: it is a pipe or a device"):
+        folder.log("a line")
+
+
 # --- a file that cannot be written
 
 

@@ -105,7 +105,7 @@ def test_no_pipe_is_waited_for(tmp_path):
     folder.path.mkdir(parents=True)
     for path in (page, folder.path / "history.jsonl", folder.path / "log.txt"):
         os.mkfifo(path)
-    with pytest.raises(Refused, match="page.md cannot be read .it is a pipe or a device"):
+    with pytest.raises(Refused, match=r"page.md cannot be read .it is a pipe or a device"):
         write_between(page, str.upper)
     with pytest.raises(OSError, match="it is a pipe or a device"):
         folder.read_history()

@@ -290,13 +290,21 @@ def read_json(path: Path) -> Any:
     return read_json_text(path)[1]
 
 
+DAMAGE_LETTERS = 120
+"""The most letters that a message says of what is wrong inside a damaged file."""
+
+
 @contextmanager
-def refusals_name(place: str) -> Iterator[None]:
-    """Put ``place`` before the message of a refusal in the block: ``sweep x.toml: …``."""
+def refusals_name(place: str, most: int | None = None) -> Iterator[None]:
+    """Put ``place`` before the message of a refusal in the block: ``sweep x.toml: …``.
+
+    At most ``most`` letters of the message stay.
+    """
     try:
         yield
     except Refused as error:
-        raise Refused(f"{place}: {error}") from error
+        text = str(error)
+        raise Refused(f"{place}: {text if most is None else shortened(text, most)}") from error
 
 
 # --- Texts of strangers: shown as text, and kept in their folder

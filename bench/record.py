@@ -838,8 +838,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "history.jsonl").touch()
-            (self.path / "log.txt").touch()
+            for path in (self.path / "history.jsonl", self.path / "log.txt"):
+                if kind_of(path) is None:
+                    path.touch()
             there = self.read_log()
             if there and not there.endswith("\n"):  # an earlier part was killed as it wrote the last line
                 self._append("log.txt", "\n")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.files import inside, not_linked_out, read_json, write_whole
+from bench.files import DAMAGE_LETTERS, inside, not_linked_out, read_json, write_whole
 from bench.record import Part, part_of
 from bench.report.contents import Report, make_plots, summary_markdown
 from bench.report.page import render_page
@@ -23,7 +23,7 @@ from bench.report.quantities import counted
 from bench.study.hypotheses import read_hypotheses
 from bench.study.run_files import ARTICLES, NLL, SPLITS, article_sums, publication
 from bench.study.runs import Run
-from gnnmoe.config import Refused, brief
+from gnnmoe.config import Refused, brief, shortened
 
 PAGE, OPTIONS, SUMMARY = "report.html", "options.json", "summary.md"
 ANEW = "delete it with its folder, or choose another with --out."
@@ -110,7 +110,7 @@ def read_options(folder: Path) -> ReportOptions:
         part_of(_Options, options)
         found = read_hypotheses(options["hypotheses"]) if options["hypotheses"] else []
     except Refused as error:
-        why = str(error).rstrip(".")
+        why = shortened(str(error).rstrip("."), DAMAGE_LETTERS)
         raise Refused(f"{path} is not what a report writes: {why}; {ANEW}") from error
     for name in options["files"]:
         inside(folder, name, path)

@@ -29,6 +29,7 @@ from typing import Any
 
 from bench.config import FlagTable, by_field, complete, run_flags
 from bench.files import (
+    DAMAGE_LETTERS,
     cannot_write,
     kind_of,
     not_linked_out,
@@ -165,7 +166,7 @@ def stated(study: Path) -> tuple[list[Hypothesis], str | None]:
     if kind_of(path) is None:
         return [], None
     kept = read_json(path)
-    with refusals_name(f"{path} is damaged; a sweep writes it anew if you delete it"):
+    with refusals_name(f"{path} is damaged; a sweep writes it anew if you delete it", DAMAGE_LETTERS):
         if not isinstance(kept, dict) or not isinstance(kept.get("stated"), str):
             raise Refused("it does not say when the hypotheses were stated.")
         return read_hypotheses(kept.get("hypotheses")), kept["stated"]

@@ -290,7 +290,7 @@ def read_json(path: Path) -> Any:
     return read_json_text(path)[1]
 
 
-DAMAGE_LETTERS = 120
+DAMAGE_LETTERS = 90
 """The most letters that a message says of what is wrong inside a damaged file."""
 
 

@@ -27,6 +27,7 @@ TOKENS = 2_048
 """Validation tokens on which the experts are compared; fewer where the split is smaller."""
 ONE_EXPERT = "a layer has one expert"
 NO_WEIGHTS = "the coupler has no weights that depend on the token"
+WRONG_WEIGHTS = "token_weights of the coupler gave a weight below 0 or not finite"
 
 
 @dataclass(frozen=True)
@@ -221,10 +222,13 @@ def entropy(shares: Tensor) -> Tensor:
 def _routing(weights_NE: Tensor | None) -> dict[str, Any]:
     """Return the load (E) and the mutual information of token and expert in nats; nothing without weights.
 
+    Both are NaN where a weight is below 0 or not finite.
     The mutual information is the entropy of the mean weights minus the mean entropy of the weights.
     """
     if weights_NE is None:
         return {}
+    if not bool(((weights_NE >= 0) & weights_NE.isfinite()).all()):
+        weights_NE = torch.full_like(weights_NE, math.nan)
     shares_NE = weights_NE / weights_NE.sum(-1, keepdim=True).clamp_min(torch.finfo(weights_NE.dtype).tiny)
     load_E = shares_NE.mean(0)
     information = entropy(load_E) - entropy(shares_NE).mean()
@@ -238,14 +242,17 @@ def _of_layer(
     mixing: Any,
 ) -> ExpertsOfLayer:
     alike, routing = _alike(updates_NED), _routing(weights_NE)
+    why_not = NO_WEIGHTS
+    if routing and math.isnan(routing["mutual_information"]):
+        routing, why_not = {}, WRONG_WEIGHTS
     return ExpertsOfLayer(
         cosine=alike["cosine"].tolist(),
         cka=alike["cka"],
         effective_rank=alike["effective_rank"],
         ablation_nats=[rise for rise, _ in rises],
         ablation_standard_error=[error for _, error in rises],
-        load=routing["load"].tolist() if routing else not_measured(NO_WEIGHTS),
-        mutual_information=routing["mutual_information"] if routing else not_measured(NO_WEIGHTS),
+        load=routing["load"].tolist() if routing else not_measured(why_not),
+        mutual_information=routing["mutual_information"] if routing else not_measured(why_not),
         effective_experts=(
             float(entropy(torch.tensor(list(mixing.values()), dtype=torch.float64)).exp())
             if isinstance(mixing, dict)

@@ -160,8 +160,8 @@ class ExpertsReading:
             caption += f", with p of the difference from {self.baseline}"
         if self.uses_all:
             notes.append(
-                f"With {self.baseline} all {self.rows[0].experts} experts have equal shares by definition. "
-                "So a difference of the effective number is certain and not tested."
+                f"With {self.baseline} all {self.rows[0].experts} experts have equal shares in every seed. "
+                "No coupler can use more, so no difference of the effective number is tested."
             )
         return make_table(f"experts{suffix}", caption, rows, notes=notes if family else notes[1:])
 

@@ -210,6 +210,21 @@ def test_similarity_is_not_rounded_to_the_precision_of_the_model():
     assert max(value for layer in found.layers for row in layer.cka for value in row) <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("wrong", [-0.1, math.nan])
+def test_weights_that_are_no_weights_are_not_measured_and_end_no_run(monkeypatch, wrong):
+    model = model_of("GNN")
+    for layer, weight in zip(model.layers, (0.25, wrong), strict=True):
+        weights = torch.full((ROWS, L, E), 0.25)
+        weights[0, 0, 0] = weight
+        monkeypatch.setattr(layer.coupler, "token_weights", lambda x, u=None, w=weights: w)
+    found, _ = concluded(model)
+    assert is_measured(found.layers[0].load)
+    assert isinstance(found.layers[1].load, NotMeasured)
+    assert isinstance(found.mutual_information, NotMeasured)
+    assert "gave a weight below 0 or not finite" in found.mutual_information.reason
+    assert Experts(batch_of(), None).sample(model)["layer_1.load"].isnan().all()
+
+
 def test_without_weights_by_token_and_with_one_expert_the_reason_is_stated():
     found, _ = concluded(model_of("GNN"))
     assert isinstance(found.mutual_information, NotMeasured)

@@ -83,6 +83,17 @@ def test_the_sentences_compare_each_coupler_with_the_mean(report):
     assert max(len(one.split()) for sentence in text for one in sentence.split(". ")) <= 25
 
 
+def test_the_terminal_says_that_other_tables_have_experts_too(study, tmp_path):
+    copy = Path(shutil.copytree(study, tmp_path / "learned"))
+    for run in runs_of(copy, "gate"):
+        change(run, data__sha256="0" * 64)
+    console = Console(file=io.StringIO(), width=80)
+    print_report(make_report(load_study(copy)), console)
+    printed = " ".join(console.file.getvalue().split())  # pyright: ignore
+    assert printed.count("experts: cosine of their updates") == 1
+    assert "nats; 1 other table on the page" in printed
+
+
 def test_a_run_without_diagnostics_is_named_beside_those_that_have_them(study, tmp_path):
     copy = Path(shutil.copytree(study, tmp_path / "learned"))
     for run in runs_of(copy, "GNN")[1:3]:
